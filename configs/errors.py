@@ -1,0 +1,35 @@
+"""The errors a user can meet, and the exit code each becomes.
+
+MeshwrightError          1    anything that failed
+├── UserError            2    the request cannot work as written: says key, value and remedy
+└── Preempted           75    asked to stop and saved in time: start the same command again
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MeshwrightError(Exception):
+    """Something failed; one line says what. Exit code 1."""
+
+    exit_code = 1
+
+
+class UserError(MeshwrightError):
+    """The request cannot work as written: the message names the key, the value and what would do. Exit code 2."""
+
+    exit_code = 2
+
+    @classmethod
+    def no_match(cls, key: str, unknown: Iterable[str], *, known: Iterable[str]) -> "UserError":
+        """`key: x matches nothing; there are a, b, c. Did you mean a?`"""
+        unknown, known = sorted(unknown), sorted(known)
+        near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        return cls(f"{key}: {', '.join(unknown)} matches nothing; there are {', '.join(known)}.{hint}")
+
+
+class Preempted(MeshwrightError):
+    """Asked to stop (SIGTERM, Ctrl-C) and the state was saved: run the same command again to go on. Exit code 75."""
+
+    exit_code = 75

@@ -1,0 +1,129 @@
+"""From YAML and `key=value` words to a `RunConfig`: `extends`, overrides, and errors a person can act on."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .errors import UserError
+from .foreign import FOREIGN_KEYS
+from .run import RunConfig
+
+RECIPES = Path(__file__).parent
+
+
+def load(config: str | Path, *, overrides: Iterable[str] = ()) -> RunConfig:
+    """The run that `config` (a YAML file, or a shipped recipe's name) describes, with `key.sub=value` words on top.
+
+    `extends: other.yaml` (relative to the file) is read first. Raises UserError with one line per mistake.
+    """
+    tree = read(find(config))
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word!r} is not of the form key.sub=value")
+        tree = merged(tree, nested(key.split("."), parse(value, origin=word)))
+    return validated(tree)
+
+
+def find(config: str | Path) -> Path:
+    """The file `config` names: a path, or a recipe listed by `recipes ls`."""
+    for path in (Path(config), RECIPES / f"{config}.yaml"):
+        if path.is_file():
+            return path
+    raise UserError.no_match("CONFIG", [str(config)], known=recipes())
+
+
+def recipes() -> list[str]:
+    """Names of the shipped recipes, e.g. `quickstart`, `pretrain/llama-1b`."""
+    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
+
+
+def read(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree in `path`, merged over what it extends."""
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"extends: {path.name} extends itself through {' -> '.join(p.name for p in seen)}")
+    try:
+        tree = parse(path.read_text(encoding="utf-8"), origin=path.name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path.name}: {tree!r} is not a mapping of keys to values")
+    base = tree.pop("extends", None)
+    return tree if base is None else merged(read(path.parent / base, seen=(*seen, path)), tree)
+
+
+def parse(text: str, *, origin: str) -> Any:
+    """YAML -> Python. Raises UserError with the line where it breaks."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, mappings merged key by key, anything else replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(result.get(key), Mapping) and isinstance(value, Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def nested(keys: list[str], value: Any) -> dict[str, Any]:
+    """`["a", "b"], 1 -> {"a": {"b": 1}}`"""
+    return {keys[0]: value if len(keys) == 1 else nested(keys[1:], value)}
+
+
+def validated(tree: Mapping[str, Any]) -> RunConfig:
+    """The typed configuration. Raises UserError, one line per mistake, each naming key, value and remedy."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(item) for item in error.errors())) from None
+
+
+def explain(item: Mapping[str, Any]) -> str:
+    """One mistake in a line. `item` is one of pydantic's error records."""
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key.{suggestion(key)}"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    return f"{key}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def suggestion(key: str) -> str:
+    """` Did you mean ...?` for an unknown key: another tool's name for ours, a near miss, or the right place."""
+    known = list(keys())
+    parent, _, leaf = key.rpartition(".")
+    if (ours := FOREIGN_KEYS.get(leaf)) in known:
+        return f" Did you mean {ours}?"
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
+    near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
+    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    found = [siblings[near[0]]] if near else elsewhere[:1] or close
+    if found:
+        return f" Did you mean {found[0]}?"
+    return f" There are {', '.join(sorted(siblings))}." if siblings else ""
+
+
+def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of the schema, dotted: `mesh`, `mesh.data`, ..."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from keys(kind, f"{prefix}{name}.")
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load` of it gives an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=False), sort_keys=False)

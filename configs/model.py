@@ -1,0 +1,185 @@
+"""The decoder's settings, and the families: a family is nothing but a set of defaults for the keys below it."""
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from .base import Section
+
+# One entry per family; a key the user writes wins. Sizes are never part of a family.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "gemma": {
+        "activation": "geglu",
+        "norm_unit_offset": True,
+        "tied_embeddings": True,
+        "embedding_scale": True,
+        "norm_epsilon": 1e-6,
+    },
+    "gpt2": {
+        "norm": "layer",
+        "activation": "gelu",
+        "position_encoding": "learned",
+        "qkv_bias": True,
+        "linear_bias": True,
+        "tied_embeddings": True,
+    },
+    "gptj": {"norm": "layer", "activation": "gelu", "linear_bias": True, "parallel_block": True},
+}
+FAMILIES["gemma2"] = FAMILIES["gemma"] | {
+    "post_norms": True,
+    "attention_softcap": 50.0,
+    "logit_softcap": 30.0,
+    "windows": [4096, None],
+}
+FAMILIES["gemma3"] = FAMILIES["gemma"] | {
+    "post_norms": True,
+    "qk_norm": True,
+    "windows": [1024] * 5 + [None],
+    "rope": {"theta": 1e6, "local_theta": 1e4},
+}
+
+
+class RopeConfig(Section):
+    """Rotary position embedding (RoFormer, arXiv:2104.09864), half-split pairs, and how it is stretched."""
+
+    theta: float = 10000.0
+    """Base of the rotation's wavelengths."""
+    local_theta: float | None = None
+    """Base in layers with a sliding window, never scaled; null: the same as `theta`."""
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """How a model trained at `original_length` reads longer sequences."""
+    factor: float = 1.0
+    """Stretch: new length over `original_length`."""
+    original_length: int = 8192
+    """Tokens the model was trained on before stretching (llama3, yarn)."""
+    low_frequency_factor: float = 1.0
+    """llama3: wavelengths above original_length / this are stretched fully."""
+    high_frequency_factor: float = 4.0
+    """llama3: wavelengths below original_length / this are left alone."""
+    beta_fast: float = 32.0
+    """yarn: rotations over original_length above which a dimension is left alone."""
+    beta_slow: float = 1.0
+    """yarn: rotations over original_length below which a dimension is stretched fully."""
+    attention_factor: float | None = None
+    """yarn: multiplies cos and sin; null: 0.1 ln(factor) + 1."""
+
+
+class ModelConfig(Section):
+    """One decoder-only transformer; `family` picks defaults, every key can be set by itself."""
+
+    family: Literal[tuple(FAMILIES)] = "llama"  # type: ignore[valid-type]
+    """Defaults for the architecture keys below."""
+    vocab: int = 2048
+    """Token ids the model knows; the tokenizer's must not exceed it."""
+    vocab_multiple: int = 128
+    """Embedding and head rows are padded to a multiple of this, masked out everywhere; the tensor axis must divide it."""
+    layers: int = 4
+    """Blocks."""
+    embed: int = 192
+    """Width of the residual stream."""
+    heads: int = 6
+    """Query heads."""
+    kv_heads: int | None = None
+    """Key and value heads (grouped-query attention, arXiv:2305.13245); null: as many as `heads`."""
+    head_dim: int | None = None
+    """Width of a head; null: embed / heads."""
+    mlp: int = 512
+    """Hidden width of the feed-forward part."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm (arXiv:1910.07467) or LayerNorm."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance."""
+    norm_unit_offset: bool = False
+    """Multiply by 1 + scale, with scale starting at zero (Gemma)."""
+    post_norms: bool = False
+    """A second norm after attention and MLP, before the residual sum (Gemma 2, 3)."""
+    qk_norm: bool = False
+    """RMSNorm of each query and key head before the rotation (Qwen 3, Gemma 3)."""
+    qkv_bias: bool = False
+    """Biases on q, k, v (Qwen 2)."""
+    linear_bias: bool = False
+    """Biases on the attention projection and the MLP (GPT-2)."""
+    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    """swiglu and geglu have a gate (arXiv:2002.05202); gelu has none."""
+    position_encoding: Literal["rope", "learned", "none"] = "rope"
+    """How a token knows its place."""
+    max_positions: int = 1024
+    """Rows of the learned position table."""
+    rope: RopeConfig = RopeConfig()
+    """Rotation and its scaling."""
+    tied_embeddings: bool = False
+    """The head is the transposed embedding."""
+    embedding_scale: bool = False
+    """Multiply embeddings by sqrt(embed) (Gemma)."""
+    windows: list[int | None] = [None]
+    """Sliding windows in tokens, a pattern repeated over the layers; null is full attention."""
+    attention_softcap: float | None = None
+    """Scores become cap * tanh(scores / cap) (Gemma 2)."""
+    logit_softcap: float | None = None
+    """Logits become cap * tanh(logits / cap) (Gemma 2)."""
+    attention_scale: float | None = None
+    """Multiplies scores; null: head_dim ** -0.5."""
+    parallel_block: bool = False
+    """Attention and MLP read one norm and add to the stream together (GPT-J, PaLM)."""
+    dropout: float = 0.0
+    """Probability of zeroing an element of each block's two updates, in training."""
+    attention: Literal["auto", "dense", "blockwise", "cudnn"] = "auto"
+    """Implementation; auto: cudnn on a GPU where it can, else blockwise."""
+    scan: bool = True
+    """Compile one block and scan it over the stack; false: unroll (faster steps on a CPU, slower compilation)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        family = FAMILIES.get(values.get("family", "llama"), {})
+        merged = family | values
+        if isinstance(family.get("rope"), dict) and isinstance(values.get("rope"), dict):
+            merged["rope"] = family["rope"] | values["rope"]
+        return merged
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        for key in ("vocab", "vocab_multiple", "layers", "embed", "heads", "mlp"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key}: {getattr(self, key)} must be at least 1")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"model.kv_heads: {self.kv_heads} does not divide model.heads ({self.heads})")
+        if self.head_dim is None and self.embed % self.heads:
+            raise ValueError(
+                f"model.embed: {self.embed} is not divisible by model.heads ({self.heads}); set model.head_dim"
+            )
+        if self.position_encoding == "rope" and self.head_width % 2:
+            raise ValueError(f"model.head_dim: {self.head_width} must be even for rope")
+        if not self.windows or any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"model.windows: {self.windows} must list positive token counts or null, at least one")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout: {self.dropout} must be in [0, 1)")
+        return self
+
+    @property
+    def key_value_heads(self) -> int:
+        """`kv_heads`, or `heads` where it is null."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_width(self) -> int:
+        """`head_dim`, or embed / heads where it is null."""
+        return self.head_dim or self.embed // self.heads
+
+    @property
+    def padded_vocab(self) -> int:
+        """`vocab` rounded up to a multiple of `vocab_multiple`."""
+        return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def segments(self) -> tuple[tuple[tuple[int | None, ...], int], ...]:
+        """(pattern of block kinds, repeats) in order; a kind is the block's window. Layers = sum of len(pattern) * repeats."""
+        pattern = tuple(self.windows)
+        repeats, rest = divmod(self.layers, len(pattern))
+        return tuple(segment for segment in ((pattern, repeats), (pattern[:rest], 1)) if segment[0] and segment[1])

@@ -1,0 +1,16 @@
+"""Names that several rooms must spell alike: mesh axes, logical axes, tensors a memory policy may name."""
+
+# Slow links first: replicas may sit on other continents, tensor-parallel devices share a switch.
+MESH_AXES = ("replica", "pipe", "data", "fsdp", "expert", "seq", "tensor")
+
+# Dimensions of weights; `models/axes.py` gives each weight its names, `parallel/rules.py` maps names to mesh axes.
+LOGICAL_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "expert", "layers")
+
+# Intermediate values a block passes through `checkpoint_name`, in the order it computes them.
+POLICY_TENSORS = (
+    "block_in", "attn_norm", "q", "k", "v", "attn_out", "attn_lse", "attn_proj",
+    "mlp_norm", "mlp_gate", "mlp_up", "mlp_act", "mlp_out",
+)  # fmt: skip
+
+# What every batch holds: global arrays of shape [global_batch, sequence].
+BATCH_FIELDS = ("tokens", "targets", "loss_weights", "segment_ids", "positions")

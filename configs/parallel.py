@@ -1,0 +1,112 @@
+"""Where the arrays live: mesh axes, sequence parallelism, memory policy, precision."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from .base import Decision, Section
+from .names import MESH_AXES
+
+DTYPE = Literal["float32", "bfloat16", "float16"]
+
+# Axes of the mesh that no part of the code shards over yet.
+UNBUILT_AXES = ("replica", "pipe", "expert")
+
+
+class MeshConfig(Section):
+    """Sizes of the mesh axes, slow links first. Their product is the number of devices; one may be -1 (what is left)."""
+
+    replica: int = 1
+    """Replicas that meet rarely (outer optimizer)."""
+    pipe: int = 1
+    """Pipeline stages."""
+    data: int = 1
+    """Data parallelism: the batch is split, weights are repeated."""
+    fsdp: int = 1
+    """Data parallelism with sharded weights or optimizer state (see `zero`)."""
+    expert: int = 1
+    """Expert parallelism."""
+    seq: int = 1
+    """Context parallelism: the sequence is split (see `sequence.parallel`)."""
+    tensor: int = 1
+    """Tensor parallelism: heads, MLP and vocabulary are split; between blocks the sequence is."""
+    platform: Literal["auto", "cpu", "gpu"] = "auto"
+    """cpu simulates `devices` devices in this process; auto: gpu where there is one."""
+    devices: int | None = None
+    """Devices to use, over all processes; null: the product of the axes, or every device where an axis is -1."""
+    zero: Literal[1, 3] = 3
+    """What `fsdp` shards: 3 parameters, gradients and optimizer state; 1 optimizer state only (arXiv:1910.02054)."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "MeshConfig":
+        for axis, size in self.sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh.{axis}: {size} must be at least 1, or -1 for what is left")
+            if axis in UNBUILT_AXES and size != 1:
+                raise ValueError(f"mesh.{axis}: {size} is not supported yet; leave it at 1")
+        if (open_axes := [axis for axis, size in self.sizes.items() if size == -1]) and len(open_axes) > 1:
+            raise ValueError(f"mesh: {', '.join(open_axes)} are all -1; at most one axis may be")
+        if self.devices is not None:
+            self.resolved(self.devices)
+        return self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis -> size as written, in mesh order."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
+
+    def resolved(self, devices: int) -> dict[str, int]:
+        """Axis -> size with -1 filled in so that the product is `devices`. Raises ValueError where none fits."""
+        sizes = self.sizes
+        known = 1
+        for size in sizes.values():
+            known *= max(size, 1)
+        written = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "all axes 1"
+        if -1 not in sizes.values():
+            if known != devices:
+                raise ValueError(f"mesh: {written} is {known} devices, not {devices}; change an axis or mesh.devices")
+            return sizes
+        if devices % known:
+            raise ValueError(f"mesh: {written} does not divide {devices} devices; the other axes take {known}")
+        return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+
+    @property
+    def count(self) -> int | None:
+        """Devices the mesh wants, where the configuration alone tells: `devices` or the product of the axes."""
+        if self.devices is not None:
+            return self.devices
+        if -1 in self.sizes.values():
+            return None
+        product = 1
+        for size in self.sizes.values():
+            product *= size
+        return product
+
+
+class SequenceConfig(Section):
+    """How attention sees the whole sequence when `mesh.seq` splits it."""
+
+    parallel: Literal["all-gather", "ring", "ulysses"] = "all-gather"
+    """all-gather: keys and values gathered, zigzag order; ring: they rotate; ulysses: heads are exchanged for tokens."""
+
+
+class MemoryConfig(Section):
+    """What the backward pass finds again, recomputes, or fetches from the host."""
+
+    policy: Literal["none", "full", "attention-out", "minimal", "offload-block-in"] = "none"
+    """none keeps everything; full recomputes each block; the rest are named in `memory/policy.py`."""
+    names: dict[str, Decision] = {}
+    """Tensor name -> keep | recompute | offload, on top of `policy`; a name no block emits is an error."""
+    loss_chunks: int = 1
+    """The head and its loss run over this many slices of the sequence, so that logits exist for one slice at a time."""
+
+
+class PrecisionConfig(Section):
+    """Number formats."""
+
+    parameters: DTYPE = "float32"
+    """Stored weights and optimizer state."""
+    compute: DTYPE = "float32"
+    """Matrix products and activations; softmax, norms and losses are float32 always."""
+    gradients: DTYPE = "float32"
+    """Sums of gradients over microbatches and devices."""

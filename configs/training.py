@@ -1,0 +1,106 @@
+"""How the run goes: optimizer, recipe, evaluation, checkpoints, logging, launch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from .base import Section
+
+
+class OptimizerConfig(Section):
+    """The optimizer (from optax), its schedule, and what is done to gradients before it."""
+
+    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = "adamw"
+    """Update rule; muon (optax.contrib) takes per-layer matrices and leaves the rest to adamw."""
+    learning_rate: float = Field(1e-3, ge=0)
+    """Peak."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """After warm-up: constant, cosine or linear to `final_fraction`, or stable then a linear drop over `decay_steps`."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up from zero."""
+    decay_steps: int | None = Field(None, ge=1)
+    """wsd: steps of the final drop; null: a tenth of the run."""
+    final_fraction: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the last step over the peak."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled; applied to matrices, never to norms, biases or embeddings unless `decay_embeddings`."""
+    decay_embeddings: bool = False
+    """Also decay embedding tables."""
+    clip: float | None = Field(None, gt=0)
+    """Global gradient norm above which gradients are scaled down; null: off."""
+    b1: float = Field(0.9, ge=0, lt=1)
+    """First moment (adam, lion), momentum (sgd, muon)."""
+    b2: float = Field(0.95, ge=0, lt=1)
+    """Second moment (adam), update mix (lion)."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the denominator."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an exponential moving average of the parameters, used for evaluation and samples; null: off."""
+
+
+class RecipeConfig(Section):
+    """What is learned."""
+
+    name: Literal["pretrain"] = "pretrain"
+    """pretrain: next token."""
+
+
+class EvaluationConfig(Section):
+    """Held-out loss and samples during the run."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0: only at the end."""
+    batches: int | None = Field(None, ge=1)
+    """Held-out batches; null: all."""
+    prompts: list[str] = []
+    """Texts to continue at every evaluation."""
+    sample_tokens: int = Field(64, ge=1)
+    """Tokens a sample gets."""
+
+
+class CheckpointConfig(Section):
+    """When the whole state is saved, and what is kept."""
+
+    every: int = Field(0, ge=0)
+    """Steps between saves; 0: only at the end and on a signal."""
+    keep: int = Field(3, ge=1)
+    """Newest checkpoints that survive."""
+
+
+class LaunchConfig(Section):
+    """Several processes (`meshwright launch`)."""
+
+    processes: int = Field(1, ge=1)
+    """Processes on this machine (engine local)."""
+    devices_per_process: int | None = Field(None, ge=1)
+    """Simulated devices of each; null: mesh.devices / processes."""
+    coordinator: str | None = None
+    """host:port of process 0; null: chosen by the launcher, or read from the environment or SLURM."""
+
+
+class ProfileConfig(Section):
+    """A profiler trace of a few steps, written to the run directory."""
+
+    start: int = Field(10, ge=0)
+    """First step traced."""
+    steps: int = Field(0, ge=0)
+    """Steps traced; 0: no trace."""
+
+
+class LoggingConfig(Section):
+    """What the run tells, and what it does about numbers that are not."""
+
+    every: int = Field(10, ge=1)
+    """Steps between metric lines."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: str | None = None
+    """Project on Weights & Biases (extra `wandb`); null: off."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Of one device, for MFU; null: from a table, or measured on a CPU."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop the run, or skip that update and journal it."""
+    spike: float | None = Field(None, gt=1)
+    """Skip updates whose gradient norm exceeds this multiple of its running mean; null: off."""
+    profile: ProfileConfig = ProfileConfig()
+    """Profiler trace."""

@@ -1,0 +1,50 @@
+"""`blockwise`: attention whose memory is linear in the sequence, by blocks of queries. The default on a CPU.
+
+Two walks over the same tiles, both with FlashAttention-2's backward pass: `rows` for short sequences in plain order,
+`pairs` for all others. Which one is known from shapes alone.
+"""
+
+import jax
+
+from . import pairs, rows
+from .interface import Implementation, Mask, Where
+
+# Measured on 2 cores, float32 (`meshwright bench attention`).
+ROW_BLOCK = 128
+LONGEST_UNROLLED = 1024  # tokens; beyond, unrolled blocks cost compile time and their tiles memory
+TILE_SCORES = 2**20  # of all heads and rows of a batch together; larger tiles fall out of the cache
+SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512
+
+
+def refuse(mask: Mask, where: Where, q, k, platform: str | None) -> str | None:
+    """Never: every mask, order and type, on every device."""
+    del mask, where, q, k, platform
+    return None
+
+
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> tuple[jax.Array, jax.Array]:
+    """out like q, and lse [batch, queries, heads]."""
+    if _short(q, k, where):
+        return rows.forward(q, k, v, mask, where, block=ROW_BLOCK)
+    return pairs.forward(q, k, v, mask, where, block=_pair_block(q))
+
+
+def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq, dk, dv like q, k, v, given `out` and `lse` over all keys."""
+    if _short(q, k, where):
+        return rows.backward(q, k, v, out, lse, d_out, mask, where, block=ROW_BLOCK)
+    return pairs.backward(q, k, v, out, lse, d_out, mask, where, block=_pair_block(q))
+
+
+def _short(q, k, where: Where) -> bool:
+    return where.query_index is None and max(q.shape[1], k.shape[1]) <= LONGEST_UNROLLED
+
+
+def _pair_block(q) -> int:
+    """Tokens along either side of a tile: a power of two, smaller for wide batches."""
+    batch, _, heads, _ = q.shape
+    side = 1 << (max(1, TILE_SCORES // (batch * heads)).bit_length() - 1) // 2
+    return min(max(side, SMALLEST_BLOCK), LARGEST_BLOCK)
+
+
+BLOCKWISE = Implementation("blockwise", refuse, forward, backward)

@@ -1,0 +1,129 @@
+"""What attention is here: softmax(scores) @ v with its log-sum-exp, and one way to differentiate every implementation.
+
+    scores = softcap(scale * q @ k^T), -inf where the query may not see the key
+    lse    = log(sum over keys of exp(scores))          the log-sum-exp, always float32
+    out    = exp(scores - lse) @ v
+
+An `Implementation` is a pair of functions, forward and backward, and a third that says what it cannot do. The backward
+pass is FlashAttention-2's: it rebuilds the probabilities from the *global* log-sum-exp instead of from its own keys, so a
+caller may hand it the keys piece by piece (ring attention) and add up what comes back:
+
+    p = exp(scores - lse)      delta = rowsum(d_out * out)      d_scores = p * (d_out @ v^T - delta)
+
+Shapes: q, out [batch, queries, heads, head_dim]; k, v [batch, keys, kv_heads, head_dim], heads a multiple of kv_heads and
+query head h reading key head h // (heads // kv_heads); lse [batch, queries, heads]. A query that sees no key at all has
+out 0, lse -inf and no gradient. Source: FlashAttention-2, arXiv:2307.08691, section 3.1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from ...configs.errors import UserError
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The part of attention's arithmetic that is fixed when a program is compiled."""
+
+    causal: bool = True
+    """A query sees keys up to its own index."""
+    window: int | None = None
+    """Tokens a query sees, itself included: key j is visible to query i if and only if 0 <= i - j < window."""
+    softcap: float | None = None
+    """Scores become softcap * tanh(scores / softcap) before anything is hidden."""
+    scale: float | None = None
+    """Factor of q @ k^T; None is head_dim ** -0.5."""
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise UserError(f"model.window: {self.window} hides every key; use at least 1, or none for no window")
+        if self.softcap is not None and not self.softcap > 0:
+            raise UserError(f"model.attention_softcap: {self.softcap} must be positive; use none for no cap")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Where:
+    """Where queries and keys stand in the uncut sequence, and which document each belongs to. All int32.
+
+    Both indices None: queries and keys are the same contiguous run of tokens, counted from 0, and an implementation may
+    skip invisible blocks when it is compiled. Given, they may come in any order: a zigzag slice, a key cache.
+    """
+
+    query_index: jax.Array | None = None  # [queries]
+    key_index: jax.Array | None = None  # [keys]; given if and only if query_index is
+    query_segments: jax.Array | None = None  # [batch, queries]; None is one document
+    key_segments: jax.Array | None = None  # [batch, keys]; a pair of different documents is invisible
+
+
+class Implementation(NamedTuple):
+    """One way to compute attention. `refuse` answers with a reason, so that no combination is ever approximated."""
+
+    name: str
+    refuse: Callable  # mask, where, q, k, platform -> reason or None; q, k anything with shape and dtype
+    forward: Callable  # q, k, v, mask, where -> out, lse
+    backward: Callable  # q, k, v, out, lse, d_out, mask, where -> dq, dk, dv; out and lse over *all* keys
+
+
+def attend(
+    implementation: Implementation, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where = Where()
+) -> jax.Array:
+    """Attention of q [batch, queries, heads, head_dim] over k, v [batch, keys, kv_heads, head_dim]; out is like q.
+
+    The output and its log-sum-exp are named `attn_out` and `attn_lse`: a memory policy that keeps q, k, v and both does
+    not run the forward kernel again. Raises UserError on shapes that do not fit, and where the implementation refuses.
+    """
+    check(implementation, q, k, v, mask, where)
+    return _attend(implementation, mask, q, k, v, where)
+
+
+def check(implementation: Implementation, q, k, v, mask: Mask, where: Where, *, platform: str | None = None) -> None:
+    """Raise UserError if shapes do not fit or `implementation` refuses; `platform` None leaves the device out of it."""
+    _check_shapes(q, k, v, where)
+    if reason := implementation.refuse(mask, where, q, k, platform):
+        raise UserError(f"model.attention: {implementation.name} {reason}; use blockwise, which has no such limit")
+
+
+def _check_shapes(q, k, v, where: Where) -> None:
+    (batch, queries, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
+        raise UserError(f"model.attention: q {q.shape}, k {k.shape} and v {v.shape} differ in batch, keys or head_dim")
+    if heads % kv_heads:
+        raise UserError(f"model.kv_heads: {kv_heads} does not divide {heads} heads; use a divisor of model.heads")
+    expected = {
+        "query_index": (queries,), "key_index": (keys,),
+        "query_segments": (batch, queries), "key_segments": (batch, keys),
+    }  # fmt: skip
+    for name, shape in expected.items():
+        given = getattr(where, name)
+        if given is not None and given.shape != shape:
+            raise UserError(f"model.attention: {name} has shape {given.shape}, but q and k ask for {shape}")
+    for kind in ("index", "segments"):
+        if (getattr(where, f"query_{kind}") is None) != (getattr(where, f"key_{kind}") is None):
+            raise UserError(f"model.attention: query_{kind} and key_{kind} go together, but one of them is None")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(implementation, mask, q, k, v, where):
+    return implementation.forward(q, k, v, mask, where)[0]
+
+
+def _attend_forward(implementation, mask, q, k, v, where):
+    out, lse = implementation.forward(q, k, v, mask, where)
+    # Named here and not by the caller: outside of the custom VJP the log-sum-exp is out of a policy's reach, and the
+    # output saved there would not be the one the backward pass reads.
+    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
+    return out, (q, k, v, out, lse, where)
+
+
+def _attend_backward(implementation, mask, saved, d_out):
+    q, k, v, out, lse, where = saved
+    return *implementation.backward(q, k, v, out, lse, d_out, mask, where), None  # nothing in `where` is differentiable
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,23 @@
+"""The implementations of attention by the name `model.attention` gives them, and the choice among them."""
+
+from ...configs.errors import UserError
+from .blockwise import BLOCKWISE
+from .cudnn import CUDNN
+from .dense import DENSE
+from .interface import Implementation, Mask, Where, check
+
+IMPLEMENTATIONS: dict[str, Implementation] = {each.name: each for each in (DENSE, BLOCKWISE, CUDNN)}
+
+
+def choose(name: str, *, mask: Mask, where: Where, q, k, platform: str) -> Implementation:
+    """The implementation called `name` ("auto": cudnn where it refuses nothing, else blockwise) for arrays like q and k.
+
+    q, k and the members of `where` need only have `shape` and `dtype`, so `jax.ShapeDtypeStruct` will do. `platform` is
+    the devices' ("cpu", "gpu"). Raises UserError on an unknown name, and on a named implementation that refuses.
+    """
+    if name == "auto":
+        return BLOCKWISE if CUDNN.refuse(mask, where, q, k, platform) else CUDNN
+    if name not in IMPLEMENTATIONS:
+        raise UserError.no_match("model.attention", [name], known=["auto", *IMPLEMENTATIONS])
+    check(IMPLEMENTATIONS[name], q, k, k, mask, where, platform=platform)
+    return IMPLEMENTATIONS[name]

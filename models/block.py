@@ -1,0 +1,131 @@
+"""One transformer block: `block(x, ctx) -> (x, cache)`, with every tensor that a memory policy may name.
+
+    x ─ norm ─ q k v ─ rotate ─ attend ─ o ─(+)─ norm ─ gate up ─ act ─ down ─(+)─ x
+Between blocks the sequence is sharded over `tensor` too; norms run there, and the linear maps see it gathered.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from ..configs.model import ModelConfig
+from .attention.interface import Mask, Where
+from .context import Context
+from .layers import LayerNorm, Linear, RMSNorm, dropout
+from .rope import rotate
+
+RESIDUAL = ("batch", "block_sequence", None)  # between blocks
+GATHERED = ("batch", "sequence", None)  # before a linear map
+ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
+
+
+def norm(config: ModelConfig, width: int) -> RMSNorm | LayerNorm:
+    """The model's kind of norm over the last dimension."""
+    if config.norm == "layer":
+        return LayerNorm(width, epsilon=config.norm_epsilon)
+    return RMSNorm(width, epsilon=config.norm_epsilon, unit_offset=config.norm_unit_offset)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with optional biases, head norms, window and soft-cap."""
+
+    def __init__(self, config: ModelConfig, *, window: int | None, rngs: nnx.Rngs):
+        heads, kv_heads, width = config.heads, config.key_value_heads, config.head_width
+        self.q = Linear((config.embed,), (heads, width), bias=config.qkv_bias, rngs=rngs)
+        self.k = Linear((config.embed,), (kv_heads, width), bias=config.qkv_bias, rngs=rngs)
+        self.v = Linear((config.embed,), (kv_heads, width), bias=config.qkv_bias, rngs=rngs)
+        self.o = Linear((heads, width), (config.embed,), bias=config.linear_bias, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(width, epsilon=config.norm_epsilon, unit_offset=config.norm_unit_offset) for _ in range(2)
+            )
+        self.config, self.window = config, window
+
+    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict | None]:
+        config = self.config
+        q = ctx.constrain(self.q(x, ctx), ("batch", "sequence", "heads", None))
+        k = ctx.constrain(self.k(x, ctx), ("batch", "sequence", "kv_heads", None))
+        v = checkpoint_name(ctx.constrain(self.v(x, ctx), ("batch", "sequence", "kv_heads", None)), "v")
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if config.position_encoding == "rope":
+            q, k = (rotate(a, ctx.positions, rope=config.rope, local=self.window is not None) for a in (q, k))
+        q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
+        mask = Mask(window=self.window, softcap=config.attention_softcap, scale=config.attention_scale)
+        where = Where(ctx.index, ctx.index, ctx.segment_ids, ctx.segment_ids)
+        k, v, where, cache = cached(k, v, where, ctx)
+        out = ctx.constrain(ctx.attend(q, k, v, mask, where), ("batch", "sequence", "heads", None))
+        return checkpoint_name(ctx.constrain(self.o(out, ctx), RESIDUAL), "attn_proj"), cache
+
+
+def cached(
+    k: jax.Array, v: jax.Array, where: Where, ctx: Context
+) -> tuple[jax.Array, jax.Array, Where, dict[str, jax.Array] | None]:
+    """Keys and values with those of earlier tokens before them, in a cache of fixed capacity; without a cache, as given."""
+    if ctx.cache is None:
+        return k, v, where, None
+    cache = {
+        name: jax.lax.dynamic_update_slice_in_dim(
+            ctx.cache[name], new.astype(ctx.cache[name].dtype), ctx.index[0], axis=1
+        )
+        for name, new in (("k", k), ("v", v))
+    }
+    # Slots not yet written lie after every query, so the causal mask hides them.
+    where = dataclasses.replace(
+        where, key_index=jnp.arange(cache["k"].shape[1], dtype=jnp.int32), key_segments=ctx.cache_segment_ids
+    )
+    return cache["k"], cache["v"], where, cache
+
+
+class MLP(nnx.Module):
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        def wide() -> Linear:
+            return Linear((config.embed,), (config.mlp,), bias=config.linear_bias, rngs=rngs)
+
+        self.gate = wide() if config.activation != "gelu" else None
+        self.up = wide()
+        self.down = Linear((config.mlp,), (config.embed,), bias=config.linear_bias, rngs=rngs)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        names = ("batch", "sequence", "mlp")
+        up = checkpoint_name(ctx.constrain(self.up(x, ctx), names), "mlp_up")
+        if self.gate is None:
+            act = self.activation(up)
+        else:
+            act = self.activation(checkpoint_name(ctx.constrain(self.gate(x, ctx), names), "mlp_gate")) * up
+        act = checkpoint_name(act, "mlp_act")
+        return checkpoint_name(ctx.constrain(self.down(act, ctx), RESIDUAL), "mlp_out")
+
+
+class Block(nnx.Module):
+    """Attention and MLP around the residual stream; `parallel_block` reads one norm and adds both at once."""
+
+    def __init__(self, config: ModelConfig, *, kind: int | None, rngs: nnx.Rngs):
+        self.attn_norm = norm(config, config.embed)
+        self.attn = Attention(config, window=kind, rngs=rngs)
+        self.mlp_norm = None if config.parallel_block else norm(config, config.embed)
+        self.mlp = MLP(config, rngs=rngs)
+        self.attn_post_norm = norm(config, config.embed) if config.post_norms else None
+        self.mlp_post_norm = norm(config, config.embed) if config.post_norms else None
+        self.config = config
+
+    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict | None]:
+        """x [batch, sequence, embed] -> the same shape, and this layer's cache (None in training)."""
+        x = checkpoint_name(ctx.constrain(x, RESIDUAL), "block_in")
+        normed = checkpoint_name(ctx.constrain(self.attn_norm(x), GATHERED), "attn_norm")
+        attention, cache = self.attn(normed, ctx)
+        x = x + self._update(attention, self.attn_post_norm, ctx, salt=0)
+        if self.mlp_norm is not None:
+            normed = checkpoint_name(ctx.constrain(self.mlp_norm(x), GATHERED), "mlp_norm")
+        return x + self._update(self.mlp(normed, ctx), self.mlp_post_norm, ctx, salt=1), cache
+
+    def _update(self, update: jax.Array, post_norm: nnx.Module | None, ctx: Context, *, salt: int) -> jax.Array:
+        if post_norm is not None:
+            update = post_norm(update)
+        return dropout(update, ctx.dropout_keys, rate=self.config.dropout, salt=salt)

@@ -1,0 +1,163 @@
+"""The decoder: embed -> segments -> final_norm -> head, cut where a pipeline may cut it.
+
+A segment is (pattern of block kinds, repeats): its weights are stacked [repeats, ...] for each place in the pattern,
+and it is scanned over its repeats, or unrolled over the same stacked arrays. Parameters travel as plain nested dicts:
+
+    graphdef, params = initialized(config, key)        # segments/0/1/attn/q/kernel: [repeats, embed, heads, head_dim]
+    hidden, _ = nnx.merge(graphdef, params).hidden(tokens, ctx)
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..configs.model import ModelConfig
+from .block import RESIDUAL, Block, norm
+from .context import Context
+
+Params = dict[str, Any]
+
+
+class Stack(nnx.Module):
+    """`repeats` blocks of one kind; every weight has a leading [repeats]."""
+
+    def __init__(self, config: ModelConfig, *, kind: int | None, repeats: int, rngs: nnx.Rngs):
+        def weights(key: jax.Array) -> Params:
+            return nnx.to_pure_dict(nnx.state(Block(config, kind=kind, rngs=nnx.Rngs(params=key))))
+
+        block = Block(config, kind=kind, rngs=nnx.Rngs(params=rngs.params()))
+        self.block = nnx.merge(nnx.graphdef(block), jax.vmap(weights)(jax.random.split(rngs.params(), repeats)))
+
+
+class Embed(nnx.Module):
+    """Token embedding [padded_vocab, embed], and the learned positions where the model has them."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        rows = jax.random.normal(rngs.params(), (config.padded_vocab, config.embed)) * 0.02
+        self.embedding = nnx.Param(jnp.where(jnp.arange(config.padded_vocab)[:, None] < config.vocab, rows, 0))
+        if config.position_encoding == "learned":
+            table = jax.random.normal(rngs.params(), (config.max_positions, config.embed)) * 0.02
+            self.positions = nnx.Param(table)
+        self.config = config
+
+    def __call__(self, tokens: jax.Array, ctx: Context) -> jax.Array:
+        x = jnp.take(self.embedding[...].astype(ctx.compute), tokens, axis=0)
+        if self.config.embedding_scale:
+            x = x * jnp.asarray(self.config.embed**0.5, x.dtype)
+        if self.config.position_encoding == "learned":
+            x = x + jnp.take(self.positions[...].astype(ctx.compute), ctx.positions, axis=0)
+        return ctx.constrain(x, RESIDUAL)
+
+
+class Head(nnx.Module):
+    """The output map [embed, padded_vocab] of an untied model."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        kernel = jax.random.normal(rngs.params(), (config.embed, config.padded_vocab)) * config.embed**-0.5
+        self.kernel = nnx.Param(jnp.where(jnp.arange(config.padded_vocab) < config.vocab, kernel, 0))
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer. Weights are float32 here; `initialized` casts them."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.embed = Embed(config, rngs=rngs)
+        self.segments = nnx.Dict(
+            {
+                str(number): nnx.Dict(
+                    {
+                        str(place): Stack(config, kind=kind, repeats=repeats, rngs=rngs)
+                        for place, kind in enumerate(pattern)
+                    }
+                )
+                for number, (pattern, repeats) in enumerate(config.segments)
+            }
+        )
+        self.final_norm = norm(config, config.embed)
+        self.head = None if config.tied_embeddings else Head(config, rngs=rngs)
+        self.config = config
+
+    def hidden(self, tokens: jax.Array, ctx: Context) -> tuple[jax.Array, Any]:
+        """tokens [batch, sequence] -> what the head reads [batch, sequence, embed], and the caches (None in training)."""
+        x = self.embed(tokens, ctx)
+        caches, first = {}, 0
+        for number, (pattern, repeats) in enumerate(self.config.segments):
+            stacks = [self.segments[str(number)][str(place)] for place in range(len(pattern))]
+            cache = None if ctx.cache is None else ctx.cache[str(number)]
+            x, caches[str(number)] = run_segment(
+                stacks, x, ctx, cache=cache, first=first, repeats=repeats, scan=self.config.scan
+            )
+            first += len(pattern) * repeats
+        return self.final_norm(x), None if ctx.cache is None else caches
+
+    def head_kernel(self, dtype: Any) -> jax.Array:
+        """[embed, padded_vocab]; the transposed embedding of a tied model."""
+        weight = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        return weight.astype(dtype)
+
+
+def run_segment(
+    stacks: list[Stack], x: jax.Array, ctx: Context, *, cache: Any, first: int, repeats: int, scan: bool
+) -> tuple[jax.Array, Any]:
+    """Run the pattern `repeats` times. `first` is the segment's first layer, which numbers dropout keys.
+
+    `cache` has one {"k", "v"} a place of the pattern, stacked like the weights; the updated one comes back.
+    """
+    graphs, weights = zip(*(nnx.split(stack.block) for stack in stacks), strict=True)
+
+    def pattern(x: jax.Array, this: tuple[Any, Any, jax.Array]) -> tuple[jax.Array, list[Any]]:
+        parts, layer_caches, repeat = this
+        new_caches = []
+        for place, (graph, part) in enumerate(zip(graphs, parts, strict=True)):
+            layer = first + repeat * len(graphs) + place
+            x, new_cache = run_block(graph, part, x, layer_context(ctx, layer, layer_caches[place]))
+            new_caches.append(new_cache)
+        return x, new_caches
+
+    inputs = (weights, [None] * len(stacks) if cache is None else cache, jnp.arange(repeats))
+    if scan:
+        return jax.lax.scan(pattern, x, inputs)
+    outputs = []
+    for repeat in range(repeats):
+        x, new_caches = pattern(x, jax.tree.map(lambda stacked: stacked[repeat], inputs))  # noqa: B023
+        outputs.append(new_caches)
+    return x, jax.tree.map(lambda *caches: jnp.stack(caches), *outputs)
+
+
+def run_block(graph: Any, weights: Any, x: jax.Array, ctx: Context) -> tuple[jax.Array, Any]:
+    """One block under the memory policy `ctx.remat`."""
+
+    def block(weights: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        return nnx.merge(graph, weights)(x, ctx)
+
+    return ctx.remat(block)(weights, x)
+
+
+def layer_context(ctx: Context, layer: jax.Array | int, cache: Any) -> Context:
+    """The context as block number `layer` sees it."""
+    keys = ctx.dropout_keys
+    if keys is not None:
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys)
+    return dataclasses.replace(ctx, cache=cache, dropout_keys=keys)
+
+
+def graph(config: ModelConfig) -> Any:
+    """The model's structure without its weights: what `nnx.merge` puts parameters into. Allocates nothing."""
+    found = []
+
+    def build() -> Params:
+        definition, state = nnx.split(Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+        found.append(definition)
+        return nnx.to_pure_dict(state)
+
+    jax.eval_shape(build)
+    return found[0]
+
+
+def initial_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Fresh parameters as nested dicts. Trace it under `jax.jit` with `out_shardings` to be born sharded."""
+    state = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key))))
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), state)

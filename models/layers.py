@@ -1,0 +1,61 @@
+"""The layers a block is made of: linear maps, norms, the gated MLP, dropout."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .context import Context
+
+# Standard deviation over fan-in, truncated at two sigma: keeps activations at unit scale whatever the width.
+initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+class Linear(nnx.Module):
+    """y = x kernel (+ bias), over one or several input and output dimensions, e.g. [embed] -> [heads, head_dim]."""
+
+    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, bias: bool, rngs: nnx.Rngs):
+        flat = initializer(rngs.params(), (math.prod(inputs), math.prod(outputs)), jnp.float32)
+        self.kernel = nnx.Param(flat.reshape(*inputs, *outputs))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.inputs = len(inputs)
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        y = ctx.linear(x, self.kernel[...].astype(ctx.compute), inputs=self.inputs)
+        return y if self.bias is None else y + self.bias[...].astype(ctx.compute)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale in float32; with `unit_offset` * (1 + scale), scale starting at zero. Source: arXiv:1910.07467."""
+
+    def __init__(self, width: int, *, epsilon: float, unit_offset: bool):
+        self.scale = nnx.Param(jnp.zeros(width) if unit_offset else jnp.ones(width))
+        self.epsilon, self.offset = epsilon, float(unit_offset)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        unit = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (unit * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / deviation * scale + bias in float32. Source: arXiv:1607.06450."""
+
+    def __init__(self, width: int, *, epsilon: float):
+        self.scale, self.bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        unit = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
+        return (unit * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def dropout(x: jax.Array, keys: jax.Array | None, *, rate: float, salt: int) -> jax.Array:
+    """Zero elements of x [batch, ...] with probability `rate`, each row by its own key, so that no mesh changes it."""
+    if keys is None or rate == 0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)

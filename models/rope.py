@@ -1,0 +1,56 @@
+"""Rotary position embedding, half-split pairs (i, i + head_dim / 2), with linear, llama3 and YaRN stretching.
+
+A pair turns by position * frequency; frequencies fall geometrically from 1 to 1 / theta. Stretching divides
+frequencies by `factor`, wholly (linear), or only the slow ones (llama3: by wavelength; YaRN, arXiv:2309.00071: by
+rotations over the original length, and cos and sin are scaled by an attention factor).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..configs.model import RopeConfig
+
+
+def frequencies(rope: RopeConfig, *, head_dim: int, local: bool) -> tuple[np.ndarray, float]:
+    """Radians a position of each pair, [head_dim / 2] float64, and the factor on cos and sin; `local` layers never stretch."""
+    theta = rope.local_theta if local and rope.local_theta else rope.theta
+    plain = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.scaling == "none" or (local and rope.local_theta):
+        return plain, 1.0
+    if rope.scaling == "linear":
+        return plain / rope.factor, 1.0
+    if rope.scaling == "llama3":
+        rotations = rope.original_length * plain / (2 * math.pi)
+        low, high = rope.low_frequency_factor, rope.high_frequency_factor
+        unstretched = np.clip((rotations - low) / (high - low), 0, 1)
+        return plain * ((1 - unstretched) / rope.factor + unstretched), 1.0
+    return yarn(rope, plain, theta=theta, head_dim=head_dim)
+
+
+def yarn(rope: RopeConfig, plain: np.ndarray, *, theta: float, head_dim: int) -> tuple[np.ndarray, float]:
+    """YaRN's blend between left alone and divided by `factor`, on a ramp over dimensions. Source: arXiv:2309.00071, 3.2."""
+
+    def dimension(rotations: float) -> float:
+        """The (fractional) pair that turns `rotations` times over the original length."""
+        return head_dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    first = max(math.floor(dimension(rope.beta_fast)), 0)
+    last = min(math.ceil(dimension(rope.beta_slow)), head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - first) / max(last - first, 1e-3), 0, 1)
+    given = rope.attention_factor
+    return plain * (1 - ramp + ramp / rope.factor), 0.1 * math.log(rope.factor) + 1 if given is None else given
+
+
+def rotate(x: jax.Array, positions: jax.Array, *, rope: RopeConfig, local: bool) -> jax.Array:
+    """x [batch, sequence, heads, head_dim] turned by `positions` [batch, sequence]; angles in float32."""
+    rates, factor = frequencies(rope, head_dim=x.shape[-1], local=local)
+    angles = positions.astype(jnp.float32)[..., None, None] * jnp.asarray(
+        rates, jnp.float32
+    )  # [batch, sequence, 1, pairs]
+    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

@@ -1,0 +1,50 @@
+"""The device mesh: seven named axes in a fixed order, all left to the partitioner (`AxisType.Auto`)."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from ..configs.errors import UserError
+from ..configs.names import MESH_AXES
+from ..configs.parallel import MeshConfig
+
+
+def prepare_devices(mesh: MeshConfig, *, local_devices: int | None = None) -> None:
+    """Choose the platform and, on a CPU, how many devices this process simulates. Call before any array exists.
+
+    `local_devices` is this process's share in a multi-process run; null: all of them.
+    """
+    if mesh.platform == "auto":
+        return
+    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[mesh.platform])
+    wanted = local_devices or mesh.count
+    if mesh.platform == "cpu" and wanted is not None and "host_platform_device_count" not in xla_flags():
+        jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def xla_flags() -> str:
+    """What the user asked of XLA; a device count there is theirs to choose."""
+    import os
+
+    return os.environ.get("XLA_FLAGS", "")
+
+
+def make_mesh(mesh: MeshConfig, *, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh over `devices` (default: this run's). Raises UserError where the axes do not multiply to their number."""
+    devices = list(jax.devices() if devices is None else devices)
+    wanted = mesh.count or len(devices)
+    if wanted > len(devices):
+        raise UserError(
+            f"mesh: {mesh.count} devices wanted, {len(devices)} {devices[0].platform} device(s) found; "
+            "make the axes smaller, or simulate with mesh.platform=cpu"
+        )
+    try:
+        sizes = mesh.resolved(wanted)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    if wanted == jax.device_count():  # let the platform order devices by its links
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+    grid = np.array(devices[:wanted]).reshape(tuple(sizes.values()))
+    return jax.sharding.Mesh(grid, MESH_AXES, axis_types=types)

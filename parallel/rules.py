@@ -1,0 +1,113 @@
+"""Which mesh axis each named dimension is sharded over: one table for weights, one for activations.
+
+Weights carry logical names from `models/axes.py`; the optimizer's state takes the sharding of the weight it belongs
+to. Under ZeRO-1 (`mesh.zero: 1`) only that state is sharded over `fsdp`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..configs.names import BATCH_FIELDS
+from ..models.axes import axis_names, stacked
+
+Axes = str | tuple[str, ...] | None
+
+WEIGHTS: dict[str, Axes] = {
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "expert": "expert",
+    "layers": None,
+}
+
+ACTIVATIONS: dict[str, Axes] = {
+    "batch": ("data", "fsdp"),
+    "sequence": "seq",
+    "block_sequence": ("seq", "tensor"),  # between blocks, where every token is computed once (arXiv:2205.05198)
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def spec(
+    names: tuple[str | None, ...], *, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, Axes]
+) -> PartitionSpec:
+    """Mesh axes for dimensions called `names`. Key-value heads fewer than devices are repeated; nothing else may not fit."""
+    return PartitionSpec(
+        *(fitting(rules[name] if name else None, name, size, mesh) for name, size in zip(names, shape))
+    )
+
+
+def fitting(axes: Axes, name: str | None, size: int, mesh: Mesh) -> Axes:
+    """`axes` where their product divides `size`; None for key-value heads that it does not divide."""
+    wanted = (axes,) if isinstance(axes, str) else (axes or ())
+    product = 1
+    for axis in wanted:
+        product *= mesh.shape[axis]
+    if product == 1:
+        return None
+    if size % product == 0:
+        return axes
+    if name == "kv_heads":
+        return None
+    raise ValueError(f"dimension {name} of size {size} cannot be sharded over {' x '.join(wanted)} ({product} devices)")
+
+
+def weight_spec(path: str, shape: tuple[int, ...], *, mesh: Mesh, zero: int) -> PartitionSpec:
+    """The sharding of the weight at `path`; `zero` 1 leaves out `fsdp`."""
+    names = axis_names(path) if len(shape) else ()
+    names = ((None,) * (len(shape) - len(names) - stacked(path)) + names)[: len(shape) - stacked(path)]
+    rules = WEIGHTS | {"embed": None} if zero == 1 else WEIGHTS
+    inner = spec(names, shape=shape[stacked(path) :], mesh=mesh, rules=rules)
+    return PartitionSpec(*([None] if stacked(path) else []), *inner)
+
+
+def weight_shardings(params: Any, *, mesh: Mesh, zero: int) -> Any:
+    """A tree like `params` (arrays or shapes) of `NamedSharding`s."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, weight_spec(path_name(path), leaf.shape, mesh=mesh, zero=zero)), params
+    )
+
+
+def optimizer_shardings(opt_state: Any, params: Any, *, mesh: Mesh) -> Any:
+    """A tree like `opt_state`: subtrees shaped like `params` are sharded like fully sharded weights, the rest repeated.
+
+    Left to itself the partitioner would repeat all of it.
+    """
+    weights = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        owner = next((weight for weight in weights if name.endswith("/" + weight)), None)
+        if owner is not None and weights[owner] == leaf.shape:
+            return NamedSharding(mesh, weight_spec(owner, leaf.shape, mesh=mesh, zero=3))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(one, opt_state)
+
+
+def batch_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each [global_batch, sequence] array of a batch lives."""
+    return {field: NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "seq")) for field in BATCH_FIELDS}
+
+
+def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+    """`constrain(x, names)` for a model's activations on `mesh`. Specs, not shardings: it also runs inside a shard_map."""
+
+    def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, spec(names, shape=x.shape, mesh=mesh, rules=ACTIVATIONS))
+
+    return constrain
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path of `jax.tree_util` as `a/b/0/c`."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

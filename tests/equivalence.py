@@ -1,0 +1,82 @@
+"""Equivalence, the method of proof: two configurations must be the same computation.
+
+    assert_same(tiny(), tiny(mesh={"data": 2, "tensor": 2}))
+
+compares losses, gradient norms and canonical parameters over a few steps on fixed random batches.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from meshwright.configs.load import merged, validated
+from meshwright.configs.run import RunConfig
+from meshwright.parallel.layout import canonical
+from meshwright.parallel.mesh import make_mesh
+from meshwright.train.feed import to_devices
+from meshwright.train.program import build
+
+TINY = {
+    "steps": 5,
+    "model": {"vocab": 61, "vocab_multiple": 8, "layers": 2, "embed": 16, "heads": 4, "kv_heads": 2, "mlp": 24},
+    "optimizer": {"learning_rate": 0.01, "clip": 1.0, "weight_decay": 0.1, "warmup_steps": 2},
+    "data": {"source": "synthetic", "tokenizer": {"bytes": True}, "sequence_length": 16, "global_batch": 8},
+    "mesh": {"platform": "cpu"},
+}
+
+
+def tiny(**changes: Any) -> RunConfig:
+    """A two-layer run, with `changes` merged over it."""
+    return validated(merged(TINY, changes))
+
+
+def batches(config: RunConfig, steps: int) -> list[dict[str, np.ndarray]]:
+    """Random packed batches: documents of uneven length, padding, uneven weights; the same for every mesh."""
+    random = np.random.default_rng(0)
+    shape = (config.data.global_batch, config.data.sequence_length)
+    return [packed(random, shape, vocab=config.model.vocab) for _ in range(steps)]
+
+
+def packed(random: np.random.Generator, shape: tuple[int, int], *, vocab: int) -> dict[str, np.ndarray]:
+    """One batch of two documents a row and some padding."""
+    rows, length = shape
+    place = np.arange(length)
+    cut, end = random.integers(2, length // 2, (rows, 1)), random.integers(length // 2 + 1, length + 1, (rows, 1))
+    segments = np.where(place < cut, 1, np.where(place < end, 2, 0)).astype(np.int32)
+    return {
+        "tokens": random.integers(0, vocab, shape, dtype=np.int32),
+        "targets": random.integers(0, vocab, shape, dtype=np.int32),
+        "loss_weights": ((segments > 0) * random.integers(0, 3, shape)).astype(np.float32),
+        "segment_ids": segments,
+        "positions": np.where(place < cut, place, place - cut).astype(np.int32),
+    }
+
+
+def trajectory(config: RunConfig, *, steps: int = 5) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Metrics of every step, and the canonical state after the last."""
+    mesh = make_mesh(config.mesh)
+    program = build(config, mesh)
+    state, step = program.initialized(), program.compiled_step()
+    seen = []
+    for batch in batches(config, steps):
+        state, metrics = step(state, to_devices(batch, config, mesh))
+        seen.append(jax.device_get(metrics))
+    return seen, jax.device_get(canonical({"params": state.params, "opt_state": state.opt_state}, config.model))
+
+
+def assert_same(a: RunConfig, b: RunConfig, *, steps: int = 5, tolerance: float = 2e-5) -> None:
+    """Both runs have the same losses, gradient norms, and canonical parameters and optimizer state after `steps`."""
+    (metrics_a, state_a), (metrics_b, state_b) = trajectory(a, steps=steps), trajectory(b, steps=steps)
+    for number, (one, other) in enumerate(zip(metrics_a, metrics_b, strict=True)):
+        for key in ("loss", "tokens", "grad_norm"):
+            np.testing.assert_allclose(one[key], other[key], rtol=tolerance, err_msg=f"{key} of step {number}")
+    assert_close(state_a, state_b, tolerance=tolerance)
+
+
+def assert_close(a: dict[str, np.ndarray], b: dict[str, np.ndarray], *, tolerance: float) -> None:
+    """Two canonical states are equal, each array relative to its largest element."""
+    assert a.keys() == b.keys(), f"names differ: {sorted(a.keys() ^ b.keys())}"
+    for name, array in a.items():
+        scale = np.abs(array).max() + 1e-6
+        # Adam turns rounding near zero gradients into steps of a learning rate's size: hence 10x.
+        np.testing.assert_allclose(array / scale, b[name] / scale, atol=10 * tolerance, rtol=0, err_msg=name)

@@ -1,0 +1,63 @@
+"""The HLO reader: kinds, axes, bytes, counts, and what sits under a conditional."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from meshwright.configs.parallel import MeshConfig
+from meshwright.parallel import hlo
+from meshwright.parallel.mesh import make_mesh
+
+MESH = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, platform="cpu"))
+
+
+def compiled(f, *specs, out=PartitionSpec(), shape=(8, 16)):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(MESH, spec)) for spec in specs]
+    return jax.jit(f, out_shardings=NamedSharding(MESH, out)).lower(*arguments).compile().as_text()
+
+
+@pytest.mark.parametrize("axes", [("data",), ("fsdp",), ("tensor",), ("data", "tensor"), ("data", "fsdp", "tensor")])
+def test_a_gather_is_seen_on_its_axes_with_its_bytes(axes):
+    found = hlo.collectives(compiled(lambda x: x * 2, PartitionSpec(axes)), MESH)
+    assert {(one.kind, one.axes) for one in found} == {("all-gather", axes)}
+    assert hlo.bytes_by_axes(found) == {"all-gather": {"+".join(axes): 8 * 16 * 4}}
+
+
+def test_a_loop_multiplies_and_a_conditional_is_marked():
+    def loop(x):
+        def body(total, _):
+            summed = jax.lax.cond(total.sum() > 0, lambda t: jax.lax.psum(t, "data"), lambda t: t * 2.0, total)
+            return jax.lax.ppermute(summed, "tensor", [(0, 1), (1, 0)]), None
+
+        return jax.lax.scan(body, x, length=5)[0]
+
+    mapped = jax.shard_map(
+        loop, mesh=MESH, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"), check_vma=False
+    )
+    found = {
+        one.kind: one
+        for one in hlo.collectives(compiled(mapped, PartitionSpec("data"), out=PartitionSpec("data")), MESH)
+    }
+    assert found["collective-permute"].count == 5 and not found["collective-permute"].under_conditional
+    assert found["collective-permute"].axes == ("tensor",)
+    assert found["all-reduce"].under_conditional and found["all-reduce"].axes == ("data",)
+
+
+GROUPS = {
+    "list": ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("tensor",)),
+    "iota": ("replica_groups=[4,2]<=[8]", ("tensor",)),
+    "iota transposed": ("replica_groups=[4,2]<=[2,4]T(1,0)", ("data",)),
+    "pairs": ("source_target_pairs={{0,2},{2,0},{1,3},{3,1}}", ("fsdp",)),
+    "mesh": ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_0'}, dimensions={0}", ("data",)),
+    "mesh transposed": (
+        "replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,2,2]T(0,2,1)) {'a'}, dimensions={0}",
+        ("data", "tensor"),
+    ),
+    "part of a mesh axis": ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}, dimensions={0}", ("tensor",)),
+    "empty": ("replica_groups={}", ("data", "fsdp", "tensor")),
+}
+
+
+@pytest.mark.parametrize(("text", "axes"), GROUPS.values(), ids=GROUPS)
+def test_every_form_of_groups_is_read(text, axes):
+    assert hlo.varying_axes(f"%x = f32[4] all-reduce(%y), {text}, to_apply=%add", MESH) == axes

@@ -1,0 +1,149 @@
+"""From configuration and mesh to compiled programs: how the state is born, where it lives, the step, the evaluation.
+
+program = build(config, mesh)
+state = program.initialized()
+step = program.compiled_step()          # ahead of time; its plan can be read before anything runs
+state, metrics = step(state, batch)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..configs.names import BATCH_FIELDS
+from ..configs.run import RunConfig
+from ..memory import policy
+from ..models.attention.dense import DENSE
+from ..models.attention.interface import attend
+from ..models.context import Context, flat_linear, linear
+from ..models.decoder import graph, initial_params
+from ..parallel.rules import batch_shardings, constrainer, optimizer_shardings, weight_shardings
+from ..parallel.state import TrainState
+from . import optimizers
+from .gradients import Batch, accumulated, plain
+from .recipes.registry import RECIPES
+from .step import Step, make_loss, make_step
+
+# Dtypes of a batch's fields; all are [global_batch, sequence].
+BATCH_DTYPES = dict.fromkeys(BATCH_FIELDS, jnp.int32) | {"loss_weights": jnp.float32}
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything that is computed on devices, for one configuration on one mesh."""
+
+    config: RunConfig
+    mesh: Mesh
+    graph: Any  # the model's structure
+    optimizer: optax.GradientTransformation
+    step: Step  # (state, batch) -> (state, metrics)
+    evaluate: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
+
+    def initial(self) -> TrainState:
+        """The state before step 0, as a pure function of the seed."""
+        key = jax.random.key(self.config.seed)
+        params = initial_params(self.config.model, key, jnp.dtype(self.config.precision.parameters))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            frozen={},
+            opt_state=self.optimizer.init(params),
+            outer=(),
+            rng=jax.random.key_data(jax.random.fold_in(key, 1)),
+        )
+
+    @cached_property
+    def shapes(self) -> TrainState:
+        """The state's shapes and dtypes; allocates nothing."""
+        return jax.eval_shape(self.initial)
+
+    @cached_property
+    def shardings(self) -> TrainState:
+        """Where each array of the state lives."""
+        repeated = NamedSharding(self.mesh, PartitionSpec())
+        zero = self.config.mesh.zero
+        return TrainState(
+            step=repeated,
+            params=weight_shardings(self.shapes.params, mesh=self.mesh, zero=zero),
+            frozen=weight_shardings(self.shapes.frozen, mesh=self.mesh, zero=zero),
+            opt_state=optimizer_shardings(self.shapes.opt_state, self.shapes.params, mesh=self.mesh),
+            outer=(),
+            rng=repeated,
+        )
+
+    @cached_property
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of one global batch."""
+        shape = (self.config.data.global_batch, self.config.data.sequence_length)
+        shardings = batch_shardings(self.mesh)
+        return {
+            field: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[field])
+            for field, dtype in BATCH_DTYPES.items()
+        }
+
+    def initialized(self) -> TrainState:
+        """The state before step 0, born sharded."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self.initial, out_shardings=self.shardings)()
+
+    def compiled_step(self) -> jax.stages.Compiled:
+        """The training step, compiled; it consumes the state it is given."""
+        with jax.set_mesh(self.mesh):
+            jitted = jax.jit(self.step, out_shardings=(self.shardings, None), donate_argnums=0)
+            return jitted.lower(self._abstract_state(), self.batch_shapes).compile()
+
+    def compiled_evaluation(self) -> jax.stages.Compiled:
+        """Loss sums of a batch, compiled."""
+        state = self._abstract_state()
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self.evaluate).lower(state.params, state.frozen, self.batch_shapes).compile()
+
+    def _abstract_state(self) -> TrainState:
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self.shapes,
+            self.shardings,
+        )
+
+
+def build(config: RunConfig, mesh: Mesh) -> Program:
+    """Compose recipe, model, memory policy, gradient engine and optimizer. Allocates nothing."""
+    structure = graph(config.model)
+    loss = make_loss(
+        structure,
+        RECIPES[config.recipe.name],
+        model=config.model,
+        memory=config.memory,
+        context=partial(context, config, mesh),
+    )
+    schedule = optimizers.schedule(config.optimizer, steps=config.steps)
+    optimizer = optimizers.build(config.optimizer, steps=config.steps, spike=config.logging.spike)
+    engine = accumulated(plain(loss, dtype=jnp.dtype(config.precision.gradients)), microbatches=config.microbatches)
+    step = make_step(engine, optimizer, schedule=schedule, dropout=config.model.dropout > 0, spike=config.logging.spike)
+
+    def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        numerator, (weight, _) = loss(params, frozen, batch, None)
+        return numerator, weight
+
+    return Program(config, mesh, structure, optimizer, step, evaluate)
+
+
+def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
+    """What the blocks are told for one batch on one mesh."""
+    chosen = policy.decisions(config.memory, tensors=policy.emitted(config.model))
+    return Context(
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        dropout_keys=keys,
+        attend=partial(attend, DENSE),
+        linear=flat_linear if mesh.shape["seq"] == 1 else linear,
+        constrain=constrainer(mesh),
+        remat=policy.rematerialized(chosen, scanned=config.model.scan),
+        compute=jnp.dtype(config.precision.compute),
+    )

@@ -1,0 +1,94 @@
+"""One optimizer step, as a composition of functions: recipe -> loss -> gradient engine -> optimizer.
+
+step(state, batch) -> (state, metrics)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from ..configs.model import ModelConfig
+from ..configs.parallel import MemoryConfig
+from ..models.context import Context
+from ..parallel.state import TrainState, combine
+from ..parallel.vocabulary import token_logprobs
+from .gradients import Batch, Engine, Loss
+from .optimizers import mean_norm
+from .recipes.registry import Recipe
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_loss(
+    graph: Any, recipe: Recipe, *, model: ModelConfig, memory: MemoryConfig, context: Callable[..., Context]
+) -> Loss:
+    """The recipe's numerator and weight of a batch, by parameters. `context(batch, keys)` tells blocks what they need."""
+
+    def loss(
+        params: Any, frozen: Any, batch: Batch, keys: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, dict]]:
+        ctx = context(batch, keys)
+        decoder = nnx.merge(graph, combine(params, frozen))
+        hidden, _ = decoder.hidden(batch["tokens"], ctx)
+        logprobs = token_logprobs(
+            hidden,
+            decoder.head_kernel(ctx.compute),
+            batch["targets"],
+            vocab=model.vocab,
+            softcap=model.logit_softcap,
+            chunks=memory.loss_chunks,
+            constrain=ctx.constrain,
+        )
+        numerator, weight = recipe(logprobs, batch)
+        return numerator, (weight, {})
+
+    return loss
+
+
+def make_step(
+    engine: Engine,
+    optimizer: optax.GradientTransformation,
+    *,
+    schedule: optax.Schedule,
+    dropout: bool,
+    spike: float | None,
+) -> Step:
+    """A pure step. An update that is not finite, or whose norm is above `spike` times the mean so far, is not applied."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        keys = row_keys(state, rows=batch["tokens"].shape[0]) if dropout else None
+        sums = engine(state.params, state.frozen, batch, keys)
+        weight = jnp.maximum(sums.weight, 1e-9)
+        gradient = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), sums.gradient)
+        norm = optax.global_norm(gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        healthy = jnp.isfinite(norm)
+        if spike is not None:
+            healthy &= norm < spike * mean_norm(state.opt_state)
+        new = dataclasses.replace(
+            state, step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
+        )
+        metrics = {
+            "loss": sums.loss / weight,
+            "tokens": sums.weight,
+            "grad_norm": norm,
+            "learning_rate": schedule(state.step),
+            "skipped": ~healthy,
+            **{name: value / weight for name, value in sums.metrics.items()},
+        }
+        # An update that is not applied still counts as a step, so that the data goes on.
+        kept = dataclasses.replace(state, step=new.step)
+        return jax.tree.map(lambda applied, old: jnp.where(healthy, applied, old), new, kept), metrics
+
+    return step
+
+
+def row_keys(state: TrainState, *, rows: int) -> jax.Array:
+    """One key a row of the global batch: no mesh, microbatch or process count changes what a row draws."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
