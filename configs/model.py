@@ -1,5 +1,9 @@
-"""The decoder's settings, and the families: a family is nothing but a set of defaults for the keys below it."""
+"""The decoder's settings, and the families: a family is nothing but a set of defaults for the keys below it.
 
+A setting that could have no effect beside the others is refused, so that a checkpoint's quirks are never half taken.
+"""
+
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -10,8 +14,8 @@ from .base import Section
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
+    "qwen2": {"qkv_bias": True, "norm_epsilon": 1e-6},
+    "qwen3": {"qk_norm": True, "norm_epsilon": 1e-6},
     "gemma": {
         "activation": "geglu",
         "norm_unit_offset": True,
@@ -27,7 +31,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "linear_bias": True,
         "tied_embeddings": True,
     },
-    "gptj": {"norm": "layer", "activation": "gelu", "linear_bias": True, "parallel_block": True},
 }
 FAMILIES["gemma2"] = FAMILIES["gemma"] | {
     "post_norms": True,
@@ -67,6 +70,30 @@ class RopeConfig(Section):
     attention_factor: float | None = None
     """yarn: multiplies cos and sin; null: 0.1 ln(factor) + 1."""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "RopeConfig":
+        for key in ("theta", "local_theta"):
+            if (theta := getattr(self, key)) is not None and theta <= 1:
+                raise ValueError(f"model.rope.{key}: {theta} must be above 1; 10000 is usual")
+        if self.factor < 1:
+            raise ValueError(f"model.rope.factor: {self.factor} must be at least 1: new length over original_length")
+        if self.scaling == "none" and self.factor != 1:
+            raise ValueError(
+                f"model.rope.factor: {self.factor} has no effect without model.rope.scaling; "
+                "set it to linear, llama3 or yarn"
+            )
+        positive("model.rope", self, ("original_length", "low_frequency_factor", "beta_slow", "attention_factor"))
+        if not self.low_frequency_factor < self.high_frequency_factor:
+            raise ValueError(
+                f"model.rope.low_frequency_factor: {self.low_frequency_factor} must be below "
+                f"model.rope.high_frequency_factor ({self.high_frequency_factor})"
+            )
+        if not self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"model.rope.beta_slow: {self.beta_slow} must be below model.rope.beta_fast ({self.beta_fast})"
+            )
+        return self
+
 
 class ModelConfig(Section):
     """One decoder-only transformer; `family` picks defaults, every key can be set by itself."""
@@ -76,7 +103,7 @@ class ModelConfig(Section):
     vocab: int = 2048
     """Token ids the model knows; the tokenizer's must not exceed it."""
     vocab_multiple: int = 128
-    """Embedding and head rows are padded to a multiple of this, masked out everywhere; the tensor axis must divide it."""
+    """Embedding and head rows are padded to a multiple of this and masked out; mesh.tensor must divide it."""
     layers: int = 4
     """Blocks."""
     embed: int = 192
@@ -104,7 +131,7 @@ class ModelConfig(Section):
     linear_bias: bool = False
     """Biases on the attention projection and the MLP (GPT-2)."""
     activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
-    """swiglu and geglu have a gate (arXiv:2002.05202); gelu has none."""
+    """swiglu and geglu have a gate (arXiv:2002.05202); gelu has none. GELU is the tanh form (GPT-2, Gemma)."""
     position_encoding: Literal["rope", "learned", "none"] = "rope"
     """How a token knows its place."""
     max_positions: int = 1024
@@ -115,8 +142,8 @@ class ModelConfig(Section):
     """The head is the transposed embedding."""
     embedding_scale: bool = False
     """Multiply embeddings by sqrt(embed) (Gemma)."""
-    windows: list[int | None] = [None]
-    """Sliding windows in tokens, a pattern repeated over the layers; null is full attention."""
+    windows: tuple[int | None, ...] = (None,)
+    """Sliding windows in tokens, itself included, a pattern repeated over the layers; null is full attention."""
     attention_softcap: float | None = None
     """Scores become cap * tanh(scores / cap) (Gemma 2)."""
     logit_softcap: float | None = None
@@ -137,29 +164,59 @@ class ModelConfig(Section):
     def _family_defaults(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        family = FAMILIES.get(values.get("family", "llama"), {})
-        merged = family | values
-        if isinstance(family.get("rope"), dict) and isinstance(values.get("rope"), dict):
-            merged["rope"] = family["rope"] | values["rope"]
+        merged = FAMILIES.get(values.get("family", "llama"), {}) | values
+        if merged.get("position_encoding", "rope") != "rope" and "rope" not in values:
+            merged.pop("rope", None)  # the family's rotation has no place in a model without one
+        elif isinstance(rope := values.get("rope"), dict):
+            merged["rope"] = FAMILIES.get(merged.get("family", "llama"), {}).get("rope", {}) | rope
         return merged
 
     @model_validator(mode="after")
-    def _consistent(self) -> "ModelConfig":
-        for key in ("vocab", "vocab_multiple", "layers", "embed", "heads", "mlp"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key}: {getattr(self, key)} must be at least 1")
-        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
-            raise ValueError(f"model.kv_heads: {self.kv_heads} does not divide model.heads ({self.heads})")
+    def _sizes(self) -> "ModelConfig":
+        positive("model", self, ("vocab", "vocab_multiple", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp"))
+        positive("model", self, ("max_positions", "norm_epsilon"))
+        positive("model", self, ("attention_softcap", "logit_softcap", "attention_scale"))
+        if self.heads % self.key_value_heads:
+            raise ValueError(
+                f"model.kv_heads: {self.kv_heads} does not divide model.heads ({self.heads}); use a divisor of it"
+            )
         if self.head_dim is None and self.embed % self.heads:
             raise ValueError(
                 f"model.embed: {self.embed} is not divisible by model.heads ({self.heads}); set model.head_dim"
             )
         if self.position_encoding == "rope" and self.head_width % 2:
-            raise ValueError(f"model.head_dim: {self.head_width} must be even for rope")
+            raise ValueError(
+                f"model.head_dim: {self.head_width} must be even for rope, which turns pairs; "
+                f"set model.head_dim to {self.head_width + 1}"
+            )
         if not self.windows or any(window is not None and window < 1 for window in self.windows):
-            raise ValueError(f"model.windows: {self.windows} must list positive token counts or null, at least one")
+            raise ValueError(
+                f"model.windows: {list(self.windows)} must list positive token counts or null, at least one"
+            )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout: {self.dropout} must be in [0, 1)")
+            raise ValueError(f"model.dropout: {self.dropout} must be at least 0 and below 1; it is a probability")
+        return self
+
+    @model_validator(mode="after")
+    def _everything_has_an_effect(self) -> "ModelConfig":
+        if self.norm == "layer" and self.norm_unit_offset and not self.qk_norm:
+            raise ValueError(
+                "model.norm_unit_offset: true has no effect on model.norm: layer; use norm: rms, or set it to false"
+            )
+        if self.position_encoding != "rope" and self.rope != RopeConfig():
+            raise ValueError(
+                f"model.rope: has no effect with model.position_encoding: {self.position_encoding}; remove one of them"
+            )
+        if self.rope.local_theta is not None and set(self.windows) == {None}:
+            raise ValueError(
+                f"model.rope.local_theta: {self.rope.local_theta} has no effect without a layer with a sliding "
+                "window; set model.windows, or remove it"
+            )
+        if self.attention == "cudnn" and self.attention_softcap is not None:
+            raise ValueError(
+                f"model.attention: cudnn cannot cap scores (model.attention_softcap: {self.attention_softcap}); "
+                "use auto or blockwise"
+            )
         return self
 
     @property
@@ -179,7 +236,22 @@ class ModelConfig(Section):
 
     @property
     def segments(self) -> tuple[tuple[tuple[int | None, ...], int], ...]:
-        """(pattern of block kinds, repeats) in order; a kind is the block's window. Layers = sum of len(pattern) * repeats."""
-        pattern = tuple(self.windows)
-        repeats, rest = divmod(self.layers, len(pattern))
-        return tuple(segment for segment in ((pattern, repeats), (pattern[:rest], 1)) if segment[0] and segment[1])
+        """(pattern of block kinds, repeats) in order; a kind is the block's window. Layers that fill no pattern come last.
+
+        >>> ModelConfig(layers=8, windows=[1024, 1024, None]).segments
+        (((1024, 1024, None), 2), ((1024, 1024), 1))
+        """
+        repeats, rest = divmod(self.layers, len(self.windows))
+        return tuple(
+            (pattern, times)
+            for pattern, times in ((self.windows, repeats), (self.windows[:rest], 1))
+            if pattern and times
+        )
+
+
+def positive(section: str, settings: Section, keys: Iterable[str]) -> None:
+    """Raise ValueError for the first of `keys` that is set and not above 0. Whole numbers start at 1."""
+    for key in keys:
+        if (value := getattr(settings, key)) is not None and not value > 0:
+            least = "at least 1" if isinstance(value, int) else "above 0"
+            raise ValueError(f"{section}.{key}: {value} must be {least}")

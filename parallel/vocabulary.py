@@ -1,14 +1,38 @@
-"""Log-probabilities of the targets with the vocabulary sharded over `tensor`: logits are never gathered.
+"""The two ends of a model whose vocabulary is sharded over `tensor`: rows of the embedding table, and log-probabilities.
 
-The largest logit, the sum of exponentials and the target's own logit are reductions over the vocabulary dimension, so
-each device reduces its columns and three numbers a token cross the link. Statistics are float32. With several chunks
-logits exist for one slice of the sequence at a time and are computed again in the backward pass.
+Neither the table nor the logits are ever gathered. A lookup takes what it has of every token's row and adds zeros for
+the rest, so [tokens, embed] crosses the link. Of the logits, the largest, the sum of exponentials and the target's own
+are reductions over the vocabulary, so each device reduces its columns and three numbers a token cross. Statistics are
+float32. With several chunks logits exist for one slice of the sequence at a time, and again in the backward pass.
+Source: Megatron-LM, arXiv:1909.08053, section 3.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
+
+def lookup(table: jax.Array, tokens: jax.Array, *, shards: int, constrain: Constrain) -> jax.Array:
+    """Rows [batch, sequence, embed] of `table` [padded_vocab, embed] at `tokens` [batch, sequence].
+
+    `shards` is the size of the mesh axis that cuts the vocabulary. A gather along that dimension would make the
+    partitioner collect the table, and all of its gradient; here every shard is indexed by itself. Cast the rows, not the
+    table: the gradient of a frequent token's row is a sum of thousands of terms, in the table's dtype.
+    """
+    if shards == 1:
+        return jnp.take(table, tokens, axis=0)
+    vocab, embed = table.shape
+    rows = vocab // shards
+    cut = constrain(table.reshape(shards, rows, embed), ("vocab", None, None))
+    local = tokens[None] - (jnp.arange(shards, dtype=tokens.dtype) * rows).reshape(shards, 1, 1)
+    mine = (local >= 0) & (local < rows)
+    local = constrain(jnp.where(mine, local, 0), ("vocab", "batch", "sequence"))
+    found = jax.vmap(lambda part, index: part.at[index].get(mode="promise_in_bounds"))(cut, local)
+    found = constrain(found, ("vocab", "batch", "sequence", None))
+    return jnp.where(mine[..., None], found, 0).sum(axis=0)
 
 
 def token_logprobs(
@@ -19,41 +43,66 @@ def token_logprobs(
     vocab: int,
     softcap: float | None,
     chunks: int,
-    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array],
+    constrain: Constrain,
+    shards: tuple[int, int] = (1, 1),
 ) -> jax.Array:
     """log p(targets) [batch, sequence] float32, from hidden [batch, sequence, embed] and kernel [embed, padded_vocab].
 
-    Columns at and beyond `vocab` are padding. `chunks` must divide each device's part of the sequence.
+    Columns at and beyond `vocab` are padding. `shards` is how often the mesh cuts (batch, sequence); `chunks` must
+    divide a device's part of the sequence.
     """
+    # One copy of the kernel a shard: gathered once before the loop over chunks, its gradient reduced once after it.
+    # With a single kernel the partitioner does both in every chunk.
+    copies = jnp.broadcast_to(kernel, (*shards, *kernel.shape))
+    copies = constrain(copies, ("batch", "sequence", None, "vocab"))
 
     def one(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        scores = logits(hidden, kernel, vocab=vocab, softcap=softcap, constrain=constrain)
+        hidden = constrain(hidden, ("batch", "sequence", None, None, None))
+        tokens = hidden.reshape(*shards, -1, hidden.shape[-1])  # one flat product a device
+        scores = constrain(
+            jnp.einsum("rpte,rpev->rptv", tokens, copies, preferred_element_type=jnp.float32),
+            ("batch", "sequence", None, "vocab"),
+        )
+        scores = finished(scores, vocab=vocab, softcap=softcap)
         # Not take_along_axis: a gather along the sharded dimension would collect the logits first.
-        target = jnp.where(jnp.arange(scores.shape[-1]) == targets[..., None], scores, 0).sum(axis=-1)
-        return target - jax.nn.logsumexp(scores, axis=-1)
+        wanted = targets.reshape(*shards, -1, 1)
+        target = jnp.where(jnp.arange(scores.shape[-1]) == wanted, scores, 0).sum(axis=-1)
+        return (target - jax.nn.logsumexp(scores, axis=-1)).reshape(targets.shape)
 
+    parts = [cut(x, shards=shards, chunks=chunks) for x in (hidden, targets)]
     if chunks == 1:
-        return one(hidden, targets)
-    # Chunk i takes tokens i, i + chunks, ...: the sharded dimension stays the major one and nothing moves.
-    batch, sequence = targets.shape
-    cut = [jnp.moveaxis(x.reshape(batch, sequence // chunks, chunks, *x.shape[2:]), 2, 0) for x in (hidden, targets)]
-    parts = jax.lax.map(lambda pair: jax.checkpoint(one)(*pair), tuple(cut))
-    return jnp.moveaxis(parts, 0, 2).reshape(batch, sequence)
+        return joined(one(*(part[0] for part in parts))[None], shape=targets.shape)
+    return joined(jax.lax.map(lambda pair: jax.checkpoint(one)(*pair), tuple(parts)), shape=targets.shape)
+
+
+def cut(x: jax.Array, *, shards: tuple[int, int], chunks: int) -> jax.Array:
+    """[batch, sequence, ...] -> [chunks, batch shard, sequence shard, rows, tokens, ...], moving nothing.
+
+    Chunk i takes tokens i, i + chunks, ... of each shard: what is sharded stays the major part of its dimension.
+    """
+    batch, sequence = x.shape[:2]
+    rows, pieces = shards
+    x = x.reshape(rows, batch // rows, pieces, sequence // (pieces * chunks), chunks, *x.shape[2:])
+    return x.transpose(4, 0, 2, 1, 3, *range(5, x.ndim))
+
+
+def joined(parts: jax.Array, *, shape: tuple[int, int]) -> jax.Array:
+    """The inverse of `cut`: parts [chunks, batch shard, sequence shard, rows, tokens] -> `shape` [batch, sequence]."""
+    return parts.transpose(1, 3, 2, 4, 0).reshape(shape)
 
 
 def logits(
-    hidden: jax.Array,
-    kernel: jax.Array,
-    *,
-    vocab: int,
-    softcap: float | None,
-    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array],
+    hidden: jax.Array, kernel: jax.Array, *, vocab: int, softcap: float | None, constrain: Constrain
 ) -> jax.Array:
     """float32 [batch, sequence, padded_vocab], sharded over the vocabulary; -inf in padding columns."""
     scores = jnp.dot(constrain(hidden, ("batch", "sequence", None)), kernel, preferred_element_type=jnp.float32)
-    scores = constrain(scores, ("batch", "sequence", "vocab"))
+    return finished(constrain(scores, ("batch", "sequence", "vocab")), vocab=vocab, softcap=softcap)
+
+
+def finished(scores: jax.Array, *, vocab: int, softcap: float | None) -> jax.Array:
+    """softcap * tanh(scores / softcap), and -inf from column `vocab` on."""
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    if vocab == kernel.shape[-1]:
+    if vocab == scores.shape[-1]:
         return scores
-    return jnp.where(jnp.arange(kernel.shape[-1]) < vocab, scores, -jnp.inf)
+    return jnp.where(jnp.arange(scores.shape[-1]) < vocab, scores, -jnp.inf)

@@ -1,4 +1,4 @@
-"""From a host's batch to global arrays on the mesh."""
+"""From a host's rows to global arrays on the mesh."""
 
 from collections.abc import Mapping
 
@@ -10,10 +10,32 @@ from ..configs.run import RunConfig
 from ..parallel.rules import batch_shardings
 
 
-def to_devices(batch: Mapping[str, np.ndarray], config: RunConfig, mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays [global_batch, sequence] from this process's rows of each field."""
+def local_rows(config: RunConfig, mesh: Mesh) -> slice:
+    """The rows of every global batch that this process's devices hold."""
     shape = (config.data.global_batch, config.data.sequence_length)
-    return {
-        field: jax.make_array_from_process_local_data(sharding, batch[field], shape)
-        for field, sharding in batch_shardings(mesh).items()
-    }
+    indices = batch_shardings(mesh)["tokens"].addressable_devices_indices_map(shape).values()
+    bounds = [index[0].indices(shape[0])[:2] for index in indices]
+    return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+
+
+def to_devices(
+    batch: Mapping[str, np.ndarray], config: RunConfig, mesh: Mesh, *, order: np.ndarray | None = None
+) -> dict[str, jax.Array]:
+    """Global arrays [global_batch, sequence] from this process's `local_rows` of each field.
+
+    `order` [sequence] deals the tokens to the devices of the `seq` axis: place i of the result is token order[i], in
+    every field alike.
+    """
+    shape = (config.data.global_batch, config.data.sequence_length)
+    first = local_rows(config, mesh).start
+
+    def place(field: str, sharding: jax.sharding.NamedSharding) -> jax.Array:
+        rows = batch[field] if order is None else batch[field][:, order]
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            return rows[start - first : stop - first, index[1]]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {field: place(field, sharding) for field, sharding in batch_shardings(mesh).items()}

@@ -19,10 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..configs.names import BATCH_FIELDS
 from ..configs.run import RunConfig
 from ..memory import policy
-from ..models.attention.dense import DENSE
-from ..models.attention.interface import attend
 from ..models.context import Context, flat_linear, linear
 from ..models.decoder import graph, initial_params
+from ..parallel.attention import sharded_attention
 from ..parallel.rules import batch_shardings, constrainer, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState
 from . import optimizers
@@ -141,9 +140,10 @@ def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None)
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
         dropout_keys=keys,
-        attend=partial(attend, DENSE),
+        attend=sharded_attention(config.model.attention, mesh=mesh, strategy=config.sequence.parallel),
         linear=flat_linear if mesh.shape["seq"] == 1 else linear,
         constrain=constrainer(mesh),
         remat=policy.rematerialized(chosen, scanned=config.model.scan),
         compute=jnp.dtype(config.precision.compute),
     )
+

@@ -5,14 +5,14 @@
     out    = exp(scores - lse) @ v
 
 An `Implementation` is a pair of functions, forward and backward, and a third that says what it cannot do. The backward
-pass is FlashAttention-2's: it rebuilds the probabilities from the *global* log-sum-exp instead of from its own keys, so a
-caller may hand it the keys piece by piece (ring attention) and add up what comes back:
+pass is FlashAttention-2's: it rebuilds the probabilities from the *global* log-sum-exp instead of from its own keys, so
+that a caller may hand it the keys piece by piece (ring attention) and add up what comes back:
 
     p = exp(scores - lse)      delta = rowsum(d_out * out)      d_scores = p * (d_out @ v^T - delta)
 
-Shapes: q, out [batch, queries, heads, head_dim]; k, v [batch, keys, kv_heads, head_dim], heads a multiple of kv_heads and
-query head h reading key head h // (heads // kv_heads); lse [batch, queries, heads]. A query that sees no key at all has
-out 0, lse -inf and no gradient. Source: FlashAttention-2, arXiv:2307.08691, section 3.1.
+Shapes: q, out [batch, queries, heads, head_dim]; k, v [batch, keys, kv_heads, head_dim], heads a multiple of kv_heads
+and query head h reading key head h // (heads // kv_heads); lse [batch, queries, heads]. A query that sees no key at all
+has out 0, lse -inf and no gradient. Source: FlashAttention-2, arXiv:2307.08691, section 3.1.
 """
 
 from collections.abc import Callable

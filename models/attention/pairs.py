@@ -1,7 +1,7 @@
 """Long or reordered sequences: tiles of one query block and one key block, only those that have a visible pair.
 
-For every block of queries a list of key blocks is made from the smallest and the largest index in each block, when the
-program is compiled if the order is plain, otherwise from the indices that arrive (a zigzag slice, a key cache): then the
+Every block of queries gets a list of key blocks, made from the smallest and the largest index in each block: when the
+program is compiled if the order is plain, else from the indices that arrive (a zigzag slice, a key cache), and then the
 inner loop's length is known only at run time. The forward pass rescales a running softmax (arXiv:2307.08691, algorithm
 1); the backward pass keeps dq of one query block and adds into dk, dv. No array is larger than the inputs and a tile.
 

@@ -10,7 +10,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {each.name: each for each in (DENSE
 
 
 def choose(name: str, *, mask: Mask, where: Where, q, k, platform: str) -> Implementation:
-    """The implementation called `name` ("auto": cudnn where it refuses nothing, else blockwise) for arrays like q and k.
+    """The implementation called `name` for arrays like q and k; "auto" is cudnn unless it refuses, then blockwise.
 
     q, k and the members of `where` need only have `shape` and `dtype`, so `jax.ShapeDtypeStruct` will do. `platform` is
     the devices' ("cpu", "gpu"). Raises UserError on an unknown name, and on a named implementation that refuses.

@@ -1,7 +1,7 @@
 """The arithmetic of one tile of scores, some queries against some keys, that `dense`, `rows` and `pairs` share.
 
-Tiles are head-major, [batch, kv_heads, rows, head_dim]: the `group` query heads that read one key head are stacked along
-`rows`, group first, so that grouped and multi-query attention are the same two matrix products as plain attention.
+Tiles are head-major, [batch, kv_heads, rows, head_dim]: the `group` query heads that read one key head are stacked
+along `rows`, group first, so that grouped and multi-query attention are the same matrix products as plain attention.
 Statistics are float32; matrix products take the inputs' type and accumulate in float32.
 """
 
@@ -87,7 +87,7 @@ def log_sum_exp(maximum: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def tile_gradients(q, k, v, lse, delta, d_out, seen, mask: Mask):
-    """What one tile adds to dq [batch, kv_heads, rows, head_dim] and to dk, dv [batch, kv_heads, head_dim, keys], float32.
+    """What one tile adds to dq [batch, kv_heads, rows, head_dim], dk and dv [batch, kv_heads, head_dim, keys]; float32.
 
     `lse` and `delta` = rowsum(d_out * out), [batch, kv_heads, rows], are over all keys, of which the tile may see some.
     """

@@ -1,0 +1,36 @@
+# Everything a fresh clone needs. `make quickstart` and `make test` work from nothing but Python >= 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: help setup quickstart test test-all lint clean
+
+help:
+	@echo "make setup       a virtual environment in $(VENV) with pinned dependencies"
+	@echo "make quickstart  train a small language model on 8 simulated devices, with a report"
+	@echo "make test        all tests but the slow ones;  make test-all  all of them"
+	@echo "make lint        ruff"
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+setup: $(VENV)/.done
+
+quickstart: setup
+	$(BIN)/meshwright train quickstart
+
+test: setup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

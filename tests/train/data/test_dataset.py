@@ -1,0 +1,88 @@
+"""Samples by number: a function of (seed, epoch, index), every token once an epoch, nothing shared with held-out."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from meshwright.train.data.dataset import HeldOut, HeldOutPart, Shuffled
+from meshwright.train.data.packing import PACKERS
+
+LENGTHS = [5, 2, 21, 9, 3, 8, 4, 12, 6, 30]
+
+
+def shuffled(stores, packing, *, seed=0, documents=None):
+    store = stores(LENGTHS)
+    return Shuffled(store, np.arange(len(store)) if documents is None else documents, packing=packing, key=(seed, 1))
+
+
+def content(dataset, indices):
+    """The rows as comparable values, in order."""
+    return [tuple(dataset.row(index)["targets"].tolist()) for index in indices]
+
+
+def predicted(dataset, indices):
+    """How often each token is a target, over some samples."""
+    counts = Counter()
+    for index in indices:
+        row = dataset.row(index)
+        counts.update(row["targets"][row["loss_weights"] == 1].tolist())
+    return counts
+
+
+@pytest.mark.parametrize("method", PACKERS)
+@pytest.mark.parametrize("epoch", [0, 1, 5])
+def test_an_epoch_predicts_every_token_once(stores, packings, method, epoch):
+    dataset = shuffled(stores, packings(method))
+    rows = dataset.rows_per_epoch(epoch)
+    counts = predicted(dataset, range(epoch * rows, (epoch + 1) * rows))
+    assert counts == Counter(stores(LENGTHS).tokens.tolist())
+
+
+@pytest.mark.parametrize("method", PACKERS)
+def test_the_same_integers_give_the_same_sample(stores, packings, method):
+    once, again = (shuffled(stores, packings(method)) for _ in range(2))
+    indices = [0, 40, 2, 17, 1]
+    assert content(once, indices) == content(again, reversed(indices))[::-1]
+
+
+def test_another_seed_or_epoch_gives_another_order(stores, packings):
+    dataset = shuffled(stores, packings())
+    rows = dataset.rows_per_epoch()
+    first = content(dataset, range(rows))
+    assert first != content(dataset, range(rows, 2 * rows))
+    assert first != content(shuffled(stores, packings(), seed=1), range(rows))
+
+
+def test_documents_outside_a_window_are_never_packed_with_it(stores, packings):
+    """Windows are dealt once: which documents may share a row does not change from epoch to epoch."""
+    dataset = shuffled(stores, packings())
+    together = set()
+    for index in range(20 * dataset.rows_per_epoch()):
+        documents = {int(token) // 100 for token in dataset.row(index)["targets"] if token >= 100}
+        together |= {(a, b) for a in documents for b in documents}
+    groups = {frozenset(b for a, b in together if a == document) for document, _ in together}
+    assert sum(len(group) for group in groups) == len({a for a, _ in together}), "windows overlap"
+
+
+def test_held_out_rows_hold_the_other_documents_in_order_then_padding(stores, packings):
+    store, packing = stores(LENGTHS), packings()
+    out = np.array([2, 7, 9])
+    held_out = HeldOut([HeldOutPart(None, store, out), HeldOutPart(None, store, out[:1])], packing=packing)
+    kept = np.setdiff1d(np.arange(len(LENGTHS)), out)
+    trained = set(predicted(shuffled(stores, packing, documents=kept), range(50))) - {1}
+    evaluated = predicted(held_out, range(held_out.padded_rows(16)))
+    assert not trained & set(evaluated)
+    assert evaluated.total() == held_out.tokens == 21 + 12 + 30 + 21
+    assert held_out.row(0)["targets"].tolist() == [300, 301, 302, 303, 304, 305, 306, 307]
+    assert held_out.padded_rows(16) % 16 == 0
+    assert not held_out.row(held_out.rows)["loss_weights"].any()
+    assert held_out.row(held_out.rows - 1)["loss_weights"].any()
+
+
+def test_held_out_bytes_count_what_its_texts_hold(stores, packings):
+    texts = ["xyz" * n for n in range(len(LENGTHS))]
+    held_out = HeldOut([HeldOutPart(texts, stores(LENGTHS), np.array([1, 4]))], packing=packings())
+    assert list(held_out.texts()) == [texts[1], texts[4]]
+    assert held_out.bytes == 4 * (LENGTHS[1] + LENGTHS[4])  # as the store counted them
+    assert held_out.documents == 2

@@ -1,0 +1,65 @@
+"""Mixtures: exact portions in every block, each source read through in its own order, by number."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshwright.configs.errors import UserError
+from meshwright.train.data.mixture import BLOCK, Mixture, portions
+
+
+class Numbers:
+    """Row `index` says which source it is from and its number there."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def row(self, index):
+        return {"from": (self.source, index)}
+
+    def rows_per_epoch(self, epoch=0):
+        return 10
+
+
+def mixture(*weights, seed=0):
+    return Mixture([Numbers(source) for source in range(len(weights))], weights=weights, key=(seed, 0))
+
+
+@pytest.mark.parametrize("block", [0, 3])
+def test_every_block_holds_the_exact_portions(block):
+    mixed = mixture(1, 2, 5)
+    counts = Counter(mixed.place(index)[0] for index in range(block * BLOCK, (block + 1) * BLOCK))
+    assert counts == {0: BLOCK // 8, 1: BLOCK // 4, 2: 5 * BLOCK // 8}
+
+
+def test_each_source_is_read_from_its_beginning_without_a_gap():
+    mixed = mixture(1, 2.5)
+    rows = [mixed.row(index)["from"] for index in range(BLOCK + 300)]
+    for source in (0, 1):
+        within = [index for where, index in rows if where == source]
+        assert within == list(range(len(within)))
+
+
+def test_blocks_and_seeds_are_shuffled_differently():
+    def sources(mixed, start):
+        return [mixed.place(start + index)[0] for index in range(200)]
+
+    assert sources(mixture(1, 1), 0) == sources(mixture(1, 1), 0)
+    assert sources(mixture(1, 1), 0) != sources(mixture(1, 1), BLOCK)
+    assert sources(mixture(1, 1), 0) != sources(mixture(1, 1, seed=1), 0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
+def test_portions_are_within_one_row_of_the_weights(weights):
+    counts = portions(weights, block=1 << 20)
+    assert counts.sum() == 1 << 20
+    assert np.abs(counts - np.array(weights) / sum(weights) * (1 << 20)).max() < 1
+
+
+def test_a_weight_that_rounds_to_nothing_is_refused():
+    with pytest.raises(UserError, match=r"data\.mixture\.1\.weight: 1e-05 is less than 1/2048"):
+        mixture(1, 1e-5)

@@ -1,0 +1,72 @@
+"""Packers, one battery for all: no token lost, none twice, no row too full, and as few rows as promised."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from meshwright.train.data.packing import PACKERS, best_fit, best_fit_rows, concat
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30).map(np.array)
+ROW = st.integers(1, 16)
+
+
+@pytest.mark.parametrize("method", PACKERS)
+@settings(deadline=None, max_examples=60)
+@given(lengths=LENGTHS, row=ROW)
+def test_each_token_lies_in_exactly_one_piece(method, lengths, row):
+    pieces = PACKERS[method](lengths, row)
+    counts = [np.zeros(length, int) for length in lengths]
+    for document, start, length in zip(pieces.document, pieces.start, pieces.length, strict=True):
+        assert start + length <= lengths[document]
+        counts[document][start : start + length] += 1
+    assert all((count == 1).all() for count in counts)
+
+
+@pytest.mark.parametrize("method", PACKERS)
+@settings(deadline=None, max_examples=60)
+@given(lengths=LENGTHS, row=ROW)
+def test_rows_are_numbered_in_order_and_never_overfull(method, lengths, row):
+    pieces = PACKERS[method](lengths, row)
+    assert (np.diff(pieces.row) >= 0).all()
+    used = np.bincount(pieces.row, weights=pieces.length)
+    assert used.min() >= 1
+    assert used.max() <= row
+
+
+@pytest.mark.parametrize("method", PACKERS)
+@settings(deadline=None, max_examples=60)
+@given(lengths=LENGTHS, row=ROW, seed=st.integers(0, 1000))
+def test_rows_do_not_depend_on_the_order_of_documents(method, lengths, row, seed):
+    shuffled = np.random.default_rng(seed).permutation(lengths)
+    assert PACKERS[method](shuffled, row).row.max() == PACKERS[method](lengths, row).row.max()
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=LENGTHS, row=ROW)
+def test_concat_pads_the_last_row_only(lengths, row):
+    used = np.bincount(concat(lengths, row).row, weights=concat(lengths, row).length)
+    assert (used[:-1] == row).all()
+    assert len(used) == -(-lengths.sum() // row)
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=LENGTHS, row=ROW)
+def test_best_fit_cuts_only_what_is_longer_than_a_row(lengths, row):
+    pieces = best_fit(lengths, row)
+    assert (np.bincount(pieces.document) == -(-lengths // row)).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=30))
+def test_best_fit_opens_a_row_only_when_no_open_one_has_room(lengths):
+    """Against the definition, spelt out: among the rows with room, one with the least."""
+    lengths = sorted(lengths, reverse=True)
+    room: list[int] = []
+    for length, row in zip(lengths, best_fit_rows(lengths, 16), strict=True):
+        fits = [left for left in room if left >= length]
+        if row == len(room):
+            assert not fits
+            room.append(16)
+        else:
+            assert room[row] == min(fits)
+        room[row] -= length

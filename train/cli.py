@@ -1,0 +1,223 @@
+"""The command line: `meshwright VERB`. Imports no JAX; a verb brings in what it needs.
+
+Exit codes: 0 done, 2 the user's mistake (one clear line), 75 stopped on request and saved (start again), 1 the rest.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..configs import load as loading
+from ..configs.errors import MeshwrightError, UserError
+from ..configs.run import RunConfig
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+recipes_app = typer.Typer(no_args_is_help=True, help="The shipped configurations.")
+data_app = typer.Typer(no_args_is_help=True, help="What the model will read.")
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(data_app, name="data")
+
+Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RunPath = Annotated[str, typer.Argument(help="A run directory, e.g. runs/quickstart.")]
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train, or go on where the run of that name stopped."""
+    loaded = loading.load(config, overrides=overrides or ())
+    from .launch.world import world
+    from .run import train as run
+
+    place = world()
+    summary = run(loaded, world=place)
+    if place.first:
+        from .closing import closing_words
+
+        typer.echo(closing_words(summary))
+
+
+@app.command()
+def launch(
+    config: Config,
+    overrides: Overrides = None,
+    engine: Annotated[str, typer.Option(help="Where the processes run: local.")] = "local",
+    processes: Annotated[int | None, typer.Option(help="Processes; default launch.processes.")] = None,
+    devices_per_process: Annotated[int | None, typer.Option(help="Simulated devices of each.")] = None,
+) -> None:
+    """Train in several processes."""
+    if engine != "local":
+        raise UserError.no_match("--engine", [engine], known=["local"])
+    loaded = loading.load(config, overrides=overrides or ())
+    settings = loaded.launch
+    from .launch.local import launch as start
+
+    start(
+        ["train", config, *(overrides or ())],
+        processes=processes or settings.processes,
+        devices_per_process=devices_per_process or settings.devices_per_process,
+        coordinator=settings.coordinator,
+    )
+
+
+@app.command()
+def validate(
+    config: Config,
+    overrides: Overrides = None,
+    deep: Annotated[bool, typer.Option(help="Also trace the model and open the data.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a configuration; allocates nothing."""
+    loaded = loading.load(config, overrides=overrides or ())
+    if deep:
+        from .deep import check
+
+        check(loaded)
+    typer.echo(loaded.model_dump_json(indent=1) if as_json else f"{config}: good ({summary_line(loaded)})")
+
+
+def summary_line(config: RunConfig) -> str:
+    """A configuration in a few words."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in config.mesh.sizes.items() if size != 1) or "one device"
+    model = config.model
+    return f"{model.family}, {model.layers} layers of {model.embed}, {axes}, {config.steps} steps"
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of a configuration, for editors."""
+    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=1))
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """List the shipped configurations."""
+    for name in loading.recipes():
+        head = loading.find(name).read_text().splitlines()[0].removeprefix("#").strip()
+        typer.echo(f"{name:28} {head}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: str) -> None:
+    """Print a shipped configuration."""
+    typer.echo(loading.find(name).read_text(), nl=False)
+
+
+@recipes_app.command("cp")
+def recipes_cp(name: str, target: Path) -> None:
+    """Copy a shipped configuration, to make it yours."""
+    if target.is_dir():
+        target = target / f"{Path(name).name}.yaml"
+    if target.exists():
+        raise UserError(f"{target} exists; choose another name, nothing is overwritten")
+    shutil.copyfile(loading.find(name), target)
+    typer.echo(f"{target}: run it with `meshwright train {target}`")
+
+
+@data_app.command("preview")
+def data_preview(config: Config, overrides: Overrides = None, rows: int = 2) -> None:
+    """Print the first rows a run will see, tokens coloured by their weight in the loss."""
+    loaded = loading.load(config, overrides=overrides or ())
+    from rich.console import Console
+
+    from .data.assemble import build
+    from .data.preview import render
+
+    Console().print(render(build(loaded.data, seed=loaded.seed, model_vocab=loaded.model.vocab), rows=rows))
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Memory, FLOPs, communication and the sharding of every array; allocates nothing."""
+    loaded = loading.load(config, overrides=overrides or ())
+    from rich.console import Console
+
+    from .deep import prepared
+    from .plan import make_plan, render
+
+    program = prepared(loaded)
+    made = make_plan(program, program.compiled_step())
+    if as_json:
+        typer.echo(json.dumps(made, indent=1))
+    else:
+        Console().print(render(made))
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompts: Annotated[list[str], typer.Argument(help="Texts to continue.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens of this total probability.")] = None,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue texts with a trained model."""
+    from .use import generate as continued
+
+    texts = continued(
+        Path(run), prompts, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
+    if as_json:
+        typer.echo(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)], indent=1))
+    else:
+        for prompt, text in zip(prompts, texts, strict=True):
+            typer.echo(prompt + text)
+
+
+@app.command()
+def evaluate(run: RunPath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Held-out loss, perplexity and bits per byte of a run's newest checkpoint."""
+    from .use import evaluate as evaluated
+
+    values = evaluated(Path(run), overrides or [])
+    typer.echo(json.dumps(values) if as_json else "\n".join(f"{name:24} {value:.4f}" for name, value in values.items()))
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write report.html of a run."""
+    from .directory import read_config
+    from .report.html import write_report
+
+    read_config(Path(run))
+    typer.echo(str(write_report(Path(run))))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, devices, collectives, memory kinds, and what is missing for what."""
+    from .doctor import main as examined
+
+    raise typer.Exit(examined(as_json=as_json))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="step, attention")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Passed on.")] = None,
+) -> None:
+    """Measure against a peer or a bound, in one process."""
+    from .bench import run
+
+    run(name, arguments or [])
+
+
+def main() -> None:
+    """Run a verb; turn errors into one line and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except MeshwrightError as error:
+        print(f"meshwright: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The whole data path in order: open the sources, split, tokenize, pack, mix."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ...configs.data import DataConfig, MixtureSource
+from ...configs.errors import UserError
+from .cache import cache_directory, cached
+from .dataset import Dataset, HeldOut, HeldOutPart, Packing, Shuffled
+from .documents import Documents, digest, texts
+from .mixture import Mixture
+from .rows import RowShape
+from .sources import open_source, open_stream
+from .split import below, held_out, identity
+from .store import TokenStore, tokenized
+from .streaming import Stream, Streamed
+from .tokenizer import Tokenizer, check_tokenizer, load, tokenizer_for, train
+
+logger = logging.getLogger(__name__)
+MIXING = 0  # the mixture's own key, where source number n has n + 1
+
+
+@dataclass(frozen=True)
+class Data:
+    """All a run needs to know about its data."""
+
+    tokenizer: Tokenizer
+    train: Dataset
+    held_out: HeldOut | None  # None where data.held_out is 0
+    fingerprint: str  # of everything but the seed that decides what sample i holds
+    summary: dict[str, int]  # what `summary` counts
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of the mixture, opened."""
+
+    key: str  # where its settings stand, for errors
+    documents: Documents  # all of them; of a stream those of its first window
+    stream: Stream | None
+
+    @property
+    def fingerprint(self) -> str:
+        return self.stream.fingerprint if self.stream else self.documents.fingerprint
+
+
+def build(data: DataConfig, *, seed: int, model_vocab: int | None = None) -> Data:
+    """Read, split, tokenize and pack what `data` describes; all that takes time is cached.
+
+    `model_vocab` is checked against the tokenizer (default: not). Raises UserError where the data cannot be used.
+    """
+    cache = cache_directory(data.cache)
+    sources = [
+        opened(
+            source, key=f"data.mixture.{number}" if data.mixture else "data", window=data.packing.window, cache=cache
+        )
+        for number, source in enumerate(data.sources)
+    ]
+    tokenizer = tokenizer_for(data.tokenizer) or trained_tokenizer(sources, data, cache=cache)
+    if model_vocab is not None:
+        check_tokenizer(tokenizer, model_vocab)
+    packing = Packing(data.packing.method, data.packing.window, RowShape.of(tokenizer, data.sequence_length))
+
+    training, parts = [], []
+    for number, source in enumerate(sources, start=1):
+        store = tokenized(source.documents, tokenizer, cache=cache)
+        out = held_out(store.identities, fraction=data.held_out)
+        check_enough(source, store, out=out, data=data)
+        parts.append(HeldOutPart(source.documents, store, np.flatnonzero(out)))
+        if source.stream:
+            key = (seed, number)
+            windows = stream_windows(source.stream, tokenizer, held=parts[-1], data=data, packing=packing, key=key)
+            training.append(Streamed(windows, key=key))
+        else:
+            training.append(Shuffled(store, np.flatnonzero(~out), packing=packing, key=(seed, number)))
+    weights = [source.weight for source in data.sources]
+    mixed = Mixture(training, weights=weights, key=(seed, MIXING)) if data.mixture else training[0]
+    evaluation = HeldOut(parts, packing=packing) if data.held_out else None
+    return Data(tokenizer, mixed, evaluation, fingerprint(data, sources, tokenizer=tokenizer), summary(parts, mixed))
+
+
+def opened(source: MixtureSource, *, key: str, window: int, cache: Path) -> Source:
+    """The documents of one source. Raises UserError when there are none."""
+    if not source.streaming:
+        return Source(key, open_source(source, key=key, cache=cache), stream=None)
+    stream = open_stream(source, window=window, cache=cache)
+    return Source(key, stream.window(0), stream)
+
+
+def stream_windows(
+    stream: Stream,
+    tokenizer: Tokenizer,
+    *,
+    held: HeldOutPart,
+    data: DataConfig,
+    packing: Packing,
+    key: tuple[int, ...],
+) -> Callable[[int], tuple[Shuffled, bool]]:
+    """The function from a window's number to its samples that `Streamed` asks for.
+
+    Beside the documents `below` the fraction, copies of those evaluated on are left out.
+    """
+    cache = cache_directory(data.cache)
+    evaluated = held.store.identities[held.documents]
+
+    def window(number: int) -> tuple[Shuffled, bool]:
+        documents = stream.window(number)
+        store = tokenized(documents, tokenizer, cache=cache)
+        out = below(store.identities, fraction=data.held_out) | np.isin(store.identities, evaluated)
+        kept = np.flatnonzero(~out)
+        return Shuffled(store, kept, packing=packing, key=(*key, number)), len(documents) < stream.size
+
+    return window
+
+
+def trained_tokenizer(sources: list[Source], data: DataConfig, *, cache: Path) -> Tokenizer:
+    """A BPE of the training documents of all sources, each read twice: to split, and to count."""
+    import tokenizers
+
+    vocab = data.tokenizer.vocab
+    fingerprints = [source.documents.fingerprint for source in sources]
+    key = digest("bpe-1", tokenizers.__version__, str(vocab), str(data.held_out), *fingerprints)
+
+    def write(directory: Path) -> None:
+        logger.info("training a tokenizer of %d ids", vocab)
+        documents = [source.documents for source in sources]
+        train(training_texts(documents, fraction=data.held_out), vocab=vocab).save(directory)
+
+    return cached(cache / "tokenizers" / key, read=load, write=write)
+
+
+def training_texts(sources: list[Documents], *, fraction: float) -> Iterator[str]:
+    """The text of every document that is not held out."""
+    for source in sources:
+        out = held_out([identity(text) for _, text in texts(source)], fraction=fraction)
+        for hidden, (_, text) in zip(out, texts(source), strict=True):
+            if not hidden:
+                yield text
+
+
+def check_enough(source: Source, store: TokenStore, *, out: np.ndarray, data: DataConfig) -> None:
+    """Raise UserError where a source has no text, fills no row, or has nothing to hold out."""
+    if not len(store):
+        raise UserError(f"{source.key}: every document of the source is empty; it must hold text")
+    tokens = int(store.lengths[~out].sum())
+    if tokens < data.sequence_length and not source.stream:
+        raise UserError(
+            f"data.sequence_length: {data.sequence_length} tokens make a row, but {source.key} has only {tokens} to "
+            f"train on ({len(store)} documents, {int(store.lengths.sum())} tokens in all); shorten it or add text"
+        )
+    if data.held_out and not out.any():
+        remedy = (
+            "raise data.packing.window" if source.stream else f"set {source.key}.separator, e.g. '\\n\\n', add files"
+        )
+        raise UserError(
+            f"data.held_out: {data.held_out} of {len(store)} document leaves nothing to hold out; {remedy}, "
+            "or set data.held_out to 0"
+        )
+
+
+def fingerprint(data: DataConfig, sources: list[Source], *, tokenizer: Tokenizer) -> str:
+    """Equal for equal samples: sources, weights, tokenizer, packing and split; the seed is the run's."""
+    settings = (data.sequence_length, data.packing.method, data.packing.window, data.held_out)
+    weights = [str(source.weight) for source in data.sources] if data.mixture else []
+    return digest(*(source.fingerprint for source in sources), tokenizer.fingerprint, *map(str, settings), *weights)
+
+
+def summary(parts: list[HeldOutPart], training: Dataset) -> dict[str, int]:
+    """Counts of all documents that were read, and of those held out; of a stream only its first window was."""
+    held = [(part.store, part.documents) for part in parts]
+    return {
+        "documents": sum(len(store) for store, _ in held),
+        "tokens": sum(int(store.offsets[-1]) for store, _ in held),
+        "bytes": sum(int(store.sizes.sum()) for store, _ in held),
+        "rows": training.rows_per_epoch(0),
+        "held_out_documents": sum(len(documents) for _, documents in held),
+        "held_out_tokens": sum(int(store.lengths[documents].sum()) for store, documents in held),
+        "held_out_bytes": sum(int(store.sizes[documents].sum()) for store, documents in held),
+    }

@@ -1,0 +1,118 @@
+"""The cache directory: entries appear whole or not at all, and one process makes each while the others wait.
+
+    CACHE/tokenizers/KEY/   a trained tokenizer
+    CACHE/tokens/KEY/       a tokenized source
+    CACHE/streams/KEY/      the part of a streamed source that was read so far
+    CACHE/datasets/         Arrow files of the datasets library
+
+An entry is a directory. `digests.json` in it holds a checksum of each other file, compared whenever the entry is read.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import xxhash
+
+from ...configs.errors import MeshwrightError, UserError
+
+logger = logging.getLogger(__name__)
+Entry = TypeVar("Entry")
+
+
+class CorruptEntry(MeshwrightError):
+    """A cache entry is not what was written. It is never used; `cached` makes it anew."""
+
+
+def cache_directory(configured: str | None) -> Path:
+    """`data.cache`, else $MESHWRIGHT_CACHE, else .cache/meshwright in the working directory."""
+    chosen = configured or os.environ.get("MESHWRIGHT_CACHE") or Path(".cache", "meshwright")
+    return Path(chosen).expanduser().absolute()
+
+
+def cached(entry: Path, *, read: Callable[[Path], Entry], write: Callable[[Path], None]) -> Entry:
+    """What `read(entry)` gives; `write(directory)` makes the entry first where it is missing or corrupt.
+
+    `write` fills a directory beside the entry that is renamed when it is complete. Processes on one machine, or on one
+    file system with locks, take turns. Raises UserError on a full disk or a directory that cannot be written.
+    """
+    try:
+        if not _intact(entry, warn=True):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with locked(entry.with_name(entry.name + ".lock")):
+                if not _intact(entry, warn=False):  # nobody else made it while this process waited
+                    _replace(entry, write)
+    except OSError as error:
+        raise unwritable(entry.parent, error) from error
+    return read(entry)
+
+
+def unwritable(directory: Path, error: OSError) -> UserError:
+    """What to tell the user when the cache cannot be written."""
+    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+    return UserError(f"data.cache: {directory} cannot be written: {reason}; set data.cache to another directory")
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold an exclusive lock; it ends with the process that holds it."""
+    with open(file, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def verify(entry: Path) -> None:
+    """Raise CorruptEntry when a file of the entry is missing or differs in any byte from what was written."""
+    try:
+        digests = json.loads((entry / "digests.json").read_text())
+        changed = [name for name, digest in digests.items() if file_digest(entry / name) != digest]
+    except (OSError, ValueError, AttributeError) as error:
+        raise CorruptEntry(f"{entry} is incomplete ({error})") from error
+    if changed:
+        raise CorruptEntry(f"{entry}: {', '.join(changed)} changed since it was written")
+
+
+def seal(entry: Path) -> None:
+    """Write the checksums of all files in `entry`."""
+    digests = {file.name: file_digest(file) for file in sorted(entry.iterdir())}
+    (entry / "digests.json").write_text(json.dumps(digests, indent=2))
+
+
+def file_digest(path: Path) -> str:
+    """128 bits of a file's content, in hexadecimal."""
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()
+
+
+def _intact(entry: Path, *, warn: bool) -> bool:
+    if not entry.is_dir():
+        return False
+    try:
+        verify(entry)
+    except CorruptEntry as error:
+        if warn:
+            logger.warning("cache: %s; making it again", error)
+        return False
+    return True
+
+
+def _replace(entry: Path, write: Callable[[Path], None]) -> None:
+    unfinished = Path(tempfile.mkdtemp(prefix=entry.name + ".", suffix=".tmp", dir=entry.parent))
+    try:
+        write(unfinished)
+        seal(unfinished)
+        shutil.rmtree(entry, ignore_errors=True)
+        os.rename(unfinished, entry)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,71 @@
+"""A collection of documents: the only thing the rest of the data path knows about a source.
+
+A document is a string. What it *is* (trained on or held out, packed here or there) follows from its content and its
+place in the collection, never from the time or the process that reads it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import xxhash
+
+from ...configs.errors import UserError
+
+
+class Documents(Protocol):
+    """Map-style and immutable. `fingerprint` changes whenever the text or the order of any document does."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class First:
+    """The first `count` documents of another collection."""
+
+    documents: Documents
+    count: int
+
+    @property
+    def fingerprint(self) -> str:
+        return digest("first", str(self.count), self.documents.fingerprint)
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.documents))
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.documents[index]
+
+
+def texts(documents: Documents) -> Iterator[tuple[int, str]]:
+    """(index, text) of every document that has any text."""
+    for index in range(len(documents)):
+        if text := documents[index]:
+            yield index, text
+
+
+def digest(*parts: str) -> str:
+    """128 bits of the parts, in hexadecimal; moving a character from one part to the next changes it."""
+    state = xxhash.xxh3_128()
+    for part in parts:
+        encoded = part.encode()
+        state.update(len(encoded).to_bytes(8, "little") + encoded)
+    return state.hexdigest()
+
+
+def decoded(raw: bytes, *, origin: str, offset: int = 0) -> str:
+    """UTF-8 bytes as text; `offset` is where `raw` starts in `origin`. Raises UserError naming file and byte."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise UserError(
+            f"data.path: {origin} is not UTF-8: byte {at} is 0x{raw[error.start]:02x}; "
+            f"convert it (iconv -t UTF-8) or leave it out"
+        ) from None

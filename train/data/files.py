@@ -1,0 +1,116 @@
+"""Documents that are files, or parts of files: `text`, and `stdlib`, the installed Python's own source code.
+
+A text file is one document, unless a separator cuts it into several. Files are read in the order of their paths, and
+again on every access; only their spans are kept.
+"""
+
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import glob
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from ...configs.errors import UserError
+from .documents import decoded, digest
+
+
+@dataclass(frozen=True)
+class FileDocuments:
+    """One document a span."""
+
+    paths: tuple[Path, ...]
+    spans: np.ndarray  # [documents, 3] int64: file, first byte, end
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> str:
+        number, start, stop = self.spans[index].tolist()
+        with open(self.paths[number], "rb") as file:
+            file.seek(start)
+            return decoded(file.read(stop - start), origin=str(self.paths[number]), offset=start)
+
+
+def text_files(paths: list[Path], *, separator: str | None) -> FileDocuments:
+    """Each file a document, or each non-empty part of it between separators."""
+    digests = []
+
+    def spans() -> Iterator[tuple[int, int, int]]:
+        for number, path in enumerate(paths):
+            content = readable(path)
+            digests.append(xxhash.xxh3_128_hexdigest(content))
+            cuts = [(0, len(content))] if separator is None else parts(content, separator.encode())
+            yield from ((number, start, stop) for start, stop in cuts if stop > start)
+
+    table = np.fromiter(spans(), np.dtype((np.int64, 3)))  # 24 bytes a document: there may be very many
+    return FileDocuments(tuple(paths), table, digest("text", str(separator), *digests))
+
+
+def parts(content: bytes | mmap, separator: bytes) -> Iterator[tuple[int, int]]:
+    """(start, stop) between separators.
+
+    >>> list(parts(b"one--two", b"--"))
+    [(0, 3), (5, 8)]
+    """
+    start = 0
+    while (stop := content.find(separator, start)) >= 0:
+        yield start, stop
+        start = stop + len(separator)
+    yield start, len(content)
+
+
+def standard_library() -> FileDocuments:
+    """Every UTF-8 .py file of the running interpreter's standard library; what packages were installed is left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths, sizes, digests = [], [], []
+    for path in sorted(root.rglob("*.py")):
+        if {"site-packages", "dist-packages"} & set(path.relative_to(root).parts):
+            continue
+        content = path.read_bytes()
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError:  # the library's tests hold files in other encodings on purpose
+            continue
+        paths.append(path)
+        sizes.append(len(content))
+        digests.append(xxhash.xxh3_128_hexdigest(content))
+    if not paths:
+        raise UserError(
+            f"data.source: stdlib finds no .py file in {root}; this Python ships no source, use another source"
+        )
+    spans = np.stack([np.arange(len(paths)), np.zeros_like(sizes), sizes], axis=1)
+    return FileDocuments(tuple(paths), spans, digest("stdlib", *digests))
+
+
+def matching(path: str, *, suffix: str, key: str) -> list[Path]:
+    """The files `path` names, sorted: a file, a glob, or all files of a directory that end in `suffix`.
+
+    Hidden files and directories are skipped. Raises UserError when there are none.
+    """
+    given = Path(path).expanduser()
+    if given.is_file():
+        return [given]
+    if given.is_dir():
+        inside = (file for file in given.rglob("*" + suffix) if file.is_file())
+        found = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(given).parts)]
+    else:
+        found = [Path(match) for match in glob(str(given), recursive=True) if Path(match).is_file()]
+    if not found:
+        what = f"holds no {suffix or 'files'}" if given.is_dir() else "matches no file"
+        raise UserError(f"{key}.path: {path} {what} (from {Path.cwd()}); set it to a file, a directory or a glob")
+    return sorted(found)
+
+
+def readable(path: Path) -> bytes | mmap:
+    """The file's bytes, mapped: it may be larger than memory. Raises UserError when the system refuses."""
+    try:
+        with open(path, "rb") as file:
+            empty = file.seek(0, 2) == 0  # an empty file cannot be mapped
+            return b"" if empty else mmap(file.fileno(), 0, access=ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"data.path: {path} cannot be read: {error.strerror}; check its permissions") from error

@@ -1,0 +1,74 @@
+"""The table of sources: the word in `data.source` -> a collection of documents."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from ...configs.data import SourceConfig
+from ...configs.errors import UserError
+from .documents import Documents, First, digest
+from .files import matching, standard_library, text_files
+from .streaming import Stream
+from .synthetic import Synthetic
+from .tables import hub_dataset, hub_stream, json_lines, table_files
+
+SYNTHETIC_DOCUMENTS = 1000
+
+Opener = Callable[[SourceConfig, str, Path], Documents]  # settings, the key they stand under, cache directory
+
+
+def open_source(source: SourceConfig, *, key: str, cache: Path) -> Documents:
+    """The documents of one source. Raises UserError when there are none."""
+    documents = SOURCES[source.kind](source, key, cache)
+    if source.documents is not None:
+        documents = First(documents, source.documents)
+    if not len(documents):
+        raise UserError(f"{key}.path: {source.path} holds no documents; it must hold at least one with text")
+    return documents
+
+
+def open_stream(source: SourceConfig, *, window: int, cache: Path) -> Stream:
+    """The documents of an hf source, read as they are needed. Raises UserError when there is no such source."""
+    read = hub_stream(source.path, name=source.name, split=source.split, field=source.field)
+    settings = (source.path, source.name, source.split, source.field, source.documents)
+
+    def first(skip: int) -> Iterator[str]:
+        return read(skip) if source.documents is None else islice(read(skip), max(source.documents - skip, 0))
+
+    return Stream(first, size=window, fingerprint=digest(*map(str, settings)), cache=cache)
+
+
+def _stdlib(source: SourceConfig, key: str, cache: Path) -> Documents:
+    return standard_library()
+
+
+def _text(source: SourceConfig, key: str, cache: Path) -> Documents:
+    return text_files(matching(source.path, suffix="", key=key), separator=source.separator)
+
+
+def _jsonl(source: SourceConfig, key: str, cache: Path) -> Documents:
+    return json_lines(matching(source.path, suffix=".jsonl", key=key), field=source.field)
+
+
+def _table(source: SourceConfig, key: str, cache: Path) -> Documents:
+    paths = matching(source.path, suffix="." + source.kind, key=key)
+    return table_files(paths, kind=source.kind, field=source.field, cache=cache)
+
+
+def _hf(source: SourceConfig, key: str, cache: Path) -> Documents:
+    return hub_dataset(source.path, name=source.name, split=source.split, field=source.field)
+
+
+def _synthetic(source: SourceConfig, key: str, cache: Path) -> Documents:
+    return Synthetic(source.documents or SYNTHETIC_DOCUMENTS)
+
+
+SOURCES: dict[str, Opener] = {
+    "stdlib": _stdlib,
+    "text": _text,
+    "jsonl": _jsonl,
+    "parquet": _table,
+    "arrow": _table,
+    "hf": _hf,
+    "synthetic": _synthetic,
+}

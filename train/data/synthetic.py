@@ -1,0 +1,39 @@
+"""Documents made up from their index: lines that count in steps, which a small model learns quickly."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .documents import digest
+
+WORDS = ("apples", "boats", "clouds", "doors", "eggs", "foxes", "grapes", "houses")
+LINES = (2, 12)  # lines a document, at least and below
+TERMS = (4, 16)  # numbers a line, at least and below
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Document `index` is a pure function of (seed, index)."""
+
+    count: int
+    seed: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        return digest("synthetic", str(self.seed), str(self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> str:
+        """
+        >>> Synthetic(3)[0] == Synthetic(9)[0]
+        True
+        """
+        random = np.random.default_rng([self.seed, index])
+        lines = []
+        for _ in range(random.integers(*LINES)):
+            word, start, step = random.choice(WORDS), random.integers(100), random.integers(1, 10)
+            numbers = start + step * np.arange(random.integers(*TERMS))
+            lines.append(f"{word}: {' '.join(map(str, numbers))}\n")
+        return "".join(lines)

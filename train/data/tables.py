@@ -1,0 +1,160 @@
+"""Documents that are a column of a table: JSON lines, Parquet, Arrow, and Hugging Face data sets."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ...configs.errors import UserError
+from .documents import decoded, digest
+from .files import parts, readable
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """The strings under `field`, one a line; blank lines do not count."""
+
+    paths: tuple[Path, ...]
+    lines: np.ndarray  # [documents, 4] int64: file, first byte, end, and the line number a person would look for
+    field: str
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> str:
+        file_number, start, stop, number = self.lines[index].tolist()
+        path = self.paths[file_number]
+        with open(path, "rb") as file:
+            file.seek(start)
+            raw = decoded(file.read(stop - start), origin=str(path), offset=start)
+        origin = f"{path} line {number}"
+        try:
+            row = json.loads(raw)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"data.path: {origin}, column {error.colno}: not JSON ({error.msg}); repair or remove the line"
+            ) from None
+        if not isinstance(row, dict):
+            raise UserError(
+                f"data.path: {origin}: a {type(row).__name__}, not an object; write {{{self.field!r}: ...}}"
+            )
+        return column(row, self.field, origin=origin)
+
+
+def json_lines(paths: list[Path], *, field: str) -> JsonLines:
+    """Index the lines of the files; each is parsed when it is read."""
+    digests = []
+
+    def lines() -> Iterator[tuple[int, int, int, int]]:
+        for file_number, path in enumerate(paths):
+            content = readable(path)
+            digests.append(xxhash.xxh3_128_hexdigest(content))
+            for number, (start, stop) in enumerate(parts(content, b"\n"), start=1):
+                if content[start:stop].strip():
+                    yield file_number, start, stop, number
+
+    table = np.fromiter(lines(), np.dtype((np.int64, 4)))  # 32 bytes a line: there may be very many
+    return JsonLines(tuple(paths), table, field, digest("jsonl", field, *digests))
+
+
+@dataclass(frozen=True)
+class Table:
+    """The strings in one column of a memory-mapped `datasets.Dataset`."""
+
+    rows: Any  # datasets.Dataset
+    field: str
+    origin: str
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> str:
+        return column(self.rows[index], self.field, origin=f"{self.origin} row {index}")
+
+
+def column(row: Mapping[str, Any], field: str, *, origin: str) -> str:
+    """The text of a row. Raises UserError when there is no such column, or no text in it."""
+    if field not in row:
+        raise UserError.no_match(f"data.field ({origin})", [field], known=row)
+    if not isinstance(row[field], str):
+        raise UserError(
+            f"data.field: {field} of {origin} is {row[field]!r:.40}, not text; remove the row, or set data.field to "
+            f"a column of text ({', '.join(row)})"
+        )
+    try:
+        row[field].encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no encoding can write
+        raise UserError(
+            f"data.field: {field} of {origin} is not Unicode text: character {error.start} is "
+            f"{row[field][error.start]!r}; repair or remove the row"
+        ) from None
+    return row[field]
+
+
+def table_files(paths: list[Path], *, kind: str, field: str, cache: Path) -> Table:
+    """Parquet or Arrow files as one table, mapped from the cache: nothing stays in memory."""
+    import datasets
+
+    digests = [xxhash.xxh3_128_hexdigest(readable(path)) for path in paths]
+    try:
+        rows = datasets.load_dataset(
+            kind, data_files=[str(path) for path in paths], split="train", cache_dir=str(cache / "datasets")
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"data.path: {paths[0]} is not {kind}: {first_line(error)}; check data.source") from error
+    return Table(one_column(rows, field), field, str(paths[0].parent), digest(kind, field, *digests))
+
+
+def hub_dataset(path: str, *, name: str | None, split: str, field: str) -> Table:
+    """A data set saved to a directory, or one that `datasets.load_dataset` knows, downloaded whole."""
+    rows = _loaded(path, name=name, split=split, streaming=False)
+    return Table(one_column(rows, field), field, path, digest("hf", field, rows._fingerprint, str(len(rows))))
+
+
+def hub_stream(path: str, *, name: str | None, split: str, field: str) -> Callable[[int], Iterator[str]]:
+    """The same without downloading it: a function from a number of documents to skip to an iterator over the others."""
+    rows = _loaded(path, name=name, split=split, streaming=True)
+
+    def read(skip: int) -> Iterator[str]:
+        for number, item in enumerate(rows.skip(skip), start=skip):
+            yield column(item, field, origin=f"{path} row {number}")
+
+    return read
+
+
+def one_column(rows: Any, field: str) -> Any:
+    """The table without its other columns: reading a row then decodes nothing else."""
+    if field not in rows.column_names:
+        raise UserError.no_match("data.field", [field], known=rows.column_names)
+    return rows.select_columns([field])
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of another library says, short enough for one line."""
+    cause = error.__cause__ or error
+    return next(iter(str(cause).splitlines()), type(cause).__name__)[:200]
+
+
+def _loaded(path: str, *, name: str | None, split: str, streaming: bool) -> Any:
+    """A `datasets.Dataset`, or an `IterableDataset` when streaming. Raises UserError where there is none."""
+    import datasets
+
+    directory = Path(path).expanduser()
+    try:
+        if not ((directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file()):
+            return datasets.load_dataset(path, name, split=split, streaming=streaming)
+        rows = datasets.load_from_disk(str(directory))
+        rows = rows[split] if isinstance(rows, dict) else rows
+        return rows.to_iterable_dataset() if streaming else rows
+    except KeyError:
+        raise UserError.no_match("data.split", [split], known=rows) from None
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"data.path: {path} cannot be loaded: {first_line(error)}; check data.path, data.name, data.split"
+        ) from error

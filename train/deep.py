@@ -1,0 +1,25 @@
+"""`validate --deep` and `plan`: what only a parameter tree, a corpus or a compiler can tell. Allocates nothing."""
+
+import jax
+
+from ..configs.run import RunConfig
+from ..parallel.mesh import make_mesh
+from . import environment
+from .data import assemble
+from .launch.world import World
+from .program import Program, build
+
+
+def prepared(config: RunConfig) -> Program:
+    """The program of `config` on its mesh, from a cold start."""
+    environment.start(config, World())
+    return build(config, make_mesh(config.mesh))
+
+
+def check(config: RunConfig) -> None:
+    """Open the data, trace the step and shard every array. Raises UserError at the first thing wrong."""
+    assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
+    program = prepared(config)
+    with jax.set_mesh(program.mesh):
+        jax.eval_shape(program.step, program.shapes, program.batch_shapes)
+    jax.tree.leaves(program.shardings)

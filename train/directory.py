@@ -1,0 +1,81 @@
+"""The run directory `runs/NAME/`: opened once, refused where it belongs to another configuration.
+
+    config.yaml  environment.json  plan.json  metrics.jsonl  events.jsonl  tensorboard/  checkpoints/  report.html
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..configs.errors import UserError
+from ..configs.load import dump, parse, validated
+from ..configs.run import RunConfig
+
+# What may change between two sittings of one run: none of it changes what is computed, but how long the run is.
+MAY_CHANGE = ("steps", "microbatches", "mesh", "sequence", "memory", "evaluation", "checkpoint", "launch", "logging")
+
+
+def open_directory(config: RunConfig, *, root: Path, write: bool = True) -> Path:
+    """`root`/NAME with this run's config.yaml in it. `write` false: only look (processes other than the first).
+
+    Raises UserError where the directory holds a run of another configuration, naming the keys that differ.
+    """
+    directory = root / config.name
+    file = directory / "config.yaml"
+    if file.exists():
+        check_same(read_config(directory), config, directory=directory)
+    elif directory.exists() and any(directory.iterdir()) and write:
+        raise UserError(f"name: {directory} exists and is not a run (no config.yaml); choose another name")
+    if write:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_text(file, dump(config))
+        except OSError as error:
+            raise UserError(f"name: {directory} cannot be written: {error.strerror}") from error
+    return directory
+
+
+def read_config(directory: Path) -> RunConfig:
+    """The configuration of the run in `directory`. Raises UserError where there is none."""
+    file = directory / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{directory}: not a run directory (no config.yaml)")
+    return validated(parse(file.read_text(encoding="utf-8"), origin=str(file)))
+
+
+def check_same(old: RunConfig, new: RunConfig, *, directory: Path) -> None:
+    """Raise UserError listing the keys in which `new` is another run than `old`."""
+    before, after = dict(flat(old.model_dump(mode="json"))), dict(flat(new.model_dump(mode="json")))
+    changed = [
+        f"{key} ({before.get(key)} there, {after.get(key)} here)"
+        for key in sorted(before.keys() | after.keys())
+        if key.split(".")[0] not in MAY_CHANGE and before.get(key) != after.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"name: {directory} holds a run with another {', '.join(changed[:4])}"
+            f"{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}; choose another name, or remove it"
+        )
+
+
+def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace `file` whole or not at all."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """`write_text` of readable JSON."""
+    write_text(file, json.dumps(value, indent=1) + "\n")

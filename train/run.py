@@ -1,0 +1,241 @@
+"""A training run, in order of time: configuration -> mesh -> data -> program -> state -> loop -> report.
+
+    train(config) -> Summary
+
+The loop never waits for the device: the metrics of a step are read while the next one runs.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..checkpoint.storage import Storage
+from ..configs.errors import MeshwrightError, Preempted
+from ..configs.run import RunConfig, check_fits
+from ..parallel.mesh import make_mesh
+from ..parallel.state import TrainState
+from . import environment, plan
+from .data import assemble
+from .data.assemble import Data
+from .data.batches import batches
+from .directory import open_directory, write_json
+from .evaluation import evaluate
+from .feed import local_rows, to_devices
+from .generate import complete
+from .launch.world import World
+from .meter import Meter
+from .profiling import Profile
+from .program import Program, build
+from .report.html import write_report
+from .report.journal import Journal
+from .report.progress import open_progress
+from .report.sinks import open_sinks
+from .stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run amounts to."""
+
+    directory: Path
+    steps: int
+    metrics: dict[str, float]  # of the last step and the last evaluation
+
+
+def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summary:
+    """Train from the newest checkpoint of runs/NAME, or from the seed, to `config.steps`.
+
+    Raises UserError before a device is touched where the request cannot work, Preempted after saving where asked to stop.
+    """
+    data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
+    directory = open_directory(config, root=root, write=world.first)
+    environment.start(config, world)
+    mesh = make_mesh(config.mesh)
+    check_fits(config, dict(mesh.shape))
+    program = build(config, mesh)
+
+    with ExitStack() as stack:
+        journal = Journal(directory, enabled=world.first)
+        storage = stack.enter_context(closing(Storage(directory / "checkpoints", keep=config.checkpoint.keep)))
+        stop = stack.enter_context(StopRequest())
+        try:
+            state, start = restored(program, storage, data, journal)
+            run = Run(config, program, data, directory, world, journal, storage, stop)
+            return run.go(state, start)
+        except (Preempted, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            journal.record("failure", error=type(error).__name__, message=str(error)[:500])
+            raise
+
+
+def restored(program: Program, storage: Storage, data: Data, journal: Journal) -> tuple[TrainState, int]:
+    """The state to go on from, and its step: the newest checkpoint's, or a fresh one where there is none."""
+    if not storage.steps:
+        journal.record("start", step=0)
+        return program.initialized(), 0
+    step = storage.steps[-1]
+    state, saved = storage.restore(step, shapes=program.shapes, shardings=program.shardings)
+    if saved.get("corpus") != data.fingerprint:
+        raise MeshwrightError(
+            f"checkpoint {step} was trained on corpus {saved.get('corpus')}, and the data are {data.fingerprint} now; "
+            "bring back the documents, or train under another name"
+        )
+    journal.record("restore", step=step, level="storage", reason="newest whole checkpoint")
+    return state, step
+
+
+@dataclass
+class Run:
+    """The loop and what it holds on to."""
+
+    config: RunConfig
+    program: Program
+    data: Data
+    directory: Path
+    world: World
+    journal: Journal
+    storage: Storage
+    stop: StopRequest
+
+    def go(self, state: TrainState, start: int) -> Summary:
+        """Compile, train, evaluate, report."""
+        config, program = self.config, self.program
+        began = time.monotonic()
+        step = program.compiled_step()
+        evaluation = program.compiled_evaluation() if self.data.held_out else None
+        self.journal.record("compile", seconds=time.monotonic() - began)
+        made = plan.make_plan(program, step)
+        if self.world.first:
+            self.data.tokenizer.save(self.directory)
+            write_json(self.directory / "plan.json", made)
+            write_json(self.directory / "environment.json", environment.describe(config, self.data, program.mesh))
+        with ExitStack() as stack:
+            self.progress = stack.enter_context(open_progress(config.steps, start, self.world.first))
+            self.progress.note(plan.render(made))
+            sinks = open_sinks(
+                config.logging,
+                self.directory,
+                run_name=config.name,
+                resume_step=start,
+                config=config.model_dump(mode="json"),
+            )
+            self.sinks = [stack.enter_context(closing(sink)) for sink in (sinks if self.world.first else [])]
+            self.meter = Meter.of(config, made)
+            self.last: dict[str, float] = {}
+            state = self.loop(state, start, step, evaluation)
+            if config.steps > start or not self.storage.steps:
+                self.save(state, config.steps)
+            if evaluation is not None:
+                self.evaluate(state, config.steps, evaluation)
+        self.committed(self.storage.wait())
+        self.journal.record("finish", step=config.steps, **self.last)
+        if self.world.first:
+            write_report(self.directory)
+        return Summary(self.directory, config.steps, self.last)
+
+    def loop(self, state: TrainState, start: int, step: Any, evaluation: Any) -> TrainState:
+        """From update `start` to the last; metrics are read one step behind."""
+        config, checkpoint = self.config, self.config.checkpoint
+        profile = Profile(config.logging.profile, self.directory)
+        pending = None
+        with closing(self.batches(start)) as feed:
+            for number in range(start + 1, config.steps + 1):
+                with profile.step(number):
+                    with self.meter.host():
+                        batch = to_devices(next(feed), config, self.program.mesh, order=self.program.order)
+                        state, metrics = step(state, batch)
+                    self.told(pending)
+                    pending = (number, metrics)
+                self.committed(self.storage.committed())
+                if self.stop.requested(number) and number < config.steps:
+                    self.told(pending)
+                    self.save(state, number)
+                    self.committed(self.storage.wait())
+                    self.journal.record("preempted", step=number)
+                    raise Preempted(f"stopped after step {number}, state saved; run the same command to go on")
+                if checkpoint.every and number % checkpoint.every == 0 and number < config.steps:
+                    self.save(state, number)
+                if evaluation is not None and config.evaluation.every and number % config.evaluation.every == 0:
+                    if number < config.steps:
+                        self.evaluate(state, number, evaluation)
+            self.told(pending)
+        return state
+
+    def batches(self, start: int) -> Iterator[dict[str, Any]]:
+        """This process's rows of every global batch from update `start` on."""
+        size = self.config.data.global_batch
+        return batches(
+            self.data.train,
+            start=start * size,
+            global_batch=size,
+            rows=local_rows(self.config, self.program.mesh),
+            prefetch=self.config.data.prefetch,
+        )
+
+    def told(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+        """Wait for a step's metrics; act on numbers that are not; log every `logging.every`-th and the first."""
+        if pending is None:
+            return
+        step, arrays = pending
+        metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}  # waits for the device
+        with self.meter.host():
+            metrics |= self.meter.lap()
+            self.last |= metrics
+            if metrics["skipped"]:
+                self.journal.record("skip", step=step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
+                if self.config.logging.on_nan == "stop" and not jnp.isfinite(metrics["grad_norm"]):
+                    raise MeshwrightError(
+                        f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the update was not "
+                        "applied. Lower optimizer.learning_rate, set optimizer.clip, or logging.on_nan=skip"
+                    )
+            self.progress.update(step, metrics)
+            if step % self.config.logging.every == 0 or step in (1, self.config.steps):
+                self.write(step, metrics)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One row of metrics to every sink."""
+        for sink in self.sinks:
+            sink.write(step, values)
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Begin a checkpoint."""
+        began = time.monotonic()
+        samples = step * self.config.data.global_batch
+        self.storage.save(state, step=step, data={"corpus": self.data.fingerprint, "samples": samples})
+        self.journal.record("save", step=step, stall_seconds=time.monotonic() - began)
+
+    def committed(self, step: int | None) -> None:
+        """Journal a checkpoint that became whole."""
+        if step is not None:
+            self.journal.record("commit", step=step)
+
+    def evaluate(self, state: TrainState, step: int, evaluation: Any) -> None:
+        """Held-out loss and samples, of the averaged parameters where there are any."""
+        began = time.monotonic()
+        params = averaged(state)
+        values = evaluate(self.program, evaluation, params, state.frozen, self.data)
+        self.last |= values
+        self.write(step, values)
+        self.journal.record("evaluation", step=step, seconds=time.monotonic() - began, **values)
+        self.progress.note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        prompts = self.config.evaluation.prompts
+        if prompts and jax.process_count() == 1:
+            texts = complete(
+                self.program, params, self.data.tokenizer, prompts, max_tokens=self.config.evaluation.sample_tokens
+            )
+            for prompt, text in zip(prompts, texts, strict=True):
+                self.journal.record("sample", step=step, prompt=prompt, text=text)
+
+
+def averaged(state: TrainState) -> Any:
+    """The parameters to evaluate and sample from: their moving average where the optimizer keeps one."""
+    if "average" not in state.opt_state:
+        return state.params
+    return jax.tree.map(lambda mean, own: mean.astype(own.dtype), state.opt_state["average"].params, state.params)

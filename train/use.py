@@ -1,0 +1,79 @@
+"""A trained run, used: its newest checkpoint brought onto one device, to generate from or to evaluate."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from ..checkpoint.storage import Storage
+from ..configs.errors import UserError
+from ..configs.load import merged, nested, parse, validated
+from ..configs.run import RunConfig
+from ..parallel.mesh import make_mesh
+from ..parallel.state import TrainState
+from . import environment
+from .directory import read_config
+from .evaluation import evaluate as held_out
+from .launch.world import World
+from .program import Program, build
+from .run import averaged
+
+# One device, whatever the run was trained on.
+ONE_DEVICE = {
+    "microbatches": 1,
+    "mesh": dict.fromkeys(("replica", "pipe", "data", "fsdp", "expert", "seq", "tensor"), 1) | {"devices": None},
+}
+
+
+def generate(
+    run: Path,
+    prompts: Sequence[str],
+    *,
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> list[str]:
+    """What the run's model continues each prompt with."""
+    from .data.tokenizer import load
+    from .generate import complete
+    from .sampling import Sampling
+
+    program, state = opened(read(run, []), run)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    return complete(
+        program, averaged(state), load(run), list(prompts), max_tokens=tokens, sampling=sampling, seed=seed
+    )
+
+
+def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
+    """Held-out numbers of the run's newest checkpoint. Raises UserError where nothing is held out."""
+    from .data import assemble
+
+    config = read(run, overrides)
+    data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
+    if data.held_out is None:
+        raise UserError(f"data.held_out: 0 in {run}: nothing to evaluate on; pass data.held_out=0.02")
+    program, state = opened(config, run)
+    return held_out(program, program.compiled_evaluation(), averaged(state), state.frozen, data)
+
+
+def read(run: Path, overrides: Sequence[str]) -> RunConfig:
+    """The run's configuration on one device, with `key.sub=value` words on top."""
+    tree = merged(read_config(run).model_dump(mode="json"), ONE_DEVICE)
+    for word in overrides:
+        key, _, value = word.partition("=")
+        tree = merged(tree, nested(key.split("."), parse(value, origin=word)))
+    return validated(tree)
+
+
+def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
+    """The program and the newest state. Raises UserError where the run has no checkpoint."""
+    environment.start(config, World())
+    program = build(config, make_mesh(config.mesh))
+    with closing(Storage(run / "checkpoints", keep=config.checkpoint.keep)) as storage:
+        if not storage.steps:
+            raise UserError(f"{run}: no checkpoint yet; train it with `meshwright train {run / 'config.yaml'}`")
+        state, _ = storage.restore(storage.steps[-1], shapes=program.shapes, shardings=program.shardings)
+    return program, state
+
