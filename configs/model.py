@@ -46,6 +46,14 @@ FAMILIES["gemma3"] = FAMILIES["gemma"] | {
 }
 
 
+def positive(section: str, settings: Section, keys: Iterable[str]) -> None:
+    """Raise ValueError for the first of `keys` that is set and not above 0. Whole numbers start at 1."""
+    for key in keys:
+        if (value := getattr(settings, key)) is not None and not value > 0:
+            least = "at least 1" if isinstance(value, int) else "above 0"
+            raise ValueError(f"{section}.{key}: {value} must be {least}")
+
+
 class RopeConfig(Section):
     """Rotary position embedding (RoFormer, arXiv:2104.09864), half-split pairs, and how it is stretched."""
 
@@ -164,11 +172,12 @@ class ModelConfig(Section):
     def _family_defaults(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        merged = FAMILIES.get(values.get("family", "llama"), {}) | values
-        if merged.get("position_encoding", "rope") != "rope" and "rope" not in values:
+        family = FAMILIES.get(values.get("family", "llama"), {})
+        merged = family | values
+        if "rope" not in values and merged.get("position_encoding", "rope") != "rope":
             merged.pop("rope", None)  # the family's rotation has no place in a model without one
-        elif isinstance(rope := values.get("rope"), dict):
-            merged["rope"] = FAMILIES.get(merged.get("family", "llama"), {}).get("rope", {}) | rope
+        if isinstance(values.get("rope"), dict):
+            merged["rope"] = family.get("rope", {}) | values["rope"]
         return merged
 
     @model_validator(mode="after")
@@ -210,7 +219,7 @@ class ModelConfig(Section):
         if self.rope.local_theta is not None and set(self.windows) == {None}:
             raise ValueError(
                 f"model.rope.local_theta: {self.rope.local_theta} has no effect without a layer with a sliding "
-                "window; set model.windows, or remove it"
+                "window; set model.windows, or set it to null"
             )
         if self.attention == "cudnn" and self.attention_softcap is not None:
             raise ValueError(
@@ -236,7 +245,7 @@ class ModelConfig(Section):
 
     @property
     def segments(self) -> tuple[tuple[tuple[int | None, ...], int], ...]:
-        """(pattern of block kinds, repeats) in order; a kind is the block's window. Layers that fill no pattern come last.
+        """(pattern of block kinds, repeats) in order, the layers that fill no pattern last; a kind is a block's window.
 
         >>> ModelConfig(layers=8, windows=[1024, 1024, None]).segments
         (((1024, 1024, None), 2), ((1024, 1024), 1))
@@ -247,11 +256,3 @@ class ModelConfig(Section):
             for pattern, times in ((self.windows, repeats), (self.windows[:rest], 1))
             if pattern and times
         )
-
-
-def positive(section: str, settings: Section, keys: Iterable[str]) -> None:
-    """Raise ValueError for the first of `keys` that is set and not above 0. Whole numbers start at 1."""
-    for key in keys:
-        if (value := getattr(settings, key)) is not None and not value > 0:
-            least = "at least 1" if isinstance(value, int) else "above 0"
-            raise ValueError(f"{section}.{key}: {value} must be {least}")

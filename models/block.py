@@ -1,25 +1,27 @@
-"""One transformer block: `block(x, ctx) -> (x, cache)`, with every tensor that a memory policy may name.
+"""One transformer block: `block(x, ctx) -> (x, entries)`, with every tensor that a memory policy may name.
 
     x ─ norm ─ q k v ─ rotate ─ attend ─ o ─(+)─ norm ─ gate up ─ act ─ down ─(+)─ x
 Between blocks the sequence is sharded over `tensor` too; norms run there, and the linear maps see it gathered.
+`entries` are the keys and values for a cache (`cache.py`), None in training.
 """
 
-import dataclasses
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ..configs.model import ModelConfig
-from .attention.interface import Mask, Where
+from .attention.interface import Mask
+from .cache import with_earlier
 from .context import Context
 from .layers import LayerNorm, Linear, RMSNorm, dropout
 from .rope import rotate
 
 RESIDUAL = ("batch", "block_sequence", None)  # between blocks
 GATHERED = ("batch", "sequence", None)  # before a linear map
-ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
+GELU = partial(jax.nn.gelu, approximate=True)  # GPT-2 and Gemma were trained with the tanh form
+ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": GELU, "gelu": GELU}
 
 
 def norm(config: ModelConfig, width: int) -> RMSNorm | LayerNorm:
@@ -55,29 +57,9 @@ class Attention(nnx.Module):
             q, k = (rotate(a, ctx.positions, rope=config.rope, local=self.window is not None) for a in (q, k))
         q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
         mask = Mask(window=self.window, softcap=config.attention_softcap, scale=config.attention_scale)
-        where = Where(ctx.index, ctx.index, ctx.segment_ids, ctx.segment_ids)
-        k, v, where, cache = cached(k, v, where, ctx)
+        k, v, where, entries = with_earlier(k, v, ctx)
         out = ctx.constrain(ctx.attend(q, k, v, mask, where), ("batch", "sequence", "heads", None))
-        return checkpoint_name(ctx.constrain(self.o(out, ctx), RESIDUAL), "attn_proj"), cache
-
-
-def cached(
-    k: jax.Array, v: jax.Array, where: Where, ctx: Context
-) -> tuple[jax.Array, jax.Array, Where, dict[str, jax.Array] | None]:
-    """Keys and values with those of earlier tokens before them, in a cache of fixed capacity; without a cache, as given."""
-    if ctx.cache is None:
-        return k, v, where, None
-    cache = {
-        name: jax.lax.dynamic_update_slice_in_dim(
-            ctx.cache[name], new.astype(ctx.cache[name].dtype), ctx.index[0], axis=1
-        )
-        for name, new in (("k", k), ("v", v))
-    }
-    # Slots not yet written lie after every query, so the causal mask hides them.
-    where = dataclasses.replace(
-        where, key_index=jnp.arange(cache["k"].shape[1], dtype=jnp.int32), key_segments=ctx.cache_segment_ids
-    )
-    return cache["k"], cache["v"], where, cache
+        return checkpoint_name(ctx.constrain(self.o(out, ctx), RESIDUAL), "attn_proj"), entries
 
 
 class MLP(nnx.Module):
@@ -116,14 +98,14 @@ class Block(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict | None]:
-        """x [batch, sequence, embed] -> the same shape, and this layer's cache (None in training)."""
+        """x [batch, sequence, embed] -> the same shape, and what this layer adds to the cache (None without one)."""
         x = checkpoint_name(ctx.constrain(x, RESIDUAL), "block_in")
         normed = checkpoint_name(ctx.constrain(self.attn_norm(x), GATHERED), "attn_norm")
-        attention, cache = self.attn(normed, ctx)
+        attention, entries = self.attn(normed, ctx)
         x = x + self._update(attention, self.attn_post_norm, ctx, salt=0)
         if self.mlp_norm is not None:
             normed = checkpoint_name(ctx.constrain(self.mlp_norm(x), GATHERED), "mlp_norm")
-        return x + self._update(self.mlp(normed, ctx), self.mlp_post_norm, ctx, salt=1), cache
+        return x + self._update(self.mlp(normed, ctx), self.mlp_post_norm, ctx, salt=1), entries
 
     def _update(self, update: jax.Array, post_norm: nnx.Module | None, ctx: Context, *, salt: int) -> jax.Array:
         if post_norm is not None:

@@ -7,14 +7,13 @@ plain ones. The defaults compute on one device.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .attention.dense import DENSE
-from .attention.interface import attend
+from .attention.interface import Mask, Where, attend
 
 
 def linear(x: jax.Array, kernel: jax.Array, *, inputs: int = 1) -> jax.Array:
@@ -23,10 +22,20 @@ def linear(x: jax.Array, kernel: jax.Array, *, inputs: int = 1) -> jax.Array:
 
 
 def flat_linear(x: jax.Array, kernel: jax.Array, *, inputs: int = 1) -> jax.Array:
-    """`linear` as one [tokens, in] x [in, out] product: 1.6x faster on XLA:CPU; only where the sequence is unsharded."""
+    """`linear` as one [tokens, in] x [in, out] product: 1.6x faster on XLA:CPU. The sequence must be unsharded."""
     batch, sequence = x.shape[:2]
     flat = x.reshape(batch * sequence, -1) @ kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
     return flat.reshape(batch, sequence, *kernel.shape[inputs:])
+
+
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows [batch, sequence, embed] of `table` [padded_vocab, embed] at `tokens` [batch, sequence]."""
+    return jnp.take(table, tokens, axis=0)
+
+
+def dense(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> jax.Array:
+    """The reference attention."""
+    return attend(DENSE, q, k, v, mask, where)
 
 
 def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -41,12 +50,13 @@ class Context:
 
     positions: jax.Array  # [batch, sequence] int32: place in the document, for rotations
     segment_ids: jax.Array | None = None  # [batch, sequence] int32: tokens see their own document only
-    index: jax.Array | None = None  # [sequence] int32: place in the uncut row; None: in order
+    index: jax.Array | None = None  # [sequence] int32: place in the uncut row; None: in order. A cache needs it
     dropout_keys: jax.Array | None = None  # [batch] keys, one a row of the global batch; None: no dropout
-    cache: Any = None  # this layer's {"k", "v"} [batch, capacity, kv_heads, head_dim], written at `index`
-    cache_segment_ids: jax.Array | None = None  # [batch, capacity]: segment of each cached token
-    attend: Callable[..., jax.Array] = partial(attend, DENSE)  # (q, k, v, mask, where) -> out
+    cache: Any = None  # keys and values of earlier tokens (`cache.py`); a block is given its own layer's
+    cache_segment_ids: jax.Array | None = None  # [batch, capacity]: segment of each slot of the cache
+    attend: Callable[..., jax.Array] = dense  # (q, k, v, mask, where) -> out
     linear: Callable[..., jax.Array] = linear
+    lookup: Callable[[jax.Array, jax.Array], jax.Array] = lookup
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = unconstrained
     remat: Callable[[Callable], Callable] = lambda block: block  # wraps a block by the memory policy
     compute: Any = jnp.float32  # dtype of matrix products and activations

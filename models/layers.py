@@ -27,7 +27,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale in float32; with `unit_offset` * (1 + scale), scale starting at zero. Source: arXiv:1910.07467."""
+    """x / rms(x) * scale in float32; with `unit_offset` * (1 + scale), starting at zero. Source: arXiv:1910.07467."""
 
     def __init__(self, width: int, *, epsilon: float, unit_offset: bool):
         self.scale = nnx.Param(jnp.zeros(width) if unit_offset else jnp.ones(width))

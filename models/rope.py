@@ -15,10 +15,14 @@ from ..configs.model import RopeConfig
 
 
 def frequencies(rope: RopeConfig, *, head_dim: int, local: bool) -> tuple[np.ndarray, float]:
-    """Radians a position of each pair, [head_dim / 2] float64, and the factor on cos and sin; `local` layers never stretch."""
-    theta = rope.local_theta if local and rope.local_theta else rope.theta
-    plain = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if rope.scaling == "none" or (local and rope.local_theta):
+    """Radians a position of each pair, [head_dim / 2] float64, and the factor on cos and sin.
+
+    `local` layers turn by `rope.local_theta`, unstretched, where it is set.
+    """
+    if local and rope.local_theta is not None:
+        return geometric(rope.local_theta, head_dim=head_dim), 1.0
+    plain = geometric(rope.theta, head_dim=head_dim)
+    if rope.scaling == "none":
         return plain, 1.0
     if rope.scaling == "linear":
         return plain / rope.factor, 1.0
@@ -27,15 +31,24 @@ def frequencies(rope: RopeConfig, *, head_dim: int, local: bool) -> tuple[np.nda
         low, high = rope.low_frequency_factor, rope.high_frequency_factor
         unstretched = np.clip((rotations - low) / (high - low), 0, 1)
         return plain * ((1 - unstretched) / rope.factor + unstretched), 1.0
-    return yarn(rope, plain, theta=theta, head_dim=head_dim)
+    return yarn(rope, plain, head_dim=head_dim)
 
 
-def yarn(rope: RopeConfig, plain: np.ndarray, *, theta: float, head_dim: int) -> tuple[np.ndarray, float]:
-    """YaRN's blend between left alone and divided by `factor`, on a ramp over dimensions. Source: arXiv:2309.00071, 3.2."""
+def geometric(theta: float, *, head_dim: int) -> np.ndarray:
+    """theta ** (-2 i / head_dim) for pair i.
+
+    >>> geometric(100.0, head_dim=4)
+    array([1. , 0.1])
+    """
+    return theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+
+
+def yarn(rope: RopeConfig, plain: np.ndarray, *, head_dim: int) -> tuple[np.ndarray, float]:
+    """A blend of left alone and divided by `factor`, on a ramp over pairs. Source: YaRN, arXiv:2309.00071, 3.2."""
 
     def dimension(rotations: float) -> float:
         """The (fractional) pair that turns `rotations` times over the original length."""
-        return head_dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        return head_dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     first = max(math.floor(dimension(rope.beta_fast)), 0)
     last = min(math.ceil(dimension(rope.beta_slow)), head_dim - 1)
@@ -47,9 +60,8 @@ def yarn(rope: RopeConfig, plain: np.ndarray, *, theta: float, head_dim: int) ->
 def rotate(x: jax.Array, positions: jax.Array, *, rope: RopeConfig, local: bool) -> jax.Array:
     """x [batch, sequence, heads, head_dim] turned by `positions` [batch, sequence]; angles in float32."""
     rates, factor = frequencies(rope, head_dim=x.shape[-1], local=local)
-    angles = positions.astype(jnp.float32)[..., None, None] * jnp.asarray(
-        rates, jnp.float32
-    )  # [batch, sequence, 1, pairs]
+    place = positions.astype(jnp.float32)[..., None, None]
+    angles = place * jnp.asarray(rates, jnp.float32)  # [batch, sequence, 1, pairs]
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from ..models.attention.interface import Mask, Where, attend
 from ..models.attention.registry import choose
+from .sequence.attend import repeated_heads, sequence_parallel
+from .sequence.order import ORDER_OF
 
 ROWS = ("data", "fsdp")
 
@@ -20,18 +22,27 @@ ROWS = ("data", "fsdp")
 def sharded_attention(name: str, *, mesh: Mesh, strategy: str) -> Callable[..., jax.Array]:
     """`attend(q, k, v, mask, where)` over global arrays [batch, sequence, heads, head_dim] for `model.attention: name`.
 
-    `strategy` is `sequence.parallel`. The result equals the implementation's on one device. Raises UserError where the
-    implementation refuses the combination.
+    `strategy` is `sequence.parallel`, for a mesh whose `seq` is above 1. The result equals the implementation's on one
+    device. Raises UserError where the implementation or the strategy refuses the combination.
     """
     platform = mesh.devices.flat[0].platform
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> jax.Array:
+    def sharded(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> jax.Array:
         implementation = choose(name, mask=mask, where=where, q=q, k=k, platform=platform)
-        return attend(implementation, q, k, v, mask, where)
+        if mesh.size == 1:
+            return attend(implementation, q, k, v, mask, where)
+        if mesh.shape["seq"] > 1:
+            return sequence_parallel(implementation, strategy=strategy, mesh=mesh)(q, k, v, mask, where)
+        return over_rows_and_heads(partial(attend, implementation), mesh, q, k, v, mask, where)
 
-    if mesh.size == 1:
-        return local
-    return partial(over_rows_and_heads, local, mesh)
+    return sharded
+
+
+def token_order(tokens: int, *, mesh: Mesh, strategy: str) -> np.ndarray | None:
+    """Which token stands at each place of a row on `mesh`, int32 [tokens]; None: in order."""
+    ranks = mesh.shape["seq"]
+    order = ORDER_OF[strategy](tokens, ranks=ranks) if ranks > 1 else None
+    return None if order is None or (order == np.arange(tokens)).all() else order
 
 
 def over_rows_and_heads(
@@ -57,9 +68,3 @@ def over_rows_and_heads(
         check_vma=False,
     )
     return mapped(q, k, v, where)
-
-
-def repeated_heads(x: jax.Array, devices: int) -> jax.Array:
-    """Keys or values with each head repeated until `devices` can share them evenly."""
-    kv_heads = x.shape[2]
-    return x if kv_heads % devices == 0 else jnp.repeat(x, devices // kv_heads, axis=2)

@@ -4,6 +4,7 @@ Weights carry logical names from `models/axes.py`; the optimizer's state takes t
 to. Under ZeRO-1 (`mesh.zero: 1`) only that state is sharded over `fsdp`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -80,18 +81,30 @@ def weight_shardings(params: Any, *, mesh: Mesh, zero: int) -> Any:
 def optimizer_shardings(opt_state: Any, params: Any, *, mesh: Mesh) -> Any:
     """A tree like `opt_state`: subtrees shaped like `params` are sharded like fully sharded weights, the rest repeated.
 
-    Left to itself the partitioner would repeat all of it.
+    Left to itself the partitioner would repeat all of it. Factored statistics (adafactor's rows and columns: a weight's
+    shape without one dimension) keep the sharding of the dimensions they have.
     """
     weights = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
         owner = next((weight for weight in weights if name.endswith("/" + weight)), None)
-        if owner is not None and weights[owner] == leaf.shape:
-            return NamedSharding(mesh, weight_spec(owner, leaf.shape, mesh=mesh, zero=3))
-        return NamedSharding(mesh, PartitionSpec())
+        if owner is None:
+            return NamedSharding(mesh, PartitionSpec())
+        whole = weight_spec(owner, weights[owner], mesh=mesh, zero=3)
+        return NamedSharding(mesh, inherited(whole, weights[owner], leaf.shape))
 
     return jax.tree_util.tree_map_with_path(one, opt_state)
+
+
+def inherited(whole: PartitionSpec, shape: tuple[int, ...], own: tuple[int, ...]) -> PartitionSpec:
+    """The sharding of an array of shape `own` beside a weight of `shape` that is sharded as `whole`."""
+    if own == shape:
+        return whole
+    for gone in reversed(range(len(shape))):
+        if own == shape[:gone] + shape[gone + 1 :]:
+            return PartitionSpec(*whole[:gone], *whole[gone + 1 :])
+    return PartitionSpec()
 
 
 def batch_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
@@ -106,6 +119,17 @@ def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax
         return jax.lax.with_sharding_constraint(x, spec(names, shape=x.shape, mesh=mesh, rules=ACTIVATIONS))
 
     return constrain
+
+
+def cuts(name: str) -> int:
+    """How often the mesh in use (`jax.set_mesh`) cuts the activation dimension `name`; 1 without a mesh.
+
+    Inside a `shard_map` an axis that it took counts no more: the dimension is cut already.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = ACTIVATIONS[name]
+    automatic = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types) if kind == jax.sharding.AxisType.Auto}
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes) if axis in automatic)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -12,18 +12,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from .rules import cuts
+
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
 
-def lookup(table: jax.Array, tokens: jax.Array, *, shards: int, constrain: Constrain) -> jax.Array:
+def lookup(table: jax.Array, tokens: jax.Array, *, constrain: Constrain) -> jax.Array:
     """Rows [batch, sequence, embed] of `table` [padded_vocab, embed] at `tokens` [batch, sequence].
 
-    `shards` is the size of the mesh axis that cuts the vocabulary. A gather along that dimension would make the
-    partitioner collect the table, and all of its gradient; here every shard is indexed by itself. Cast the rows, not the
-    table: the gradient of a frequent token's row is a sum of thousands of terms, in the table's dtype.
+    Indexing along the sharded dimension would make the partitioner collect the table, and all of its gradient; here
+    every shard is indexed by itself. Cast the rows, not the table: the gradient of a frequent token's row is a sum of
+    thousands of terms, in the table's dtype.
     """
+    shards = cuts("vocab")
     if shards == 1:
-        return jnp.take(table, tokens, axis=0)
+        return jnp.take(constrain(table, (None, None)), tokens, axis=0)
     vocab, embed = table.shape
     rows = vocab // shards
     cut = constrain(table.reshape(shards, rows, embed), ("vocab", None, None))
@@ -44,13 +47,12 @@ def token_logprobs(
     softcap: float | None,
     chunks: int,
     constrain: Constrain,
-    shards: tuple[int, int] = (1, 1),
 ) -> jax.Array:
     """log p(targets) [batch, sequence] float32, from hidden [batch, sequence, embed] and kernel [embed, padded_vocab].
 
-    Columns at and beyond `vocab` are padding. `shards` is how often the mesh cuts (batch, sequence); `chunks` must
-    divide a device's part of the sequence.
+    Columns at and beyond `vocab` are padding. `chunks` must divide each device's part of the sequence.
     """
+    shards = cuts("batch"), cuts("sequence")
     # One copy of the kernel a shard: gathered once before the loop over chunks, its gradient reduced once after it.
     # With a single kernel the partitioner does both in every chunk.
     copies = jnp.broadcast_to(kernel, (*shards, *kernel.shape))

@@ -40,7 +40,7 @@ def held_out_batches(program: Program, held_out: HeldOut, config: RunConfig) -> 
         stop = min(stop, config.evaluation.batches * size)
     rows = local_rows(config, program.mesh)
     for batch in batches(held_out, start=0, stop=stop, global_batch=size, rows=rows, prefetch=config.data.prefetch):
-        yield to_devices(batch, config, program.mesh, order=program.order)
+        yield to_devices(batch, config, program.mesh)
 
 
 def gzip_bits_per_byte(held_out: HeldOut) -> float:

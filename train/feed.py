@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..configs.run import RunConfig
+from ..parallel.attention import token_order
 from ..parallel.rules import batch_shardings
 
 
@@ -18,15 +19,13 @@ def local_rows(config: RunConfig, mesh: Mesh) -> slice:
     return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
 
 
-def to_devices(
-    batch: Mapping[str, np.ndarray], config: RunConfig, mesh: Mesh, *, order: np.ndarray | None = None
-) -> dict[str, jax.Array]:
+def to_devices(batch: Mapping[str, np.ndarray], config: RunConfig, mesh: Mesh) -> dict[str, jax.Array]:
     """Global arrays [global_batch, sequence] from this process's `local_rows` of each field.
 
-    `order` [sequence] deals the tokens to the devices of the `seq` axis: place i of the result is token order[i], in
-    every field alike.
+    Where `seq` cuts the rows, tokens are dealt to its devices in the order the attention wants, in every field alike.
     """
     shape = (config.data.global_batch, config.data.sequence_length)
+    order = token_order(shape[1], mesh=mesh, strategy=config.sequence.parallel)
     first = local_rows(config, mesh).start
 
     def place(field: str, sharding: jax.sharding.NamedSharding) -> jax.Array:

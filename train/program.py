@@ -21,9 +21,10 @@ from ..configs.run import RunConfig
 from ..memory import policy
 from ..models.context import Context, flat_linear, linear
 from ..models.decoder import graph, initial_params
-from ..parallel.attention import sharded_attention
+from ..parallel.attention import sharded_attention, token_order
 from ..parallel.rules import batch_shardings, constrainer, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState
+from ..parallel.vocabulary import lookup
 from . import optimizers
 from .gradients import Batch, accumulated, plain
 from .recipes.registry import RECIPES
@@ -136,13 +137,17 @@ def build(config: RunConfig, mesh: Mesh) -> Program:
 def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
     """What the blocks are told for one batch on one mesh."""
     chosen = policy.decisions(config.memory, tensors=policy.emitted(config.model))
+    constrain = constrainer(mesh)
+    order = token_order(batch["tokens"].shape[1], mesh=mesh, strategy=config.sequence.parallel)
     return Context(
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
+        index=None if order is None else jnp.asarray(order),
         dropout_keys=keys,
         attend=sharded_attention(config.model.attention, mesh=mesh, strategy=config.sequence.parallel),
         linear=flat_linear if mesh.shape["seq"] == 1 else linear,
-        constrain=constrainer(mesh),
+        lookup=partial(lookup, constrain=constrain),
+        constrain=constrain,
         remat=policy.rematerialized(chosen, scanned=config.model.scan),
         compute=jnp.dtype(config.precision.compute),
     )

@@ -149,7 +149,7 @@ class Run:
             for number in range(start + 1, config.steps + 1):
                 with profile.step(number):
                     with self.meter.host():
-                        batch = to_devices(next(feed), config, self.program.mesh, order=self.program.order)
+                        batch = to_devices(next(feed), config, self.program.mesh)
                         state, metrics = step(state, batch)
                     self.told(pending)
                     pending = (number, metrics)
