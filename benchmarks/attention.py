@@ -6,13 +6,14 @@ JAX's own `dot_product_attention` is measured with them, and cuDNN's on a GPU in
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ..configs.errors import UserError
 from ..models.attention.interface import Mask, Where, attend
 from ..models.attention.registry import IMPLEMENTATIONS
 
@@ -38,9 +39,16 @@ def run(shapes: dict[str, Shape] = SHAPES, *, dtype: str = "float32", repeats: i
     return {name: _measure(shape, dtype, repeats) for name, shape in shapes.items()}
 
 
-def main(dtype: str = "float32", repeats: int = 5) -> dict:
-    """Measure SHAPES, print the table, return what `run` returns."""
-    results = run(dtype=dtype, repeats=repeats)
+def main(arguments: Sequence[str] = ()) -> dict:
+    """Measure SHAPES, print the table, return what `run` returns. `arguments`: `dtype=bfloat16`, `repeats=9`."""
+    options = {"dtype": "float32", "repeats": "5"}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in options:
+            raise UserError.no_match("bench attention", [key], known=options)
+        options[key] = value
+    dtype = options["dtype"]
+    results = run(dtype=dtype, repeats=int(options["repeats"]))
     for name, measured in results.items():
         batch, tokens, heads, head_dim = SHAPES[name]
         device = jax.devices()[0].device_kind

@@ -94,7 +94,7 @@ class Storage:
                 f"checkpoint {step} in {self._directory} cannot be read: {first_line(error)}"
             ) from error
         leaves = dict(zip(names(wanted), jax.tree.leaves(loaded), strict=True))
-        kept = [leaves[name] if name in leaves else None for name in names(shapes)]
+        kept = [leaves.get(name) for name in names(shapes)]
         return jax.tree.unflatten(jax.tree.structure(shapes), kept), dict(metadata.custom_metadata or {})
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ UNBUILT_AXES = ("replica", "pipe", "expert")
 
 
 class MeshConfig(Section):
-    """Sizes of the mesh axes, slow links first. Their product is the number of devices; one may be -1 (what is left)."""
+    """Sizes of the mesh axes, slow links first. Their product is the number of devices; one may be -1: what is left."""
 
     replica: int = 1
     """Replicas that meet rarely (outer optimizer)."""
@@ -87,7 +87,7 @@ class SequenceConfig(Section):
     """How attention sees the whole sequence when `mesh.seq` splits it."""
 
     parallel: Literal["all-gather", "ring", "ulysses"] = "all-gather"
-    """all-gather: keys and values gathered, zigzag order; ring: they rotate; ulysses: heads are exchanged for tokens."""
+    """all-gather: keys and values are gathered; ring: they rotate; ulysses: heads are exchanged for tokens."""
 
 
 class MemoryConfig(Section):

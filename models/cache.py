@@ -34,6 +34,11 @@ def empty(model: ModelConfig, *, rows: int, capacity: int, ctx: Context) -> Cach
     }
 
 
+def capacity(cache: Cache) -> int:
+    """Tokens a row can hold."""
+    return jax.tree.leaves(cache)[0].shape[2]
+
+
 def write(cache: Cache, entries: Cache, *, index: jax.Array) -> Cache:
     """The cache with `entries`, as `Decoder.hidden` returned them, in the slots from `index` (a scalar) on."""
     return jax.tree.map(

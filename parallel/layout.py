@@ -25,7 +25,7 @@ VOCAB_DIMENSION = {"embed/embedding": 0, "head/kernel": 1}
 def canonical(tree: Any, model: ModelConfig) -> dict[str, jax.Array]:
     """Every array of `tree` (parameters, or a state holding trees like them) by canonical name."""
     return {
-        name: jnp.asarray(leaf)[index]
+        name: leaf[index]
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         for name, index in places(path_name(path), jnp.shape(leaf), model)
     }
@@ -51,6 +51,10 @@ def places(path: str, shape: tuple[int, ...], model: ModelConfig) -> list[tuple[
     if match := STACKED.fullmatch(path):
         before, rest = match["before"] or "", match["rest"]
         layers = layers_of(model, int(match["segment"]), int(match["place"]))
+        if shape == (1,) and len(layers) > 1:  # where optax has nothing to remember it keeps a single zero
+            return []
+        if shape[:1] != (len(layers),):
+            raise ValueError(f"{path}: shape {shape} does not begin with the {len(layers)} layers of its stack")
         return [(f"{before}layers/{layer}/{rest}", (repeat,)) for repeat, layer in enumerate(layers)]
     dimension = VOCAB_DIMENSION.get("/".join(path.split("/")[-2:]))
     if dimension is not None and len(shape) == 2 and shape[dimension] == model.padded_vocab:

@@ -31,7 +31,7 @@ def xla_flags() -> str:
 
 
 def make_mesh(mesh: MeshConfig, *, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh over `devices` (default: this run's). Raises UserError where the axes do not multiply to their number."""
+    """The mesh over `devices` (default: this run's). Raises UserError where the axes do not multiply to their count."""
     devices = list(jax.devices() if devices is None else devices)
     wanted = mesh.count or len(devices)
     if wanted > len(devices):

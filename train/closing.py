@@ -18,8 +18,8 @@ def closing_words(summary: Summary) -> str:
         "Try next:",
         f"  meshwright generate {directory} 'def '",
         f"  meshwright evaluate {directory}",
-        f"  meshwright train {directory / 'config.yaml'} steps={2 * summary.steps}    # goes on where it stopped",
-        f"  meshwright train {directory / 'config.yaml'} name=mine mesh.tensor=1 mesh.fsdp=4    # same run, another mesh",
+        f"  meshwright train {directory / 'config.yaml'} steps={2 * summary.steps}  # goes on",
+        f"  meshwright train {directory / 'config.yaml'} name=mine mesh.tensor=1 mesh.fsdp=4",
         "  meshwright recipes ls",
     ]
     return "\n".join(lines)

@@ -16,7 +16,9 @@ from .data.cache import cache_directory
 from .evaluation import gzip_bits_per_byte
 from .launch.world import World
 
-PACKAGES = ("meshwright", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "tokenizers", "numpy")
+PACKAGES = (
+    "meshwright", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "tokenizers", "numpy",
+)  # fmt: skip
 
 
 def start(config: RunConfig, world: World) -> None:
@@ -48,7 +50,7 @@ def processor() -> str:
     except OSError:
         lines = [platform.processor()]
     told = {line for line in lines if line.startswith(("model name", "flags"))}
-    return xxhash.xxh3_64_hexdigest("\n".join(sorted(told)))[:8]
+    return xxhash.xxh3_64_hexdigest("\n".join(sorted(told)).encode())[:8]
 
 
 def describe(config: RunConfig, data: Data, mesh: Mesh) -> dict[str, Any]:

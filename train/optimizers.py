@@ -1,7 +1,9 @@
 """Optimizers by the name used in `optimizer.name`, composed from optax: clip -> rule -> decay -> learning rate -> average.
 
 Each part has a name, so that the state of `adamw` is called `opt_state/adamw/...` whatever stands before it. An entry
-of `RULES` maps the section to the direction of the update, before decay and learning rate.
+of `RULES` maps the section to the direction of the update, before decay and learning rate. Rules that look at a whole
+matrix or layer (muon, adafactor's clip) see each layer of a stack by itself. All arithmetic and state is float32,
+whatever the parameters are: in bfloat16 a second moment with b2 above 0.99 never moves.
 """
 
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..configs.errors import UserError
 from ..configs.training import OptimizerConfig
 from ..models.axes import axis_names, stacked
 from ..parallel.rules import path_name
@@ -20,7 +23,7 @@ RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
     "adam": lambda o: optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.epsilon),
     "sgd": lambda o: optax.trace(decay=o.b1) if o.b1 else optax.identity(),
     "lion": lambda o: optax.scale_by_lion(b1=o.b1, b2=o.b2),
-    "adafactor": lambda o: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+    "adafactor": lambda o: optax.chain(optax.scale_by_factored_rms(), clip_by_layer_rms(1.0)),
     "muon": lambda o: muon(o),
 }
 
@@ -38,7 +41,22 @@ def build(optimizer: OptimizerConfig, *, steps: int, spike: float | None = None)
         ("learning_rate", optax.scale_by_learning_rate(schedule(optimizer, steps=steps))),
         ("average", average(optimizer.ema) if optimizer.ema else None),
     ]
-    return optax.named_chain(*((name, part) for name, part in parts if part is not None))
+    return in_float32(optax.named_chain(*((name, part) for name, part in parts if part is not None)))
+
+
+def in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`rule` on float32 copies of gradients and parameters; its state has the names and shapes it has without."""
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def init(params: Any) -> Any:
+        return rule.init(wide(params))
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return rule.update(wide(updates), state, wide(params))
+
+    return optax.GradientTransformation(init, update)
 
 
 def schedule(optimizer: OptimizerConfig, *, steps: int) -> optax.Schedule:
@@ -71,29 +89,62 @@ def decays(optimizer: OptimizerConfig) -> Callable[[Any], Any]:
     return lambda params: jax.tree_util.tree_map_with_path(decayed, params)
 
 
+def clip_by_layer_rms(threshold: float) -> optax.GradientTransformation:
+    """Scale down each layer's update whose root mean square exceeds `threshold`. Source: Adafactor, arXiv:1804.04235, 6."""
+
+    def clipped(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        own = tuple(range(leading(path_name(path), update), update.ndim))
+        rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=own, keepdims=True))
+        return update / jnp.maximum(1.0, rms / threshold)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(clipped, updates))
+
+
+def leading(name: str, leaf: Any) -> int:
+    """Dimensions of the weight called `name` that number layers."""
+    return leaf.ndim - len(axis_names(name)) if stacked(name) else 0
+
+
 def muon(optimizer: OptimizerConfig) -> optax.GradientTransformation:
     """Muon on the kernels of the blocks, each layer its own matrix [in, out]; adam on everything else.
 
     A stacked kernel [repeats, embed, heads, head_dim] is `repeats` matrices, its input and output dimensions flattened.
-    RMS of the update is matched to adam's (arXiv:2502.16982), so that both take one learning rate.
+    RMS of the update is matched to adam's (arXiv:2502.16982), so that both take one learning rate. Raises UserError
+    where no parameter is such a matrix.
     """
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         name = path_name(path)
-        if leaf is None or not (stacked(name) and name.endswith("/kernel")):
+        if not (stacked(name) and name.endswith("/kernel")):
             return None
-        inputs = 2 if name.endswith("attn/o/kernel") else 1
-        return optax.contrib.MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, leaf.ndim)))
+        first = leading(name, leaf)
+        middle = first + (2 if name.endswith("attn/o/kernel") else 1)
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, leaf.ndim)))
+
+    def all_dimensions(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(dimensions, params)
 
     rule = optax.contrib.muon(
         learning_rate=1.0,
         beta=optimizer.b1,
+        eps=optimizer.epsilon,
         adam_b1=optimizer.b1,
         adam_b2=optimizer.b2,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(dimensions, params),
+        muon_weight_dimension_numbers=all_dimensions,
     )
-    return optax.chain(rule, optax.scale(-1.0))  # optax's alias ends with the sign that `build` puts on
+
+    def init(params: Any) -> Any:
+        if not jax.tree.leaves(all_dimensions(params)):
+            names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+            raise UserError(
+                f"optimizer.name: muon found no block's kernel among {len(names)} parameters ({', '.join(names[:3])}, "
+                "...); use adamw"
+            )
+        return rule.init(params)
+
+    # optax's alias ends with the sign that `build` puts on.
+    return optax.chain(optax.GradientTransformation(init, rule.update), optax.scale(-1.0))
 
 
 class NormsState(NamedTuple):

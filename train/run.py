@@ -117,7 +117,7 @@ class Run:
             write_json(self.directory / "plan.json", made)
             write_json(self.directory / "environment.json", environment.describe(config, self.data, program.mesh))
         with ExitStack() as stack:
-            self.progress = stack.enter_context(open_progress(config.steps, start, self.world.first))
+            self.progress = stack.enter_context(open_progress(config.steps, start, self.world.first, every=config.logging.every))
             self.progress.note(plan.render(made))
             sinks = open_sinks(
                 config.logging,
@@ -142,7 +142,7 @@ class Run:
 
     def loop(self, state: TrainState, start: int, step: Any, evaluation: Any) -> TrainState:
         """From update `start` to the last; metrics are read one step behind."""
-        config, checkpoint = self.config, self.config.checkpoint
+        config = self.config
         profile = Profile(config.logging.profile, self.directory)
         pending = None
         with closing(self.batches(start)) as feed:
@@ -160,13 +160,16 @@ class Run:
                     self.committed(self.storage.wait())
                     self.journal.record("preempted", step=number)
                     raise Preempted(f"stopped after step {number}, state saved; run the same command to go on")
-                if checkpoint.every and number % checkpoint.every == 0 and number < config.steps:
+                if self.due(config.checkpoint.every, number):
                     self.save(state, number)
-                if evaluation is not None and config.evaluation.every and number % config.evaluation.every == 0:
-                    if number < config.steps:
-                        self.evaluate(state, number, evaluation)
+                if evaluation is not None and self.due(config.evaluation.every, number):
+                    self.evaluate(state, number, evaluation)
             self.told(pending)
         return state
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether what happens `every` so many steps (0: never) happens after `step`; the last step has its own."""
+        return every > 0 and step % every == 0 and step < self.config.steps
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:
         """This process's rows of every global batch from update `start` on."""
@@ -192,8 +195,8 @@ class Run:
                 self.journal.record("skip", step=step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
                 if self.config.logging.on_nan == "stop" and not jnp.isfinite(metrics["grad_norm"]):
                     raise MeshwrightError(
-                        f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the update was not "
-                        "applied. Lower optimizer.learning_rate, set optimizer.clip, or logging.on_nan=skip"
+                        f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the update was "
+                        "not applied. Lower optimizer.learning_rate, set optimizer.clip, or logging.on_nan=skip"
                     )
             self.progress.update(step, metrics)
             if step % self.config.logging.every == 0 or step in (1, self.config.steps):

@@ -64,10 +64,10 @@ def make_step(
         keys = row_keys(state, rows=batch["tokens"].shape[0]) if dropout else None
         sums = engine(state.params, state.frozen, batch, keys)
         weight = jnp.maximum(sums.weight, 1e-9)
-        gradient = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), sums.gradient)
+        gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / weight, sums.gradient)
         norm = optax.global_norm(gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        healthy = jnp.isfinite(norm)
+        healthy = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
         if spike is not None:
             healthy &= norm < spike * mean_norm(state.opt_state)
         new = dataclasses.replace(

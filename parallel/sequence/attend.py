@@ -1,12 +1,15 @@
-"""Attention over global arrays whose rows are cut over the `seq` axis: one `shard_map` around one of three strategies.
+"""Attention over global arrays whose rows are cut over the `seq` axis: one of three strategies inside of a `shard_map`.
 
 The map is manual in every axis that shards an activation, rows over data x fsdp and heads over tensor, so that nothing
-is left for the partitioner to gather, and a kernel's control flow is one device's own business.
+is left for the partitioner to gather, and a kernel's control flow is one device's own business. Forward and backward
+pass are a map each: what is kept between them are whole arrays with names, where a memory policy finds them, and no map
+is ever differentiated (inside of a pipeline's map JAX 0.10 cannot).
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ...configs.errors import UserError
 from ...models.attention.interface import Implementation, Mask, Where
+from ...models.attention.interface import attend as attend_with
 from . import gathered, ring, ulysses
 
 STRATEGIES = {"all-gather": gathered.wrap, "ring": ring.wrap, "ulysses": ulysses.wrap}
@@ -29,7 +33,7 @@ def sequence_parallel(implementation: Implementation, *, strategy: str, mesh: Me
     """
     if strategy not in STRATEGIES:
         raise UserError.no_match("sequence.parallel", [strategy], known=STRATEGIES)
-    local = STRATEGIES[strategy](implementation, mesh_axis="seq")
+    mapped = _mapped(STRATEGIES[strategy](implementation, mesh_axis="seq"), mesh)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> jax.Array:
         _check_cut(q, k, mesh)
@@ -37,18 +41,7 @@ def sequence_parallel(implementation: Implementation, *, strategy: str, mesh: Me
             order = jnp.arange(q.shape[1], dtype=jnp.int32)
             where = dataclasses.replace(where, query_index=order, key_index=order)
         k, v = (repeated_heads(x, mesh.shape["tensor"]) for x in (k, v))
-        rows = ROWS if q.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS) == 0 else None
-        parts = PartitionSpec(rows, "seq", "tensor", None)
-        where_parts = jax.tree.map(lambda x: PartitionSpec("seq") if x.ndim == 1 else PartitionSpec(rows, "seq"), where)
-        mapped = jax.shard_map(
-            lambda q, k, v, where: local(q, k, v, mask, where),
-            # Inside another shard_map (a pipeline) the mesh is the one already in use, some of its axes manual.
-            mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
-            in_specs=(parts, parts, parts, where_parts),
-            out_specs=parts,
-            axis_names={*(rows or ()), "seq", "tensor"},
-        )
-        return mapped(q, k, v, where)
+        return attend_with(mapped, q, k, v, mask, where)
 
     return attend
 
@@ -57,6 +50,58 @@ def repeated_heads(x: jax.Array, devices: int) -> jax.Array:
     """Keys or values [batch, keys, kv_heads, head_dim], each head repeated until `devices` can share them evenly."""
     kv_heads = x.shape[2]
     return x if kv_heads % devices == 0 else jnp.repeat(x, math.lcm(kv_heads, devices) // kv_heads, axis=2)
+
+
+class _Specs(NamedTuple):
+    """How arrays are cut: [batch, sequence, heads, head_dim], statistics [batch, sequence, heads], and `where`."""
+
+    heads: PartitionSpec
+    statistics: PartitionSpec
+    where: Where
+    axes: set[str]
+
+
+def _mapped(local: Implementation, mesh: Mesh) -> Implementation:
+    """`local`, which works on one device's part, over global arrays."""
+
+    def over_devices(function, arguments, where: Where, specs: _Specs, in_specs, out_specs):
+        return jax.shard_map(
+            function,
+            # Inside another shard_map (a pipeline) the mesh is the one already in use, some of its axes manual.
+            mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
+            in_specs=(*in_specs, specs.where),
+            out_specs=out_specs,
+            axis_names=specs.axes,
+        )(*arguments, where)
+
+    def forward(q, k, v, mask: Mask, where: Where):
+        specs = _specs(q, where, mesh)
+
+        def part(q, k, v, where):
+            return local.forward(q, k, v, mask, where)
+
+        return over_devices(part, (q, k, v), where, specs, [specs.heads] * 3, (specs.heads, specs.statistics))
+
+    def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where):
+        specs = _specs(q, where, mesh)
+
+        def part(q, k, v, out, lse, d_out, where):
+            return local.backward(q, k, v, out, lse, d_out, mask, where)
+
+        in_specs = [*[specs.heads] * 4, specs.statistics, specs.heads]
+        return over_devices(part, (q, k, v, out, lse, d_out), where, specs, in_specs, (specs.heads,) * 3)
+
+    return local._replace(forward=forward, backward=backward)
+
+
+def _specs(q, where: Where, mesh: Mesh) -> _Specs:
+    rows = ROWS if q.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS) == 0 else None
+    return _Specs(
+        heads=PartitionSpec(rows, "seq", "tensor", None),
+        statistics=PartitionSpec(rows, "seq", "tensor"),
+        where=jax.tree.map(lambda x: PartitionSpec("seq") if x.ndim == 1 else PartitionSpec(rows, "seq"), where),
+        axes={*(rows or ()), "seq", "tensor"},
+    )
 
 
 def _check_cut(q, k, mesh: Mesh) -> None:

@@ -7,17 +7,16 @@ order give every device the same work. Source: Llama 3, arXiv:2407.21783, sectio
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from ...models.attention.interface import Implementation, Mask, Where, attend
+from ...models.attention.interface import Implementation, Mask, Where
 
 
 @functools.cache
-def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Callable[..., jax.Array]:
-    """`attend(q, k, v, mask, where)` on one device's part of a row, [batch, sequence / ranks, heads, head_dim].
+def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implementation:
+    """`implementation` on one device's part of a row, [batch, sequence / ranks, heads, head_dim].
 
     For use where `mesh_axis` is manual. `where` holds this device's part and must have indices.
     """
@@ -30,7 +29,7 @@ def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Callable[
         dq, dk, dv = implementation.backward(q, k, v, out, lse, d_out, mask, _with_all_keys(where, mesh_axis))
         return dq, _scatter_sum(dk, mesh_axis), _scatter_sum(dv, mesh_axis)
 
-    return functools.partial(attend, implementation._replace(forward=forward, backward=backward))
+    return implementation._replace(forward=forward, backward=backward)
 
 
 def _with_all_keys(where: Where, mesh_axis: str) -> Where:

@@ -11,13 +11,12 @@ communication is collective-permute between neighbours. Sources: arXiv:2310.0188
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ...models.attention.interface import Implementation, Mask, Where, attend
+from ...models.attention.interface import Implementation, Mask, Where
 
 
 class Part(NamedTuple):
@@ -30,8 +29,8 @@ class Part(NamedTuple):
 
 
 @functools.cache
-def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Callable[..., jax.Array]:
-    """`attend(q, k, v, mask, where)` on one device's part of a row, [batch, sequence / ranks, heads, head_dim].
+def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implementation:
+    """`implementation` on one device's part of a row, [batch, sequence / ranks, heads, head_dim].
 
     For use where `mesh_axis` is manual. `where` holds this device's part and must have indices.
     """
@@ -74,7 +73,7 @@ def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Callable[
         dk, dv = _pass_on((dk, dv), mesh_axis)  # the last hop home, which the keys need not make
         return tuple(x.astype(like.dtype) for x, like in zip((dq, dk, dv), (q, k, v), strict=True))
 
-    return functools.partial(attend, implementation._replace(forward=forward, backward=backward))
+    return implementation._replace(forward=forward, backward=backward)
 
 
 def _merge(out, lse, part_out, part_lse):

@@ -29,13 +29,13 @@ def open_source(source: SourceConfig, *, key: str, cache: Path) -> Documents:
 
 def open_stream(source: SourceConfig, *, window: int, cache: Path) -> Stream:
     """The documents of an hf source, read as they are needed. Raises UserError when there is no such source."""
-    read = hub_stream(source.path, name=source.name, split=source.split, field=source.field)
-    settings = (source.path, source.name, source.split, source.field, source.documents)
+    stream = hub_stream(source.path, name=source.name, split=source.split, field=source.field)
 
     def first(skip: int) -> Iterator[str]:
-        return read(skip) if source.documents is None else islice(read(skip), max(source.documents - skip, 0))
+        stop = None if source.documents is None else max(source.documents - skip, 0)
+        return islice(stream.read(skip), stop)
 
-    return Stream(first, size=window, fingerprint=digest(*map(str, settings)), cache=cache)
+    return Stream(first, size=window, fingerprint=digest(stream.fingerprint, str(source.documents)), cache=cache)
 
 
 def _stdlib(source: SourceConfig, key: str, cache: Path) -> Documents:

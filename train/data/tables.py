@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -113,19 +114,37 @@ def table_files(paths: list[Path], *, kind: str, field: str, cache: Path) -> Tab
 
 def hub_dataset(path: str, *, name: str | None, split: str, field: str) -> Table:
     """A data set saved to a directory, or one that `datasets.load_dataset` knows, downloaded whole."""
-    rows = _loaded(path, name=name, split=split, streaming=False)
+    import datasets
+
+    with _explained(path):
+        rows = _saved(path, split=split)
+        rows = datasets.load_dataset(path, name, split=split) if rows is None else rows
     return Table(one_column(rows, field), field, path, digest("hf", field, rows._fingerprint, str(len(rows))))
 
 
-def hub_stream(path: str, *, name: str | None, split: str, field: str) -> Callable[[int], Iterator[str]]:
-    """The same without downloading it: a function from a number of documents to skip to an iterator over the others."""
-    rows = _loaded(path, name=name, split=split, streaming=True)
+class HubStream(NamedTuple):
+    """Documents that are read one after another."""
+
+    read: Callable[[int], Iterator[str]]  # the documents behind the first so many
+    fingerprint: str
+
+
+def hub_stream(path: str, *, name: str | None, split: str, field: str) -> HubStream:
+    """The same without downloading it. The fingerprint knows the revision on the hub, or when local files changed."""
+    import datasets
+
+    with _explained(path):
+        if (saved := _saved(path, split=split)) is not None:
+            rows, version = saved.to_iterable_dataset(), saved._fingerprint
+        else:
+            builder = datasets.load_dataset_builder(path, name)
+            rows, version = builder.as_streaming_dataset(split=split), builder.hash
 
     def read(skip: int) -> Iterator[str]:
         for number, item in enumerate(rows.skip(skip), start=skip):
             yield column(item, field, origin=f"{path} row {number}")
 
-    return read
+    return HubStream(read, digest("hf", path, str(name), split, field, str(version)))
 
 
 def one_column(rows: Any, field: str) -> Any:
@@ -141,19 +160,31 @@ def first_line(error: Exception) -> str:
     return next(iter(str(cause).splitlines()), type(cause).__name__)[:200]
 
 
-def _loaded(path: str, *, name: str | None, split: str, streaming: bool) -> Any:
-    """A `datasets.Dataset`, or an `IterableDataset` when streaming. Raises UserError where there is none."""
+def _saved(path: str, *, split: str) -> Any:
+    """What `save_to_disk` wrote to the directory, or None where it is something else."""
     import datasets
 
     directory = Path(path).expanduser()
+    if not ((directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file()):
+        return None
     try:
-        if not ((directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file()):
-            return datasets.load_dataset(path, name, split=split, streaming=streaming)
         rows = datasets.load_from_disk(str(directory))
-        rows = rows[split] if isinstance(rows, dict) else rows
-        return rows.to_iterable_dataset() if streaming else rows
-    except KeyError:
-        raise UserError.no_match("data.split", [split], known=rows) from None
+    except IndexError:  # the library cannot open a data set it saved without rows
+        raise UserError(f"data.path: {path} holds no documents; it must hold at least one with text") from None
+    if isinstance(rows, datasets.Dataset):
+        return rows
+    if split not in rows:
+        raise UserError.no_match("data.split", [split], known=rows)
+    return rows[split]
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turn what the datasets library raises into one line."""
+    import datasets
+
+    try:
+        yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"data.path: {path} cannot be loaded: {first_line(error)}; check data.path, data.name, data.split"

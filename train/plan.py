@@ -1,0 +1,133 @@
+"""The plan of a run, before its first step: what every array weighs and where it lives, what the compiled step needs.
+
+plan = make_plan(program, program.compiled_step())     # a dict, ready for JSON; nothing is allocated
+
+Bytes are exact: `..._per_device` is the largest share of a device. `compiled` is the compiler's word about one device,
+`flops_per_step` the matrix products of the traced step on all devices, recomputation included, and `collectives` what a
+device receives per step, by kind and the mesh axes it crosses.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from ..memory.trace import matmul_flops
+from ..models.flops import flops_per_token
+from ..parallel.hlo import bytes_by_axes, collectives
+from ..parallel.rules import path_name
+from .program import Program
+
+LARGEST = 8  # arrays shown
+
+
+def make_plan(program: Program, compiled: jax.stages.Compiled) -> dict[str, Any]:
+    """Everything known about the step of `program` before it runs; `compiled` is its `compiled_step()`."""
+    found = collectives(compiled.as_text(), program.mesh)
+    return storage_plan(program) | {
+        "compiled": memory(compiled) | {"flops_per_step": step_flops(program)},
+        "collectives": {kind: dict(sorted(axes.items())) for kind, axes in sorted(bytes_by_axes(found).items())},
+        "devices": [
+            {"id": device.id, "kind": device.device_kind, "platform": device.platform, "process": device.process_index}
+            for device in program.mesh.devices.flat
+        ],
+    }
+
+
+def storage_plan(program: Program) -> dict[str, Any]:
+    """The part of a plan that needs neither devices nor a compiler: the same for every version of either."""
+    arrays = [
+        described(f"{part}/{path_name(path)}", leaf, sharding)
+        for part in ("params", "frozen", "opt_state")
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(getattr(program.shapes, part)),
+            jax.tree.leaves(getattr(program.shardings, part)),
+            strict=True,
+        )
+    ]
+    weights = [array for array in arrays if not array["name"].startswith("opt_state/")]
+    state = [array for array in arrays if array["name"].startswith("opt_state/")]
+    data = program.config.data
+    return {
+        "parameters": {"count": sum(math.prod(array["shape"]) for array in weights), **totals(weights)},
+        "optimizer": totals(state),
+        "arrays": [{key: value for key, value in array.items() if key != "bytes"} for array in arrays],
+        "mesh": dict(program.mesh.shape),
+        "model_flops_per_token": flops_per_token(program.config.model, data.sequence_length),
+    }
+
+
+def described(name: str, leaf: Any, sharding: NamedSharding) -> dict[str, Any]:
+    """One array: `spec` holds the mesh axis, axes or null of each dimension. Padding of the vocabulary is included."""
+    spec = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
+    return {
+        "name": name,
+        "shape": list(leaf.shape),
+        "dtype": str(leaf.dtype),
+        "spec": [list(axes) if isinstance(axes, tuple) else axes for axes in spec],
+        "bytes": math.prod(leaf.shape) * leaf.dtype.itemsize,
+        "bytes_per_device": math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+    }
+
+
+def totals(arrays: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Summed `bytes` and `bytes_per_device`."""
+    arrays = list(arrays)
+    return {key: sum(array[key] for array in arrays) for key in ("bytes", "bytes_per_device")}
+
+
+def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """The compiler's memory analysis of one device. `alias_bytes` are outputs written into donated arguments."""
+    stats = compiled.memory_analysis()
+    sizes = {
+        "argument_bytes": stats.argument_size_in_bytes,
+        "output_bytes": stats.output_size_in_bytes,
+        "temporary_bytes": stats.temp_size_in_bytes,
+        "alias_bytes": stats.alias_size_in_bytes,
+    }
+    peak = sizes["argument_bytes"] + sizes["output_bytes"] + sizes["temporary_bytes"] - sizes["alias_bytes"]
+    return sizes | {"peak_bytes": peak}
+
+
+def step_flops(program: Program) -> int:
+    """Matrix-product FLOPs of one training step on all devices, from its trace: a compiler counts a loop's body once."""
+    with jax.set_mesh(program.mesh):
+        return matmul_flops(jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes))
+
+
+def render(plan: dict[str, Any]) -> RenderableType:
+    """The plan as a short pair of tables: memory and communication of a device, and the largest arrays."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
+    parameters, optimizer, compiled = plan["parameters"], plan["optimizer"], plan["compiled"]
+    table = Table(title=f"Plan: {axes}", title_justify="left", show_header=False)
+    table.add_row("parameters", f"{parameters['count']:,}", f"{size(parameters['bytes_per_device'])} a device")
+    table.add_row("optimizer", size(optimizer["bytes"]), f"{size(optimizer['bytes_per_device'])} a device")
+    table.add_row("temporaries", "activations, gradients", f"{size(compiled['temporary_bytes'])} a device")
+    table.add_row("peak", "with arguments", f"{size(compiled['peak_bytes'])} a device")
+    table.add_row("step", "matrix products", f"{compiled['flops_per_step'] / 1e12:.3g} TFLOP")
+    for kind, by_axes in plan["collectives"].items():
+        for crossed, count in by_axes.items():
+            table.add_row(kind, f"over {crossed}", f"{size(count)} a device and step")
+    return Group(table, largest(plan["arrays"]))
+
+
+def largest(arrays: list[dict[str, Any]]) -> Table:
+    """The largest arrays of a device, with the mesh axis of each dimension."""
+    table = Table("array", "shape", "sharding", "a device", title="Largest arrays", title_justify="left")
+    for array in sorted(arrays, key=lambda array: (-array["bytes_per_device"], array["name"]))[:LARGEST]:
+        spec = ", ".join("+".join(axes) if isinstance(axes, list) else axes or "·" for axes in array["spec"])
+        table.add_row(array["name"], " x ".join(map(str, array["shape"])), spec, size(array["bytes_per_device"]))
+    return table
+
+
+def size(count: float) -> str:
+    """Bytes for people: `size(1536)` is '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"

@@ -1,0 +1,105 @@
+"""Curves over steps, as SVG that lives inside a page: its text in the page's font, its colours the page's variables.
+
+matplotlib draws with stand-in colours, which become `var(--ink)` and the like afterwards, so that one picture follows
+the page into dark mode. Nothing in the result refers to another file or address.
+"""
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .markup import Html, compact, element
+
+WIDTH, HEIGHT = 460, 230  # points; the page scales the picture to its column
+COLOURS = {"#00000a": "ink", "#00000b": "line", "#00000c": "series-1", "#00000d": "series-2", "#00000e": "bad"}
+INK, LINE, FIRST, SECOND, BAD = COLOURS
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart."""
+
+    label: str
+    steps: Sequence[int]
+    values: Sequence[float]  # NaN breaks the line
+    dots: bool = False  # mark every point: for the few of an evaluation
+
+
+def chart(title: str, curves: Sequence[Curve], *, unit: str = "", marks: Sequence[int] = (), log: bool = False) -> Html:
+    """A figure with its legend; `marks` are steps at which a sitting began again, drawn as dashed lines.
+
+    A curve without points is left out; a chart without curves says so.
+    """
+    curves = [curve for curve in curves if len(curve.steps)]
+    if not curves:
+        return element("figure", element("figcaption", element("b", title)), element("p", "not logged", class_="note"))
+    keys = [legend(curve, number, unit) for number, curve in enumerate(curves, start=1)]
+    caption = element("figcaption", element("b", title), element("span", *keys, class_="keys"))
+    return element("figure", caption, drawn(title, curves, marks=marks, log=log), class_="chart")
+
+
+def legend(curve: Curve, number: int, unit: str) -> Html:
+    """The curve's colour, its label and its newest value."""
+    swatch = element("i", class_=f"key series-{number}")
+    return element("span", swatch, f"{curve.label} ", element("b", compact(curve.values[-1]) + unit))
+
+
+def drawn(title: str, curves: Sequence[Curve], *, marks: Sequence[int], log: bool) -> Html:
+    """The picture alone."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "path.simplify": True}):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        for step in marks:
+            axes.axvline(step, color=BAD, linewidth=1, linestyle=(0, (3, 3)), gid="mark")
+        for curve, colour in zip(curves, (FIRST, SECOND), strict=False):
+            marker = "o" if curve.dots or len(curve.steps) == 1 else None
+            axes.plot(curve.steps, curve.values, color=colour, linewidth=1.8, marker=marker, markersize=4)
+        furnished(axes, log=log)
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    return themed(buffer.getvalue(), title)
+
+
+def furnished(axes, *, log: bool) -> None:
+    """Quiet axes: no frame but the floor, faint horizontal lines, few round numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=6))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(LINE)
+    axes.tick_params(which="both", length=0, labelcolor=INK, labelsize=10, pad=5)
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.02, y=0.08)
+
+
+def themed(svg: str, title: str) -> Html:
+    """matplotlib's file as an inline picture: no prolog, no metadata, no fonts or names of its own, our colours."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
+    head = r'<svg viewBox="\1" role="img" aria-label="TITLE">'
+    body = re.sub(r'<svg[^>]*viewBox="([^"]*)"[^>]*>', head, body, count=1)
+    body = re.sub(r"\bxlink:href=", "href=", body)
+    body = re.sub(r"<!--.*?-->", "", body, flags=re.S)
+    body = re.sub(r' id="[a-z0-9]+_\d+"', "", body)  # figure_1 and the like would stand in every picture of the page
+    body = re.sub(r"font: [^;\"]*;?", "", body)
+    for colour, variable in COLOURS.items():
+        body = body.replace(colour, f"var(--{variable})")
+    body = re.sub(r">\s+<", "><", body)
+    return Html(body.replace("TITLE", html.escape(title)))

@@ -1,0 +1,102 @@
+"""The report of a run: one HTML file that needs nothing else, made from whatever the run directory holds.
+
+write_report(Path("runs/quickstart"))   ->   runs/quickstart/report.html
+"""
+
+import os
+from pathlib import Path
+
+from . import bars, charts, header, story
+from .charts import Curve
+from .markup import Html, element, joined, section
+from .mesh import mesh_picture
+from .record import Record, read_record
+from .sharding import sharding_picture
+from .style import CSS
+
+REPORT = "report.html"
+
+
+def write_report(directory: Path) -> Path:
+    """Write `directory`/report.html anew and say where it is. A file the run did not get to is named in the report."""
+    path = directory / REPORT
+    draft = directory / f".{REPORT}.{os.getpid()}"
+    draft.write_text(page(read_record(directory)), encoding="utf-8")
+    os.replace(draft, path)
+    return path
+
+
+def page(record: Record) -> str:
+    """The whole document."""
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", f"{record.name} · Meshwright"),
+        element("style", Html(CSS)),
+    )
+    body = element(
+        "body",
+        header.header(record),
+        curves(record),
+        *planned(record),
+        story.samples(record.events),
+        story.timeline(record.events),
+        header.surroundings(record),
+        configuration(record),
+        element("footer", "Written by meshwright report."),
+    )
+    return "<!doctype html>\n" + element("html", head, body, lang="en") + "\n"
+
+
+def curves(record: Record) -> Html | None:
+    """Everything that changes over steps. None where nothing was logged."""
+    if not record.metrics:
+        return None
+    loss = Curve("training", *record.series("loss"))
+    held_out = Curve("held out", *record.series("held_out_loss"), dots=True)
+    norm = Curve("gradient norm", *record.series("grad_norm"))
+    rate = Curve("learning rate", *record.series("learning_rate"))
+    speed = Curve("tokens/s", *record.series("tokens_per_second"))
+    steps, shares = record.series("mfu")
+    mfu = Curve("of the peak", steps, [100 * share for share in shares])
+    times = [Curve("step", *record.series("step_seconds")), Curve("host", *record.series("host_seconds"))]
+    marks = [event["step"] for event in record.of("restore") if "step" in event]
+    figures = [
+        charts.chart("Loss", [loss, held_out], marks=marks),
+        charts.chart("Gradient norm", [norm], marks=marks, log=spread(norm.values) > 30),
+        charts.chart("Learning rate", [rate], marks=marks),
+        charts.chart("Throughput", [speed], marks=marks),
+        charts.chart("Model FLOPs utilisation", [mfu], unit=" %", marks=marks),
+        charts.chart("Seconds a step", times, unit=" s", marks=marks),
+    ]
+    note = f"{'Dashed: the run went on from a checkpoint. ' if marks else ''}Horizontal: steps."
+    return section("Curves", element("div", *figures, class_="charts"), note=note)
+
+
+def spread(values: list[float]) -> float:
+    """Greatest over least of the positive ones; 1 where a logarithmic axis could not hold them all."""
+    known = [value for value in values if value == value]
+    return max(known) / min(known) if known and min(known) > 0 else 1.0
+
+
+def planned(record: Record) -> list[Html]:
+    """What plan.json tells; nothing where it is missing."""
+    plan = record.plan
+    if not plan:
+        return []
+    sizes = plan.get("mesh") or {}
+    parts = [bars.memory(plan), bars.communication(plan)]
+    if plan.get("devices"):
+        parts.append(mesh_picture(sizes, plan["devices"]))
+    if plan.get("arrays"):
+        parts.append(sharding_picture(plan["arrays"], sizes))
+    return parts
+
+
+def configuration(record: Record) -> Html | None:
+    """The resolved configuration, folded. None where it is missing."""
+    if not record.config_text:
+        return None
+    text = element("pre", record.config_text, class_="config")
+    return section("Configuration", joined([element("details", element("summary", "config.yaml, resolved"), text)]))

@@ -1,0 +1,55 @@
+"""What happened to a run, and when: `events.jsonl`, append-only, one JSON object a line, on disk before work goes on.
+
+    journal = Journal(directory)
+    journal.record("restore", step=100, level="storage", reason="newest whole checkpoint")
+
+    start  compile  restore        a sitting of the run begins: afresh or from a checkpoint (level, step, reason)
+    save  commit                   a checkpoint begins (step, stall_seconds) and becomes whole (step)
+    evaluation  sample             held-out numbers; a prompt and its continuation
+    skip                           an update that was not applied (loss, grad_norm)
+    failure  preempted  finish     how the sitting ended; a killed one has none of these
+
+Every line has `time` (seconds since 1970) and `event`; the other fields are the event's own.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from .lines import append, mend, read
+
+EVENTS = "events.jsonl"
+METRICS = "metrics.jsonl"
+
+
+class Journal:
+    """The journal of the run in `directory`. One process writes it; the others pass `enabled=False`."""
+
+    def __init__(self, directory: Path, *, enabled: bool = True) -> None:
+        self.path = directory / EVENTS
+        self.enabled = enabled
+        if enabled:
+            mend(self.path)
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Append one event; when this returns, it is on the disk. Raises UserError where the disk is full."""
+        if self.enabled:
+            append(self.path, {"time": time.time(), "event": event, **fields}, sync=True)
+
+
+def read_events(directory: Path) -> list[dict[str, Any]]:
+    """Every event of the run in `directory`, oldest first; none where it has no journal yet."""
+    return read(directory / EVENTS)
+
+
+def read_metrics(directory: Path) -> list[dict[str, float]]:
+    """The metrics of each logged step once, in the order of steps; none where no step was logged yet.
+
+    An evaluation writes a row of its own: rows of one step are one here. "NaN" and "Infinity" are numbers again.
+    """
+    steps: dict[int, dict[str, float]] = {}
+    for row in read(directory / METRICS):
+        if "step" in row:
+            values = {name: float(value) for name, value in row.items() if value is not None and name != "step"}
+            steps.setdefault(int(row["step"]), {}).update(values)
+    return [{"step": step, **values} for step, values in sorted(steps.items())]
