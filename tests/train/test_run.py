@@ -1,0 +1,142 @@
+"""A whole run: what it leaves behind, and that stopping and going on changes nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from equivalence import tiny
+
+from meshwright.configs.errors import MeshwrightError, Preempted, UserError
+from meshwright.configs.load import dump
+from meshwright.train.launch.world import World
+from meshwright.train.report.journal import read_events
+from meshwright.train.run import Run, train
+from meshwright.train.stop import StopRequest
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def small(**changes):
+    """A run of six steps with a checkpoint, an evaluation and a sample at the third."""
+    base = {
+        "steps": 6,
+        "model": {"vocab": 384, "dropout": 0.1},
+        "checkpoint": {"every": 3},
+        "evaluation": {"every": 3, "prompts": ["ab"], "sample_tokens": 4},
+        "logging": {"every": 1, "tensorboard": False},
+    }
+    return tiny(**{**base, **changes})
+
+
+def go(config, root):
+    return train(config, world=World(), root=root)
+
+
+def rows(root, name="run"):
+    return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(root, name="run"):
+    return {row["step"]: row["loss"] for row in rows(root, name) if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run."""
+    root = tmp_path_factory.mktemp("whole")
+    summary = go(small(mesh=MESH), root)
+    return root, summary
+
+
+def test_a_run_leaves_the_whole_directory(whole):
+    root, summary = whole
+    names = {file.name for file in (root / "run").iterdir()}
+    assert {"config.yaml", "environment.json", "plan.json", "metrics.jsonl", "events.jsonl", "checkpoints"} <= names
+    assert {"report.html", "tokenizer.json"} <= names
+    events = [event["event"] for event in read_events(root / "run")]
+    assert [name for name in events if name in ("start", "save", "commit", "finish")] == (
+        ["start", "save", "commit", "save", "commit", "finish"]
+    )
+    assert events.count("evaluation") == 2 and events.count("sample") == 2
+    assert summary.metrics["held_out_bits_per_byte"] > 0 and len(losses(root)) == 6
+
+
+def test_stopping_and_going_on_elsewhere_is_the_same_run(whole, tmp_path, monkeypatch):
+    """Stopped after step 4, resumed on another mesh: the same losses, to rounding."""
+    monkeypatch.setattr(StopRequest, "requested", lambda self, step: step == 4)
+    with pytest.raises(Preempted, match="stopped after step 4, state saved"):
+        go(small(mesh=MESH), tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
+    go(small(mesh={"data": 4}), tmp_path)
+    there, here = losses(whole[0]), losses(tmp_path)
+    assert there.keys() == here.keys() and max(abs(there[step] - here[step]) for step in there) < 1e-4
+    restore = next(event for event in read_events(tmp_path / "run") if event["event"] == "restore")
+    assert (restore["step"], restore["level"]) == (4, "storage")
+
+
+def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
+    """Killed without warning after step 5: the newest checkpoint is step 3, and every later step is the same again."""
+
+    def killed(self, step):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StopRequest, "requested", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go(small(mesh=MESH), tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
+    go(small(mesh=MESH), tmp_path)
+    assert losses(tmp_path) == losses(whole[0])
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_directory_of_another_run_is_refused_and_left_alone(whole):
+    root, _ = whole
+    before = (root / "run" / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"name: .*run holds a run with another optimizer.learning_rate \(0.01 there"):
+        go(small(mesh=MESH, optimizer={"learning_rate": 0.02}), root)
+    assert (root / "run" / "config.yaml").read_text() == before
+
+
+def test_numbers_that_are_not_stop_the_run_before_they_are_applied(tmp_path, monkeypatch):
+    original = Run.batches
+
+    def poisoned(self, start):
+        for number, batch in enumerate(original(self, start)):
+            yield {**batch, "loss_weights": batch["loss_weights"] * (np.nan if number == 2 else 1)}
+
+    monkeypatch.setattr(Run, "batches", poisoned)
+    with pytest.raises(MeshwrightError, match="step 3: loss nan.*the update was not applied"):
+        go(small(checkpoint={"every": 0}, evaluation={"every": 0}), tmp_path)
+    assert read_events(tmp_path / "run")[-1]["event"] == "failure"
+    assert not list((tmp_path / "run" / "checkpoints").glob("*[0-9]"))
+
+
+def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(dump(small(steps=400, evaluation={"every": 0}, checkpoint={"every": 0})))
+    command = [sys.executable, "-m", "meshwright.train.cli", "train", str(file)]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline, "the run never got going"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75 and "state saved; run the same command to go on" in errors
+    saved = [event["step"] for event in read_events(tmp_path / "runs" / "run") if event["event"] == "commit"]
+    done = subprocess.run([*command, f"steps={saved[-1] + 2}"], cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(tmp_path / "runs")) == list(range(1, saved[-1] + 3))
