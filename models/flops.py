@@ -1,28 +1,55 @@
-"""Parameters and model FLOPs of a decoder, from its configuration alone.
+"""How large a model is and how much arithmetic a token costs it, from its settings alone. Imports no JAX.
 
-Training costs 6 FLOPs a token and matrix weight (2 forward, 4 backward), and 12 * heads * head_dim a token and visible
-key in every layer (scores and values, forward and backward). Recomputation is not counted. Source: PaLM,
-arXiv:2204.02311, appendix B, with causal attention counted by the keys that are seen.
+    FLOPs a token, forward and backward = 6 N + 12 heads head_dim keys, the second term summed over layers
+
+N counts the weights of matrix products: the head, also a tied one, but neither embedding lookup nor norms and biases.
+`keys` is how many keys a query sees on average: half the sequence, less under a window. Recomputation is not counted,
+so that utilisation falls when memory is bought with time. Source: PaLM, arXiv:2204.02311, appendix B.
 """
 
 from ..configs.model import ModelConfig
 
 
-def matrix_parameters(model: ModelConfig) -> int:
-    """Weights that every token is multiplied with: the blocks' kernels and the head; an embedding is looked up."""
-    attention = model.embed * model.head_width * 2 * (model.heads + model.key_value_heads)
-    maps = 2 if model.activation == "gelu" else 3
-    return model.layers * (attention + maps * model.embed * model.mlp) + model.embed * model.vocab
-
-
-def visible_keys(length: int, window: int | None) -> float:
-    """Keys a query sees on average in a row of `length` tokens, causal, within `window`."""
-    reach = min(window or length, length)
-    return reach - reach * (reach - 1) / (2 * length)
-
-
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs to train on one token, forward and backward, in rows of `sequence_length`."""
-    windows = [model.windows[layer % len(model.windows)] for layer in range(model.layers)]
-    keys = sum(visible_keys(sequence_length, window) for window in windows)
-    return 6.0 * matrix_parameters(model) + 12.0 * model.heads * model.head_width * keys
+    """FLOPs of a token in a forward and backward pass, in documents of `sequence_length` tokens."""
+    width = model.heads * model.head_width
+    kinds = (model.windows[layer % len(model.windows)] for layer in range(model.layers))
+    keys = sum(visible_keys(sequence_length, window=window) for window in kinds)
+    # Forward: q k^T and p v, each a multiplication and an addition a key; backward: twice the forward.
+    return 6 * matmul_parameters(model) + 3 * 2 * 2 * width * keys
+
+
+def visible_keys(sequence_length: int, *, window: int | None) -> float:
+    """Keys a query sees on average in a document of `sequence_length` tokens, itself included.
+
+    >>> visible_keys(4, window=None), visible_keys(4, window=2)
+    (2.5, 1.75)
+    """
+    full = min(window or sequence_length, sequence_length)
+    pairs = full * (full + 1) / 2 + (sequence_length - full) * full
+    return pairs / sequence_length
+
+
+def matmul_parameters(model: ModelConfig) -> int:
+    """Weights that multiply every token: attention and MLP of all layers, and the head."""
+    attention = model.embed * model.head_width * (2 * model.heads + 2 * model.key_value_heads)
+    mlp = model.embed * model.mlp * (2 if model.activation == "gelu" else 3)
+    return model.layers * (attention + mlp) + model.embed * model.vocab
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """All weights, without the padding of the vocabulary; a tied head counts once."""
+    embedding = 0 if model.tied_embeddings else model.embed * model.vocab
+    if model.position_encoding == "learned":
+        embedding += model.embed * model.max_positions
+    norm = model.embed * (2 if model.norm == "layer" else 1)
+    norms = (1 if model.parallel_block else 2) + (2 if model.post_norms else 0)
+    layer = norms * norm + _biases(model) + (2 * model.head_width if model.qk_norm else 0)
+    return matmul_parameters(model) + embedding + model.layers * layer + norm
+
+
+def _biases(model: ModelConfig) -> int:
+    """Biases of one layer."""
+    attention = model.head_width * (model.heads + 2 * model.key_value_heads) if model.qkv_bias else 0
+    wide = model.mlp * (1 if model.activation == "gelu" else 2)
+    return attention + (2 * model.embed + wide if model.linear_bias else 0)

@@ -41,9 +41,9 @@ ACTIVATIONS: dict[str, Axes] = {
 def spec(
     names: tuple[str | None, ...], *, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, Axes]
 ) -> PartitionSpec:
-    """Mesh axes for dimensions called `names`. Key-value heads fewer than devices are repeated; nothing else may not fit."""
+    """Mesh axes for dimensions called `names`. Raises ValueError where one does not fit; key-value heads are repeated."""
     return PartitionSpec(
-        *(fitting(rules[name] if name else None, name, size, mesh) for name, size in zip(names, shape))
+        *(fitting(rules[name] if name else None, name, size, mesh) for name, size in zip(names, shape, strict=True))
     )
 
 
@@ -113,7 +113,7 @@ def batch_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
-    """`constrain(x, names)` for a model's activations on `mesh`. Specs, not shardings: it also runs inside a shard_map."""
+    """`constrain(x, names)` for activations on `mesh`. Specs, not shardings: it also runs inside a shard_map."""
 
     def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, spec(names, shape=x.shape, mesh=mesh, rules=ACTIVATIONS))
@@ -127,9 +127,10 @@ def cuts(name: str) -> int:
     Inside a `shard_map` an axis that it took counts no more: the dimension is cut already.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = ACTIVATIONS[name]
-    automatic = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types) if kind == jax.sharding.AxisType.Auto}
-    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes) if axis in automatic)
+    axes = (ACTIVATIONS[name],) if isinstance(ACTIVATIONS[name], str) else ACTIVATIONS[name]
+    automatic = jax.sharding.AxisType.Auto
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return math.prod(mesh.shape[axis] for axis in axes if kinds.get(axis) == automatic)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

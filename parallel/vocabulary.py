@@ -1,4 +1,4 @@
-"""The two ends of a model whose vocabulary is sharded over `tensor`: rows of the embedding table, and log-probabilities.
+"""The two ends of a model whose vocabulary is sharded over `tensor`: rows of the table, and log-probabilities.
 
 Neither the table nor the logits are ever gathered. A lookup takes what it has of every token's row and adds zeros for
 the rest, so [tokens, embed] crosses the link. Of the logits, the largest, the sum of exponentials and the target's own

@@ -28,16 +28,18 @@ def sequence_parallel(implementation: Implementation, *, strategy: str, mesh: Me
     """`attend(q, k, v, mask, where)` over global [batch, sequence, heads, head_dim] arrays, sharded over `mesh`.
 
     Tokens stand in run order (`parallel/sequence/order.py`) and `where.query_index = where.key_index` is that order;
-    None is plain order. The result equals the implementation's on one device. Raises UserError on an unknown strategy,
+    None is plain order. Where `seq` is 1 nothing is communicated. The result equals the implementation's on one device. Raises UserError on an unknown strategy,
     a sequence that `mesh.seq` does not divide, and where the strategy or the implementation refuses.
     """
     if strategy not in STRATEGIES:
         raise UserError.no_match("sequence.parallel", [strategy], known=STRATEGIES)
-    mapped = _mapped(STRATEGIES[strategy](implementation, mesh_axis="seq"), mesh)
+    whole_rows = mesh.shape["seq"] == 1
+    mapped = _mapped(implementation if whole_rows else STRATEGIES[strategy](implementation, mesh_axis="seq"), mesh)
+    starts_anywhere = not whole_rows and strategy != "ulysses"
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> jax.Array:
         _check_cut(q, k, mesh)
-        if where.query_index is None and strategy != "ulysses":  # a part of a row does not start at 0
+        if where.query_index is None and starts_anywhere:  # a part of a row does not start at 0
             order = jnp.arange(q.shape[1], dtype=jnp.int32)
             where = dataclasses.replace(where, query_index=order, key_index=order)
         k, v = (repeated_heads(x, mesh.shape["tensor"]) for x in (k, v))
