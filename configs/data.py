@@ -68,7 +68,7 @@ class SourceConfig(Section):
     """Read only the first so many documents. Default: all there are (synthetic: 1000)."""
     streaming: bool = False
     """hf: train while downloading; what was read is kept in the cache, so that resuming is exact. The tokenizer is
-    trained, and held-out documents are evaluated, on the first `data.packing.window` documents. Default: false."""
+    trained, and documents are held out, from the first `data.packing.window` documents. Default: false."""
 
     @property
     def kind(self) -> Source:

@@ -1,9 +1,10 @@
 """The data section: exactly one tokenizer, no setting that its source would ignore."""
 
 import pytest
+from pydantic import ValidationError
+
 from meshwright.configs.base import Section
 from meshwright.configs.data import DataConfig
-from pydantic import ValidationError
 
 REFUSED = {
     "file source without a path": ({"source": "jsonl"}, "data.path: not set"),

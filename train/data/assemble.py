@@ -15,8 +15,8 @@ from .documents import Documents, digest, texts
 from .mixture import Mixture
 from .rows import RowShape
 from .sources import open_source, open_stream
-from .split import below, held_out, identity
-from .store import TokenStore, tokenized
+from .split import held_out, identity
+from .store import tokenized
 from .streaming import Stream, Streamed
 from .tokenizer import Tokenizer, check_tokenizer, load, tokenizer_for, train
 
@@ -65,18 +65,22 @@ def build(data: DataConfig, *, seed: int, model_vocab: int | None = None) -> Dat
         check_tokenizer(tokenizer, model_vocab)
     packing = Packing(data.packing.method, data.packing.window, RowShape.of(tokenizer, data.sequence_length))
 
-    training, parts = [], []
-    for number, source in enumerate(sources, start=1):
-        store = tokenized(source.documents, tokenizer, cache=cache)
-        out = held_out(store.identities, fraction=data.held_out)
-        check_enough(source, store, out=out, data=data)
-        parts.append(HeldOutPart(source.documents, store, np.flatnonzero(out)))
+    parts = [hold_out(source, tokenizer, fraction=data.held_out, cache=cache) for source in sources]
+    evaluated = np.concatenate([part.store.identities[part.documents] for part in parts])
+    kept = [np.flatnonzero(~np.isin(part.store.identities, evaluated)) for part in parts]
+    for source, part, documents in zip(sources, parts, kept, strict=True):
+        check_enough(source, part, kept=documents, data=data)
+
+    training = []
+    for number, (source, part, documents) in enumerate(zip(sources, parts, kept, strict=True), start=1):
+        key = (seed, number)
         if source.stream:
-            key = (seed, number)
-            windows = stream_windows(source.stream, tokenizer, held=parts[-1], data=data, packing=packing, key=key)
-            training.append(Streamed(windows, key=key))
+            window = stream_windows(
+                source.stream, tokenizer, evaluated=evaluated, packing=packing, key=key, cache=cache
+            )
+            training.append(Streamed(window, key=key))
         else:
-            training.append(Shuffled(store, np.flatnonzero(~out), packing=packing, key=(seed, number)))
+            training.append(Shuffled(part.store, documents, packing=packing, key=key))
     weights = [source.weight for source in data.sources]
     mixed = Mixture(training, weights=weights, key=(seed, MIXING)) if data.mixture else training[0]
     evaluation = HeldOut(parts, packing=packing) if data.held_out else None
@@ -91,27 +95,30 @@ def opened(source: MixtureSource, *, key: str, window: int, cache: Path) -> Sour
     return Source(key, stream.window(0), stream)
 
 
+def hold_out(source: Source, tokenizer: Tokenizer, *, fraction: float, cache: Path) -> HeldOutPart:
+    """The tokens of a source (of a stream: of its first window), and which of its documents are held out."""
+    store = tokenized(source.documents, tokenizer, cache=cache)
+    return HeldOutPart(source.documents, store, np.flatnonzero(held_out(store.identities, fraction=fraction)))
+
+
 def stream_windows(
     stream: Stream,
     tokenizer: Tokenizer,
     *,
-    held: HeldOutPart,
-    data: DataConfig,
+    evaluated: np.ndarray,
     packing: Packing,
     key: tuple[int, ...],
+    cache: Path,
 ) -> Callable[[int], tuple[Shuffled, bool]]:
     """The function from a window's number to its samples that `Streamed` asks for.
 
-    Beside the documents `below` the fraction, copies of those evaluated on are left out.
+    Documents whose identity is in `evaluated` are left out, wherever in the stream they come.
     """
-    cache = cache_directory(data.cache)
-    evaluated = held.store.identities[held.documents]
 
     def window(number: int) -> tuple[Shuffled, bool]:
         documents = stream.window(number)
         store = tokenized(documents, tokenizer, cache=cache)
-        out = below(store.identities, fraction=data.held_out) | np.isin(store.identities, evaluated)
-        kept = np.flatnonzero(~out)
+        kept = np.flatnonzero(~np.isin(store.identities, evaluated))
         return Shuffled(store, kept, packing=packing, key=(*key, number)), len(documents) < stream.size
 
     return window
@@ -142,17 +149,18 @@ def training_texts(sources: list[Documents], *, fraction: float) -> Iterator[str
                 yield text
 
 
-def check_enough(source: Source, store: TokenStore, *, out: np.ndarray, data: DataConfig) -> None:
+def check_enough(source: Source, part: HeldOutPart, *, kept: np.ndarray, data: DataConfig) -> None:
     """Raise UserError where a source has no text, fills no row, or has nothing to hold out."""
+    store = part.store
     if not len(store):
         raise UserError(f"{source.key}: every document of the source is empty; it must hold text")
-    tokens = int(store.lengths[~out].sum())
+    tokens = int(store.lengths[kept].sum())
     if tokens < data.sequence_length and not source.stream:
         raise UserError(
             f"data.sequence_length: {data.sequence_length} tokens make a row, but {source.key} has only {tokens} to "
             f"train on ({len(store)} documents, {int(store.lengths.sum())} tokens in all); shorten it or add text"
         )
-    if data.held_out and not out.any():
+    if data.held_out and not len(part.documents):
         remedy = (
             "raise data.packing.window" if source.stream else f"set {source.key}.separator, e.g. '\\n\\n', add files"
         )

@@ -15,22 +15,17 @@ def identity(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def below(identities: np.ndarray, *, fraction: float) -> np.ndarray:
-    """[documents] bool: true for the `fraction` of all possible identities that is smallest."""
-    return identities.astype(np.float64) < fraction * 2.0**64
-
-
 def held_out(identities: Iterable[int], *, fraction: float) -> np.ndarray:
     """[documents] bool: true where a document is held out.
 
-    Those `below` the fraction are. Where that would leave either side empty, the smallest identity is held
-    out, or the largest kept; of one text nothing is held out.
+    The smallest `fraction` of all possible identities are. Where that would leave either side empty, the smallest
+    identity is held out, or the largest kept; of one text nothing is held out.
 
     >>> held_out([1 << 63, 7, 1 << 60], fraction=0.1).tolist()
     [False, True, True]
     """
     values = np.array(identities if isinstance(identities, np.ndarray) else list(identities), np.uint64)
-    chosen = below(values, fraction=fraction)
+    chosen = values.astype(np.float64) < fraction * 2.0**64
     if fraction > 0:
         chosen |= values == values.min(initial=np.iinfo(np.uint64).max)
         chosen &= values != values.max(initial=0)

@@ -9,9 +9,10 @@ import pytest
 
 from meshwright.configs.data import DataConfig
 from meshwright.configs.errors import UserError
-from meshwright.train.data.assemble import build
+from meshwright.train.data.assemble import build, training_texts
 from meshwright.train.data.batches import batches
 from meshwright.train.data.preview import render
+from meshwright.train.data.split import held_out, identity
 
 BYTES = {"bytes": True}
 TINY = {"source": "synthetic", "documents": 40, "tokenizer": BYTES, "sequence_length": 32, "global_batch": 4}
@@ -39,6 +40,17 @@ def test_what_is_trained_on_is_the_text_that_is_not_held_out(cache, packing, tok
     assert data.held_out.bytes == sum(len(text.encode()) for text in held_out)
 
 
+def test_a_tokenizer_is_trained_on_no_held_out_text():
+    class Listed(list):
+        fingerprint = "listed"
+
+    documents = Listed(f"document {number}" for number in range(100))
+    out = held_out([identity(text) for text in documents], fraction=0.3)
+    kept = [text for text, hidden in zip(documents, out, strict=True) if not hidden]
+    assert list(training_texts([documents], fraction=0.3)) == kept
+    assert 0 < len(kept) < 100
+
+
 def test_two_builds_give_the_same_batches_from_any_start(cache):
     first, second = built(), built()
     run = [batch["tokens"] for batch in batches(first.train, start=0, stop=24, global_batch=4, prefetch=2)]
@@ -63,6 +75,18 @@ def test_a_mixture_mixes_texts_in_its_portions(cache, tmp_path):
     is_text = ["zzz" in texts_of(data.train.row(index), data.tokenizer)[0] for index in range(2048)]
     assert sum(is_text) == 512
     assert data.held_out is None
+
+
+def test_what_one_source_of_a_mixture_holds_out_no_other_trains_on(cache, tmp_path):
+    """Of so few texts each source holds out the one of smallest identity; the second text is in both sources."""
+    first, second, third, fourth = sorted("abcd", key=lambda letter: identity(letter * 40))
+    for name, letters in (("one", [second, fourth]), ("two", [first, second, third])):
+        (tmp_path / name).write_text("--".join(letter * 40 for letter in letters))
+    entries = [{"source": "text", "path": str(tmp_path / name), "separator": "--"} for name in ("one", "two")]
+    data = build(DataConfig(mixture=entries, tokenizer=BYTES, sequence_length=8, held_out=1e-6), seed=0)
+    trained = {data.tokenizer.decode(data.train.row(index)["targets"])[:1] for index in range(200)}
+    assert {text[0] for text in data.held_out.texts()} == {first, second}
+    assert trained - {""} == {third, fourth}
 
 
 SETTINGS_THAT_CHANGE_SAMPLES = {
@@ -124,9 +148,10 @@ class Blocked:
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Blocked())
 from meshwright.configs.data import DataConfig
-from meshwright.train.data.assemble import build
+from meshwright.train.data.assemble import build, training_texts
 from meshwright.train.data.batches import batches
 from meshwright.train.data.preview import render
+from meshwright.train.data.split import held_out, identity
 data = build(DataConfig(**{TINY!r}, cache={str(tmp_path)!r}), seed=0)
 print(render(data).plain[:5], next(batches(data.train, start=0, global_batch=4, prefetch=2))["tokens"].shape)
 """

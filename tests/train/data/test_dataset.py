@@ -54,15 +54,29 @@ def test_another_seed_or_epoch_gives_another_order(stores, packings):
     assert first != content(shuffled(stores, packings(), seed=1), range(rows))
 
 
-def test_documents_outside_a_window_are_never_packed_with_it(stores, packings):
-    """Windows are dealt once: which documents may share a row does not change from epoch to epoch."""
-    dataset = shuffled(stores, packings())
-    together = set()
+def test_rows_of_an_epoch_are_visited_in_an_order_of_its_own(stores, packings):
+    """Where each document is a row and a window, nothing else is left to shuffle."""
+    dataset = Shuffled(stores([8] * 9), np.arange(9), packing=packings()._replace(window=1), key=(0, 1))
+    first, second = content(dataset, range(9)), content(dataset, range(9, 18))
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def windows_of(dataset):
+    """The documents that ever shared a row, directly or through others: found by reading 20 epochs."""
+    groups = []
     for index in range(20 * dataset.rows_per_epoch()):
         documents = {int(token) // 100 for token in dataset.row(index)["targets"] if token >= 100}
-        together |= {(a, b) for a in documents for b in documents}
-    groups = {frozenset(b for a, b in together if a == document) for document, _ in together}
-    assert sum(len(group) for group in groups) == len({a for a, _ in together}), "windows overlap"
+        touched = [group for group in groups if group & documents]
+        groups = [group for group in groups if not group & documents] + [documents.union(*touched)]
+    return {frozenset(group) for group in groups}
+
+
+def test_documents_are_dealt_into_windows_once_by_the_seed(stores, packings):
+    windows = windows_of(shuffled(stores, packings()))
+    assert max(len(window) for window in windows) == 3
+    assert len(windows) >= 4
+    assert windows != windows_of(shuffled(stores, packings(), seed=1))
 
 
 def test_held_out_rows_hold_the_other_documents_in_order_then_padding(stores, packings):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from meshwright.train.data.packing import PACKERS, best_fit, best_fit_rows, concat
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30).map(np.array)
@@ -54,6 +55,10 @@ def test_concat_pads_the_last_row_only(lengths, row):
 def test_best_fit_cuts_only_what_is_longer_than_a_row(lengths, row):
     pieces = best_fit(lengths, row)
     assert (np.bincount(pieces.document) == -(-lengths // row)).all()
+
+
+def test_best_fit_places_long_rests_first():
+    assert best_fit(np.array([1, 1, 4, 4, 9]), 5).row.max() + 1 == 4, "4 + 1, 4 + 1, 5 and the 4 left of 9"
 
 
 @settings(deadline=None, max_examples=60)

@@ -175,6 +175,14 @@ def test_a_missing_column_lists_what_there_is(writer, tmp_path, cache):
         opened(writer(tmp_path) | {"field": "txt"}, cache)
 
 
+def test_a_saved_data_set_without_rows_is_refused(tmp_path, cache):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match=r"data\.path: .* holds no documents"):
+        opened({"source": "hf", "path": str(tmp_path / "saved")}, cache)
+
+
 def test_a_missing_split_or_data_set_is_refused(tmp_path, cache):
     with pytest.raises(UserError, match=r"data\.split: trian matches nothing; there are train"):
         opened(write_hf(tmp_path) | {"split": "trian"}, cache)

@@ -66,6 +66,22 @@ def test_a_broken_connection_says_where_and_goes_on_from_there(cache):
     assert remote.opened == [8]
 
 
+def test_the_same_stream_goes_on_after_a_broken_connection(cache):
+    remote = Remote(broken=13)
+    stream = streamed(remote, cache)
+    with pytest.raises(MeshwrightError):
+        windows(stream, 2)
+    remote.broken = None
+    assert stream.window(1).texts == tuple(TEXTS[8:16])
+
+
+def test_a_window_another_process_read_leaves_no_gap(cache):
+    ours, theirs = streamed(Remote(), cache), streamed(Remote(), cache)
+    ours.window(0)
+    theirs.window(1)
+    assert [ours.window(1).texts, ours.window(2).texts] == [tuple(TEXTS[8:16]), tuple(TEXTS[16:24])]
+
+
 @pytest.fixture
 def saved(tmp_path):
     """The texts as a data set on disk."""
@@ -102,7 +118,7 @@ def test_every_epoch_predicts_every_document_that_is_not_held_out(saved, cache, 
     held_out = set(data.held_out.texts())
     counts = predicted(data, range(epoch * rows, (epoch + 1) * rows))
     assert 1 <= len(held_out) <= 8, "from the first window"
-    assert 0.6 * len(TEXTS) < counts[256] < len(TEXTS), "one end a document"
+    assert counts[256] == len(TEXTS) - len(held_out), "one end a document"
     assert counts == predicted(data, range(rows))
 
 
@@ -119,11 +135,29 @@ def test_samples_are_a_function_of_seed_and_index(saved, cache):
     assert tokens(first, range(rows)) != tokens(built(saved, seed=1), range(rows))
 
 
+@pytest.mark.parametrize("settings", [{}, {"documents": 30}], ids=["all", "the first 30"])
+def test_an_interrupted_run_goes_on_with_the_samples_of_an_uninterrupted_one(saved, tmp_path, settings):
+    whole = built(saved, cache=str(tmp_path / "one"), **settings)
+    epoch_rows(whole)  # read to the end first: what comes later must not change what was before
+    before, after = (built(saved, cache=str(tmp_path / "two"), **settings) for _ in range(2))
+    reached = before.train.rows_per_epoch()
+    samples = [(before if index < reached else after).train.row(index) for index in range(2 * epoch_rows(whole))]
+    for index, sample in enumerate(samples):
+        assert sample["tokens"].tolist() == whole.train.row(index)["tokens"].tolist(), index
+
+
 def test_training_starts_before_the_stream_has_ended(saved, cache):
     data = built(saved)
     data.train.row(0)
     assert data.train.rows_per_epoch() < epoch_rows(data)
     assert data.summary["documents"] == 8
+
+
+def test_a_stream_of_one_window_is_shuffled_anew_in_every_epoch(saved, cache):
+    data = built(saved, packing={"window": 100})
+    rows = epoch_rows(data)
+    first, second = ([data.train.row(start + i)["tokens"].tolist() for i in range(rows)] for start in (0, rows))
+    assert first != second
 
 
 def test_only_the_first_documents_of_a_stream(saved, cache):
@@ -148,3 +182,16 @@ def test_a_stream_without_text_is_refused(tmp_path, cache):
     datasets.Dataset.from_dict({"text": ["", ""]}).save_to_disk(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="every document of the source is empty"):
         built(str(tmp_path / "empty"))
+
+
+def test_files_that_changed_are_read_again(tmp_path, cache):
+    for text in ("first version", "other version"):
+        (tmp_path / "files").mkdir(exist_ok=True)
+        (tmp_path / "files" / "train.jsonl").write_text("".join(f'{{"text": "{text} {n}"}}\n' for n in range(20)))
+        data = built(str(tmp_path / "files"), held_out=0, sequence_length=16)
+        assert data.tokenizer.decode(data.train.row(0)["targets"][:13]) == text
+
+
+def test_a_missing_column_of_a_stream_lists_what_there_is(saved, cache):
+    with pytest.raises(UserError, match=r"data\.field .*row 0\): body matches nothing; there are text"):
+        built(saved, field="body")

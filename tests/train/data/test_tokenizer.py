@@ -89,6 +89,8 @@ ROLES = {
 def test_roles_of_a_foreign_tokenizer(tmp_path, tokens, config, expected):
     loaded = load(foreign(tmp_path, tokens, config))
     assert (loaded.bos, loaded.eos, loaded.pad) == expected
+    loaded.save(tmp_path / "saved")
+    assert load(tmp_path / "saved").fingerprint == loaded.fingerprint
 
 
 def test_loading_what_cannot_end_a_document_is_refused(tmp_path):
