@@ -1,6 +1,8 @@
 """What the backward pass finds again, and where: keep on the device, recompute, or offload to host memory.
 
-A block names its intermediate values (`configs/names.py`); a policy decides for each. Unnamed values are recomputed.
+A block names its intermediate values (`configs/names.py`); a policy decides for each. Unnamed values (squares of a
+norm, masks, casts) are recomputed, unless everything is kept. `attn_out` is of use only with `attn_lse`: the backward
+pass of attention reads both, and without one of them runs the scores again.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -13,12 +15,12 @@ from ..configs.model import ModelConfig
 from ..configs.names import POLICY_TENSORS
 from ..configs.parallel import MemoryConfig
 
-# What a preset does not name is recomputed. `none` keeps everything, named or not.
+# What a preset does not name is recomputed. `none` keeps everything, named or not; `minimal` what matrix products made.
 PRESETS: dict[str, dict[str, Decision]] = {
     "none": {},
     "full": {},
     "attention-out": {"attn_out": "keep", "attn_lse": "keep"},
-    "minimal": dict.fromkeys(("q", "k", "v", "attn_out", "attn_lse", "mlp_gate", "mlp_up"), "keep"),
+    "minimal": dict.fromkeys(("q", "k", "v", "attn_out", "attn_lse", "attn_proj", "mlp_gate", "mlp_up"), "keep"),
     "offload-block-in": {"block_in": "offload"},
 }
 
@@ -44,7 +46,7 @@ def decisions(memory: MemoryConfig, *, tensors: Collection[str]) -> dict[str, De
 
 
 def rematerialized(chosen: Mapping[str, Decision] | None, *, scanned: bool) -> Callable[[Callable], Callable]:
-    """`wrap(block)` that computes the same and saves what `chosen` says. `scanned`: the wrapped block is a scan's body."""
+    """`wrap(block)` that computes the same and saves what `chosen` says. `scanned`: the block is a scan's body."""
     if chosen is None:
         return lambda block: block
     kept = [name for name, decision in chosen.items() if decision == "keep"]

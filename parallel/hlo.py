@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
+from ..configs.errors import MeshwrightError
+
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 HEADER = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$")
@@ -83,6 +85,21 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
                 )
             )
     return found
+
+
+def refuse_permute_under_conditional(text: str, mesh: Mesh) -> None:
+    """Raise MeshwrightError if the module `text` permutes devices inside a branch, naming the first such op.
+
+    Devices of a pipeline take different branches of one conditional. There a collective-permute, which all devices of
+    the program have to join, waits for ever; other collectives wait for the members of their own group only.
+    """
+    for one in collectives(text, mesh):
+        if one.kind == "collective-permute" and one.under_conditional:
+            raise MeshwrightError(
+                f"{one.name} permutes devices over {' x '.join(one.axes) or 'none'} inside a conditional, where it would "
+                f"never end ({one.bytes} bytes, from {one.source or 'no known source'}); move it out of the branch, or "
+                "keep the dimension it moves unsharded (a mesh axis of size 1)"
+            )
 
 
 def parse(text: str) -> dict[str, list[Instruction]]:

@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, Axes] = {
 def spec(
     names: tuple[str | None, ...], *, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, Axes]
 ) -> PartitionSpec:
-    """Mesh axes for dimensions called `names`. Raises ValueError where one does not fit; key-value heads are repeated."""
+    """Mesh axes for dimensions called `names`. ValueError where one does not fit; key-value heads are repeated."""
     return PartitionSpec(
         *(fitting(rules[name] if name else None, name, size, mesh) for name, size in zip(names, shape, strict=True))
     )

@@ -5,14 +5,17 @@
 compares losses, gradient norms and canonical parameters over a few steps on fixed random batches.
 """
 
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 from meshwright.configs.load import merged, validated
+from meshwright.configs.parallel import MemoryConfig, MeshConfig
 from meshwright.configs.run import RunConfig
 from meshwright.parallel.layout import canonical
 from meshwright.parallel.mesh import make_mesh
+from meshwright.parallel.state import TrainState
 from meshwright.train.feed import to_devices
 from meshwright.train.program import build
 
@@ -53,15 +56,35 @@ def packed(random: np.random.Generator, shape: tuple[int, int], *, vocab: int) -
 
 
 def trajectory(config: RunConfig, *, steps: int = 5) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """Metrics of every step, and the canonical state after the last."""
+    """Metrics of every step, and the canonical state after the last. A configuration is run once a session."""
+    return _trajectory(config.model_dump_json(), steps)
+
+
+@functools.lru_cache(maxsize=64)
+def _trajectory(config_json: str, steps: int) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    config = RunConfig.model_validate_json(config_json)
     mesh = make_mesh(config.mesh)
     program = build(config, mesh)
-    state, step = program.initialized(), program.compiled_step()
+    state, step = jax.device_put(born(config), program.shardings, may_alias=False), program.compiled_step()
     seen = []
     for batch in batches(config, steps):
         state, metrics = step(state, to_devices(batch, config, mesh))
         seen.append(jax.device_get(metrics))
-    return seen, jax.device_get(canonical({"params": state.params, "opt_state": state.opt_state}, config.model))
+    return seen, canonical(jax.device_get({"params": state.params, "opt_state": state.opt_state}), config.model)
+
+
+def born(config: RunConfig) -> TrainState:
+    """The state before step 0, made on one device: what `Program.initialized` must make on any mesh."""
+    shaping = config.model_copy(
+        update={"mesh": MeshConfig(platform="cpu"), "memory": MemoryConfig(), "microbatches": 1}
+    )
+    return _born(shaping.model_dump_json())
+
+
+@functools.lru_cache(maxsize=64)
+def _born(config_json: str) -> TrainState:
+    config = RunConfig.model_validate_json(config_json)
+    return jax.device_get(build(config, make_mesh(config.mesh)).initialized())
 
 
 def assert_same(a: RunConfig, b: RunConfig, *, steps: int = 5, tolerance: float = 2e-5) -> None:

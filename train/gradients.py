@@ -29,7 +29,7 @@ Engine = Callable[[Any, Any, Batch, jax.Array | None], Sums]
 
 
 def plain(loss: Loss, *, dtype: Any = jnp.float32) -> Engine:
-    """Loss and gradient of the whole batch at once. `loss` returns (numerator, (weight, metrics)); gradients are `dtype`."""
+    """Loss and gradient of the whole batch at once; gradients are `dtype`. `loss` is (numerator, (weight, metrics))."""
 
     def engine(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> Sums:
         (numerator, (weight, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(params, frozen, batch, keys)

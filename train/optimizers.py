@@ -1,4 +1,4 @@
-"""Optimizers by the name used in `optimizer.name`, composed from optax: clip -> rule -> decay -> learning rate -> average.
+"""Optimizers by the name in `optimizer.name`, composed from optax: clip -> rule -> decay -> learning rate -> average.
 
 Each part has a name, so that the state of `adamw` is called `opt_state/adamw/...` whatever stands before it. An entry
 of `RULES` maps the section to the direction of the update, before decay and learning rate. Rules that look at a whole
@@ -90,7 +90,7 @@ def decays(optimizer: OptimizerConfig) -> Callable[[Any], Any]:
 
 
 def clip_by_layer_rms(threshold: float) -> optax.GradientTransformation:
-    """Scale down each layer's update whose root mean square exceeds `threshold`. Source: Adafactor, arXiv:1804.04235, 6."""
+    """Scale down a layer's update whose root mean square is above `threshold`. Source: Adafactor, arXiv:1804.04235."""
 
     def clipped(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
         own = tuple(range(leading(path_name(path), update), update.ndim))

@@ -94,7 +94,7 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 
 def step_flops(program: Program) -> int:
-    """Matrix-product FLOPs of one training step on all devices, from its trace: a compiler counts a loop's body once."""
+    """Matrix-product FLOPs of one training step on all devices, read off its trace, loops multiplied through."""
     with jax.set_mesh(program.mesh):
         return matmul_flops(jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes))
 

@@ -35,7 +35,7 @@ from .program import Program, build
 from .report.html import write_report
 from .report.journal import Journal
 from .report.progress import open_progress
-from .report.sinks import open_sinks
+from .report.sinks import Sink, open_sinks
 from .stop import StopRequest
 
 
@@ -119,14 +119,7 @@ class Run:
         with ExitStack() as stack:
             self.progress = stack.enter_context(open_progress(config.steps, start, self.world.first, every=config.logging.every))
             self.progress.note(plan.render(made))
-            sinks = open_sinks(
-                config.logging,
-                self.directory,
-                run_name=config.name,
-                resume_step=start,
-                config=config.model_dump(mode="json"),
-            )
-            self.sinks = [stack.enter_context(closing(sink)) for sink in (sinks if self.world.first else [])]
+            self.sinks = [stack.enter_context(closing(sink)) for sink in self.opened_sinks(start)]
             self.meter = Meter.of(config, made)
             self.last: dict[str, float] = {}
             state = self.loop(state, start, step, evaluation)
@@ -166,6 +159,19 @@ class Run:
                     self.evaluate(state, number, evaluation)
             self.told(pending)
         return state
+
+    def opened_sinks(self, start: int) -> list[Sink]:
+        """Where metrics go; only the first process writes them."""
+        if not self.world.first:
+            return []
+        config = self.config
+        return open_sinks(
+            config.logging,
+            self.directory,
+            run_name=config.name,
+            resume_step=start,
+            config=config.model_dump(mode="json"),
+        )
 
     def due(self, every: int, step: int) -> bool:
         """Whether what happens `every` so many steps (0: never) happens after `step`; the last step has its own."""

@@ -27,7 +27,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 def make_loss(
     graph: Any, recipe: Recipe, *, model: ModelConfig, memory: MemoryConfig, context: Callable[..., Context]
 ) -> Loss:
-    """The recipe's numerator and weight of a batch, by parameters. `context(batch, keys)` tells blocks what they need."""
+    """The recipe's numerator and weight of a batch, by parameters. `context(batch, keys)` is what blocks are told."""
 
     def loss(
         params: Any, frozen: Any, batch: Batch, keys: jax.Array | None
@@ -58,7 +58,7 @@ def make_step(
     dropout: bool,
     spike: float | None,
 ) -> Step:
-    """A pure step. An update that is not finite, or whose norm is above `spike` times the mean so far, is not applied."""
+    """A pure step. It applies no update that is not finite, or whose norm exceeds `spike` times the mean so far."""
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = row_keys(state, rows=batch["tokens"].shape[0]) if dropout else None

@@ -1,6 +1,7 @@
 """Memory policies save what they say, change no number, and refuse names that nothing emits."""
 
 import pytest
+
 from equivalence import assert_same, tiny
 from meshwright.configs.errors import UserError
 from meshwright.memory import policy

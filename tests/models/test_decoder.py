@@ -1,6 +1,7 @@
 """The decoder: causal, deterministic, the same scanned or unrolled, and able to learn."""
 
 import numpy as np
+
 from equivalence import assert_same, batches, tiny, to_devices
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.program import build

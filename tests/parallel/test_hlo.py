@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+
+from meshwright.configs.errors import MeshwrightError
 from meshwright.configs.parallel import MeshConfig
 from meshwright.parallel import hlo
 from meshwright.parallel.mesh import make_mesh
@@ -41,6 +43,46 @@ def test_a_loop_multiplies_and_a_conditional_is_marked():
     assert found["collective-permute"].count == 5 and not found["collective-permute"].under_conditional
     assert found["collective-permute"].axes == ("tensor",)
     assert found["all-reduce"].under_conditional and found["all-reduce"].axes == ("data",)
+
+
+def branching(permuted):
+    """A program with a permutation of `tensor` inside a branch (`permuted`), or behind it."""
+
+    def turn(x):
+        return jax.lax.ppermute(x, "tensor", [(0, 1), (1, 0)])
+
+    def choose(x):
+        summed = jax.lax.cond(x.sum() > 0, turn if permuted else lambda y: jax.lax.psum(y, "data"), lambda y: y * 2, x)
+        return turn(summed)
+
+    spec = PartitionSpec("data", "tensor")
+    return compiled(jax.shard_map(choose, mesh=MESH, in_specs=spec, out_specs=spec, check_vma=False), spec, out=spec)
+
+
+def test_a_permute_in_a_branch_is_refused_and_elsewhere_is_not():
+    """Other collectives in a branch, and a permutation outside of it, are fine."""
+    hlo.refuse_permute_under_conditional(branching(permuted=False), MESH)
+    with pytest.raises(MeshwrightError, match=r"collective-permute\S* permutes devices over tensor inside .*ppermute"):
+        hlo.refuse_permute_under_conditional(branching(permuted=True), MESH)
+
+
+def test_a_permute_in_a_loop_in_a_branch_is_refused():
+    def turn(x):
+        return jax.lax.ppermute(x, "data", [(0, 1), (1, 0)])
+
+    def choose(x):
+        loop = lambda y: jax.lax.fori_loop(0, 3, lambda _, z: turn(z), y)
+        return jax.lax.cond(x.sum() > 0, loop, lambda y: y, x)
+
+    spec = PartitionSpec("data")
+    text = compiled(jax.shard_map(choose, mesh=MESH, in_specs=spec, out_specs=spec, check_vma=False), spec, out=spec)
+    with pytest.raises(MeshwrightError, match="over data inside a conditional"):
+        hlo.refuse_permute_under_conditional(text, MESH)
+
+
+def test_text_without_an_entry_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY computation in 5 characters"):
+        hlo.collectives("hello", MESH)
 
 
 GROUPS = {

@@ -8,8 +8,8 @@ import time
 
 import numpy as np
 import pytest
-from equivalence import tiny
 
+from equivalence import tiny
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
 from meshwright.configs.load import dump
 from meshwright.train.launch.world import World

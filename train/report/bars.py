@@ -59,7 +59,7 @@ def communication(plan: Mapping[str, Any]) -> Html:
     by_axes: dict[str, dict[str, float]] = {}
     for kind, axes_bytes in (plan.get("collectives") or {}).items():
         for axes, count in axes_bytes.items():
-            if count > 0:
+            if count > 0 and axes != "none":  # between no two devices
                 by_axes.setdefault(axes, {})[kind] = count
     kinds = sorted({kind for parts in by_axes.values() for kind in parts})
     if not kinds:

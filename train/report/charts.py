@@ -58,7 +58,7 @@ def drawn(title: str, curves: Sequence[Curve], *, marks: Sequence[int], log: boo
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)
         for step in marks:
-            axes.axvline(step, color=BAD, linewidth=1, linestyle=(0, (3, 3)), gid="mark")
+            axes.axvline(step, color=BAD, linewidth=1, linestyle=(0, (3, 3)))
         for curve, colour in zip(curves, (FIRST, SECOND), strict=False):
             marker = "o" if curve.dots or len(curve.steps) == 1 else None
             axes.plot(curve.steps, curve.values, color=colour, linewidth=1.8, marker=marker, markersize=4)
@@ -97,7 +97,8 @@ def themed(svg: str, title: str) -> Html:
     body = re.sub(r'<svg[^>]*viewBox="([^"]*)"[^>]*>', head, body, count=1)
     body = re.sub(r"\bxlink:href=", "href=", body)
     body = re.sub(r"<!--.*?-->", "", body, flags=re.S)
-    body = re.sub(r' id="[a-z0-9]+_\d+"', "", body)  # figure_1 and the like would stand in every picture of the page
+    # Only marks and clip paths are referred to; figure_1 and the like would stand in every picture of the page.
+    body = re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", body)
     body = re.sub(r"font: [^;\"]*;?", "", body)
     for colour, variable in COLOURS.items():
         body = body.replace(colour, f"var(--{variable})")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from meshwright.models.attention import blockwise
 from meshwright.models.attention.interface import Mask, Where, attend
 from meshwright.models.attention.registry import IMPLEMENTATIONS

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+
 from meshwright.configs.errors import UserError
 from meshwright.models.attention import blockwise
 from meshwright.models.attention.interface import Mask, Where, attend

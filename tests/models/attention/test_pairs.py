@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from meshwright.models.attention.interface import Mask
 from meshwright.models.attention.pairs import Blocks, _visits
 

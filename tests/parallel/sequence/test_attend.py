@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
 from meshwright.configs.errors import UserError
 from meshwright.configs.names import MESH_AXES
 from meshwright.models.attention import blockwise
@@ -133,6 +134,27 @@ def test_a_policy_that_keeps_output_and_statistics_does_not_attend_again(strateg
         return text.count(" dot(")
 
     assert products("attn_out", "attn_lse") < products()
+
+
+@pytest.mark.parametrize("strategy", ["all-gather", "ulysses"])  # a permutation inside of a branch would deadlock
+def test_it_differentiates_inside_of_a_pipelines_branch(strategy):
+    """Two stages that do different things, one of them per device: `switch` inside of a map over `pipe`."""
+    mesh, plain = mesh_of(pipe=2, seq=2), [jnp.stack([x, x[::-1]]) for x in arrays(4)[:3]]
+    cut = sequence_parallel(IMPLEMENTATIONS["dense"], strategy=strategy, mesh=mesh)
+    whole = lambda *qkv: attend(IMPLEMENTATIONS["dense"], *qkv, Mask())
+
+    def stage(*qkv):
+        branches = [lambda *qkv: cut(*qkv, Mask(), Where()), lambda *qkv: 3 * cut(*qkv, Mask(), Where())]
+        return jax.lax.switch(jax.lax.axis_index("pipe"), branches, *(x[0] for x in qkv))[None]
+
+    spec = PartitionSpec("pipe")
+    stages = jax.shard_map(stage, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"pipe"})
+    gradient = jax.grad(lambda qkv: jnp.sum(jnp.sin(stages(*qkv))))
+    expected = jax.grad(
+        lambda qkv: sum(jnp.sum(jnp.sin(n * whole(*(x[at] for x in qkv)))) for at, n in ((0, 1), (1, 3)))
+    )
+    for ours, exact in zip(jax.jit(gradient)(plain), jax.jit(expected)(plain), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=2e-5)
 
 
 def test_ulysses_refuses_fewer_key_heads_than_devices():

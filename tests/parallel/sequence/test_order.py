@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from meshwright.configs.errors import UserError
 from meshwright.configs.names import BATCH_FIELDS
 from meshwright.parallel.sequence.order import ORDER_OF, contiguous, inverse, reordered, zigzag

@@ -1,0 +1,62 @@
+"""What a traced function will do, read off its jaxpr before anything is compiled: equations, names, matrix products.
+
+    for equation, times in equations(jax.make_jaxpr(f)(x)): ...
+
+The counts are those of the program as written, for all devices together; unlike a compiler's own estimate, which counts
+the body of a loop once, they multiply loops through.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend import core
+
+
+def equations(jaxpr: Any) -> Iterator[tuple[core.JaxprEqn, int]]:
+    """Every equation of `jaxpr` (closed or not) and of the functions it calls, with how often it runs.
+
+    Bodies of `scan` count `length` times, of `shard_map` once a device along the axes it took, branches of `cond` and
+    bodies of `while` once each. Functions not yet differentiated (`custom_vjp`) are read as they are called.
+    """
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield equation, 1
+        times = repeats(equation)
+        for value in called(equation):
+            yield from ((found, count * times) for found, count in equations(value))
+
+
+def called(equation: core.JaxprEqn) -> Iterator[Any]:
+    """The jaxprs among the parameters of `equation`, branches one by one."""
+    for value in equation.params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(each, "eqns") or hasattr(each, "jaxpr"):
+                yield each
+
+
+def repeats(equation: core.JaxprEqn) -> int:
+    """How often the body of `equation` runs."""
+    if equation.primitive.name == "scan":
+        return equation.params["length"]
+    if equation.primitive.name == "shard_map":
+        mesh = equation.params["mesh"]
+        return math.prod(mesh.shape[axis] for axis in equation.params["newly_manual_axes"])
+    return 1
+
+
+def names(jaxpr: Any) -> list[str]:
+    """Names given by `checkpoint_name`, in order of first appearance."""
+    found = [equation.params["name"] for equation, _ in equations(jaxpr) if equation.primitive.name == "name"]
+    return list(dict.fromkeys(found))
+
+
+def matmul_flops(jaxpr: Any) -> int:
+    """Floating-point operations of all matrix products: 2 x rows x columns x contracted."""
+    return sum(dot_flops(eqn) * times for eqn, times in equations(jaxpr) if eqn.primitive.name == "dot_general")
+
+
+def dot_flops(equation: core.JaxprEqn) -> int:
+    """Of one `dot_general`."""
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[dimension] for dimension in contracted)

@@ -1,0 +1,132 @@
+"""The report is one file that needs nothing else, shows what the run left behind, and says what it did not."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from meshwright.train.report.html import write_report
+from meshwright.train.report.record import FILES, read_record
+
+VOID = {"meta", "br", "line", "rect", "circle", "path", "use"}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects the words, the attributes and the titles of sections."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.words, self.attributes, self.titles = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open and self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "h2":
+            self.titles.append(data)
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def page(directory):
+    return Page(write_report(directory).read_text(encoding="utf-8"))
+
+
+def test_a_finished_run_shows_every_part(finished):
+    found = page(finished)
+    assert found.open == []
+    assert found.titles == [
+        "Curves", "Memory of one device", "Communication", "Mesh", "Sharding", "Samples", "Events", "Environment",
+        "Configuration",
+    ]  # fmt: skip
+    for words in ("gzip -9: 2.103", "9d1c6f20b7a4e835", "jax 0.10.2", "in 2 sittings", "data 2 × fsdp 2 × tensor 2"):
+        assert words in found.text, words
+
+
+def test_nothing_is_fetched_from_anywhere(finished):
+    text = write_report(finished).read_text()
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)|<script|<link|<img|<iframe", text)
+    references = {value for name, value in Page(text).attributes if name in ("href", "src")}
+    assert references and all(reference.startswith("#") for reference in references)
+
+
+def test_pictures_of_one_page_do_not_share_names(finished):
+    """Clip paths and tick marks are looked up by id in the whole page: a second one of a name is never seen."""
+    names = [value for name, value in page(finished).attributes if name == "id"]
+    assert names and len(names) == len(set(names))
+
+
+def test_pictures_follow_the_page_into_dark_mode(finished):
+    text = write_report(finished).read_text()
+    pictures = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.S))
+    assert pictures.count("<svg") == 10 and not re.search(r"#[0-9a-f]{6}\b", pictures)
+    used, light = set(re.findall(r"var\(--([\w-]+)\)", text)), re.search(r":root \{(.*?)\n\}", text, re.S)[1]
+    dark = re.search(r"prefers-color-scheme: dark\) \{(.*?)\n\}", text, re.S)[1]
+    assert used - {"tone", "tint"} <= set(re.findall(r"--([\w-]+):", light)) & set(re.findall(r"--([\w-]+):", dark))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file_is_named_and_the_rest_is_shown(finished, file):
+    (finished / file).unlink()
+    found = page(finished)
+    assert found.open == [] and f"{file} is not there" in found.text
+    assert len(found.titles) >= 4
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_spoilt_file_is_named_and_the_rest_is_shown(finished, file):
+    (finished / file).write_bytes(b'{"step": [')
+    assert file in read_record(finished).missing
+    assert len(page(finished).titles) >= 4
+
+
+def test_an_empty_directory_has_a_report(tmp_path):
+    found = page(tmp_path)
+    assert found.titles == ["Events"] and "unfinished" in found.text and all(file in found.text for file in FILES)
+
+
+def test_what_a_run_says_is_never_taken_for_html(finished):
+    line = {"time": 1.76e9, "event": "failure", "error": "E", "message": "<script>alert(1)</script> & more"}
+    with (finished / "events.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    text = write_report(finished).read_text()
+    assert "<script" not in text and "&lt;script&gt;" in text
+
+
+@pytest.mark.parametrize(
+    "ending, status",
+    [("finish", "finished"), ("failure", "failed"), ("preempted", "preempted"), ("start", "unfinished")],
+)
+def test_status_is_the_last_sittings(finished, ending, status):
+    with (finished / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": 1.77e9, "event": "restore", "step": 200}) + "\n")
+        file.write(json.dumps({"time": 1.77e9, "event": ending}) + "\n")
+    assert read_record(finished).status == status
+
+
+def test_breaks_between_sittings_are_not_time_spent(finished):
+    assert read_record(finished).seconds == pytest.approx(183.0 + 140.5)
+
+
+def test_a_loss_that_is_not_a_number_breaks_the_curve_only(finished):
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": "NaN"}, {"step": 3, "loss": "Infinity"}]
+    (finished / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps, values = read_record(finished).series("loss")
+    assert steps == [1, 2, 3] and values[0] == 3.0 and all(value != value for value in values[1:])
+    assert "Loss" in page(finished).text

@@ -1,0 +1,144 @@
+"""The step: what it refuses to apply, how it counts, and which numbers are wide."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from equivalence import batches, born, tiny, to_devices
+from meshwright.configs.training import OptimizerConfig
+from meshwright.memory import trace
+from meshwright.parallel.layout import canonical
+from meshwright.parallel.mesh import make_mesh
+from meshwright.parallel.state import TrainState
+from meshwright.train import optimizers
+from meshwright.train.gradients import Sums
+from meshwright.train.program import build
+from meshwright.train.step import make_step
+
+NAN, INF = float("nan"), float("inf")
+
+
+def given(params, frozen, batch, keys):
+    """An engine that is told the loss and the gradient."""
+    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, batch["gradient"]), params)
+    return Sums(batch["loss"], jnp.float32(2.0), gradient, {"seen": jnp.float32(6.0)})
+
+
+def run(*batches, spike=None):
+    """States and metrics of a step of `given` on each (loss, gradient)."""
+    section = OptimizerConfig(name="adamw", schedule="constant", learning_rate=0.1, ema=0.5)
+    optimizer = optimizers.build(section, steps=10, spike=spike)
+    params = {"head": {"kernel": jnp.ones((2, 2))}}
+    rng = jax.random.key_data(jax.random.key(0))
+    state = TrainState(jnp.int32(0), params, {}, optimizer.init(params), (), rng)
+    schedule = optimizers.schedule(section, steps=10)
+    step = jax.jit(make_step(given, optimizer, schedule=schedule, dropout=False, spike=spike))
+    seen = [(state, None)]
+    for loss, gradient in batches:
+        batch = {"loss": jnp.float32(loss), "gradient": jnp.float32(gradient), "tokens": jnp.zeros((1, 1))}
+        seen.append(step(seen[-1][0], batch))
+    return seen
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(NAN, NAN), (1.0, NAN), (1.0, INF), (INF, 1.0)])
+def test_what_is_not_finite_is_not_applied_and_the_step_goes_on(loss, gradient):
+    _, (before, _), (after, metrics), (later, fine) = run((1.0, 1.0), (loss, gradient), (1.0, 1.0))
+    assert same((before.params, before.opt_state), (after.params, after.opt_state))
+    assert int(after.step) == 2 and bool(metrics["skipped"])
+    assert int(later.step) == 3 and not fine["skipped"] and not same(after.params, later.params)
+
+
+def test_a_spike_is_skipped_and_does_not_raise_the_mean():
+    _, (first, one), (before, _), (after, metrics), (_, fine) = run((1, 1), (1, 1.5), (1, 100), (1, 1.5), spike=3.0)
+    assert not one["skipped"] and bool(metrics["skipped"]) and not fine["skipped"]
+    assert same((before.params, before.opt_state), (after.params, after.opt_state))
+    assert float(optimizers.mean_norm(first.opt_state)) == pytest.approx(1.0)  # 2 x 2 elements of 1, by a weight of 2
+
+
+def test_metrics_are_sums_over_the_weight():
+    _, (_, metrics) = run((3.0, 1.0))
+    assert (metrics["loss"], metrics["tokens"], metrics["seen"]) == (1.5, 2.0, 3.0)
+    assert metrics["grad_norm"] == pytest.approx(1.0) and metrics["learning_rate"] == pytest.approx(0.1)
+
+
+def test_a_batch_without_a_target_changes_nothing_but_decay():
+    """Weight zero divides nothing by nothing."""
+    config = tiny(mesh={"data": 2}, optimizer={"name": "sgd", "b1": 0.0, "weight_decay": 0.0})
+    program = build(config, make_mesh(config.mesh))
+    empty = batches(config, 1)[0]
+    empty["loss_weights"] = np.zeros_like(empty["loss_weights"])
+    state = jax.device_put(born(config), program.shardings, may_alias=False)
+    after, metrics = program.compiled_step()(state, to_devices(empty, config, program.mesh))
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0 and not metrics["skipped"]
+    assert same(jax.device_get(after.params), born(config).params)
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "zero": 1}], ids=["zero 3", "zero 1"]
+)
+def test_a_state_is_born_the_same_on_every_mesh_and_sharded(mesh):
+    config = tiny(mesh=mesh, optimizer={"ema": 0.5})
+    program = build(config, make_mesh(config.mesh))
+    state = program.initialized()
+    assert jax.tree.all(
+        jax.tree.map(lambda leaf, where: leaf.sharding.is_equivalent_to(where, leaf.ndim), state, program.shardings)
+    )
+    expected, found = (canonical(jax.device_get(one), config.model) for one in (born(config), state))
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, atol=1e-7, err_msg=name)
+
+
+def outputs(jaxpr, primitive):
+    """Dtypes that equations of `primitive` give."""
+    return {
+        equation.outvars[0].aval.dtype.name
+        for equation, _ in trace.equations(jaxpr)
+        if equation.primitive.name == primitive
+    }
+
+
+def test_bfloat16_compute_keeps_parameters_softmax_and_loss_wide():
+    """Matrix products of the blocks read bfloat16; every exponential, square root and the loss are float32."""
+    config = tiny(precision={"compute": "bfloat16"}, model={"activation": "gelu"})
+    program = build(config, make_mesh(config.mesh))
+    with jax.set_mesh(program.mesh):
+        traced = jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes)
+        after, metrics = jax.eval_shape(program.step, program.shapes, program.batch_shapes)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(after.params)} == {"float32"}
+    assert metrics["loss"].dtype == metrics["grad_norm"].dtype == jnp.float32
+    for primitive in ("exp", "log", "rsqrt", "sqrt", "scatter-add"):
+        assert outputs(traced, primitive) == {"float32"}, primitive
+    read = [
+        equation.invars[0].aval.dtype.name
+        for equation, _ in trace.equations(traced)
+        if equation.primitive.name == "dot_general"
+    ]
+    assert read.count("bfloat16") > read.count("float32")
+
+
+def test_bfloat16_parameters_take_steps_and_stay_bfloat16():
+    """Arithmetic is float32: the update of a parameter is rounded once."""
+    section = OptimizerConfig(name="sgd", b1=0.0, schedule="constant", learning_rate=1.0)
+    optimizer = optimizers.build(section, steps=2)
+    params = {"head": {"kernel": jnp.full((2,), 256.0, jnp.bfloat16)}}
+    updates, _ = optimizer.update({"head": {"kernel": jnp.full((2,), -1.5)}}, optimizer.init(params), params)
+    after = optax.apply_updates(params, updates)["head"]["kernel"]
+    assert after.dtype == jnp.bfloat16 and updates["head"]["kernel"].dtype == jnp.float32
+    np.testing.assert_array_equal(after.astype(jnp.float32), 258.0)  # bfloat16 counts in twos here
+
+
+def test_reduced_gradients_are_summed_in_their_dtype():
+    config = tiny(precision={"gradients": "bfloat16"}, microbatches=2)
+    program = build(config, make_mesh(config.mesh))
+    with jax.set_mesh(program.mesh):
+        _, metrics = jax.eval_shape(program.step, program.shapes, program.batch_shapes)
+        carried = jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes)
+    assert metrics["grad_norm"].dtype == jnp.float32
+    assert "bf16[64,16]" in str(carried)
