@@ -20,7 +20,7 @@ from ..configs.errors import MeshwrightError
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 HEADER = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$")
-ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|c64|c128)\[([\d,]*)\]")
+ARRAY = re.compile(r"\b(pred|[sufc]\d+|bf16|f\d+e\d+m\d+\w*)\[([\d,]*)\]")
 CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 MESH_GROUPS = re.compile(
@@ -96,7 +96,7 @@ def refuse_permute_under_conditional(text: str, mesh: Mesh) -> None:
     for one in collectives(text, mesh):
         if one.kind == "collective-permute" and one.under_conditional:
             raise MeshwrightError(
-                f"{one.name} permutes devices over {' x '.join(one.axes) or 'none'} inside a conditional, where it would "
+                f"collective-permute {one.name} over {' x '.join(one.axes)} is inside a conditional, where it would "
                 f"never end ({one.bytes} bytes, from {one.source or 'no known source'}); move it out of the branch, or "
                 "keep the dimension it moves unsharded (a mesh axis of size 1)"
             )
@@ -136,14 +136,17 @@ def multiplicities(text: str, computations: Mapping[str, list[Instruction]]) -> 
 
 
 def result_bytes(instruction: Instruction) -> int:
-    """Bytes of the instruction's result; an asynchronous start carries its operand too, which is left out."""
-    sizes = [array_bytes(dtype, shape) for dtype, shape in ARRAY.findall(instruction.type)]
-    return max(sizes) if instruction.opcode.endswith("-start") else sum(sizes)
+    """Bytes of the instruction's result. Most asynchronous starts give (operands, results, counters): results count."""
+    arrays = ARRAY.findall(instruction.type)
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
+        arrays = [(dtype, shape) for dtype, shape in arrays if (dtype, shape) != ("u32", "")]
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(array_bytes(dtype, shape) for dtype, shape in arrays)
 
 
 def array_bytes(dtype: str, shape: str) -> int:
     """Bytes of an array, from its HLO type: `array_bytes("bf16", "8,16")` is 256."""
-    bits = 8 if dtype in ("pred",) or dtype.startswith("f8") else int(re.search(r"\d+", dtype)[0])
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
     return math.ceil(bits / 8 * math.prod(int(size) for size in shape.split(",") if size))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from meshwright.configs.load import merged, validated
 from meshwright.configs.parallel import MemoryConfig, MeshConfig
 from meshwright.configs.run import RunConfig

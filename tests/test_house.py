@@ -59,7 +59,8 @@ def test_a_file_teaches_and_fits_in_a_head(file):
 def test_the_packages_are_the_folders():
     """The editable install sees a room that is not listed; a wheel drops it."""
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    folders = {f"meshwright.{'.'.join(file.parent.relative_to(ROOT).parts)}" for file in sources() if file.name == "__init__.py"}
+    kept = [*sources(), *(ROOT / "configs").rglob("*.yaml")]
+    folders = {f"meshwright.{'.'.join(file.parent.relative_to(ROOT).parts)}" for file in kept}
     assert listed == folders | {"meshwright"}
 
 

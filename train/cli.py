@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 the user's mistake (one clear line), 75 stopped on request
 """
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -212,6 +213,9 @@ def bench(
 
 def main() -> None:
     """Run a verb; turn errors into one line and an exit code."""
+    narrator = logging.getLogger("meshwright")  # what takes a while says so
+    narrator.addHandler(logging.StreamHandler())
+    narrator.setLevel(logging.INFO)
     try:
         app(standalone_mode=True)
     except MeshwrightError as error:

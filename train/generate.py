@@ -79,7 +79,7 @@ def generate(
         return []
     tokens, lengths = padded(prompts, multiple=mesh.shape["data"] * mesh.shape["fsdp"])
     # Key data and in numpy: every process hands over the same values, and none of them is on one of its devices.
-    keys = np.asarray(jax.random.key_data(text_keys(key, [*prompts, *[[0]] * (len(tokens) - len(prompts))])))
+    keys = np.asarray(jax.random.key_data(text_keys(key, [*prompts, *[()] * (len(tokens) - len(prompts))])))
     compute = program.config.precision.compute
     run = generator(program.graph, model, mesh, compute=compute, max_tokens=max_tokens, sampling=sampling, eos=eos)
     with jax.set_mesh(mesh):
@@ -107,10 +107,10 @@ def check(prompts: Sequence[Sequence[int]], model: ModelConfig, *, max_tokens: i
 
 
 def padded(prompts: Sequence[Sequence[int]], *, multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [rows, width] with zeros on the left, and lengths [rows]; rows of one token fill up to `multiple`."""
+    """Tokens [rows, width] with zeros on the left, and lengths [rows]; rows of length 0 fill up to `multiple`."""
     rows = -(-len(prompts) // multiple) * multiple
     width = -(-max(map(len, prompts)) // WIDTH) * WIDTH
-    tokens, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
+    tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt
         lengths[row] = len(prompt)
@@ -122,7 +122,7 @@ class Written(NamedTuple):
 
     count: jax.Array  # tokens drawn so far, by every row
     tokens: jax.Array  # [rows, max_tokens]
-    ended: jax.Array  # [rows]: has drawn eos
+    ended: jax.Array  # [rows]: has drawn eos, or was no prompt to begin with
     cache: caches.Cache  # of all tokens but the newest
 
 
@@ -165,7 +165,7 @@ def generator(
         empty = caches.empty(model, rows=rows, capacity=width + max_tokens, ctx=ctx)
         here = standing(ctx, attention=BLOCKWISE, index=jnp.arange(width), first=first, cache=empty)
         scores, cache = next_scores(decoder, tokens, here)
-        nothing = Written(jnp.int32(0), jnp.zeros((rows, max_tokens), jnp.int32), jnp.zeros(rows, bool), cache)
+        nothing = Written(jnp.int32(0), jnp.zeros((rows, max_tokens), jnp.int32), lengths == 0, cache)
         going_on = lambda written: (written.count < max_tokens) & ~written.ended.all()
         return jax.lax.while_loop(going_on, another, drawn(scores, nothing)).tokens
 

@@ -44,6 +44,10 @@ class Meter:
         finally:
             self.host_seconds += time.perf_counter() - began
 
+    def restart(self) -> None:
+        """Forget the time since the last lap: it went into saving or evaluating."""
+        self.last, self.host_seconds = time.perf_counter(), 0.0
+
     def lap(self) -> dict[str, float]:
         """step_seconds, host_seconds, tokens_per_second and mfu since the last lap."""
         now = time.perf_counter()

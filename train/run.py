@@ -7,7 +7,7 @@ The loop never waits for the device: the metrics of a step are read while the ne
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ..checkpoint.storage import Storage
-from ..configs.errors import MeshwrightError, Preempted
+from ..configs.errors import MeshwrightError, Preempted, UserError
 from ..configs.run import RunConfig, check_fits
 from ..parallel.mesh import make_mesh
 from ..parallel.state import TrainState
@@ -35,7 +35,7 @@ from .program import Program, build
 from .report.html import write_report
 from .report.journal import Journal
 from .report.progress import open_progress
-from .report.sinks import Sink, open_sinks
+from .report.sinks import Sink, check_sinks, open_sinks
 from .stop import StopRequest
 
 
@@ -55,6 +55,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
     """
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
     directory = open_directory(config, root=root, write=world.first)
+    check_sinks(config.logging)
     environment.start(config, world)
     mesh = make_mesh(config.mesh)
     check_fits(config, dict(mesh.shape))
@@ -71,7 +72,8 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         except (Preempted, KeyboardInterrupt):
             raise
         except BaseException as error:
-            journal.record("failure", error=type(error).__name__, message=str(error)[:500])
+            with suppress(UserError):  # a full disk must not hide what happened
+                journal.record("failure", error=type(error).__name__, message=str(error)[:500])
             raise
 
 
@@ -117,7 +119,9 @@ class Run:
             write_json(self.directory / "plan.json", made)
             write_json(self.directory / "environment.json", environment.describe(config, self.data, program.mesh))
         with ExitStack() as stack:
-            self.progress = stack.enter_context(open_progress(config.steps, start, self.world.first, every=config.logging.every))
+            self.progress = stack.enter_context(
+                open_progress(config.steps, start, self.world.first, every=config.logging.every)
+            )
             self.progress.note(plan.render(made))
             self.sinks = [stack.enter_context(closing(sink)) for sink in self.opened_sinks(start)]
             self.meter = Meter.of(config, made)
@@ -143,22 +147,30 @@ class Run:
                 with profile.step(number):
                     with self.meter.host():
                         batch = to_devices(next(feed), config, self.program.mesh)
-                        state, metrics = step(state, batch)
+                    state, metrics = step(state, batch)
                     self.told(pending)
                     pending = (number, metrics)
                 self.committed(self.storage.committed())
-                if self.stop.requested(number) and number < config.steps:
-                    self.told(pending)
-                    self.save(state, number)
-                    self.committed(self.storage.wait())
-                    self.journal.record("preempted", step=number)
-                    raise Preempted(f"stopped after step {number}, state saved; run the same command to go on")
-                if self.due(config.checkpoint.every, number):
-                    self.save(state, number)
-                if evaluation is not None and self.due(config.evaluation.every, number):
-                    self.evaluate(state, number, evaluation)
+                stopping = self.stop.requested(number) and number < config.steps
+                if stopping or self.due(config.checkpoint.every, number) or self.due(config.evaluation.every, number):
+                    self.told(pending)  # what is saved or evaluated has been judged, and its row stands before theirs
+                    pending = None
+                    self.pause(state, number, evaluation, stopping=stopping)
+                    self.meter.restart()
             self.told(pending)
         return state
+
+    def pause(self, state: TrainState, number: int, evaluation: Any, *, stopping: bool) -> None:
+        """What happens between update `number` and the next. Raises Preempted, the state saved, where asked to stop."""
+        if stopping:
+            self.save(state, number)
+            self.committed(self.storage.wait())
+            self.journal.record("preempted", step=number)
+            raise Preempted(f"stopped after step {number}, state saved; run the same command to go on")
+        if self.due(self.config.checkpoint.every, number):
+            self.save(state, number)
+        if evaluation is not None and self.due(self.config.evaluation.every, number):
+            self.evaluate(state, number, evaluation)
 
     def opened_sinks(self, start: int) -> list[Sink]:
         """Where metrics go; only the first process writes them."""

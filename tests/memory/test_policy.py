@@ -1,22 +1,61 @@
-"""Memory policies save what they say, change no number, and refuse names that nothing emits."""
+"""Memory policies change no number, scanned or unrolled, and refuse names that nothing emits."""
 
+import functools
+
+import jax
+import numpy as np
 import pytest
 
-from equivalence import assert_same, tiny
+from equivalence import batches, born, tiny
 from meshwright.configs.errors import UserError
 from meshwright.memory import policy
+from meshwright.parallel.mesh import make_mesh
+from meshwright.train.program import build
 
 MEMORIES = {name: {"policy": name} for name in policy.PRESETS if name != "none"} | {
     "names": {"names": {"mlp_up": "recompute", "block_in": "offload", "q": "keep"}}
 }
 
 
+@functools.lru_cache
+def gradient(policy_name, names=(), *, scan=True):
+    """Of a batch's loss by all parameters, with dropout, under `policy_name` and (name, decision) pairs."""
+    memory = {"policy": policy_name, "names": dict(names)}
+    config = tiny(memory=memory, model={"scan": scan})
+    program = build(config, make_mesh(config.mesh))
+    with jax.set_mesh(program.mesh):
+        loss = jax.jit(jax.value_and_grad(lambda params, batch: program.evaluate(params, {}, batch)[0]))
+        return jax.device_get(loss(born(config).params, batches(config, 1)[0]))
+
+
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 def test_a_policy_changes_no_number(memory):
-    assert_same(tiny(), tiny(memory=memory), steps=2)
+    under = gradient(memory.get("policy", "none"), tuple(memory.get("names", {}).items()))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient("none"), under)
+
+
+def test_unrolled_blocks_recompute_and_offload_too():
+    under = gradient("attention-out", (("block_in", "offload"),), scan=False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient("none"), under)
 
 
 def test_a_name_that_nothing_emits_is_refused_with_what_there_is():
+    memory = tiny(memory={"names": {"mlp_upp": "keep"}}).memory
     with pytest.raises(UserError, match=r"memory.names: mlp_upp matches nothing; .*Did you mean mlp_up\?"):
-        memory = tiny(memory={"names": {"mlp_upp": "keep"}}).memory
         policy.decisions(memory, tensors=policy.emitted(tiny().model))
+
+
+def test_a_tensor_of_another_architecture_is_refused():
+    model = tiny(model={"activation": "gelu"}).model
+    with pytest.raises(UserError, match="memory.names: mlp_gate matches nothing"):
+        policy.decisions(tiny(memory={"names": {"mlp_gate": "keep"}}).memory, tensors=policy.emitted(model))
+
+
+def test_names_come_on_top_of_a_preset_and_nothing_wraps_nothing():
+    chosen = policy.decisions(
+        tiny(memory={"policy": "minimal", "names": {"q": "recompute"}}).memory, tensors=policy.emitted(tiny().model)
+    )
+    assert chosen == policy.PRESETS["minimal"] | {"q": "recompute"}
+    assert policy.decisions(tiny().memory, tensors=policy.emitted(tiny().model)) is None
+    block = object()
+    assert policy.rematerialized(None, scanned=True)(block) is block

@@ -13,7 +13,10 @@ from meshwright.parallel.mesh import make_mesh
 MESH = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, platform="cpu"))
 
 
-def compiled(f, *specs, out=PartitionSpec(), shape=(8, 16)):
+REPEATED = PartitionSpec()
+
+
+def compiled(f, *specs, out=REPEATED, shape=(8, 16)):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(MESH, spec)) for spec in specs]
     return jax.jit(f, out_shardings=NamedSharding(MESH, out)).lower(*arguments).compile().as_text()
 
@@ -62,7 +65,7 @@ def branching(permuted):
 def test_a_permute_in_a_branch_is_refused_and_elsewhere_is_not():
     """Other collectives in a branch, and a permutation outside of it, are fine."""
     hlo.refuse_permute_under_conditional(branching(permuted=False), MESH)
-    with pytest.raises(MeshwrightError, match=r"collective-permute\S* permutes devices over tensor inside .*ppermute"):
+    with pytest.raises(MeshwrightError, match=r"collective-permute \S+ over tensor is inside .*ppermute"):
         hlo.refuse_permute_under_conditional(branching(permuted=True), MESH)
 
 
@@ -76,7 +79,7 @@ def test_a_permute_in_a_loop_in_a_branch_is_refused():
 
     spec = PartitionSpec("data")
     text = compiled(jax.shard_map(choose, mesh=MESH, in_specs=spec, out_specs=spec, check_vma=False), spec, out=spec)
-    with pytest.raises(MeshwrightError, match="over data inside a conditional"):
+    with pytest.raises(MeshwrightError, match="over data is inside a conditional"):
         hlo.refuse_permute_under_conditional(text, MESH)
 
 
@@ -103,3 +106,20 @@ GROUPS = {
 @pytest.mark.parametrize(("text", "axes"), GROUPS.values(), ids=GROUPS)
 def test_every_form_of_groups_is_read(text, axes):
     assert hlo.varying_axes(f"%x = f32[4] all-reduce(%y), {text}, to_apply=%add", MESH) == axes
+
+
+SIZES = {
+    "plain": ("f32[8,16]{1,0} all-gather(%x), dimensions={0}", 512),
+    "several": ("(f32[8]{0}, bf16[4,2]{1,0}) all-reduce(%x, %y), to_apply=%add", 48),
+    "small numbers": ("(f8e4m3fn[16]{0}, s4[16]{0}, pred[16]{0}) all-to-all(%x, %y, %z)", 40),
+    "a started gather": ("(f32[4]{0}, f32[8]{0}) all-gather-start(%x), dimensions={0}", 32),
+    "a started permutation": ("(f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x)", 16),
+    "a started reduction": ("(f32[4]{0}, f32[8]{0}) all-reduce-start(%x, %y), to_apply=%add", 48),
+}
+
+
+@pytest.mark.parametrize(("line", "size"), SIZES.values(), ids=SIZES)
+def test_bytes_are_those_of_the_result(line, size):
+    text = f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  %one = {line}\n}}\n"
+    (found,) = hlo.collectives(text, MESH)
+    assert (found.name, found.bytes, found.count) == ("one", size, 1)

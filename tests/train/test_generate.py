@@ -98,9 +98,10 @@ def test_a_text_ends_before_eos_and_the_loop_with_the_last_text(plain):
     run = generator(
         program.graph, program.config.model, program.mesh, compute="float32", max_tokens=8, sampling=GREEDY, eos=eos
     )
-    with jax.set_mesh(program.mesh):
-        tokens = np.array([[0] * 13 + PROMPTS[0]], np.int32)
-        row = np.asarray(run(params, tokens, np.array([3], np.int32), np.zeros((1, 2), np.uint32)))[0]
+    tokens = np.zeros((3, 32), np.int32)
+    tokens[0, -len(PROMPTS[0]) :] = PROMPTS[0]
+    with jax.set_mesh(program.mesh):  # two of the rows only fill up
+        row = np.asarray(run(params, tokens, np.array([3, 0, 0], np.int32), np.zeros((3, 2), np.uint32)))[0]
     assert row.tolist() == [*before[0], eos] + [0] * (7 - len(before[0]))
 
 
@@ -119,6 +120,7 @@ def test_every_step_draws_anew(plain):
     program, params = plain
     text = drawn((program, jax.tree.map(jnp.zeros_like, params)), PROMPTS)
     assert all(len(set(tokens)) >= 6 for tokens in text)
+    assert text == drawn(opened({"logit_softcap": 1e-4}), PROMPTS), "capped logits are nearly equal too"
 
 
 def draws(logits, sampling, count=4000):

@@ -59,8 +59,8 @@ class PlainProgress(Progress):
             self.console.print("  ".join(words), markup=False, highlight=False, soft_wrap=True)
 
     def note(self, text: Any) -> None:
-        """Print it."""
-        self.console.print(text, markup=False, highlight=False)
+        """Print it; a text is one line of the log however narrow the terminal is thought to be."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=isinstance(text, str))
 
 
 class LiveProgress(Progress):

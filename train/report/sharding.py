@@ -128,8 +128,7 @@ def listed(arrays: Sequence[Array]) -> Html:
         pattern = re.sub(r"/\d+(?=/)", "/*", array.name)
         groups.setdefault((pattern, array.shape, array.dtype, array.axes), []).append(array)
     rows = [row(pattern, group) for (pattern, *_), group in groups.items()]
-    heads = ("Array", "Count", "Shape", "Names", "Cut over", "Type", "One device")
-    return table(heads, rows, numeric=("Count", "One device"))
+    return table(("Array", "Shape", "Names", "Cut over", "One device"), rows, numeric=("One device",))
 
 
 def row(pattern: str, group: Sequence[Array]) -> tuple[Any, ...]:
@@ -137,12 +136,11 @@ def row(pattern: str, group: Sequence[Array]) -> tuple[Any, ...]:
     array = group[0]
     over = [" + ".join(axes) for axes in array.axes]
     chips = [element("span", word or "·", class_="chip" if word else "chip none") for word in over]
+    times = element("b", f" × {len(group)}") if len(group) > 1 else None
     return (
-        element("code", pattern if len(group) > 1 else array.name),
-        len(group),
-        " × ".join(map(str, array.shape)) or "scalar",
+        joined([element("code", pattern if times else array.name), times]),
+        joined([" × ".join(map(str, array.shape)) or "scalar", element("small", f" {array.dtype}")]),
         ", ".join(name or "·" for name in array.names) if array.shape else "",
         joined(chips) if any(over) else element("span", "repeated", class_="chip none"),
-        array.dtype,
         size(sum(one.bytes_per_device for one in group)),
     )

@@ -69,7 +69,7 @@ figure svg { display: block; max-width: 100%; height: auto; }
 .scroll th { padding: 6px 18px 6px 0; text-align: left; font-weight: 600; border-bottom: 1px solid var(--line);
   white-space: nowrap; color: var(--ink); }
 .scroll td { padding: 5px 18px 5px 0; border-bottom: 1px solid var(--soft); white-space: nowrap; }
-.scroll td:first-child { max-width: 420px; }
+.scroll td small { color: var(--ink); }
 .scroll tr:last-child td { border-bottom: 0; }
 .scroll th:last-child, .scroll td:last-child { padding-right: 0; }
 .scroll .number { text-align: right; font-variant-numeric: tabular-nums; }

@@ -36,8 +36,8 @@ def test_a_resumed_run_shows_its_first_step_though_it_is_no_multiple():
 def test_notes_are_printed_as_they_are():
     page = console(terminal=False)
     with open_progress(2, 0, True, console=page) as progress:
-        progress.note("x[bold] = 1")
-    assert page.file.getvalue() == "x[bold] = 1\n"
+        progress.note("x[bold] = 1" + 120 * "0")
+    assert page.file.getvalue() == "x[bold] = 1" + 120 * "0" + "\n"
 
 
 def test_other_processes_show_nothing(capsys):
