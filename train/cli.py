@@ -59,7 +59,7 @@ def launch(
     from .launch.local import launch as start
 
     start(
-        ["train", config, *(overrides or ())],
+        [sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
         processes=processes or settings.processes,
         devices_per_process=devices_per_process or settings.devices_per_process,
         coordinator=settings.coordinator,

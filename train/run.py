@@ -51,7 +51,8 @@ class Summary:
 def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summary:
     """Train from the newest checkpoint of runs/NAME, or from the seed, to `config.steps`.
 
-    Raises UserError before a device is touched where the request cannot work, Preempted after saving where asked to stop.
+    Raises UserError before a device is touched where the request cannot work, and Preempted, the state saved, where
+    asked to stop.
     """
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
     directory = open_directory(config, root=root, write=world.first)

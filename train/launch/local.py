@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
@@ -18,8 +17,17 @@ from . import world
 GRACE = 30.0  # seconds between asking the others to stop and killing them
 
 
-def launch(arguments: Sequence[str], *, processes: int, devices_per_process: int | None, coordinator: str | None) -> None:
-    """Run `meshwright ARGUMENTS` in `processes` processes until all end well.
+def launch(
+    command: Sequence[str],
+    *,
+    processes: int,
+    devices_per_process: int | None = None,
+    coordinator: str | None = None,
+    grace: float = GRACE,
+) -> None:
+    """Run `command` in `processes` processes until all end well; the first one's output is shown.
+
+    `grace`: seconds the others get once one has failed.
 
     Raises Preempted where all stopped on request, UserError where the request itself was wrong, MeshwrightError where
     one failed.
@@ -32,29 +40,32 @@ def launch(arguments: Sequence[str], *, processes: int, devices_per_process: int
         environment[world.DEVICES] = str(devices_per_process)
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "meshwright.train.cli", *arguments],
+            list(command),
             env=environment | {world.NUMBER: str(number)},
             stdout=None if number == 0 else subprocess.DEVNULL,
             start_new_session=True,  # a Ctrl-C reaches them once, from here
         )
         for number in range(processes)
     ]
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: ask_to_stop(running))
+    before = {
+        signum: signal.signal(signum, lambda *_: ask_to_stop(running)) for signum in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        judge(wait(running))
+        judge(wait(running, grace=grace))
     finally:
         end(running, grace=0)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
-def wait(running: Sequence[subprocess.Popen]) -> list[int]:
-    """Exit codes, once all have ended; where one fails the others are ended after `GRACE` seconds."""
+def wait(running: Sequence[subprocess.Popen], *, grace: float) -> list[int]:
+    """Exit codes, once all have ended; where one fails the others are asked to stop, and killed after `grace` seconds."""
     while True:
         codes = [process.poll() for process in running]
         if None not in codes:
             return codes
         if any(code not in (None, 0, Preempted.exit_code) for code in codes):
-            end(running, grace=GRACE)
+            end(running, grace=grace)
         time.sleep(0.1)
 
 
