@@ -15,7 +15,7 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(1e-3, ge=0)
     """Peak."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
-    """After warm-up: constant, cosine or linear to `final_fraction`, or (wsd) stable until a drop over `decay_steps`."""
+    """After warm-up: constant, cosine or linear to `final_fraction`, or wsd: stable until a drop over `decay_steps`."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up from zero."""
     decay_steps: int | None = Field(None, ge=1)

@@ -16,7 +16,7 @@ from .program import Program
 
 
 def evaluate(program: Program, compiled: Callable[..., Any], params: Any, frozen: Any, data: Data) -> dict[str, float]:
-    """held_out_loss (nats a token), _perplexity and _bits_per_byte of the held-out documents; {} where there are none."""
+    """held_out_loss (nats a token), _perplexity, _bits_per_byte of the held-out documents; {} where there are none."""
     if data.held_out is None:
         return {}
     numerator = weight = 0.0

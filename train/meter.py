@@ -73,7 +73,7 @@ def peak_flops(config: RunConfig) -> float | None:
 
 
 def matmul_flops(size: int = 1024, *, repeats: int = 5, dtype: str = "float32") -> float:
-    """FLOP/s of [size, size] products on one device, the best of `repeats`. On a CPU it uses all the cores there are."""
+    """FLOP/s of [size, size] products on one device, the best of `repeats`. A CPU uses all the cores there are."""
     matrix = jax.device_put(jnp.ones((size, size), jnp.dtype(dtype)), jax.local_devices()[0])
     product = jax.jit(lambda a: a @ a)
     product(matrix).block_until_ready()

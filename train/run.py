@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from ..checkpoint.storage import Storage
 from ..configs.errors import MeshwrightError, Preempted, UserError
 from ..configs.run import RunConfig, check_fits
+from ..memory.policy import decisions, emitted
+from ..memory.selfcheck import check_offload
 from ..parallel.mesh import make_mesh
 from ..parallel.state import TrainState
 from . import environment, plan
@@ -61,6 +63,12 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
     mesh = make_mesh(config.mesh)
     check_fits(config, dict(mesh.shape))
     program = build(config, mesh)
+    check_offload(
+        config.model,
+        decisions(config.memory, tensors=emitted(config.model)),
+        platform=mesh.devices.flat[0].platform,
+        compute=jnp.dtype(config.precision.compute),
+    )
 
     with ExitStack() as stack:
         journal = Journal(directory, enabled=world.first)

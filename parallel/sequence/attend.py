@@ -28,13 +28,15 @@ def sequence_parallel(implementation: Implementation, *, strategy: str, mesh: Me
     """`attend(q, k, v, mask, where)` over global [batch, sequence, heads, head_dim] arrays, sharded over `mesh`.
 
     Tokens stand in run order (`parallel/sequence/order.py`) and `where.query_index = where.key_index` is that order;
-    None is plain order. Where `seq` is 1 nothing is communicated. The result equals the implementation's on one device. Raises UserError on an unknown strategy,
-    a sequence that `mesh.seq` does not divide, and where the strategy or the implementation refuses.
+    None is plain order. Where `seq` is 1 nothing is communicated. The result equals the implementation's on one device.
+    Raises UserError on an unknown strategy, a sequence that `mesh.seq` does not divide, and where the strategy or the
+    implementation refuses.
     """
     if strategy not in STRATEGIES:
         raise UserError.no_match("sequence.parallel", [strategy], known=STRATEGIES)
     whole_rows = mesh.shape["seq"] == 1
-    mapped = _mapped(implementation if whole_rows else STRATEGIES[strategy](implementation, mesh_axis="seq"), mesh)
+    local = implementation if whole_rows else STRATEGIES[strategy](implementation, mesh_axis="seq")
+    mapped = _mapped(local, mesh)
     starts_anywhere = not whole_rows and strategy != "ulysses"
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> jax.Array:

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from equivalence import batches, tiny, to_devices
 
+from equivalence import batches, tiny, to_devices
 from meshwright.checkpoint.storage import Storage
 from meshwright.configs.errors import MeshwrightError, UserError
 from meshwright.parallel.layout import canonical
@@ -59,7 +59,8 @@ def test_a_save_is_untouched_by_the_steps_that_follow_it(saved, sharded):
 def test_resuming_on_another_mesh_goes_on_the_same_trajectory(saved, sharded):
     directory, _ = saved
     other = Run(mesh={"fsdp": 2, "zero": 1})
-    other.state, _ = Storage(directory, keep=2).restore(2, shapes=other.program.shapes, shardings=other.program.shardings)
+    storage = Storage(directory, keep=2)
+    other.state, _ = storage.restore(2, shapes=other.program.shapes, shardings=other.program.shardings)
     other.go(2, 4)
     for name, array in sharded.arrays().items():
         np.testing.assert_allclose(other.arrays()[name], array, atol=2e-5, rtol=1e-4, err_msg=name)
@@ -68,7 +69,7 @@ def test_resuming_on_another_mesh_goes_on_the_same_trajectory(saved, sharded):
 def test_a_checkpoint_of_another_model_is_refused_by_name(saved):
     directory, _ = saved
     other = build(tiny(model={"mlp": 32}), make_mesh(tiny().mesh))
-    with pytest.raises(UserError, match=r"checkpoint 2: .*mlp.* is \(2, 24, 16\) on disk and \(2, 32, 16\) in this run"):
+    with pytest.raises(UserError, match=r"checkpoint 2: .*mlp.* is \(2, 24, 16\) on disk and \(2, 32, 16\) in"):
         Storage(directory, keep=2).restore(2, shapes=other.shapes, shardings=other.shardings)
 
 
@@ -89,7 +90,7 @@ def test_a_save_that_fails_is_raised_and_leaves_the_earlier_ones(sharded, tmp_pa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(storage._checkpointer, "save_async", full)
-    with pytest.raises(UserError, match="checkpoint 2 could not be written.*earlier checkpoints are whole"):
+    with pytest.raises(UserError, match=r"checkpoint 2 could not be written.*earlier checkpoints are whole"):
         storage.save(sharded.state, step=2, data={})
     assert storage.steps == [1]
 
@@ -100,5 +101,5 @@ def test_a_damaged_checkpoint_is_not_returned(sharded, tmp_path):
     storage.wait()
     for file in (tmp_path / "checkpoints").rglob("d/*"):
         file.write_bytes(b"")
-    with pytest.raises(MeshwrightError, match="checkpoint 1 .* cannot be read"):
+    with pytest.raises(MeshwrightError, match=r"checkpoint 1 .* cannot be read"):
         storage.restore(1, shapes=sharded.program.shapes, shardings=sharded.program.shardings)

@@ -1,6 +1,7 @@
 """Configuration: composed, typed, and helpful about mistakes."""
 
 import pytest
+
 from meshwright.configs.errors import UserError
 from meshwright.configs.load import dump, load, parse, validated
 

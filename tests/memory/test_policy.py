@@ -47,7 +47,7 @@ def test_a_name_that_nothing_emits_is_refused_with_what_there_is():
 
 def test_a_tensor_of_another_architecture_is_refused():
     model = tiny(model={"activation": "gelu"}).model
-    with pytest.raises(UserError, match="memory.names: mlp_gate matches nothing"):
+    with pytest.raises(UserError, match=r"memory.names: mlp_gate matches nothing"):
         policy.decisions(tiny(memory={"names": {"mlp_gate": "keep"}}).memory, tensors=policy.emitted(model))
 
 

@@ -1,8 +1,14 @@
 """The decoder: causal, deterministic, the same scanned or unrolled, and able to learn."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from equivalence import batches, tiny, to_devices
+from equivalence import TINY, batches, tiny, to_devices
+from meshwright.configs.model import ModelConfig
+from meshwright.models.context import Context
+from meshwright.models.decoder import graph
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.program import build
 

@@ -1,6 +1,7 @@
 """Any product of mesh axes is the same computation as one device."""
 
 import pytest
+
 from equivalence import assert_same, tiny
 
 PRODUCTS = {

@@ -53,7 +53,8 @@ def test_the_outcome_of_all(tmp_path, body, error, message):
 
 
 def test_a_worker_deaf_to_sigterm_is_killed(tmp_path):
-    body = "signal.signal(signal.SIGTERM, signal.SIG_IGN); number == 0 and (time.sleep(1), sys.exit(1)); time.sleep(600)"
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    body = deaf + "number == 0 and (time.sleep(1), sys.exit(1)); time.sleep(600)"
     with pytest.raises(MeshwrightError, match="1: -9"):
         run(tmp_path, body, grace=0.5)
     assert not alive(tmp_path)

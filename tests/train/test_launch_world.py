@@ -21,7 +21,10 @@ def test_the_place_of_a_process(environment, expected):
     assert world(environment) == expected
 
 
-@pytest.mark.parametrize("nodes, host", [("gpu[07-09,12],x", "gpu07"), ("a,b", "a"), ("n[3,5]", "n3"), ("solo", "solo")])
+NODES = {"gpu[07-09,12],x": "gpu07", "a,b": "a", "n[3,5]": "n3", "solo": "solo"}
+
+
+@pytest.mark.parametrize(("nodes", "host"), NODES.items())
 def test_first_host(nodes, host):
     assert first_host(nodes) == host
 

@@ -9,7 +9,8 @@ import pytest
 
 SMALL = (
     "steps=3", "logging.every=1", "model.layers=1", "model.embed=32", "model.heads=2", "model.kv_heads=2",
-    "model.mlp=32", "model.vocab=384", "data.source=synthetic", "data.tokenizer={bytes: true, train: null, vocab: null}",
+    "model.mlp=32", "model.vocab=384", "data.source=synthetic",
+    "data.tokenizer={bytes: true, train: null, vocab: null}",
     "data.sequence_length=32", "data.global_batch=8", "evaluation.prompts=[]", "logging.tensorboard=false",
     "optimizer.warmup_steps=0",
 )  # fmt: skip
@@ -33,9 +34,8 @@ def losses(directory, name):
 def compare(directory, mesh, *, processes, devices):
     arguments = ("quickstart", *SMALL, *mesh)
     meshwright(directory, "train", *arguments, "name=one")
-    meshwright(
-        directory, "launch", *arguments, "name=many", "--processes", str(processes), "--devices-per-process", str(devices)
-    )
+    world = ("--processes", str(processes), "--devices-per-process", str(devices))
+    meshwright(directory, "launch", *arguments, "name=many", *world)
     one, many = losses(directory, "one"), losses(directory, "many")
     assert len(one) >= 7 and one == pytest.approx(many, rel=1e-5)
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from equivalence import assert_close, assert_same, born, tiny
+from equivalence import assert_close, assert_same, tiny
 from meshwright.configs.errors import UserError
 from meshwright.configs.run import RunConfig
 from meshwright.configs.training import OptimizerConfig
@@ -50,14 +50,15 @@ def walk(config_json, steps=5):
     """Canonical {params, opt_state} before and after each of some updates with random gradients, without a model."""
     config = RunConfig.model_validate_json(config_json)
     program = build(config, make_mesh(config.mesh))
-    state, shardings = jax.device_put(born(config), program.shardings), program.shardings
+    shardings = program.shardings
 
     @functools.partial(jax.jit, out_shardings=(shardings.params, shardings.opt_state))
     def update(params, opt_state, gradient):
         updates, opt_state = program.optimizer.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    params, opt_state = state.params, state.opt_state
+    params = jax.device_put(random_like(program.shapes.params, seed=99), shardings.params)
+    opt_state = jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)(params)
     seen = [canonical(jax.device_get({"params": params, "opt_state": opt_state}), config.model)]
     for step in range(steps):
         gradient = jax.device_put(random_like(params, seed=step), shardings.params)

@@ -117,7 +117,7 @@ def test_numbers_that_are_not_stop_the_run_before_they_are_applied(tmp_path, mon
             yield {**batch, "loss_weights": batch["loss_weights"] * (np.nan if number == 2 else 1)}
 
     monkeypatch.setattr(Run, "batches", poisoned)
-    with pytest.raises(MeshwrightError, match="step 3: loss nan.*the update was not applied"):
+    with pytest.raises(MeshwrightError, match=r"step 3: loss nan.*the update was not applied"):
         go(small(checkpoint={"every": 0}, evaluation={"every": 0}), tmp_path)
     assert read_events(tmp_path / "run")[-1]["event"] == "failure"
     assert not list((tmp_path / "run" / "checkpoints").glob("*[0-9]"))
@@ -137,6 +137,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75 and "state saved; run the same command to go on" in errors
     saved = [event["step"] for event in read_events(tmp_path / "runs" / "run") if event["event"] == "commit"]
-    done = subprocess.run([*command, f"steps={saved[-1] + 2}"], cwd=tmp_path, check=False, capture_output=True, text=True)
+    longer = [*command, f"steps={saved[-1] + 2}"]
+    done = subprocess.run(longer, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(losses(tmp_path / "runs")) == list(range(1, saved[-1] + 3))

@@ -59,7 +59,7 @@ def launch(
 
 
 def wait(running: Sequence[subprocess.Popen], *, grace: float) -> list[int]:
-    """Exit codes, once all have ended; where one fails the others are asked to stop, and killed after `grace` seconds."""
+    """Exit codes, once all have ended; where one fails the rest is asked to stop, and killed after `grace` seconds."""
     while True:
         codes = [process.poll() for process in running]
         if None not in codes:

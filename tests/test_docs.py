@@ -1,0 +1,207 @@
+"""The pages are held to the code: links, paths, configurations, commands, keys, and tables that copy one of the code."""
+
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from meshwright.configs import data, load, model, names, parallel, run, training
+from meshwright.configs.errors import UserError
+from meshwright.configs.foreign import FOREIGN_KEYS
+from meshwright.memory.policy import PRESETS
+from meshwright.models.attention.registry import IMPLEMENTATIONS
+from meshwright.parallel.rules import ACTIVATIONS, WEIGHTS
+from meshwright.parallel.sequence.attend import STRATEGIES
+from meshwright.train import optimizers
+from meshwright.train.cli import app
+from meshwright.train.data.packing import PACKERS
+from meshwright.train.data.sources import SOURCES
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]}
+ROOMS = ("configs", "models", "memory", "parallel", "checkpoint", "train", "benchmarks", "tests", "docs")
+
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+CODE = re.compile(r"`([^`\n]+)`")
+PATH = re.compile(rf"(?:{'|'.join(ROOMS)})/[\w./*-]*(?:::\w+)?")
+KEY = re.compile(rf"((?:{'|'.join(run.RunConfig.model_fields)})(?:\.\w+)+)(?:[:=] ?(.+))?")
+SUFFIXES = ("py", "yaml", "json", "jsonl", "html", "md", "toml")
+
+each_page = pytest.mark.parametrize("page", PAGES)
+
+
+def blocks(page, language):
+    """The fenced blocks of a page in one language, without their indentation."""
+    return [textwrap.dedent(text) for kind, text in FENCE.findall(PAGES[page]) if kind == language]
+
+
+def words(page):
+    """What stands in backticks outside of blocks."""
+    return CODE.findall(FENCE.sub("", PAGES[page]))
+
+
+def table(page, heading):
+    """Rows of the first table behind the line that begins with `| heading |`: the words in backticks of each cell."""
+    lines = iter(PAGES[page].splitlines())
+    for line in lines:
+        if line.startswith(f"| {heading} |"):
+            break
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([CODE.findall(cell) for cell in line.strip("|").split("|")])
+    return rows[1:]
+
+
+def anchors(text):
+    """The addresses of a page's headings, as they are made of their words."""
+    heads = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_every_page_is_in_the_index_once():
+    linked = re.findall(r"\]\(([\w-]+\.md)\)", PAGES["docs/README.md"].split("| answers |")[1])
+    assert sorted(linked) == sorted({page.name for page in DOCS.glob("*.md")} - {"README.md"})
+
+
+@each_page
+def test_every_link_leads_somewhere(page):
+    for target in LINK.findall(FENCE.sub("", PAGES[page])):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / file if file else ROOT / page
+        assert there.exists(), f"{target}: no such file"
+        assert not anchor or anchor in anchors(there.read_text()), f"{target}: no such heading"
+
+
+@each_page
+def test_every_path_and_test_in_backticks_exists(page):
+    for word in words(page):
+        if PATH.fullmatch(word):
+            path, _, test = word.partition("::")
+            found = list(ROOT.glob(path.rstrip("/")))
+            assert found, f"{word}: no such path"
+            assert not test or f"def {test}(" in found[0].read_text(), f"{word}: no such test"
+
+
+@each_page
+def test_every_key_in_backticks_is_in_the_schema(page):
+    known = {*load.keys(), *FOREIGN_KEYS.values()}
+    for word in words(page):
+        if (match := KEY.fullmatch(word)) and match[1].rpartition(".")[2] not in SUFFIXES:
+            assert match[1] in known, f"{word}: unknown key"
+            if match[2] and not match[2].isupper():  # PROJECT stands for a word of the reader's
+                value_of(match[1], match[2])
+
+
+def value_of(key, text):
+    """The value is one the key takes, in a run that has nothing else."""
+    try:
+        load.validated(load.nested(key.split("."), yaml.safe_load(text)))
+    except UserError as error:
+        assert not str(error).startswith(f"{key}:"), str(error)
+
+
+@each_page
+def test_every_configuration_validates(page):
+    for block in blocks(page, "yaml"):
+        tree = yaml.safe_load(block)
+        assert isinstance(tree, dict) and tree.keys() & {"extends", *run.RunConfig.model_fields}, block
+        base = load.read(load.RECIPES / tree.pop("extends")) if "extends" in tree else {}
+        load.validated(load.merged(base, tree))
+
+
+def commands(page):
+    """(words after `meshwright`, the line printed below) of every command of the page's console blocks."""
+    for block in blocks(page, "console"):
+        lines = [*block.splitlines(), ""]
+        for number, line in enumerate(lines):
+            if line.startswith("$ meshwright "):
+                yield shlex.split(line.partition(" > ")[0], comments=True)[2:], lines[number + 1]
+
+
+@each_page
+def test_every_command_parses_and_says_what_is_printed(page):
+    for arguments, printed in commands(page):
+        command, parsed = typer.main.get_command(app), typer.Context(typer.main.get_command(app))
+        while hasattr(command, "commands"):
+            assert arguments[0] in command.commands, f"{arguments[0]}: no such verb"
+            command, *arguments = command.commands[arguments[0]], *arguments[1:]
+        parsed = command.make_context(command.name, list(arguments)).params  # refuses unknown options
+        if parsed.get("config") in load.recipes():
+            if printed.startswith("meshwright: "):
+                with pytest.raises(UserError) as mistake:
+                    load.load(parsed["config"], overrides=parsed["overrides"])
+                assert printed == f"meshwright: {mistake.value}"
+            else:
+                load.load(parsed["config"], overrides=parsed["overrides"] or ())
+
+
+@each_page
+def test_every_verb_in_backticks_exists(page):
+    verbs = typer.main.get_command(app).commands
+    for word in words(page):
+        if word.startswith("meshwright ") and not word.split()[1].isupper():
+            assert word.split()[1] in verbs, word
+
+
+def test_other_tools_keys_are_those_the_errors_know():
+    rows = [row for line in re.findall(r"^\| (`.*) \|$", PAGES["docs/coming-from.md"], re.MULTILINE)
+            for row in [CODE.findall(line)]]  # fmt: skip
+    assert [tuple(row) for row in rows] == list(FOREIGN_KEYS.items())
+
+
+def choices(section, field):
+    """The words a key of the schema takes."""
+    return section.model_fields[field].annotation.__args__
+
+
+# Page, heading of the first column -> what that column must list.
+LISTED = {
+    "families": ("docs/models.md", "family", model.FAMILIES),
+    "attention": ("docs/attention.md", "`model.attention`", IMPLEMENTATIONS),
+    "presets": ("docs/memory.md", "`memory.policy`", choices(parallel.MemoryConfig, "policy")),
+    "strategies": ("docs/parallelism.md", "`sequence.parallel`", STRATEGIES),
+    "axes": ("docs/parallelism.md", "axis", names.MESH_AXES),
+    "sources": ("docs/data.md", "`data.source`", SOURCES),
+    "packers": ("docs/data.md", "`data.packing.method`", PACKERS),
+    "optimizers": ("docs/optimizers.md", "`optimizer.name`", optimizers.RULES),
+}
+
+
+@pytest.mark.parametrize(("page", "heading", "listed"), LISTED.values(), ids=LISTED)
+def test_a_table_lists_what_there_is(page, heading, listed):
+    assert sorted(row[0][0] for row in table(page, heading)) == sorted(listed)
+
+
+@pytest.mark.parametrize(("heading", "rules"), [("weight dimension", WEIGHTS), ("activation dimension", ACTIVATIONS)])
+def test_sharding_rules_are_the_codes(heading, rules):
+    wanted = {name: [axes] if isinstance(axes, str) else list(axes or ()) for name, axes in rules.items()}
+    assert {row[0][0]: row[1] for row in table("docs/parallelism.md", heading)} == wanted
+
+
+def test_presets_keep_what_the_page_says():
+    kept = {row[0][0]: row[1] for row in table("docs/memory.md", "`memory.policy`")}
+    for name, decisions in PRESETS.items():
+        assert kept[name] == [tensor for tensor, decision in decisions.items() if decision == "keep"], name
+    emitted = re.search(r"^    (block_in  .*)$", PAGES["docs/memory.md"], re.MULTILINE)[1].split()
+    assert tuple(emitted) == names.POLICY_TENSORS
+
+
+def test_axes_that_are_not_built_say_so():
+    lines = re.findall(r"^\| `(\w+)` \| .* \| no: .* \|$", PAGES["docs/parallelism.md"], re.MULTILINE)
+    assert lines == list(parallel.UNBUILT_AXES)
+
+
+def test_every_schedule_and_source_is_named():
+    page = PAGES["docs/optimizers.md"]
+    assert all(f"`{name}`" in page for name in choices(training.OptimizerConfig, "schedule"))
+    assert set(SOURCES) == set(data.Source.__args__)
