@@ -1,4 +1,4 @@
-"""`meshwright bench step`: tokens a second of the same Llama here and in transformers + PyTorch, in one process.
+"""`meshwright bench step`: tokens a second of one Llama here and in transformers + PyTorch, in one process.
 
 Same shapes, same batch size, float32, AdamW, on the same cores, in turns; the ratio is ours over theirs, and model FLOPs
 are set against the rate of a large matrix product measured in between. Needs the extra `interop` for the peer.

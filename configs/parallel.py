@@ -105,7 +105,7 @@ class PrecisionConfig(Section):
     """Number formats."""
 
     parameters: DTYPE = "float32"
-    """Stored weights and optimizer state."""
+    """Stored weights; the optimizer's state is float32 always."""
     compute: DTYPE = "float32"
     """Matrix products and activations; softmax, norms and losses are float32 always."""
     gradients: DTYPE = "float32"

@@ -17,7 +17,7 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     """After warm-up: constant, cosine or linear to `final_fraction`, or wsd: stable until a drop over `decay_steps`."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps of linear warm-up from zero."""
+    """Steps of linear warm-up: update n of them has n / warmup_steps of the peak."""
     decay_steps: int | None = Field(None, ge=1)
     """wsd: steps of the final drop; null: a tenth of the run."""
     final_fraction: float = Field(0.1, ge=0, le=1)

@@ -1,6 +1,7 @@
 """One block under a memory policy, and what its backward pass finds again."""
 
 import contextlib
+import functools
 import io
 import re
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from equivalence import tiny
+from meshwright.configs.model import ModelConfig
 from meshwright.memory import policy, trace
 from meshwright.models.block import Block
 from meshwright.models.context import Context
@@ -17,10 +19,17 @@ from meshwright.models.decoder import run_block
 POST_NORMS = {"post_norms": True}  # so that the backward pass reads every named tensor, the last one too
 
 
+@functools.lru_cache
+def block_of(model_json):
+    """(structure, shapes of the weights) of one block."""
+    model = ModelConfig.model_validate_json(model_json)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Block(model, kind=None, rngs=nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(state)
+
+
 def loss_of(model, memory):
     """(loss, shapes of its arguments) of one block of `model` under `memory`."""
-    shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Block(model, kind=None, rngs=nnx.Rngs(0)))))
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Block(model, kind=None, rngs=nnx.Rngs(0))))
+    graph, shapes = block_of(model.model_dump_json())
     chosen = policy.decisions(memory, tensors=policy.emitted(model))
     x = jax.ShapeDtypeStruct((2, 8, model.embed), jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(8), (2, 8))

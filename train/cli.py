@@ -200,15 +200,12 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(examined(as_json=as_json))
 
 
-@app.command()
-def bench(
-    name: Annotated[str, typer.Argument(help="step, attention")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="Passed on.")] = None,
-) -> None:
-    """Measure against a peer or a bound, in one process."""
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="step, attention")]) -> None:
+    """Measure against a peer or a bound, in one process; what follows the name is the benchmark's."""
     from .bench import run
 
-    run(name, arguments or [])
+    run(name, context.args)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from ..configs.run import RunConfig
 
 # What may change between two sittings of one run: none of it changes what is computed, but how long the run is.
 MAY_CHANGE = ("steps", "microbatches", "mesh", "sequence", "memory", "evaluation", "checkpoint", "launch", "logging")
+MAY_CHANGE_KEYS = ("data.cache", "data.prefetch")
 
 
 def open_directory(config: RunConfig, *, root: Path, write: bool = True) -> Path:
@@ -51,7 +52,7 @@ def check_same(old: RunConfig, new: RunConfig, *, directory: Path) -> None:
     changed = [
         f"{key} ({before.get(key)} there, {after.get(key)} here)"
         for key in sorted(before.keys() | after.keys())
-        if key.split(".")[0] not in MAY_CHANGE and before.get(key) != after.get(key)
+        if key.split(".")[0] not in MAY_CHANGE and key not in MAY_CHANGE_KEYS and before.get(key) != after.get(key)
     ]
     if changed:
         raise UserError(

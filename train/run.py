@@ -5,6 +5,7 @@
 The loop never waits for the device: the metrics of a step are read while the next one runs.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
@@ -220,7 +221,8 @@ class Run:
             self.last |= metrics
             if metrics["skipped"]:
                 self.journal.record("skip", step=step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
-                if self.config.logging.on_nan == "stop" and not jnp.isfinite(metrics["grad_norm"]):
+                finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+                if self.config.logging.on_nan == "stop" and not finite:
                     raise MeshwrightError(
                         f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the update was "
                         "not applied. Lower optimizer.learning_rate, set optimizer.clip, or logging.on_nan=skip"

@@ -46,8 +46,8 @@ def test_a_block_emits_exactly_the_names_a_policy_may_use(settings):
 
 
 def after_dropout(keys, **settings):
-    """hidden [rows, 2, embed] of three layers with dropout, where every row is the same two tokens."""
-    model = ModelConfig(**TINY, dropout=0.5, windows=[2, None], **settings)
+    """hidden [rows, 2, embed] of five layers with dropout, where every row is the same two tokens."""
+    model = ModelConfig(**TINY | {"layers": 5}, dropout=0.5, windows=[2, None], **settings)
 
     @jax.jit
     def hidden(keys):

@@ -43,7 +43,7 @@ MODELS = {f"family {family}": {"family": family} for family in FAMILIES} | {
     "no positions": {"position_encoding": "none"},
     "learned positions": {"position_encoding": "learned"},
     "tied embeddings, scaled": {"tied_embeddings": True, "embedding_scale": True},
-    "pattern of windows and a rest": {"layers": 5, "windows": [2, 5, None]},
+    "pattern of windows and a rest": {"layers": 7, "windows": [2, 5, None]},
     "unrolled": {"layers": 5, "windows": [2, None], "scan": False},
     "soft-caps": {"attention_softcap": 0.7, "logit_softcap": 1.5},
     "attention scale": {"attention_scale": 0.9},

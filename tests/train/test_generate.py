@@ -21,12 +21,12 @@ PROMPTS = [[5, 9, 2], [17] * 18 + [3], [60]]
 YARN = {"scaling": "yarn", "factor": 4.0, "original_length": 16, "theta": 50.0}
 
 CASES = {
-    "scanned, windows and a rest": ({"layers": 3, "windows": [3, None]}, {}),
-    "unrolled, windows and a rest": ({"layers": 3, "windows": [3, None], "scan": False}, {}),
+    "scanned, windows and a rest": ({"layers": 5, "windows": [3, None]}, {}),
+    "unrolled, windows and a rest": ({"layers": 5, "windows": [3, None], "scan": False}, {}),
     "head norms, soft-caps": ({"qk_norm": True, "attention_softcap": 0.7, "logit_softcap": 1.5}, {}),
     "learned positions": ({"family": "gpt2", "max_positions": 32, "kv_heads": 4}, {}),
     "yarn, one key head, parallel": ({"rope": YARN, "kv_heads": 1, "parallel_block": True}, {}),
-    "data 2 x tensor 2": ({"layers": 3, "windows": [3, None]}, {"data": 2, "tensor": 2}),
+    "data 2 x tensor 2": ({"layers": 5, "windows": [3, None]}, {"data": 2, "tensor": 2}),
     "fsdp 2 x seq 2 x tensor 2": ({"kv_heads": 1}, {"fsdp": 2, "seq": 2, "tensor": 2}),
 }
 

@@ -10,11 +10,11 @@ import pytest
 
 from equivalence import assert_close, assert_same, tiny
 from meshwright.configs.errors import UserError
-from meshwright.configs.run import RunConfig
+from meshwright.configs.parallel import MeshConfig
 from meshwright.configs.training import OptimizerConfig
 from meshwright.parallel.layout import canonical
 from meshwright.parallel.mesh import make_mesh
-from meshwright.parallel.rules import path_name
+from meshwright.parallel.rules import optimizer_shardings, path_name, weight_shardings
 from meshwright.train import optimizers
 from meshwright.train.program import build
 
@@ -45,26 +45,46 @@ def test_state_is_sharded_like_its_parameter(name):
     assert owned >= len(weights)
 
 
-@functools.lru_cache
-def walk(config_json, steps=5):
-    """Canonical {params, opt_state} before and after each of some updates with random gradients, without a model."""
-    config = RunConfig.model_validate_json(config_json)
-    program = build(config, make_mesh(config.mesh))
-    shardings = program.shardings
+# One weight of each kind: [vocab, embed], a norm, and two stacks of matrices.
+BLOCK = {"attn": {"o": {"kernel": (2, 4, 4, 16)}}, "mlp": {"up": {"kernel": (2, 16, 24)}}}
+KINDS = {
+    "embed": {"embedding": (64, 16)},
+    "final_norm": {"scale": (16,)},
+    "segments": {
+        "0": {"0": {"block": {"attn": {"o": {"kernel": (2, 4, 4, 16)}}, "mlp": {"up": {"kernel": (2, 16, 24)}}}}}
+    },
+}
 
-    @functools.partial(jax.jit, out_shardings=(shardings.params, shardings.opt_state))
+
+@functools.lru_cache
+def walk(section_json, *, sharded, steps=5):
+    """Canonical {params, opt_state} before and after each of some updates of `KINDS` with random gradients."""
+    mesh = make_mesh(MeshConfig(**(SHARDED if sharded else {}), platform="cpu"))
+    optimizer = optimizers.build(OptimizerConfig.model_validate_json(section_json), steps=steps)
+    shapes = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), KINDS, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    where = weight_shardings(shapes, mesh=mesh, zero=3)
+    where_state = optimizer_shardings(jax.eval_shape(optimizer.init, shapes), shapes, mesh=mesh)
+
+    @functools.partial(jax.jit, out_shardings=(where, where_state))
     def update(params, opt_state, gradient):
-        updates, opt_state = program.optimizer.update(gradient, opt_state, params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    params = jax.device_put(random_like(program.shapes.params, seed=99), shardings.params)
-    opt_state = jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)(params)
-    seen = [canonical(jax.device_get({"params": params, "opt_state": opt_state}), config.model)]
-    for step in range(steps):
-        gradient = jax.device_put(random_like(params, seed=step), shardings.params)
-        params, opt_state = update(params, opt_state, gradient)
-        seen.append(canonical(jax.device_get({"params": params, "opt_state": opt_state}), config.model))
+    params = jax.device_put(random_like(shapes, seed=99), where)
+    opt_state = jax.device_put(optimizer.init(params), where_state)
+    seen = []
+    for step in range(steps + 1):
+        seen.append(
+            canonical(jax.device_get({"params": params, "opt_state": opt_state}), tiny(model={"vocab": 64}).model)
+        )
+        params, opt_state = update(params, opt_state, jax.device_put(random_like(shapes, seed=step), where))
     return seen
+
+
+def walked(*, sharded=True, **section):
+    return walk(OptimizerConfig(learning_rate=0.01, weight_decay=0.1, **section).model_dump_json(), sharded=sharded)
 
 
 def random_like(shapes, *, seed):
@@ -74,8 +94,7 @@ def random_like(shapes, *, seed):
 
 @pytest.mark.parametrize("name", optimizers.RULES)
 def test_a_sharded_optimizer_equals_one_device(name):
-    optimizer = {"name": name, "clip": 0.3, "ema": 0.5}
-    one, many = (walk(tiny(optimizer=optimizer, mesh=mesh).model_dump_json()) for mesh in ({}, SHARDED))
+    one, many = (walked(sharded=sharded, name=name, clip=0.3, ema=0.5) for sharded in (False, True))
     assert_close(one[-1], many[-1], tolerance=1e-5)
     kernel = "params/layers/1/mlp/up/kernel"
     assert not np.allclose(one[0][kernel], one[-1][kernel])
@@ -124,7 +143,7 @@ def test_exactly_the_kernels_decay(embeddings):
 
 
 def test_the_average_follows_the_parameters():
-    states = walk(tiny(optimizer={"name": "adamw", "clip": 0.3, "ema": 0.5}, mesh=SHARDED).model_dump_json())
+    states = walked(name="adamw", clip=0.3, ema=0.5)
     for name in [name for name in states[0] if name.startswith("params/")]:
         expected = states[0][name]
         for state in states[1:]:
@@ -134,9 +153,9 @@ def test_the_average_follows_the_parameters():
 
 
 def test_gradients_are_clipped_by_their_norm_over_all_devices():
-    """sgd without momentum: the update's norm is learning rate x clip."""
-    optimizer = {"name": "sgd", "b1": 0.0, "clip": 0.1, "weight_decay": 0.0, "warmup_steps": 0, "schedule": "constant"}
-    before, after, *_ = walk(tiny(optimizer=optimizer, mesh=SHARDED, model={"vocab": 64}).model_dump_json())
+    """sgd without momentum, decay left out: the update's norm is learning rate x clip."""
+    section = OptimizerConfig(name="sgd", b1=0.0, clip=0.1, schedule="constant", learning_rate=0.01)
+    before, after, *_ = walk(section.model_dump_json(), sharded=True)
     moved = {name: after[name] - before[name] for name in before if name.startswith("params/")}
     assert float(optax.global_norm(moved)) == pytest.approx(0.1 * 0.01, rel=1e-4)
 
