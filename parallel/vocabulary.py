@@ -61,10 +61,7 @@ def token_logprobs(
     def one(hidden: jax.Array, targets: jax.Array) -> jax.Array:
         hidden = constrain(hidden, ("batch", "sequence", None, None, None))
         tokens = hidden.reshape(*shards, -1, hidden.shape[-1])  # one flat product a device
-        scores = constrain(
-            jnp.einsum("rpte,rpev->rptv", tokens, copies, preferred_element_type=jnp.float32),
-            ("batch", "sequence", None, "vocab"),
-        )
+        scores = constrain(product(tokens, copies), ("batch", "sequence", None, "vocab"))
         scores = finished(scores, vocab=vocab, softcap=softcap)
         # Not take_along_axis: a gather along the sharded dimension would collect the logits first.
         wanted = targets.reshape(*shards, -1, 1)
@@ -75,6 +72,13 @@ def token_logprobs(
     if chunks == 1:
         return joined(one(*(part[0] for part in parts))[None], shape=targets.shape)
     return joined(jax.lax.map(lambda pair: jax.checkpoint(one)(*pair), tuple(parts)), shape=targets.shape)
+
+
+def product(tokens: jax.Array, copies: jax.Array) -> jax.Array:
+    """[..., tokens, embed] x [..., embed, vocab] -> float32 [..., tokens, vocab], shard by shard."""
+    if copies.shape[:2] == (1, 1):  # XLA:CPU multiplies two matrices faster than two stacks of one matrix
+        return jnp.dot(tokens[0, 0], copies[0, 0], preferred_element_type=jnp.float32)[None, None]
+    return jnp.einsum("rpte,rpev->rptv", tokens, copies, preferred_element_type=jnp.float32)
 
 
 def cut(x: jax.Array, *, shards: tuple[int, int], chunks: int) -> jax.Array:

@@ -22,7 +22,7 @@ from ..configs.run import RunConfig, check_fits
 from ..memory.policy import decisions, emitted
 from ..memory.selfcheck import check_offload
 from ..parallel.mesh import make_mesh
-from ..parallel.state import TrainState
+from ..parallel.state import TrainState, combine
 from . import environment, plan
 from .data import assemble
 from .data.assemble import Data
@@ -260,7 +260,11 @@ class Run:
         prompts = self.config.evaluation.prompts
         if prompts and jax.process_count() == 1:
             texts = complete(
-                self.program, params, self.data.tokenizer, prompts, max_tokens=self.config.evaluation.sample_tokens
+                self.program,
+                combine(params, state.frozen),
+                self.data.tokenizer,
+                prompts,
+                max_tokens=self.config.evaluation.sample_tokens,
             )
             for prompt, text in zip(prompts, texts, strict=True):
                 self.journal.record("sample", step=step, prompt=prompt, text=text)

@@ -9,7 +9,7 @@ from ..configs.errors import UserError
 from ..configs.load import merged, nested, parse, validated
 from ..configs.run import RunConfig
 from ..parallel.mesh import make_mesh
-from ..parallel.state import TrainState
+from ..parallel.state import TrainState, combine
 from . import environment
 from .directory import read_config
 from .evaluation import evaluate as held_out
@@ -42,7 +42,13 @@ def generate(
     program, state = opened(read(run, []), run)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return complete(
-        program, averaged(state), load(run), list(prompts), max_tokens=tokens, sampling=sampling, seed=seed
+        program,
+        combine(averaged(state), state.frozen),
+        load(run),
+        list(prompts),
+        max_tokens=tokens,
+        sampling=sampling,
+        seed=seed,
     )
 
 
@@ -76,4 +82,3 @@ def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
             raise UserError(f"{run}: no checkpoint yet; train it with `meshwright train {run / 'config.yaml'}`")
         state, _ = storage.restore(storage.steps[-1], shapes=program.shapes, shardings=program.shardings)
     return program, state
-

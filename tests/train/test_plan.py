@@ -1,7 +1,7 @@
 """The plan: exact bytes, the collectives a mesh must cause, and the golden plans of the shipped recipes.
 
 A golden plan holds what no version of the compiler changes: what every array weighs and how it is sharded. To accept
-a change: `python tests/train/test_plan.py`.
+a change: `PYTHONPATH=tests python tests/train/test_plan.py`.
 """
 
 import io
@@ -40,7 +40,9 @@ def file_of(recipe):
 
 @pytest.mark.parametrize("recipe", recipes())
 def test_a_shipped_recipe_has_its_golden_plan(recipe):
-    assert golden(recipe) == file_of(recipe).read_text(), "changed; to accept it: python tests/train/test_plan.py"
+    assert golden(recipe) == file_of(recipe).read_text(), (
+        "changed; to accept it: PYTHONPATH=tests python tests/train/test_plan.py"
+    )
 
 
 def test_every_golden_plan_has_its_recipe():
