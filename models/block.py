@@ -16,7 +16,7 @@ from .attention.interface import Mask
 from .cache import with_earlier
 from .context import Context
 from .layers import LayerNorm, Linear, RMSNorm, dropout
-from .rope import rotate
+from .rope import rotate, rotations
 
 RESIDUAL = ("batch", "block_sequence", None)  # between blocks
 GATHERED = ("batch", "sequence", None)  # before a linear map
@@ -54,7 +54,8 @@ class Attention(nnx.Module):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if config.position_encoding == "rope":
-            q, k = (rotate(a, ctx.positions, rope=config.rope, local=self.window is not None) for a in (q, k))
+            turn = (ctx.rotations or rotations(config, ctx.positions))[self.window is not None]
+            q, k = rotate(q, turn), rotate(k, turn)
         q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
         mask = Mask(window=self.window, softcap=config.attention_softcap, scale=config.attention_scale)
         k, v, where, entries = with_earlier(k, v, ctx)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from .attention.dense import DENSE
 from .attention.interface import Mask, Where, attend
+from .rope import Rotation
 
 
 def linear(x: jax.Array, kernel: jax.Array, *, inputs: int = 1) -> jax.Array:
@@ -49,6 +50,7 @@ class Context:
     """Everything a block reads that is neither its input nor its weights."""
 
     positions: jax.Array  # [batch, sequence] int32: place in the document, for rotations
+    rotations: dict[bool, Rotation] | None = None  # of `positions`, made once for all blocks; None: in each block
     segment_ids: jax.Array | None = None  # [batch, sequence] int32: tokens see their own document only
     index: jax.Array | None = None  # [sequence] int32: place in the uncut row; None: in order. A cache needs it
     dropout_keys: jax.Array | None = None  # [batch] keys, one a row of the global batch; None: no dropout

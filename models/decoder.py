@@ -20,6 +20,7 @@ from ..configs.model import ModelConfig
 from .block import RESIDUAL, Block, norm
 from .cache import Cache
 from .context import Context
+from .rope import rotations
 
 Params = dict[str, Any]
 
@@ -90,6 +91,7 @@ class Decoder(nnx.Module):
         Entries are shaped like the cache, with these tokens only; None where `ctx` has no cache.
         """
         x = self.embed(tokens, ctx)
+        ctx = dataclasses.replace(ctx, rotations=rotations(self.config, ctx.positions))
         loop = jax.lax.scan if self.config.scan else unrolled
         entries, first = {}, 0
         for number, (pattern, repeats) in enumerate(self.config.segments):

@@ -6,12 +6,13 @@ rotations over the original length, and cos and sin are scaled by an attention f
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..configs.model import RopeConfig
+from ..configs.model import ModelConfig, RopeConfig
 
 
 def frequencies(rope: RopeConfig, *, head_dim: int, local: bool) -> tuple[np.ndarray, float]:
@@ -57,12 +58,32 @@ def yarn(rope: RopeConfig, plain: np.ndarray, *, head_dim: int) -> tuple[np.ndar
     return plain * (1 - ramp + ramp / rope.factor), 0.1 * math.log(rope.factor) + 1 if given is None else given
 
 
-def rotate(x: jax.Array, positions: jax.Array, *, rope: RopeConfig, local: bool) -> jax.Array:
-    """x [batch, sequence, heads, head_dim] turned by `positions` [batch, sequence]; angles in float32."""
-    rates, factor = frequencies(rope, head_dim=x.shape[-1], local=local)
-    place = positions.astype(jnp.float32)[..., None, None]
-    angles = place * jnp.asarray(rates, jnp.float32)  # [batch, sequence, 1, pairs]
-    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+class Rotation(NamedTuple):
+    """How far each pair of each token turns."""
+
+    cos: jax.Array  # [batch, sequence, 1, head_dim / 2] float32, times the attention factor
+    sin: jax.Array
+
+
+def rotation(rope: RopeConfig, positions: jax.Array, *, head_dim: int, local: bool) -> Rotation:
+    """The turn of tokens at `positions` [batch, sequence]; angles in float32."""
+    rates, factor = frequencies(rope, head_dim=head_dim, local=local)
+    angles = positions.astype(jnp.float32)[..., None, None] * jnp.asarray(rates, jnp.float32)
+    # A loop of two, for XLA:CPU would fuse plain cosines into every layer that reads them, and once for every head.
+    cos, sin = jax.lax.map(lambda which: factor * jax.lax.cond(which == 0, jnp.cos, jnp.sin, angles), jnp.arange(2))
+    return Rotation(cos, sin)
+
+
+def rotations(model: ModelConfig, positions: jax.Array) -> dict[bool, Rotation]:
+    """The turns of a model's layers, by whether a layer is local (has a window); {} where nothing rotates."""
+    if model.position_encoding != "rope":
+        return {}
+    kinds = {window is not None for window in model.windows}
+    return {kind: rotation(model.rope, positions, head_dim=model.head_width, local=kind) for kind in kinds}
+
+
+def rotate(x: jax.Array, turn: Rotation) -> jax.Array:
+    """x [batch, sequence, heads, head_dim], each pair (i, i + head_dim / 2) turned, in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = jnp.concatenate([first * turn.cos - second * turn.sin, second * turn.cos + first * turn.sin], axis=-1)
     return turned.astype(x.dtype)

@@ -4,6 +4,8 @@ Two walks over the same tiles, both with FlashAttention-2's backward pass: `rows
 `pairs` for all others. Which one is known from shapes alone.
 """
 
+from collections.abc import Callable
+
 import jax
 
 from . import pairs, rows
@@ -25,19 +27,43 @@ def refuse(mask: Mask, where: Where, q, k, platform: str | None) -> str | None:
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> tuple[jax.Array, jax.Array]:
     """out like q, and lse [batch, queries, heads]."""
     if _short(q, k, where):
-        return rows.forward(q, k, v, mask, where, block=ROW_BLOCK)
+
+        def part(q, k, v, where):
+            return rows.forward(q, k, v, mask, where, block=ROW_BLOCK)
+
+        return _by_parts(part, (q, k, v), where)
     return pairs.forward(q, k, v, mask, where, block=_pair_block(q))
 
 
 def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv like q, k, v, given `out` and `lse` over all keys."""
     if _short(q, k, where):
-        return rows.backward(q, k, v, out, lse, d_out, mask, where, block=ROW_BLOCK)
+
+        def part(q, k, v, out, lse, d_out, where):
+            return rows.backward(q, k, v, out, lse, d_out, mask, where, block=ROW_BLOCK)
+
+        return _by_parts(part, (q, k, v, out, lse, d_out), where)
     return pairs.backward(q, k, v, out, lse, d_out, mask, where, block=_pair_block(q))
 
 
 def _short(q, k, where: Where) -> bool:
     return where.query_index is None and max(q.shape[1], k.shape[1]) <= LONGEST_UNROLLED
+
+
+def _by_parts(function: Callable, arrays: tuple[jax.Array, ...], where: Where) -> tuple[jax.Array, ...]:
+    """`function(*arrays, where)` over as many rows of the batch at a time as keep a tile in the cache of a CPU.
+
+    Twice the speed of the whole batch at once at 8 x 512 tokens: scores that leave the cache cost more than products.
+    """
+    batch, queries, heads, _ = arrays[0].shape
+    tile = heads * min(queries, ROW_BLOCK) * arrays[1].shape[1]
+    fitting = max(1, TILE_SCORES // tile) if jax.default_backend() == "cpu" else batch
+    size = max(divisor for divisor in range(1, batch + 1) if batch % divisor == 0 and divisor <= fitting)
+    if size == batch:
+        return function(*arrays, where)
+    cut = jax.tree.map(lambda x: x.reshape(batch // size, size, *x.shape[1:]), (arrays, where))
+    results = jax.lax.map(lambda part: function(*part[0], part[1]), cut)
+    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 
 
 def _pair_block(q) -> int:
