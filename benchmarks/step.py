@@ -1,6 +1,6 @@
 """`meshwright bench step`: tokens a second of one Llama here and in transformers + PyTorch, in one process.
 
-Same shapes, same batch size, float32, AdamW, on the same cores, in turns; the ratio is ours over theirs, and model FLOPs
+Same shapes, batch, float32, AdamW and cores, in turns; the ratio is ours over theirs, and model FLOPs
 are set against the rate of a large matrix product measured in between. Needs the extra `interop` for the peer.
 
     meshwright bench step                          34M parameters, 8 x 512 tokens, CPU

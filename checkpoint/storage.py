@@ -86,9 +86,11 @@ class Storage:
             ],
         )
         metadata = self._checkpointer.metadata(step)
-        check_same(abstract, metadata.metadata, step=step)
         try:
+            check_same(abstract, metadata.metadata, step=step)
             loaded = self._checkpointer.load(step, abstract)
+        except UserError:
+            raise
         except Exception as error:
             raise MeshwrightError(
                 f"checkpoint {step} in {self._directory} cannot be read: {first_line(error)}"
@@ -123,9 +125,11 @@ def names(state: Any) -> list[str]:
 
 
 def check_same(wanted: Any, found: Any, *, step: int) -> None:
-    """Raise UserError where names or shapes on disk (`found`) are not those of this run (`wanted`)."""
+    """Raise UserError where names or shapes on disk (`found`) are not this run's (`wanted`)."""
     ours = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)}
     theirs = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+    if not theirs:
+        raise FileNotFoundError("it lists no arrays")
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise UserError(

@@ -95,6 +95,7 @@ class DataConfig(SourceConfig):
     global_batch: int = Field(16, ge=1)
     """Rows an optimizer step, over all devices. Default: 16."""
     packing: PackingConfig = PackingConfig()
+    """How documents become rows. Default: concatenated and split."""
     held_out: float = Field(0.02, ge=0, lt=1)
     """Fraction of documents, chosen by content, that is never trained on. Default: 0.02; 0 holds nothing out."""
     prefetch: int = Field(2, ge=1)

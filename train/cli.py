@@ -163,9 +163,7 @@ def generate(
     """Continue texts with a trained model."""
     from .use import generate as continued
 
-    texts = continued(
-        Path(run), prompts, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
+    texts = continued(Path(run), prompts, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if as_json:
         typer.echo(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)], indent=1))
     else:
@@ -213,6 +211,7 @@ def main() -> None:
     narrator = logging.getLogger("meshwright")  # what takes a while says so
     narrator.addHandler(logging.StreamHandler())
     narrator.setLevel(logging.INFO)
+    narrator.propagate = False
     try:
         app(standalone_mode=True)
     except MeshwrightError as error:

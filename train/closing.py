@@ -23,4 +23,3 @@ def closing_words(summary: Summary) -> str:
         "  meshwright recipes ls",
     ]
     return "\n".join(lines)
-

@@ -1,6 +1,6 @@
 """The run directory `runs/NAME/`: opened once, refused where it belongs to another configuration.
 
-    config.yaml  environment.json  plan.json  metrics.jsonl  events.jsonl  tensorboard/  checkpoints/  report.html
+config.yaml  environment.json  plan.json  metrics.jsonl  events.jsonl  tensorboard/  checkpoints/  report.html
 """
 
 import json

@@ -151,4 +151,3 @@ def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None)
         remat=policy.rematerialized(chosen, scanned=config.model.scan),
         compute=jnp.dtype(config.precision.compute),
     )
-

@@ -13,27 +13,14 @@ COMPUTE = {"platform": "gpu", "compute": "float32"}
 
 
 def broken(chosen, *, scanned):
-    """A compiler that forgets the first token of what it fetches from the host: the values of a block stay right."""
+    """A compiler that forgets the first token on the way back from the host: the values of a block stay right."""
 
-    def wrap(block):
-        if chosen is None:
-            return block
+    @jax.custom_vjp
+    def fetched(x):
+        return x
 
-        @jax.custom_vjp
-        def faulty(weights, x):
-            return block(weights, x)
-
-        def forward(weights, x):
-            return block(weights, x), (weights, x)
-
-        def backward(saved, cotangent):
-            weights, x = saved
-            return jax.vjp(block, weights, x.at[:, 0].set(0))[1](cotangent)
-
-        faulty.defvjp(forward, backward)
-        return faulty
-
-    return wrap
+    fetched.defvjp(lambda x: (x, None), lambda _, cotangent: (cotangent.at[:, 0].set(0),))
+    return lambda block: block if chosen is None else lambda weights, x: block(weights, fetched(x))
 
 
 def test_right_gradients_pass():

@@ -1,11 +1,11 @@
-"""Recipes, one battery over the registry: sums that add up over any cut of the batch, weightless tokens without effect."""
+"""Recipes, one battery over the registry: sums add up over any cut of the batch, weightless tokens do nothing."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equivalence import packed
 
+from equivalence import packed
 from meshwright.train.recipes.registry import RECIPES
 
 
