@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from ..configs.errors import MeshwrightError, UserError
+from ..configs.errors import MeshwrightError, UserError, first_line
 from ..parallel.rules import path_name
 from ..parallel.state import TrainState
 
@@ -144,8 +144,3 @@ def failed(step: int, directory: Path, error: Exception) -> MeshwrightError:
     if "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
         return UserError(f"{message}; free some space and run again: earlier checkpoints are whole")
     return MeshwrightError(message)
-
-
-def first_line(error: Exception) -> str:
-    """The start of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

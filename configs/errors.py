@@ -33,3 +33,9 @@ class Preempted(MeshwrightError):
     """Asked to stop (SIGTERM, Ctrl-C) and the state was saved: run the same command again to go on. Exit code 75."""
 
     exit_code = 75
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, short enough for one line; its cause's words where it has one."""
+    cause = error.__cause__ or error
+    return next(iter(str(cause).strip().splitlines()), type(cause).__name__)[:200]

@@ -53,6 +53,8 @@ class RunConfig(Section):
                 f"model.max_positions: {self.model.max_positions} is below data.sequence_length "
                 f"({self.data.sequence_length}); learned positions need one row a token"
             )
+        if self.model.attention == "cudnn" and self.mesh.platform == "cpu":
+            raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
         if (count := self.mesh.count) is not None:
             check_fits(self, self.mesh.resolved(count))
         return self

@@ -1,11 +1,12 @@
 """The device mesh: seven named axes in a fixed order, all left to the partitioner (`AxisType.Auto`)."""
 
+import os
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from ..configs.errors import UserError
+from ..configs.errors import UserError, first_line
 from ..configs.names import MESH_AXES
 from ..configs.parallel import MeshConfig
 
@@ -23,16 +24,25 @@ def prepare_devices(mesh: MeshConfig, *, local_devices: int | None = None) -> No
         jax.config.update("jax_num_cpu_devices", wanted)
 
 
+def found_devices(mesh: MeshConfig) -> list[jax.Device]:
+    """This run's devices. Raises UserError where the platform has none."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # which one depends on what is installed
+        raise UserError(
+            f"mesh.platform: {mesh.platform}: JAX finds no such device here ({first_line(error)}); "
+            "install the extra `gpu`, look at `meshwright doctor`, or use mesh.platform=cpu"
+        ) from error
+
+
 def xla_flags() -> str:
     """What the user asked of XLA; a device count there is theirs to choose."""
-    import os
-
     return os.environ.get("XLA_FLAGS", "")
 
 
 def make_mesh(mesh: MeshConfig, *, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The mesh over `devices` (default: this run's). Raises UserError where the axes do not multiply to their count."""
-    devices = list(jax.devices() if devices is None else devices)
+    devices = found_devices(mesh) if devices is None else list(devices)
     wanted = mesh.count or len(devices)
     if wanted > len(devices):
         raise UserError(

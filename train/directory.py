@@ -27,7 +27,7 @@ def open_directory(config: RunConfig, *, root: Path, write: bool = True) -> Path
     file = directory / "config.yaml"
     if file.exists():
         check_same(read_config(directory), config, directory=directory)
-    elif directory.exists() and any(directory.iterdir()) and write:
+    elif directory.exists() and any(directory.iterdir()):
         raise UserError(f"name: {directory} exists and is not a run (no config.yaml); choose another name")
     if write:
         try:

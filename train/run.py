@@ -58,7 +58,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
     asked to stop.
     """
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
-    directory = open_directory(config, root=root, write=world.first)
+    open_directory(config, root=root, write=False)  # refuses another run's; nothing is written until all is checked
     check_sinks(config.logging)
     environment.start(config, world)
     mesh = make_mesh(config.mesh)
@@ -71,6 +71,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         compute=jnp.dtype(config.precision.compute),
     )
 
+    directory = open_directory(config, root=root, write=world.first)
     with ExitStack() as stack:
         journal = Journal(directory, enabled=world.first)
         storage = stack.enter_context(closing(Storage(directory / "checkpoints", keep=config.checkpoint.keep)))

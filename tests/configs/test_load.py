@@ -15,6 +15,10 @@ MISTAKES = {
     "batch": ({"data": {"global_batch": 6}, "mesh": {"data": 4}}, r"data.global_batch: 6 is not divisible by"),
     "devices": ({"mesh": {"data": 2, "devices": 3}}, r"mesh: data 2 is 2 devices, not 3"),
     "two open axes": ({"mesh": {"data": -1, "fsdp": -1}}, r"data, fsdp are all -1"),
+    "an implementation elsewhere": (
+        {"model": {"attention": "cudnn"}, "mesh": {"platform": "cpu"}},
+        r"model.attention: cudnn needs a GPU and mesh.platform is cpu",
+    ),
     "an axis not built": ({"mesh": {"expert": 2}}, r"mesh.expert: 2 is not supported yet"),
     "sequence": (
         {"data": {"sequence_length": 30}, "mesh": {"seq": 4}},

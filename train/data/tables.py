@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from ...configs.errors import UserError
+from ...configs.errors import UserError, first_line
 from .documents import decoded, digest
 from .files import parts, readable
 
@@ -152,12 +152,6 @@ def one_column(rows: Any, field: str) -> Any:
     if field not in rows.column_names:
         raise UserError.no_match("data.field", [field], known=rows.column_names)
     return rows.select_columns([field])
-
-
-def first_line(error: Exception) -> str:
-    """What an exception of another library says, short enough for one line."""
-    cause = error.__cause__ or error
-    return next(iter(str(cause).splitlines()), type(cause).__name__)[:200]
 
 
 def _saved(path: str, *, split: str) -> Any:
