@@ -56,6 +56,8 @@ class EvaluationConfig(Section):
     """Texts to continue at every evaluation."""
     sample_tokens: int = Field(64, ge=1)
     """Tokens a sample gets."""
+    temperature: float = Field(0.8, ge=0)
+    """Of the samples; 0: always the likeliest token, which repeats itself in a young model."""
 
 
 class CheckpointConfig(Section):

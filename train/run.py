@@ -39,6 +39,7 @@ from .report.html import write_report
 from .report.journal import Journal
 from .report.progress import open_progress
 from .report.sinks import Sink, check_sinks, open_sinks
+from .sampling import Sampling
 from .stop import StopRequest
 
 
@@ -266,6 +267,8 @@ class Run:
                 self.data.tokenizer,
                 prompts,
                 max_tokens=self.config.evaluation.sample_tokens,
+                sampling=Sampling(temperature=self.config.evaluation.temperature),
+                seed=self.config.seed,
             )
             for prompt, text in zip(prompts, texts, strict=True):
                 self.journal.record("sample", step=step, prompt=prompt, text=text)
