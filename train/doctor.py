@@ -14,7 +14,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import psutil
 
 from .data.cache import cache_directory
 from .report.examination import render
+from .report.findings import Check, Device, Examination, Extra, Host, Problem
 from .report.markup import size
 
 PACKAGES = (
@@ -45,74 +46,6 @@ CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf1
 
 LOW_DISK = 2 * 2**30  # bytes; a checkpoint of a 34M model with Adam's moments takes 0.4 GiB, and three are kept
 ELEMENTS = 1 << 18  # of the array each device contributes: 1 MiB of float32
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was tried."""
-
-    name: str
-    outcome: str  # right | wrong | unavailable
-    detail: str
-    seconds: float | None = None  # the best of several
-
-
-@dataclass(frozen=True)
-class Device:
-    """One device as JAX sees it."""
-
-    id: int
-    kind: str
-    platform: str
-    process: int
-    memory_kinds: tuple[str, ...]
-    memory_bytes: int | None  # None where the platform does not say
-
-
-@dataclass(frozen=True)
-class Extra:
-    """An optional part, and whether it is here."""
-
-    name: str
-    purpose: str
-    missing: tuple[str, ...]  # distributions that are not installed
-    remedy: str  # "" where nothing is missing
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that will hurt, and what to do."""
-
-    what: str
-    remedy: str
-
-
-@dataclass(frozen=True)
-class Host:
-    """The machine around the devices."""
-
-    system: str
-    python: str
-    cores: int  # that this process may use
-    cpu_features: tuple[str, ...]
-    memory_bytes: int
-    disk_free_bytes: int  # of the working directory, where runs/ will be
-    compilation_cache: str
-    compilation_cache_bytes: int
-    gloo: bool  # CPU collectives between processes
-    xla_flags: str
-
-
-@dataclass(frozen=True)
-class Examination:
-    """All that was found."""
-
-    versions: dict[str, str | None]
-    host: Host
-    devices: tuple[Device, ...]
-    checks: tuple[Check, ...]
-    extras: tuple[Extra, ...]
-    problems: tuple[Problem, ...] = ()
 
 
 def main(*, as_json: bool = False) -> int:

@@ -1,22 +1,20 @@
 """What the doctor found, for a terminal: sections of small tables, with a remedy beside whatever is wrong."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from .findings import Device, Examination, Extra, Host
 from .markup import size
-
-if TYPE_CHECKING:
-    from ..doctor import Device, Examination, Extra, Host
 
 MARKS = {"right": ("✓", "green"), "wrong": ("✗", "bold red"), "unavailable": ("–", "yellow")}
 
 
-def render(found: "Examination") -> Group:
+def render(found: Examination) -> Group:
     """All of it."""
     checks = []
     for check in found.checks:
@@ -47,7 +45,7 @@ def facts(values: Mapping[str, str]) -> Table:
     return grid
 
 
-def host_facts(found: "Host") -> dict[str, str]:
+def host_facts(found: Host) -> dict[str, str]:
     """The machine in words."""
     return {
         "system": found.system,
@@ -61,7 +59,7 @@ def host_facts(found: "Host") -> dict[str, str]:
     }
 
 
-def devices_table(devices: Sequence["Device"]) -> Table:
+def devices_table(devices: Sequence[Device]) -> Table:
     """One row for devices that are alike."""
     grid = Table("count", "kind", "platform", "memory kinds", "memory", box=None, pad_edge=False)
     alike: dict[tuple[Any, ...], int] = {}
@@ -73,7 +71,7 @@ def devices_table(devices: Sequence["Device"]) -> Table:
     return grid
 
 
-def extras_table(extras: Sequence["Extra"]) -> Table:
+def extras_table(extras: Sequence[Extra]) -> Table:
     """One row an optional part."""
     grid = Table("extra", "for", "", box=None, pad_edge=False)
     for part in extras:
