@@ -80,7 +80,7 @@ def test_no_jax_behind_this_door(module):
 
 def test_no_address_or_path_of_a_machine_is_committed():
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    pattern = re.compile(r"--(?:extra-)?index-url|/(?:root|home)/\w|find-links")
-    found = [name for name in names if name != "tests/test_house.py" and (ROOT / name).is_file()
+    pattern = re.compile(r"--(?:extra-)?index[-]url|/(?:root|home)/\w|find[-]links")
+    found = [name for name in names if (ROOT / name).is_file()
              and pattern.search((ROOT / name).read_text(errors="ignore"))]  # fmt: skip
     assert not found
