@@ -1,0 +1,104 @@
+"""A pipeline schedule is a table [tick, device] -> (op, microbatch, chunk, slot). NumPy only.
+
+A model of `stages` consecutive pieces runs on `devices`; a device holds `chunks` of the pieces, and `placement` says which.
+Time is counted in ticks: an op takes one, and what it makes can be used from the next tick on.
+
+    F  forward of a stage                   needs the F of the stage before
+    I  gradient of the stage's input        needs its own F, and the I of the stage behind
+    W  gradient of the stage's weights      needs its own I; nothing waits for it, so it fills gaps
+    B  I and W in one
+    S  vocabulary pass: logits of a shard   on every device, needs the F of the last stage
+    T  vocabulary pass: their gradient      on every device, needs the S of all devices
+
+Without vocabulary passes the last stage computes head and loss inside its own I. With them its I waits for all S
+(`algorithm` 2, one barrier) or all T (`algorithm` 1, two barriers).
+
+A `slot` is the place in a device's pool of activations that (microbatch, chunk) occupies from its F to its last use.
+
+Sources: Zero Bubble Pipeline Parallelism (arXiv:2401.10241) for I and W, Balancing Pipeline Parallelism with Vocabulary
+Parallelism (arXiv:2411.05288) for S and T.
+"""
+
+import enum
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+
+
+class Op(enum.IntEnum):
+    """What a device does in a tick."""
+
+    IDLE = 0
+    F = 1
+    I = 2  # noqa: E741 - the papers' names
+    W = 3
+    B = 4
+    S = 5
+    T = 6
+
+
+VOCABULARY_OPS = (Op.S, Op.T)  # done by every device on its shard; they belong to no chunk
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A schedule. Arrays are integers [ticks, devices]; microbatch, chunk and slot are -1 where there is none."""
+
+    op: np.ndarray  # values of Op
+    microbatch: np.ndarray
+    chunk: np.ndarray  # of the device's own chunks; -1 also for S and T
+    slot: np.ndarray  # of the device's pool, the same number at F, I, W and B; -1 also for S and T
+    placement: np.ndarray  # [devices, chunks] -> stage, each of 0 .. devices * chunks - 1 once
+    microbatches: int
+    algorithm: int  # 0 no vocabulary passes; 1 or 2 as in the paper
+    name: str
+
+    @property
+    def ticks(self) -> int:
+        """Rows of the table: how long it takes when every op takes one tick."""
+        return self.op.shape[0]
+
+    @property
+    def devices(self) -> int:
+        """Columns of the table: the size of the mesh axis `pipe`."""
+        return self.op.shape[1]
+
+    @property
+    def chunks(self) -> int:
+        """Stages a device holds."""
+        return self.placement.shape[1]
+
+    @property
+    def stages(self) -> int:
+        """Pieces the model is cut into."""
+        return self.placement.size
+
+    @cached_property
+    def slots(self) -> np.ndarray:
+        """Activations each device makes room for, int [devices]: its largest slot number plus one."""
+        return self.slot.max(axis=0, initial=-1) + 1
+
+    @cached_property
+    def _home(self) -> np.ndarray:
+        order = np.argsort(self.placement, axis=None)
+        return np.stack(np.unravel_index(order, self.placement.shape), axis=1)  # [stage] -> device, chunk
+
+    def device_of(self, stage: int) -> int:
+        """The device that runs `stage`."""
+        return int(self._home[stage, 0])
+
+    def chunk_of(self, stage: int) -> int:
+        """Which chunk of its device `stage` is."""
+        return int(self._home[stage, 1])
+
+    def when(self, op: Op) -> dict[tuple[int, int], int]:
+        """{(microbatch, stage): tick} of an op; {(microbatch, device): tick} of S and T."""
+        ticks, devices = np.nonzero(self.op == op)
+        places = devices if op in VOCABULARY_OPS else self.placement[devices, self.chunk[ticks, devices]]
+        microbatches = self.microbatch[ticks, devices]
+        return dict(zip(zip(microbatches.tolist(), places.tolist(), strict=True), ticks.tolist(), strict=True))
+
+    def equals(self, other: "Table") -> bool:
+        """The same schedule, name included."""
+        return all(np.array_equal(getattr(self, one.name), getattr(other, one.name)) for one in fields(self))
