@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from .base import Section
 from .data import DataConfig
 from .model import ModelConfig
-from .parallel import MemoryConfig, MeshConfig, PrecisionConfig, SequenceConfig
+from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
 from .training import (
     CheckpointConfig,
     EvaluationConfig,
@@ -31,6 +31,7 @@ class RunConfig(Section):
     """Parts the global batch is computed in, one after another; the result does not depend on it."""
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     sequence: SequenceConfig = SequenceConfig()
     memory: MemoryConfig = MemoryConfig()
     precision: PrecisionConfig = PrecisionConfig()
@@ -81,6 +82,7 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
             f"({axes['data']} x {axes['fsdp']} x {config.microbatches} = {shards})"
         )
     check_sequence(config, axes)
+    check_pipeline(config, axes)
     if seq > 1 and config.sequence.parallel == "ulysses":
         kv_heads = max(model.key_value_heads // tensor, 1)
         if kv_heads % seq:
@@ -88,6 +90,37 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
                 f"sequence.parallel: ulysses splits {kv_heads} key-value heads (model.kv_heads / mesh.tensor) over "
                 f"mesh.seq ({seq}), which does not divide them; use all-gather or ring"
             )
+
+
+def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
+    """Raise ValueError where what is asked for cannot run inside a pipeline. Layers are counted in `train/staging.py`."""
+    if axes["pipe"] == 1:
+        return
+    if len(config.model.segments) > 1:
+        pattern = len(config.model.windows)
+        raise ValueError(
+            f"model.layers: {config.model.layers} is not a multiple of the {pattern} layers of model.windows' pattern, "
+            "and a pipeline cuts between whole patterns; change one of them, or leave mesh.pipe at 1"
+        )
+    if axes["seq"] > 1 and config.sequence.parallel == "ring":
+        raise ValueError(
+            "sequence.parallel: ring passes keys around inside a stage, while other stages do something else, and "
+            "would never end; use all-gather or ulysses with mesh.pipe"
+        )
+    if "offload" in config.memory.names.values() or config.memory.policy == "offload-block-in":
+        raise ValueError(
+            "memory: offload is not supported inside a pipeline, whose pools stay on the device; keep or recompute"
+        )
+    if config.pipeline.vocab_parallel and config.memory.loss_chunks > 1:
+        raise ValueError(
+            f"memory.loss_chunks: {config.memory.loss_chunks} has no effect with pipeline.vocab_parallel; leave it at 1"
+        )
+    shards = axes["pipe"] * axes["tensor"]
+    if config.pipeline.vocab_parallel and config.model.padded_vocab % shards:
+        raise ValueError(
+            f"model.vocab_multiple: {config.model.padded_vocab} rows are not divisible by mesh.pipe x mesh.tensor "
+            f"({axes['pipe']} x {axes['tensor']}), over which pipeline.vocab_parallel shards them; use a multiple of it"
+        )
 
 
 def check_sequence(config: RunConfig, axes: dict[str, int]) -> None:

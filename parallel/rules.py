@@ -24,7 +24,7 @@ WEIGHTS: dict[str, Axes] = {
     "head_dim": None,
     "mlp": "tensor",
     "expert": "expert",
-    "layers": None,
+    "layers": "pipe",
 }
 
 ACTIVATIONS: dict[str, Axes] = {
@@ -68,7 +68,7 @@ def weight_spec(path: str, shape: tuple[int, ...], *, mesh: Mesh, zero: int) -> 
     names = ((None,) * (len(shape) - len(names) - stacked(path)) + names)[: len(shape) - stacked(path)]
     rules = WEIGHTS | {"embed": None} if zero == 1 else WEIGHTS
     inner = spec(names, shape=shape[stacked(path) :], mesh=mesh, rules=rules)
-    return PartitionSpec(*([None] if stacked(path) else []), *inner)
+    return PartitionSpec(*([fitting(rules["layers"], "layers", shape[0], mesh)] if stacked(path) else []), *inner)
 
 
 def weight_shardings(params: Any, *, mesh: Mesh, zero: int) -> Any:
@@ -113,12 +113,30 @@ def batch_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
-    """`constrain(x, names)` for activations on `mesh`. Specs, not shardings: it also runs inside a shard_map."""
+    """`constrain(x, names)` for activations on `mesh`. Specs, not shardings: it also runs inside a shard_map.
+
+    There the axes that the map took are left out: what they cut is cut already.
+    """
 
     def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, spec(names, shape=x.shape, mesh=mesh, rules=ACTIVATIONS))
+        taken = taken_axes()
+        rules = {name: without(axes, taken) for name, axes in ACTIVATIONS.items()} if taken else ACTIVATIONS
+        return jax.lax.with_sharding_constraint(x, spec(names, shape=x.shape, mesh=mesh, rules=rules))
 
     return constrain
+
+
+def taken_axes() -> set[str]:
+    """Mesh axes of the `shard_map` that is being traced; none outside of one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = jax.sharding.AxisType.Manual
+    return {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == manual}
+
+
+def without(axes: Axes, taken: set[str]) -> Axes:
+    """`axes` that are not `taken`; None where none is left."""
+    left = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in taken)
+    return left or None
 
 
 def cuts(name: str) -> int:

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from meshwright.configs.load import merged, validated
-from meshwright.configs.parallel import MemoryConfig, MeshConfig
+from meshwright.configs.parallel import MemoryConfig, MeshConfig, PipelineConfig
 from meshwright.configs.run import RunConfig
-from meshwright.parallel.layout import canonical
+from meshwright.parallel.layout import canonical, rearranged
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.state import TrainState
 from meshwright.train.feed import to_devices
@@ -66,18 +66,20 @@ def _trajectory(config_json: str, steps: int) -> tuple[list[dict[str, np.ndarray
     config = RunConfig.model_validate_json(config_json)
     mesh = make_mesh(config.mesh)
     program = build(config, mesh)
-    state, step = jax.device_put(born(config), program.shardings, may_alias=False), program.compiled_step()
+    start = rearranged(born(config), before=None, after=program.order)
+    state, step = jax.device_put(start, program.shardings, may_alias=False), program.compiled_step()
     seen = []
     for batch in batches(config, steps):
         state, metrics = step(state, to_devices(batch, config, mesh))
         seen.append(jax.device_get(metrics))
-    return seen, canonical(jax.device_get({"params": state.params, "opt_state": state.opt_state}), config.model)
+    arrays = jax.device_get({"params": state.params, "opt_state": state.opt_state})
+    return seen, canonical(arrays, config.model, program.order)
 
 
 def born(config: RunConfig) -> TrainState:
     """The state before step 0, made on one device: what `Program.initialized` must make on any mesh."""
     shaping = config.model_copy(
-        update={"mesh": MeshConfig(platform="cpu"), "memory": MemoryConfig(), "microbatches": 1}
+        update={"mesh": MeshConfig(platform="cpu"), "memory": MemoryConfig(), "microbatches": 1, "pipeline": PipelineConfig()}
     )
     return _born(shaping.model_dump_json())
 

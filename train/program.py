@@ -9,7 +9,7 @@ state, metrics = step(state, batch)
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,16 @@ from ..memory import policy
 from ..models.context import Context, flat_linear, linear
 from ..models.decoder import graph, initial_params
 from ..parallel.attention import sharded_attention, token_order
+from ..parallel.layout import rearranged
+from ..parallel.pipeline.table import Table
+from ..parallel.pipeline.wiring import wired
 from ..parallel.rules import batch_shardings, constrainer, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState
 from ..parallel.vocabulary import lookup
-from . import optimizers
-from .gradients import Batch, accumulated, plain
+from . import optimizers, pipeline
+from .gradients import Batch, Engine, accumulated, plain
 from .recipes.registry import RECIPES
+from .staging import Staging, staging
 from .step import Step, make_loss, make_step
 
 # Dtypes of a batch's fields; all are [global_batch, sequence].
@@ -44,11 +48,18 @@ class Program:
     optimizer: optax.GradientTransformation
     step: Step  # (state, batch) -> (state, metrics)
     evaluate: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
+    staging: Staging | None  # where the layers stand in a pipeline; None without one
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """Which repeat of the pattern stands at each place of the stacked arrays; None: in order."""
+        return None if self.staging is None else self.staging.order
 
     def initial(self) -> TrainState:
         """The state before step 0, as a pure function of the seed."""
         key = jax.random.key(self.config.seed)
         params = initial_params(self.config.model, key, jnp.dtype(self.config.precision.parameters))
+        params = rearranged({"params": params}, before=None, after=self.order)["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -115,6 +126,25 @@ class Program:
 def build(config: RunConfig, mesh: Mesh) -> Program:
     """Compose recipe, model, memory policy, gradient engine and optimizer. Allocates nothing."""
     structure = graph(config.model)
+    staged = staging(config, pipe=mesh.shape["pipe"])
+    schedule = optimizers.schedule(config.optimizer, steps=config.steps)
+    optimizer = optimizers.build(config.optimizer, steps=config.steps, spike=config.logging.spike)
+    engines = whole(config, mesh, structure) if staged is None else pipelined(config, mesh, structure, staged)
+    step = make_step(
+        engines.train, optimizer, schedule=schedule, dropout=config.model.dropout > 0, spike=config.logging.spike
+    )
+    return Program(config, mesh, structure, optimizer, step, engines.evaluate, staged)
+
+
+class Engines(NamedTuple):
+    """What is computed of a batch: gradients to train, sums to evaluate."""
+
+    train: Engine
+    evaluate: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
+
+
+def whole(config: RunConfig, mesh: Mesh, structure: Any) -> Engines:
+    """Every device computes with all layers."""
     loss = make_loss(
         structure,
         RECIPES[config.recipe.name],
@@ -122,16 +152,45 @@ def build(config: RunConfig, mesh: Mesh) -> Program:
         memory=config.memory,
         context=partial(context, config, mesh),
     )
-    schedule = optimizers.schedule(config.optimizer, steps=config.steps)
-    optimizer = optimizers.build(config.optimizer, steps=config.steps, spike=config.logging.spike)
-    engine = accumulated(plain(loss, dtype=jnp.dtype(config.precision.gradients)), microbatches=config.microbatches)
-    step = make_step(engine, optimizer, schedule=schedule, dropout=config.model.dropout > 0, spike=config.logging.spike)
 
     def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         numerator, (weight, _) = loss(params, frozen, batch, None)
         return numerator, weight
 
-    return Program(config, mesh, structure, optimizer, step, evaluate)
+    one = plain(loss, dtype=jnp.dtype(config.precision.gradients))
+    return Engines(accumulated(one, microbatches=config.microbatches), evaluate)
+
+
+def pipelined(config: RunConfig, mesh: Mesh, structure: Any, staged: Staging) -> Engines:
+    """Devices along `pipe` hold some layers each."""
+    cut = pipeline.parts(
+        structure,
+        RECIPES[config.recipe.name],
+        model=config.model,
+        memory=config.memory,
+        context=partial(context, config, mesh),
+        constrain=constrainer(mesh),
+        compute=jnp.dtype(config.precision.compute),
+    )
+
+    def engine(table: Table) -> Engine:
+        return pipeline.make_engine(
+            cut,
+            wired(table, repeats=staged.repeats),
+            repeats=staged.most,
+            mesh=mesh,
+            zero=config.mesh.zero,
+            compute=jnp.dtype(config.precision.compute),
+            dtype=jnp.dtype(config.precision.gradients),
+        )
+
+    forward = engine(staged.forward)
+
+    def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        sums = forward(params, frozen, batch, None)
+        return sums.loss, sums.weight
+
+    return Engines(engine(staged.table), evaluate)
 
 
 def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:

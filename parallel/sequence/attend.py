@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ...configs.errors import UserError
 from ...models.attention.interface import Implementation, Mask, Where
 from ...models.attention.interface import attend as attend_with
+from ..rules import taken_axes, without
 from . import gathered, ring, ulysses
 
 STRATEGIES = {"all-gather": gathered.wrap, "ring": ring.wrap, "ulysses": ulysses.wrap}
@@ -99,7 +100,8 @@ def _mapped(local: Implementation, mesh: Mesh) -> Implementation:
 
 
 def _specs(q, where: Where, mesh: Mesh) -> _Specs:
-    rows = ROWS if q.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS) == 0 else None
+    free = without(ROWS, taken_axes()) or ()  # inside a pipeline's map rows are cut already
+    rows = free if free and q.shape[0] % math.prod(mesh.shape[axis] for axis in free) == 0 else None
     return _Specs(
         heads=PartitionSpec(rows, "seq", "tensor", None),
         statistics=PartitionSpec(rows, "seq", "tensor"),
