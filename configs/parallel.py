@@ -96,7 +96,7 @@ class PipelineConfig(Section):
     layers: list[int] | Literal["even", "balanced"] = "even"
     """Layers of each stage, or how they are dealt out: balanced leaves fewer to the stage that has the head."""
     backward: Literal["split", "fused"] = "split"
-    """split: input and weight gradients are passes of their own; fused: one pass of twice the length, nothing stashed."""
+    """split: input and weight gradients are passes of their own; fused: one pass, twice as long, nothing stashed."""
     memory_limit: float | None = Field(None, gt=0)
     """Microbatches' activations a device may hold at once (schedule auto)."""
 

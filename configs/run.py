@@ -93,7 +93,7 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
 
 
 def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
-    """Raise ValueError where what is asked for cannot run inside a pipeline. Layers are counted in `train/staging.py`."""
+    """Raise ValueError where what is asked for cannot run in a pipeline. `train/staging.py` counts the layers."""
     if axes["pipe"] == 1:
         return
     if len(config.model.segments) > 1:

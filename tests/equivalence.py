@@ -78,9 +78,8 @@ def _trajectory(config_json: str, steps: int) -> tuple[list[dict[str, np.ndarray
 
 def born(config: RunConfig) -> TrainState:
     """The state before step 0, made on one device: what `Program.initialized` must make on any mesh."""
-    shaping = config.model_copy(
-        update={"mesh": MeshConfig(platform="cpu"), "memory": MemoryConfig(), "microbatches": 1, "pipeline": PipelineConfig()}
-    )
+    plain = {"mesh": MeshConfig(platform="cpu"), "memory": MemoryConfig(), "pipeline": PipelineConfig()}
+    shaping = config.model_copy(update=plain | {"microbatches": 1})
     return _born(shaping.model_dump_json())
 
 

@@ -22,6 +22,7 @@ from ..memory import policy
 from ..models.context import Context, flat_linear, linear
 from ..models.decoder import graph, initial_params
 from ..parallel.attention import sharded_attention, token_order
+from ..parallel.hlo import refuse_permute_under_conditional
 from ..parallel.layout import rearranged
 from ..parallel.pipeline.table import Table
 from ..parallel.pipeline.wiring import wired
@@ -107,13 +108,26 @@ class Program:
         """The training step, compiled; it consumes the state it is given."""
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(self.step, out_shardings=(self.shardings, None), donate_argnums=0)
-            return jitted.lower(self._abstract_state(), self.batch_shapes).compile()
+            return self._safe(jitted.lower(self._abstract_state(), self.batch_shapes).compile())
 
     def compiled_evaluation(self) -> jax.stages.Compiled:
         """Loss sums of a batch, compiled."""
         state = self._abstract_state()
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.evaluate).lower(state.params, state.frozen, self.batch_shapes).compile()
+            return self._safe(jax.jit(self.evaluate).lower(state.params, state.frozen, self.batch_shapes).compile())
+
+    def _safe(self, compiled: jax.stages.Compiled) -> jax.stages.Compiled:
+        """`compiled`, unless it is a pipeline that would wait for ever: MeshwrightError, naming the operation."""
+        if self.staging is not None:
+            refuse_permute_under_conditional(compiled.as_text(), self.mesh)
+        return compiled
+
+    def in_order(self, params: Any) -> Any:
+        """All weights of the forward pass with their layers in order, as what does not run in a pipeline reads them."""
+        if self.order is None:
+            return params
+        with jax.set_mesh(self.mesh):
+            return jax.jit(lambda tree: rearranged({"params": tree}, before=self.order, after=None)["params"])(params)
 
     def _abstract_state(self) -> TrainState:
         return jax.tree.map(

@@ -39,6 +39,7 @@ from .report.html import write_report
 from .report.journal import Journal
 from .report.progress import open_progress
 from .report.sinks import Sink, check_sinks, open_sinks
+from .resume import restore
 from .sampling import Sampling
 from .stop import StopRequest
 
@@ -95,7 +96,7 @@ def restored(program: Program, storage: Storage, data: Data, journal: Journal) -
         journal.record("start", step=0)
         return program.initialized(), 0
     step = storage.steps[-1]
-    state, saved = storage.restore(step, shapes=program.shapes, shardings=program.shardings)
+    state, saved = restore(program, storage, step)
     if saved.get("corpus") != data.fingerprint:
         raise MeshwrightError(
             f"checkpoint {step} was trained on corpus {saved.get('corpus')}, and the data are {data.fingerprint} now; "
@@ -242,7 +243,8 @@ class Run:
         """Begin a checkpoint."""
         began = time.monotonic()
         samples = step * self.config.data.global_batch
-        self.storage.save(state, step=step, data={"corpus": self.data.fingerprint, "samples": samples})
+        data = {"corpus": self.data.fingerprint, "samples": samples, "order": self.program.order}
+        self.storage.save(state, step=step, data=data)
         self.journal.record("save", step=step, stall_seconds=time.monotonic() - began)
 
     def committed(self, step: int | None) -> None:
@@ -263,7 +265,7 @@ class Run:
         if prompts and jax.process_count() == 1:
             texts = complete(
                 self.program,
-                combine(params, state.frozen),
+                self.program.in_order(combine(params, state.frozen)),
                 self.data.tokenizer,
                 prompts,
                 max_tokens=self.config.evaluation.sample_tokens,

@@ -67,8 +67,8 @@ def dealt(config: RunConfig, *, stages: int) -> tuple[int, ...]:
         return listed(layers, pattern=len(pattern), total=repeats, stages=stages)
     if repeats < stages:
         raise UserError(
-            f"model.layers: {config.model.layers} layers in patterns of {len(pattern)} cannot fill the {stages} stages of "
-            f"schedule {config.pipeline.schedule} (mesh.pipe x chunks); use more layers, fewer chunks, or a smaller "
+            f"model.layers: {config.model.layers} layers in patterns of {len(pattern)} cannot fill the {stages} stages "
+            f"of schedule {config.pipeline.schedule} (mesh.pipe x chunks); use more layers, fewer chunks, or a smaller "
             "mesh.pipe"
         )
     if layers == "balanced":

@@ -15,6 +15,7 @@ from .directory import read_config
 from .evaluation import evaluate as held_out
 from .launch.world import World
 from .program import Program, build
+from .resume import restore
 from .run import averaged
 
 # One device, whatever the run was trained on.
@@ -80,5 +81,5 @@ def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
     with closing(Storage(run / "checkpoints", keep=config.checkpoint.keep)) as storage:
         if not storage.steps:
             raise UserError(f"{run}: no checkpoint yet; train it with `meshwright train {run / 'config.yaml'}`")
-        state, _ = storage.restore(storage.steps[-1], shapes=program.shapes, shardings=program.shardings)
+        state, _ = restore(program, storage, storage.steps[-1])
     return program, state

@@ -63,7 +63,9 @@ class Device:
             dy, stash = state
             number = row["repeats"] - 1 - step
             saved = taken(carry.saved, row, number, of=("input", "weight"))
-            dx, new = self.block.input_gradient(*self.layer(row, number), self.numbered(row, context, number), saved, dy)
+            dx, new = self.block.input_gradient(
+                *self.layer(row, number), self.numbered(row, context, number), saved, dy
+            )
             return dx, put(stash, row["stash"], number, new)
 
         carry = self.begin_backward(row, carry)

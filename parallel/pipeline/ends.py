@@ -9,15 +9,15 @@ from typing import Any
 import jax
 
 from .device import Device
-from .parts import Carry, Row, grown
+from .parts import Carry, Row, grown, summed
 
 
 class WholeEnds:
     """The ends as each device has them whole."""
 
-    def between(self, device: Device, x: jax.ShapeDtypeStruct) -> tuple[()]:
+    def between(self, device: Device, x: jax.ShapeDtypeStruct, dtype: Any) -> tuple[()]:
         """Nothing is kept between ticks."""
-        del device, x
+        del device, x, dtype
         return ()
 
     def before(self, device: Device, row: Row, carry: Carry) -> Carry:
@@ -47,8 +47,7 @@ class WholeEnds:
 
         differentiated = jax.value_and_grad(numerator, argnums=(0, 1), has_aux=True)
         (loss, weight), (d_head, d_hidden) = differentiated(head, carry.out)
-        carry = carry._replace(out=d_hidden, loss=carry.loss + loss, weight=carry.weight + weight)
-        return grown(carry, d_head)
+        return grown(summed(carry._replace(out=d_hidden), loss, weight), d_head)
 
     def end_backward(self, device: Device, row: Row, carry: Carry) -> Carry:
         """Add the embedding's gradient; `out` is that of the first block's input."""
@@ -62,4 +61,4 @@ class WholeEnds:
         """The loss of what the last stage made, where nothing is trained."""
         fields, context = device.fields(row["microbatch"])
         loss, weight = device.parts.leave(device.weights.ends, device.frozen.ends, carry.out, fields, context)
-        return carry._replace(loss=carry.loss + loss, weight=carry.weight + weight)
+        return summed(carry, loss, weight)

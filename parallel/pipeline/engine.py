@@ -33,9 +33,7 @@ from .wiring import Wiring, rows_of
 Run = Callable[[Weights, Weights, Any, Any], tuple[jax.Array, jax.Array, Weights]]
 
 
-def pipelined(
-    parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: int, dtype: Any = jnp.float32
-) -> Run:
+def pipelined(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: int, dtype: Any = jnp.float32) -> Run:
     """`run(weights, frozen, batch, keys) -> loss, weight, gradient`, sums over the global batch.
 
     Stacked weights are [pipe * chunks * `repeats`, ...] in the order of devices, chunks, repeats. `batch` is a dict of
@@ -109,14 +107,15 @@ def empty(device: Device, x: jax.ShapeDtypeStruct, *, dtype: Any) -> Carry:
         for name, shapes in device.block.shapes._asdict().items()
     ]
     trained = device.weights if device.wiring.trains else ()
+    sums = jnp.promote_types(dtype, jnp.float32)
     return Carry(
         out=constrain(jnp.zeros(x.shape, x.dtype), RESIDUAL),
         messages=constrain(messages, (None, *RESIDUAL)),
         saved=Saved(*saved),
         gradient=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), trained),
-        loss=jnp.zeros((), jnp.float32),
-        weight=jnp.zeros((), jnp.float32),
-        between=device.ends.between(device, x),
+        loss=jnp.zeros((), sums),
+        weight=jnp.zeros((), sums),
+        between=device.ends.between(device, x, sums),
     )
 
 

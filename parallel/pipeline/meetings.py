@@ -16,6 +16,7 @@ Source: Balancing Pipeline Parallelism with Vocabulary Parallelism, arXiv:2411.0
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def meetings(table: Table, ticks: Ticks) -> Meetings:
     last = table.stages - 1
     order = sorted(range(table.microbatches), key=lambda k: ticks[Op.F, k, 0])
     field["rows"][ticks[Op.F, order[0], 0]] = order[0]
-    for before, microbatch in zip(order, order[1:], strict=False):
+    for before, microbatch in pairwise(order):
         field["rows"][ticks[Op.F, before, 0] + 1] = microbatch
     lives: dict[str, list[tuple[int, int]]] = {"hidden": [], "scores": [], "partial": []}
     for microbatch in range(table.microbatches):

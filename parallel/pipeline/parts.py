@@ -24,7 +24,7 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """The model as a pipeline cuts it. `fields` are a microbatch's, `context` is made of them; frozen is not trained."""
+    """The model as a pipeline cuts it. `fields` are a microbatch's, `context` is made of them; `frozen`: only read."""
 
     context: Callable[..., Any]  # fields, dropout keys -> arrays that all blocks of a microbatch read
     block: Callable[..., jax.Array]  # weights, frozen, (context, repeat), x -> x
@@ -62,6 +62,13 @@ def added(total: Any, new: Any) -> Any:
     if isinstance(total, dict):
         return total | {name: added(total[name], part) for name, part in new.items()}
     return total + new.astype(total.dtype)
+
+
+def summed(carry: Carry, loss: jax.Array, weight: jax.Array) -> Carry:
+    """`carry` with a microbatch's loss and weight added."""
+    return carry._replace(
+        loss=carry.loss + loss.astype(carry.loss.dtype), weight=carry.weight + weight.astype(carry.weight.dtype)
+    )
 
 
 def grown(carry: Carry, ends: Any) -> Carry:

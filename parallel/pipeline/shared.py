@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from .device import Device
 from .meetings import Meetings
-from .parts import Carry, Row, filed, grown, when
+from .parts import Carry, Row, filed, grown, summed, when
 from .table import Op, Table
 
 
@@ -33,13 +33,13 @@ class SharedEnds:
     meetings: Meetings
     table: Table
 
-    def between(self, device: Device, x: jax.ShapeDtypeStruct) -> dict[str, Any]:
-        """What is kept between ticks, in slots: see `meetings.py`."""
+    def between(self, device: Device, x: jax.ShapeDtypeStruct, dtype: Any) -> dict[str, Any]:
+        """What is kept between ticks, in slots: see `meetings.py`. Statistics are `dtype`."""
         slots = self.meetings.slots
         columns = device.parts.kernel(device.weights.ends, device.frozen.ends).shape[1]
         tokens, count = x.shape[:2], slots["scores"]
 
-        def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
+        def zeros(*shape: int, dtype: Any = dtype) -> jax.Array:
             return jnp.zeros(shape, dtype)
 
         kept = {
@@ -101,7 +101,7 @@ class SharedEnds:
             carry = when(row["op"] == op, partial(phases[op], device, row["microbatch"]), carry)
         meet = [("broadcast", self.broadcast), ("combine", self.combine)]
         if device.wiring.trains:
-            meet += [("head", self.summed)] if self.table.algorithm == 1 else []
+            meet += [("head", self.total)] if self.table.algorithm == 1 else []
             meet += [("returned", self.scattered)]
         for kind, exchange in meet:
             carry = when(row[f"meet_{kind}"] >= 0, partial(exchange, device, row, row[f"meet_{kind}"]), carry)
@@ -122,9 +122,7 @@ class SharedEnds:
         recipe = jax.value_and_grad(lambda logprobs: device.parts.recipe(logprobs, fields), has_aux=True)
         (loss, weight), gradient = recipe(target - largest - jnp.log(whole))
         once = jax.lax.axis_index("pipe") == 0
-        carry = carry._replace(
-            loss=carry.loss + jnp.where(once, loss, 0), weight=carry.weight + jnp.where(once, weight, 0)
-        )
+        carry = summed(carry, jnp.where(once, loss, 0), jnp.where(once, weight, 0))
         if not device.wiring.trains:
             return carry
         share = share / whole
@@ -135,7 +133,7 @@ class SharedEnds:
         d_normed = jax.lax.psum(gradient[..., None] * (wanted - share[..., None] * expected), "pipe")
         return self.sent(row, carry, d_normed)
 
-    def summed(self, device: Device, row: Row, microbatch: jax.Array, carry: Carry) -> Carry:
+    def total(self, device: Device, row: Row, microbatch: jax.Array, carry: Carry) -> Carry:
         """C2 (Algorithm 1): the devices' parts of the gradient of the head's input."""
         return self.sent(row, carry, jax.lax.psum(self.kept(carry, "partial", microbatch), "pipe"))
 
@@ -161,7 +159,7 @@ class SharedEnds:
         x = self.normed(device, carry, microbatch)
         kernel, first = self.columns(device)
         fields, _ = device.fields(microbatch)
-        scores = jnp.einsum("rse,ev->rsv", x, kernel, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("rse,ev->rsv", x, kernel, preferred_element_type=carry.loss.dtype)
         scores = device.parts.constrain(scores, ("batch", "sequence", "vocab"))
         if device.parts.softcap is not None:
             scores = device.parts.softcap * jnp.tanh(scores / device.parts.softcap)
@@ -180,7 +178,8 @@ class SharedEnds:
         if self.table.algorithm == 1:
             return carry
         slope = self.slope(device, softmax, maximum, total)
-        expected = jnp.einsum("rsv,ev->rse", (softmax * slope).astype(x.dtype), kernel, preferred_element_type=jnp.float32)
+        pull = (softmax * slope).astype(x.dtype)
+        expected = jnp.einsum("rsv,ev->rse", pull, kernel, preferred_element_type=scores.dtype)
         wanted = self.lookup_columns(device, kernel, fields["targets"] - first)
         wanted = wanted * jnp.where(hit, slope, 0).sum(axis=-1)[..., None]
         return self.keep(carry, microbatch, expected=expected, wanted=wanted)
@@ -197,7 +196,7 @@ class SharedEnds:
         d_scores = (d_scores * self.slope(device, softmax, maximum, total)).astype(x.dtype)
         d_scores = device.parts.constrain(d_scores, ("batch", "sequence", "vocab"))
         if self.table.algorithm == 1:
-            d_normed = jnp.einsum("rsv,ev->rse", d_scores, kernel, preferred_element_type=jnp.float32)
+            d_normed = jnp.einsum("rsv,ev->rse", d_scores, kernel, preferred_element_type=gradient.dtype)
             carry = self.keep(carry, microbatch, partial=d_normed)
         name = "head" if "head" in device.weights.ends or "head" in device.frozen.ends else "embed"
         if name not in device.weights.ends:
@@ -215,8 +214,8 @@ class SharedEnds:
         """The derivative of the capped scores by the scores, read back from the softmax: 1 - (z / cap)^2."""
         cap = device.parts.softcap
         if cap is None:
-            return jnp.ones((), jnp.float32)
-        known = jnp.maximum(softmax.astype(jnp.float32) * total[..., None], 1e-30)
+            return jnp.ones((), total.dtype)
+        known = jnp.maximum(softmax.astype(total.dtype) * total[..., None], 1e-30)
         return 1 - jnp.square((maximum[..., None] + jnp.log(known)) / cap)
 
     def lookup(self, device: Device, ends: Any, microbatch: jax.Array) -> jax.Array:
@@ -227,8 +226,8 @@ class SharedEnds:
         return masked_rows(device, table, tokens)
 
     def lookup_columns(self, device: Device, kernel: jax.Array, targets: jax.Array) -> jax.Array:
-        """The head's columns of the targets, as rows [rows, sequence, embed] float32; zeros where it has them not."""
-        return masked_rows(device, kernel.T, targets).astype(jnp.float32)
+        """The head's columns of the targets, as rows [rows, sequence, embed]; zeros where it has them not."""
+        return masked_rows(device, kernel.T, targets)
 
     # The two ends of the model.
 
