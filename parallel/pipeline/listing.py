@@ -1,7 +1,7 @@
 """From the order in which each device does its passes to ticks and slots: list scheduling in unit time. NumPy only.
 
-Each pass starts at the first tick behind the device's previous pass and behind everything it needs. Orders that wait for
-each other in a circle are refused, and the circle is printed.
+Each pass starts at the first tick behind the device's previous pass and behind everything it needs. Orders that wait
+for each other in a circle are refused, and the circle is printed.
 """
 
 from collections import deque
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ...configs.errors import UserError
-from .passes import Event, Orders, event, made, needs
+from .passes import Event, Orders, Pass, event, made, needs
 from .slots import colour
 from .table import VOCABULARY_OPS, Op, Table
 
@@ -34,7 +34,7 @@ def tabulate(orders: Orders, placement: np.ndarray, *, algorithm: int, name: str
 
 
 def coloured(op: np.ndarray, microbatch: np.ndarray, chunk: np.ndarray) -> np.ndarray:
-    """The slot of every op [ticks, devices]: one pool a device, each activation alive from its first to its last use."""
+    """The slot of every op [ticks, devices]: one pool a device, an activation alive from its first to its last use."""
     slot = np.full(op.shape, -1, np.int32)
     for device in range(op.shape[1]):
         uses: dict[tuple[int, int], list[int]] = {}
@@ -99,3 +99,12 @@ def label(one: Event) -> str:
     """A pass in a few words."""
     where = "device" if one.op in VOCABULARY_OPS else "stage"
     return f"{one.op.name}(microbatch {one.microbatch}, {where} {one.place})"
+
+
+def orders_of(table: Table) -> list[list[Pass]]:
+    """The order in which each device does its passes: `tabulate` makes a table of it again."""
+    orders: list[list[Pass]] = [[] for _ in range(table.devices)]
+    for tick, device in np.argwhere(table.op != Op.IDLE).tolist():
+        op, microbatch, chunk = (int(array[tick, device]) for array in (table.op, table.microbatch, table.chunk))
+        orders[device].append(Pass(Op(op), microbatch, chunk))
+    return orders

@@ -1,7 +1,7 @@
 """A pass is one op of one microbatch somewhere; `needs` is the one statement of what it waits for. NumPy only.
 
-Generators speak of passes in the order in which a device does them, the validator and the simulator ask what each needs.
-A fused backward B stands for I and W: whoever waits for either waits for the B.
+Generators speak of passes in the order in which a device does them, the validator and the simulator ask what each
+needs. A fused backward B stands for I and W: whoever waits for either waits for the B.
 """
 
 from collections.abc import Sequence

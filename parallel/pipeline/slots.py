@@ -1,7 +1,7 @@
 """Places for things that live for a while: as few as possible, by interval colouring. NumPy only.
 
-Taking intervals by their start and giving each the lowest place that is free uses as many places as things are ever alive
-at once, and no schedule can do with fewer.
+Taking intervals by their start and giving each the lowest place that is free uses as many places as things are ever
+alive at once, and no schedule can do with fewer.
 """
 
 import heapq

@@ -1,7 +1,7 @@
 """A pipeline schedule is a table [tick, device] -> (op, microbatch, chunk, slot). NumPy only.
 
-A model of `stages` consecutive pieces runs on `devices`; a device holds `chunks` of the pieces, and `placement` says which.
-Time is counted in ticks: an op takes one, and what it makes can be used from the next tick on.
+A model of `stages` consecutive pieces runs on `devices`; a device holds `chunks` of the pieces, and `placement` says
+which. Time is counted in ticks: an op takes one, and what it makes can be used from the next tick on.
 
     F  forward of a stage                   needs the F of the stage before
     I  gradient of the stage's input        needs its own F, and the I of the stage behind

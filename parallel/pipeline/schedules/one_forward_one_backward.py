@@ -1,8 +1,8 @@
 """1F1B: as few forwards ahead as keep everybody busy, then one forward, one backward. NumPy only.
 
-Stage i is p - i microbatches ahead of its backward, so a device holds at most p. With vocabulary passes the last stage's
-backward waits one interval for each barrier, and every device is that many microbatches further ahead: p + 1 with
-Algorithm 2, p + 2 with Algorithm 1. All passes repeat at fixed offsets, so after the warm-up nobody is idle.
+Stage i is p - i microbatches ahead of its backward, so a device holds at most p. With vocabulary passes the last
+stage's backward waits one interval for each barrier, and every device is that many microbatches further ahead: p + 1
+with Algorithm 2, p + 2 with Algorithm 1. All passes repeat at fixed offsets, so after the warm-up nobody is idle.
 
 Sources: PipeDream-Flush as in Megatron-LM, arXiv:2104.04473; Vocabulary Parallelism, arXiv:2411.05288, section 5.
 """
@@ -11,13 +11,10 @@ from ..listing import tabulate
 from ..passes import Pass
 from ..placement import straight
 from ..table import Op, Table
-from .block import Block, free_offset, repeated
+from .block import Block, free_offset, hoisted, repeated
 from .family import Family, Request
 
-
-# Ticks of a hop forward with vocabulary passes, by algorithm; any from 1 to 4 is right. The larger, the more forwards go
-# ahead of the first barrier; these gave the fewest ticks at 4 and 8 devices.
-HOP = {1: 3, 2: 4}
+HOP = 3  # ticks forward with vocabulary passes; 1 to 4 are right, 3 gave the fewest ticks at 2 to 16 devices
 
 
 def one_forward_one_backward(request: Request) -> Table:
@@ -25,7 +22,7 @@ def one_forward_one_backward(request: Request) -> Table:
     if request.vocabulary:
         interval = 5  # F, I, W, S, T
         block = vocabulary_block(request.devices, interval=interval, algorithm=request.vocabulary)
-        orders = repeated(block, interval=interval, microbatches=request.microbatches)
+        orders = hoisted(repeated(block, interval=interval, microbatches=request.microbatches))
     else:
         orders = [classic(request.devices - 1 - i, request.microbatches) for i in range(request.devices)]
     return tabulate(orders, straight(request.devices), algorithm=request.vocabulary, name="1f1b")
@@ -48,14 +45,13 @@ def classic(ahead: int, microbatches: int) -> list[Pass]:
 def vocabulary_block(devices: int, *, interval: int, algorithm: int) -> Block:
     """1F1B's block with S and T on every device.
 
-    A hop forward takes `HOP` ticks and a hop back the rest of the interval, so F, I and W keep their distance modulo the
-    interval on every device, and S and T find the two places that are left.
+    A hop forward takes `HOP` ticks and a hop back the rest of the interval, so F, I and W keep their distance modulo
+    the interval on every device, and S and T find the two places that are left.
     """
-    hop = HOP[algorithm]
-    last_forward = hop * (devices - 1)
+    last_forward = HOP * (devices - 1)
     wait = {1: 2 * interval + 1, 2: interval + 1}[algorithm]  # one interval for each barrier
-    forward = [hop * i for i in range(devices)]
-    gradient = [last_forward + wait + (interval - hop) * (devices - 1 - i) for i in range(devices)]
+    forward = [HOP * i for i in range(devices)]
+    gradient = [last_forward + wait + (interval - HOP) * (devices - 1 - i) for i in range(devices)]
     logits, weights = [], []
     for i in range(devices):
         taken = {at % interval for at in (forward[i], gradient[i], gradient[i] + 1)}

@@ -8,12 +8,17 @@ import numpy as np
 from ....configs.errors import UserError
 from ..table import Table
 from ..validate import check
-from . import forward_only, gpipe, one_forward_one_backward
+from . import auto, forward_only, gpipe, interlaced, interleaved, one_forward_one_backward, v_shaped, zero_bubble
 from .family import Family, Request
 
 SCHEDULES: Mapping[str, Family] = {
     **gpipe.FAMILIES,
     **one_forward_one_backward.FAMILIES,
+    **interleaved.FAMILIES,
+    **zero_bubble.FAMILIES,
+    **v_shaped.FAMILIES,
+    **auto.FAMILIES,
+    **interlaced.FAMILIES,
     **forward_only.FAMILIES,
 }
 
