@@ -8,9 +8,12 @@ Imports no JAX: `validate` answers with it, and so does every other verb before 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..configs.errors import UserError
 from ..configs.run import RunConfig
+from ..parallel.pipeline.fused import fused
+from ..parallel.pipeline.layers import even, redistributed
 from ..parallel.pipeline.schedules.registry import make
 from ..parallel.pipeline.table import Table
 
@@ -44,14 +47,18 @@ def staging(config: RunConfig, *, pipe: int) -> Staging | None:
     if pipe == 1:
         return None
     settings = config.pipeline
+    path = Path(settings.schedule) if settings.schedule.endswith(".csv") else None
     table = make(
-        settings.schedule,
+        settings.schedule if path is None else "file",
+        path=path,
         devices=pipe,
         microbatches=config.microbatches,
         chunks=settings.chunks,
         vocabulary=settings.vocab_parallel,
         memory_limit=settings.memory_limit,
     )
+    if settings.backward == "fused":
+        table = fused(table)
     forward = make(
         "forward-only", devices=pipe, microbatches=config.microbatches, placement=table.placement,
         vocabulary=settings.vocab_parallel,
@@ -71,10 +78,21 @@ def dealt(config: RunConfig, *, stages: int) -> tuple[int, ...]:
             f"of schedule {config.pipeline.schedule} (mesh.pipe x chunks); use more layers, fewer chunks, or a smaller "
             "mesh.pipe"
         )
-    if layers == "balanced":
-        raise NotImplementedError
-    small, extra = divmod(repeats, stages)
-    return tuple(small + (stage < extra) for stage in range(stages))
+    if layers == "even":
+        return tuple(even(repeats, stages=stages).tolist())
+    cost = head_cost(config) / len(pattern)
+    return tuple(redistributed(repeats, stages=stages, head_cost=cost, fewest=1).tolist())
+
+
+def head_cost(config: RunConfig) -> float:
+    """The head's FLOPs over those of one layer; 0 where all devices share it. Source: arXiv:2411.05288, table 4."""
+    model = config.model
+    if config.pipeline.vocab_parallel:
+        return 0.0
+    attended = 2 * config.data.sequence_length * model.heads * model.head_width
+    heads = 2 * (model.heads + model.key_value_heads) * model.head_width
+    linear = model.embed * (heads + model.mlp * (2 if model.activation == "gelu" else 3))
+    return model.embed * model.padded_vocab / (linear + attended / 2)
 
 
 def listed(layers: list[int], *, pattern: int, total: int, stages: int) -> tuple[int, ...]:
