@@ -111,4 +111,4 @@ class Block(nnx.Module):
     def _update(self, update: jax.Array, post_norm: nnx.Module | None, ctx: Context, *, salt: int) -> jax.Array:
         if post_norm is not None:
             update = post_norm(update)
-        return dropout(update, ctx.dropout_keys, rate=self.config.dropout, salt=salt)
+        return dropout(update, ctx.dropout_keys, rate=self.config.dropout, salt=salt, index=ctx.index)

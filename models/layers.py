@@ -53,9 +53,22 @@ class LayerNorm(nnx.Module):
         return (unit * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def dropout(x: jax.Array, keys: jax.Array | None, *, rate: float, salt: int) -> jax.Array:
-    """Zero elements of x [batch, ...] with probability `rate`, each row by its own key, so that no mesh changes it."""
+def dropout(
+    x: jax.Array, keys: jax.Array | None, *, rate: float, salt: int, index: jax.Array | None = None
+) -> jax.Array:
+    """Zero elements of x [batch, sequence, ...] with probability `rate`.
+
+    Each token draws by its row's key and its place in the uncut row, `index` [sequence] (None: in order): no mesh, and
+    no order in which one holds its tokens, changes what is dropped.
+    """
     if keys is None or rate == 0:
         return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1 - rate), 0)
+
+    def token(key: jax.Array, place: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape[2:])
+
+    def row(key: jax.Array) -> jax.Array:
+        places = jnp.arange(x.shape[1]) if index is None else index
+        return jax.vmap(token, (None, 0))(jax.random.fold_in(key, salt), places)
+
+    return jnp.where(jax.vmap(row)(keys), x / (1 - rate), 0)

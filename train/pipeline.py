@@ -120,7 +120,7 @@ def make_engine(
     def engine(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> Sums:
         weights, fixed = (cut(cast(tree, compute)) for tree in (params, frozen))
         loss, weight, gradient = run(weights, fixed, batch, keys)
-        return Sums(loss, weight, joined(gradient), {})
+        return Sums(loss, weight, joined(gradient) if wiring.trains else (), {})
 
     return engine
 
