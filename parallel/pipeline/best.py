@@ -28,6 +28,8 @@ def candidates(
             continue
         if name == "interleaved" and microbatches % devices:
             continue
+        if "memory_limit" in family.options and memory_limit is not None and memory_limit < 1:
+            continue
         limit = memory_limit if "memory_limit" in family.options else None
         number = chunks if family.chunks[1] is None else None
         table = make(name, devices=devices, microbatches=microbatches, chunks=number, vocabulary=vocabulary,

@@ -15,7 +15,7 @@ from .table import Op, Table
 
 
 class Costs(Section):
-    """Time of each op; the default is the unit the tables are made in."""
+    """Time of each op; by default all cost the same, as the tables assume."""
 
     forward: NonNegativeFloat = 1.0
     """F of a device's layers."""
@@ -23,10 +23,10 @@ class Costs(Section):
     """I of a device's layers."""
     weight_gradient: NonNegativeFloat = 1.0
     """W of a device's layers."""
-    vocabulary_s: NonNegativeFloat = 1.0
-    """One S: a shard of the vocabulary."""
-    vocabulary_t: NonNegativeFloat = 1.0
-    """One T: a shard of the vocabulary."""
+    vocabulary_s: NonNegativeFloat | None = None
+    """One S, of a device's shard of the vocabulary; default the F of one stage."""
+    vocabulary_t: NonNegativeFloat | None = None
+    """One T; default the F of one stage."""
     communication: NonNegativeFloat = 0.0
     """From the end of a pass until another device can use its result."""
     head_forward: NonNegativeFloat = 0.0
@@ -43,7 +43,8 @@ class Costs(Section):
     def of(self, op: Op, *, stage: int | None, table: Table) -> float:
         """The time of one pass; `stage` is None for S and T."""
         if stage is None:
-            return {Op.S: self.vocabulary_s, Op.T: self.vocabulary_t}[op]
+            given = {Op.S: self.vocabulary_s, Op.T: self.vocabulary_t}[op]
+            return self.forward / table.chunks if given is None else given
         layers = {Op.F: self.forward, Op.I: self.input_gradient, Op.W: self.weight_gradient}
         head = {Op.F: self.head_forward, Op.I: self.head_input_gradient, Op.W: self.head_weight_gradient}
         halves = (Op.I, Op.W) if op is Op.B else (op,)

@@ -35,8 +35,7 @@ def draw(table: Table, path: Path, *, timeline: Timeline | None = None, title: s
 
     Raises UserError for a suffix that is no picture.
     """
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"--draw {path}: suffix {path.suffix!r}; use {', '.join(SUFFIXES)}")
+    check_suffix(path)
     start, end = (timeline.start, timeline.end) if timeline else _tick_clock(table)
     lines = -(-table.ticks // LINE)
     per_line = float(np.nanmax(end)) / lines if timeline else float(-(-table.ticks // lines))
@@ -57,6 +56,12 @@ def draw(table: Table, path: Path, *, timeline: Timeline | None = None, title: s
         figure.savefig(path, dpi=150, metadata=metadata)
 
 
+def check_suffix(path: Path) -> None:
+    """Raises UserError for a file that would be no picture."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"--draw {path}: suffix {path.suffix!r}; use {', '.join(SUFFIXES)}")
+
+
 def _tick_clock(table: Table) -> tuple[np.ndarray, np.ndarray]:
     start = np.where(table.op != Op.IDLE, np.arange(table.ticks)[:, None], np.nan)
     return start, start + 1
@@ -66,14 +71,13 @@ def _draw_line(axis: Axes, table: Table, start: np.ndarray, end: np.ndarray, *, 
     """The passes that touch one window of time."""
     left, right = window
     patches, faces = [], []
-    inches = WIDTH * 0.93 / (right - left)
+    inches, digits = WIDTH * 0.93 / (right - left), len(str(table.microbatches - 1))
     for tick, device in np.argwhere((end > left) & (start < right)).tolist():
         begin, finish = start[tick, device], end[tick, device]
         face = shade(Op(table.op[tick, device]), chunk=int(table.chunk[tick, device]), chunks=table.chunks)
         patches.append(Rectangle((begin, device - 0.44), finish - begin, 0.88))
         faces.append(face)
-        middle = (begin + finish) / 2
-        size = min(8.0, 52 * (finish - begin) * inches / len(str(table.microbatch[tick, device])))
+        middle, size = (begin + finish) / 2, min(8.0, 60 * (finish - begin) * inches / digits)
         if left <= middle <= right and size > 1.5:
             axis.text(middle, device + 0.03, str(table.microbatch[tick, device]), ha="center", va="center",
                       fontsize=size, color=ink_on(face), clip_on=True)  # fmt: skip

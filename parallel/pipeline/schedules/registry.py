@@ -76,7 +76,11 @@ def _check_request(name: str, family: Family, request: Request) -> None:
         raise UserError(f"pipeline.chunks: {name} takes {taken}, not {request.chunks}")
     if request.vocabulary not in family.vocabulary:
         taken = _listed(family.vocabulary)
-        working = [other for other, one in SCHEDULES.items() if request.vocabulary in one.vocabulary and one.trains]
+        working = [
+            other
+            for other, one in SCHEDULES.items()
+            if request.vocabulary in one.vocabulary and one.trains and "path" not in one.options
+        ]
         remedy = f"{_listed(working)} would work" if working else "1f1b and v-half take 1 and 2"
         raise UserError(f"pipeline.vocab_parallel: {name} takes {taken}, not {request.vocabulary}; {remedy}")
     for option in ("memory_limit", "placement", "path"):
