@@ -44,9 +44,9 @@ def test_a_circle_of_waiting_is_printed_as_a_chain():
     with pytest.raises(UserError) as caught:
         tabulate(orders, straight(2), algorithm=0, name="mine")
     assert str(caught.value) == (
-        "schedule mine never ends: device 0 at I(microbatch 0, stage 0) for I(microbatch 0, stage 1) of device 1, which "
-        "waits: device 1 at F(microbatch 1, stage 1) for F(microbatch 1, stage 0) of device 0; change the order on one "
-        "of these devices"
+        "schedule mine never ends: device 0 at I(microbatch 0, stage 0) for I(microbatch 0, stage 1) of device 1, "
+        "which waits: device 1 at F(microbatch 1, stage 1) for F(microbatch 1, stage 0) of device 0; change the order "
+        "on one of these devices"
     )
 
 
