@@ -150,6 +150,35 @@ def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> 
 
 
 @app.command()
+def schedule(
+    name: Annotated[str, typer.Argument(help="A schedule, e.g. 1f1b; a CSV of one; or best, which compares them.")],
+    stages: Annotated[int | None, typer.Option(help="Devices of the pipeline.")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Microbatches of a step.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Stages a device holds; default the schedule's.")] = None,
+    vocab_parallel: Annotated[int, typer.Option(help="Vocabulary passes: 0 none, or Algorithm 1 or 2.")] = 0,
+    memory_limit: Annotated[float | None, typer.Option(help="Microbatches a device may hold; auto, best.")] = None,
+    backward: Annotated[str, typer.Option(help="split: I and W; fused: one backward.")] = "split",
+    costs: Annotated[Path | None, typer.Option(help="YAML or JSON of what each op costs.")] = None,
+    cores: Annotated[int | None, typer.Option(help="Cores that simulate all devices; default one for each.")] = None,
+    draw: Annotated[Path | None, typer.Option(help="Write a picture: .svg, .png or .pdf.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the table as CSV.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A pipeline schedule: bubble, memory, time; its picture and table. Needs no devices."""
+    from rich.console import Console
+
+    from .schedule import Wanted, check_targets, examine, facts, keep, render
+
+    check_targets(drawing=draw, csv=csv)
+    examined = examine(Wanted(name, stages, microbatches, chunks, vocab_parallel, memory_limit, backward, costs, cores))
+    keep(examined, drawing=draw, csv=csv, costs=costs)
+    if as_json:
+        typer.echo(json.dumps(facts(examined), indent=1))
+    else:
+        Console().print(render(examined))
+
+
+@app.command()
 def generate(
     run: RunPath,
     prompts: Annotated[list[str], typer.Argument(help="Texts to continue.")],

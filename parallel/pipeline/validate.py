@@ -56,9 +56,10 @@ def _check_shapes(table: Table) -> None:
             raise _wrong(
                 table, f"{field} is {array.dtype}{array.shape}; all are integers of one shape [ticks, devices]"
             )
-    if table.placement.shape[:1] != shape[1:] or sorted(table.placement.ravel()) != list(range(table.placement.size)):
-        raise _wrong(table, f"placement {table.placement.tolist()} does not put each stage 0 .. {table.placement.size - 1} "
-                            f"in one of [{shape[1]} devices, chunks]")  # fmt: skip
+    stages = table.placement.size
+    if table.placement.shape[:1] != shape[1:] or sorted(table.placement.ravel()) != list(range(stages)):
+        raise _wrong(table, f"placement {table.placement.tolist()} does not put each stage 0 .. {stages - 1} in one of "
+                            f"[{shape[1]} devices, chunks]")  # fmt: skip
     if table.algorithm not in (0, 1, 2):
         raise _wrong(table, f"algorithm {table.algorithm}; there are 0 (no vocabulary passes), 1 and 2")
     idle = table.op == Op.IDLE

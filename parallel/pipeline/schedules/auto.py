@@ -23,6 +23,7 @@ from .one_forward_one_backward import classic
 from .zero_bubble import without_weights
 
 SLOPES = (1.0, 1.25, 1.5, 1.75, 2.0)  # forwards ahead for each stage in front
+WINDOWS = (1, 8)  # passes a device chooses among: turns strictly taken, or whichever comes first
 
 
 def auto(request: Request) -> Table:
@@ -36,13 +37,14 @@ def auto(request: Request) -> Table:
         raise UserError(f"memory_limit: {request.memory_limit} microbatches; a device holds at least 1, and 1f1b {p}")
     slopes = itertools.product(SLOPES, (0, 1))
     ahead = {tuple(min(int(slope * (p - 1 - i)) + more, limit - 1) for i in range(p)) for slope, more in slopes}
-    return min((_table(request, each, limit) for each in sorted(ahead)), key=_length)
+    tried = itertools.product(sorted(ahead), WINDOWS)
+    return min((_table(request, each, limit, window) for each, window in tried), key=_length)
 
 
-def _table(request: Request, ahead: tuple[int, ...], limit: int) -> Table:
+def _table(request: Request, ahead: tuple[int, ...], limit: int, window: int) -> Table:
     placement = straight(request.devices)
     orders = [without_weights(classic(one, request.microbatches)) for one in ahead]
-    orders = filled(orders, placement, limits=[limit] * request.devices)
+    orders = filled(orders, placement, limits=[limit] * request.devices, window=window)
     return tabulate(orders, placement, algorithm=0, name="auto")
 
 

@@ -8,7 +8,17 @@ import numpy as np
 from ....configs.errors import UserError
 from ..table import Table
 from ..validate import check
-from . import auto, forward_only, gpipe, interlaced, interleaved, one_forward_one_backward, v_shaped, zero_bubble
+from . import (
+    auto,
+    forward_only,
+    from_file,
+    gpipe,
+    interlaced,
+    interleaved,
+    one_forward_one_backward,
+    v_shaped,
+    zero_bubble,
+)
 from .family import Family, Request
 
 SCHEDULES: Mapping[str, Family] = {
@@ -20,6 +30,7 @@ SCHEDULES: Mapping[str, Family] = {
     **auto.FAMILIES,
     **interlaced.FAMILIES,
     **forward_only.FAMILIES,
+    **from_file.FAMILIES,
 }
 
 
@@ -64,9 +75,14 @@ def _check_request(name: str, family: Family, request: Request) -> None:
         taken = f"exactly {fewest}" if fewest == most else f"{fewest} or more"
         raise UserError(f"pipeline.chunks: {name} takes {taken}, not {request.chunks}")
     if request.vocabulary not in family.vocabulary:
-        working = [other for other, one in SCHEDULES.items() if request.vocabulary in one.vocabulary]
-        raise UserError(f"pipeline.vocab_parallel: {name} takes {_listed(family.vocabulary)}, not {request.vocabulary}; "
-                        f"{_listed(working) or '1f1b and v-half with 1 or 2'} would work")  # fmt: skip
+        taken = _listed(family.vocabulary)
+        working = [
+            other
+            for other, one in SCHEDULES.items()
+            if request.vocabulary in one.vocabulary and one.trains and "path" not in one.options
+        ]
+        remedy = f"{_listed(working)} would work" if working else "1f1b and v-half take 1 and 2"
+        raise UserError(f"pipeline.vocab_parallel: {name} takes {taken}, not {request.vocabulary}; {remedy}")
     for option in ("memory_limit", "placement", "path"):
         if getattr(request, option) is not None and option not in family.options:
             takers = [other for other, one in SCHEDULES.items() if option in one.options]

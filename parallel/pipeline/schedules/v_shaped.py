@@ -27,7 +27,8 @@ from .family import Family, Request
 INTERVAL = 6  # F, I and W of two chunks
 VOCABULARY_INTERVAL = 8  # and S and T
 BARRIERS = {0: 0, 1: 2, 2: 1}  # of an algorithm
-WINDOW = 2  # passes a device chooses among; more makes V-Min's ends worse
+# Passes a device chooses among. With vocabulary passes there is much to choose; without, more makes V-Min's ends worse.
+WINDOW = {0: 2, 1: 16, 2: 16}
 
 
 def zb_v(request: Request) -> Table:
@@ -114,7 +115,7 @@ def _squeezed(request: Request, block: Block, *, interval: int, peak: int, name:
     placement = v_shaped(request.devices)
     orders = repeated(block, interval=interval, microbatches=request.microbatches)
     limits = [2 * peak] * request.devices
-    orders = filled(orders, placement, limits=limits, window=WINDOW, algorithm=request.vocabulary)
+    orders = filled(orders, placement, limits=limits, window=WINDOW[request.vocabulary], algorithm=request.vocabulary)
     return tabulate(orders, placement, algorithm=request.vocabulary, name=name)
 
 
