@@ -115,11 +115,10 @@ def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
         raise ValueError(
             f"memory.loss_chunks: {config.memory.loss_chunks} has no effect with pipeline.vocab_parallel; leave it at 1"
         )
-    shards = axes["pipe"] * axes["tensor"]
-    if config.pipeline.vocab_parallel and config.model.padded_vocab % shards:
+    if config.model.padded_vocab % (axes["pipe"] * axes["tensor"]):
         raise ValueError(
             f"model.vocab_multiple: {config.model.padded_vocab} rows are not divisible by mesh.pipe x mesh.tensor "
-            f"({axes['pipe']} x {axes['tensor']}), over which pipeline.vocab_parallel shards them; use a multiple of it"
+            f"({axes['pipe']} x {axes['tensor']}), which share the vocabulary; use a multiple of that"
         )
 
 

@@ -57,9 +57,7 @@ class Collective:
     axes: tuple[str, ...]  # mesh axes whose coordinate differs inside a group, in mesh order
     bytes: int  # of the result, on one device, each time
     count: int  # times it runs
-    under_conditional: (
-        bool  # inside a branch or a loop of unknown length, which some devices may skip
-    )
+    under_conditional: bool  # inside a branch or a loop of unknown length, which some devices may skip
     source: str  # the op_name of the JAX code it comes from
 
 

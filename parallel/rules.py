@@ -17,7 +17,7 @@ from ..models.axes import axis_names, stacked
 Axes = str | tuple[str, ...] | None
 
 WEIGHTS: dict[str, Axes] = {
-    "vocab": "tensor",
+    "vocab": ("pipe", "tensor"),
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",

@@ -75,6 +75,9 @@ def validate(
 ) -> None:
     """Check a configuration; allocates nothing."""
     loaded = loading.load(config, overrides=overrides or ())
+    from .staging import check_staging
+
+    check_staging(loaded)
     if deep:
         from .deep import check
 

@@ -16,7 +16,7 @@ from ..models.decoder import Decoder, initial_params, layer_context, run_block
 from ..models.rope import rotations
 from ..parallel.pipeline.engine import pipelined
 from ..parallel.pipeline.parts import Parts, Weights
-from ..parallel.pipeline.wiring import Wiring
+from ..parallel.pipeline.wiring import Wiring, rows_of
 from ..parallel.rules import path_name
 from ..parallel.state import combine
 from ..parallel.vocabulary import Constrain, lookup, token_logprobs
@@ -119,7 +119,7 @@ def make_engine(
 
     def engine(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> Sums:
         weights, fixed = (cut(cast(tree, compute)) for tree in (params, frozen))
-        loss, weight, gradient = run(weights, fixed, batch, keys)
+        loss, weight, gradient = run(weights, fixed, batch, keys, rows_of(wiring))
         return Sums(loss, weight, joined(gradient) if wiring.trains else (), {})
 
     return engine

@@ -41,6 +41,7 @@ from .report.progress import open_progress
 from .report.sinks import Sink, check_sinks, open_sinks
 from .resume import restore
 from .sampling import Sampling
+from .staging import check_staging
 from .stop import StopRequest
 
 
@@ -59,6 +60,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
     Raises UserError before a device is touched where the request cannot work, and Preempted, the state saved, where
     asked to stop.
     """
+    check_staging(config)
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
     open_directory(config, root=root, write=False)  # refuses another run's; nothing is written until all is checked
     check_sinks(config.logging)

@@ -42,6 +42,12 @@ class Staging:
         )
 
 
+def check_staging(config: RunConfig) -> None:
+    """Raise UserError where the pipeline of `config` does not fit, as far as that is known without devices."""
+    if (count := config.mesh.count) is not None:
+        staging(config, pipe=config.mesh.resolved(count)["pipe"])
+
+
 def staging(config: RunConfig, *, pipe: int) -> Staging | None:
     """The pipeline of `config` over `pipe` devices; None for one device. Raises UserError where none fits."""
     if pipe == 1:

@@ -28,13 +28,13 @@ from .ends import WholeEnds
 from .parts import BATCH_AXES, MANUAL, RESIDUAL, Carry, Parts, Row, Weights, filed, when
 from .shared import SharedEnds
 from .split import Saved, split
-from .wiring import Wiring, rows_of
+from .wiring import Wiring
 
-Run = Callable[[Weights, Weights, Any, Any], tuple[jax.Array, jax.Array, Weights]]
+Run = Callable[[Weights, Weights, Any, Any, Row], tuple[jax.Array, jax.Array, Weights]]
 
 
 def pipelined(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: int, dtype: Any = jnp.float32) -> Run:
-    """`run(weights, frozen, batch, keys) -> loss, weight, gradient`, sums over the global batch.
+    """`run(weights, frozen, batch, keys, rows_of(wiring)) -> loss, weight, gradient`, sums over the global batch.
 
     Stacked weights are [pipe * chunks * `repeats`, ...] in the order of devices, chunks, repeats. `batch` is a dict of
     [global_batch, sequence]; `keys` [global_batch] or None. Gradients are `dtype`, sharded like their weights; of a
@@ -42,22 +42,24 @@ def pipelined(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: i
     """
     shared = wiring.meetings is not None
 
-    def run(weights: Weights, frozen: Weights, batch: Any, keys: Any) -> tuple[jax.Array, jax.Array, Weights]:
+    def run(
+        weights: Weights, frozen: Weights, batch: Any, keys: Any, rows: Row
+    ) -> tuple[jax.Array, jax.Array, Weights]:
         leaving = jax.tree_util.tree_map_with_path(partial(stacked_spec, mesh=mesh, zero=zero), weights.stacked)
         ends = jax.tree_util.tree_map_with_path(partial(end_spec, shared=shared), weights.ends)
         frozen_ends = jax.tree_util.tree_map_with_path(partial(end_spec, shared=shared), frozen.ends)
         cut = PartitionSpec("pipe")
-        rows = PartitionSpec(BATCH_AXES)
+        spread = PartitionSpec(BATCH_AXES)
         gradient = Weights(leaving, ends)
         mapped = jax.shard_map(
             partial(on_device, parts, wiring, repeats=repeats, dtype=dtype, specs=gradient),
-            in_specs=(Weights(cut, ends), Weights(cut, frozen_ends), rows, rows),
+            in_specs=(Weights(cut, ends), Weights(cut, frozen_ends), spread, spread, PartitionSpec()),
             out_specs=(PartitionSpec(), PartitionSpec(), gradient if wiring.trains else PartitionSpec()),
             axis_names=MANUAL,
             mesh=mesh,
             check_vma=False,
         )
-        return mapped(weights, frozen, batch, keys)
+        return mapped(weights, frozen, batch, keys, rows)
 
     return run
 
@@ -76,7 +78,7 @@ def end_spec(path: tuple[Any, ...], leaf: Any, *, shared: bool) -> PartitionSpec
 
 
 def on_device(
-    parts: Parts, wiring: Wiring, weights: Weights, frozen: Weights, batch: Any, keys: Any,
+    parts: Parts, wiring: Wiring, weights: Weights, frozen: Weights, batch: Any, keys: Any, rows: Row,
     *, repeats: int, dtype: Any, specs: Weights,
 ) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
     """One device's run through the table, and the reductions after it."""
@@ -91,7 +93,6 @@ def on_device(
     block = split(parts.block, *layer, context, x)
     ends = WholeEnds() if wiring.meetings is None else SharedEnds(wiring.meetings, wiring.table)
     device = Device(parts, wiring, block, weights, frozen, batch, keys, ends, repeats)
-    rows = {name: jnp.asarray(field) for name, field in rows_of(wiring).items()}
     carry, _ = jax.lax.scan(partial(tick, device), empty(device, x, dtype=dtype), rows)
     everywhere = ("pipe", *BATCH_AXES)
     sums = jax.lax.psum((carry.loss, carry.weight), everywhere)

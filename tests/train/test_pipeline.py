@@ -15,7 +15,9 @@ STAGED = {"mesh": {"pipe": 2}, "microbatches": 4}
 # Name -> (the model on one device, what the pipeline adds). 1f1b and v-half with a shared vocabulary are below.
 CASES = {
     "1f1b over data and tensor": ({}, {"mesh": {"pipe": 2, "data": 2, "tensor": 2}}),
-    "zb-v over fsdp": ({"optimizer": {"name": "muon"}}, {"mesh": {"pipe": 2, "fsdp": 2}, "pipeline": {"schedule": "zb-v"}}),
+    "zb-v over fsdp": (
+        {"optimizer": {"name": "muon"}}, {"mesh": {"pipe": 2, "fsdp": 2}, "pipeline": {"schedule": "zb-v"}}
+    ),
     "uneven stages, layers run again": (
         {"model": {"layers": 5, "qk_norm": True}},
         {"mesh": {"pipe": 4, "tensor": 2}, "pipeline": {"schedule": "zb-h1"}, "memory": {"policy": "full"}},
@@ -25,7 +27,8 @@ CASES = {
         {"mesh": {"pipe": 2, "seq": 2, "fsdp": 2, "zero": 1}, "sequence": {"parallel": "ulysses"}},
     ),
     "a fused backward, gathered keys": (
-        {"model": {"family": "gpt2", "max_positions": 16, "dropout": 0.1, "qkv_bias": False}, "optimizer": {"name": "sgd"}},
+        {"model": {"family": "gpt2", "max_positions": 16, "dropout": 0.1, "qkv_bias": False},
+         "optimizer": {"name": "sgd"}},
         {"mesh": {"pipe": 2, "seq": 2}, "pipeline": {"backward": "fused"}, "memory": {"policy": "minimal"}},
     ),
 }  # fmt: skip
@@ -96,7 +99,7 @@ UNFIT = {
         {"pipeline": {"vocab_parallel": 1}, "memory": {"loss_chunks": 2}}, "memory.loss_chunks: 2 has no effect"
     ),
     "rows that cannot be dealt out": (
-        {"pipeline": {"vocab_parallel": 1}, "mesh": {"pipe": 3}, "microbatches": 4}, "model.vocab_multiple: 64"
+        {"mesh": {"pipe": 3}, "microbatches": 4}, "model.vocab_multiple: 64"
     ),
 }  # fmt: skip
 
@@ -108,7 +111,9 @@ def test_what_a_pipeline_cannot_hold_is_refused_by_the_configuration(changes, wo
 
 
 def test_a_balanced_deal_leaves_the_stage_with_the_head_fewer_layers():
-    config = tiny(**merged(merged(BASE, STAGED), {"model": {"layers": 8, "vocab": 512}, "pipeline": {"layers": "balanced"}}))
+    config = tiny(
+        **merged(merged(BASE, STAGED), {"model": {"layers": 8, "vocab": 512}, "pipeline": {"layers": "balanced"}})
+    )
     found = staging(config, pipe=2)
     assert sum(found.repeats) == 8 and found.repeats[0] > found.repeats[1]
     assert sorted(repeat for repeat in found.order if repeat >= 0) == list(range(8))
@@ -117,8 +122,13 @@ def test_a_balanced_deal_leaves_the_stage_with_the_head_fewer_layers():
 def test_a_run_goes_on_under_another_schedule_and_without_a_pipeline(tmp_path, monkeypatch):
     """Begun as v-half, gone on as 1f1b over twice the devices, ended on one device: the curve of the one device."""
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
-    base = merged(BASE, {"model": {"vocab": 384, "layers": 5}, "logging": {"every": 1, "tensorboard": False},
-                         "optimizer": {"ema": 0.9, "schedule": "constant", "warmup_steps": 0}, "evaluation": {"prompts": ["ab"], "sample_tokens": 2}})  # fmt: skip
+    small = {
+        "model": {"vocab": 384, "layers": 5},
+        "logging": {"every": 1, "tensorboard": False},
+        "optimizer": {"ema": 0.9, "schedule": "constant", "warmup_steps": 0},
+        "evaluation": {"prompts": ["ab"], "sample_tokens": 2},
+    }
+    base = merged(BASE, small)
     v = {"mesh": {"pipe": 2}, "microbatches": 4, "pipeline": {"schedule": "v-half", "vocab_parallel": 2}}
     expected = train(tiny(**merged(base, {"name": "whole", "steps": 6})), world=World(), root=tmp_path).metrics
     for steps, layout in ((2, v), (4, {"mesh": {"pipe": 4}, "microbatches": 4}), (6, {})):

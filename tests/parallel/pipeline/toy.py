@@ -10,7 +10,7 @@ from meshwright.configs.parallel import MeshConfig
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.pipeline.engine import pipelined
 from meshwright.parallel.pipeline.parts import Parts, Weights
-from meshwright.parallel.pipeline.wiring import wired
+from meshwright.parallel.pipeline.wiring import rows_of, wired
 
 VOCAB, EMBED, ROWS, LENGTH = 13, 4, 16, 3
 PADDED = 16
@@ -67,7 +67,10 @@ def problem(*, layers, tied):
     """Weights, frozen weights and a batch in float64; `layers` blocks in order."""
     random = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(random.standard_normal(shape) / 2)
-    ends = {"embed": {"embedding": normal(PADDED, EMBED), "bias": normal(EMBED)}, "final_norm": {"scale": normal(EMBED)}}
+    ends = {
+        "embed": {"embedding": normal(PADDED, EMBED), "bias": normal(EMBED)},
+        "final_norm": {"scale": normal(EMBED)},
+    }
     if not tied:
         ends["head"] = {"kernel": normal(EMBED, PADDED)}
     stacked = {"w": normal(layers, EMBED, EMBED), "v": normal(layers, EMBED, EMBED)}
@@ -116,7 +119,7 @@ def run(table, repeats, weights, frozen, batch, *, mesh):
     engine = pipelined(PARTS, wiring, repeats=max(repeats), mesh=devices, zero=1, dtype=jnp.float64)
     own, fixed = weights._replace(stacked=spread(weights.stacked)), frozen._replace(stacked=spread(frozen.stacked))
     with jax.set_mesh(devices):
-        loss, weight, gradient = jax.device_get(jax.jit(engine)(own, fixed, batch, None))
+        loss, weight, gradient = jax.device_get(jax.jit(engine)(own, fixed, batch, None, rows_of(wiring)))
     if not wiring.trains:
         return loss, weight
     empty = [np.abs(leaf[places < 0]).max(initial=0) for leaf in gradient.stacked.values()]
