@@ -97,6 +97,8 @@ class PipelineConfig(Section):
     """Layers of each stage, or how they are dealt out: balanced leaves fewer to the stage that has the head."""
     backward: Literal["split", "fused"] = "split"
     """split: input and weight gradients are passes of their own; fused: one pass, twice as long, nothing stashed."""
+    measure: bool = True
+    """After the last step, time each op on its own for the report; compiles the engine once more."""
     memory_limit: float | None = Field(None, gt=0)
     """Microbatches' activations a device may hold at once (schedule auto)."""
 

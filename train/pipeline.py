@@ -15,7 +15,7 @@ from ..models.context import Context
 from ..models.decoder import Decoder, initial_params, layer_context, run_block
 from ..models.rope import rotations
 from ..parallel.pipeline.engine import pipelined
-from ..parallel.pipeline.parts import Parts, Weights
+from ..parallel.pipeline.parts import Parts, Row, Weights
 from ..parallel.pipeline.wiring import Wiring, rows_of
 from ..parallel.rules import path_name
 from ..parallel.state import combine
@@ -114,12 +114,15 @@ def parts(
 def make_engine(
     parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: int, compute: Any, dtype: Any
 ) -> Engine:
-    """The pipelined gradient engine: like the plain one, over parameters in the pipeline's layout."""
+    """The pipelined gradient engine: like the plain one, over parameters in the pipeline's layout.
+
+    `rows` are run instead of the table's where they are given (`op_times.py`).
+    """
     run = pipelined(parts, wiring, repeats=repeats, mesh=mesh, zero=zero, dtype=dtype)
 
-    def engine(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> Sums:
+    def engine(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None, rows: Row | None = None) -> Sums:
         weights, fixed = (cut(cast(tree, compute)) for tree in (params, frozen))
-        loss, weight, gradient = run(weights, fixed, batch, keys, rows_of(wiring))
+        loss, weight, gradient = run(weights, fixed, batch, keys, rows_of(wiring) if rows is None else rows)
         return Sums(loss, weight, joined(gradient) if wiring.trains else (), {})
 
     return engine

@@ -47,6 +47,7 @@ class Program:
     mesh: Mesh
     graph: Any  # the model's structure
     optimizer: optax.GradientTransformation
+    gradients: Engine  # (params, frozen, batch, keys) -> sums
     step: Step  # (state, batch) -> (state, metrics)
     evaluate: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
     staging: Staging | None  # where the layers stand in a pipeline; None without one
@@ -147,7 +148,7 @@ def build(config: RunConfig, mesh: Mesh) -> Program:
     step = make_step(
         engines.train, optimizer, schedule=schedule, dropout=config.model.dropout > 0, spike=config.logging.spike
     )
-    return Program(config, mesh, structure, optimizer, step, engines.evaluate, staged)
+    return Program(config, mesh, structure, optimizer, engines.train, step, engines.evaluate, staged)
 
 
 class Engines(NamedTuple):

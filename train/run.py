@@ -33,6 +33,7 @@ from .feed import local_rows, to_devices
 from .generate import complete
 from .launch.world import World
 from .meter import Meter
+from .op_times import op_times
 from .profiling import Profile
 from .program import Program, build
 from .report.html import write_report
@@ -147,10 +148,21 @@ class Run:
             if evaluation is not None:
                 self.evaluate(state, config.steps, evaluation)
         self.committed(self.storage.wait())
+        if program.staging is not None and config.pipeline.measure:
+            self.time_ops(state)
         self.journal.record("finish", step=config.steps, **self.last)
         if self.world.first:
             write_report(self.directory)
         return Summary(self.directory, config.steps, self.last)
+
+    def time_ops(self, state: TrainState) -> None:
+        """Measure the ops of the pipeline, for the report."""
+        with closing(self.batches(0)) as feed:
+            batch = to_devices(next(feed), self.config, self.program.mesh)
+        costs = op_times(self.program, state.params, state.frozen, batch)
+        devices = self.program.mesh.shape["pipe"]
+        if self.world.first:
+            write_json(self.directory / "pipeline.json", {"devices": devices, "costs": costs.model_dump(mode="json")})
 
     def loop(self, state: TrainState, start: int, step: Any, evaluation: Any) -> TrainState:
         """From update `start` to the last; metrics are read one step behind."""
