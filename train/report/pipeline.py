@@ -46,9 +46,9 @@ def schedule_picture(config: dict[str, Any], measured: dict[str, Any]) -> Html |
 
 def words_of(schedule: Table, timeline: Timeline) -> str:
     """The schedule in a sentence."""
+    shape = f"{schedule.stages} stages on {schedule.devices} devices, {schedule.microbatches} microbatches"
     held = ", ".join(f"{count:g}" for count in timeline.in_flight)
     return (
-        f"{schedule.name}: {schedule.stages} stages on {schedule.devices} devices, "
-        f"{schedule.microbatches} microbatches in {schedule.ticks} ticks. Idle: {timeline.bubble:.1%} where devices run on their own, "
+        f"{schedule.name}: {shape}, {schedule.ticks} ticks. Idle: {timeline.bubble:.1%} where devices run on their own, "
         f"{timeline.lockstep_bubble:.1%} in lock-step. Microbatches held at most, by device: {held}."
     )
