@@ -1,4 +1,4 @@
-"""Building blocks: no device does two things at once, however often a block is repeated, and nothing is used too early."""
+"""Building blocks: repeated, no device does two things at once, and nothing is used before it is made."""
 
 import pytest
 
