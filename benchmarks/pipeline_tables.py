@@ -86,8 +86,8 @@ def formulas(p: int = 8, m: int = 24) -> Rows:
 def zero_bubble() -> Rows:
     """Bubble rates of Zero Bubble's table 5, with equal ops and with costs fitted to two of its cells.
 
-    The paper gives rates, not times. A message's time is fitted to 1F1B's rate, then W's share to that of ZB-H1; I and F
-    share the rest as their FLOPs do. The other rates are predictions.
+    The paper gives rates, not times. A message's time is fitted to 1F1B's rate, then W's share to that of ZB-H1; I
+    and F share the rest as their FLOPs do. The other rates are predictions.
     """
     tables = {name: make(name, **BUBBLES_AT) for name in BUBBLES}
     tables |= {name: fused(tables[name]) for name in ("1f1b", "interleaved")}
