@@ -14,6 +14,7 @@ from meshwright.configs.errors import UserError
 from meshwright.configs.foreign import FOREIGN_KEYS
 from meshwright.memory.policy import PRESETS
 from meshwright.models.attention.registry import IMPLEMENTATIONS
+from meshwright.parallel.pipeline.schedules.registry import SCHEDULES
 from meshwright.parallel.rules import ACTIVATIONS, WEIGHTS
 from meshwright.parallel.sequence.attend import STRATEGIES
 from meshwright.train import optimizers
@@ -175,6 +176,7 @@ LISTED = {
     "sources": ("docs/data.md", "`data.source`", SOURCES),
     "packers": ("docs/data.md", "`data.packing.method`", PACKERS),
     "optimizers": ("docs/optimizers.md", "`optimizer.name`", optimizers.RULES),
+    "schedules": ("docs/pipeline.md", "schedule", SCHEDULES),
 }
 
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from ..configs.errors import UserError
 
-BENCHMARKS = ("attention", "pipeline", "step")
+BENCHMARKS = ("attention", "pipeline", "pipeline-tables", "step")
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
     """Run the benchmark called `name`. Raises UserError where there is none."""
     if name not in BENCHMARKS:
         raise UserError.no_match("bench", [name], known=BENCHMARKS)
-    importlib.import_module(f"meshwright.benchmarks.{name}").main(arguments)
+    importlib.import_module(f"meshwright.benchmarks.{name.replace('-', '_')}").main(arguments)

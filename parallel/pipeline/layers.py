@@ -22,12 +22,12 @@ def redistributed(
     """Layers of each stage, int [stages], so that the slowest stage is as fast as it can be.
 
     Costs in units of one layer: the last stage also has the head, the first the embedding. Each layer in turn goes to
-    the stage with the least to do, which is optimal for equal layers. A head that costs more than a stage's share
-    cannot be balanced so, and its parameters stay where they are. Source: "Redis" in Vocabulary Parallelism,
-    arXiv:2411.05288.
+    the stage with the least to do, the last of equal ones, which hold fewer microbatches: optimal for equal layers. A
+    head that costs more than a stage's share cannot be balanced so, and its parameters stay where they are. Source:
+    "Redis" in Vocabulary Parallelism, arXiv:2411.05288.
 
     >>> redistributed(32, stages=8, head_cost=2.4).tolist()
-    [5, 5, 4, 4, 4, 4, 4, 2]
+    [4, 4, 4, 4, 4, 5, 5, 2]
     """
     if layers < stages * fewest:
         raise UserError(
@@ -36,11 +36,11 @@ def redistributed(
     load = np.full(stages, float(fewest))
     load[0] += embedding_cost
     load[-1] += head_cost
-    queue = [(cost, stage) for stage, cost in enumerate(load.tolist())]
+    queue = [(cost, -stage) for stage, cost in enumerate(load.tolist())]
     heapq.heapify(queue)
     held = np.full(stages, fewest)
     for _ in range(layers - stages * fewest):
         cost, stage = heapq.heappop(queue)
-        held[stage] += 1
+        held[-stage] += 1
         heapq.heappush(queue, (cost + 1, stage))
     return held

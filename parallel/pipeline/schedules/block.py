@@ -11,11 +11,13 @@ Source: Pipeline Parallelism with Controllable Memory, arXiv:2405.15362, section
 """
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 from ..passes import Pass
 from ..table import Op
 
-Block = Mapping[tuple[Op, int], Sequence[int]]  # (op, chunk; -1 for S and T) -> [device] offset in ticks
+# (op, chunk; -1 for S and T) -> [device] offset in ticks; a fraction where only the order matters
+Block = Mapping[tuple[Op, int], Sequence[int | Fraction]]
 
 
 def repeated(block: Block, *, interval: int, microbatches: int) -> list[list[Pass]]:

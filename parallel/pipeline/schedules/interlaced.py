@@ -13,7 +13,7 @@ Sources: nnScaler, described in Vocabulary Parallelism, arXiv:2411.05288, sectio
 from ..listing import tabulate
 from ..placement import straight
 from ..table import Op, Table
-from .block import hoisted, repeated
+from .block import Block, hoisted, repeated
 from .family import Family, Request
 
 INTERVAL = 5  # S, T, F, I, W
@@ -21,19 +21,24 @@ INTERVAL = 5  # S, T, F, I, W
 
 def interlaced(request: Request) -> Table:
     """[ticks, devices]; data flows as in Algorithm 1, peak about 1.5 p."""
-    hops = [request.devices - 1 - i for i in range(request.devices)]
+    block = interlaced_block(request.devices)
+    orders = hoisted(repeated(block, interval=INTERVAL, microbatches=request.microbatches))
+    return tabulate(orders, straight(request.devices), algorithm=1, name="interlaced")
+
+
+def interlaced_block(devices: int) -> Block:
+    """All S at one time and all T at the next; F, and I with its W, in the gaps between."""
+    hops = [devices - 1 - i for i in range(devices)]
     # Ticks behind the last stage's forward, which ends a gap. Two hops forward take one interval, two hops back two.
     forward = [-INTERVAL * (hop // 2) - 2 * (hop % 2) for hop in hops]
     gradient = [3 + 2 * INTERVAL * (hop // 2) + 6 * (hop % 2) for hop in hops]
-    block = {
+    return {
         (Op.F, 0): forward,
         (Op.I, 0): gradient,
         (Op.W, 0): [at + 1 for at in gradient],
-        (Op.S, -1): [1] * request.devices,
-        (Op.T, -1): [2] * request.devices,
+        (Op.S, -1): [1] * devices,
+        (Op.T, -1): [2] * devices,
     }
-    orders = hoisted(repeated(block, interval=INTERVAL, microbatches=request.microbatches))
-    return tabulate(orders, straight(request.devices), algorithm=1, name="interlaced")
 
 
 FAMILIES = {

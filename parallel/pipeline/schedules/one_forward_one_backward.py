@@ -7,6 +7,9 @@ with Algorithm 2, p + 2 with Algorithm 1. All passes repeat at fixed offsets, so
 Sources: PipeDream-Flush as in Megatron-LM, arXiv:2104.04473; Vocabulary Parallelism, arXiv:2411.05288, section 5.
 """
 
+import math
+from fractions import Fraction
+
 from ..listing import tabulate
 from ..passes import Pass
 from ..placement import straight
@@ -14,7 +17,9 @@ from ..table import Op, Table
 from .block import Block, free_offset, hoisted, repeated
 from .family import Family, Request
 
-HOP = 3  # ticks forward with vocabulary passes; 1 to 4 are right, 3 gave the fewest ticks at 2 to 16 devices
+# Of the interval, what a hop forward takes where there are vocabulary passes; a hop back takes the rest. Any share is a
+# schedule. With F's own share of F, I and W the order suits a fused backward and short S and T as well.
+FORWARD_SHARE = Fraction(1, 3)
 
 
 def one_forward_one_backward(request: Request) -> Table:
@@ -45,19 +50,21 @@ def classic(ahead: int, microbatches: int) -> list[Pass]:
 def vocabulary_block(devices: int, *, interval: int, algorithm: int) -> Block:
     """1F1B's block with S and T on every device.
 
-    A hop forward takes `HOP` ticks and a hop back the rest of the interval, so F, I and W keep their distance modulo
-    the interval on every device, and S and T find the two places that are left.
+    Hop forward and hop back together take one interval, so F, I and W keep their distance modulo the interval on every
+    device, and S and T find the two places that are left.
     """
-    last_forward = HOP * (devices - 1)
+    hop = FORWARD_SHARE * interval
+    last_forward = hop * (devices - 1)
     wait = {1: 2 * interval + 1, 2: interval + 1}[algorithm]  # one interval for each barrier
-    forward = [HOP * i for i in range(devices)]
-    gradient = [last_forward + wait + (interval - HOP) * (devices - 1 - i) for i in range(devices)]
+    forward = [hop * i for i in range(devices)]
+    gradient = [last_forward + wait + (interval - hop) * (devices - 1 - i) for i in range(devices)]
     logits, weights = [], []
-    for i in range(devices):
-        taken = {at % interval for at in (forward[i], gradient[i], gradient[i] + 1)}
-        logits.append(free_offset(taken, earliest=last_forward + 1, interval=interval))
+    for start, back in zip(forward, gradient, strict=True):
+        taken = {int(at - start) % interval for at in (start, back, back + 1)}
+        behind = math.ceil(last_forward + 1 - start)
+        logits.append(start + free_offset(taken, earliest=behind, interval=interval))
         # All S are done an interval behind the last forward.
-        weights.append(free_offset(taken, earliest=last_forward + interval + 1, interval=interval))
+        weights.append(start + free_offset(taken, earliest=behind + interval, interval=interval))
     return {
         (Op.F, 0): forward, (Op.I, 0): gradient, (Op.W, 0): [at + 1 for at in gradient],
         (Op.S, -1): logits, (Op.T, -1): weights,

@@ -62,17 +62,23 @@ def v_half(request: Request) -> Table:
             peak=peak,
             name="v-half",
         )
-    turn = 3 if p % 2 == 0 else 0
-    block = v_block(p, hops=(2, 1, 2, 1), turns=(1, turn + 1, 2))
-    return _squeezed(request, block, interval=INTERVAL, peak=peak, name="v-half")
+    return _squeezed(request, half_block(p), interval=INTERVAL, peak=peak, name="v-half")
 
 
 def v_min(request: Request) -> Table:
     """[ticks, devices]; peak (p + 4) // 3 microbatches."""
     p = request.devices
-    turn = 2 if p % 3 == 0 else 0
-    block = v_block(p, hops=(1, 1, 1, 1), turns=(1, turn + 1, 1))
-    return _squeezed(request, block, interval=INTERVAL, peak=(p + 4) // 3, name="v-min")
+    return _squeezed(request, min_block(p), interval=INTERVAL, peak=(p + 4) // 3, name="v-min")
+
+
+def half_block(devices: int) -> Block:
+    """V-Half's block; in the middle it waits until no two passes of a device meet."""
+    return v_block(devices, hops=(2, 1, 2, 1), turns=(1, 4 if devices % 2 == 0 else 1, 2))
+
+
+def min_block(devices: int) -> Block:
+    """V-Min's block, likewise."""
+    return v_block(devices, hops=(1, 1, 1, 1), turns=(1, 3 if devices % 3 == 0 else 1, 1))
 
 
 def v_block(devices: int, *, hops: Sequence[int], turns: Sequence[int]) -> Block:

@@ -46,7 +46,7 @@ WRONG = {
     ),
     "F before the F in front": (
         lambda: swapped((0, 1), (1, 1)),
-        r"tick 0, device 1: F of microbatch 0 of chunk 0 needs F\(.*, stage 0\), which device 0 does at tick 0; results",
+        r"tick 0, device 1: F of microbatch 0 of chunk 0 needs F\(.*, stage 0\), which device 0 does at tick 0",
     ),
     "W before its I": (lambda: swapped((3, 0), (4, 0)), r"tick 3, device 0: W .* needs I\(microbatch 0, stage 0\)"),
     "twice": (
