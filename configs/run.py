@@ -1,6 +1,7 @@
 """`RunConfig`: the whole configuration as one frozen tree, and the checks that need more than one section."""
 
 import re
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -41,6 +42,15 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     launch: LaunchConfig = LaunchConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_of_the_model(cls, values: Any) -> Any:
+        """A model that comes from a directory brings its tokenizer."""
+        model, data = (values.get(key, {}) for key in ("model", "data")) if isinstance(values, dict) else ({}, {})
+        if not (isinstance(model, dict) and isinstance(data, dict) and model.get("from")) or "tokenizer" in data:
+            return values
+        return values | {"data": data | {"tokenizer": {"file": model["from"]}}}
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

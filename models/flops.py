@@ -43,8 +43,9 @@ def parameter_count(model: ModelConfig) -> int:
     if model.position_encoding == "learned":
         embedding += model.embed * model.max_positions
     norm = model.embed * (2 if model.norm == "layer" else 1)
-    norms = (1 if model.parallel_block else 2) + (2 if model.post_norms else 0)
-    layer = norms * norm + _biases(model) + (2 * model.head_width if model.qk_norm else 0)
+    norms = ((1 if model.parallel_block else 2) if model.pre_norms else 0) + (2 if model.post_norms else 0)
+    heads = model.heads + model.key_value_heads if model.qk_norm_whole else 2
+    layer = norms * norm + _biases(model) + (heads * model.head_width if model.qk_norm else 0)
     return matmul_parameters(model) + embedding + model.layers * layer + norm
 
 

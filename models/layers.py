@@ -27,16 +27,21 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale in float32; with `unit_offset` * (1 + scale), starting at zero. Source: arXiv:1910.07467."""
+    """x / rms(x) * scale in float32; with `unit_offset` * (1 + scale), starting at zero. Source: arXiv:1910.07467.
 
-    def __init__(self, width: int, *, epsilon: float, unit_offset: bool):
+    The mean is over the last `dimensions` of x, which hold `width` elements.
+    """
+
+    def __init__(self, width: int, *, epsilon: float, unit_offset: bool, dimensions: int = 1):
         self.scale = nnx.Param(jnp.zeros(width) if unit_offset else jnp.ones(width))
-        self.epsilon, self.offset = epsilon, float(unit_offset)
+        self.epsilon, self.offset, self.dimensions = epsilon, float(unit_offset), dimensions
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        unit = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (unit * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        own = tuple(range(-self.dimensions, 0))
+        unit = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=own, keepdims=True) + self.epsilon)
+        scale = self.scale[...].astype(jnp.float32).reshape(x.shape[-self.dimensions :])
+        return (unit * (self.offset + scale)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -38,7 +38,8 @@ each_page = pytest.mark.parametrize("page", PAGES)
 
 def blocks(page, language):
     """The fenced blocks of a page in one language, without their indentation."""
-    return [textwrap.dedent(text) for kind, text in FENCE.findall(PAGES[page]) if kind == language]
+    found = [textwrap.dedent(text) for kind, text in FENCE.findall(PAGES[page]) if kind == language]
+    return [text.replace("path/to/model", str(ROOT / "tests/models/hf/fixtures/llama3")) for text in found]
 
 
 def words(page):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..checkpoint import huggingface
 from ..configs.names import BATCH_FIELDS
 from ..configs.run import RunConfig
 from ..memory import policy
@@ -45,10 +46,10 @@ class Program:
     step: Step  # (state, batch) -> (state, metrics)
     evaluate: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
 
-    def initial(self) -> TrainState:
-        """The state before step 0, as a pure function of the seed."""
+    def initial(self, weights: Any = None) -> TrainState:
+        """The state before step 0, as a pure function of the seed and of the `weights` it starts from, if any."""
         key = jax.random.key(self.config.seed)
-        params = initial_params(self.config.model, key, jnp.dtype(self.config.precision.parameters))
+        params = self.fresh() if weights is None else weights
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -57,6 +58,19 @@ class Program:
             outer=(),
             rng=jax.random.key_data(jax.random.fold_in(key, 1)),
         )
+
+    def fresh(self) -> Any:
+        """Random weights of the whole model, by the seed."""
+        key = jax.random.key(self.config.seed)
+        return initial_params(self.config.model, key, jnp.dtype(self.config.precision.parameters))
+
+    def weights(self) -> Any:
+        """The weights in the directory `model.from`, born sharded; None where there is none. Raises as `read`."""
+        if self.config.model.origin is None:
+            return None
+        shapes = jax.eval_shape(self.fresh)
+        shardings = weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero)
+        return huggingface.read(self.config.model.origin, self.config.model, shapes=shapes, shardings=shardings)
 
     @cached_property
     def shapes(self) -> TrainState:
@@ -90,7 +104,7 @@ class Program:
     def initialized(self) -> TrainState:
         """The state before step 0, born sharded."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.initial, out_shardings=self.shardings)()
+            return jax.jit(self.initial, out_shardings=self.shardings)(self.weights())
 
     def compiled_step(self) -> jax.stages.Compiled:
         """The training step, compiled; it consumes the state it is given."""

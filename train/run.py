@@ -21,6 +21,7 @@ from ..configs.errors import MeshwrightError, Preempted, UserError
 from ..configs.run import RunConfig, check_fits
 from ..memory.policy import decisions, emitted
 from ..memory.selfcheck import check_offload
+from ..models.hf.files import copy_companions
 from ..parallel.mesh import make_mesh
 from ..parallel.state import TrainState, combine
 from . import environment, plan
@@ -128,6 +129,8 @@ class Run:
         made = plan.make_plan(program, step)
         if self.world.first:
             self.data.tokenizer.save(self.directory)
+            if config.model.origin is not None and config.data.tokenizer.file == config.model.origin:
+                copy_companions(config.model.origin, self.directory)
             write_json(self.directory / "plan.json", made)
             write_json(self.directory / "environment.json", environment.describe(config, self.data, program.mesh))
         with ExitStack() as stack:
