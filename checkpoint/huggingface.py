@@ -55,6 +55,11 @@ def check(directory: str | Path, model: ModelConfig, *, shapes: Any) -> None:
     storage.check_complete(files, {place.tensor: place.tensor_shape for place in wanted}, tied=model.tied_embeddings)
 
 
+def fingerprint(directory: str | Path) -> str:
+    """Tells the weights in `directory` from any other model's; see `Files.fingerprint`."""
+    return storage.Files(directory).fingerprint()
+
+
 def read(directory: str | Path, model: ModelConfig, *, shapes: Any, shardings: Any) -> Any:
     """Parameters from the files in `directory`, placed by `shardings`; `shapes` are the run's. Padding is zero.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from .adapter import AdapterConfig
 from .base import Section
 from .data import DataConfig
 from .model import ModelConfig
@@ -36,6 +37,8 @@ class RunConfig(Section):
     memory: MemoryConfig = MemoryConfig()
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    adapter: AdapterConfig | None = None
+    """Train a few weights instead of all; null: all."""
     recipe: RecipeConfig = RecipeConfig()
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -10,13 +10,16 @@ so that utilisation falls when memory is bought with time. Source: PaLM, arXiv:2
 from ..configs.model import ModelConfig
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of a token in a forward and backward pass, in documents of `sequence_length` tokens."""
+def flops_per_token(model: ModelConfig, sequence_length: int, *, frozen: bool = False) -> float:
+    """FLOPs of a token in a forward and backward pass, in documents of `sequence_length` tokens.
+
+    `frozen`: the weights have no gradient, and what is trained beside them is small: 4 N in place of 6 N.
+    """
     width = model.heads * model.head_width
     kinds = (model.windows[layer % len(model.windows)] for layer in range(model.layers))
     keys = sum(visible_keys(sequence_length, window=window) for window in kinds)
     # Forward: q k^T and p v, each a multiplication and an addition a key; backward: twice the forward.
-    return 6 * matmul_parameters(model) + 3 * 2 * 2 * width * keys
+    return (4 if frozen else 6) * matmul_parameters(model) + 3 * 2 * 2 * width * keys
 
 
 def visible_keys(sequence_length: int, *, window: int | None) -> float:

@@ -13,7 +13,12 @@ initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal
 
 
 class Linear(nnx.Module):
-    """y = x kernel (+ bias), over one or several input and output dimensions, e.g. [embed] -> [heads, head_dim]."""
+    """y = x kernel (+ bias), over one or several input and output dimensions, e.g. [embed] -> [heads, head_dim].
+
+    With an `adapter` (`adapters/attach.py` puts it here) that computes y out of kernel and bias instead.
+    """
+
+    adapter = None
 
     def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, bias: bool, rngs: nnx.Rngs):
         flat = initializer(rngs.params(), (math.prod(inputs), math.prod(outputs)), jnp.float32)
@@ -22,6 +27,9 @@ class Linear(nnx.Module):
         self.inputs = len(inputs)
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        if self.adapter is not None:
+            bias = None if self.bias is None else self.bias[...]
+            return self.adapter(x, self.kernel[...], bias, ctx, inputs=self.inputs)
         y = ctx.linear(x, self.kernel[...].astype(ctx.compute), inputs=self.inputs)
         return y if self.bias is None else y + self.bias[...].astype(ctx.compute)
 

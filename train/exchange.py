@@ -5,14 +5,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from ..checkpoint import huggingface
 from ..checkpoint.storage import Storage
 from ..configs.errors import UserError
 from ..configs.huggingface import config_json
 from ..configs.load import validated
 from ..configs.model import ModelConfig
+from ..models.adapters.attach import merged
 from ..models.hf.files import COMPANIONS, copy_companions
 from ..parallel.mesh import make_mesh
 from ..parallel.state import combine
@@ -61,8 +60,8 @@ def export_run(run: Path, target: Path, *, limit: int) -> list[str]:
     absent_or_empty(target)
     config = read(run, [])
     _, state = opened(config, run)
-    params = combine(averaged(state), state.frozen)
-    dtype = str(jax.tree.leaves(params)[0].dtype)
+    params = merged(combine(averaged(state), state.frozen), config.model, config.adapter)
+    dtype = str(params["embed"]["embedding"].dtype)
     tree = config_json(
         config.model, positions=max(config.data.sequence_length, made_for(config.model) or 0), dtype=dtype
     )

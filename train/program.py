@@ -6,6 +6,7 @@ step = program.compiled_step()          # ahead of time; its plan can be read be
 state, metrics = step(state, batch)
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,9 +18,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..checkpoint import huggingface
+from ..configs.errors import UserError
 from ..configs.names import BATCH_FIELDS
 from ..configs.run import RunConfig
 from ..memory import policy
+from ..models.adapters.attach import attached, split, started
+from ..models.adapters.selection import multipliers
 from ..models.context import Context, flat_linear, linear
 from ..models.decoder import graph, initial_params
 from ..parallel.attention import sharded_attention, token_order
@@ -49,11 +53,11 @@ class Program:
     def initial(self, weights: Any = None) -> TrainState:
         """The state before step 0, as a pure function of the seed and of the `weights` it starts from, if any."""
         key = jax.random.key(self.config.seed)
-        params = self.fresh() if weights is None else weights
+        params, frozen = self.divided(self.fresh() if weights is None else weights)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            frozen={},
+            frozen=frozen,
             opt_state=self.optimizer.init(params),
             outer=(),
             rng=jax.random.key_data(jax.random.fold_in(key, 1)),
@@ -63,6 +67,13 @@ class Program:
         """Random weights of the whole model, by the seed."""
         key = jax.random.key(self.config.seed)
         return initial_params(self.config.model, key, jnp.dtype(self.config.precision.parameters))
+
+    def divided(self, weights: Any) -> tuple[Any, Any]:
+        """(what is trained, what is not) of the model that starts from `weights`, adapters added."""
+        model, adapter = self.config.model, self.config.adapter
+        if adapter is not None:
+            weights = started(weights, model, adapter, jax.random.fold_in(jax.random.key(self.config.seed), 2))
+        return split(weights, model, adapter)
 
     def weights(self) -> Any:
         """The weights in the directory `model.from`, born sharded; None where there is none. Raises as `read`."""
@@ -106,6 +117,29 @@ class Program:
         with jax.set_mesh(self.mesh):
             return jax.jit(self.initial, out_shardings=self.shardings)(self.weights())
 
+    @cached_property
+    def origin(self) -> str | None:
+        """What tells the weights in `model.from` from others', where a run needs them again to go on."""
+        if self.config.adapter is None or self.config.model.origin is None:
+            return None
+        return huggingface.fingerprint(self.config.model.origin)
+
+    def completed(self, state: TrainState, *, origin: str | None) -> TrainState:
+        """`state`, as a checkpoint holds it, with what never changes: made again from the seed, or from `model.from`.
+
+        `origin` is that of the weights the checkpoint was trained on. Raises UserError where they are others now.
+        """
+        if self.config.adapter is None:
+            return state
+        if origin != self.origin:
+            raise UserError(
+                f"model.from: {self.config.model.origin} holds other weights than this run's adapter was trained on; "
+                "bring them back, or train under another name"
+            )
+        with jax.set_mesh(self.mesh):
+            make = jax.jit(lambda weights: self.initial(weights).frozen, out_shardings=self.shardings.frozen)
+            return dataclasses.replace(state, frozen=make(self.weights()))
+
     def compiled_step(self) -> jax.stages.Compiled:
         """The training step, compiled; it consumes the state it is given."""
         with jax.set_mesh(self.mesh):
@@ -128,7 +162,7 @@ class Program:
 
 def build(config: RunConfig, mesh: Mesh) -> Program:
     """Compose recipe, model, memory policy, gradient engine and optimizer. Allocates nothing."""
-    structure = graph(config.model)
+    structure = graph(config.model, attached(config.model, config.adapter))
     loss = make_loss(
         structure,
         RECIPES[config.recipe.name],
@@ -137,15 +171,25 @@ def build(config: RunConfig, mesh: Mesh) -> Program:
         context=partial(context, config, mesh),
     )
     schedule = optimizers.schedule(config.optimizer, steps=config.steps)
-    optimizer = optimizers.build(config.optimizer, steps=config.steps, spike=config.logging.spike)
+    optimizer = optimizers.build(
+        config.optimizer,
+        steps=config.steps,
+        spike=config.logging.spike,
+        multiplied=None if config.adapter is None else multipliers(config.model, config.adapter),
+    )
     engine = accumulated(plain(loss, dtype=jnp.dtype(config.precision.gradients)), microbatches=config.microbatches)
-    step = make_step(engine, optimizer, schedule=schedule, dropout=config.model.dropout > 0, spike=config.logging.spike)
+    step = make_step(engine, optimizer, schedule=schedule, dropout=drops(config), spike=config.logging.spike)
 
     def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         numerator, (weight, _) = loss(params, frozen, batch, None)
         return numerator, weight
 
     return Program(config, mesh, structure, optimizer, step, evaluate)
+
+
+def drops(config: RunConfig) -> bool:
+    """Whether anything is random in a forward pass of training."""
+    return config.model.dropout > 0 or (config.adapter is not None and config.adapter.dropout > 0)
 
 
 def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:

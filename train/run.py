@@ -102,6 +102,7 @@ def restored(program: Program, storage: Storage, data: Data, journal: Journal) -
             f"checkpoint {step} was trained on corpus {saved.get('corpus')}, and the data are {data.fingerprint} now; "
             "bring back the documents, or train under another name"
         )
+    state = program.completed(state, origin=saved.get("origin"))
     journal.record("restore", step=step, level="storage", reason="newest whole checkpoint")
     return state, step
 
@@ -245,7 +246,8 @@ class Run:
         """Begin a checkpoint."""
         began = time.monotonic()
         samples = step * self.config.data.global_batch
-        self.storage.save(state, step=step, data={"corpus": self.data.fingerprint, "samples": samples})
+        data = {"corpus": self.data.fingerprint, "samples": samples, "origin": self.program.origin}
+        self.storage.save(state, step=step, data=data)
         self.journal.record("save", step=step, stall_seconds=time.monotonic() - began)
 
     def committed(self, step: int | None) -> None:

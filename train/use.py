@@ -80,5 +80,5 @@ def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
     with closing(Storage(run / "checkpoints", keep=config.checkpoint.keep)) as storage:
         if not storage.steps:
             raise UserError(f"{run}: no checkpoint yet; train it with `meshwright train {run / 'config.yaml'}`")
-        state, _ = storage.restore(storage.steps[-1], shapes=program.shapes, shardings=program.shardings)
-    return program, state
+        state, saved = storage.restore(storage.steps[-1], shapes=program.shapes, shardings=program.shardings)
+    return program, program.completed(state, origin=saved.get("origin"))

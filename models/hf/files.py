@@ -20,6 +20,8 @@ COMPANIONS = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 
+SAMPLES, SAMPLE_BYTES = 1024, 1 << 16  # of a file's fingerprint; the first sample holds its header
+
 # Tensors that are no weights of the decoder: buffers of old files, and towers for images.
 NOT_WEIGHTS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -65,6 +67,20 @@ class Files:
                 "set it to the model's unquantized files"
             )
         return source[index]
+
+    def fingerprint(self) -> str:
+        """Tells one model's weights from another's: all names, shapes and offsets, and samples of every file."""
+        import xxhash
+
+        state = xxhash.xxh3_128()
+        for file in sorted(set(self._files.values())):
+            size = file.stat().st_size
+            with open(file, "rb") as content:
+                for place in range(0, size, max(size // SAMPLES, SAMPLE_BYTES)):
+                    content.seek(place)
+                    state.update(content.read(SAMPLE_BYTES))
+            state.update(str(size).encode())
+        return state.hexdigest()
 
     def _slice(self, tensor: str) -> Any:
         name = self.stored(tensor)
