@@ -1,17 +1,18 @@
 """Weights in and out: a Hugging Face directory becomes a run, a run becomes a Hugging Face directory."""
 
+import dataclasses
 import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import huggingface
+from ..checkpoint import huggingface, peft
 from ..checkpoint.storage import Storage
 from ..configs.errors import UserError
 from ..configs.huggingface import config_json
 from ..configs.load import validated
 from ..configs.model import ModelConfig
-from ..models.adapters.attach import merged
+from ..models.adapters.attach import merged, split
 from ..models.hf.files import COMPANIONS, copy_companions
 from ..parallel.mesh import make_mesh
 from ..parallel.state import combine
@@ -26,14 +27,16 @@ from .use import opened, read
 WEIGHTS_ONLY = {"name": "sgd", "b1": 0.0}
 
 
-def import_directory(source: Path, run: Path) -> Path:
+def import_directory(source: Path, run: Path, *, adapter: Path | None = None) -> Path:
     """Make `run`, a run directory with one checkpoint, from the model in `source`; `generate` and `evaluate` take it.
 
-    Raises UserError where the model cannot be represented exactly, or `run` exists.
+    `adapter` is a directory of PEFT's, whose adapter the run then has. Raises UserError where one of them cannot be
+    represented exactly, or `run` exists.
     """
     absent_or_empty(run)
     model = ModelConfig.model_validate({"from": str(source.absolute())})
     length = min(256, made_for(model) or 256)
+    found = None if adapter is None else peft.read(adapter, model, kind=huggingface.format_kind(model))
     config = validated(
         {
             "name": run.name,
@@ -41,14 +44,19 @@ def import_directory(source: Path, run: Path) -> Path:
             "data": {"sequence_length": length},
             "optimizer": WEIGHTS_ONLY,
         }
+        | ({} if found is None else {"adapter": found.adapter.model_dump()})
     )
     environment.start(config, World())
     program = build(config, make_mesh(config.mesh))
     state = program.initialized()
+    if found is not None:
+        tree = peft.filled(combine(state.params, state.frozen), found, model)
+        params, frozen = split(tree, model, found.adapter)
+        state = dataclasses.replace(state, params=params, frozen=frozen)
     open_directory(config, root=run.parent)
     copy_companions(source, run)
     with closing(Storage(run / "checkpoints", keep=1)) as storage:
-        storage.save(state, step=0, data={"corpus": "", "samples": 0})
+        storage.save(state, step=0, data={"corpus": "", "samples": 0, "origin": program.origin})
     return run
 
 
@@ -70,6 +78,28 @@ def export_run(run: Path, target: Path, *, limit: int) -> list[str]:
     files = huggingface.write(params, config.model, target, kind=tree["model_type"], limit=limit)
     (target / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     return ["config.json", *(file.name for file in files), *copy_companions(run, target, names=COMPANIONS)]
+
+
+def export_adapter(run: Path, target: Path) -> list[str]:
+    """Write the adapter of the newest checkpoint of `run` to `target` as PEFT keeps it; the names written.
+
+    Raises UserError where the run has no adapter, PEFT has no file for its method, or `target` exists.
+    """
+    absent_or_empty(target)
+    config = read(run, [])
+    if config.adapter is None:
+        raise UserError(f"adapter: {run} has none, it trained the whole model; use `meshwright checkpoint export`")
+    kind = config_json(config.model, positions=config.data.sequence_length, dtype="float32")["model_type"]
+    program, state = opened(config, run)
+
+    def started() -> Any:
+        first = program.initialized()
+        return combine(first.params, first.frozen)
+
+    target.mkdir(parents=True, exist_ok=True)
+    tree = combine(averaged(state), state.frozen)
+    names = peft.write(tree, config.model, config.adapter, target, kind=kind, started=started)
+    return [*names, *copy_companions(run, target)]
 
 
 def absent_or_empty(directory: Path) -> None:

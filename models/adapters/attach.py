@@ -18,12 +18,15 @@ import numpy as np
 
 from ...configs.adapter import AdapterConfig
 from ...configs.model import ModelConfig
+from ..axes import axis_names
 from ..decoder import Decoder, Params
 from .interface import Adapter, Inside, Leaves, Setting
 from .registry import METHODS
 from .selection import trained
 from .sites import Site, linear_maps, sites
 from .vera import Shared, shared
+
+CUT_BY_TENSOR = ("heads", "kv_heads", "mlp")  # dimensions of kernels that activations have too
 
 
 def attached(model: ModelConfig, adapter: AdapterConfig | None) -> Callable[[Decoder], None]:
@@ -37,7 +40,8 @@ def attached(model: ModelConfig, adapter: AdapterConfig | None) -> Callable[[Dec
             method = METHODS[adapter.method]
             leaves = jax.eval_shape(partial(start_site, site, adapter), linear.kernel[...], jax.random.key(0))[1]
             zeros = {leaf: jnp.zeros(like.shape, like.dtype) for leaf, like in leaves.items()}
-            linear.adapter = Adapter(method, zeros, rate=adapter.dropout, number=site.number)
+            names = tuple(axis if axis in CUT_BY_TENSOR else None for axis in axis_names(f"{site.path}/kernel"))
+            linear.adapter = Adapter(method, zeros, rate=adapter.dropout, number=site.number, names=names)
         if found and adapter.method == "vera":
             decoder.adapter = Shared(**pair(model, adapter, jax.random.key(0)))
 

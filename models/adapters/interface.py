@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ..context import Context
@@ -38,10 +39,16 @@ class Inside:
     inputs: int  # dimensions that are inputs
     rate: float = 0.0  # of dropout before the added map
     number: int = 0  # of the map in its block
+    names: tuple[str | None, ...] | None = None  # activation dimensions that the kernel's are; None: on one device
 
     def product(self, x: jax.Array, ctx: Context) -> jax.Array:
         """x kernel."""
         return ctx.linear(x, self.kernel.astype(ctx.compute), inputs=self.inputs)
+
+    def whole_kernel(self, ctx: Context) -> jax.Array:
+        """The kernel in float32, no longer cut over `fsdp`: as the product needs it anyway."""
+        kernel = self.kernel.astype(jnp.float32)
+        return kernel if self.names is None else ctx.constrain(kernel, self.names)
 
     def biased(self, y: jax.Array) -> jax.Array:
         """y + bias."""
@@ -69,15 +76,16 @@ class Method:
 class Adapter(nnx.Module):
     """The leaves of one method, beside the kernel of the map they adapt."""
 
-    def __init__(self, method: Method, leaves: Leaves, *, rate: float, number: int):
+    def __init__(self, method: Method, leaves: Leaves, *, rate: float, number: int, names: tuple[str | None, ...]):
         for name, leaf in leaves.items():
             setattr(self, name, nnx.Param(leaf))
-        self.method, self.names, self.rate, self.number = method, tuple(leaves), rate, number
+        self.method, self.rate, self.number = method, rate, number
+        self.leaves, self.kernel_names = tuple(leaves), names
 
     def __call__(
         self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, ctx: Context, *, inputs: int
     ) -> jax.Array:
         """x [batch, sequence, inputs...] -> [batch, sequence, outputs...]."""
-        leaves = {name: getattr(self, name)[...] for name in self.names}
-        inside = Inside(kernel, bias, inputs, self.rate, self.number)
+        leaves = {name: getattr(self, name)[...] for name in self.leaves}
+        inside = Inside(kernel, bias, inputs, self.rate, self.number, self.kernel_names)
         return self.method.apply(leaves, x, inside, ctx)

@@ -111,24 +111,24 @@ def lengths(leaves: Leaves, kernel: jax.Array, inputs: int) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=tuple(axes)) + jnp.sum((2 * cross + inner) * b, axis=0))
 
 
-def gain(leaves: Leaves, inside: Inside) -> jax.Array:
+def gain(leaves: Leaves, kernel: jax.Array, inputs: int) -> jax.Array:
     """m / |W + A scale B|, [outputs...] float32; 1 in a layer without adapter.
 
     No gradient flows through the length: section 4.3 of the paper.
     """
-    length = lengths(leaves, inside.kernel.astype(jnp.float32), inside.inputs)
+    length = lengths(leaves, kernel, inputs)
     return jnp.where(jnp.any(leaves["scale"] > 0), leaves["magnitude"] / jax.lax.stop_gradient(length), 1)
 
 
 def dora(leaves: Leaves, x: jax.Array, inside: Inside, ctx: Context) -> jax.Array:
     """The adapted map of x [batch, sequence, inputs...]."""
     both = inside.product(x, ctx) + added(leaves, x, inside, ctx)
-    return inside.biased(both * gain(leaves, inside).astype(both.dtype))
+    return inside.biased(both * gain(leaves, inside.whole_kernel(ctx), inside.inputs).astype(both.dtype))
 
 
 def merge_dora(leaves: Leaves, inside: Inside) -> Inside:
     """The plain map that computes the same."""
-    return inside.replaced(kernel=(inside.kernel + product(leaves)) * gain(leaves, inside))
+    return inside.replaced(kernel=(inside.kernel + product(leaves)) * gain(leaves, inside.kernel, inside.inputs))
 
 
 STARTS = {"zero": start, "pissa": principal, "olora": orthogonal}

@@ -45,17 +45,25 @@ def start(key: jax.Array, kernel: jax.Array, setting: Setting) -> tuple[jax.Arra
     return kernel, {"vera_d": jnp.full(rank, 0.1), "vera_b": jnp.zeros(setting.outputs), "scale": setting.scale}
 
 
+def cut(inside: Inside, pair: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """As much of the shared pair as this map is wide."""
+    shape = inside.kernel.shape
+    inputs, outputs = math.prod(shape[: inside.inputs]), math.prod(shape[inside.inputs :])
+    return {"a": pair["a"][:inputs], "b": pair["b"][:, :outputs]}
+
+
 def factors(leaves: Leaves, kernel: jax.Array, inputs: int, pair: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """A [inputs..., rank] and d scale B [rank, outputs...], cut out of the shared pair."""
-    ins, outs = kernel.shape[:inputs], kernel.shape[inputs:]
-    a, b = pair["a"][: math.prod(ins)], pair["b"][:, : math.prod(outs)]
+    """A [inputs..., rank] and d scale B [rank, outputs...] of a pair that is as wide as the map."""
     weights = leaves["vera_d"] * leaves["scale"]
-    return a.reshape(*ins, -1), (weights[:, None] * b).reshape(-1, *outs)
+    wide = (weights[:, None] * pair["b"]).reshape(-1, *kernel.shape[inputs:])
+    return pair["a"].reshape(*kernel.shape[:inputs], -1), wide
 
 
 def vera(leaves: Leaves, x: jax.Array, inside: Inside, ctx: Context) -> jax.Array:
     """The adapted map of x [batch, sequence, inputs...]."""
-    a, b = factors(leaves, inside.kernel, inside.inputs, ctx.shared)
+    # Cut out whole: a slice of a cut dimension would be moved by permutes.
+    pair = {name: ctx.constrain(leaf, (None, None)) for name, leaf in cut(inside, ctx.shared).items()}
+    a, b = factors(leaves, inside.kernel, inside.inputs, pair)
     narrow = ctx.linear(inside.dropped(x, ctx), a.astype(ctx.compute), inputs=inside.inputs)
     wide = ctx.linear(narrow, b.astype(ctx.compute), inputs=1) * leaves["vera_b"].astype(ctx.compute)
     return inside.biased(inside.product(x, ctx) + wide)
@@ -63,7 +71,7 @@ def vera(leaves: Leaves, x: jax.Array, inside: Inside, ctx: Context) -> jax.Arra
 
 def merge(leaves: Leaves, inside: Inside) -> Inside:
     """The plain map that computes the same; the shared pair is among the leaves as `a` and `b`."""
-    a, b = factors(leaves, inside.kernel, inside.inputs, {"a": leaves["a"], "b": leaves["b"]})
+    a, b = factors(leaves, inside.kernel, inside.inputs, cut(inside, leaves))
     return inside.replaced(kernel=inside.kernel + jnp.tensordot(a, b, axes=1) * leaves["vera_b"])
 
 

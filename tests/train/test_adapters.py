@@ -13,6 +13,7 @@ from meshwright.configs.errors import UserError
 from meshwright.configs.huggingface import config_json
 from meshwright.configs.load import validated
 from meshwright.models.decoder import initial_params
+from meshwright.parallel.hlo import collectives
 from meshwright.parallel.layout import canonical
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.state import combine
@@ -38,6 +39,15 @@ def cache(tmp_path_factory, monkeypatch):
 @pytest.mark.parametrize(("settings", "changes"), SAME.values(), ids=SAME)
 def test_a_mesh_changes_nothing(settings, changes):
     assert_same(tiny(**settings), tiny(**settings, **changes), steps=3)
+
+
+@pytest.mark.parametrize("method", ["dora", "vera"])
+def test_an_adapter_needs_no_permute(method):
+    """Inside a pipeline's stage one would never return; the plain model has none on this mesh either."""
+    config = tiny(mesh=MESH, adapter={"method": method, "rank": 4})
+    mesh = make_mesh(config.mesh)
+    found = collectives(build(config, mesh).compiled_step().as_text(), mesh)
+    assert found and not [one for one in found if one.kind == "collective-permute"]
 
 
 def test_only_what_learns_moves():

@@ -121,7 +121,7 @@ def test_the_length_of_dora_has_no_gradient():
     from meshwright.models.adapters.lora import added, gain
 
     inside = Inside(kernel[0], None, 1)
-    fixed = gain(leaves, inside)
+    fixed = gain(leaves, kernel[0], 1)
 
     def constant(a):
         return jnp.sum(jnp.sin(fixed * (inside.product(x, ctx) + added(leaves | {"a": a}, x, inside, ctx))))
