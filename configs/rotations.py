@@ -38,9 +38,10 @@ def read_rope(tree: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
     """
     whole = tree.get("rope_parameters") or {}
     inner = whole.get("full_attention", whole)
-    given = {key: value for key, value in {**inner, **(tree.get("rope_scaling") or {})}.items() if value is not None}
+    stretch = tree.get("rope_scaling") or inner
+    given = {key: value for key, value in {**inner, **stretch}.items() if value is not None}
     found: dict[str, Any] = {"theta": float(given.get("rope_theta", tree.get("rope_theta", 10000.0)))}
-    kind = given.get("rope_type", given.get("type", "default"))
+    kind = stretch.get("rope_type", stretch.get("type", "default"))
     scaling = "none" if kind == "default" else kind
     if scaling not in SCALINGS:
         raise UserError(

@@ -38,12 +38,18 @@ def read(directory, *, mesh=None, **settings):
 
 def logits(model, params, tokens):
     """[rows, sequence, vocab]."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    decoder = nnx.merge(graph(model), params)
-    hidden, _ = decoder.hidden(tokens, Context(positions=positions))
+    structure, positions = graph(model), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+    @jax.jit
+    def run(params):
+        decoder = nnx.merge(structure, params)
+        hidden, _ = decoder.hidden(tokens, Context(positions=positions))
+        return hidden, decoder.head_kernel(jnp.float32)
+
+    hidden, kernel = run(params)
     found = vocabulary.logits(
         hidden,
-        decoder.head_kernel(jnp.float32),
+        kernel,
         vocab=model.vocab,
         softcap=model.logit_softcap,
         constrain=unconstrained,

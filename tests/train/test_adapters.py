@@ -1,13 +1,15 @@
 """Adapters in a whole step and a whole run: on every axis the same, and going on after a stop is the same run."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from equivalence import assert_same, tiny, trajectory
+from equivalence import assert_same, tiny
 from meshwright.checkpoint import huggingface
 from meshwright.configs.errors import UserError
 from meshwright.configs.huggingface import config_json
@@ -16,8 +18,8 @@ from meshwright.models.decoder import initial_params
 from meshwright.parallel.hlo import collectives
 from meshwright.parallel.layout import canonical
 from meshwright.parallel.mesh import make_mesh
-from meshwright.parallel.state import combine
 from meshwright.train.data.tokenizer import byte_tokenizer
+from meshwright.train.exchange import export_adapter, export_run, import_directory
 from meshwright.train.launch.world import World
 from meshwright.train.program import build
 from meshwright.train.run import train
@@ -27,7 +29,6 @@ LORA = {"method": "lora", "rank": 4, "ranks": {"layers/0/*": 2}, "ratio": 4.0, "
 SAME = {
     "lora, all of it": ({"adapter": LORA}, {"mesh": MESH, "microbatches": 2, "memory": {"policy": "minimal"}}),
     "dora": ({"adapter": {"method": "dora", "rank": 4, "start": "pissa"}}, {"mesh": MESH}),
-    "vera": ({"adapter": {"method": "vera", "rank": 8}}, {"mesh": MESH}),
 }
 
 
@@ -36,12 +37,19 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["vera", "ia3", "bitfit", "norms"])
+def test_a_mesh_changes_nothing_for_any_method(method):
+    adapter, model = {"adapter": {"method": method}}, {"model": {"qkv_bias": True, "scan": False}}
+    assert_same(tiny(**adapter, **model), tiny(**adapter, **model, mesh=MESH), steps=3)
+
+
 @pytest.mark.parametrize(("settings", "changes"), SAME.values(), ids=SAME)
 def test_a_mesh_changes_nothing(settings, changes):
     assert_same(tiny(**settings), tiny(**settings, **changes), steps=3)
 
 
-@pytest.mark.parametrize("method", ["dora", "vera"])
+@pytest.mark.parametrize("method", ["dora", pytest.param("vera", marks=pytest.mark.slow)])
 def test_an_adapter_needs_no_permute(method):
     """Inside a pipeline's stage one would never return; the plain model has none on this mesh either."""
     config = tiny(mesh=MESH, adapter={"method": method, "rank": 4})
@@ -50,25 +58,33 @@ def test_an_adapter_needs_no_permute(method):
     assert found and not [one for one in found if one.kind == "collective-permute"]
 
 
+def updates_of(**settings):
+    """What the optimizer makes of gradients of one at weights of one."""
+    config = tiny(**settings)
+    program = build(config, make_mesh(config.mesh))
+
+    @jax.jit
+    def update():
+        ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), program.shapes.params)
+        return program.optimizer.update(ones, program.optimizer.init(ones), ones)[0]
+
+    return canonical(update(), config.model)
+
+
 def test_only_what_learns_moves():
-    """Two layers in one stack, of which one is chosen: the other's weights are bit for bit what they were."""
-    config = tiny(adapter={"method": "selective", "targets": ["layers/1/*", "final_norm/*"]})
-    before = canonical(jax.device_get(build(config, make_mesh(config.mesh)).initialized().params), config.model)
-    after = trajectory(config, steps=3)[1]
-    moved = {name for name, array in before.items() if np.any(array != after[f"params/{name}"])}
-    assert moved == {name for name in before if name.startswith("layers/1/")} | {"final_norm/scale"}
-    assert not any("adapter" in name or name.startswith("opt_state/adamw/mu/embed") for name in after)
+    """Two layers in one stack, of which one is chosen: the other takes no step, nor does it decay."""
+    found = updates_of(adapter={"method": "selective", "targets": ["layers/1/*", "final_norm/*"]})
+    moved = {name for name, update in found.items() if np.any(update)}
+    assert moved == {name for name in found if name.startswith("layers/1/")} | {"final_norm/scale"}
+    assert any(name.startswith("layers/0/") for name in found) and not any("embed/" in name for name in found)
 
 
 def test_the_second_factor_takes_larger_steps():
     """LoRA+ with plain gradient descent: B moves `ratio` times as far as A for the same gradient."""
-    config = tiny(adapter={"rank": 4, "ratio": 16.0}, optimizer={"name": "sgd", "b1": 0.0, "clip": None})
-    program = build(config, make_mesh(config.mesh))
-    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), program.shapes.params)
-    updates, _ = program.optimizer.update(params, program.optimizer.init(params), params)
-    found = updates["segments"]["0"]["0"]["block"]["attn"]["v"]["adapter"]
-    assert found["a"].max() < 0
-    np.testing.assert_allclose(found["b"].max(), 16 * found["a"].max(), rtol=1e-6)
+    found = updates_of(adapter={"rank": 4, "ratio": 16.0}, optimizer={"name": "sgd", "b1": 0.0, "clip": None})
+    a, b = (found[f"layers/1/attn/v/adapter/{name}"].max() for name in "ab")
+    assert a < 0
+    np.testing.assert_allclose(b, 16 * a, rtol=1e-6)
 
 
 def model_directory(path):
@@ -90,7 +106,7 @@ def tuned(directory, **changes):
         "steps": 4,
         "model": {"from": str(directory)},
         "adapter": {"rank": 4, "start": "pissa"},
-        "data": {"source": "synthetic", "sequence_length": 16, "global_batch": 8},
+        "data": {"source": "synthetic", "sequence_length": 16, "global_batch": 8, "held_out": 0.0},
         "logging": {"every": 1, "tensorboard": False},
         "optimizer": {"schedule": "constant"},
         "mesh": {"platform": "cpu"},
@@ -98,18 +114,50 @@ def tuned(directory, **changes):
     return validated(tree | changes)
 
 
-def test_a_run_that_stopped_goes_on_from_its_directory(tmp_path):
-    """4 steps at once and 2 + 2 on another mesh end in the same loss; the base is made again, and must be the same."""
-    base = model_directory(tmp_path / "base")
-    whole = train(tuned(base), world=World(), root=tmp_path / "whole")
-    train(tuned(base, steps=2), world=World(), root=tmp_path)
-    rest = train(tuned(base, mesh=MESH | {"platform": "cpu"}), world=World(), root=tmp_path)
-    assert rest.metrics["held_out_loss"] == pytest.approx(whole.metrics["held_out_loss"], rel=1e-5)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(base directory, root, last loss of a run of 4 steps, and of its last 2 once more from its checkpoint, on a mesh)."""
+    root = tmp_path_factory.mktemp("adapters")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MESHWRIGHT_CACHE", str(root / "cache"))
+        base = model_directory(root / "base")
+        whole = train(tuned(base, checkpoint={"every": 2}), world=World(), root=root)
+        shutil.rmtree(root / "tuned/checkpoints/4")
+        rest = train(tuned(base, mesh=MESH | {"platform": "cpu"}), world=World(), root=root)
+    return base, root, whole.metrics["loss"], rest.metrics["loss"]
 
+
+def test_a_run_that_stopped_goes_on_from_its_directory(runs):
+    """No checkpoint holds the base: it is read again, and PiSSA's start taken out of it again."""
+    _, _, whole, rest = runs
+    assert rest == pytest.approx(whole, rel=1e-5)
+
+
+def test_an_exported_adapter_is_the_run(runs, tmp_path):
+    """Run -> PEFT's files -> a run again: both merge into the same model, which is not the base."""
+    base, root, *_ = runs
+    names = export_adapter(root / "tuned", tmp_path / "adapter")
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(names)
+    import_directory(base, tmp_path / "again", adapter=tmp_path / "adapter")
+    merged = []
+    for run in (root / "tuned", tmp_path / "again"):
+        export_run(run, tmp_path / f"merged-{run.name}", limit=10**9)
+        merged.append(load_file(tmp_path / f"merged-{run.name}/model.safetensors"))
+    for name, array in merged[0].items():
+        np.testing.assert_allclose(merged[1][name], array, atol=1e-5, err_msg=name)
+    query = "model.layers.1.self_attn.q_proj.weight"
+    assert np.abs(merged[0][query] - load_file(base / "model.safetensors")[query]).max() > 1e-4
+
+
+def test_another_base_is_refused(runs, tmp_path):
+    """The same names and shapes, other numbers: going on would train an adapter of neither."""
+    base, root, *_ = runs
+    shutil.copytree(base, tmp_path / "kept")
     other = tuned(base, steps=6)
-    model = build(other, make_mesh(other.mesh)).weights()
-    changed = jax.tree.map(lambda leaf: 1.01 * leaf, combine(model, {}))
+    weights = build(other, make_mesh(other.mesh)).weights()
     (base / "model.safetensors").unlink()
+    changed = jax.tree.map(lambda leaf: 1.01 * leaf, weights)
     huggingface.write(changed, other.model, base, kind="qwen3", limit=10**9)
     with pytest.raises(UserError, match="holds other weights than this run's adapter was trained on"):
-        train(other, world=World(), root=tmp_path)
+        train(other, world=World(), root=root)
+    shutil.copyfile(tmp_path / "kept/model.safetensors", base / "model.safetensors")
