@@ -9,7 +9,7 @@ import pytest
 import typer
 import yaml
 
-from meshwright.configs import data, load, model, names, parallel, run, training
+from meshwright.configs import adapter, data, load, model, names, parallel, run, training
 from meshwright.configs.errors import UserError
 from meshwright.configs.foreign import FOREIGN_KEYS
 from meshwright.memory.policy import PRESETS
@@ -175,6 +175,7 @@ LISTED = {
     "axes": ("docs/parallelism.md", "axis", names.MESH_AXES),
     "sources": ("docs/data.md", "`data.source`", SOURCES),
     "packers": ("docs/data.md", "`data.packing.method`", PACKERS),
+    "adapters": ("docs/finetune.md", "`adapter.method`", adapter.METHOD_KEYS),
     "optimizers": ("docs/optimizers.md", "`optimizer.name`", optimizers.RULES),
 }
 

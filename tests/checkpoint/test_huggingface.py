@@ -135,6 +135,12 @@ def test_defaults_of_absent_keys_are_transformers_own():
     assert (model.rope.theta, model.rope.local_theta, model.rope.factor) == (1e6, 1e4, 8.0)
 
 
+def test_null_and_absent_are_two_things():
+    """Mistral's class has a window where a file says nothing; the later releases say null, and mean none."""
+    tree = {"model_type": "mistral", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    assert section(tree)["windows"] == [4096] and section(tree | {"sliding_window": None})["windows"] == [None]
+
+
 def test_a_directory_that_is_not_its_config_is_refused(tmp_path):
     for name, change, words in [
         ("a tensor too many", {"num_hidden_layers": 1}, "model.layers.1.*is no part of the model"),

@@ -116,7 +116,7 @@ def tuned(directory, **changes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """(base directory, root, last loss of a run of 4 steps, and of its last 2 once more from its checkpoint, on a mesh)."""
+    """(base directory, root, last loss of a run of 4 steps, and of its last 2 once more from its checkpoint)."""
     root = tmp_path_factory.mktemp("adapters")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MESHWRIGHT_CACHE", str(root / "cache"))
