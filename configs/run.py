@@ -1,9 +1,11 @@
 """`RunConfig`: the whole configuration as one frozen tree, and the checks that need more than one section."""
 
 import re
+from typing import Any
 
 from pydantic import Field, model_validator
 
+from .adapter import AdapterConfig
 from .base import Section
 from .data import DataConfig
 from .model import ModelConfig
@@ -36,12 +38,23 @@ class RunConfig(Section):
     memory: MemoryConfig = MemoryConfig()
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    adapter: AdapterConfig | None = None
+    """Train a few weights instead of all; null: all."""
     recipe: RecipeConfig = RecipeConfig()
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     launch: LaunchConfig = LaunchConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_of_the_model(cls, values: Any) -> Any:
+        """A model that comes from a directory brings its tokenizer."""
+        model, data = (values.get(key, {}) for key in ("model", "data")) if isinstance(values, dict) else ({}, {})
+        if not (isinstance(model, dict) and isinstance(data, dict) and model.get("from")) or "tokenizer" in data:
+            return values
+        return values | {"data": data | {"tokenizer": {"file": model["from"]}}}
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

@@ -48,7 +48,10 @@ def spec(
 
 
 def fitting(axes: Axes, name: str | None, size: int, mesh: Mesh) -> Axes:
-    """`axes` where their product divides `size`; None for key-value heads that it does not divide."""
+    """`axes` where their product divides `size`; None for key-value heads and layers that it does not divide.
+
+    Layers in a pipeline's order always divide; in their plain order they stay on every stage, until they are dealt out.
+    """
     wanted = (axes,) if isinstance(axes, str) else (axes or ())
     product = 1
     for axis in wanted:
@@ -57,7 +60,7 @@ def fitting(axes: Axes, name: str | None, size: int, mesh: Mesh) -> Axes:
         return None
     if size % product == 0:
         return axes
-    if name == "kv_heads":
+    if name in ("kv_heads", "layers"):
         return None
     raise ValueError(f"dimension {name} of size {size} cannot be sharded over {' x '.join(wanted)} ({product} devices)")
 

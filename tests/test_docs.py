@@ -9,7 +9,7 @@ import pytest
 import typer
 import yaml
 
-from meshwright.configs import data, load, model, names, parallel, run, training
+from meshwright.configs import adapter, data, load, model, names, parallel, run, training
 from meshwright.configs.errors import UserError
 from meshwright.configs.foreign import FOREIGN_KEYS
 from meshwright.memory.policy import PRESETS
@@ -39,7 +39,8 @@ each_page = pytest.mark.parametrize("page", PAGES)
 
 def blocks(page, language):
     """The fenced blocks of a page in one language, without their indentation."""
-    return [textwrap.dedent(text) for kind, text in FENCE.findall(PAGES[page]) if kind == language]
+    found = [textwrap.dedent(text) for kind, text in FENCE.findall(PAGES[page]) if kind == language]
+    return [text.replace("path/to/model", str(ROOT / "tests/models/hf/fixtures/llama3")) for text in found]
 
 
 def words(page):
@@ -175,6 +176,7 @@ LISTED = {
     "axes": ("docs/parallelism.md", "axis", names.MESH_AXES),
     "sources": ("docs/data.md", "`data.source`", SOURCES),
     "packers": ("docs/data.md", "`data.packing.method`", PACKERS),
+    "adapters": ("docs/finetune.md", "`adapter.method`", adapter.METHOD_KEYS),
     "optimizers": ("docs/optimizers.md", "`optimizer.name`", optimizers.RULES),
     "schedules": ("docs/pipeline.md", "schedule", SCHEDULES),
 }

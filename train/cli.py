@@ -19,12 +19,17 @@ from ..configs.run import RunConfig
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 recipes_app = typer.Typer(no_args_is_help=True, help="The shipped configurations.")
 data_app = typer.Typer(no_args_is_help=True, help="What the model will read.")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Weights in and out.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
+adapter_app = typer.Typer(no_args_is_help=True, help="Adapters, as PEFT keeps them.")
+app.add_typer(adapter_app, name="adapter")
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SHARD_BYTES = 5 * 10**9
 RunPath = Annotated[str, typer.Argument(help="A run directory, e.g. runs/quickstart.")]
 
 
@@ -133,6 +138,54 @@ def data_preview(config: Config, overrides: Overrides = None, rows: int = 2) -> 
     from .data.preview import render
 
     Console().print(render(build(loaded.data, seed=loaded.seed, model_vocab=loaded.model.vocab), rows=rows))
+
+
+@checkpoint_app.command("import")
+def checkpoint_import(
+    directory: Annotated[Path, typer.Argument(help="A Hugging Face model directory.")], run: Path
+) -> None:
+    """Make a run out of a Hugging Face directory, to generate from and to evaluate."""
+    from .exchange import import_directory
+
+    typer.echo(f"{import_directory(directory, run)}: try `meshwright generate {run} 'Once'`")
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    run: RunPath,
+    target: Path,
+    shard_bytes: Annotated[int, typer.Option(help="Largest file.")] = SHARD_BYTES,
+) -> None:
+    """Write a run's newest checkpoint as a Hugging Face directory, adapters merged."""
+    from .exchange import export_run
+
+    typer.echo(f"{target}: {', '.join(export_run(Path(run), target, limit=shard_bytes))}")
+
+
+@adapter_app.command("import")
+def adapter_import(
+    base: Annotated[Path, typer.Argument(help="The Hugging Face directory of the model it belongs to.")],
+    adapter: Annotated[Path, typer.Argument(help="A directory with adapter_config.json.")],
+    run: Path,
+) -> None:
+    """Make a run out of a model and an adapter of PEFT."""
+    from .exchange import import_directory
+
+    typer.echo(f"{import_directory(base, run, adapter=adapter)}: try `meshwright generate {run} 'Once'`")
+
+
+@adapter_app.command("export")
+def adapter_export(run: RunPath, target: Path) -> None:
+    """Write a run's adapter as PEFT keeps it, beside the tokenizer."""
+    from .exchange import export_adapter
+
+    typer.echo(f"{target}: {', '.join(export_adapter(Path(run), target))}")
+
+
+@adapter_app.command("merge")
+def adapter_merge(run: RunPath, target: Path) -> None:
+    """Write the model with the run's adapter merged into it, as a Hugging Face directory (`checkpoint export`)."""
+    checkpoint_export(run, target, SHARD_BYTES)
 
 
 @app.command()

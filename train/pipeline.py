@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ..configs.model import ModelConfig
 from ..configs.parallel import MemoryConfig
 from ..models.context import Context
-from ..models.decoder import Decoder, initial_params, layer_context, run_block
+from ..models.decoder import Decoder, layer_context, run_block
 from ..models.rope import rotations
 from ..parallel.pipeline.engine import pipelined
 from ..parallel.pipeline.parts import Parts, Row, Weights
@@ -40,6 +40,7 @@ def joined(weights: Weights) -> Any:
 
 def parts(
     graph: Any,
+    shapes: Any,
     recipe: Recipe,
     *,
     model: ModelConfig,
@@ -48,15 +49,21 @@ def parts(
     constrain: Constrain,
     compute: Any,
 ) -> Parts:
-    """The decoder's pieces as pure functions. `context(fields, keys)` is what blocks are told."""
+    """The decoder's pieces as pure functions; `shapes` are those of all its weights, adapters too.
+
+    `context(fields, keys)` is what blocks are told.
+    """
     places = len(model.segments[0][0])
 
-    def arrays(fields: Batch, keys: jax.Array | None) -> dict[str, Any]:
-        return {"fields": fields, "keys": keys, "rotations": rotations(model, fields["positions"])}
+    def arrays(frozen: Any, fields: Batch, keys: jax.Array | None) -> dict[str, Any]:
+        shared = None
+        if "adapter" in frozen:  # what the adapters of all layers read is one of the ends
+            shared = nnx.merge(graph, shapes | {"adapter": frozen["adapter"]}).adapter()
+        return {"fields": fields, "keys": keys, "rotations": rotations(model, fields["positions"]), "shared": shared}
 
     def told(given: dict[str, Any]) -> Context:
         ctx = context(given["fields"], given["keys"])
-        return dataclasses.replace(ctx, rotations=given["rotations"])
+        return dataclasses.replace(ctx, rotations=given["rotations"], shared=given["shared"])
 
     def block(weights: Any, frozen: Any, given: tuple[dict[str, Any], jax.Array], x: jax.Array) -> jax.Array:
         ctx, layers = told(given[0]), given[1] * places
@@ -93,7 +100,6 @@ def parts(
     def shape(fields: Batch) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*fields["tokens"].shape, model.embed), compute)
 
-    shapes = jax.eval_shape(partial(initial_params, model), jax.random.key(0))
     graphs = [nnx.split(nnx.merge(graph, shapes).segments["0"][str(place)].block)[0] for place in range(places)]
     return Parts(
         context=arrays,

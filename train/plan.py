@@ -57,7 +57,9 @@ def storage_plan(program: Program) -> dict[str, Any]:
         "optimizer": totals(state),
         "arrays": [{key: value for key, value in array.items() if key != "bytes"} for array in arrays],
         "mesh": dict(program.mesh.shape),
-        "model_flops_per_token": flops_per_token(program.config.model, data.sequence_length),
+        "model_flops_per_token": flops_per_token(
+            program.config.model, data.sequence_length, frozen=program.config.adapter is not None
+        ),
     }
 
 

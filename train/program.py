@@ -6,34 +6,33 @@ step = program.compiled_step()          # ahead of time; its plan can be read be
 state, metrics = step(state, batch)
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..checkpoint import huggingface
+from ..configs.errors import UserError
 from ..configs.names import BATCH_FIELDS
 from ..configs.run import RunConfig
-from ..memory import policy
-from ..models.context import Context, flat_linear, linear
-from ..models.decoder import graph, initial_params
-from ..parallel.attention import sharded_attention, token_order
+from ..models.adapters.attach import attached
+from ..models.adapters.selection import multipliers
+from ..models.decoder import graph
 from ..parallel.hlo import refuse_permute_under_conditional
 from ..parallel.layout import rearranged
-from ..parallel.pipeline.table import Table
-from ..parallel.pipeline.wiring import wired
-from ..parallel.rules import batch_shardings, constrainer, optimizer_shardings, weight_shardings
+from ..parallel.rules import batch_shardings, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState
-from ..parallel.vocabulary import lookup
-from . import optimizers, pipeline
-from .gradients import Batch, Engine, accumulated, plain
-from .recipes.registry import RECIPES
+from . import optimizers
+from .engines import divided, fresh, pipelined, whole
+from .gradients import Batch, Engine
 from .staging import Staging, staging
-from .step import Step, make_loss, make_step
+from .step import Step, make_step
 
 # Dtypes of a batch's fields; all are [global_batch, sequence].
 BATCH_DTYPES = dict.fromkeys(BATCH_FIELDS, jnp.int32) | {"loss_weights": jnp.float32}
@@ -57,19 +56,27 @@ class Program:
         """Which repeat of the pattern stands at each place of the stacked arrays; None: in order."""
         return None if self.staging is None else self.staging.order
 
-    def initial(self) -> TrainState:
-        """The state before step 0, as a pure function of the seed."""
+    def initial(self, weights: Any = None) -> TrainState:
+        """The state before step 0, as a pure function of the seed and of the `weights` it starts from, if any."""
         key = jax.random.key(self.config.seed)
-        params = initial_params(self.config.model, key, jnp.dtype(self.config.precision.parameters))
-        params = rearranged({"params": params}, before=None, after=self.order)["params"]
+        params, frozen = divided(self.config, fresh(self.config) if weights is None else weights)
+        parts = rearranged({"params": params, "frozen": frozen}, before=None, after=self.order)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=params,
-            frozen={},
-            opt_state=self.optimizer.init(params),
+            params=parts["params"],
+            frozen=parts["frozen"],
+            opt_state=self.optimizer.init(parts["params"]),
             outer=(),
             rng=jax.random.key_data(jax.random.fold_in(key, 1)),
         )
+
+    def weights(self) -> Any:
+        """The weights in the directory `model.from`, born sharded; None where there is none. Raises as `read`."""
+        if self.config.model.origin is None:
+            return None
+        shapes = jax.eval_shape(partial(fresh, self.config))
+        shardings = weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero)
+        return huggingface.read(self.config.model.origin, self.config.model, shapes=shapes, shardings=shardings)
 
     @cached_property
     def shapes(self) -> TrainState:
@@ -103,7 +110,30 @@ class Program:
     def initialized(self) -> TrainState:
         """The state before step 0, born sharded."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.initial, out_shardings=self.shardings)()
+            return jax.jit(self.initial, out_shardings=self.shardings)(self.weights())
+
+    @cached_property
+    def origin(self) -> str | None:
+        """What tells the weights in `model.from` from others', where a run needs them again to go on."""
+        if self.config.adapter is None or self.config.model.origin is None:
+            return None
+        return huggingface.fingerprint(self.config.model.origin)
+
+    def completed(self, state: TrainState, *, origin: str | None) -> TrainState:
+        """`state`, as a checkpoint holds it, with what never changes: made again from the seed, or from `model.from`.
+
+        `origin` is that of the weights the checkpoint was trained on. Raises UserError where they are others now.
+        """
+        if self.config.adapter is None:
+            return state
+        if origin != self.origin:
+            raise UserError(
+                f"model.from: {self.config.model.origin} holds other weights than this run's adapter was trained on; "
+                "bring them back, or train under another name"
+            )
+        with jax.set_mesh(self.mesh):
+            make = jax.jit(lambda weights: self.initial(weights).frozen, out_shardings=self.shardings.frozen)
+            return dataclasses.replace(state, frozen=make(self.weights()))
 
     def compiled_step(self) -> jax.stages.Compiled:
         """The training step, compiled; it consumes the state it is given."""
@@ -140,88 +170,20 @@ class Program:
 
 def build(config: RunConfig, mesh: Mesh) -> Program:
     """Compose recipe, model, memory policy, gradient engine and optimizer. Allocates nothing."""
-    structure = graph(config.model)
+    structure = graph(config.model, attached(config.model, config.adapter))
     staged = staging(config, pipe=mesh.shape["pipe"])
-    schedule = optimizers.schedule(config.optimizer, steps=config.steps)
-    optimizer = optimizers.build(config.optimizer, steps=config.steps, spike=config.logging.spike)
     engines = whole(config, mesh, structure) if staged is None else pipelined(config, mesh, structure, staged)
-    step = make_step(
-        engines.train, optimizer, schedule=schedule, dropout=config.model.dropout > 0, spike=config.logging.spike
+    schedule = optimizers.schedule(config.optimizer, steps=config.steps)
+    optimizer = optimizers.build(
+        config.optimizer,
+        steps=config.steps,
+        spike=config.logging.spike,
+        multiplied=None if config.adapter is None else multipliers(config.model, config.adapter),
     )
+    step = make_step(engines.train, optimizer, schedule=schedule, dropout=drops(config), spike=config.logging.spike)
     return Program(config, mesh, structure, optimizer, engines.train, step, engines.evaluate, staged)
 
 
-class Engines(NamedTuple):
-    """What is computed of a batch: gradients to train, sums to evaluate."""
-
-    train: Engine
-    evaluate: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
-
-
-def whole(config: RunConfig, mesh: Mesh, structure: Any) -> Engines:
-    """Every device computes with all layers."""
-    loss = make_loss(
-        structure,
-        RECIPES[config.recipe.name],
-        model=config.model,
-        memory=config.memory,
-        context=partial(context, config, mesh),
-    )
-
-    def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        numerator, (weight, _) = loss(params, frozen, batch, None)
-        return numerator, weight
-
-    one = plain(loss, dtype=jnp.dtype(config.precision.gradients))
-    return Engines(accumulated(one, microbatches=config.microbatches), evaluate)
-
-
-def pipelined(config: RunConfig, mesh: Mesh, structure: Any, staged: Staging) -> Engines:
-    """Devices along `pipe` hold some layers each."""
-    cut = pipeline.parts(
-        structure,
-        RECIPES[config.recipe.name],
-        model=config.model,
-        memory=config.memory,
-        context=partial(context, config, mesh),
-        constrain=constrainer(mesh),
-        compute=jnp.dtype(config.precision.compute),
-    )
-
-    def engine(table: Table) -> Engine:
-        return pipeline.make_engine(
-            cut,
-            wired(table, repeats=staged.repeats),
-            repeats=staged.most,
-            mesh=mesh,
-            zero=config.mesh.zero,
-            compute=jnp.dtype(config.precision.compute),
-            dtype=jnp.dtype(config.precision.gradients),
-        )
-
-    forward = engine(staged.forward)
-
-    def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        sums = forward(params, frozen, batch, None)
-        return sums.loss, sums.weight
-
-    return Engines(engine(staged.table), evaluate)
-
-
-def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
-    """What the blocks are told for one batch on one mesh."""
-    chosen = policy.decisions(config.memory, tensors=policy.emitted(config.model))
-    constrain = constrainer(mesh)
-    order = token_order(batch["tokens"].shape[1], mesh=mesh, strategy=config.sequence.parallel)
-    return Context(
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-        index=None if order is None else jnp.asarray(order),
-        dropout_keys=keys,
-        attend=sharded_attention(config.model.attention, mesh=mesh, strategy=config.sequence.parallel),
-        linear=flat_linear if mesh.shape["seq"] == 1 else linear,
-        lookup=partial(lookup, constrain=constrain),
-        constrain=constrain,
-        remat=policy.rematerialized(chosen, scanned=config.model.scan),
-        compute=jnp.dtype(config.precision.compute),
-    )
+def drops(config: RunConfig) -> bool:
+    """Whether anything is random in a forward pass of training."""
+    return config.model.dropout > 0 or (config.adapter is not None and config.adapter.dropout > 0)

@@ -21,6 +21,7 @@ from ..configs.errors import MeshwrightError, Preempted, UserError
 from ..configs.run import RunConfig, check_fits
 from ..memory.policy import decisions, emitted
 from ..memory.selfcheck import check_offload
+from ..models.hf.files import copy_companions
 from ..parallel.mesh import make_mesh
 from ..parallel.state import TrainState, combine
 from . import environment, plan
@@ -105,6 +106,7 @@ def restored(program: Program, storage: Storage, data: Data, journal: Journal) -
             f"checkpoint {step} was trained on corpus {saved.get('corpus')}, and the data are {data.fingerprint} now; "
             "bring back the documents, or train under another name"
         )
+    state = program.completed(state, origin=saved.get("origin"))
     journal.record("restore", step=step, level="storage", reason="newest whole checkpoint")
     return state, step
 
@@ -132,6 +134,8 @@ class Run:
         made = plan.make_plan(program, step)
         if self.world.first:
             self.data.tokenizer.save(self.directory)
+            if config.model.origin is not None and config.data.tokenizer.file == config.model.origin:
+                copy_companions(config.model.origin, self.directory)
             write_json(self.directory / "plan.json", made)
             write_json(self.directory / "environment.json", environment.describe(config, self.data, program.mesh))
         with ExitStack() as stack:
@@ -257,7 +261,12 @@ class Run:
         """Begin a checkpoint."""
         began = time.monotonic()
         samples = step * self.config.data.global_batch
-        data = {"corpus": self.data.fingerprint, "samples": samples, "order": self.program.order}
+        data = {
+            "corpus": self.data.fingerprint,
+            "samples": samples,
+            "order": self.program.order,
+            "origin": self.program.origin,
+        }
         self.storage.save(state, step=step, data=data)
         self.journal.record("save", step=step, stall_seconds=time.monotonic() - began)
 

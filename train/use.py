@@ -81,5 +81,5 @@ def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
     with closing(Storage(run / "checkpoints", keep=config.checkpoint.keep)) as storage:
         if not storage.steps:
             raise UserError(f"{run}: no checkpoint yet; train it with `meshwright train {run / 'config.yaml'}`")
-        state, _ = restore(program, storage, storage.steps[-1])
-    return program, state
+        state, saved = restore(program, storage, storage.steps[-1])
+    return program, program.completed(state, origin=saved.get("origin"))

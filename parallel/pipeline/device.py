@@ -29,7 +29,7 @@ class Device:
     def fields(self, microbatch: jax.Array) -> tuple[Any, Any]:
         """A microbatch's fields, and what its blocks read."""
         fields, keys = jax.tree.map(lambda leaf: leaf[microbatch], (self.batch, self.keys))
-        return fields, self.parts.context(fields, keys)
+        return fields, self.parts.context(self.frozen.ends, fields, keys)
 
     def layer(self, row: Row, number: jax.Array) -> tuple[Any, Any]:
         """Weights and frozen weights of repeat `number` of the row's chunk."""

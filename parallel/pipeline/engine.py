@@ -88,7 +88,7 @@ def on_device(
     batch, keys = cut(batch), cut(keys)
     first = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
     fields, key, layer = first(batch), first(keys), first((weights.stacked, frozen.stacked))
-    context = (jax.eval_shape(parts.context, fields, key), jax.ShapeDtypeStruct((), jnp.int32))
+    context = (jax.eval_shape(parts.context, frozen.ends, fields, key), jax.ShapeDtypeStruct((), jnp.int32))
     x = parts.shape(fields)
     block = split(parts.block, *layer, context, x)
     ends = WholeEnds() if wiring.meetings is None else SharedEnds(wiring.meetings, wiring.table)

@@ -26,7 +26,7 @@ class Weights(NamedTuple):
 class Parts:
     """The model as a pipeline cuts it. `fields` are a microbatch's, `context` is made of them; `frozen`: only read."""
 
-    context: Callable[..., Any]  # fields, dropout keys -> arrays that all blocks of a microbatch read
+    context: Callable[..., Any]  # frozen ends, fields, dropout keys -> arrays that a microbatch's blocks read
     block: Callable[..., jax.Array]  # weights, frozen, (context, repeat), x -> x
     enter: Callable[..., jax.Array]  # ends, frozen, fields, context, lookup (None: the model's) -> x of the first block
     leave: Callable[..., tuple[jax.Array, jax.Array]]  # ends, frozen, hidden, fields, context -> numerator, weight

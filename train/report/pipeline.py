@@ -49,6 +49,6 @@ def words_of(schedule: Table, timeline: Timeline) -> str:
     shape = f"{schedule.stages} stages on {schedule.devices} devices, {schedule.microbatches} microbatches"
     held = ", ".join(f"{count:g}" for count in timeline.in_flight)
     return (
-        f"{schedule.name}: {shape}, {schedule.ticks} ticks. Idle: {timeline.bubble:.1%} where devices run on their own, "
+        f"{schedule.name}: {shape}, {schedule.ticks} ticks. Idle: {timeline.bubble:.1%} where devices run alone, "
         f"{timeline.lockstep_bubble:.1%} in lock-step. Microbatches held at most, by device: {held}."
     )

@@ -48,7 +48,7 @@ def leave(ends, frozen, hidden, fields, context):
 
 
 PARTS = Parts(
-    context=lambda fields, keys: {"shift": fields["weights"] / 7},
+    context=lambda frozen, fields, keys: {"shift": fields["weights"] / 7},
     block=block,
     enter=enter,
     leave=leave,
@@ -87,7 +87,7 @@ def reference(weights, frozen, batch):
     """Loss, weight and gradient of the whole batch, all blocks one after another."""
 
     def loss(weights):
-        context = PARTS.context(batch, None)
+        context = PARTS.context({}, batch, None)
         x = enter(weights.ends, {}, batch, context, None)
         for number in range(frozen.stacked["scale"].shape[0]):
             one, other = jax.tree.map(lambda leaf, n=number: leaf[n], (weights.stacked, frozen.stacked))
