@@ -1,5 +1,6 @@
 """`RunConfig`: the whole configuration as one frozen tree, and the checks that need more than one section."""
 
+import math
 import re
 
 from pydantic import Field, model_validator
@@ -7,6 +8,7 @@ from pydantic import Field, model_validator
 from .base import Section
 from .data import DataConfig
 from .model import ModelConfig
+from .outer import OuterConfig, check_replicas
 from .parallel import MemoryConfig, MeshConfig, PrecisionConfig, SequenceConfig
 from .training import (
     CheckpointConfig,
@@ -35,6 +37,8 @@ class RunConfig(Section):
     memory: MemoryConfig = MemoryConfig()
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    outer: OuterConfig | None = None
+    """How the replicas of `mesh.replica` meet; null: there is one."""
     recipe: RecipeConfig = RecipeConfig()
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -55,6 +59,13 @@ class RunConfig(Section):
             )
         if self.model.attention == "cudnn" and self.mesh.platform == "cpu":
             raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
+        check_replicas(
+            self.outer,
+            replicas=self.mesh.replica,
+            steps=self.steps,
+            layers=self.model.layers,
+            average=self.optimizer.ema,
+        )
         if (count := self.mesh.count) is not None:
             check_fits(self, self.mesh.resolved(count))
         return self
@@ -74,11 +85,12 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
         )
     if model.embed % axes["fsdp"]:
         raise ValueError(f"model.embed: {model.embed} is not divisible by mesh.fsdp ({axes['fsdp']})")
-    shards = axes["data"] * axes["fsdp"] * config.microbatches
-    if data.global_batch % shards:
+    rows = {axis: axes[axis] for axis in ("replica", "data", "fsdp")} | {"microbatches": config.microbatches}
+    rows = {name: size for name, size in rows.items() if size > 1 or name != "replica"}
+    if data.global_batch % math.prod(rows.values()):
         raise ValueError(
-            f"data.global_batch: {data.global_batch} is not divisible by data x fsdp x microbatches "
-            f"({axes['data']} x {axes['fsdp']} x {config.microbatches} = {shards})"
+            f"data.global_batch: {data.global_batch} is not divisible by {' x '.join(rows)} "
+            f"({' x '.join(map(str, rows.values()))} = {math.prod(rows.values())})"
         )
     check_sequence(config, axes)
     if seq > 1 and config.sequence.parallel == "ulysses":
