@@ -5,6 +5,7 @@ The run stacks layers [repeats, ...] and pads the vocabulary. Canonically there 
     params/segments/0/1/block/attn/q/kernel [repeats, ...]   <->   params/layers/7/attn/q/kernel
     opt_state/adamw/mu/segments/0/1/...                      <->   opt_state/adamw/mu/layers/7/...
 
+What differs between replicas, arrays [replica, ...] in the run, is under `replica/3/`: `replica/3/params/layers/7/...`.
 Manifests, exports, adapters, outer fragments and tests speak canonical names only.
 """
 
@@ -44,6 +45,26 @@ def from_canonical(arrays: Mapping[str, Any], like: Any, model: ModelConfig) -> 
         return result
 
     return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def canonical_replicas(tree: Any, model: ModelConfig, *, replicas: int) -> dict[str, jax.Array]:
+    """`canonical` of a tree whose arrays have a leading [replica]: every replica's own, under `replica/N/`."""
+    return {
+        f"replica/{replica}/{name}": leaf
+        for replica in range(replicas)
+        for name, leaf in canonical(jax.tree.map(lambda leaf: leaf[replica], tree), model).items()  # noqa: B023
+    }
+
+
+def from_canonical_replicas(arrays: Mapping[str, Any], like: Any, model: ModelConfig, *, replicas: int) -> Any:
+    """The inverse: a tree shaped as `like`, whose arrays have a leading [replica]. Raises as `from_canonical`."""
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), like)
+    parts = []
+    for replica in range(replicas):
+        prefix = f"replica/{replica}/"
+        own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+        parts.append(from_canonical(own, one, model))
+    return jax.tree.map(lambda *each: jnp.stack(each), *parts)
 
 
 def places(path: str, shape: tuple[int, ...], model: ModelConfig) -> list[tuple[str, tuple[Any, ...]]]:

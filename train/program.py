@@ -28,6 +28,7 @@ from ..parallel.vocabulary import lookup
 from . import optimizers
 from .gradients import Batch, accumulated, plain
 from .recipes.registry import RECIPES
+from .replicas import Meet, Replicas, replicas_of
 from .step import Step, make_loss, make_step
 
 # Dtypes of a batch's fields; all are [global_batch, sequence].
@@ -44,9 +45,14 @@ class Program:
     optimizer: optax.GradientTransformation
     step: Step  # (state, batch) -> (state, metrics)
     evaluate: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
+    replicas: Replicas | None = None  # where several train by themselves
 
     def initial(self) -> TrainState:
         """The state before step 0, as a pure function of the seed."""
+        return self.replicas.initial(self._one()) if self.replicas else self._one()
+
+    def _one(self) -> TrainState:
+        """`initial` of one replica."""
         key = jax.random.key(self.config.seed)
         params = initial_params(self.config.model, key, jnp.dtype(self.config.precision.parameters))
         return TrainState(
@@ -68,14 +74,16 @@ class Program:
         """Where each array of the state lives."""
         repeated = NamedSharding(self.mesh, PartitionSpec())
         zero = self.config.mesh.zero
-        return TrainState(
+        shapes = jax.eval_shape(self._one)
+        one = TrainState(
             step=repeated,
-            params=weight_shardings(self.shapes.params, mesh=self.mesh, zero=zero),
-            frozen=weight_shardings(self.shapes.frozen, mesh=self.mesh, zero=zero),
-            opt_state=optimizer_shardings(self.shapes.opt_state, self.shapes.params, mesh=self.mesh),
+            params=weight_shardings(shapes.params, mesh=self.mesh, zero=zero),
+            frozen=weight_shardings(shapes.frozen, mesh=self.mesh, zero=zero),
+            opt_state=optimizer_shardings(shapes.opt_state, shapes.params, mesh=self.mesh),
             outer=(),
             rng=repeated,
         )
+        return self.replicas.shardings(one, shapes.params) if self.replicas else one
 
     @cached_property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -98,22 +106,49 @@ class Program:
             jitted = jax.jit(self.step, out_shardings=(self.shardings, None), donate_argnums=0)
             return jitted.lower(self._abstract_state(), self.batch_shapes).compile()
 
+    def compiled_meetings(self) -> Meet:
+        """`meet(state, update)`: what replicas do after update number `update`; a run of one does nothing."""
+        if self.replicas is None:
+            return lambda state, update: state
+        return self.replicas.compiled_meetings(self.shapes, self.shardings)
+
     def compiled_evaluation(self) -> jax.stages.Compiled:
-        """Loss sums of a batch, compiled."""
-        state = self._abstract_state()
+        """Loss sums of a batch, compiled, for parameters as `evaluated` gives them."""
+        frozen = self._abstract_state().frozen
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.evaluate).lower(state.params, state.frozen, self.batch_shapes).compile()
+            return jax.jit(self.evaluate).lower(self._abstract_params(), frozen, self.batch_shapes).compile()
+
+    def evaluated(self, state: TrainState) -> Any:
+        """The parameters to evaluate, sample from and export: the outer ones, an average where one is kept, or all."""
+        if not self.replicas and "average" not in state.opt_state:
+            return state.params
+        chosen = self.replicas.parameters if self.replicas else averaged
+        return jax.jit(chosen, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self._abstract_params()))(state)
+
+    def _abstract_params(self) -> Any:
+        """One replica's parameters, and where they live."""
+        shapes = jax.eval_shape(self._one).params
+        return jax.tree.map(placed, shapes, weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero))
 
     def _abstract_state(self) -> TrainState:
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            self.shapes,
-            self.shardings,
-        )
+        return jax.tree.map(placed, self.shapes, self.shardings)
 
 
-def build(config: RunConfig, mesh: Mesh) -> Program:
-    """Compose recipe, model, memory policy, gradient engine and optimizer. Allocates nothing."""
+def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of `leaf`, at `sharding`."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def averaged(state: TrainState) -> Any:
+    """The moving average of the parameters, in their dtype."""
+    return jax.tree.map(lambda mean, own: mean.astype(own.dtype), state.opt_state["average"].params, state.params)
+
+
+def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) -> Program:
+    """Compose recipe, model, memory policy, gradient engine, optimizer and outer optimizer. Allocates nothing.
+
+    `replica_count` is for a mesh that is not the run's own: replicas that it has no axis for are on every device.
+    """
     structure = graph(config.model)
     loss = make_loss(
         structure,
@@ -131,7 +166,10 @@ def build(config: RunConfig, mesh: Mesh) -> Program:
         numerator, (weight, _) = loss(params, frozen, batch, None)
         return numerator, weight
 
-    return Program(config, mesh, structure, optimizer, step, evaluate)
+    several = replicas_of(config, mesh, count=replica_count)
+    if several:
+        step, evaluate = several.step(step), several.evaluate(evaluate)
+    return Program(config, mesh, structure, optimizer, step, evaluate, several)
 
 
 def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
