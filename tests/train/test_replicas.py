@@ -46,13 +46,16 @@ def crossing(compiled, mesh):
 
 def test_a_mesh_of_replicas_in_microbatches_equals_replicas_without_other_axes():
     outer = OUTERS["diloco"]
-    small = tiny(outer=outer, mesh={"replica": 2}, model=DROPOUT, optimizer=SGD)
-    assert_same(small, tiny(outer=outer, mesh=MESH, model=DROPOUT, optimizer=SGD, microbatches=2), steps=3)
+    small = tiny(outer=outer, mesh={"replica": 2}, optimizer=SGD)
+    large = {"replica": 2, "seq": 2, "tensor": 2}
+    assert_same(small, tiny(outer=outer, mesh=large, optimizer=SGD, microbatches=2), steps=3)
 
 
-def test_no_inner_step_sends_anything_to_another_replica():
-    mesh = program_of("diloco", **MESH).mesh
-    assert collectives(compiled_step().as_text(), mesh) and not crossing(compiled_step(), mesh)
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"seq": 2, "data": 2}])
+def test_no_inner_step_sends_anything_to_another_replica(axes):
+    program = program_of("diloco", replica=2, **axes)
+    compiled = compiled_step() if "fsdp" in axes else program.compiled_step()
+    assert collectives(compiled.as_text(), program.mesh) and not crossing(compiled, program.mesh)
 
 
 @pytest.mark.parametrize("outer", OUTERS)
