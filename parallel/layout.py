@@ -11,6 +11,7 @@ Manifests, exports, adapters, outer fragments and tests speak canonical names on
 
 import re
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -29,6 +30,15 @@ def canonical(tree: Any, model: ModelConfig) -> dict[str, jax.Array]:
         name: leaf[index]
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         for name, index in places(path_name(path), jnp.shape(leaf), model)
+    }
+
+
+def run_shapes(tree: Any, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape in the run of every array of `tree` (or shapes); a padded vocabulary stays so."""
+    return {
+        name: tuple(size for size, part in zip_longest(leaf.shape, index) if part is None or isinstance(part, slice))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        for name, index in places(path_name(path), leaf.shape, model)
     }
 
 

@@ -22,6 +22,8 @@ from ..memory import policy
 from ..models.context import Context, flat_linear, linear
 from ..models.decoder import graph, initial_params
 from ..parallel.attention import sharded_attention, token_order
+from ..parallel.layout import run_shapes
+from ..parallel.lowcomm.bytes import Traffic, traffic
 from ..parallel.rules import batch_shardings, constrainer, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState
 from ..parallel.vocabulary import lookup
@@ -124,6 +126,20 @@ class Program:
             return state.params
         chosen = self.replicas.parameters if self.replicas else averaged
         return jax.jit(chosen, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self._abstract_params()))(state)
+
+    @cached_property
+    def traffic(self) -> tuple[Traffic, ...]:
+        """What each replica sends, and when; nothing in a run of one."""
+        if not self.replicas:
+            return ()
+        return traffic(
+            self.config.outer, self.array_shapes, layers=self.config.model.layers, replicas=self.replicas.count
+        )
+
+    @cached_property
+    def array_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one replica's every parameter, by canonical name."""
+        return run_shapes(self._abstract_params(), self.config.model)
 
     def _abstract_params(self) -> Any:
         """One replica's parameters, and where they live."""

@@ -21,6 +21,7 @@ from ..configs.errors import MeshwrightError, Preempted, UserError
 from ..configs.run import RunConfig, check_fits
 from ..memory.policy import decisions, emitted
 from ..memory.selfcheck import check_offload
+from ..parallel.lowcomm.bytes import sent
 from ..parallel.mesh import make_mesh
 from ..parallel.state import TrainState, combine
 from . import environment, plan
@@ -223,6 +224,8 @@ class Run:
         metrics = on_host(arrays)  # waits for the device
         with self.meter.host():
             metrics |= self.meter.lap()
+            if self.program.traffic:
+                metrics["sent_bytes"] = sent(self.program.traffic, step)
             self.last |= metrics
             if metrics["skipped"]:
                 self.journal.record("skip", step=step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
