@@ -103,6 +103,17 @@ class Replicas:
         found = self.outer.parameters(state.params, state.outer)
         return jax.tree.map(lambda mean, own: mean.astype(own.dtype), found, state.params)
 
+    def apart(self, state: TrainState) -> dict[str, float]:
+        """replica_spread: a parameter's standard deviation over the replicas over its size, both root mean squares."""
+
+        def squares(params: Any) -> tuple[jax.Array, jax.Array]:
+            leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(params)]
+            return sum(leaf.var(axis=0).sum() for leaf in leaves), sum((leaf**2).mean(axis=0).sum() for leaf in leaves)
+
+        repeated = NamedSharding(self.mesh, PartitionSpec())
+        between, whole = jax.jit(squares, out_shardings=(repeated, repeated))(state.params)
+        return {"replica_spread": float(jnp.sqrt(between / whole))}
+
     def canonical(self, state: TrainState, model: ModelConfig) -> dict[str, jax.Array]:
         """Parameters, optimizer state and outer state by canonical name, what differs between replicas under theirs."""
         several = {"params": state.params, "opt_state": state.opt_state}

@@ -261,6 +261,8 @@ class Run:
         began = time.monotonic()
         params = self.program.evaluated(state)
         values = evaluate(self.program, evaluation, params, state.frozen, self.data)
+        if self.program.replicas:
+            values |= self.program.replicas.apart(state)
         self.last |= values
         self.write(step, values)
         self.journal.record("evaluation", step=step, seconds=time.monotonic() - began, **values)
