@@ -133,8 +133,24 @@ def data_preview(config: Config, overrides: Overrides = None, rows: int = 2) -> 
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Memory, FLOPs, communication and the sharding of every array; allocates nothing."""
+def plan(
+    config: Annotated[str, typer.Argument(help="A YAML file, a shipped recipe, or: lowcomm [CONFIG].")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+    step_seconds: Annotated[float | None, typer.Option(help="lowcomm: what a step computes for.")] = None,
+    gigabits: Annotated[float | None, typer.Option(help="lowcomm: of the slow link, in Gbit/s.")] = None,
+) -> None:
+    """Memory, FLOPs, communication and the sharding of every array; allocates nothing.
+
+    `plan lowcomm` simulates slow links: the published table, or, with a CONFIG, your model, step and link.
+    """
+    if config == "lowcomm":
+        from .lowcomm import planned
+
+        planned(overrides or [], step_seconds=step_seconds, gigabits=gigabits, as_json=as_json)
+        return
+    if step_seconds is not None or gigabits is not None:
+        raise UserError(f"--step-seconds, --gigabits: they belong to `plan lowcomm CONFIG`, not to `plan {config}`")
     loaded = loading.load(config, overrides=overrides or ())
     from rich.console import Console
 
