@@ -9,11 +9,12 @@ import pytest
 import typer
 import yaml
 
-from meshwright.configs import data, load, model, names, parallel, run, training
+from meshwright.configs import data, load, model, names, outer, parallel, run, training
 from meshwright.configs.errors import UserError
 from meshwright.configs.foreign import FOREIGN_KEYS
 from meshwright.memory.policy import PRESETS
 from meshwright.models.attention.registry import IMPLEMENTATIONS
+from meshwright.parallel.lowcomm.wire import WIRES
 from meshwright.parallel.rules import ACTIVATIONS, WEIGHTS
 from meshwright.parallel.sequence.attend import STRATEGIES
 from meshwright.train import optimizers
@@ -174,6 +175,8 @@ LISTED = {
     "axes": ("docs/parallelism.md", "axis", names.MESH_AXES),
     "sources": ("docs/data.md", "`data.source`", SOURCES),
     "packers": ("docs/data.md", "`data.packing.method`", PACKERS),
+    "outer": ("docs/lowcomm.md", "`outer.name`", outer.RULES),
+    "wires": ("docs/lowcomm.md", "`outer.wire`", WIRES),
     "optimizers": ("docs/optimizers.md", "`optimizer.name`", optimizers.RULES),
 }
 

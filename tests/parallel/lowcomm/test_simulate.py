@@ -48,7 +48,7 @@ def test_the_published_table_comes_out_but_for_a_few_cells_that_are_one_step_off
             found = needed(work, methods(work.layers)[name], target)
             if abs(found - paper) > 0.061:
                 off.append((size, name, target))
-                assert 1 / 1.21 < found / paper < 1.21 or abs(found - paper) < 0.1, off[-1]
+                assert 1 / 1.3 < found / paper < 1.21, off[-1]  # one step, beside a rounded number
     assert len(off) == 6 and all("streaming" in name for _, name, _ in off)
 
 
