@@ -122,10 +122,14 @@ class Program:
 
     def evaluated(self, state: TrainState) -> Any:
         """The parameters to evaluate, sample from and export: the outer ones, an average where one is kept, or all."""
-        if not self.replicas and "average" not in state.opt_state:
-            return state.params
-        chosen = self.replicas.parameters if self.replicas else averaged
-        return jax.jit(chosen, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self._abstract_params()))(state)
+        return self._evaluated(state) if self._evaluated else state.params
+
+    @cached_property
+    def _evaluated(self) -> Callable[[TrainState], Any] | None:
+        if not self.replicas and "average" not in self.shapes.opt_state:
+            return None
+        where = jax.tree.map(lambda leaf: leaf.sharding, self._abstract_params())
+        return jax.jit(self.replicas.parameters if self.replicas else averaged, out_shardings=where)
 
     @cached_property
     def traffic(self) -> tuple[Traffic, ...]:
