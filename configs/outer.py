@@ -55,6 +55,8 @@ class OuterConfig(Section):
     """streaming: share of a replica's own parameters that stays when what arrives is mixed in (alpha)."""
     wire: Wire | None = None
     """Number format on the slow link; null: float32."""
+    memory: Literal["device", "host"] = "device"
+    """Where the outer state waits between meetings: beside the parameters, or in the host's pinned memory."""
 
     @model_validator(mode="before")
     @classmethod

@@ -45,6 +45,7 @@ class Replicas:
     outer: OuterOptimizer
     mesh: Mesh
     seed: int  # of the pairs
+    on_host: bool  # whether the outer state waits in the host's memory
 
     def initial(self, state: TrainState) -> TrainState:
         """Everybody begins at the same parameters."""
@@ -60,11 +61,12 @@ class Replicas:
     def shardings(self, one: TrainState, params: Any) -> TrainState:
         """From where one replica's arrays live, and the shapes of its parameters, to where everybody's do."""
         outer = optimizer_shardings(jax.eval_shape(self.outer.init, params), params, mesh=self.mesh)
+        if self.outer.per_replica:
+            outer = cut_by_replica(outer)
+        if self.on_host:
+            outer = jax.tree.map(lambda where: where.with_memory_kind("pinned_host"), outer)
         return dataclasses.replace(
-            one,
-            params=cut_by_replica(one.params),
-            opt_state=cut_by_replica(one.opt_state),
-            outer=cut_by_replica(outer) if self.outer.per_replica else outer,
+            one, params=cut_by_replica(one.params), opt_state=cut_by_replica(one.opt_state), outer=outer
         )
 
     def step(self, step: Step) -> Step:
@@ -78,7 +80,11 @@ class Replicas:
             parts = self.parts(batch)
             rows = parts["tokens"].shape[1]
             params, opt_state, counts, metrics = jax.vmap(inner, (0, 0, 0, 0, None))(
-                state.params, state.opt_state, parts, jnp.arange(self.count) * rows, state
+                state.params,
+                state.opt_state,
+                parts,
+                jnp.arange(self.count) * rows,
+                dataclasses.replace(state, outer=()),
             )
             del counts  # all alike; the one below crosses nothing
             return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
@@ -100,7 +106,7 @@ class Replicas:
 
     def parameters(self, state: TrainState) -> Any:
         """The outer parameters, without [replica], in the dtype of the inner ones: what the run is."""
-        found = self.outer.parameters(state.params, state.outer)
+        found = self.outer.parameters(state.params, self.at_hand(state.outer))
         return jax.tree.map(lambda mean, own: mean.astype(own.dtype), found, state.params)
 
     def apart(self, state: TrainState) -> dict[str, float]:
@@ -121,6 +127,10 @@ class Replicas:
         if self.outer.per_replica:
             several, one = several | one, {}
         return layout.canonical_replicas(several, model, replicas=self.count) | layout.canonical(one, model)
+
+    def at_hand(self, outer: Any) -> Any:
+        """The outer state in the device's memory; for use in a compiled function."""
+        return jax.device_put(outer, jax.memory.Space.Device) if self.on_host else outer
 
     def compiled_meetings(self, shapes: TrainState, shardings: TrainState) -> Meet:
         """`meet(state, update)` runs what is due after update number `update`; it consumes the state it is given."""
@@ -145,8 +155,12 @@ class Replicas:
             where,
         )
         row = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
+
+        def run(params: Any, outer: Any, row: jax.Array) -> tuple[Any, Any]:
+            return meeting.run(params, self.at_hand(outer), row)
+
         with jax.set_mesh(self.mesh):
-            jitted = jax.jit(meeting.run, out_shardings=where, donate_argnums=(0, 1))
+            jitted = jax.jit(run, out_shardings=where, donate_argnums=(0, 1))
             return jitted.lower(*given, row).compile()
 
 
@@ -160,7 +174,7 @@ def replicas_of(config: RunConfig, mesh: Mesh, *, count: int | None = None) -> R
         return exchange(wire, replicas=count, mesh=mesh)
 
     outer = registry.build(config.outer, model=config.model, travel=travel, replicas=count)
-    return Replicas(count, outer, mesh, config.seed)
+    return Replicas(count, outer, mesh, config.seed, config.outer.memory == "host")
 
 
 def cut_by_replica(shardings: Any) -> Any:

@@ -23,7 +23,7 @@ def small(**changes):
     base = {
         "steps": 6,
         "mesh": {"replica": 2, "tensor": 2},
-        "outer": {"name": "streaming", "every": 2, "fragments": 2, "wire": "e3m0"},
+        "outer": {"name": "streaming", "every": 2, "fragments": 2, "wire": "e3m0", "memory": "host"},
         "model": {"vocab": 384},
         "checkpoint": {"every": 3},
         "evaluation": {"every": 3},
@@ -65,6 +65,7 @@ def test_a_run_is_evaluated_and_used_by_its_outer_parameters(whole):
     program, state = use.opened(use.read(root / "run", []), root / "run")
     params, anchor = program.evaluated(state), state.outer.anchor
     jax.tree.map(np.testing.assert_array_equal, params, anchor)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(anchor)} == {"pinned_host"}
     assert not np.array_equal(anchor["head"]["kernel"], state.params["head"]["kernel"][0])
 
 
