@@ -10,14 +10,14 @@ from .names import MESH_AXES
 DTYPE = Literal["float32", "bfloat16", "float16"]
 
 # Axes of the mesh that no part of the code shards over yet.
-UNBUILT_AXES = ("replica", "expert")
+UNBUILT_AXES = ("expert",)
 
 
 class MeshConfig(Section):
     """Sizes of the mesh axes, slow links first. Their product is the number of devices; one may be -1: what is left."""
 
     replica: int = 1
-    """Replicas that meet rarely (outer optimizer)."""
+    """Replicas that train by themselves and meet as `outer` says; part of what is computed, so never -1."""
     pipe: int = 1
     """Devices a microbatch passes through, each with its own layers (see `pipeline`)."""
     data: int = 1
@@ -44,6 +44,8 @@ class MeshConfig(Section):
                 raise ValueError(f"mesh.{axis}: {size} must be at least 1, or -1 for what is left")
             if axis in UNBUILT_AXES and size != 1:
                 raise ValueError(f"mesh.{axis}: {size} is not supported yet; leave it at 1")
+        if self.replica == -1:
+            raise ValueError(f"mesh.replica: {self.replica} would let the machine choose the run; write a number")
         if (open_axes := [axis for axis, size in self.sizes.items() if size == -1]) and len(open_axes) > 1:
             raise ValueError(f"mesh: {', '.join(open_axes)} are all -1; at most one axis may be")
         if self.devices is not None:

@@ -1,5 +1,6 @@
 """`RunConfig`: the whole configuration as one frozen tree, and the checks that need more than one section."""
 
+import math
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ from .adapter import AdapterConfig
 from .base import Section
 from .data import DataConfig
 from .model import ModelConfig
+from .outer import OuterConfig, check_replicas
 from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
 from .training import (
     CheckpointConfig,
@@ -40,6 +42,8 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     adapter: AdapterConfig | None = None
     """Train a few weights instead of all; null: all."""
+    outer: OuterConfig | None = None
+    """How the replicas of `mesh.replica` meet; null: there is one."""
     recipe: RecipeConfig = RecipeConfig()
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -69,6 +73,13 @@ class RunConfig(Section):
             )
         if self.model.attention == "cudnn" and self.mesh.platform == "cpu":
             raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
+        check_replicas(
+            self.outer,
+            replicas=self.mesh.replica,
+            steps=self.steps,
+            layers=self.model.layers,
+            average=self.optimizer.ema,
+        )
         if (count := self.mesh.count) is not None:
             check_fits(self, self.mesh.resolved(count))
         return self
@@ -88,11 +99,12 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
         )
     if model.embed % axes["fsdp"]:
         raise ValueError(f"model.embed: {model.embed} is not divisible by mesh.fsdp ({axes['fsdp']})")
-    shards = axes["data"] * axes["fsdp"] * config.microbatches
-    if data.global_batch % shards:
+    rows = {axis: axes[axis] for axis in ("replica", "data", "fsdp")} | {"microbatches": config.microbatches}
+    rows = {name: size for name, size in rows.items() if size > 1 or name != "replica"}
+    if data.global_batch % math.prod(rows.values()):
         raise ValueError(
-            f"data.global_batch: {data.global_batch} is not divisible by data x fsdp x microbatches "
-            f"({axes['data']} x {axes['fsdp']} x {config.microbatches} = {shards})"
+            f"data.global_batch: {data.global_batch} is not divisible by {' x '.join(rows)} "
+            f"({' x '.join(map(str, rows.values()))} = {math.prod(rows.values())})"
         )
     check_sequence(config, axes)
     check_pipeline(config, axes)
@@ -109,6 +121,11 @@ def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
     """Raise ValueError where what is asked for cannot run in a pipeline. `train/staging.py` counts the layers."""
     if axes["pipe"] == 1:
         return
+    if axes["replica"] > 1:
+        raise ValueError(
+            f"mesh.pipe: {axes['pipe']} with mesh.replica {axes['replica']}: replicas that are pipelines are not built "
+            "yet; leave one of them at 1"
+        )
     if len(config.model.segments) > 1:
         pattern = len(config.model.windows)
         raise ValueError(

@@ -7,11 +7,13 @@ pipeline it is None. Canonically there is one unpadded array per layer:
     params/segments/0/1/block/attn/q/kernel [repeats, ...]   <->   params/layers/7/attn/q/kernel
     opt_state/adamw/mu/segments/0/1/...                      <->   opt_state/adamw/mu/layers/7/...
 
+What differs between replicas, arrays [replica, ...] in the run, is under `replica/3/`: `replica/3/params/layers/7/...`.
 Manifests, exports, adapters, outer fragments and tests speak canonical names only.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -34,6 +36,15 @@ def canonical(tree: Any, model: ModelConfig, order: Order = None) -> dict[str, j
     }
 
 
+def run_shapes(tree: Any, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape in the run of every array of `tree` (or shapes); a padded vocabulary stays so."""
+    return {
+        name: tuple(size for size, part in zip_longest(leaf.shape, index) if part is None or isinstance(part, slice))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        for name, index in places(path_name(path), leaf.shape, model)
+    }
+
+
 def from_canonical(arrays: Mapping[str, Any], like: Any, model: ModelConfig, order: Order = None) -> Any:
     """The inverse: a tree shaped as `like` (arrays or shapes), padding and empty places filled with zeros.
 
@@ -47,6 +58,26 @@ def from_canonical(arrays: Mapping[str, Any], like: Any, model: ModelConfig, ord
         return result
 
     return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def canonical_replicas(tree: Any, model: ModelConfig, *, replicas: int) -> dict[str, jax.Array]:
+    """`canonical` of a tree whose arrays have a leading [replica]: every replica's own, under `replica/N/`."""
+    return {
+        f"replica/{replica}/{name}": leaf
+        for replica in range(replicas)
+        for name, leaf in canonical(jax.tree.map(lambda leaf: leaf[replica], tree), model).items()  # noqa: B023
+    }
+
+
+def from_canonical_replicas(arrays: Mapping[str, Any], like: Any, model: ModelConfig, *, replicas: int) -> Any:
+    """The inverse: a tree shaped as `like`, whose arrays have a leading [replica]. Raises as `from_canonical`."""
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), like)
+    parts = []
+    for replica in range(replicas):
+        prefix = f"replica/{replica}/"
+        own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+        parts.append(from_canonical(own, one, model))
+    return jax.tree.map(lambda *each: jnp.stack(each), *parts)
 
 
 def places(

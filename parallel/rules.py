@@ -112,7 +112,7 @@ def inherited(whole: PartitionSpec, shape: tuple[int, ...], own: tuple[int, ...]
 
 def batch_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
     """Where each [global_batch, sequence] array of a batch lives."""
-    return {field: NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "seq")) for field in BATCH_FIELDS}
+    return {field: NamedSharding(mesh, PartitionSpec(("replica", "data", "fsdp"), "seq")) for field in BATCH_FIELDS}
 
 
 def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:

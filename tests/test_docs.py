@@ -9,11 +9,12 @@ import pytest
 import typer
 import yaml
 
-from meshwright.configs import adapter, data, load, model, names, parallel, run, training
+from meshwright.configs import adapter, data, load, model, names, outer, parallel, run, training
 from meshwright.configs.errors import UserError
 from meshwright.configs.foreign import FOREIGN_KEYS
 from meshwright.memory.policy import PRESETS
 from meshwright.models.attention.registry import IMPLEMENTATIONS
+from meshwright.parallel.lowcomm.wire import WIRES
 from meshwright.parallel.pipeline.schedules.registry import SCHEDULES
 from meshwright.parallel.rules import ACTIVATIONS, WEIGHTS
 from meshwright.parallel.sequence.attend import STRATEGIES
@@ -177,6 +178,8 @@ LISTED = {
     "sources": ("docs/data.md", "`data.source`", SOURCES),
     "packers": ("docs/data.md", "`data.packing.method`", PACKERS),
     "adapters": ("docs/finetune.md", "`adapter.method`", adapter.METHOD_KEYS),
+    "outer": ("docs/lowcomm.md", "`outer.name`", outer.RULES),
+    "wires": ("docs/lowcomm.md", "`outer.wire`", WIRES),
     "optimizers": ("docs/optimizers.md", "`optimizer.name`", optimizers.RULES),
     "schedules": ("docs/pipeline.md", "schedule", SCHEDULES),
 }

@@ -14,11 +14,13 @@ ROOMS = {"configs": 1, "models": 2, "memory": 3, "parallel": 3, "checkpoint": 4,
 MAY_IMPORT_BESIDE = {("parallel", "memory")}
 JAX_FREE = (
     "meshwright.configs.load",
+    "meshwright.parallel.lowcomm.pairs",
     "meshwright.parallel.pipeline.draw",
     "meshwright.train.cli",
     "meshwright.train.data.assemble",
     "meshwright.train.launch.local",
     "meshwright.train.launch.world",
+    "meshwright.train.lowcomm",
     "meshwright.train.schedule",
     "meshwright.train.staging",
 )

@@ -189,8 +189,24 @@ def adapter_merge(run: RunPath, target: Path) -> None:
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Memory, FLOPs, communication and the sharding of every array; allocates nothing."""
+def plan(
+    config: Annotated[str, typer.Argument(help="A YAML file, a shipped recipe, or: lowcomm [CONFIG].")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+    step_seconds: Annotated[float | None, typer.Option(help="lowcomm: what a step computes for.")] = None,
+    gigabits: Annotated[float | None, typer.Option(help="lowcomm: of the slow link, in Gbit/s.")] = None,
+) -> None:
+    """Memory, FLOPs, communication and the sharding of every array; allocates nothing.
+
+    `plan lowcomm` simulates slow links: the published table, or, with a CONFIG, your model, step and link.
+    """
+    if config == "lowcomm":
+        from .lowcomm import planned
+
+        planned(overrides or [], step_seconds=step_seconds, gigabits=gigabits, as_json=as_json)
+        return
+    if step_seconds is not None or gigabits is not None:
+        raise UserError(f"--step-seconds, --gigabits: they belong to `plan lowcomm CONFIG`, not to `plan {config}`")
     loaded = loading.load(config, overrides=overrides or ())
     from rich.console import Console
 
@@ -284,7 +300,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="step, attention")]) -> None:
+def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="step, attention, lowcomm")]) -> None:
     """Measure against a peer or a bound, in one process; what follows the name is the benchmark's."""
     from .bench import run
 

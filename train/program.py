@@ -25,12 +25,14 @@ from ..models.adapters.attach import attached
 from ..models.adapters.selection import multipliers
 from ..models.decoder import graph
 from ..parallel.hlo import refuse_permute_under_conditional
-from ..parallel.layout import rearranged
+from ..parallel.layout import rearranged, run_shapes
+from ..parallel.lowcomm.bytes import Traffic, traffic
 from ..parallel.rules import batch_shardings, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState
 from . import optimizers
 from .engines import divided, fresh, pipelined, whole
 from .gradients import Batch, Engine
+from .replicas import Meet, Replicas, replicas_of
 from .staging import Staging, staging
 from .step import Step, make_step
 
@@ -49,7 +51,8 @@ class Program:
     gradients: Engine  # (params, frozen, batch, keys) -> sums
     step: Step  # (state, batch) -> (state, metrics)
     evaluate: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
-    staging: Staging | None  # where the layers stand in a pipeline; None without one
+    staging: Staging | None = None  # where the layers stand in a pipeline; None without one
+    replicas: Replicas | None = None  # where several train by themselves
 
     @property
     def order(self) -> tuple[int, ...] | None:
@@ -58,6 +61,11 @@ class Program:
 
     def initial(self, weights: Any = None) -> TrainState:
         """The state before step 0, as a pure function of the seed and of the `weights` it starts from, if any."""
+        one = self._one(weights)
+        return self.replicas.initial(one) if self.replicas else one
+
+    def _one(self, weights: Any = None) -> TrainState:
+        """`initial` of one replica."""
         key = jax.random.key(self.config.seed)
         params, frozen = divided(self.config, fresh(self.config) if weights is None else weights)
         parts = rearranged({"params": params, "frozen": frozen}, before=None, after=self.order)
@@ -88,14 +96,16 @@ class Program:
         """Where each array of the state lives."""
         repeated = NamedSharding(self.mesh, PartitionSpec())
         zero = self.config.mesh.zero
-        return TrainState(
+        shapes = jax.eval_shape(self._one)
+        one = TrainState(
             step=repeated,
-            params=weight_shardings(self.shapes.params, mesh=self.mesh, zero=zero),
-            frozen=weight_shardings(self.shapes.frozen, mesh=self.mesh, zero=zero),
-            opt_state=optimizer_shardings(self.shapes.opt_state, self.shapes.params, mesh=self.mesh),
+            params=weight_shardings(shapes.params, mesh=self.mesh, zero=zero),
+            frozen=weight_shardings(shapes.frozen, mesh=self.mesh, zero=zero),
+            opt_state=optimizer_shardings(shapes.opt_state, shapes.params, mesh=self.mesh),
             outer=(),
             rng=repeated,
         )
+        return self.replicas.shardings(one, shapes.params) if self.replicas else one
 
     @cached_property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -141,11 +151,18 @@ class Program:
             jitted = jax.jit(self.step, out_shardings=(self.shardings, None), donate_argnums=0)
             return self._safe(jitted.lower(self._abstract_state(), self.batch_shapes).compile())
 
+    def compiled_meetings(self) -> Meet:
+        """`meet(state, update)`: what replicas do after update number `update`; a run of one does nothing."""
+        if self.replicas is None:
+            return lambda state, update: state
+        return self.replicas.compiled_meetings(self.shapes, self.shardings)
+
     def compiled_evaluation(self) -> jax.stages.Compiled:
-        """Loss sums of a batch, compiled."""
-        state = self._abstract_state()
+        """Loss sums of a batch, compiled, for parameters as `evaluated` gives them."""
+        frozen = self._abstract_state().frozen
         with jax.set_mesh(self.mesh):
-            return self._safe(jax.jit(self.evaluate).lower(state.params, state.frozen, self.batch_shapes).compile())
+            jitted = jax.jit(self.evaluate)
+            return self._safe(jitted.lower(self._abstract_params(), frozen, self.batch_shapes).compile())
 
     def _safe(self, compiled: jax.stages.Compiled) -> jax.stages.Compiled:
         """`compiled`, unless it is a pipeline that would wait for ever: MeshwrightError, naming the operation."""
@@ -160,16 +177,55 @@ class Program:
         with jax.set_mesh(self.mesh):
             return jax.jit(lambda tree: rearranged({"params": tree}, before=self.order, after=None)["params"])(params)
 
-    def _abstract_state(self) -> TrainState:
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            self.shapes,
-            self.shardings,
+    def evaluated(self, state: TrainState) -> Any:
+        """The parameters to evaluate, sample from and export: the outer ones, an average where one is kept, or all."""
+        return self._evaluated(state) if self._evaluated else state.params
+
+    @cached_property
+    def _evaluated(self) -> Callable[[TrainState], Any] | None:
+        if not self.replicas and "average" not in self.shapes.opt_state:
+            return None
+        where = jax.tree.map(lambda leaf: leaf.sharding, self._abstract_params())
+        return jax.jit(self.replicas.parameters if self.replicas else averaged, out_shardings=where)
+
+    @cached_property
+    def traffic(self) -> tuple[Traffic, ...]:
+        """What each replica sends, and when; nothing in a run of one."""
+        if not self.replicas:
+            return ()
+        return traffic(
+            self.config.outer, self.array_shapes, layers=self.config.model.layers, replicas=self.replicas.count
         )
 
+    @cached_property
+    def array_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one replica's every parameter, by canonical name."""
+        return run_shapes(self._abstract_params(), self.config.model)
 
-def build(config: RunConfig, mesh: Mesh) -> Program:
-    """Compose recipe, model, memory policy, gradient engine and optimizer. Allocates nothing."""
+    def _abstract_params(self) -> Any:
+        """One replica's parameters, and where they live."""
+        shapes = jax.eval_shape(self._one).params
+        return jax.tree.map(placed, shapes, weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero))
+
+    def _abstract_state(self) -> TrainState:
+        return jax.tree.map(placed, self.shapes, self.shardings)
+
+
+def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of `leaf`, at `sharding`."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def averaged(state: TrainState) -> Any:
+    """The moving average of the parameters, in their dtype."""
+    return jax.tree.map(lambda mean, own: mean.astype(own.dtype), state.opt_state["average"].params, state.params)
+
+
+def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) -> Program:
+    """Compose recipe, model, memory policy, gradient engine, optimizer and outer optimizer. Allocates nothing.
+
+    `replica_count` is for a mesh that is not the run's own: replicas that it has no axis for are on every device.
+    """
     structure = graph(config.model, attached(config.model, config.adapter))
     staged = staging(config, pipe=mesh.shape["pipe"])
     engines = whole(config, mesh, structure) if staged is None else pipelined(config, mesh, structure, staged)
@@ -181,7 +237,11 @@ def build(config: RunConfig, mesh: Mesh) -> Program:
         multiplied=None if config.adapter is None else multipliers(config.model, config.adapter),
     )
     step = make_step(engines.train, optimizer, schedule=schedule, dropout=drops(config), spike=config.logging.spike)
-    return Program(config, mesh, structure, optimizer, engines.train, step, engines.evaluate, staged)
+    evaluate = engines.evaluate
+    several = replicas_of(config, mesh, count=replica_count)
+    if several:
+        step, evaluate = several.step(step), several.evaluate(evaluate)
+    return Program(config, mesh, structure, optimizer, engines.train, step, evaluate, staged, several)
 
 
 def drops(config: RunConfig) -> bool:

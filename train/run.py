@@ -22,6 +22,7 @@ from ..configs.run import RunConfig, check_fits
 from ..memory.policy import decisions, emitted
 from ..memory.selfcheck import check_offload
 from ..models.hf.files import copy_companions
+from ..parallel.lowcomm.bytes import sent
 from ..parallel.mesh import make_mesh
 from ..parallel.state import TrainState, combine
 from . import environment, plan
@@ -37,6 +38,7 @@ from .meter import Meter
 from .op_times import op_times
 from .profiling import Profile
 from .program import Program, build
+from .replicas import on_host
 from .report.html import write_report
 from .report.journal import Journal
 from .report.progress import open_progress
@@ -129,6 +131,7 @@ class Run:
         config, program = self.config, self.program
         began = time.monotonic()
         step = program.compiled_step()
+        self.meet = program.compiled_meetings()
         evaluation = program.compiled_evaluation() if self.data.held_out else None
         self.journal.record("compile", seconds=time.monotonic() - began)
         made = plan.make_plan(program, step)
@@ -179,6 +182,7 @@ class Run:
                     with self.meter.host():
                         batch = to_devices(next(feed), config, self.program.mesh)
                     state, metrics = step(state, batch)
+                    state = self.meet(state, number)
                     self.told(pending)
                     pending = (number, metrics)
                 self.committed(self.storage.committed())
@@ -236,9 +240,11 @@ class Run:
         if pending is None:
             return
         step, arrays = pending
-        metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}  # waits for the device
+        metrics = on_host(arrays)  # waits for the device
         with self.meter.host():
             metrics |= self.meter.lap()
+            if self.program.traffic:
+                metrics["sent_bytes"] = sent(self.program.traffic, step)
             self.last |= metrics
             if metrics["skipped"]:
                 self.journal.record("skip", step=step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
@@ -276,10 +282,12 @@ class Run:
             self.journal.record("commit", step=step)
 
     def evaluate(self, state: TrainState, step: int, evaluation: Any) -> None:
-        """Held-out loss and samples, of the averaged parameters where there are any."""
+        """Held-out loss and samples, of the parameters that the run stands for."""
         began = time.monotonic()
-        params = averaged(state)
+        params = self.program.evaluated(state)
         values = evaluate(self.program, evaluation, params, state.frozen, self.data)
+        if self.program.replicas:
+            values |= self.program.replicas.apart(state)
         self.last |= values
         self.write(step, values)
         self.journal.record("evaluation", step=step, seconds=time.monotonic() - began, **values)
@@ -297,10 +305,3 @@ class Run:
             )
             for prompt, text in zip(prompts, texts, strict=True):
                 self.journal.record("sample", step=step, prompt=prompt, text=text)
-
-
-def averaged(state: TrainState) -> Any:
-    """The parameters to evaluate and sample from: their moving average where the optimizer keeps one."""
-    if "average" not in state.opt_state:
-        return state.params
-    return jax.tree.map(lambda mean, own: mean.astype(own.dtype), state.opt_state["average"].params, state.params)

@@ -16,12 +16,12 @@ from .evaluation import evaluate as held_out
 from .launch.world import World
 from .program import Program, build
 from .resume import restore
-from .run import averaged
 
 # One device, whatever the run was trained on.
 ONE_DEVICE = {
     "microbatches": 1,
     "mesh": dict.fromkeys(("replica", "pipe", "data", "fsdp", "expert", "seq", "tensor"), 1) | {"devices": None},
+    "outer": None,
 }
 
 
@@ -44,7 +44,7 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return complete(
         program,
-        combine(averaged(state), state.frozen),
+        combine(program.evaluated(state), state.frozen),
         load(run),
         list(prompts),
         max_tokens=tokens,
@@ -62,7 +62,7 @@ def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
     if data.held_out is None:
         raise UserError(f"data.held_out: 0 in {run}: nothing to evaluate on; pass data.held_out=0.02")
     program, state = opened(config, run)
-    return held_out(program, program.compiled_evaluation(), averaged(state), state.frozen, data)
+    return held_out(program, program.compiled_evaluation(), program.evaluated(state), state.frozen, data)
 
 
 def read(run: Path, overrides: Sequence[str]) -> RunConfig:
@@ -75,9 +75,14 @@ def read(run: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
-    """The program and the newest state. Raises UserError where the run has no checkpoint."""
+    """The program and the newest state. Raises UserError where the run has no checkpoint.
+
+    Replicas that trained on devices of their own are all on this one.
+    """
     environment.start(config, World())
-    program = build(config, make_mesh(config.mesh))
+    trained = read_config(run)
+    together = config.model_copy(update={"outer": trained.outer})
+    program = build(together, make_mesh(config.mesh), replica_count=trained.mesh.replica)
     with closing(Storage(run / "checkpoints", keep=config.checkpoint.keep)) as storage:
         if not storage.steps:
             raise UserError(f"{run}: no checkpoint yet; train it with `meshwright train {run / 'config.yaml'}`")
