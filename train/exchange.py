@@ -20,7 +20,6 @@ from . import environment
 from .directory import open_directory
 from .launch.world import World
 from .program import build
-from .run import averaged
 from .use import opened, read
 
 # An imported run keeps weights and nothing else: this rule has no state.
@@ -67,8 +66,8 @@ def export_run(run: Path, target: Path, *, limit: int) -> list[str]:
     """
     absent_or_empty(target)
     config = read(run, [])
-    _, state = opened(config, run)
-    params = merged(combine(averaged(state), state.frozen), config.model, config.adapter)
+    program, state = opened(config, run)
+    params = merged(combine(program.evaluated(state), state.frozen), config.model, config.adapter)
     dtype = str(params["embed"]["embedding"].dtype)
     tree = config_json(
         config.model, positions=max(config.data.sequence_length, made_for(config.model) or 0), dtype=dtype
@@ -97,7 +96,7 @@ def export_adapter(run: Path, target: Path) -> list[str]:
         return combine(first.params, first.frozen)
 
     target.mkdir(parents=True, exist_ok=True)
-    tree = combine(averaged(state), state.frozen)
+    tree = combine(program.evaluated(state), state.frozen)
     names = peft.write(tree, config.model, config.adapter, target, kind=kind, started=started)
     return [*names, *copy_companions(run, target)]
 
