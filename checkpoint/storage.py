@@ -99,6 +99,15 @@ class Storage:
         kept = [leaves.get(name) for name in names(shapes)]
         return jax.tree.unflatten(jax.tree.structure(shapes), kept), dict(metadata.custom_metadata or {})
 
+    def data(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of `step`. Raises MeshwrightError where it cannot be read."""
+        try:
+            return dict(self._checkpointer.metadata(step).custom_metadata or {})
+        except Exception as error:
+            raise MeshwrightError(
+                f"checkpoint {step} in {self._directory} cannot be read: {first_line(error)}"
+            ) from error
+
     def close(self) -> None:
         """Wait for what is under way, and let go."""
         self.wait()

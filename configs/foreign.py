@@ -54,6 +54,8 @@ FOREIGN_KEYS = {
     "max_norm": "optimizer.clip",
     "activation_checkpoint": "memory.policy",
     # Axolotl, Transformers
+    "model_name_or_path": "model.from",
+    "base_model": "model.from",
     "micro_batch_size_per_device": "data.global_batch",
     "gradient_accumulation_steps": "microbatches",
     "per_device_train_batch_size": "data.global_batch",

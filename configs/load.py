@@ -117,7 +117,8 @@ def suggestion(key: str) -> str:
 
 def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
     """Every key of the schema, dotted: `mesh`, `mesh.data`, ..."""
-    for name, field in section.model_fields.items():
+    for attribute, field in section.model_fields.items():
+        name = field.alias or attribute
         yield prefix + name
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):

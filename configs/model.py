@@ -6,9 +6,10 @@ A setting that could have no effect beside the others is refused, so that a chec
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from .base import Section
+from .huggingface import read_section
 
 # One entry per family; a key the user writes wins. Sizes are never part of a family.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -32,6 +33,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tied_embeddings": True,
     },
 }
+FAMILIES["phi3"] = {}
+FAMILIES["olmo2"] = {
+    "pre_norms": False,
+    "post_norms": True,
+    "qk_norm": True,
+    "qk_norm_whole": True,
+    "norm_epsilon": 1e-6,
+}
 FAMILIES["gemma2"] = FAMILIES["gemma"] | {
     "post_norms": True,
     "attention_softcap": 50.0,
@@ -44,6 +53,11 @@ FAMILIES["gemma3"] = FAMILIES["gemma"] | {
     "windows": [1024] * 5 + [None],
     "rope": {"theta": 1e6, "local_theta": 1e4},
 }
+
+
+def every_key(section: type[Section]) -> set[str]:
+    """Names in YAML of all keys of `section`."""
+    return {field.alias or name for name, field in section.model_fields.items()}
 
 
 def positive(section: str, settings: Section, keys: Iterable[str]) -> None:
@@ -106,6 +120,9 @@ class RopeConfig(Section):
 class ModelConfig(Section):
     """One decoder-only transformer; `family` picks defaults, every key can be set by itself."""
 
+    origin: str | None = Field(None, alias="from")
+    """A Hugging Face model directory: its config.json fills the keys below, its weights are what training starts from;
+    a key the user writes wins."""
     family: Literal[tuple(FAMILIES)] = "llama"  # type: ignore[valid-type]
     """Defaults for the architecture keys below."""
     vocab: int = 2048
@@ -130,10 +147,14 @@ class ModelConfig(Section):
     """Added to the variance."""
     norm_unit_offset: bool = False
     """Multiply by 1 + scale, with scale starting at zero (Gemma)."""
+    pre_norms: bool = True
+    """A norm before attention and MLP; false: they read the stream as it is (OLMo 2)."""
     post_norms: bool = False
-    """A second norm after attention and MLP, before the residual sum (Gemma 2, 3)."""
+    """A norm after attention and MLP, before the residual sum (Gemma 2, 3, OLMo 2)."""
     qk_norm: bool = False
     """RMSNorm of each query and key head before the rotation (Qwen 3, Gemma 3)."""
+    qk_norm_whole: bool = False
+    """`qk_norm` over all heads of a token at once, not over each (OLMo 2)."""
     qkv_bias: bool = False
     """Biases on q, k, v (Qwen 2)."""
     linear_bias: bool = False
@@ -172,6 +193,10 @@ class ModelConfig(Section):
     def _family_defaults(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        if values.get("from") and not every_key(cls) <= values.keys():  # a resolved section needs the file no more
+            found = read_section(values["from"])
+            rope = {"rope": found["rope"] | values["rope"]} if {"rope"} <= found.keys() & values.keys() else {}
+            values = found | values | rope
         family = FAMILIES.get(values.get("family", "llama"), {})
         merged = family | values
         if "rope" not in values and merged.get("position_encoding", "rope") != "rope":
@@ -211,6 +236,14 @@ class ModelConfig(Section):
         if self.norm == "layer" and self.norm_unit_offset and not self.qk_norm:
             raise ValueError(
                 "model.norm_unit_offset: true has no effect on model.norm: layer; use norm: rms, or set it to false"
+            )
+        if self.qk_norm_whole and not self.qk_norm:
+            raise ValueError("model.qk_norm_whole: true has no effect without model.qk_norm; set both or neither")
+        if not self.pre_norms and (self.parallel_block or not self.post_norms):
+            raise ValueError(
+                f"model.pre_norms: false with model.post_norms: {self.post_norms} and model.parallel_block: "
+                f"{self.parallel_block}; a block without any norm, or that shares one, does not train: use post_norms: "
+                "true and parallel_block: false"
             )
         if self.position_encoding != "rope" and self.rope != RopeConfig():
             raise ValueError(

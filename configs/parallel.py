@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from .base import Decision, Section
 from .names import MESH_AXES
@@ -10,16 +10,16 @@ from .names import MESH_AXES
 DTYPE = Literal["float32", "bfloat16", "float16"]
 
 # Axes of the mesh that no part of the code shards over yet.
-UNBUILT_AXES = ("replica", "pipe", "expert")
+UNBUILT_AXES = ("expert",)
 
 
 class MeshConfig(Section):
     """Sizes of the mesh axes, slow links first. Their product is the number of devices; one may be -1: what is left."""
 
     replica: int = 1
-    """Replicas that meet rarely (outer optimizer)."""
+    """Replicas that train by themselves and meet as `outer` says; part of what is computed, so never -1."""
     pipe: int = 1
-    """Pipeline stages."""
+    """Devices a microbatch passes through, each with its own layers (see `pipeline`)."""
     data: int = 1
     """Data parallelism: the batch is split, weights are repeated."""
     fsdp: int = 1
@@ -44,6 +44,8 @@ class MeshConfig(Section):
                 raise ValueError(f"mesh.{axis}: {size} must be at least 1, or -1 for what is left")
             if axis in UNBUILT_AXES and size != 1:
                 raise ValueError(f"mesh.{axis}: {size} is not supported yet; leave it at 1")
+        if self.replica == -1:
+            raise ValueError(f"mesh.replica: {self.replica} would let the machine choose the run; write a number")
         if (open_axes := [axis for axis, size in self.sizes.items() if size == -1]) and len(open_axes) > 1:
             raise ValueError(f"mesh: {', '.join(open_axes)} are all -1; at most one axis may be")
         if self.devices is not None:
@@ -81,6 +83,26 @@ class MeshConfig(Section):
         for size in self.sizes.values():
             product *= size
         return product
+
+
+class PipelineConfig(Section):
+    """How `mesh.pipe` devices share the layers and the microbatches; without effect where it is 1."""
+
+    schedule: str = "1f1b"
+    """Name of a schedule (`meshwright schedule` lists them), or a table in a .csv file."""
+    chunks: int | None = Field(None, ge=1)
+    """Pieces of the model a device holds; null: what the schedule wants."""
+    vocab_parallel: Literal[0, 1, 2] = 0
+    """0: embedding on the first stage, head on the last; 1, 2: both shared by all, by Algorithm 1 or 2
+    (arXiv:2411.05288)."""
+    layers: list[int] | Literal["even", "balanced"] = "even"
+    """Layers of each stage, or how they are dealt out: balanced leaves fewer to the stage that has the head."""
+    backward: Literal["split", "fused"] = "split"
+    """split: input and weight gradients are passes of their own; fused: one pass, twice as long, nothing stashed."""
+    measure: bool = True
+    """After the last step, time each op on its own for the report; compiles the engine once more."""
+    memory_limit: float | None = Field(None, gt=0)
+    """Microbatches' activations a device may hold at once (schedule auto)."""
 
 
 class SequenceConfig(Section):

@@ -1,13 +1,17 @@
 """`RunConfig`: the whole configuration as one frozen tree, and the checks that need more than one section."""
 
+import math
 import re
+from typing import Any
 
 from pydantic import Field, model_validator
 
+from .adapter import AdapterConfig
 from .base import Section
 from .data import DataConfig
 from .model import ModelConfig
-from .parallel import MemoryConfig, MeshConfig, PrecisionConfig, SequenceConfig
+from .outer import OuterConfig, check_replicas
+from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
 from .training import (
     CheckpointConfig,
     EvaluationConfig,
@@ -31,16 +35,30 @@ class RunConfig(Section):
     """Parts the global batch is computed in, one after another; the result does not depend on it."""
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     sequence: SequenceConfig = SequenceConfig()
     memory: MemoryConfig = MemoryConfig()
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    adapter: AdapterConfig | None = None
+    """Train a few weights instead of all; null: all."""
+    outer: OuterConfig | None = None
+    """How the replicas of `mesh.replica` meet; null: there is one."""
     recipe: RecipeConfig = RecipeConfig()
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     launch: LaunchConfig = LaunchConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_of_the_model(cls, values: Any) -> Any:
+        """A model that comes from a directory brings its tokenizer."""
+        model, data = (values.get(key, {}) for key in ("model", "data")) if isinstance(values, dict) else ({}, {})
+        if not (isinstance(model, dict) and isinstance(data, dict) and model.get("from")) or "tokenizer" in data:
+            return values
+        return values | {"data": data | {"tokenizer": {"file": model["from"]}}}
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -55,6 +73,13 @@ class RunConfig(Section):
             )
         if self.model.attention == "cudnn" and self.mesh.platform == "cpu":
             raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
+        check_replicas(
+            self.outer,
+            replicas=self.mesh.replica,
+            steps=self.steps,
+            layers=self.model.layers,
+            average=self.optimizer.ema,
+        )
         if (count := self.mesh.count) is not None:
             check_fits(self, self.mesh.resolved(count))
         return self
@@ -74,13 +99,15 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
         )
     if model.embed % axes["fsdp"]:
         raise ValueError(f"model.embed: {model.embed} is not divisible by mesh.fsdp ({axes['fsdp']})")
-    shards = axes["data"] * axes["fsdp"] * config.microbatches
-    if data.global_batch % shards:
+    rows = {axis: axes[axis] for axis in ("replica", "data", "fsdp")} | {"microbatches": config.microbatches}
+    rows = {name: size for name, size in rows.items() if size > 1 or name != "replica"}
+    if data.global_batch % math.prod(rows.values()):
         raise ValueError(
-            f"data.global_batch: {data.global_batch} is not divisible by data x fsdp x microbatches "
-            f"({axes['data']} x {axes['fsdp']} x {config.microbatches} = {shards})"
+            f"data.global_batch: {data.global_batch} is not divisible by {' x '.join(rows)} "
+            f"({' x '.join(map(str, rows.values()))} = {math.prod(rows.values())})"
         )
     check_sequence(config, axes)
+    check_pipeline(config, axes)
     if seq > 1 and config.sequence.parallel == "ulysses":
         kv_heads = max(model.key_value_heads // tensor, 1)
         if kv_heads % seq:
@@ -88,6 +115,41 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
                 f"sequence.parallel: ulysses splits {kv_heads} key-value heads (model.kv_heads / mesh.tensor) over "
                 f"mesh.seq ({seq}), which does not divide them; use all-gather or ring"
             )
+
+
+def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
+    """Raise ValueError where what is asked for cannot run in a pipeline. `train/staging.py` counts the layers."""
+    if axes["pipe"] == 1:
+        return
+    if axes["replica"] > 1:
+        raise ValueError(
+            f"mesh.pipe: {axes['pipe']} with mesh.replica {axes['replica']}: replicas that are pipelines are not built "
+            "yet; leave one of them at 1"
+        )
+    if len(config.model.segments) > 1:
+        pattern = len(config.model.windows)
+        raise ValueError(
+            f"model.layers: {config.model.layers} is not a multiple of the {pattern} layers of model.windows' pattern, "
+            "and a pipeline cuts between whole patterns; change one of them, or leave mesh.pipe at 1"
+        )
+    if axes["seq"] > 1 and config.sequence.parallel == "ring":
+        raise ValueError(
+            "sequence.parallel: ring passes keys around inside a stage, while other stages do something else, and "
+            "would never end; use all-gather or ulysses with mesh.pipe"
+        )
+    if "offload" in config.memory.names.values() or config.memory.policy == "offload-block-in":
+        raise ValueError(
+            "memory: offload is not supported inside a pipeline, whose pools stay on the device; keep or recompute"
+        )
+    if config.pipeline.vocab_parallel and config.memory.loss_chunks > 1:
+        raise ValueError(
+            f"memory.loss_chunks: {config.memory.loss_chunks} has no effect with pipeline.vocab_parallel; leave it at 1"
+        )
+    if config.model.padded_vocab % (axes["pipe"] * axes["tensor"]):
+        raise ValueError(
+            f"model.vocab_multiple: {config.model.padded_vocab} rows are not divisible by mesh.pipe x mesh.tensor "
+            f"({axes['pipe']} x {axes['tensor']}), which share the vocabulary; use a multiple of that"
+        )
 
 
 def check_sequence(config: RunConfig, axes: dict[str, int]) -> None:

@@ -29,6 +29,7 @@ def emitted(model: ModelConfig) -> tuple[str, ...]:
     """Names of the tensors that this model's blocks really emit, in order."""
     absent = {"mlp_gate"} if model.activation == "gelu" else set()
     absent |= {"mlp_norm"} if model.parallel_block else set()
+    absent |= set() if model.pre_norms else {"attn_norm", "mlp_norm"}
     return tuple(name for name in POLICY_TENSORS if name not in absent)
 
 

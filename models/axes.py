@@ -28,10 +28,32 @@ def axis_names(path: str) -> tuple[str | None, ...]:
     ('embed', 'heads', 'head_dim')
     """
     parts = path.split("/")
+    if len(parts) > 3 and parts[-2] == "adapter":
+        return adapter_names("/".join(parts[-4:-2]), parts[-1])
     for length in (3, 2):
         if (names := NAMES.get("/".join(parts[-length:]))) is not None:
             return names
     return (None,)
+
+
+def adapter_names(linear: str, leaf: str) -> tuple[str | None, ...]:
+    """Dimensions of an adapter's `leaf` beside the kernel of `linear`: those of the kernel it has, and its rank.
+
+    >>> adapter_names("attn/o", "a"), adapter_names("attn/q", "a")
+    (('heads', 'head_dim', None), (None, None))
+    """
+    # Not cut over `fsdp`: thin matrices weigh little, and cut ones the partitioner moves by permutes, inside a block.
+    kernel = tuple(None if name == "embed" else name for name in NAMES[f"{linear}/kernel"])
+    inputs = 2 if linear == "attn/o" else 1
+    shapes = {
+        "a": (*kernel[:inputs], None),
+        "b": (None, *kernel[inputs:]),
+        "magnitude": kernel[inputs:],
+        "output_scale": kernel[inputs:],
+        "vera_b": kernel[inputs:],
+        "input_scale": kernel[:inputs],
+    }
+    return shapes.get(leaf, (None,))
 
 
 def stacked(path: str) -> bool:

@@ -41,9 +41,10 @@ class Attention(nnx.Module):
         self.v = Linear((config.embed,), (kv_heads, width), bias=config.qkv_bias, rngs=rngs)
         self.o = Linear((heads, width), (config.embed,), bias=config.linear_bias, rngs=rngs)
         if config.qk_norm:
-            self.q_norm, self.k_norm = (
-                RMSNorm(width, epsilon=config.norm_epsilon, unit_offset=config.norm_unit_offset) for _ in range(2)
-            )
+            kind = partial(RMSNorm, epsilon=config.norm_epsilon, unit_offset=config.norm_unit_offset)
+            whole = config.qk_norm_whole
+            self.q_norm = kind(heads * width, dimensions=2) if whole else kind(width)
+            self.k_norm = kind(kv_heads * width, dimensions=2) if whole else kind(width)
         self.config, self.window = config, window
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict | None]:
@@ -90,9 +91,9 @@ class Block(nnx.Module):
     """Attention and MLP around the residual stream; `parallel_block` reads one norm and adds both at once."""
 
     def __init__(self, config: ModelConfig, *, kind: int | None, rngs: nnx.Rngs):
-        self.attn_norm = norm(config, config.embed)
+        self.attn_norm = norm(config, config.embed) if config.pre_norms else None
         self.attn = Attention(config, window=kind, rngs=rngs)
-        self.mlp_norm = None if config.parallel_block else norm(config, config.embed)
+        self.mlp_norm = norm(config, config.embed) if config.pre_norms and not config.parallel_block else None
         self.mlp = MLP(config, rngs=rngs)
         self.attn_post_norm = norm(config, config.embed) if config.post_norms else None
         self.mlp_post_norm = norm(config, config.embed) if config.post_norms else None
@@ -101,14 +102,19 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict | None]:
         """x [batch, sequence, embed] -> the same shape, and what this layer adds to the cache (None without one)."""
         x = checkpoint_name(ctx.constrain(x, RESIDUAL), "block_in")
-        normed = checkpoint_name(ctx.constrain(self.attn_norm(x), GATHERED), "attn_norm")
+        normed = self._normed(x, self.attn_norm, ctx, name="attn_norm")
         attention, entries = self.attn(normed, ctx)
         x = x + self._update(attention, self.attn_post_norm, ctx, salt=0)
-        if self.mlp_norm is not None:
-            normed = checkpoint_name(ctx.constrain(self.mlp_norm(x), GATHERED), "mlp_norm")
+        if not self.config.parallel_block:
+            normed = self._normed(x, self.mlp_norm, ctx, name="mlp_norm")
         return x + self._update(self.mlp(normed, ctx), self.mlp_post_norm, ctx, salt=1), entries
+
+    def _normed(self, x: jax.Array, pre_norm: nnx.Module | None, ctx: Context, *, name: str) -> jax.Array:
+        if pre_norm is None:
+            return ctx.constrain(x, GATHERED)
+        return checkpoint_name(ctx.constrain(pre_norm(x), GATHERED), name)
 
     def _update(self, update: jax.Array, post_norm: nnx.Module | None, ctx: Context, *, salt: int) -> jax.Array:
         if post_norm is not None:
             update = post_norm(update)
-        return dropout(update, ctx.dropout_keys, rate=self.config.dropout, salt=salt)
+        return dropout(update, ctx.dropout_keys, rate=self.config.dropout, salt=salt, index=ctx.index)

@@ -56,6 +56,7 @@ class Context:
     dropout_keys: jax.Array | None = None  # [batch] keys, one a row of the global batch; None: no dropout
     cache: Any = None  # keys and values of earlier tokens (`cache.py`); a block is given its own layer's
     cache_segment_ids: jax.Array | None = None  # [batch, capacity]: segment of each slot of the cache
+    shared: Any = None  # arrays that the adapters of all layers read (VeRA)
     attend: Callable[..., jax.Array] = dense  # (q, k, v, mask, where) -> out
     linear: Callable[..., jax.Array] = linear
     lookup: Callable[[jax.Array, jax.Array], jax.Array] = lookup

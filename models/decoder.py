@@ -68,6 +68,8 @@ class Head(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder-only transformer. Weights are float32 here; `initialized` casts them."""
 
+    adapter = None  # what the adapters of all layers share, where they share anything
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.embed = Embed(config, rngs=rngs)
         self.segments = nnx.Dict(
@@ -92,6 +94,8 @@ class Decoder(nnx.Module):
         """
         x = self.embed(tokens, ctx)
         ctx = dataclasses.replace(ctx, rotations=rotations(self.config, ctx.positions))
+        if self.adapter is not None:
+            ctx = dataclasses.replace(ctx, shared=self.adapter())
         loop = jax.lax.scan if self.config.scan else unrolled
         entries, first = {}, 0
         for number, (pattern, repeats) in enumerate(self.config.segments):
@@ -158,12 +162,17 @@ def layer_context(ctx: Context, layer: jax.Array, cache: Any) -> Context:
     return dataclasses.replace(ctx, cache=cache, dropout_keys=keys)
 
 
-def graph(config: ModelConfig) -> Any:
-    """The model's structure without its weights: what `nnx.merge` puts parameters into. Allocates nothing."""
+def graph(config: ModelConfig, adapted: Callable[[Decoder], None] = lambda decoder: None) -> Any:
+    """The model's structure without its weights: what `nnx.merge` puts parameters into. Allocates nothing.
+
+    `adapted` puts into a decoder what is to stand beside its own weights.
+    """
     found = []
 
     def build() -> Params:
-        definition, state = nnx.split(Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+        decoder = Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)))
+        adapted(decoder)
+        definition, state = nnx.split(decoder)
         found.append(definition)
         return nnx.to_pure_dict(state)
 

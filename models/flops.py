@@ -10,13 +10,16 @@ so that utilisation falls when memory is bought with time. Source: PaLM, arXiv:2
 from ..configs.model import ModelConfig
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of a token in a forward and backward pass, in documents of `sequence_length` tokens."""
+def flops_per_token(model: ModelConfig, sequence_length: int, *, frozen: bool = False) -> float:
+    """FLOPs of a token in a forward and backward pass, in documents of `sequence_length` tokens.
+
+    `frozen`: the weights have no gradient, and what is trained beside them is small: 4 N in place of 6 N.
+    """
     width = model.heads * model.head_width
     kinds = (model.windows[layer % len(model.windows)] for layer in range(model.layers))
     keys = sum(visible_keys(sequence_length, window=window) for window in kinds)
     # Forward: q k^T and p v, each a multiplication and an addition a key; backward: twice the forward.
-    return 6 * matmul_parameters(model) + 3 * 2 * 2 * width * keys
+    return (4 if frozen else 6) * matmul_parameters(model) + 3 * 2 * 2 * width * keys
 
 
 def visible_keys(sequence_length: int, *, window: int | None) -> float:
@@ -43,8 +46,9 @@ def parameter_count(model: ModelConfig) -> int:
     if model.position_encoding == "learned":
         embedding += model.embed * model.max_positions
     norm = model.embed * (2 if model.norm == "layer" else 1)
-    norms = (1 if model.parallel_block else 2) + (2 if model.post_norms else 0)
-    layer = norms * norm + _biases(model) + (2 * model.head_width if model.qk_norm else 0)
+    norms = ((1 if model.parallel_block else 2) if model.pre_norms else 0) + (2 if model.post_norms else 0)
+    heads = model.heads + model.key_value_heads if model.qk_norm_whole else 2
+    layer = norms * norm + _biases(model) + (heads * model.head_width if model.qk_norm else 0)
     return matmul_parameters(model) + embedding + model.layers * layer + norm
 
 

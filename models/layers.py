@@ -13,7 +13,12 @@ initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal
 
 
 class Linear(nnx.Module):
-    """y = x kernel (+ bias), over one or several input and output dimensions, e.g. [embed] -> [heads, head_dim]."""
+    """y = x kernel (+ bias), over one or several input and output dimensions, e.g. [embed] -> [heads, head_dim].
+
+    With an `adapter` (`adapters/attach.py` puts it here) that computes y out of kernel and bias instead.
+    """
+
+    adapter = None
 
     def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, bias: bool, rngs: nnx.Rngs):
         flat = initializer(rngs.params(), (math.prod(inputs), math.prod(outputs)), jnp.float32)
@@ -22,21 +27,29 @@ class Linear(nnx.Module):
         self.inputs = len(inputs)
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        if self.adapter is not None:
+            bias = None if self.bias is None else self.bias[...]
+            return self.adapter(x, self.kernel[...], bias, ctx, inputs=self.inputs)
         y = ctx.linear(x, self.kernel[...].astype(ctx.compute), inputs=self.inputs)
         return y if self.bias is None else y + self.bias[...].astype(ctx.compute)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale in float32; with `unit_offset` * (1 + scale), starting at zero. Source: arXiv:1910.07467."""
+    """x / rms(x) * scale in float32; with `unit_offset` * (1 + scale), starting at zero. Source: arXiv:1910.07467.
 
-    def __init__(self, width: int, *, epsilon: float, unit_offset: bool):
+    The mean is over the last `dimensions` of x, which hold `width` elements.
+    """
+
+    def __init__(self, width: int, *, epsilon: float, unit_offset: bool, dimensions: int = 1):
         self.scale = nnx.Param(jnp.zeros(width) if unit_offset else jnp.ones(width))
-        self.epsilon, self.offset = epsilon, float(unit_offset)
+        self.epsilon, self.offset, self.dimensions = epsilon, float(unit_offset), dimensions
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        unit = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (unit * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        own = tuple(range(-self.dimensions, 0))
+        unit = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=own, keepdims=True) + self.epsilon)
+        scale = self.scale[...].astype(jnp.float32).reshape(x.shape[-self.dimensions :])
+        return (unit * (self.offset + scale)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -53,9 +66,22 @@ class LayerNorm(nnx.Module):
         return (unit * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def dropout(x: jax.Array, keys: jax.Array | None, *, rate: float, salt: int) -> jax.Array:
-    """Zero elements of x [batch, ...] with probability `rate`, each row by its own key, so that no mesh changes it."""
+def dropout(
+    x: jax.Array, keys: jax.Array | None, *, rate: float, salt: int, index: jax.Array | None = None
+) -> jax.Array:
+    """Zero elements of x [batch, sequence, ...] with probability `rate`.
+
+    Each token draws by its row's key and its place in the uncut row, `index` [sequence] (None: in order): no mesh, and
+    no order in which one holds its tokens, changes what is dropped.
+    """
     if keys is None or rate == 0:
         return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1 - rate), 0)
+
+    def token(key: jax.Array, place: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape[2:])
+
+    def row(key: jax.Array) -> jax.Array:
+        places = jnp.arange(x.shape[1]) if index is None else index
+        return jax.vmap(token, (None, 0))(jax.random.fold_in(key, salt), places)
+
+    return jnp.where(jax.vmap(row)(keys), x / (1 - rate), 0)

@@ -57,7 +57,7 @@ class Collective:
     axes: tuple[str, ...]  # mesh axes whose coordinate differs inside a group, in mesh order
     bytes: int  # of the result, on one device, each time
     count: int  # times it runs
-    under_conditional: bool  # inside a branch, where devices may disagree on whether to run it
+    under_conditional: bool  # inside a branch or a loop of unknown length, which some devices may skip
     source: str  # the op_name of the JAX code it comes from
 
 
@@ -90,8 +90,8 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 def refuse_permute_under_conditional(text: str, mesh: Mesh) -> None:
     """Raise MeshwrightError if the module `text` permutes devices inside a branch, naming the first such op.
 
-    Devices of a pipeline take different branches of one conditional. There a collective-permute, which all devices of
-    the program have to join, waits for ever; other collectives wait for the members of their own group only.
+    Devices of a pipeline take different branches of one conditional, or skip a loop. There a collective-permute, which
+    all devices of the program have to join, waits for ever; others wait for the members of their own group only.
     """
     for one in collectives(text, mesh):
         if one.kind == "collective-permute" and one.under_conditional:
@@ -115,7 +115,7 @@ def parse(text: str) -> dict[str, list[Instruction]]:
 
 
 def multiplicities(text: str, computations: Mapping[str, list[Instruction]]) -> dict[str, tuple[int, bool]]:
-    """Computation -> (times it runs, whether under a conditional), for those the entry reaches."""
+    """Computation -> (times it runs, whether under a branch or a loop of unknown length), if the entry reaches it."""
     entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)
     if entry is None:
         raise ValueError(f"no ENTRY computation in {len(text)} characters of HLO; pass compiled.as_text()")
@@ -126,10 +126,10 @@ def multiplicities(text: str, computations: Mapping[str, list[Instruction]]) -> 
         runs[name] = (before + count, conditional or was_conditional)
         for instruction in computations.get(name, ()):
             trips = TRIPS.search(instruction.text) if instruction.opcode == "while" else None
+            # A loop whose rounds are not known when it is compiled may be one that some devices skip.
+            free = instruction.opcode == "conditional" or (instruction.opcode == "while" and trips is None)
             for called in instruction.called:
-                visit(
-                    called, count * (int(trips[1]) if trips else 1), conditional or instruction.opcode == "conditional"
-                )
+                visit(called, count * (int(trips[1]) if trips else 1), conditional or free)
 
     visit(entry[1], 1, False)
     return runs

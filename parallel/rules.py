@@ -17,14 +17,14 @@ from ..models.axes import axis_names, stacked
 Axes = str | tuple[str, ...] | None
 
 WEIGHTS: dict[str, Axes] = {
-    "vocab": "tensor",
+    "vocab": ("pipe", "tensor"),
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
     "expert": "expert",
-    "layers": None,
+    "layers": "pipe",
 }
 
 ACTIVATIONS: dict[str, Axes] = {
@@ -48,7 +48,10 @@ def spec(
 
 
 def fitting(axes: Axes, name: str | None, size: int, mesh: Mesh) -> Axes:
-    """`axes` where their product divides `size`; None for key-value heads that it does not divide."""
+    """`axes` where their product divides `size`; None for key-value heads and layers that it does not divide.
+
+    Layers in a pipeline's order always divide; in their plain order they stay on every stage, until they are dealt out.
+    """
     wanted = (axes,) if isinstance(axes, str) else (axes or ())
     product = 1
     for axis in wanted:
@@ -57,7 +60,7 @@ def fitting(axes: Axes, name: str | None, size: int, mesh: Mesh) -> Axes:
         return None
     if size % product == 0:
         return axes
-    if name == "kv_heads":
+    if name in ("kv_heads", "layers"):
         return None
     raise ValueError(f"dimension {name} of size {size} cannot be sharded over {' x '.join(wanted)} ({product} devices)")
 
@@ -68,7 +71,7 @@ def weight_spec(path: str, shape: tuple[int, ...], *, mesh: Mesh, zero: int) -> 
     names = ((None,) * (len(shape) - len(names) - stacked(path)) + names)[: len(shape) - stacked(path)]
     rules = WEIGHTS | {"embed": None} if zero == 1 else WEIGHTS
     inner = spec(names, shape=shape[stacked(path) :], mesh=mesh, rules=rules)
-    return PartitionSpec(*([None] if stacked(path) else []), *inner)
+    return PartitionSpec(*([fitting(rules["layers"], "layers", shape[0], mesh)] if stacked(path) else []), *inner)
 
 
 def weight_shardings(params: Any, *, mesh: Mesh, zero: int) -> Any:
@@ -109,16 +112,34 @@ def inherited(whole: PartitionSpec, shape: tuple[int, ...], own: tuple[int, ...]
 
 def batch_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
     """Where each [global_batch, sequence] array of a batch lives."""
-    return {field: NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "seq")) for field in BATCH_FIELDS}
+    return {field: NamedSharding(mesh, PartitionSpec(("replica", "data", "fsdp"), "seq")) for field in BATCH_FIELDS}
 
 
 def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
-    """`constrain(x, names)` for activations on `mesh`. Specs, not shardings: it also runs inside a shard_map."""
+    """`constrain(x, names)` for activations on `mesh`. Specs, not shardings: it also runs inside a shard_map.
+
+    There the axes that the map took are left out: what they cut is cut already.
+    """
 
     def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, spec(names, shape=x.shape, mesh=mesh, rules=ACTIVATIONS))
+        taken = taken_axes()
+        rules = {name: without(axes, taken) for name, axes in ACTIVATIONS.items()} if taken else ACTIVATIONS
+        return jax.lax.with_sharding_constraint(x, spec(names, shape=x.shape, mesh=mesh, rules=rules))
 
     return constrain
+
+
+def taken_axes() -> set[str]:
+    """Mesh axes of the `shard_map` that is being traced; none outside of one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = jax.sharding.AxisType.Manual
+    return {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == manual}
+
+
+def without(axes: Axes, taken: set[str]) -> Axes:
+    """`axes` that are not `taken`; None where none is left."""
+    left = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in taken)
+    return left or None
 
 
 def cuts(name: str) -> int:

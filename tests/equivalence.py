@@ -12,13 +12,15 @@ import jax
 import numpy as np
 
 from meshwright.configs.load import merged, validated
-from meshwright.configs.parallel import MemoryConfig, MeshConfig
+from meshwright.configs.outer import OuterConfig
+from meshwright.configs.parallel import MemoryConfig, MeshConfig, PipelineConfig
 from meshwright.configs.run import RunConfig
-from meshwright.parallel.layout import canonical
+from meshwright.parallel.layout import canonical, rearranged
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.state import TrainState
 from meshwright.train.feed import to_devices
 from meshwright.train.program import build
+from meshwright.train.replicas import on_host
 
 TINY = {
     "steps": 5,
@@ -66,26 +68,33 @@ def _trajectory(config_json: str, steps: int) -> tuple[list[dict[str, np.ndarray
     config = RunConfig.model_validate_json(config_json)
     mesh = make_mesh(config.mesh)
     program = build(config, mesh)
-    state, step = jax.device_put(born(config), program.shardings, may_alias=False), program.compiled_step()
-    seen = []
-    for batch in batches(config, steps):
+    start = rearranged(born(config), before=None, after=program.order)
+    state, step = jax.device_put(start, program.shardings, may_alias=False), program.compiled_step()
+    meet, seen = program.compiled_meetings(), []
+    for number, batch in enumerate(batches(config, steps), 1):
         state, metrics = step(state, to_devices(batch, config, mesh))
-        seen.append(jax.device_get(metrics))
-    return seen, canonical(jax.device_get({"params": state.params, "opt_state": state.opt_state}), config.model)
+        state = meet(state, number)
+        seen.append(on_host(metrics))
+    state = jax.device_get(state)
+    if program.replicas:
+        return seen, program.replicas.canonical(state, config.model)
+    return seen, canonical({"params": state.params, "opt_state": state.opt_state}, config.model, program.order)
 
 
 def born(config: RunConfig) -> TrainState:
     """The state before step 0, made on one device: what `Program.initialized` must make on any mesh."""
-    shaping = config.model_copy(
-        update={"mesh": MeshConfig(platform="cpu"), "memory": MemoryConfig(), "microbatches": 1}
-    )
-    return _born(shaping.model_dump_json())
+    plain = {"mesh": MeshConfig(platform="cpu"), "memory": MemoryConfig(), "pipeline": PipelineConfig()}
+    outer = config.outer.model_dump_json() if config.outer else None
+    alone = config.model_copy(update=plain | {"microbatches": 1, "outer": None})
+    return _born(alone.model_dump_json(), outer, config.mesh.replica)
 
 
 @functools.lru_cache(maxsize=64)
-def _born(config_json: str) -> TrainState:
+def _born(config_json: str, outer_json: str | None, replicas: int) -> TrainState:
     config = RunConfig.model_validate_json(config_json)
-    return jax.device_get(build(config, make_mesh(config.mesh)).initialized())
+    if outer_json:
+        config = config.model_copy(update={"outer": OuterConfig.model_validate_json(outer_json)})
+    return jax.device_get(build(config, make_mesh(config.mesh), replica_count=replicas).initialized())
 
 
 def assert_same(a: RunConfig, b: RunConfig, *, steps: int = 5, tolerance: float = 2e-5) -> None:

@@ -9,11 +9,12 @@ import pytest
 import typer
 import yaml
 
-from meshwright.configs import data, load, model, names, parallel, run, training
+from meshwright.configs import adapter, data, load, model, names, outer, parallel, run, training
 from meshwright.configs.errors import UserError
 from meshwright.configs.foreign import FOREIGN_KEYS
 from meshwright.memory.policy import PRESETS
 from meshwright.models.attention.registry import IMPLEMENTATIONS
+from meshwright.parallel.lowcomm.wire import WIRES
 from meshwright.parallel.pipeline.schedules.registry import SCHEDULES
 from meshwright.parallel.rules import ACTIVATIONS, WEIGHTS
 from meshwright.parallel.sequence.attend import STRATEGIES
@@ -39,7 +40,8 @@ each_page = pytest.mark.parametrize("page", PAGES)
 
 def blocks(page, language):
     """The fenced blocks of a page in one language, without their indentation."""
-    return [textwrap.dedent(text) for kind, text in FENCE.findall(PAGES[page]) if kind == language]
+    found = [textwrap.dedent(text) for kind, text in FENCE.findall(PAGES[page]) if kind == language]
+    return [text.replace("path/to/model", str(ROOT / "tests/models/hf/fixtures/llama3")) for text in found]
 
 
 def words(page):
@@ -175,6 +177,9 @@ LISTED = {
     "axes": ("docs/parallelism.md", "axis", names.MESH_AXES),
     "sources": ("docs/data.md", "`data.source`", SOURCES),
     "packers": ("docs/data.md", "`data.packing.method`", PACKERS),
+    "adapters": ("docs/finetune.md", "`adapter.method`", adapter.METHOD_KEYS),
+    "outer": ("docs/lowcomm.md", "`outer.name`", outer.RULES),
+    "wires": ("docs/lowcomm.md", "`outer.wire`", WIRES),
     "optimizers": ("docs/optimizers.md", "`optimizer.name`", optimizers.RULES),
     "schedules": ("docs/pipeline.md", "schedule", SCHEDULES),
 }

@@ -12,9 +12,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = {"configs": 1, "models": 2, "memory": 3, "parallel": 3, "checkpoint": 4, "train": 5, "benchmarks": 6}
 MAY_IMPORT_BESIDE = {("parallel", "memory")}
-JAX_FREE = ("meshwright.configs.load", "meshwright.train.cli", "meshwright.train.data.assemble",
-            "meshwright.train.launch.local", "meshwright.train.launch.world", "meshwright.train.schedule",
-            "meshwright.parallel.pipeline.draw")  # fmt: skip
+JAX_FREE = (
+    "meshwright.configs.load",
+    "meshwright.parallel.lowcomm.pairs",
+    "meshwright.parallel.pipeline.draw",
+    "meshwright.train.cli",
+    "meshwright.train.data.assemble",
+    "meshwright.train.launch.local",
+    "meshwright.train.launch.world",
+    "meshwright.train.lowcomm",
+    "meshwright.train.schedule",
+    "meshwright.train.staging",
+)
 FORBIDDEN_NAMES = re.compile(r"\b(util|utils|helper|helpers|manager|wrapper|misc)\b")
 
 

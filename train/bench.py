@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ..configs.errors import UserError
 
-BENCHMARKS = ("attention", "pipeline-tables", "step")
+BENCHMARKS = ("attention", "lowcomm", "pipeline", "pipeline-tables", "step")
 
 
 def run(name: str, arguments: Sequence[str]) -> None:

@@ -19,12 +19,17 @@ from ..configs.run import RunConfig
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 recipes_app = typer.Typer(no_args_is_help=True, help="The shipped configurations.")
 data_app = typer.Typer(no_args_is_help=True, help="What the model will read.")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Weights in and out.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
+adapter_app = typer.Typer(no_args_is_help=True, help="Adapters, as PEFT keeps them.")
+app.add_typer(adapter_app, name="adapter")
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SHARD_BYTES = 5 * 10**9
 RunPath = Annotated[str, typer.Argument(help="A run directory, e.g. runs/quickstart.")]
 
 
@@ -75,6 +80,9 @@ def validate(
 ) -> None:
     """Check a configuration; allocates nothing."""
     loaded = loading.load(config, overrides=overrides or ())
+    from .staging import check_staging
+
+    check_staging(loaded)
     if deep:
         from .deep import check
 
@@ -132,9 +140,73 @@ def data_preview(config: Config, overrides: Overrides = None, rows: int = 2) -> 
     Console().print(render(build(loaded.data, seed=loaded.seed, model_vocab=loaded.model.vocab), rows=rows))
 
 
+@checkpoint_app.command("import")
+def checkpoint_import(
+    directory: Annotated[Path, typer.Argument(help="A Hugging Face model directory.")], run: Path
+) -> None:
+    """Make a run out of a Hugging Face directory, to generate from and to evaluate."""
+    from .exchange import import_directory
+
+    typer.echo(f"{import_directory(directory, run)}: try `meshwright generate {run} 'Once'`")
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    run: RunPath,
+    target: Path,
+    shard_bytes: Annotated[int, typer.Option(help="Largest file.")] = SHARD_BYTES,
+) -> None:
+    """Write a run's newest checkpoint as a Hugging Face directory, adapters merged."""
+    from .exchange import export_run
+
+    typer.echo(f"{target}: {', '.join(export_run(Path(run), target, limit=shard_bytes))}")
+
+
+@adapter_app.command("import")
+def adapter_import(
+    base: Annotated[Path, typer.Argument(help="The Hugging Face directory of the model it belongs to.")],
+    adapter: Annotated[Path, typer.Argument(help="A directory with adapter_config.json.")],
+    run: Path,
+) -> None:
+    """Make a run out of a model and an adapter of PEFT."""
+    from .exchange import import_directory
+
+    typer.echo(f"{import_directory(base, run, adapter=adapter)}: try `meshwright generate {run} 'Once'`")
+
+
+@adapter_app.command("export")
+def adapter_export(run: RunPath, target: Path) -> None:
+    """Write a run's adapter as PEFT keeps it, beside the tokenizer."""
+    from .exchange import export_adapter
+
+    typer.echo(f"{target}: {', '.join(export_adapter(Path(run), target))}")
+
+
+@adapter_app.command("merge")
+def adapter_merge(run: RunPath, target: Path) -> None:
+    """Write the model with the run's adapter merged into it, as a Hugging Face directory (`checkpoint export`)."""
+    checkpoint_export(run, target, SHARD_BYTES)
+
+
 @app.command()
-def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Memory, FLOPs, communication and the sharding of every array; allocates nothing."""
+def plan(
+    config: Annotated[str, typer.Argument(help="A YAML file, a shipped recipe, or: lowcomm [CONFIG].")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+    step_seconds: Annotated[float | None, typer.Option(help="lowcomm: what a step computes for.")] = None,
+    gigabits: Annotated[float | None, typer.Option(help="lowcomm: of the slow link, in Gbit/s.")] = None,
+) -> None:
+    """Memory, FLOPs, communication and the sharding of every array; allocates nothing.
+
+    `plan lowcomm` simulates slow links: the published table, or, with a CONFIG, your model, step and link.
+    """
+    if config == "lowcomm":
+        from .lowcomm import planned
+
+        planned(overrides or [], step_seconds=step_seconds, gigabits=gigabits, as_json=as_json)
+        return
+    if step_seconds is not None or gigabits is not None:
+        raise UserError(f"--step-seconds, --gigabits: they belong to `plan lowcomm CONFIG`, not to `plan {config}`")
     loaded = loading.load(config, overrides=overrides or ())
     from rich.console import Console
 
@@ -228,7 +300,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="step, attention")]) -> None:
+def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="step, attention, lowcomm")]) -> None:
     """Measure against a peer or a bound, in one process; what follows the name is the benchmark's."""
     from .bench import run
 

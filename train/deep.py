@@ -2,6 +2,7 @@
 
 import jax
 
+from ..checkpoint import huggingface
 from ..configs.run import RunConfig
 from ..parallel.mesh import make_mesh
 from . import environment
@@ -20,6 +21,8 @@ def check(config: RunConfig) -> None:
     """Open the data, trace the step and shard every array. Raises UserError at the first thing wrong."""
     assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
     program = prepared(config)
+    if config.model.origin is not None:
+        huggingface.check(config.model.origin, config.model, shapes=jax.eval_shape(program.fresh))
     with jax.set_mesh(program.mesh):
         jax.eval_shape(program.step, program.shapes, program.batch_shapes)
     jax.tree.leaves(program.shardings)

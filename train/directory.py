@@ -14,8 +14,20 @@ from ..configs.load import dump, parse, validated
 from ..configs.run import RunConfig
 
 # What may change between two sittings of one run: none of it changes what is computed, but how long the run is.
-MAY_CHANGE = ("steps", "microbatches", "mesh", "sequence", "memory", "evaluation", "checkpoint", "launch", "logging")
+MAY_CHANGE = (
+    "steps",
+    "microbatches",
+    "mesh",
+    "pipeline",
+    "sequence",
+    "memory",
+    "evaluation",
+    "checkpoint",
+    "launch",
+    "logging",
+)
 MAY_CHANGE_KEYS = ("data.cache", "data.prefetch")
+MAY_NOT_CHANGE_KEYS = ("mesh.replica",)  # each replica trains by itself: another number of them is another run
 
 
 def open_directory(config: RunConfig, *, root: Path, write: bool = True) -> Path:
@@ -52,13 +64,20 @@ def check_same(old: RunConfig, new: RunConfig, *, directory: Path) -> None:
     changed = [
         f"{key} ({before.get(key)} there, {after.get(key)} here)"
         for key in sorted(before.keys() | after.keys())
-        if key.split(".")[0] not in MAY_CHANGE and key not in MAY_CHANGE_KEYS and before.get(key) != after.get(key)
+        if not may_change(key) and before.get(key) != after.get(key)
     ]
     if changed:
         raise UserError(
             f"name: {directory} holds a run with another {', '.join(changed[:4])}"
             f"{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}; choose another name, or remove it"
         )
+
+
+def may_change(key: str) -> bool:
+    """Whether the setting changes nothing of what is computed."""
+    if key in MAY_NOT_CHANGE_KEYS:
+        return False
+    return key.split(".")[0] in MAY_CHANGE or key in MAY_CHANGE_KEYS
 
 
 def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -28,10 +28,17 @@ RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
 }
 
 
-def build(optimizer: OptimizerConfig, *, steps: int, spike: float | None = None) -> optax.GradientTransformation:
+def build(
+    optimizer: OptimizerConfig,
+    *,
+    steps: int,
+    spike: float | None = None,
+    multiplied: Callable[[str, jax.Array], jax.Array] | None = None,
+) -> optax.GradientTransformation:
     """The whole update for a run of `steps`: negative directions scaled by the learning rate, ready to be added.
 
-    With `spike` the state also follows the mean gradient norm, which `mean_norm` reads.
+    With `spike` the state also follows the mean gradient norm, which `mean_norm` reads. `multiplied(path, update)` has
+    the last word on the update of each weight (an adapter's).
     """
     parts = [
         ("norms", norms() if spike else None),
@@ -39,9 +46,17 @@ def build(optimizer: OptimizerConfig, *, steps: int, spike: float | None = None)
         (optimizer.name, RULES[optimizer.name](optimizer)),
         ("decay", optax.add_decayed_weights(optimizer.weight_decay, mask=decays(optimizer))),
         ("learning_rate", optax.scale_by_learning_rate(schedule(optimizer, steps=steps))),
+        ("multiplied", by_path(multiplied) if multiplied else None),
         ("average", average(optimizer.ema) if optimizer.ema else None),
     ]
     return in_float32(optax.named_chain(*((name, part) for name, part in parts if part is not None)))
+
+
+def by_path(change: Callable[[str, jax.Array], jax.Array]) -> optax.GradientTransformation:
+    """Each update as `change(path of the weight, update)` makes it."""
+    return optax.stateless(
+        lambda updates, _: jax.tree_util.tree_map_with_path(lambda path, leaf: change(path_name(path), leaf), updates)
+    )
 
 
 def in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -84,6 +99,7 @@ def decays(optimizer: OptimizerConfig) -> Callable[[Any], Any]:
         del leaf
         name = path_name(path)
         matrix = sum(axis is not None for axis in axis_names(name)) >= 2 and name.endswith("/kernel")
+        matrix = matrix or name.endswith(("/adapter/a", "/adapter/b"))
         return matrix or (optimizer.decay_embeddings and name.startswith("embed/"))
 
     return lambda params: jax.tree_util.tree_map_with_path(decayed, params)

@@ -19,6 +19,7 @@ from rich.table import Table
 from ..memory.trace import matmul_flops
 from ..models.flops import flops_per_token
 from ..parallel.hlo import bytes_by_axes, collectives
+from ..parallel.lowcomm.bytes import summary
 from ..parallel.rules import path_name
 from .program import Program
 
@@ -42,23 +43,32 @@ def storage_plan(program: Program) -> dict[str, Any]:
     """The part of a plan that needs neither devices nor a compiler: the same for every version of either."""
     arrays = [
         described(f"{part}/{path_name(path)}", leaf, sharding)
-        for part in ("params", "frozen", "opt_state")
+        for part in ("params", "frozen", "opt_state", "outer")
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_leaves_with_path(getattr(program.shapes, part)),
             jax.tree.leaves(getattr(program.shardings, part)),
             strict=True,
         )
     ]
-    weights = [array for array in arrays if not array["name"].startswith("opt_state/")]
-    state = [array for array in arrays if array["name"].startswith("opt_state/")]
+    state = [array for array in arrays if array["name"].startswith(("opt_state/", "outer/"))]
+    weights = [array for array in arrays if array not in state]
     data = program.config.data
     return {
         "parameters": {"count": sum(math.prod(array["shape"]) for array in weights), **totals(weights)},
         "optimizer": totals(state),
         "arrays": [{key: value for key, value in array.items() if key != "bytes"} for array in arrays],
         "mesh": dict(program.mesh.shape),
-        "model_flops_per_token": flops_per_token(program.config.model, data.sequence_length),
-    }
+        "model_flops_per_token": flops_per_token(
+            program.config.model, data.sequence_length, frozen=program.config.adapter is not None
+        ),
+    } | outer_plan(program)
+
+
+def outer_plan(program: Program) -> dict[str, Any]:
+    """What the replicas will send each other; nothing where there is one."""
+    if not program.replicas:
+        return {}
+    return {"outer": summary(program.traffic, program.array_shapes, replicas=program.replicas.count)}
 
 
 def described(name: str, leaf: Any, sharding: NamedSharding) -> dict[str, Any]:
@@ -112,6 +122,12 @@ def render(plan: dict[str, Any]) -> RenderableType:
     for kind, by_axes in plan["collectives"].items():
         for crossed, count in by_axes.items():
             table.add_row(kind, f"over {crossed}", f"{size(count)} a device and step")
+    if outer := plan.get("outer"):
+        table.add_row(
+            "replicas",
+            f"send {size(outer['bytes_per_update'])} each an update",
+            f"{outer['times_fewer_bytes']:.4g}x less than gradients; at most {size(outer['peak_bytes'])} at once",
+        )
     return Group(table, largest(plan["arrays"]))
 
 

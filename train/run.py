@@ -21,6 +21,8 @@ from ..configs.errors import MeshwrightError, Preempted, UserError
 from ..configs.run import RunConfig, check_fits
 from ..memory.policy import decisions, emitted
 from ..memory.selfcheck import check_offload
+from ..models.hf.files import copy_companions
+from ..parallel.lowcomm.bytes import sent
 from ..parallel.mesh import make_mesh
 from ..parallel.state import TrainState, combine
 from . import environment, plan
@@ -33,13 +35,17 @@ from .feed import local_rows, to_devices
 from .generate import complete
 from .launch.world import World
 from .meter import Meter
+from .op_times import op_times
 from .profiling import Profile
 from .program import Program, build
+from .replicas import on_host
 from .report.html import write_report
 from .report.journal import Journal
 from .report.progress import open_progress
 from .report.sinks import Sink, check_sinks, open_sinks
+from .resume import restore
 from .sampling import Sampling
+from .staging import check_staging
 from .stop import StopRequest
 
 
@@ -58,6 +64,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
     Raises UserError before a device is touched where the request cannot work, and Preempted, the state saved, where
     asked to stop.
     """
+    check_staging(config)
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
     open_directory(config, root=root, write=False)  # refuses another run's; nothing is written until all is checked
     check_sinks(config.logging)
@@ -95,12 +102,13 @@ def restored(program: Program, storage: Storage, data: Data, journal: Journal) -
         journal.record("start", step=0)
         return program.initialized(), 0
     step = storage.steps[-1]
-    state, saved = storage.restore(step, shapes=program.shapes, shardings=program.shardings)
+    state, saved = restore(program, storage, step)
     if saved.get("corpus") != data.fingerprint:
         raise MeshwrightError(
             f"checkpoint {step} was trained on corpus {saved.get('corpus')}, and the data are {data.fingerprint} now; "
             "bring back the documents, or train under another name"
         )
+    state = program.completed(state, origin=saved.get("origin"))
     journal.record("restore", step=step, level="storage", reason="newest whole checkpoint")
     return state, step
 
@@ -123,11 +131,14 @@ class Run:
         config, program = self.config, self.program
         began = time.monotonic()
         step = program.compiled_step()
+        self.meet = program.compiled_meetings()
         evaluation = program.compiled_evaluation() if self.data.held_out else None
         self.journal.record("compile", seconds=time.monotonic() - began)
         made = plan.make_plan(program, step)
         if self.world.first:
             self.data.tokenizer.save(self.directory)
+            if config.model.origin is not None and config.data.tokenizer.file == config.model.origin:
+                copy_companions(config.model.origin, self.directory)
             write_json(self.directory / "plan.json", made)
             write_json(self.directory / "environment.json", environment.describe(config, self.data, program.mesh))
         with ExitStack() as stack:
@@ -144,10 +155,21 @@ class Run:
             if evaluation is not None:
                 self.evaluate(state, config.steps, evaluation)
         self.committed(self.storage.wait())
+        if program.staging is not None and config.pipeline.measure:
+            self.time_ops(state)
         self.journal.record("finish", step=config.steps, **self.last)
         if self.world.first:
             write_report(self.directory)
         return Summary(self.directory, config.steps, self.last)
+
+    def time_ops(self, state: TrainState) -> None:
+        """Measure the ops of the pipeline, for the report."""
+        with closing(self.batches(0)) as feed:
+            batch = to_devices(next(feed), self.config, self.program.mesh)
+        costs = op_times(self.program, state.params, state.frozen, batch)
+        devices = self.program.mesh.shape["pipe"]
+        if self.world.first:
+            write_json(self.directory / "pipeline.json", {"devices": devices, "costs": costs.model_dump(mode="json")})
 
     def loop(self, state: TrainState, start: int, step: Any, evaluation: Any) -> TrainState:
         """From update `start` to the last; metrics are read one step behind."""
@@ -160,6 +182,7 @@ class Run:
                     with self.meter.host():
                         batch = to_devices(next(feed), config, self.program.mesh)
                     state, metrics = step(state, batch)
+                    state = self.meet(state, number)
                     self.told(pending)
                     pending = (number, metrics)
                 self.committed(self.storage.committed())
@@ -217,9 +240,11 @@ class Run:
         if pending is None:
             return
         step, arrays = pending
-        metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}  # waits for the device
+        metrics = on_host(arrays)  # waits for the device
         with self.meter.host():
             metrics |= self.meter.lap()
+            if self.program.traffic:
+                metrics["sent_bytes"] = sent(self.program.traffic, step)
             self.last |= metrics
             if metrics["skipped"]:
                 self.journal.record("skip", step=step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
@@ -242,7 +267,13 @@ class Run:
         """Begin a checkpoint."""
         began = time.monotonic()
         samples = step * self.config.data.global_batch
-        self.storage.save(state, step=step, data={"corpus": self.data.fingerprint, "samples": samples})
+        data = {
+            "corpus": self.data.fingerprint,
+            "samples": samples,
+            "order": self.program.order,
+            "origin": self.program.origin,
+        }
+        self.storage.save(state, step=step, data=data)
         self.journal.record("save", step=step, stall_seconds=time.monotonic() - began)
 
     def committed(self, step: int | None) -> None:
@@ -251,10 +282,12 @@ class Run:
             self.journal.record("commit", step=step)
 
     def evaluate(self, state: TrainState, step: int, evaluation: Any) -> None:
-        """Held-out loss and samples, of the averaged parameters where there are any."""
+        """Held-out loss and samples, of the parameters that the run stands for."""
         began = time.monotonic()
-        params = averaged(state)
+        params = self.program.evaluated(state)
         values = evaluate(self.program, evaluation, params, state.frozen, self.data)
+        if self.program.replicas:
+            values |= self.program.replicas.apart(state)
         self.last |= values
         self.write(step, values)
         self.journal.record("evaluation", step=step, seconds=time.monotonic() - began, **values)
@@ -263,7 +296,7 @@ class Run:
         if prompts and jax.process_count() == 1:
             texts = complete(
                 self.program,
-                combine(params, state.frozen),
+                self.program.in_order(combine(params, state.frozen)),
                 self.data.tokenizer,
                 prompts,
                 max_tokens=self.config.evaluation.sample_tokens,
@@ -272,10 +305,3 @@ class Run:
             )
             for prompt, text in zip(prompts, texts, strict=True):
                 self.journal.record("sample", step=step, prompt=prompt, text=text)
-
-
-def averaged(state: TrainState) -> Any:
-    """The parameters to evaluate and sample from: their moving average where the optimizer keeps one."""
-    if "average" not in state.opt_state:
-        return state.params
-    return jax.tree.map(lambda mean, own: mean.astype(own.dtype), state.opt_state["average"].params, state.params)

@@ -21,7 +21,7 @@ from .gradients import Batch, Engine, Loss
 from .optimizers import mean_norm
 from .recipes.registry import Recipe
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch), and the number of its first row
 
 
 def make_loss(
@@ -60,8 +60,8 @@ def make_step(
 ) -> Step:
     """A pure step. It applies no update that is not finite, or whose norm exceeds `spike` times the mean so far."""
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        keys = row_keys(state, rows=batch["tokens"].shape[0]) if dropout else None
+    def step(state: TrainState, batch: Batch, first_row: Any = 0) -> tuple[TrainState, dict[str, jax.Array]]:
+        keys = row_keys(state, rows=first_row + jnp.arange(batch["tokens"].shape[0])) if dropout else None
         sums = engine(state.params, state.frozen, batch, keys)
         weight = jnp.maximum(sums.weight, 1e-9)
         gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / weight, sums.gradient)
@@ -88,7 +88,7 @@ def make_step(
     return step
 
 
-def row_keys(state: TrainState, *, rows: int) -> jax.Array:
-    """One key a row of the global batch: no mesh, microbatch or process count changes what a row draws."""
+def row_keys(state: TrainState, *, rows: jax.Array) -> jax.Array:
+    """One key for each of `rows` of the global batch: no mesh, microbatch or process count changes what a row draws."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)

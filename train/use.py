@@ -15,12 +15,13 @@ from .directory import read_config
 from .evaluation import evaluate as held_out
 from .launch.world import World
 from .program import Program, build
-from .run import averaged
+from .resume import restore
 
 # One device, whatever the run was trained on.
 ONE_DEVICE = {
     "microbatches": 1,
     "mesh": dict.fromkeys(("replica", "pipe", "data", "fsdp", "expert", "seq", "tensor"), 1) | {"devices": None},
+    "outer": None,
 }
 
 
@@ -43,7 +44,7 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return complete(
         program,
-        combine(averaged(state), state.frozen),
+        combine(program.evaluated(state), state.frozen),
         load(run),
         list(prompts),
         max_tokens=tokens,
@@ -61,7 +62,7 @@ def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
     if data.held_out is None:
         raise UserError(f"data.held_out: 0 in {run}: nothing to evaluate on; pass data.held_out=0.02")
     program, state = opened(config, run)
-    return held_out(program, program.compiled_evaluation(), averaged(state), state.frozen, data)
+    return held_out(program, program.compiled_evaluation(), program.evaluated(state), state.frozen, data)
 
 
 def read(run: Path, overrides: Sequence[str]) -> RunConfig:
@@ -74,11 +75,16 @@ def read(run: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
-    """The program and the newest state. Raises UserError where the run has no checkpoint."""
+    """The program and the newest state. Raises UserError where the run has no checkpoint.
+
+    Replicas that trained on devices of their own are all on this one.
+    """
     environment.start(config, World())
-    program = build(config, make_mesh(config.mesh))
+    trained = read_config(run)
+    together = config.model_copy(update={"outer": trained.outer})
+    program = build(together, make_mesh(config.mesh), replica_count=trained.mesh.replica)
     with closing(Storage(run / "checkpoints", keep=config.checkpoint.keep)) as storage:
         if not storage.steps:
             raise UserError(f"{run}: no checkpoint yet; train it with `meshwright train {run / 'config.yaml'}`")
-        state, _ = storage.restore(storage.steps[-1], shapes=program.shapes, shardings=program.shardings)
-    return program, state
+        state, saved = restore(program, storage, storage.steps[-1])
+    return program, program.completed(state, origin=saved.get("origin"))

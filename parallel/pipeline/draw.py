@@ -5,6 +5,7 @@ first one darkest. Long schedules are broken into lines, like text. Drawn in tic
 where start and end of every cell are given.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ NAMES = {
 }  # fmt: skip
 SUFFIXES = (".svg", ".png", ".pdf")
 LINE = 80  # ticks to a line
+STYLE = {"svg.hashsalt": "schedule", "svg.fonttype": "none", "font.family": "sans-serif"}
 INK, FAINT = "#222222", "#E6E6E6"
 WIDTH, ROW, ABOVE, BETWEEN, BELOW = 13.0, 0.26, 0.42, 0.3, 0.68  # inches
 
@@ -36,24 +38,37 @@ def draw(table: Table, path: Path, *, timeline: Timeline | None = None, title: s
     Raises UserError for a suffix that is no picture.
     """
     check_suffix(path)
+    # A picture that is drawn again is the same file.
+    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+    with rc_context(STYLE):
+        figure(table, timeline=timeline, title=title).savefig(path, dpi=150, metadata=metadata)
+
+
+def svg(table: Table, *, timeline: Timeline | None = None, title: str | None = None) -> str:
+    """The picture as an `<svg>` element that may stand in a page."""
+    text = io.StringIO()
+    with rc_context(STYLE):
+        figure(table, timeline=timeline, title=title).savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def figure(table: Table, *, timeline: Timeline | None = None, title: str | None = None) -> Figure:
+    """The picture, not yet written anywhere."""
     start, end = (timeline.start, timeline.end) if timeline else _tick_clock(table)
     lines = -(-table.ticks // LINE)
     per_line = float(np.nanmax(end)) / lines if timeline else float(-(-table.ticks // lines))
     strip = ROW * table.devices
     height = ABOVE + lines * strip + (lines - 1) * BETWEEN + BELOW
-    figure = Figure(figsize=(WIDTH, height), facecolor="white")
+    drawn = Figure(figsize=(WIDTH, height), facecolor="white")
     for line in range(lines):
         bottom = (BELOW + (lines - 1 - line) * (strip + BETWEEN)) / height
-        axis = figure.add_axes((0.06, bottom, 0.93, strip / height))
+        axis = drawn.add_axes((0.06, bottom, 0.93, strip / height))
         _draw_line(axis, table, start, end, window=(line * per_line, (line + 1) * per_line))
     axis.set_xlabel("tick" if timeline is None else "time", color=INK, fontsize=8, labelpad=1)
-    figure.legend(handles=_legend(table), loc="lower center", ncols=8, frameon=False, fontsize=8, labelcolor=INK,
+    drawn.legend(handles=_legend(table), loc="lower center", ncols=8, frameon=False, fontsize=8, labelcolor=INK,
                   columnspacing=1.4, handlelength=1.0, handleheight=1.0)  # fmt: skip
-    figure.suptitle(title or table.name, x=0.06, y=1 - 0.1 / height, ha="left", va="top", color=INK, fontsize=10)
-    # A picture that is drawn again is the same file.
-    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
-    with rc_context({"svg.hashsalt": "schedule", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(path, dpi=150, metadata=metadata)
+    drawn.suptitle(title or table.name, x=0.06, y=1 - 0.1 / height, ha="left", va="top", color=INK, fontsize=10)
+    return drawn
 
 
 def check_suffix(path: Path) -> None:

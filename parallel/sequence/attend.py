@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ...configs.errors import UserError
 from ...models.attention.interface import Implementation, Mask, Where
 from ...models.attention.interface import attend as attend_with
+from ..rules import taken_axes, without
 from . import gathered, ring, ulysses
 
 STRATEGIES = {"all-gather": gathered.wrap, "ring": ring.wrap, "ulysses": ulysses.wrap}
@@ -68,38 +69,65 @@ class _Specs(NamedTuple):
 def _mapped(local: Implementation, mesh: Mesh) -> Implementation:
     """`local`, which works on one device's part, over global arrays."""
 
-    def over_devices(function, arguments, where: Where, specs: _Specs, in_specs, out_specs):
+    def over_devices(function, axes, arguments, where: Where, cut, results):
+        specs = _specs(arguments[0], where, mesh, axes)
         return jax.shard_map(
             function,
             # Inside another shard_map (a pipeline) the mesh is the one already in use, some of its axes manual.
             mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
-            in_specs=(*in_specs, specs.where),
-            out_specs=out_specs,
+            in_specs=(*(getattr(specs, name) for name in cut), specs.where),
+            out_specs=tuple(getattr(specs, name) for name in results),
             axis_names=specs.axes,
         )(*arguments, where)
 
     def forward(q, k, v, mask: Mask, where: Where):
-        specs = _specs(q, where, mesh)
-
         def part(q, k, v, where):
             return local.forward(q, k, v, mask, where)
 
-        return over_devices(part, (q, k, v), where, specs, [specs.heads] * 3, (specs.heads, specs.statistics))
+        def run(axes, *arguments, where: Where):
+            return over_devices(part, axes, arguments, where, ["heads"] * 3, ("heads", "statistics"))
+
+        return more_rows_for_replicas(run)((q, k, v), where)
 
     def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where):
-        specs = _specs(q, where, mesh)
-
         def part(q, k, v, out, lse, d_out, where):
             return local.backward(q, k, v, out, lse, d_out, mask, where)
 
-        in_specs = [*[specs.heads] * 4, specs.statistics, specs.heads]
-        return over_devices(part, (q, k, v, out, lse, d_out), where, specs, in_specs, (specs.heads,) * 3)
+        def run(axes, *arguments, where: Where):
+            cut = [*["heads"] * 4, "statistics", "heads"]
+            return over_devices(part, axes, arguments, where, cut, ["heads"] * 3)
+
+        return more_rows_for_replicas(run)((q, k, v, out, lse, d_out), where)
 
     return local._replace(forward=forward, backward=backward)
 
 
-def _specs(q, where: Where, mesh: Mesh) -> _Specs:
-    rows = ROWS if q.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS) == 0 else None
+def more_rows_for_replicas(run: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., tuple[jax.Array, ...]]:
+    """`run(axes, *arrays, where)` on arrays [rows, ...], which under `jax.vmap` gets all replicas' rows as its own.
+
+    To the map they are rows cut over one more axis. Left to the partitioner, that axis would be gathered wherever the
+    map communicates over another one.
+    """
+    alone = jax.custom_batching.custom_vmap(lambda arrays, where: run(ROWS, *arrays, where=where))
+
+    @alone.def_vmap
+    def together(count, batched, arrays, where):
+        def folded(leaf: jax.Array, by_replica: bool) -> jax.Array:
+            if leaf.ndim == 1:  # indices of tokens, the same for all
+                return leaf
+            full = leaf if by_replica else jnp.broadcast_to(leaf, (count, *leaf.shape))
+            return full.reshape(-1, *full.shape[2:])
+
+        arrays, where = jax.tree.map(folded, (arrays, where), tuple(batched))
+        results = run(("replica", *ROWS), *arrays, where=where)
+        return tuple(one.reshape(count, -1, *one.shape[1:]) for one in results), (True,) * len(results)
+
+    return alone
+
+
+def _specs(q, where: Where, mesh: Mesh, axes: tuple[str, ...]) -> _Specs:
+    free = without(axes, taken_axes()) or ()  # inside a pipeline's map rows are cut already
+    rows = free if free and q.shape[0] % math.prod(mesh.shape[axis] for axis in free) == 0 else None
     return _Specs(
         heads=PartitionSpec(rows, "seq", "tensor", None),
         statistics=PartitionSpec(rows, "seq", "tensor"),

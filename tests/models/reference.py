@@ -36,11 +36,15 @@ def row_logits(model: ModelConfig, weights: Weights, tokens: np.ndarray, segment
 
 def block(model: ModelConfig, own: Weights, x: np.ndarray, segments: np.ndarray, positions: np.ndarray, window):
     """One layer's output [sequence, embed]."""
-    normed = norm(model, own, "attn_norm", x)
+    normed = norm(model, own, "attn_norm", x) if model.pre_norms else x
     update = attention(model, own, normed, segments, positions, window)
     if model.post_norms:
         update = norm(model, own, "attn_post_norm", update)
-    second = normed if model.parallel_block else norm(model, own, "mlp_norm", x + update)
+    second = x + update
+    if model.parallel_block:
+        second = normed
+    elif model.pre_norms:
+        second = norm(model, own, "mlp_norm", second)
     hidden = mlp(model, own, second)
     if model.post_norms:
         hidden = norm(model, own, "mlp_post_norm", hidden)
@@ -52,7 +56,14 @@ def attention(model: ModelConfig, own: Weights, x: np.ndarray, segments: np.ndar
     q, k, v = (np.einsum("te,ehd->htd", x, own[f"attn/{name}/kernel"]) for name in "qkv")
     if model.qkv_bias:
         q, k, v = (y + own[f"attn/{name}/bias"][:, None] for name, y in zip("qkv", (q, k, v), strict=True))
-    if model.qk_norm:
+    if model.qk_norm_whole:
+        q, k = (
+            rms(y.swapaxes(0, 1).reshape(len(x), -1), own[f"attn/{name}_norm/scale"].ravel(), model.norm_epsilon)
+            .reshape(len(x), *y.shape[::2])
+            .swapaxes(0, 1)
+            for name, y in (("q", q), ("k", k))
+        )
+    elif model.qk_norm:
         q, k = (
             rms(y, own[f"attn/{name}_norm/scale"] + model.norm_unit_offset, model.norm_epsilon)
             for name, y in (("q", q), ("k", k))

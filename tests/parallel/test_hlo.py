@@ -83,6 +83,24 @@ def test_a_permute_in_a_loop_in_a_branch_is_refused():
         hlo.refuse_permute_under_conditional(text, MESH)
 
 
+@pytest.mark.parametrize("rounds", [1, None], ids=["known", "each device's own"])
+def test_a_permute_in_a_loop_that_some_devices_skip_is_refused(rounds):
+    def turn(x):
+        return jax.lax.ppermute(x, "data", [(0, 1), (1, 0)])
+
+    def loop(x):
+        count = jax.lax.axis_index("tensor") if rounds is None else rounds
+        return jax.lax.fori_loop(0, count, lambda _, y: turn(y) * 2, x)
+
+    spec = PartitionSpec("data")
+    text = compiled(jax.shard_map(loop, mesh=MESH, in_specs=spec, out_specs=spec, check_vma=False), spec, out=spec)
+    if rounds is None:
+        with pytest.raises(MeshwrightError, match="over data is inside a conditional"):
+            hlo.refuse_permute_under_conditional(text, MESH)
+    else:
+        hlo.refuse_permute_under_conditional(text, MESH)
+
+
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation in 5 characters"):
         hlo.collectives("hello", MESH)

@@ -10,6 +10,7 @@ from . import bars, charts, header, story
 from .charts import Curve
 from .markup import Html, element, joined, section
 from .mesh import mesh_picture
+from .pipeline import schedule_picture
 from .record import Record, read_record
 from .sharding import sharding_picture
 from .style import CSS
@@ -40,6 +41,7 @@ def page(record: Record) -> str:
         header.header(record),
         curves(record),
         *planned(record),
+        schedule_picture(record.config, record.pipeline),
         story.samples(record.events),
         story.timeline(record.events),
         header.surroundings(record),

@@ -33,6 +33,7 @@ class Record:
     config_text: str
     environment: dict[str, Any]
     plan: dict[str, Any]
+    pipeline: dict[str, Any]  # measured ops; {} where nothing was pipelined
     metrics: list[dict[str, float]]  # one a logged step, in order
     events: list[dict[str, Any]]  # oldest first
     missing: dict[str, str]  # file -> why it could not be read
@@ -95,6 +96,8 @@ def read_record(directory: Path) -> Record:
         config_text=text,
         environment=parsed(read_text(directory / "environment.json", missing), "environment.json", missing),
         plan=parsed(read_text(directory / "plan.json", missing), "plan.json", missing),
+        # Only a pipelined run that was finished has one: its absence is no loss.
+        pipeline=parsed(read_text(directory / "pipeline.json", {}), "pipeline.json", missing),
         metrics=metrics,
         events=events,
         missing=missing,

@@ -44,6 +44,7 @@ ul.alert { padding-left: 32px; }
   font-variant-numeric: tabular-nums; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 22px 28px; }
 figure { margin: 0; min-width: 0; }
+svg.schedule { width: 100%; height: auto; background: white; border-radius: 6px; }
 figure svg { display: block; max-width: 100%; height: auto; }
 .chart svg { width: 100%; }
 .chart svg text { font: 10.5px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;

@@ -1,0 +1,132 @@
+"""`meshwright bench lowcomm`: held-out loss of replicas that meet rarely beside data parallelism's, at equal tokens.
+
+Every row trains the same model on the same tokens of the standard library's source, from the same seeds, with the same
+inner optimizer and global batch; rows differ in who meets whom, when, and in what format. Each run is a process of its
+own, one after another.
+
+    meshwright bench lowcomm                                1000 updates, one seed: about half an hour on 2 cores
+    meshwright bench lowcomm --seeds 3 --steps 4000 --every 30      closer to what the papers report
+    meshwright bench lowcomm --only data-parallel noloco-4
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+STREAMING = {"name": "streaming", "fragments": 4, "overlap": 1, "mix": 0.5, "wire": "e3m0"}
+
+# Row -> (replicas, the section outer without `every`). NoLoCo meets twice as often, as in its paper.
+ROWS: dict[str, tuple[int, dict[str, Any] | None]] = {
+    "data-parallel": (1, None),
+    "diloco-2": (2, {"name": "diloco"}),
+    "streaming-4bit-2": (2, STREAMING),
+    "diloco-4": (4, {"name": "diloco"}),
+    "streaming-4bit-4": (4, STREAMING),
+    "noloco-4": (4, {"name": "noloco"}),
+}
+BASE = (
+    "model={layers: 4, embed: 128, heads: 4, kv_heads: 2, mlp: 352, scan: false}",
+    "optimizer={name: adamw, learning_rate: 3.0e-3, schedule: cosine, warmup_steps: 50, decay_steps: null, clip: 1.0}",
+    "data={sequence_length: 128, global_batch: 16}",
+    "checkpoint.every=0",
+    "logging={every: 50, tensorboard: false, peak_tflops: 1}",
+)
+
+
+def words(row: str, *, seed: int, steps: int, every: int) -> list[str]:
+    """The words after `meshwright train quickstart` that make a run of `row`, meeting after `every` updates."""
+    replicas, outer = ROWS[row]
+    if outer:
+        outer = outer | {"every": max(every // 2, 1) if outer["name"] == "noloco" else every}
+    axis = "replica" if replicas > 1 else "data"
+    mesh = dict.fromkeys(("data", "fsdp", "tensor", "replica"), 1) | {axis: max(replicas, 2)}
+    return [
+        f"name={row}-{seed}",
+        f"seed={seed}",
+        f"steps={steps}",
+        f"mesh={json.dumps(mesh | {'devices': None})}",
+        f"outer={json.dumps(outer)}",
+        f"evaluation={{every: {max(steps // 6, 1)}, batches: 40, prompts: []}}",
+        *BASE,
+    ]
+
+
+def measure(row: str, *, seed: int, steps: int, every: int, directory: Path) -> dict[str, Any]:
+    """Train `row` with `seed` in `directory`: held-out loss by step, spread of the replicas, bytes sent."""
+    command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart"]
+    done = subprocess.run(
+        [*command, *words(row, seed=seed, steps=steps, every=every)],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{row} with seed {seed} ended with {done.returncode}: {done.stderr[-500:]}")
+    file = directory / "runs" / f"{row}-{seed}" / "metrics.jsonl"
+    seen = [json.loads(line) for line in file.read_text().splitlines()]
+    held_out = [one for one in seen if "held_out_loss" in one]
+    trained = [one for one in seen if "loss" in one]
+    return {
+        "curve": {one["step"]: one["held_out_loss"] for one in held_out},
+        "spread": {one["step"]: one["replica_spread"] for one in held_out if "replica_spread" in one},
+        "sent_bytes": trained[-1].get("sent_bytes"),
+        "step_seconds": statistics.median(one["step_seconds"] for one in trained),
+    }
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Final held-out loss of each row, the mean over its seeds, and how far it is above data parallelism's."""
+    final = {row: statistics.mean(list(one["curve"].values())[-1] for one in runs) for row, runs in results.items()}
+    reference = final.get("data-parallel")
+    lines = [f"{'row':20} {'held-out loss':>14} {'above data-parallel':>20} {'MB sent a replica':>18} {'spread':>8}"]
+    for row, runs in results.items():
+        above = f"{100 * (final[row] / reference - 1):+.2f} %" if reference else "-"
+        sent = f"{runs[0]['sent_bytes'] / 1e6:.1f}" if runs[0]["sent_bytes"] else "-"
+        spread = f"{list(runs[0]['spread'].values())[-1]:.4f}" if runs[0]["spread"] else "-"
+        lines.append(f"{row:20} {final[row]:14.4f} {above:>20} {sent:>18} {spread:>8}")
+    return "\n".join(lines)
+
+
+def picture(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    """Held-out loss by update, a line a row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for row, runs in results.items():
+        axes.plot(list(runs[0]["curve"]), list(runs[0]["curve"].values()), marker=".", label=row)
+    axes.set(xlabel="update", ylabel="held-out loss, nats a token")
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, train every row, print."""
+    parser = argparse.ArgumentParser(prog="meshwright bench lowcomm")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--every", type=int, default=10, help="updates between meetings; NoLoCo's are half")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--directory", type=Path, default=Path("."), help="where runs/ is made")
+    parser.add_argument("--picture", type=Path, help="write the curves as an image")
+    options = parser.parse_args(arguments)
+    options.directory.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for row in options.only:
+        for seed in range(options.seeds):
+            made = measure(row, seed=seed, steps=options.steps, every=options.every, directory=options.directory)
+            results.setdefault(row, []).append(made)
+            print(f"{row} seed {seed}: {json.dumps(made)}", flush=True)
+    print(table(results))
+    if options.picture:
+        picture(results, options.picture)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,181 @@
+"""`meshwright bench pipeline`: the pipeline engine beside the same model without one, and beside its own simulator.
+
+All on simulated CPU devices, in one process, in turns:
+
+    step     a pipelined step over plain FSDP with as many microbatches, on 8 devices (target: at most 1.25)
+    order    pipe 2 on 2 cores: measured seconds of each schedule beside the simulator's, from measured ops
+    memory   compiled temporaries of a device at 8 and at 64 microbatches (target: under 3 % apart), and those of each
+             schedule over 8 devices beside what the simulator makes of one activation's bytes (target: within 15 %)
+    compile  seconds to compile the step, over the plain step's, and at 8 and 64 microbatches
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from meshwright.configs.load import merged, validated
+from meshwright.configs.run import RunConfig
+
+MODEL = {"vocab": 2048, "layers": 8, "embed": 256, "heads": 8, "mlp": 768}
+BASE = {
+    "steps": 1000,
+    "optimizer": {"learning_rate": 1e-4, "schedule": "constant"},
+    "data": {"source": "synthetic", "tokenizer": {"bytes": True}, "sequence_length": 128, "global_batch": 16},
+    "microbatches": 8,
+}
+PARTS = ("step", "order", "memory", "compile")
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "1f1b": {"schedule": "1f1b"},
+    "1f1b, fused": {"schedule": "1f1b", "backward": "fused"},
+    "1f1b, shared vocabulary": {"schedule": "1f1b", "vocab_parallel": 2},
+    "zb-h1": {"schedule": "zb-h1"},
+    "zb-v": {"schedule": "zb-v"},
+    "v-half": {"schedule": "v-half"},
+}
+
+
+def configuration(mesh: dict[str, int], **changes: Any) -> RunConfig:
+    """The run that is timed, over `mesh`."""
+    base = merged(BASE, {"model": MODEL, "mesh": mesh | {"platform": "cpu"}})
+    return validated(merged(base, changes))
+
+
+class Case:
+    """A compiled step with a state and a batch."""
+
+    def __init__(self, config: RunConfig):
+        import jax
+        import numpy as np
+
+        from meshwright.parallel.mesh import make_mesh
+        from meshwright.train.feed import to_devices
+        from meshwright.train.program import build
+
+        mesh = make_mesh(config.mesh)
+        self.program = build(config, mesh)
+        began = time.perf_counter()
+        self.step = self.program.compiled_step()
+        self.compile_seconds = time.perf_counter() - began
+        self.temporaries = self.step.memory_analysis().temp_size_in_bytes
+        shape = (config.data.global_batch, config.data.sequence_length)
+        tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape, dtype=np.int32)
+        fields = {
+            "tokens": tokens,
+            "targets": np.roll(tokens, -1, axis=1),
+            "loss_weights": np.ones(shape, np.float32),
+            "segment_ids": np.ones(shape, np.int32),
+            "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        }
+        self.batch = to_devices(fields, config, mesh)
+        self.state = self.program.initialized()
+        self.ready: Callable[[Any], Any] = jax.block_until_ready
+
+    def seconds(self) -> float:
+        """Of one more step."""
+        began = time.perf_counter()
+        self.state, metrics = self.step(self.state, self.batch)
+        self.ready((self.state, metrics))
+        return time.perf_counter() - began
+
+
+def paired(cases: dict[str, Case], *, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every case, taken in turns; the first round warms up."""
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds + 1):
+        for name, case in cases.items():
+            seconds = case.seconds()
+            if number:
+                found[name].append(seconds)
+    return found
+
+
+def step(rounds: int) -> dict[str, Any]:
+    """Pipelined steps over the plain one, as medians of ratios of neighbours in time."""
+    plain = {"plain": Case(configuration({"fsdp": 8}, microbatches=2))}
+    staged = {name: Case(configuration({"pipe": 4, "fsdp": 2}, pipeline=of)) for name, of in SCHEDULES.items()}
+    found = paired(plain | staged, rounds=rounds)
+    ratios = {name: [one / other for one, other in zip(found[name], found["plain"], strict=True)] for name in staged}
+    return {
+        "plain_seconds": statistics.median(found["plain"]),
+        "over_plain": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
+    }
+
+
+def order(rounds: int) -> dict[str, Any]:
+    """Two devices on two cores: seconds of the loop of each schedule, and what the simulator makes of measured ops."""
+    from meshwright.parallel.pipeline.simulate import simulate
+    from meshwright.train.op_times import op_times
+
+    cases = {name: Case(configuration({"pipe": 2}, pipeline=of)) for name, of in SCHEDULES.items()}
+    measured = {name: statistics.median(values) for name, values in paired(cases, rounds=rounds).items()}
+    rows = {}
+    for name, case in cases.items():
+        costs = op_times(case.program, case.state.params, case.state.frozen, case.batch)
+        table = case.program.staging.table
+        rows[name] = {"measured": measured[name], "simulated": simulate(table, costs, cores=2).lockstep,
+                      "ticks": table.ticks, "idle_tick_ms": 1000 * costs.tick}  # fmt: skip
+    names = list(rows)
+    agree = [(rows[a]["measured"] - rows[b]["measured"]) * (rows[a]["simulated"] - rows[b]["simulated"]) > 0
+             for i, a in enumerate(names) for b in names[:i]]  # fmt: skip
+    return {"schedules": rows, "pairs_in_the_same_order": f"{sum(agree)} of {len(agree)}"}
+
+
+def memory(rounds: int) -> dict[str, Any]:
+    """Temporaries of a device with 8 and 64 microbatches; of each schedule, compiled and predicted.
+
+    An activation's bytes are what one more microbatch adds to GPipe, which keeps all of them.
+    """
+    del rounds
+    from meshwright.parallel.pipeline.simulate import in_flight
+
+    def case(name: str, count: int, **pipeline: Any) -> Case:
+        long = {"sequence_length": 1024, "global_batch": count}
+        small = {"embed": 64, "heads": 2, "mlp": 192, "layers": 16, "vocab": 512}
+        of = {"schedule": name} | pipeline
+        return Case(configuration({"pipe": 8}, model=small, microbatches=count, data=long, pipeline=of))
+
+    few, many = (case("1f1b", count).temporaries for count in (8, 64))
+    gpipe = [case("gpipe", count).temporaries for count in (8, 16)]
+    activation = (gpipe[1] - gpipe[0]) / 8
+    rest = gpipe[0] - 8 * activation
+    rows = {}
+    for name in ("1f1b", "zb-h1", "zb-v", "v-half", "v-min"):
+        one = case(name, 16)
+        held = float(in_flight(one.program.staging.table).max())
+        predicted = rest + held * activation
+        rows[name] = {"microbatches_held": held, "compiled": one.temporaries, "predicted": round(predicted),
+                      "ratio": round(one.temporaries / predicted, 3)}  # fmt: skip
+    return {"1f1b at 8": few, "1f1b at 64": many, "growth": round(many / few - 1, 4),
+            "bytes of an activation": round(activation), "schedules, 16 microbatches": rows}  # fmt: skip
+
+
+def compile(rounds: int) -> dict[str, Any]:
+    """Seconds to compile, plain and pipelined, with few and many microbatches."""
+    del rounds
+    plain = Case(configuration({"fsdp": 4}, microbatches=2)).compile_seconds
+    few, many = (
+        Case(configuration({"pipe": 4}, microbatches=count, data={"global_batch": count})).compile_seconds
+        for count in (8, 64)
+    )
+    return {
+        "plain": round(plain, 2),
+        "at_8": round(few, 2),
+        "at_64": round(many, 2),
+        "over_plain": round(few / plain, 2),
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the parts that are named, all by default, and print JSON."""
+    parser = argparse.ArgumentParser(prog="meshwright bench pipeline", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
+    parser.add_argument("--rounds", type=int, default=8)
+    options = parser.parse_args(arguments)
+    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
+    for part in options.parts or PARTS:
+        print(json.dumps({part: globals()[part](options.rounds)}, indent=1), flush=True)

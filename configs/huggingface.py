@@ -1,0 +1,309 @@
+"""A Hugging Face config.json <-> the model section. JSON in, JSON out: a mistake is answered before JAX is imported.
+
+A `Format` is what one `model_type` of transformers means, as tables: how it spells our keys, what a file without a key
+means, and which keys have only one value that this decoder computes. What no table says is refused with key and value;
+a file is never taken "nearly". Both spellings of rotations are read (`rope_scaling` of version 4, `rope_parameters` of
+version 5); version 4's is written, because both read it.
+
+    section(json.loads(text)) -> {"family": "qwen3", "layers": 28, ...}          config_json(model) -> {...}
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import UserError
+from .rotations import read_rope, written_rope
+
+logger = logging.getLogger(__name__)
+Tree = Mapping[str, Any]
+
+KEYS = {
+    "vocab": "vocab_size",
+    "layers": "num_hidden_layers",
+    "embed": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mlp": "intermediate_size",
+    "norm_epsilon": "rms_norm_eps",
+    "tied_embeddings": "tie_word_embeddings",
+}
+SOFTCAPS = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
+GPT2_KEYS = {
+    "vocab": "vocab_size",
+    "layers": "n_layer",
+    "embed": "n_embd",
+    "heads": "n_head",
+    "mlp": "n_inner",
+    "max_positions": "n_positions",
+    "norm_epsilon": "layer_norm_epsilon",
+    "tied_embeddings": "tie_word_embeddings",
+}
+
+# Keys that change nothing this decoder computes from given weights and tokens.
+IGNORED = {
+    "architectures", "model_type", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "use_cache",
+    "transformers_version", "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    "max_position_embeddings", "pretraining_tp", "_name_or_path", "id2label", "label2id", "return_dict", "n_ctx",
+    "chunk_size_feed_forward", "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type",
+    "cache_implementation", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    "summary_first_dropout", "task_specific_params", "reorder_and_upcast_attn", "_attn_implementation_autoset",
+    "rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "sliding_window", "layer_types",
+    "sliding_window_pattern", "_sliding_window_pattern", "use_sliding_window", "max_window_layers",
+    "query_pre_attn_scalar", "original_max_position_embeddings", "_attn_implementation",
+}  # fmt: skip
+
+# What may differ between a run's model and a file's: none of it changes what the weights compute.
+NOT_IN_FILES = {"family", "from", "vocab_multiple", "dropout", "attention", "scan"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """One `model_type`. `fixed`: the only values we can represent; absent keys mean them too, the last is written."""
+
+    architecture: str  # the class in transformers
+    family: str  # ours
+    absent: Tree = field(default_factory=dict)  # their key -> what a file without it means
+    fixed: Tree = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=lambda: KEYS)  # ours -> theirs
+    windows: Literal["none", "all", "types"] = "none"  # no layer has one; every layer; as `layer_types` says
+
+
+SILU = {"hidden_act": "silu"}
+GELU = {"attention_bias": False, "use_bidirectional_attention": (None, False)}
+ACTIVATION = ("gelu", "gelu_pytorch_tanh")  # files of Gemma say gelu in one place and mean the tanh form
+
+FORMATS: dict[str, Format] = {
+    "llama": Format("LlamaForCausalLM", "llama", {"rms_norm_eps": 1e-6}, SILU),
+    "mistral": Format(
+        "MistralForCausalLM",
+        "mistral",
+        {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
+        SILU,
+        windows="all",
+    ),
+    "qwen2": Format(
+        "Qwen2ForCausalLM", "qwen2", {"rms_norm_eps": 1e-6, "num_key_value_heads": 32}, SILU, windows="types"
+    ),
+    "qwen3": Format(
+        "Qwen3ForCausalLM",
+        "qwen3",
+        {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128},
+        SILU | {"attention_bias": False},
+        windows="types",
+    ),
+    "gemma": Format(
+        "GemmaForCausalLM",
+        "gemma",
+        {"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True, "num_key_value_heads": 16},
+        GELU | {"hidden_act": ACTIVATION, "hidden_activation": (None, *ACTIVATION)},
+    ),
+    "gemma2": Format(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        {"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True, "num_key_value_heads": 4}
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256}
+        | {"sliding_window": 4096, "sliding_window_pattern": 2},
+        GELU | {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": ACTIVATION},
+        keys=KEYS | SOFTCAPS,
+        windows="types",
+    ),
+    "gemma3_text": Format(
+        "Gemma3ForCausalLM",
+        "gemma3",
+        {"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True, "num_key_value_heads": 4}
+        | {"num_attention_heads": 8, "vocab_size": 262208, "query_pre_attn_scalar": 256}
+        | {"sliding_window": 4096, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        GELU | {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": ACTIVATION},
+        keys=KEYS | SOFTCAPS,
+        windows="types",
+    ),
+    "phi3": Format(
+        "Phi3ForCausalLM", "phi3", {"rms_norm_eps": 1e-5}, SILU | {"partial_rotary_factor": 1.0}, windows="all"
+    ),
+    "olmo2": Format("Olmo2ForCausalLM", "olmo2", {"rms_norm_eps": 1e-5}, SILU | {"attention_bias": False}),
+    "gpt2": Format(
+        "GPT2LMHeadModel",
+        "gpt2",
+        {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "n_positions": 1024},
+        {"activation_function": ("gelu_pytorch_tanh", "gelu_new"), "scale_attn_weights": True}
+        | {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        keys=GPT2_KEYS,
+    ),
+}
+
+
+def read_section(directory: str | Path) -> dict[str, Any]:
+    """The model section that the config.json in `directory` describes. Raises UserError where it cannot be read."""
+    file = Path(directory).expanduser() / "config.json"
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"model.from: {directory} has no readable config.json ({error.strerror}); "
+            "set it to a Hugging Face model directory, with config.json and *.safetensors"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"model.from: {file} is not JSON: {error}; copy the file again") from None
+    return section(tree)
+
+
+def format_of(tree: Tree) -> tuple[str, Tree]:
+    """(model_type, the part of the file that describes the decoder). Raises UserError for one we do not have."""
+    if tree.get("auto_map"):
+        raise refused("auto_map", tree["auto_map"], "its own code decides what it computes")
+    if tree.get("quantization_config"):
+        raise refused("quantization_config", tree["quantization_config"], "weights are read unquantized only")
+    if tree.get("model_type") == "gemma3" and "text_config" in tree:  # with an image tower, which is left out
+        tree = {"model_type": "gemma3_text"} | tree["text_config"]
+    kind = str(tree.get("model_type"))
+    if kind not in FORMATS:
+        raise UserError.no_match("model.from: config.json: model_type", [kind], known=FORMATS)
+    return kind, tree
+
+
+def section(tree: Tree) -> dict[str, Any]:
+    """Our model section for a config.json. Raises UserError, with their key, where we cannot represent it exactly."""
+    kind, tree = format_of(tree)
+    form = FORMATS[kind]
+    tree = {**form.absent, **tree}
+    check_fixed(form, tree)
+    found: dict[str, Any] = {"family": form.family}
+    found |= {ours: tree[theirs] for ours, theirs in form.keys.items() if tree.get(theirs) is not None}
+    found |= {ours: None for ours in SOFTCAPS if form.keys.get(ours) in tree and ours not in found}
+    found.setdefault("tied_embeddings", False)
+    if form.family == "gpt2":
+        return {"mlp": 4 * tree["n_embd"]} | found
+    found["rope"] = read_rope(tree, local="gemma3" in kind)
+    found["windows"] = windows(form, tree)
+    if "query_pre_attn_scalar" in tree:
+        found["attention_scale"] = tree["query_pre_attn_scalar"] ** -0.5
+    if kind == "llama":
+        found |= llama_biases(tree)
+    return found
+
+
+def check_fixed(form: Format, tree: Tree) -> None:
+    """Raise UserError for a value we cannot represent; name keys nobody told us about."""
+    for key, only in form.fixed.items():
+        choices = only if isinstance(only, tuple) else (only,)
+        if key in tree and tree[key] not in choices:
+            raise refused(key, tree[key], f"only {' or '.join(map(repr, choices))} is what this decoder computes")
+    known = IGNORED | set(form.keys.values()) | form.fixed.keys() | {"attention_bias", "mlp_bias"}
+    if unknown := sorted(key for key in tree.keys() - known if tree[key] not in (None, False, "", [], {})):
+        logger.warning("config.json: not read: %s", ", ".join(f"{key}={tree[key]!r:.40}" for key in unknown))
+
+
+def refused(key: str, value: Any, why: str) -> UserError:
+    """What to raise for a model we would compute otherwise than its makers."""
+    return UserError(f"model.from: config.json: {key}: {value!r:.120}: {why}; no exact import, use another model")
+
+
+def llama_biases(tree: Tree) -> dict[str, bool]:
+    """`attention_bias` and `mlp_bias`: all maps of a block have a bias here, or none."""
+    attention, mlp = bool(tree.get("attention_bias")), bool(tree.get("mlp_bias"))
+    if attention != mlp:
+        raise refused("attention_bias", attention, f"mlp_bias is {mlp}, and this decoder has both or neither")
+    return {"qkv_bias": attention, "linear_bias": mlp}
+
+
+def windows(form: Format, tree: Tree) -> list[int | None]:
+    """`model.windows`: the shortest pattern that repeats to the file's layers."""
+    window, layers = tree.get("sliding_window"), tree["num_hidden_layers"]
+    if form.windows == "none":
+        return [None]
+    if form.windows == "all":
+        return [window]
+    if kinds := tree.get("layer_types"):
+        if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+            raise refused("layer_types", sorted(unknown), "only full_attention and sliding_attention are known")
+        listed = [window if kind == "sliding_attention" else None for kind in kinds]
+    elif pattern := tree.get("sliding_window_pattern") or tree.get("_sliding_window_pattern"):
+        listed = [None if (layer + 1) % pattern == 0 else window for layer in range(layers)]
+    else:
+        first = tree.get("max_window_layers", layers) if tree.get("use_sliding_window") else layers
+        listed = [window if layer >= first else None for layer in range(layers)]
+    return shortest_pattern(listed)
+
+
+def shortest_pattern(listed: list[Any]) -> list[Any]:
+    """
+    >>> shortest_pattern([1024, None, 1024, None, 1024])
+    [1024, None]
+    """
+    return next(
+        listed[:length]
+        for length in range(1, len(listed) + 1)
+        if all(item == listed[place % length] for place, item in enumerate(listed))
+    )
+
+
+def config_json(model: Any, *, positions: int, dtype: str) -> dict[str, Any]:
+    """A config.json that reads back as `model` (a ModelConfig). Raises UserError where no format of transformers does.
+
+    The family's own format is tried first. `positions` is the longest row the model was made for, in tokens; `dtype`
+    that of the tensors.
+    """
+    own = [kind for kind, form in FORMATS.items() if form.family == model.family]
+    differing = {}
+    for kind in [*own, *(kind for kind in FORMATS if kind not in own)]:
+        tree = written(kind, model, positions=positions, dtype=dtype)
+        if not (differing.setdefault(kind, differences(model, tree))):
+            return tree
+    raise UserError(
+        f"model: no format of transformers holds this model exactly: {own[0]} would change "
+        f"{', '.join(f'model.{key}' for key in differing[own[0]])}; train with the family's own values to export"
+    )
+
+
+def written(kind: str, model: Any, *, positions: int, dtype: str) -> dict[str, Any]:
+    """The config.json of format `kind` that comes closest to `model`."""
+    form = FORMATS[kind]
+    known = {"kv_heads": model.key_value_heads, "head_dim": model.head_width}
+    tree: dict[str, Any] = {"architectures": [form.architecture], "model_type": kind, "torch_dtype": dtype}
+    # Without them transformers assumes ids of its own, beyond a small vocabulary.
+    tree |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    tree |= {theirs: known.get(ours, getattr(model, ours)) for ours, theirs in form.keys.items()}
+    tree |= {key: only[-1] if isinstance(only, tuple) else only for key, only in form.fixed.items()}
+    if form.family == "gpt2":
+        return tree
+    tree |= {"max_position_embeddings": positions} | written_rope(model.rope, local="gemma3" in kind)
+    layers = [model.windows[layer % len(model.windows)] for layer in range(model.layers)]
+    tree["sliding_window"] = next((window for window in layers if window is not None), None)
+    if form.windows == "types":
+        tree["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in layers]
+        tree["use_sliding_window"] = tree["sliding_window"] is not None
+    if "query_pre_attn_scalar" in form.absent:
+        scale = model.head_width**-0.5 if model.attention_scale is None else model.attention_scale
+        tree["query_pre_attn_scalar"] = round(scale**-2)
+    if kind == "llama":
+        tree |= {"attention_bias": model.qkv_bias, "mlp_bias": model.linear_bias}
+    return tree
+
+
+def differences(model: Any, tree: Tree) -> list[str]:
+    """Keys of the model section in which what `tree` describes is another model than `model`."""
+    try:
+        other = type(model).model_validate(section(tree))
+    except (UserError, ValueError):
+        return ["family"]
+    ours, theirs = effective(model), effective(other)
+    return [key for key in ours if ours[key] != theirs[key]]
+
+
+def effective(model: Any) -> dict[str, Any]:
+    """The settings that decide what given weights compute, with defaults that mean the same made equal."""
+    found = {key: value for key, value in model.model_dump().items() if key not in NOT_IN_FILES}
+    found |= {"kv_heads": model.key_value_heads, "head_dim": model.head_width}
+    found["windows"] = [model.windows[layer % len(model.windows)] for layer in range(model.layers)]
+    if model.attention_scale is None:
+        found["attention_scale"] = model.head_width**-0.5
+    if model.position_encoding != "learned":
+        del found["max_positions"]
+    if model.rope.scaling in ("none", "linear"):
+        found["rope"] = {key: found["rope"][key] for key in ("theta", "local_theta", "scaling", "factor")}
+    return found

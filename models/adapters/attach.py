@@ -1,0 +1,151 @@
+"""Adapters put into a model: into its structure, into its parameters, and out of them again.
+
+    graph(model, attached(model, adapter))                        the structure, with an adapter beside each kernel
+    tree = started(weights, model, adapter, key)                  the parameters, leaves beside each kernel
+    params, frozen = split(tree, model, adapter)                  what learns and what does not
+    weights = merged(tree, model, adapter)                        the plain model that computes the same
+
+Merging leaves what it is given alone: to unmerge is to go on with that.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...configs.adapter import AdapterConfig
+from ...configs.model import ModelConfig
+from ..axes import axis_names
+from ..decoder import Decoder, Params
+from .interface import Adapter, Inside, Leaves, Setting
+from .registry import METHODS
+from .selection import trained
+from .sites import Site, linear_maps, sites
+from .vera import Shared, shared
+
+CUT_BY_TENSOR = ("heads", "kv_heads", "mlp")  # dimensions of kernels that activations have too
+
+
+def attached(model: ModelConfig, adapter: AdapterConfig | None) -> Callable[[Decoder], None]:
+    """A function that puts the adapters, with leaves of zeros, into a decoder. Raises as `sites`."""
+    found = sites(model, adapter) if adapter is not None and adapter.method in METHODS else []
+
+    def put(decoder: Decoder) -> None:
+        for site in found:
+            _, segment, place, _, part, name = site.path.split("/")
+            linear = getattr(getattr(decoder.segments[segment][place].block, part), name)
+            method = METHODS[adapter.method]
+            leaves = jax.eval_shape(partial(start_site, site, adapter), linear.kernel[...], jax.random.key(0))[1]
+            zeros = {leaf: jnp.zeros(like.shape, like.dtype) for leaf, like in leaves.items()}
+            names = tuple(axis if axis in CUT_BY_TENSOR else None for axis in axis_names(f"{site.path}/kernel"))
+            linear.adapter = Adapter(method, zeros, rate=adapter.dropout, number=site.number, names=names)
+        if found and adapter.method == "vera":
+            decoder.adapter = Shared(**pair(model, adapter, jax.random.key(0)))
+
+    return put
+
+
+def started(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> Params:
+    """`weights` with the adapters' leaves as they are before the first step; float32, whatever the weights are.
+
+    Pure, to be traced. Some starts take from the kernels what they put into the leaves.
+    """
+    if adapter.method not in METHODS:
+        return weights
+    tree = copied(weights)
+    for number, site in enumerate(sites(model, adapter)):
+        linear = at(tree, site.path)
+        kernel, leaves = start_site(site, adapter, linear["kernel"], jax.random.fold_in(key, number))
+        linear["kernel"], linear["adapter"] = kernel, leaves
+    if adapter.method == "vera":
+        tree["adapter"] = pair(model, adapter, key)
+    return tree
+
+
+def start_site(site: Site, adapter: AdapterConfig, kernels: jax.Array, key: jax.Array) -> tuple[jax.Array, Leaves]:
+    """(kernels, leaves) of a stack, each layer by itself."""
+    start = METHODS[adapter.method].starts[adapter.start]
+
+    def layer(key: jax.Array, kernel: jax.Array, scale: jax.Array) -> tuple[jax.Array, Leaves]:
+        setting = Setting(site.inputs, site.outputs, scale, scales_input=site.path.endswith("mlp/down"))
+        return start(key, kernel, setting)
+
+    return jax.vmap(layer)(jax.random.split(key, len(site.modules)), kernels, jnp.asarray(site.scale))
+
+
+def pair(model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, jax.Array]:
+    """VeRA's shared pair, as wide as the widest map of the model."""
+    widths = [(int(np.prod(ins)), int(np.prod(outs))) for ins, outs in linear_maps(model).values()]
+    inputs, outputs = (max(sizes) for sizes in zip(*widths, strict=True))
+    return shared(jax.random.fold_in(key, 1 << 20), inputs=inputs, outputs=outputs, rank=adapter.rank)
+
+
+def split(tree: Params, model: ModelConfig, adapter: AdapterConfig | None) -> tuple[Params, Params]:
+    """(what learns, all the rest) as two nested dicts; everything learns without an adapter."""
+    if adapter is None:
+        return tree, {}
+    leaves = flat(tree)
+    chosen = trained(list(leaves), model, adapter)
+    return (
+        nested({path: leaf for path, leaf in leaves.items() if path in chosen}),
+        nested({path: leaf for path, leaf in leaves.items() if path not in chosen}),
+    )
+
+
+def merged(tree: Params, model: ModelConfig, adapter: AdapterConfig | None) -> Params:
+    """The weights of the plain model that computes what `tree` does; `tree` itself where nothing was added to it."""
+    if adapter is None or adapter.method not in METHODS:
+        return tree
+    result = copied({name: part for name, part in tree.items() if name != "adapter"})
+    for site in sites(model, adapter):
+        linear = at(result, site.path)
+        leaves = linear.pop("adapter")
+        # Leaves of the shared pair have no layers: they are the same for all.
+        layer = partial(merge_layer, METHODS[adapter.method].merge, tree.get("adapter", {}), len(site.inputs))
+        linear |= jax.vmap(layer)(leaves, {key: linear[key] for key in ("kernel", "bias") if key in linear})
+    return result
+
+
+def merge_layer(
+    merge: Callable[[Leaves, Inside], Inside], common: Leaves, inputs: int, leaves: Leaves, linear: Leaves
+) -> Leaves:
+    """Kernel and bias of one layer, the adapter in them; computed in float32, returned as they were."""
+    wide = {name: array.astype(jnp.float32) for name, array in linear.items()}
+    done = merge(common | leaves, Inside(wide["kernel"], wide.get("bias"), inputs))
+    found = {"kernel": done.kernel} | ({} if done.bias is None else {"bias": done.bias})
+    return {name: array.astype(linear[name].dtype) for name, array in found.items()}
+
+
+def copied(tree: Params) -> Params:
+    """The nested dicts anew, with the same leaves."""
+    return {key: copied(part) if isinstance(part, dict) else part for key, part in tree.items()}
+
+
+def at(tree: Params, path: str) -> Any:
+    """What stands at `a/b/c`."""
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def flat(tree: Params, prefix: str = "") -> dict[str, Any]:
+    """Path -> leaf."""
+    found = {}
+    for key, part in tree.items():
+        found |= flat(part, f"{prefix}{key}/") if isinstance(part, dict) else {prefix + key: part}
+    return found
+
+
+def nested(leaves: dict[str, Any]) -> Params:
+    """The inverse of `flat`."""
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = leaf
+    return tree

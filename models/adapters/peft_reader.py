@@ -1,0 +1,171 @@
+"""An adapter of PEFT -> our settings and leaves: `peft.py` the other way.
+
+What an adapter_config.json asks for that these adapters do not do is refused; keys that matter only before training are
+not read. Pure numpy.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...configs.adapter import AdapterConfig
+from ...configs.errors import UserError
+from ...configs.model import ModelConfig
+from .peft import PREFIX, Fused, Leaves, modules
+
+# Keys with the only values that mean what we compute.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "layer_replication": (None,),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
+    "target_parameters": (None, []),
+}
+STARTS = (True, False, "gaussian", "orthogonal", "eva", None)  # these leave the base model as it is
+
+
+class Read(NamedTuple):
+    """An adapter as this framework has it."""
+
+    adapter: AdapterConfig
+    leaves: dict[str, Leaves]  # by canonical module; "" holds VeRA's shared pair
+
+
+def read(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: ModelConfig, *, kind: str) -> Read:
+    """Settings and leaves for `model`, whose files are of format `kind`. Raises UserError for what we do not have."""
+    method = method_of(config)
+    left = dict(tensors)
+    leaves: dict[str, Leaves] = {}
+    for module in modules(model, kind):
+        own = taken(left, f"{PREFIX}{module.name}.")
+        if own:
+            leaves |= READERS[method](module, own, config)
+    if method == "vera":
+        leaves[""] = {"a": left.pop("base_model.vera_A").T, "b": left.pop("base_model.vera_B").T}
+    if left:
+        raise UserError(
+            f"adapter_model.safetensors: {', '.join(sorted(left)[:3])} ({len(left)} in all) has no place here; "
+            "only linear maps of its blocks can be adapted here"
+        )
+    return Read(settings(method, leaves, model, config), leaves)
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """Our name of the method. Raises UserError for one we do not have, or a variant of it."""
+    kind = str(config.get("peft_type"))
+    methods = {"LORA": "dora" if config.get("use_dora") else "lora", "VERA": "vera", "IA3": "ia3"}
+    if kind not in methods:
+        raise UserError.no_match("adapter_config.json: peft_type", [kind], known=methods)
+    for key, choices in ONLY.items():
+        if config.get(key) not in choices:
+            raise UserError(
+                f"adapter_config.json: {key}: {config[key]!r:.80} is not supported; only {choices[0]!r} is read"
+            )
+    start = config.get("init_lora_weights")
+    if start not in STARTS:
+        raise UserError(
+            f"adapter_config.json: init_lora_weights: {start!r} changes the base model too; "
+            "convert the adapter in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    return methods[kind]
+
+
+def taken(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Remove the tensors of one module, and return them by the rest of their names."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+
+
+def parts(module: Fused) -> Iterator[tuple[str, slice]]:
+    """(canonical module, its outputs) of each map a module of theirs is."""
+    first = 0
+    for part, width in zip(module.parts, module.widths, strict=True):
+        yield part, slice(first, first + width)
+        first += width
+
+
+def read_lora(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
+    """a [inputs, rank], b [rank, outputs], scale [rank], magnitude [outputs] of each part; inputs, outputs flattened.
+
+    A part of a fused map has the whole A and its own rows of B.
+    """
+    a, b = own["lora_A.weight"].T, own["lora_B.weight"].T
+    rank = a.shape[1]
+    alpha = pattern(config.get("alpha_pattern") or {}, module.name, config.get("lora_alpha", 8))
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    found = {}
+    for part, outputs in parts(module):
+        found[part] = {"a": a, "b": b[:, outputs], "scale": np.full(rank, scale, np.float32)}
+        if "lora_magnitude_vector" in own:
+            found[part]["magnitude"] = own["lora_magnitude_vector"].reshape(-1)[outputs]
+    return found
+
+
+def read_ia3(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
+    """The vector of each part."""
+    del config
+    vector, on = own["ia3_l"], {"scale": np.ones(1, np.float32)}
+    reads = vector.shape[0] == 1 and vector.shape[1] == module.inputs
+    if reads != module.parts[0].endswith("mlp/down"):
+        raise UserError(
+            f"adapter_config.json: feedforward_modules: {module.name} is {'one' if reads else 'none'} of them; only "
+            "the map out of the feed-forward part is scaled where it reads"
+        )
+    if reads:
+        return {module.parts[0]: {"input_scale": vector.reshape(-1)} | on}
+    return {part: {"output_scale": vector.reshape(-1)[outputs]} | on for part, outputs in parts(module)}
+
+
+def read_vera(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
+    """The two vectors of a map."""
+    del config
+    if len(module.parts) > 1:
+        raise UserError(f"adapter_model.safetensors: {module.name} is one map in the file and several here; merge it")
+    scale = np.ones(len(own["vera_lambda_d"]), np.float32)
+    return {module.parts[0]: {"vera_d": own["vera_lambda_d"], "vera_b": own["vera_lambda_b"], "scale": scale}}
+
+
+READERS = {"lora": read_lora, "dora": read_lora, "vera": read_vera, "ia3": read_ia3}
+
+
+def pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """What PEFT gives the module called `name`: the value of the first key it ends in, as a regular expression."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def settings(method: str, leaves: Mapping[str, Leaves], model: ModelConfig, config: Mapping[str, Any]) -> AdapterConfig:
+    """The adapter section that has exactly these leaves."""
+    found = [name for name in leaves if name]
+    given: dict[str, Any] = {"method": method, "targets": named(found, model)}
+    if method == "ia3":
+        return AdapterConfig(**given)
+    ranks = {name: len(leaves[name]["scale"]) for name in found}
+    usual = max(ranks.values())
+    if method == "vera":
+        return AdapterConfig(**given, rank=usual)
+    stabilized = bool(config.get("use_rslora"))
+    alphas = {
+        name: float(leaves[name]["scale"][0]) * (math.sqrt(rank) if stabilized else rank)
+        for name, rank in ranks.items()
+    }
+    alpha = max(alphas.values())
+    return AdapterConfig(
+        **given,
+        rank=usual,
+        alpha=alpha,
+        rank_stabilized=stabilized,
+        ranks={name: rank for name, rank in ranks.items() if rank != usual},
+        alphas={name: own for name, own in alphas.items() if own != alpha},
+    )
+
+
+def named(names: list[str], model: ModelConfig) -> list[str]:
+    """Patterns for these modules: `attn/q` where every layer's is among them."""
+    by_map: dict[str, list[str]] = {}
+    for name in names:
+        by_map.setdefault(name.split("/", 2)[2], []).append(name)
+    return [name for key, own in by_map.items() for name in ([key] if len(own) == model.layers else own)]

@@ -1,0 +1,8 @@
+"""Methods that add weights, by the name in `adapter.method`. The others choose among the weights there are."""
+
+from .ia3 import IA3
+from .interface import Method
+from .lora import DORA, LORA
+from .vera import VERA
+
+METHODS: dict[str, Method] = {"lora": LORA, "dora": DORA, "vera": VERA, "ia3": IA3}

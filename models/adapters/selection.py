@@ -1,0 +1,77 @@
+"""What is trained: one rule for adapters and for methods that choose among the model's own weights.
+
+A leaf of the run is trained where some layer of it is; layers of it that are not get a mask, which the optimizer
+multiplies its updates by. Biases (BitFit), norms, the last layers, single matrices: all are patterns over weight names.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...configs.adapter import AdapterConfig
+from ...configs.errors import UserError
+from ...configs.model import ModelConfig
+from .registry import METHODS
+from .sites import DEFAULT_TARGETS, matches, picked, stacks
+
+Names = dict[str, list[str]]  # path in the run -> canonical name of each of its layers, or its own
+
+
+def canonical_names(paths: list[str], model: ModelConfig) -> Names:
+    """The canonical names of what each of `paths` holds."""
+    layers = dict(stacks(model))
+    names = {}
+    for path in paths:
+        block, found, rest = path.partition("/block/")
+        names[path] = [f"layers/{layer}/{rest}" for layer in layers[f"{block}/block"]] if found else [path]
+    return names
+
+
+def trained(paths: list[str], model: ModelConfig, adapter: AdapterConfig) -> dict[str, np.ndarray]:
+    """Path -> [layers] bool of every weight that learns, in some layer at least. UserError where there is none."""
+    names = canonical_names(paths, model)
+    if adapter.method in METHODS:
+        leaves = set(METHODS[adapter.method].trained) - ({"a"} if adapter.freeze_a else set())
+        return {
+            path: np.ones(len(own), bool)
+            for path, own in names.items()
+            if "/block/" in path and path.split("/")[-2] == "adapter" and path.split("/")[-1] in leaves
+        }
+    every = [name for own in names.values() for name in own]
+    if adapter.method != "selective":
+        patterns = DEFAULT_TARGETS[adapter.method]
+        every = [name for name in every if any(matches(name, pattern) for pattern in patterns)]
+        if not every:
+            raise UserError(f"adapter.method: {adapter.method} trains {patterns[0]}, of which this model has none")
+    chosen = picked("adapter.targets", adapter.targets or ["*"], every)
+    flags = {path: np.array([name in chosen for name in own]) for path, own in names.items()}
+    return {path: own for path, own in flags.items() if own.any()}
+
+
+def multipliers(model: ModelConfig, adapter: AdapterConfig) -> Callable[[str, Any], Any] | None:
+    """(path, update) -> the update as `adapter` wants it; None where nothing is to be done to any.
+
+    LoRA+ takes larger steps along the second factor; layers of a stack that are not chosen take none.
+    """
+    if adapter.method in METHODS:
+        if adapter.ratio == 1:
+            return None
+        return lambda path, update: update * adapter.ratio if path.endswith("/adapter/b") else update
+
+    def masked(path: str, update: jax.Array) -> jax.Array:
+        flags = trained_layers(path, model, adapter)
+        return (
+            update if flags.all() else update * jnp.asarray(flags, update.dtype).reshape(-1, *[1] * (update.ndim - 1))
+        )
+
+    return masked
+
+
+def trained_layers(path: str, model: ModelConfig, adapter: AdapterConfig) -> np.ndarray:
+    """[layers] bool: which layers of the trained weight at `path` learn."""
+    patterns = adapter.targets or ["*"]
+    own = canonical_names([path], model)[path]
+    return np.array([any(matches(name, pattern) for pattern in patterns) for name in own])

@@ -1,0 +1,71 @@
+"""The outer optimizers by the name `outer.name` gives them: from the section to pure functions."""
+
+from collections.abc import Callable
+
+from ...configs.model import ModelConfig
+from ...configs.outer import OuterConfig
+from .diloco import diloco
+from .eager import eager
+from .fragments import fragments
+from .local_sgd import local_sgd
+from .noloco import noloco
+from .optimizer import Exchange, OuterOptimizer
+from .peer_average import peer_average
+from .pieces import cut
+from .streaming import streaming
+
+Travel = Callable[[str], Exchange]  # wire format -> how it travels here
+
+
+def _diloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int) -> OuterOptimizer:
+    return diloco(travel(outer.wire), every=outer.every, learning_rate=outer.learning_rate, momentum=outer.momentum)
+
+
+def _streaming(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int) -> OuterOptimizer:
+    return streaming(
+        travel(outer.wire),
+        cuts=[cut(part, model) for part in fragments(model.layers, count=outer.fragments, order=outer.order)],
+        every=outer.every,
+        learning_rate=outer.learning_rate,
+        momentum=outer.momentum,
+        overlap=outer.overlap,
+        mix=outer.mix,
+    )
+
+
+def _noloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int) -> OuterOptimizer:
+    return noloco(
+        travel(outer.wire),
+        travel("float32"),
+        every=outer.every,
+        learning_rate=outer.learning_rate,
+        momentum=outer.momentum,
+        consensus=outer.consensus,
+    )
+
+
+def _eager(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int) -> OuterOptimizer:
+    return eager(
+        travel(outer.wire),
+        replicas=replicas,
+        every=outer.every,
+        learning_rate=outer.learning_rate,
+        momentum=outer.momentum,
+    )
+
+
+OUTER: dict[str, Callable[[OuterConfig, ModelConfig, Travel, int], OuterOptimizer]] = {
+    "diloco": _diloco,
+    "streaming": _streaming,
+    "noloco": _noloco,
+    "local-sgd": lambda outer, model, travel, replicas: local_sgd(travel(outer.wire), every=outer.every),
+    "eager": _eager,
+    "peer-average": lambda outer, model, travel, replicas: peer_average(
+        travel(outer.wire), every=outer.every, rate=outer.rate
+    ),
+}
+
+
+def build(outer: OuterConfig, *, model: ModelConfig, travel: Travel, replicas: int) -> OuterOptimizer:
+    """The outer optimizer of the section `outer` for `replicas` replicas of `model`."""
+    return OUTER[outer.name](outer, model, travel, replicas)

@@ -1,0 +1,64 @@
+"""Embedding, head and loss where each is whole on every device: stage 0 embeds, the last stage has the loss.
+
+The head runs inside the last stage's backward pass, whose tick is that much longer: with a large vocabulary every other
+device waits for it (`shared.py` is the remedy).
+"""
+
+from typing import Any
+
+import jax
+
+from .device import Device
+from .parts import Carry, Row, grown, summed
+
+
+class WholeEnds:
+    """The ends as each device has them whole."""
+
+    def between(self, device: Device, x: jax.ShapeDtypeStruct, dtype: Any) -> tuple[()]:
+        """Nothing is kept between ticks."""
+        del device, x, dtype
+        return ()
+
+    def before(self, device: Device, row: Row, carry: Carry) -> Carry:
+        """Nothing happens between devices at the start of a tick,"""
+        del device, row
+        return carry
+
+    def after(self, device: Device, row: Row, carry: Carry) -> Carry:
+        """or at its end."""
+        del device, row
+        return carry
+
+    def enter(self, device: Device, fields: Any, context: Any, sent: jax.Array) -> jax.Array:
+        """The first block's input: the embedding of the microbatch's tokens."""
+        del sent
+        return device.parts.enter(device.weights.ends, device.frozen.ends, fields, context, None)
+
+    def begin_backward(self, device: Device, row: Row, carry: Carry) -> Carry:
+        """`out`, what the last stage sent itself, becomes the loss's gradient by it."""
+        fields, context = device.fields(row["microbatch"])
+        ends, frozen = device.weights.ends, device.frozen.ends
+        untied = "head" in ends or "head" in frozen
+        head = {name: value for name, value in ends.items() if not (untied and name == "embed")}
+
+        def numerator(head: Any, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return device.parts.leave(ends | head, frozen, hidden, fields, context)
+
+        differentiated = jax.value_and_grad(numerator, argnums=(0, 1), has_aux=True)
+        (loss, weight), (d_head, d_hidden) = differentiated(head, carry.out)
+        return grown(summed(carry._replace(out=d_hidden), loss, weight), d_head)
+
+    def end_backward(self, device: Device, row: Row, carry: Carry) -> Carry:
+        """Add the embedding's gradient; `out` is that of the first block's input."""
+        fields, context = device.fields(row["microbatch"])
+        ends, frozen = device.weights.ends, device.frozen.ends
+        embed = {name: value for name, value in ends.items() if name == "embed"}
+        _, pull = jax.vjp(lambda embed: device.parts.enter(ends | embed, frozen, fields, context, None), embed)
+        return grown(carry, *pull(carry.out))
+
+    def measure(self, device: Device, row: Row, carry: Carry) -> Carry:
+        """The loss of what the last stage made, where nothing is trained."""
+        fields, context = device.fields(row["microbatch"])
+        loss, weight = device.parts.leave(device.weights.ends, device.frozen.ends, carry.out, fields, context)
+        return summed(carry, loss, weight)

@@ -1,0 +1,81 @@
+"""What the engine is given, what it carries from tick to tick, and the loop that stands for a branch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .split import Saved
+
+BATCH_AXES = ("data", "fsdp")
+MANUAL = {"pipe", *BATCH_AXES}  # the mesh axes that the engine's shard_map takes
+RESIDUAL = ("batch", "block_sequence", None)  # dimensions of what passes between stages
+Row = dict[str, jax.Array]  # a device's row of the table: field -> number
+
+
+class Weights(NamedTuple):
+    """Parameters as a pipeline cuts them; each a nested dict."""
+
+    stacked: Any  # of the blocks, [pipe * chunks * repeats, ...]
+    ends: Any  # of everything else: embedding, final norm, head
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The model as a pipeline cuts it. `fields` are a microbatch's, `context` is made of them; `frozen`: only read."""
+
+    context: Callable[..., Any]  # frozen ends, fields, dropout keys -> arrays that a microbatch's blocks read
+    block: Callable[..., jax.Array]  # weights, frozen, (context, repeat), x -> x
+    enter: Callable[..., jax.Array]  # ends, frozen, fields, context, lookup (None: the model's) -> x of the first block
+    leave: Callable[..., tuple[jax.Array, jax.Array]]  # ends, frozen, hidden, fields, context -> numerator, weight
+    normed: Callable[..., jax.Array]  # ends, frozen, hidden -> what the head multiplies
+    kernel: Callable[..., jax.Array]  # ends, frozen -> the head's [embed, rows of the vocabulary]
+    recipe: Callable[..., tuple[jax.Array, jax.Array]]  # log-probabilities of the targets, fields -> numerator, weight
+    shape: Callable[[Any], jax.ShapeDtypeStruct]  # fields -> shape of x
+    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+    lookup: Callable[[jax.Array, jax.Array], jax.Array]  # table, places -> rows
+    vocab: int
+    softcap: float | None
+
+
+class Carry(NamedTuple):
+    """What a tick hands to the next, on one device."""
+
+    out: jax.Array  # x or its gradient, as made in this tick
+    messages: jax.Array  # [slots, rows, sequence, embed]
+    saved: Saved  # each [slots, repeats, ...]
+    gradient: Weights
+    loss: jax.Array
+    weight: jax.Array
+    between: Any  # what vocabulary passes keep; () without them
+
+
+def when(active: jax.Array, body: Callable[[Any], Any], carry: Any) -> Any:
+    """`body(carry)` where `active`, else `carry`: a loop of one or no rounds, whose carry is updated in place."""
+    return jax.lax.fori_loop(0, active.astype(jnp.int32), lambda _, same: body(same), carry)
+
+
+def added(total: Any, new: Any) -> Any:
+    """Leaf by leaf, in the dtype of `total`; what `new` lacks stays as it is."""
+    if isinstance(total, dict):
+        return total | {name: added(total[name], part) for name, part in new.items()}
+    return total + new.astype(total.dtype)
+
+
+def summed(carry: Carry, loss: jax.Array, weight: jax.Array) -> Carry:
+    """`carry` with a microbatch's loss and weight added."""
+    return carry._replace(
+        loss=carry.loss + loss.astype(carry.loss.dtype), weight=carry.weight + weight.astype(carry.weight.dtype)
+    )
+
+
+def grown(carry: Carry, ends: Any) -> Carry:
+    """`carry` with `ends` added to the gradient of the ends."""
+    return carry._replace(gradient=carry.gradient._replace(ends=added(carry.gradient.ends, ends)))
+
+
+def filed(messages: jax.Array, slot: jax.Array, letter: jax.Array) -> jax.Array:
+    """`messages` with `letter` in `slot`; -1: unchanged."""
+    return messages.at[slot].set(jnp.where(slot >= 0, letter, messages[slot]))

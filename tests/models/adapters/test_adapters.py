@@ -1,0 +1,183 @@
+"""Every method of the registry: starts at the model itself, merges into it, and computes what its paper says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from meshwright.configs.adapter import AdapterConfig
+from meshwright.configs.errors import UserError
+from meshwright.configs.model import ModelConfig
+from meshwright.models.adapters import attach, selection
+from meshwright.models.adapters.registry import METHODS
+from meshwright.models.adapters.sites import sites
+from meshwright.models.context import Context
+from meshwright.models.decoder import graph, initial_params
+
+MODEL = ModelConfig(
+    vocab=61, vocab_multiple=8, layers=5, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20, qkv_bias=True,
+    windows=[4, None],
+)  # fmt: skip
+SMALL = MODEL.model_copy(update={"layers": 3, "windows": (None,)})
+CASES = [(name, start) for name, method in METHODS.items() for start in method.starts]
+PATTERNS = {"rank": 6, "ranks": {"layers/[01]/*": 2, "o": 4}, "alphas": {"q": 3.0}, "rank_stabilized": True}
+TOKENS = jnp.arange(24).reshape(2, 12)
+
+
+def settings(method, start="zero", **more):
+    return AdapterConfig(method=method, start=start, **more)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    random = np.random.default_rng(0)
+    fresh = jax.jit(lambda: initial_params(SMALL, jax.random.key(0)))()
+    return jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32), fresh)
+
+
+def hidden(adapter, tree):
+    """What the head reads."""
+    decoder = nnx.merge(graph(SMALL, attach.attached(SMALL, adapter)), tree)
+    return decoder.hidden(TOKENS, Context(positions=jnp.broadcast_to(jnp.arange(12), (2, 12))))[0]
+
+
+def moved(tree, adapter):
+    """The tree with every leaf that learns somewhere else."""
+    params, frozen = attach.split(tree, SMALL, adapter)
+    random = np.random.default_rng(1)
+    leaves = {path: leaf + 0.3 * random.normal(size=leaf.shape) for path, leaf in attach.flat(params).items()}
+    return attach.nested(leaves | attach.flat(frozen))
+
+
+def assert_close(one, other, tolerance=2e-5):
+    np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max(), rtol=0)
+
+
+@pytest.mark.parametrize(("method", "start"), CASES)
+def test_a_fresh_adapter_changes_nothing_and_a_merged_one_computes_the_same(method, start, weights):
+    more = PATTERNS if method in ("lora", "dora") else {}
+    targets = [f"layers/[02]/{name}" for name in ("attn/q", "attn/o", "mlp/down")]
+    adapter = settings(method, start, targets=targets, **more)
+
+    @jax.jit
+    def everything(weights):
+        tree = attach.started(weights, SMALL, adapter, jax.random.key(1))
+        other = moved(tree, adapter)
+        merged = attach.merged(other, SMALL, adapter)
+        return hidden(None, weights), hidden(adapter, tree), hidden(adapter, other), hidden(None, merged), merged
+
+    plain, fresh, adapted, alone, merged = everything(weights)
+    assert_close(fresh, plain)
+    assert np.abs(adapted - plain).max() > 0.01 * np.abs(plain).max()
+    assert_close(alone, adapted)
+    assert jax.tree.structure(merged) == jax.tree.structure(weights)
+    for one, other in zip(jax.tree.leaves(merged["segments"]), jax.tree.leaves(weights["segments"]), strict=True):
+        assert_close(one[1], other[1], tolerance=1e-6)  # this layer has no adapter
+
+
+def linear_of(method, start="zero", **more):
+    """(adapter module, kernel, leaves) of one linear map in float64 numpy, moved away from its start."""
+    adapter = settings(method, start, targets=["q"], **more)
+    site = sites(MODEL, adapter)[0]
+    random = np.random.default_rng(2)
+    kernels = jnp.asarray(random.normal(size=(len(site.modules), 16, 4, 6)), jnp.float32)
+    kernel, leaves = attach.start_site(site, adapter, kernels, jax.random.key(3))
+    leaves = {k: v if k == "scale" else v + 0.2 * random.normal(size=v.shape) for k, v in leaves.items()}
+    return kernels, kernel, {name: np.asarray(leaf[0], np.float64) for name, leaf in leaves.items()}
+
+
+def merged_by(method, kernel, leaves):
+    from meshwright.models.adapters.interface import Inside
+
+    inside = Inside(jnp.asarray(kernel, jnp.float32), None, 1)
+    return METHODS[method].merge({name: jnp.asarray(leaf, jnp.float32) for name, leaf in leaves.items()}, inside).kernel
+
+
+def test_lora_and_dora_are_the_papers_equations():
+    _, kernel, leaves = linear_of("dora", rank=3, alpha=6.0)
+    w = np.asarray(kernel[0], np.float64).reshape(16, 24)
+    v = w + 2.0 * leaves["a"] @ leaves["b"].reshape(3, 24)
+    assert_close(merged_by("lora", kernel[0], leaves).reshape(16, 24), v)
+    wanted = leaves["magnitude"].reshape(24) * v / np.linalg.norm(v, axis=0)
+    assert_close(merged_by("dora", kernel[0], leaves).reshape(16, 24), wanted)
+
+
+def test_pissa_takes_out_the_best_approximation():
+    """What is left of the kernel has the singular values that were not taken."""
+    whole, rest, _ = linear_of("lora", "pissa", rank=3, alpha=6.0)
+    before, after = (np.linalg.svd(np.asarray(x[0]).reshape(16, 24), compute_uv=False) for x in (whole, rest))
+    np.testing.assert_allclose(after[:13], before[3:], rtol=1e-4)
+    np.testing.assert_allclose(after[13:], 0, atol=1e-5)
+
+
+def test_the_length_of_dora_has_no_gradient():
+    """Section 4.3: the gradient by A is that of g x A B with g a constant."""
+    _, kernel, leaves = linear_of("dora", rank=3)
+    leaves = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in leaves.items()}
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(1, 5, 16)), jnp.float32)
+    ctx = Context(positions=jnp.zeros((1, 5), jnp.int32))
+    from meshwright.models.adapters.interface import Inside
+    from meshwright.models.adapters.lora import added, gain
+
+    inside = Inside(kernel[0], None, 1)
+    fixed = gain(leaves, kernel[0], 1)
+
+    def constant(a):
+        return jnp.sum(jnp.sin(fixed * (inside.product(x, ctx) + added(leaves | {"a": a}, x, inside, ctx))))
+
+    def own(a):
+        return jnp.sum(jnp.sin(METHODS["dora"].apply(leaves | {"a": a}, x, inside, ctx)))
+
+    assert_close(jax.grad(own)(leaves["a"]), jax.grad(constant)(leaves["a"]))
+
+
+def test_ranks_and_scales_by_pattern():
+    found = {site.path: site for site in sites(MODEL, settings("lora", targets=["q", "o"], **PATTERNS))}
+    first = found["segments/0/0/block/attn/q"]  # layers 0 and 2
+    assert first.ranks == (2, 6) and first.scales == (3 / 2**0.5, 3 / 6**0.5)
+    assert first.scale[0].tolist() == [pytest.approx(3 / 2**0.5)] * 2 + [0] * 4
+    assert found["segments/1/0/block/attn/o"].ranks == (4,) and len(found) == 6
+
+
+def test_what_learns():
+    """LoRA-FA trains the second factors; bitfit the biases; a pattern over layers masks the others of their stack."""
+
+    def paths(adapter):
+        shapes = jax.eval_shape(
+            lambda: attach.started(initial_params(MODEL, jax.random.key(0)), MODEL, adapter, jax.random.key(1))
+        )
+        return attach.flat(attach.split(shapes, MODEL, adapter)[0])
+
+    assert {path.rpartition("/")[2] for path in paths(settings("lora", freeze_a=True))} == {"b"}
+    assert {path.rpartition("/")[2] for path in paths(settings("bitfit"))} == {"bias"}
+    assert len(paths(settings("norms"))) == 3 * 2 + 1
+    last = settings("selective", targets=["layers/[34]/*", "final_norm/scale"])
+    assert all("/1/0/" in path or "/0/1/" in path or path == "final_norm/scale" for path in paths(last))
+    change = selection.multipliers(MODEL, last)
+    kept = change("segments/0/1/block/mlp/up/kernel", jnp.ones((2, 3, 4)))  # layers 1 and 3
+    assert kept[0].max() == 0 and kept[1].min() == 1
+
+
+MISTAKES = {
+    "no such module": ({"targets": ["qv"]}, r"adapter.targets: qv matches nothing; there are attn/k, attn/o"),
+    "no such layer": ({"targets": ["layers/9/*"]}, "layers/9/.* matches nothing"),
+    "a rank for none": ({"targets": ["q"], "ranks": {"k": 2}}, r"adapter.ranks: k matches nothing; there are attn/q"),
+    "no such weight": ({"method": "selective", "targets": ["head/bias"]}, "head/bias matches nothing"),
+}
+
+
+@pytest.mark.parametrize(("given", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_a_pattern_that_matches_nothing_lists_what_there_is(given, words):
+    adapter = AdapterConfig(**given)
+    with pytest.raises(UserError, match=words):
+        tree = attach.started(initial_params(MODEL, jax.random.key(0)), MODEL, adapter, jax.random.key(1))
+        attach.split(tree, MODEL, adapter)
+
+
+def test_a_key_the_method_does_not_read_is_refused():
+    with pytest.raises(ValueError, match=r"adapter.ratio: 4.0 means nothing to method ia3; .* lora or dora"):
+        AdapterConfig(method="ia3", ratio=4.0)
+    with pytest.raises(UserError, match=r"bitfit trains .*/bias, of which this model has none"):
+        plain = MODEL.model_copy(update={"qkv_bias": False})
+        attach.split(initial_params(plain, jax.random.key(0)), plain, settings("bitfit"))

@@ -1,0 +1,74 @@
+"""The engine: every schedule is the same computation as all layers one after another, in float64."""
+
+import jax
+import numpy as np
+import pytest
+
+from meshwright.parallel.pipeline.fused import fused
+from meshwright.parallel.pipeline.schedules.registry import SCHEDULES, make
+from meshwright.parallel.pipeline.wiring import wired
+
+from .toy import problem, reference, run
+
+PIPE = 4
+TRAINED = [name for name, family in SCHEDULES.items() if family.trains and "path" not in family.options]
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+def table_of(name, **wishes):
+    return make(name, devices=PIPE, microbatches=8, **wishes)
+
+
+def compare(table, *, repeats=None, tied=False, mesh=None):
+    """Loss, weight and every gradient of the engine equal the reference's to 1e-10."""
+    repeats = repeats or (1,) * table.stages
+    given = problem(layers=sum(repeats), tied=tied)
+    found = run(table, repeats, *given, mesh=mesh or {"pipe": PIPE})
+    expected = jax.tree_util.tree_leaves_with_path(reference(*given)[: len(found)])
+    for (path, wanted), one in zip(expected, jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(one, wanted, rtol=1e-10, atol=1e-10, err_msg=str(path))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_schedule_gives_the_same_loss_and_gradients(name):
+    """Also with stages of one and of two layers."""
+    table = table_of(name, vocabulary=SCHEDULES[name].vocabulary[0])
+    compare(table, repeats=tuple(1 + stage % 2 for stage in range(table.stages)))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("algorithm", [1, 2])
+@pytest.mark.parametrize("name", [name for name in TRAINED if 2 in SCHEDULES[name].vocabulary])
+def test_a_shared_vocabulary_gives_the_same_loss_and_gradients(name, algorithm, tied):
+    compare(table_of(name, vocabulary=algorithm), tied=tied)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "gpipe", "interleaved"])
+def test_a_fused_backward_is_both_halves(name):
+    chunks = 2 if name == "interleaved" else None
+    compare(fused(table_of(name, chunks=chunks)))
+
+
+@pytest.mark.parametrize("vocabulary", [0, 1, 2])
+def test_evaluation_gives_the_same_loss_without_a_backward_pass(vocabulary):
+    trained = table_of("v-half", vocabulary=vocabulary)
+    compare(table_of("forward-only", placement=trained.placement, vocabulary=vocabulary))
+
+
+@pytest.mark.parametrize("vocabulary", [0, 2])
+def test_rows_may_be_cut_over_data_and_fsdp_too(vocabulary):
+    table = make("1f1b", devices=2, microbatches=4, vocabulary=vocabulary)
+    compare(table, tied=True, mesh={"pipe": 2, "data": 2, "fsdp": 2})
+
+
+@pytest.mark.parametrize("name", ["1f1b", "v-half"])
+def test_pools_are_of_the_schedules_size_however_many_microbatches_pass(name):
+    few, many = (
+        wired(make(name, devices=PIPE, microbatches=count, vocabulary=1), repeats=(1,) * 8).slots for count in (16, 64)
+    )
+    assert few == many

@@ -1,0 +1,126 @@
+"""Weights in and out: a Hugging Face directory becomes a run, a run becomes a Hugging Face directory."""
+
+import dataclasses
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import huggingface, peft
+from ..checkpoint.storage import Storage
+from ..configs.errors import UserError
+from ..configs.huggingface import config_json
+from ..configs.load import validated
+from ..configs.model import ModelConfig
+from ..models.adapters.attach import merged, split
+from ..models.hf.files import COMPANIONS, copy_companions
+from ..parallel.mesh import make_mesh
+from ..parallel.state import combine
+from . import environment
+from .directory import open_directory
+from .launch.world import World
+from .program import build
+from .run import averaged
+from .use import opened, read
+
+# An imported run keeps weights and nothing else: this rule has no state.
+WEIGHTS_ONLY = {"name": "sgd", "b1": 0.0}
+
+
+def import_directory(source: Path, run: Path, *, adapter: Path | None = None) -> Path:
+    """Make `run`, a run directory with one checkpoint, from the model in `source`; `generate` and `evaluate` take it.
+
+    `adapter` is a directory of PEFT's, whose adapter the run then has. Raises UserError where one of them cannot be
+    represented exactly, or `run` exists.
+    """
+    absent_or_empty(run)
+    model = ModelConfig.model_validate({"from": str(source.absolute())})
+    length = min(256, made_for(model) or 256)
+    found = None if adapter is None else peft.read(adapter, model, kind=huggingface.format_kind(model))
+    config = validated(
+        {
+            "name": run.name,
+            "model": {"from": str(source.absolute())},
+            "data": {"sequence_length": length},
+            "optimizer": WEIGHTS_ONLY,
+        }
+        | ({} if found is None else {"adapter": found.adapter.model_dump()})
+    )
+    environment.start(config, World())
+    program = build(config, make_mesh(config.mesh))
+    state = program.initialized()
+    if found is not None:
+        tree = peft.filled(combine(state.params, state.frozen), found, model)
+        params, frozen = split(tree, model, found.adapter)
+        state = dataclasses.replace(state, params=params, frozen=frozen)
+    open_directory(config, root=run.parent)
+    copy_companions(source, run)
+    with closing(Storage(run / "checkpoints", keep=1)) as storage:
+        storage.save(state, step=0, data={"corpus": "", "samples": 0, "origin": program.origin})
+    return run
+
+
+def export_run(run: Path, target: Path, *, limit: int) -> list[str]:
+    """Write the newest checkpoint of `run` to `target`, files of at most `limit` bytes; the names written.
+
+    Raises UserError where no format of transformers holds the model exactly, or `target` exists.
+    """
+    absent_or_empty(target)
+    config = read(run, [])
+    _, state = opened(config, run)
+    params = merged(combine(averaged(state), state.frozen), config.model, config.adapter)
+    dtype = str(params["embed"]["embedding"].dtype)
+    tree = config_json(
+        config.model, positions=max(config.data.sequence_length, made_for(config.model) or 0), dtype=dtype
+    )
+    tree |= token_ids(run)
+    target.mkdir(parents=True, exist_ok=True)
+    files = huggingface.write(params, config.model, target, kind=tree["model_type"], limit=limit)
+    (target / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    return ["config.json", *(file.name for file in files), *copy_companions(run, target, names=COMPANIONS)]
+
+
+def export_adapter(run: Path, target: Path) -> list[str]:
+    """Write the adapter of the newest checkpoint of `run` to `target` as PEFT keeps it; the names written.
+
+    Raises UserError where the run has no adapter, PEFT has no file for its method, or `target` exists.
+    """
+    absent_or_empty(target)
+    config = read(run, [])
+    if config.adapter is None:
+        raise UserError(f"adapter: {run} has none, it trained the whole model; use `meshwright checkpoint export`")
+    kind = config_json(config.model, positions=config.data.sequence_length, dtype="float32")["model_type"]
+    program, state = opened(config, run)
+
+    def started() -> Any:
+        first = program.initialized()
+        return combine(first.params, first.frozen)
+
+    target.mkdir(parents=True, exist_ok=True)
+    tree = combine(averaged(state), state.frozen)
+    names = peft.write(tree, config.model, config.adapter, target, kind=kind, started=started)
+    return [*names, *copy_companions(run, target)]
+
+
+def absent_or_empty(directory: Path) -> None:
+    """Raise UserError where something is there already."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists; choose another name, nothing is overwritten")
+
+
+def made_for(model: ModelConfig) -> int | None:
+    """Tokens of the longest row the model's origin was made for, if that is still there and says so."""
+    if model.origin is None or not (file := Path(model.origin) / "config.json").is_file():
+        return None
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    return tree.get("max_position_embeddings") or tree.get("n_positions")
+
+
+def token_ids(run: Path) -> dict[str, Any]:
+    """`bos_token_id` and the like of the run's tokenizer; {} where it has none."""
+    from .data.tokenizer import load
+
+    if not (run / "tokenizer.json").is_file():
+        return {}
+    tokenizer = load(run)
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}

@@ -1,0 +1,83 @@
+"""How long each op of a pipelined run really takes: the run's own engine, given tables in which all do the same.
+
+    costs = op_times(program, params, frozen, batch)    # parallel/pipeline/costs.py, in seconds
+
+The engine does what its rows say, and does not ask whether they make a schedule: rows in which every device does F, and
+nothing else, take the time of idle rows and of as many F. What comes out is worth nothing; how long it took is.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..configs.errors import MeshwrightError
+from ..parallel.pipeline.costs import Costs
+from ..parallel.pipeline.table import Op
+from ..parallel.pipeline.wiring import Wiring, rows_of, wired
+from .program import Program
+
+TICKS = 8  # of the rows that are run; in all of them all devices do the op
+ROUNDS = 3
+
+
+def op_times(program: Program, params: Any, frozen: Any, batch: Any) -> Costs:
+    """Seconds of each op over all layers of a device, of S and T, of what the head adds, and of a tick."""
+    staging = program.staging
+    if staging is None:
+        raise MeshwrightError(f"mesh.pipe: {program.mesh.shape['pipe']}: only a pipeline has ops to time")
+    wiring = wired(staging.table, repeats=staging.repeats)
+    idle = idle_rows(wiring)
+    with jax.set_mesh(program.mesh):
+        engine = jax.jit(lambda rows: program.gradients(params, frozen, batch, None, rows=rows).loss)
+        compiled = engine.lower(idle).compile()
+    base = seconds(compiled, idle)
+
+    def cost(op: Op, **fields: int) -> float:
+        if op not in wiring.ops:
+            return 0.0
+        return max(seconds(compiled, doing(idle, op, repeats=staging.most, **fields)) - base, 0.0) / TICKS
+
+    times = {op: cost(op) for op in Op if op is not Op.IDLE}
+    whole = wiring.meetings is None
+    backward = Op.B if Op.B in wiring.ops else Op.I
+    head = max(cost(backward, last=1) - times[backward], 0.0) if whole else 0.0
+    chunks = staging.table.chunks
+    return Costs(
+        forward=times[Op.F] * chunks,
+        input_gradient=times[backward] * chunks,
+        weight_gradient=times[Op.W] * chunks,
+        vocabulary_s=None if whole else times[Op.S],
+        vocabulary_t=None if whole else times[Op.T],
+        head_input_gradient=head,
+        tick=base / TICKS,
+        stages=tuple(repeats / staging.most for repeats in staging.repeats),
+    )
+
+
+def idle_rows(wiring: Wiring) -> dict[str, np.ndarray]:
+    """Rows like those of `wiring`, with nothing to do in any tick."""
+    kept = -1  # no slot, no meeting
+    zeros = ("op", "microbatch", "chunk", "repeats", "first_repeat", "first", "last")
+    return {
+        name: np.full((TICKS, *field.shape[1:]), 0 if name in zeros else kept, np.int32)
+        for name, field in rows_of(wiring).items()
+    }
+
+
+def doing(idle: dict[str, np.ndarray], op: Op, *, repeats: int, last: int = 0) -> dict[str, np.ndarray]:
+    """`idle` rows in which every device does `op` over `repeats` repeats, as the last stage or not."""
+    wanted = {"op": op, "repeats": repeats, "last": last} | dict.fromkeys(("input", "weight", "stash", "read"), 0)
+    return idle | {name: np.full_like(idle[name], value) for name, value in wanted.items()}
+
+
+def seconds(compiled: Any, rows: dict[str, np.ndarray]) -> float:
+    """The median time of a run over `rows`."""
+    found = []
+    for _ in range(ROUNDS + 1):  # the first warms up
+        began = time.perf_counter()
+        jax.block_until_ready(compiled(rows))
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[1:])

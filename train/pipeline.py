@@ -1,0 +1,141 @@
+"""The model, cut for a pipeline: what `parallel/pipeline/engine.py` runs, and the gradient engine around it."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from ..configs.model import ModelConfig
+from ..configs.parallel import MemoryConfig
+from ..models.context import Context
+from ..models.decoder import Decoder, layer_context, run_block
+from ..models.rope import rotations
+from ..parallel.pipeline.engine import pipelined
+from ..parallel.pipeline.parts import Parts, Row, Weights
+from ..parallel.pipeline.wiring import Wiring, rows_of
+from ..parallel.rules import path_name
+from ..parallel.state import combine
+from ..parallel.vocabulary import Constrain, lookup, token_logprobs
+from .gradients import Batch, Engine, Sums
+from .recipes.registry import Recipe
+
+Lookup = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def cut(tree: Any) -> Weights:
+    """Parameters (or shapes) as the blocks' stacks, by place in the pattern, and the rest."""
+    stacks = {place: stack["block"] for place, stack in tree.get("segments", {}).get("0", {}).items()}
+    return Weights(stacks, {name: value for name, value in tree.items() if name != "segments"})
+
+
+def joined(weights: Weights) -> Any:
+    """The inverse of `cut`."""
+    stacks = {place: {"block": block} for place, block in weights.stacked.items()}
+    return weights.ends | ({"segments": {"0": stacks}} if stacks else {})
+
+
+def parts(
+    graph: Any,
+    shapes: Any,
+    recipe: Recipe,
+    *,
+    model: ModelConfig,
+    memory: MemoryConfig,
+    context: Callable[..., Context],
+    constrain: Constrain,
+    compute: Any,
+) -> Parts:
+    """The decoder's pieces as pure functions; `shapes` are those of all its weights, adapters too.
+
+    `context(fields, keys)` is what blocks are told.
+    """
+    places = len(model.segments[0][0])
+
+    def arrays(frozen: Any, fields: Batch, keys: jax.Array | None) -> dict[str, Any]:
+        shared = None
+        if "adapter" in frozen:  # what the adapters of all layers read is one of the ends
+            shared = nnx.merge(graph, shapes | {"adapter": frozen["adapter"]}).adapter()
+        return {"fields": fields, "keys": keys, "rotations": rotations(model, fields["positions"]), "shared": shared}
+
+    def told(given: dict[str, Any]) -> Context:
+        ctx = context(given["fields"], given["keys"])
+        return dataclasses.replace(ctx, rotations=given["rotations"], shared=given["shared"])
+
+    def block(weights: Any, frozen: Any, given: tuple[dict[str, Any], jax.Array], x: jax.Array) -> jax.Array:
+        ctx, layers = told(given[0]), given[1] * places
+        whole = combine(weights, frozen)
+        for place in range(places):
+            x, _ = run_block(graphs[place], whole[str(place)], x, layer_context(ctx, layers + place, None))
+        return x
+
+    def decoder(ends: Any, frozen: Any) -> Decoder:
+        return nnx.merge(graph, combine(ends, frozen) | {"segments": shapes["segments"]})
+
+    def enter(ends: Any, frozen: Any, fields: Batch, given: dict[str, Any], rows: Lookup | None) -> jax.Array:
+        ctx = told(given) if rows is None else dataclasses.replace(told(given), lookup=rows)
+        return decoder(ends, frozen).embed(fields["tokens"], ctx)
+
+    def normed(ends: Any, frozen: Any, hidden: jax.Array) -> jax.Array:
+        return decoder(ends, frozen).final_norm(hidden)
+
+    def kernel(ends: Any, frozen: Any) -> jax.Array:
+        return decoder(ends, frozen).head_kernel(compute)
+
+    def leave(ends: Any, frozen: Any, hidden: jax.Array, fields: Batch, given: dict[str, Any]) -> Any:
+        logprobs = token_logprobs(
+            normed(ends, frozen, hidden),
+            kernel(ends, frozen),
+            fields["targets"],
+            vocab=model.vocab,
+            softcap=model.logit_softcap,
+            chunks=memory.loss_chunks,
+            constrain=constrain,
+        )
+        return recipe(logprobs, fields)
+
+    def shape(fields: Batch) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*fields["tokens"].shape, model.embed), compute)
+
+    graphs = [nnx.split(nnx.merge(graph, shapes).segments["0"][str(place)].block)[0] for place in range(places)]
+    return Parts(
+        context=arrays,
+        block=block,
+        enter=enter,
+        leave=leave,
+        normed=normed,
+        kernel=kernel,
+        recipe=recipe,
+        shape=shape,
+        constrain=constrain,
+        lookup=partial(lookup, constrain=constrain),
+        vocab=model.vocab,
+        softcap=model.logit_softcap,
+    )
+
+
+def make_engine(
+    parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: int, compute: Any, dtype: Any
+) -> Engine:
+    """The pipelined gradient engine: like the plain one, over parameters in the pipeline's layout.
+
+    `rows` are run instead of the table's where they are given (`op_times.py`).
+    """
+    run = pipelined(parts, wiring, repeats=repeats, mesh=mesh, zero=zero, dtype=dtype)
+
+    def engine(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None, rows: Row | None = None) -> Sums:
+        weights, fixed = (cut(cast(tree, compute)) for tree in (params, frozen))
+        loss, weight, gradient = run(weights, fixed, batch, keys, rows_of(wiring) if rows is None else rows)
+        return Sums(loss, weight, joined(gradient) if wiring.trains else (), {})
+
+    return engine
+
+
+def cast(tree: Any, compute: Any) -> Any:
+    """Kernels in the dtype they are multiplied in: once a step, and half the bytes to gather."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(compute) if path_name(path).endswith("/kernel") else leaf, tree
+    )

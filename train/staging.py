@@ -1,0 +1,115 @@
+"""Which layers stand where in a pipeline: the table, the layers of each stage, their places in the stacked arrays.
+
+    staging(config, pipe=4) -> Staging | None
+
+Imports no JAX: `validate` answers with it, and so does every other verb before a device is touched. Stacked weights are
+[pipe * chunks * repeats, ...] in the order of devices, chunks and repeats, `repeats` being those of the largest stage;
+`order` says which repeat of the layers' pattern stands at each place, -1 where a shorter stage has none.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..configs.errors import UserError
+from ..configs.run import RunConfig
+from ..parallel.pipeline.fused import fused
+from ..parallel.pipeline.layers import even, redistributed
+from ..parallel.pipeline.schedules.registry import make
+from ..parallel.pipeline.table import Table
+
+
+@dataclass(frozen=True)
+class Staging:
+    """A pipeline's plan for one model."""
+
+    table: Table
+    forward: Table  # for evaluation
+    repeats: tuple[int, ...]  # of each stage
+
+    @property
+    def most(self) -> int:
+        """Repeats of the largest stage: places in each chunk."""
+        return max(self.repeats)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The repeat that stands at each place of the stacked arrays, -1: none."""
+        firsts = [sum(self.repeats[:stage]) for stage in range(len(self.repeats))]
+        return tuple(
+            firsts[stage] + number if number < self.repeats[stage] else -1
+            for stage in self.table.placement.reshape(-1).tolist()
+            for number in range(self.most)
+        )
+
+
+def check_staging(config: RunConfig) -> None:
+    """Raise UserError where the pipeline of `config` does not fit, as far as that is known without devices."""
+    if (count := config.mesh.count) is not None:
+        staging(config, pipe=config.mesh.resolved(count)["pipe"])
+
+
+def staging(config: RunConfig, *, pipe: int) -> Staging | None:
+    """The pipeline of `config` over `pipe` devices; None for one device. Raises UserError where none fits."""
+    if pipe == 1:
+        return None
+    settings = config.pipeline
+    path = Path(settings.schedule) if settings.schedule.endswith(".csv") else None
+    table = make(
+        settings.schedule if path is None else "file",
+        path=path,
+        devices=pipe,
+        microbatches=config.microbatches,
+        chunks=settings.chunks,
+        vocabulary=settings.vocab_parallel,
+        memory_limit=settings.memory_limit,
+    )
+    if settings.backward == "fused":
+        table = fused(table)
+    forward = make(
+        "forward-only", devices=pipe, microbatches=config.microbatches, placement=table.placement,
+        vocabulary=settings.vocab_parallel,
+    )  # fmt: skip
+    return Staging(table, forward, dealt(config, stages=table.stages))
+
+
+def dealt(config: RunConfig, *, stages: int) -> tuple[int, ...]:
+    """Repeats of the pattern for each stage. Raises UserError where there are too few, or the list does not add up."""
+    pattern, repeats = config.model.segments[0]
+    layers = config.pipeline.layers
+    if isinstance(layers, list):
+        return listed(layers, pattern=len(pattern), total=repeats, stages=stages)
+    if repeats < stages:
+        raise UserError(
+            f"model.layers: {config.model.layers} layers in patterns of {len(pattern)} cannot fill the {stages} stages "
+            f"of schedule {config.pipeline.schedule} (mesh.pipe x chunks); use more layers, fewer chunks, or a smaller "
+            "mesh.pipe"
+        )
+    if layers == "even":
+        return tuple(even(repeats, stages=stages).tolist())
+    cost = head_cost(config) / len(pattern)
+    return tuple(redistributed(repeats, stages=stages, head_cost=cost, fewest=1).tolist())
+
+
+def head_cost(config: RunConfig) -> float:
+    """The head's FLOPs over those of one layer; 0 where all devices share it. Source: arXiv:2411.05288, table 4."""
+    model = config.model
+    if config.pipeline.vocab_parallel:
+        return 0.0
+    attended = 2 * config.data.sequence_length * model.heads * model.head_width
+    heads = 2 * (model.heads + model.key_value_heads) * model.head_width
+    linear = model.embed * (heads + model.mlp * (2 if model.activation == "gelu" else 3))
+    return model.embed * model.padded_vocab / (linear + attended / 2)
+
+
+def listed(layers: list[int], *, pattern: int, total: int, stages: int) -> tuple[int, ...]:
+    """`pipeline.layers` as repeats of the pattern."""
+    problem = None
+    if len(layers) != stages:
+        problem = f"has {len(layers)} entries and there are {stages} stages"
+    elif sum(layers) != total * pattern:
+        problem = f"adds up to {sum(layers)} and model.layers is {total * pattern}"
+    elif any(count < 1 or count % pattern for count in layers):
+        problem = f"must hold whole patterns of {pattern} layers, at least one a stage"
+    if problem:
+        raise UserError(f"pipeline.layers: {layers} {problem}; list the layers of each stage, first to last")
+    return tuple(count // pattern for count in layers)
