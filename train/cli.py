@@ -21,6 +21,8 @@ recipes_app = typer.Typer(no_args_is_help=True, help="The shipped configurations
 data_app = typer.Typer(no_args_is_help=True, help="What the model will read.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
@@ -130,6 +132,32 @@ def data_preview(config: Config, overrides: Overrides = None, rows: int = 2) -> 
     from .data.preview import render
 
     Console().print(render(build(loaded.data, seed=loaded.seed, model_vocab=loaded.model.vocab), rows=rows))
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls(run: RunPath, as_json: Json = False) -> None:
+    """List checkpoints: committed, unfinished, damaged, set aside. Reads manifests only."""
+    from .inspection import ls
+
+    typer.echo(ls(Path(run), as_json=as_json))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(run: RunPath, as_json: Json = False) -> None:
+    """Read every checkpoint and compare it with its fingerprints; exits 0 only if all committed ones are whole."""
+    from .inspection import verify
+
+    text, code = verify(Path(run), as_json=as_json)
+    typer.echo(text)
+    raise typer.Exit(code)
+
+
+@checkpoint_app.command("repair")
+def checkpoint_repair(run: RunPath) -> None:
+    """Finish interrupted commits, set damaged checkpoints aside, bring mended ones back. Not while the run trains."""
+    from .inspection import repair
+
+    typer.echo(repair(Path(run)))
 
 
 @app.command()

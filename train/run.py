@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..checkpoint.layouts import layout_of
 from ..checkpoint.storage import Storage
 from ..configs.errors import MeshwrightError, Preempted, UserError
 from ..configs.run import RunConfig, check_fits
@@ -35,11 +36,13 @@ from .launch.world import World
 from .meter import Meter
 from .profiling import Profile
 from .program import Program, build
+from .recovery import recovered
 from .report.html import write_report
 from .report.journal import Journal
 from .report.progress import open_progress
 from .report.sinks import Sink, check_sinks, open_sinks
 from .sampling import Sampling
+from .saving import Saving
 from .stop import StopRequest
 
 
@@ -75,11 +78,12 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
     directory = open_directory(config, root=root, write=world.first)
     with ExitStack() as stack:
         journal = Journal(directory, enabled=world.first)
-        storage = stack.enter_context(closing(Storage(directory / "checkpoints", keep=config.checkpoint.keep)))
+        storage = stack.enter_context(closing(Storage(directory / "checkpoints", layout=layout_of(config.model))))
         stop = stack.enter_context(StopRequest())
         try:
-            state, start = restored(program, storage, data, journal)
-            run = Run(config, program, data, directory, world, journal, storage, stop)
+            state, start = recovered(program, storage, journal, corpus=data.fingerprint)
+            saving = Saving(config.checkpoint, storage, journal, {"corpus": data.fingerprint})
+            run = Run(config, program, data, directory, world, journal, saving, stop)
             return run.go(state, start)
         except (Preempted, KeyboardInterrupt):
             raise
@@ -87,22 +91,6 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
             with suppress(UserError):  # a full disk must not hide what happened
                 journal.record("failure", error=type(error).__name__, message=str(error)[:500])
             raise
-
-
-def restored(program: Program, storage: Storage, data: Data, journal: Journal) -> tuple[TrainState, int]:
-    """The state to go on from, and its step: the newest checkpoint's, or a fresh one where there is none."""
-    if not storage.steps:
-        journal.record("start", step=0)
-        return program.initialized(), 0
-    step = storage.steps[-1]
-    state, saved = storage.restore(step, shapes=program.shapes, shardings=program.shardings)
-    if saved.get("corpus") != data.fingerprint:
-        raise MeshwrightError(
-            f"checkpoint {step} was trained on corpus {saved.get('corpus')}, and the data are {data.fingerprint} now; "
-            "bring back the documents, or train under another name"
-        )
-    journal.record("restore", step=step, level="storage", reason="newest whole checkpoint")
-    return state, step
 
 
 @dataclass
@@ -115,7 +103,7 @@ class Run:
     directory: Path
     world: World
     journal: Journal
-    storage: Storage
+    saving: Saving
     stop: StopRequest
 
     def go(self, state: TrainState, start: int) -> Summary:
@@ -139,11 +127,11 @@ class Run:
             self.meter = Meter.of(config, made)
             self.last: dict[str, float] = {}
             state = self.loop(state, start, step, evaluation)
-            if config.steps > start or not self.storage.steps:
+            if config.steps > start or not self.saving.storage.steps:
                 self.save(state, config.steps)
             if evaluation is not None:
                 self.evaluate(state, config.steps, evaluation)
-        self.committed(self.storage.wait())
+        self.saving.finish()
         self.journal.record("finish", step=config.steps, **self.last)
         if self.world.first:
             write_report(self.directory)
@@ -162,7 +150,7 @@ class Run:
                     state, metrics = step(state, batch)
                     self.told(pending)
                     pending = (number, metrics)
-                self.committed(self.storage.committed())
+                self.saving.poll()
                 stopping = self.stop.requested(number) and number < config.steps
                 if stopping or self.due(config.checkpoint.every, number) or self.due(config.evaluation.every, number):
                     self.told(pending)  # what is saved or evaluated has been judged, and its row stands before theirs
@@ -176,7 +164,7 @@ class Run:
         """What happens between update `number` and the next. Raises Preempted, the state saved, where asked to stop."""
         if stopping:
             self.save(state, number)
-            self.committed(self.storage.wait())
+            self.saving.finish()
             self.journal.record("preempted", step=number)
             raise Preempted(f"stopped after step {number}, state saved; run the same command to go on")
         if self.due(self.config.checkpoint.every, number):
@@ -240,15 +228,7 @@ class Run:
 
     def save(self, state: TrainState, step: int) -> None:
         """Begin a checkpoint."""
-        began = time.monotonic()
-        samples = step * self.config.data.global_batch
-        self.storage.save(state, step=step, data={"corpus": self.data.fingerprint, "samples": samples})
-        self.journal.record("save", step=step, stall_seconds=time.monotonic() - began)
-
-    def committed(self, step: int | None) -> None:
-        """Journal a checkpoint that became whole."""
-        if step is not None:
-            self.journal.record("commit", step=step)
+        self.saving.begin(state, step, samples=step * self.config.data.global_batch)
 
     def evaluate(self, state: TrainState, step: int, evaluation: Any) -> None:
         """Held-out loss and samples, of the averaged parameters where there are any."""

@@ -1,9 +1,12 @@
 """A trained run, used: its newest checkpoint brought onto one device, to generate from or to evaluate."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from ..checkpoint.layouts import layout_of
+from ..checkpoint.manifest import DamagedCheckpoint
 from ..checkpoint.storage import Storage
 from ..configs.errors import UserError
 from ..configs.load import merged, nested, parse, validated
@@ -77,8 +80,12 @@ def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
     """The program and the newest state. Raises UserError where the run has no checkpoint."""
     environment.start(config, World())
     program = build(config, make_mesh(config.mesh))
-    with closing(Storage(run / "checkpoints", keep=config.checkpoint.keep)) as storage:
-        if not storage.steps:
-            raise UserError(f"{run}: no checkpoint yet; train it with `meshwright train {run / 'config.yaml'}`")
-        state, _ = storage.restore(storage.steps[-1], shapes=program.shapes, shardings=program.shardings)
-    return program, state
+    with closing(Storage(run / "checkpoints", layout=layout_of(config.model))) as storage:
+        for step in reversed(storage.steps):
+            try:
+                state, _ = storage.restore(step, shapes=program.shapes, shardings=program.shardings)
+            except DamagedCheckpoint as error:
+                logging.getLogger("meshwright").warning("%s; using an older one", error)
+            else:
+                return program, state
+    raise UserError(f"{run}: no whole checkpoint; train it with `meshwright train {run / 'config.yaml'}`")

@@ -4,7 +4,8 @@
     journal.record("restore", step=100, level="storage", reason="newest whole checkpoint")
 
     start  compile  restore        a sitting of the run begins: afresh or from a checkpoint (level, step, reason)
-    save  commit                   a checkpoint begins (step, stall_seconds) and becomes whole (step)
+    save  commit                   a checkpoint begins (step, stall_seconds) and becomes whole (step, seconds)
+    save-failed  quarantine        one that did not (message); a damaged one is set aside (step, reason, place)
     evaluation  sample             held-out numbers; a prompt and its continuation
     skip                           an update that was not applied (loss, grad_norm)
     failure  preempted  finish     how the sitting ended; a killed one has none of these

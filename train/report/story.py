@@ -12,7 +12,7 @@ MOST_EVENTS = 300  # listed; the newest matter when something went wrong
 TONES = {
     "start": "good", "finish": "good", "commit": "good",
     "restore": "warn", "skip": "warn", "preempted": "warn",
-    "failure": "bad",
+    "failure": "bad", "save-failed": "bad", "quarantine": "bad",
 }  # fmt: skip
 
 
