@@ -89,6 +89,7 @@ def test_members_meet_over_a_socket():
         gone = threading.Timer(0.05, b.leave)
         gone.start()
         assert a.wait(beyond=2, timeout=10.0) == {"epoch": 3, "members": {"a": {"port": 1}}}
+        gone.join()
         with pytest.raises(Refused):
             b.beat()
     with pytest.raises(OSError, match=r"rendezvous 127\.0\.0\.1"):

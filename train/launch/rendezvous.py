@@ -1,9 +1,9 @@
 """Rendezvous: who takes part, until when, and in which epoch. JAX-free.
 
 A member has a name and stays as long as it sends a heartbeat within its time-to-live. Whenever somebody joins, leaves
-or expires the epoch goes up by one, so a number says which membership is meant. A member holds the *ticket* it was given
-when it joined; one whose name was given to another since then (a process that was stopped, declared dead, and woke up)
-is refused by its ticket.
+or expires the epoch goes up by one, so a number says which membership is meant. A member holds the *ticket* it was
+given when it joined; one whose name was given to another since then (a process that was stopped, declared dead, and
+woke up) is refused by its ticket.
 
     membership = joined(Membership(), "a", now=0.0, ttl=5.0)        a pure value, advanced by pure functions
     with Server() as server: ...                                    one small server holds it, JSON lines over TCP
@@ -176,7 +176,10 @@ def answer(room: Room, line: bytes) -> dict[str, Any]:
 
 
 class Client:
-    """A member's end, closed by `with`. Each call raises Refused where the member is not one any more, OSError where nobody answers."""
+    """A member's end, closed by `with`; for one thread.
+
+    Each call raises Refused where the member is not one any more, OSError where nobody answers.
+    """
 
     def __init__(self, address: str, name: str, *, ttl: float = TTL, timeout: float = 10.0) -> None:
         host, _, port = address.rpartition(":")
