@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from .base import Section
 from .data import DataConfig
+from .elastic import ElasticConfig
 from .model import ModelConfig
 from .parallel import MemoryConfig, MeshConfig, PrecisionConfig, SequenceConfig
 from .training import (
@@ -39,6 +40,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    elastic: ElasticConfig = ElasticConfig()
     launch: LaunchConfig = LaunchConfig()
     logging: LoggingConfig = LoggingConfig()
 

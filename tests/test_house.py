@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {"configs": 1, "models": 2, "memory": 3, "parallel": 3, "checkpoint": 4, "train": 5, "benchmarks": 6}
 MAY_IMPORT_BESIDE = {("parallel", "memory")}
 JAX_FREE = ("meshwright.configs.load", "meshwright.train.cli", "meshwright.train.data.assemble",
-            "meshwright.train.launch.local", "meshwright.train.launch.world")  # fmt: skip
+            "meshwright.train.launch.engines", "meshwright.train.launch.coordinator",
+            "meshwright.train.launch.progress", "meshwright.train.launch.world")  # fmt: skip
 FORBIDDEN_NAMES = re.compile(r"\b(util|utils|helper|helpers|manager|wrapper|misc)\b")
 
 

@@ -53,16 +53,19 @@ def launch(
     processes: Annotated[int | None, typer.Option(help="Processes; default launch.processes.")] = None,
     devices_per_process: Annotated[int | None, typer.Option(help="Simulated devices of each.")] = None,
 ) -> None:
-    """Train in several processes."""
-    if engine != "local":
-        raise UserError.no_match("--engine", [engine], known=["local"])
+    """Train in several processes, and start them again when one dies or hangs."""
+    from .launch.engines import ENGINES
+    from .launch.engines import launch as start
+
+    if engine not in ENGINES:
+        raise UserError.no_match("--engine", [engine], known=ENGINES)
     loaded = loading.load(config, overrides=overrides or ())
     settings = loaded.launch
-    from .launch.local import launch as start
-
     start(
         [sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
         processes=processes or settings.processes,
+        directory=Path("runs") / loaded.name,
+        settings=loaded.elastic,
         devices_per_process=devices_per_process or settings.devices_per_process,
         coordinator=settings.coordinator,
     )

@@ -14,7 +14,18 @@ from ..configs.load import dump, parse, validated
 from ..configs.run import RunConfig
 
 # What may change between two sittings of one run: none of it changes what is computed, but how long the run is.
-MAY_CHANGE = ("steps", "microbatches", "mesh", "sequence", "memory", "evaluation", "checkpoint", "launch", "logging")
+MAY_CHANGE = (
+    "steps",
+    "microbatches",
+    "mesh",
+    "sequence",
+    "memory",
+    "evaluation",
+    "checkpoint",
+    "elastic",
+    "launch",
+    "logging",
+)
 MAY_CHANGE_KEYS = ("data.cache", "data.prefetch")
 
 

@@ -32,6 +32,8 @@ from .directory import open_directory, write_json
 from .evaluation import evaluate
 from .feed import local_rows, to_devices
 from .generate import complete
+from .launch.fence import Fence, Fenced
+from .launch.progress import Progress
 from .launch.world import World
 from .meter import Meter
 from .profiling import Profile
@@ -77,15 +79,21 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
 
     directory = open_directory(config, root=root, write=world.first)
     with ExitStack() as stack:
-        journal = Journal(directory, enabled=world.first)
-        storage = stack.enter_context(closing(Storage(directory / "checkpoints", layout=layout_of(config.model))))
+        fence = Fence(directory, world.epoch)
+        if world.first:
+            fence.claim()
+        journal = Journal(directory, enabled=world.first, allowed=fence.check)
+        progress = stack.enter_context(closing(Progress(world, fence)))
+        progress.report(0, "start")
+        storage = Storage(directory / "checkpoints", layout=layout_of(config.model), allowed=fence.check)
+        stack.enter_context(closing(storage))
         stop = stack.enter_context(StopRequest())
         try:
             state, start = recovered(program, storage, journal, corpus=data.fingerprint)
             saving = Saving(config.checkpoint, storage, journal, {"corpus": data.fingerprint})
-            run = Run(config, program, data, directory, world, journal, saving, stop)
+            run = Run(config, program, data, directory, world, journal, saving, stop, progress)
             return run.go(state, start)
-        except (Preempted, KeyboardInterrupt):
+        except (Preempted, Fenced, KeyboardInterrupt):
             raise
         except BaseException as error:
             with suppress(UserError):  # a full disk must not hide what happened
@@ -105,6 +113,7 @@ class Run:
     journal: Journal
     saving: Saving
     stop: StopRequest
+    progress: Progress
 
     def go(self, state: TrainState, start: int) -> Summary:
         """Compile, train, evaluate, report."""
@@ -119,14 +128,15 @@ class Run:
             write_json(self.directory / "plan.json", made)
             write_json(self.directory / "environment.json", environment.describe(config, self.data, program.mesh))
         with ExitStack() as stack:
-            self.progress = stack.enter_context(
+            self.bar = stack.enter_context(
                 open_progress(config.steps, start, self.world.first, every=config.logging.every)
             )
-            self.progress.note(plan.render(made))
+            self.bar.note(plan.render(made))
             self.sinks = [stack.enter_context(closing(sink)) for sink in self.opened_sinks(start)]
             self.meter = Meter.of(config, made)
             self.last: dict[str, float] = {}
             state = self.loop(state, start, step, evaluation)
+            self.progress.report(config.steps, "finish")
             if config.steps > start or not self.saving.storage.steps:
                 self.save(state, config.steps)
             if evaluation is not None:
@@ -150,6 +160,7 @@ class Run:
                     state, metrics = step(state, batch)
                     self.told(pending)
                     pending = (number, metrics)
+                self.progress.report(number - 1)  # whose metrics have been read: it is done
                 self.saving.poll()
                 stopping = self.stop.requested(number) and number < config.steps
                 if stopping or self.due(config.checkpoint.every, number) or self.due(config.evaluation.every, number):
@@ -162,6 +173,7 @@ class Run:
 
     def pause(self, state: TrainState, number: int, evaluation: Any, *, stopping: bool) -> None:
         """What happens between update `number` and the next. Raises Preempted, the state saved, where asked to stop."""
+        self.progress.report(number, "save or evaluate")
         if stopping:
             self.save(state, number)
             self.saving.finish()
@@ -217,7 +229,7 @@ class Run:
                         f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the update was "
                         "not applied. Lower optimizer.learning_rate, set optimizer.clip, or logging.on_nan=skip"
                     )
-            self.progress.update(step, metrics)
+            self.bar.update(step, metrics)
             if step % self.config.logging.every == 0 or step in (1, self.config.steps):
                 self.write(step, metrics)
 
@@ -238,7 +250,7 @@ class Run:
         self.last |= values
         self.write(step, values)
         self.journal.record("evaluation", step=step, seconds=time.monotonic() - began, **values)
-        self.progress.note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.bar.note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         prompts = self.config.evaluation.prompts
         if prompts and jax.process_count() == 1:
             texts = complete(
