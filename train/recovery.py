@@ -4,8 +4,11 @@ A damaged checkpoint is set aside (never deleted), journalled with the reason, a
 whose checkpoints are all damaged is refused: it never starts from scratch over them.
 """
 
+import time
+
 import jax
 import numpy as np
+import psutil
 from jax.experimental import multihost_utils
 
 from ..checkpoint.manifest import DamagedCheckpoint
@@ -24,6 +27,8 @@ def recovered(program: Program, storage: Storage, journal: Journal, *, corpus: s
     """
     shelf = storage.shelf
     reason = "newest whole checkpoint"
+    startup = {"startup_seconds": time.time() - psutil.Process().create_time()}
+    began = time.monotonic()
     if jax.process_index() == 0:
         shelf.tidy(lambda step, why: journal.record("quarantine", step=step, reason=why))
     while (step := agreed(newest(shelf))) >= 0:
@@ -34,7 +39,8 @@ def recovered(program: Program, storage: Storage, journal: Journal, *, corpus: s
             damage = str(error)
         if not (holders := damaged_on(damage)):
             check_corpus(step, saved, corpus)
-            journal.record("restore", step=step, level="storage", reason=reason)
+            spent = {**startup, "restore_seconds": time.monotonic() - began}
+            journal.record("restore", step=step, level="storage", reason=reason, **spent)
             return state, step
         if jax.process_index() == 0:
             why = damage or f"process {holders[0]} found it damaged"
@@ -46,7 +52,7 @@ def recovered(program: Program, storage: Storage, journal: Journal, *, corpus: s
             f"every checkpoint in {shelf.directory} is damaged and was set aside in {QUARANTINE}/ (why: events.jsonl); "
             f"bring a good copy back, delete {QUARANTINE}/ to start from step 0, or train under another name"
         )
-    journal.record("start", step=0)
+    journal.record("start", step=0, **startup)
     return program.initialized(), 0
 
 

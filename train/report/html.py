@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import bars, charts, header, story
 from .charts import Curve
+from .goodput import goodput_section
 from .markup import Html, element, joined, section
 from .mesh import mesh_picture
 from .record import Record, read_record
@@ -41,6 +42,7 @@ def page(record: Record) -> str:
         curves(record),
         *planned(record),
         story.samples(record.events),
+        goodput_section(record),
         story.timeline(record.events),
         header.surroundings(record),
         configuration(record),
