@@ -12,41 +12,50 @@ import psutil
 from jax.experimental import multihost_utils
 
 from ..checkpoint.manifest import DamagedCheckpoint
+from ..checkpoint.memory import Memory
 from ..checkpoint.shelf import QUARANTINE, Shelf
-from ..checkpoint.storage import Storage
+from ..checkpoint.storage import Storage, by_path, tree
 from ..configs.errors import MeshwrightError
 from ..parallel.state import TrainState
 from .program import Program
-from .report.journal import Journal
+from .report.journal import Journal, read_events
+
+OFFERED = 8  # steps a process names as restorable: two slots hold two
 
 
-def recovered(program: Program, storage: Storage, journal: Journal, *, corpus: str) -> tuple[TrainState, int]:
-    """The state to go on from, and its step. `corpus` is the data's fingerprint.
+def recovered(
+    program: Program, storage: Storage, memory: Memory | None, journal: Journal, *, corpus: str
+) -> tuple[TrainState, int]:
+    """The state to go on from, and its step, from whichever level has the newest. `corpus` is the data's fingerprint.
 
     Raises MeshwrightError where the data are others than the checkpoint's, or every checkpoint is damaged.
     """
-    shelf = storage.shelf
-    reason = "newest whole checkpoint"
+    shelf, levels = storage.shelf, {"storage": storage, "memory": memory}
     startup = {"startup_seconds": time.time() - psutil.Process().create_time()}
     began = time.monotonic()
     if jax.process_index() == 0:
         shelf.tidy(lambda step, why: journal.record("quarantine", step=step, reason=why))
-    while (step := agreed(newest(shelf))) >= 0:
+        if memory is not None and not read_events(journal.path.parent):
+            memory.clear()  # of another run that had this name
+    reason, refused = "the newest there is", set[int]()
+    while True:
+        step, level = newest(shelf, memory, program, without=refused)
+        if step < 0:
+            break
         try:
             damage = ""
-            state, saved = storage.restore(step, shapes=program.shapes, shardings=program.shardings)
+            state, saved = levels[level].restore(step, shapes=program.shapes, shardings=program.shardings)
         except DamagedCheckpoint as error:
             damage = str(error)
         if not (holders := damaged_on(damage)):
             check_corpus(step, saved, corpus)
             spent = {**startup, "restore_seconds": time.monotonic() - began}
-            journal.record("restore", step=step, level="storage", reason=reason, **spent)
+            journal.record("restore", step=step, level=level, reason=reason, **spent)
             return state, step
-        if jax.process_index() == 0:
-            why = damage or f"process {holders[0]} found it damaged"
-            place = shelf.quarantine(step)
-            journal.record("quarantine", step=step, reason=why, place=str(place.relative_to(shelf.directory)))
-        reason = f"checkpoint {step} is damaged"
+        set_aside(step, level, shelf, journal, why=damage or f"process {holders[0]} found it damaged")
+        if level == "memory":
+            refused.add(step)
+        reason = f"{step} in {level} is damaged"
     if agreed(len(shelf.quarantined)):
         raise MeshwrightError(
             f"every checkpoint in {shelf.directory} is damaged and was set aside in {QUARANTINE}/ (why: events.jsonl); "
@@ -56,6 +65,35 @@ def recovered(program: Program, storage: Storage, journal: Journal, *, corpus: s
     return program.initialized(), 0
 
 
+def set_aside(step: int, level: str, shelf: Shelf, journal: Journal, *, why: str) -> None:
+    """Move a damaged checkpoint out of the way; a damaged snapshot is left to be overwritten. Journalled."""
+    if jax.process_index() != 0:
+        return
+    place = shelf.quarantine(step).relative_to(shelf.directory) if level == "storage" else None
+    journal.record("quarantine", step=step, level=level, reason=why, place=str(place))
+
+
+def newest(shelf: Shelf, memory: Memory | None, program: Program, *, without: set[int]) -> tuple[int, str]:
+    """(step, level) of the newest that every process can have, the same on all; memory where both have it; -1: none."""
+    stored = agreed(max(shelf.steps, default=-1))
+    if memory is None:
+        return stored, "storage"
+    own = memory.steps(by_path(tree(program.shardings)), by_path(tree(program.shapes)))
+    held = max(common(set(own) - without), default=-1)
+    return (held, "memory") if held >= stored else (stored, "storage")
+
+
+def common(steps: set[int]) -> set[int]:
+    """The steps that every process has, of its newest `OFFERED`."""
+    if jax.process_count() == 1:
+        return steps
+    offered = np.full(OFFERED, -1, np.int32)
+    chosen = sorted(steps)[-OFFERED:]
+    offered[: len(chosen)] = chosen
+    everybodys = multihost_utils.process_allgather(offered)
+    return set.intersection(*(set(map(int, row)) - {-1} for row in everybodys))
+
+
 def check_corpus(step: int, saved: dict, corpus: str) -> None:
     """Raise MeshwrightError where the checkpoint was trained on other data."""
     if saved.get("corpus") != corpus:
@@ -63,11 +101,6 @@ def check_corpus(step: int, saved: dict, corpus: str) -> None:
             f"checkpoint {step} was trained on corpus {saved.get('corpus')}, and the data are {corpus} now; "
             "bring back the documents, or train under another name"
         )
-
-
-def newest(shelf: Shelf) -> int:
-    """The newest committed step; -1 where there is none."""
-    return max(shelf.steps, default=-1)
 
 
 def agreed(value: int) -> int:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ..checkpoint.layouts import layout_of
+from ..checkpoint.memory import memory_of
 from ..checkpoint.storage import Storage
 from ..configs.errors import MeshwrightError, Preempted, UserError
 from ..configs.run import RunConfig, check_fits
@@ -89,8 +90,9 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         stack.enter_context(closing(storage))
         stop = stack.enter_context(StopRequest())
         try:
-            state, start = recovered(program, storage, journal, corpus=data.fingerprint)
-            saving = Saving(config.checkpoint, storage, journal, {"corpus": data.fingerprint})
+            memory = memory_of(directory) if config.checkpoint.memory_every else None
+            state, start = recovered(program, storage, memory, journal, corpus=data.fingerprint)
+            saving = Saving(config.checkpoint, storage, journal, {"corpus": data.fingerprint}, memory)
             run = Run(config, program, data, directory, world, journal, saving, stop, progress)
             return run.go(state, start)
         except (Preempted, Fenced, KeyboardInterrupt):
@@ -137,7 +139,7 @@ class Run:
             self.last: dict[str, float] = {}
             state = self.loop(state, start, step, evaluation)
             self.progress.report(config.steps, "finish")
-            if config.steps > start or not self.saving.storage.steps:
+            if config.steps > start or config.steps not in self.saving.storage.steps:
                 self.save(state, config.steps)
             if evaluation is not None:
                 self.evaluate(state, config.steps, evaluation)
@@ -163,7 +165,8 @@ class Run:
                 self.progress.report(number - 1)  # whose metrics have been read: it is done
                 self.saving.poll()
                 stopping = self.stop.requested(number) and number < config.steps
-                if stopping or self.due(config.checkpoint.every, number) or self.due(config.evaluation.every, number):
+                pauses = (config.checkpoint.every, config.checkpoint.memory_every, config.evaluation.every)
+                if stopping or any(self.due(every, number) for every in pauses):
                     self.told(pending)  # what is saved or evaluated has been judged, and its row stands before theirs
                     pending = None
                     self.pause(state, number, evaluation, stopping=stopping)
@@ -179,6 +182,8 @@ class Run:
             self.saving.finish()
             self.journal.record("preempted", step=number)
             raise Preempted(f"stopped after step {number}, state saved; run the same command to go on")
+        if self.due(self.config.checkpoint.memory_every, number):
+            self.saving.snapshot(state, number, samples=number * self.config.data.global_batch)
         if self.due(self.config.checkpoint.every, number):
             self.save(state, number)
         if evaluation is not None and self.due(self.config.evaluation.every, number):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..checkpoint.memory import Memory
 from ..checkpoint.retention import retained
 from ..checkpoint.storage import Storage
 from ..configs.errors import MeshwrightError
@@ -26,7 +27,9 @@ class Saving:
     storage: Storage
     journal: Journal
     stamp: Mapping[str, Any]  # what is written into every checkpoint beside the state
+    memory: Memory | None = None  # snapshots in the host's memory
     failure: MeshwrightError | None = None  # of the newest save; None where it became whole
+    snapshots: list[tuple[float, int]] = field(default_factory=list)  # (seconds, bytes) since the last checkpoint
     began: dict[int, float] = field(default_factory=dict)  # step -> when its save began
 
     def begin(self, state: TrainState, step: int, *, samples: int) -> None:
@@ -43,7 +46,24 @@ class Saving:
             step=step,
             stall_seconds=time.monotonic() - began,
             fingerprint_seconds=self.storage.fingerprint_seconds,
+            snapshots=len(self.snapshots),
+            snapshot_seconds=sum(seconds for seconds, _ in self.snapshots),
+            snapshot_bytes=max((written for _, written in self.snapshots), default=0),
         )
+        self.snapshots.clear()
+
+    def snapshot(self, state: TrainState, step: int, *, samples: int) -> None:
+        """Copy `state` to the host's memory; the next checkpoint's line in the journal says what these took."""
+        if self.memory is None:
+            return
+        began = time.monotonic()
+        try:
+            written = self.memory.save(state, step=step, data={**self.stamp, "samples": samples})
+        except OSError as error:
+            self.journal.record("save-failed", step=step, level="memory", message=str(error)[:500])
+            self.memory = None  # storage goes on; a full memory does not empty itself
+            return
+        self.snapshots.append((time.monotonic() - began, written))
 
     def poll(self) -> None:
         """Note a save that has ended; does not wait."""
@@ -70,6 +90,8 @@ class Saving:
         self.settle()
         if self.failure is not None:
             raise self.failure
+        if self.memory is not None:
+            self.memory.clear()  # storage has the state: the memory is the host's again
 
     def failed(self, error: MeshwrightError, step: int | None) -> None:
         """Journal a save that failed; raise where the policy says stop."""

@@ -6,12 +6,15 @@ import pytest
 from typer.testing import CliRunner
 
 from equivalence import tiny
+from meshwright.checkpoint import manifest
+from meshwright.checkpoint.memory import memory_of
 from meshwright.checkpoint.storage import Storage
 from meshwright.configs.errors import MeshwrightError, UserError
 from meshwright.train.cli import app
 from meshwright.train.launch.world import World
 from meshwright.train.report.journal import read_events
 from meshwright.train.run import train
+from meshwright.train.stop import StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +69,7 @@ def test_the_newest_whole_checkpoint_is_used_and_the_damaged_one_set_aside(run):
     train(small(steps=5), world=World(), root=run.parent)
     aside, restore = events(run, "quarantine", "restore")[-2:]
     assert (aside["event"], aside["step"], aside["place"]) == ("quarantine", 4, "quarantine/4")
-    assert (restore["step"], restore["reason"]) == (3, "checkpoint 4 is damaged")
+    assert (restore["step"], restore["reason"]) == (3, "4 in storage is damaged")
     assert (run / "checkpoints" / "quarantine" / "4" / "state").is_dir()
     assert [event["step"] for event in events(run, "commit")] == [1, 2, 3, 4, 4, 5]
 
@@ -123,3 +126,48 @@ def test_a_run_whose_last_save_failed_fails(tmp_path, monkeypatch, policy, steps
         train(small(checkpoint={"every": 1, "on_failure": policy}), world=World(), root=tmp_path)
     found = {event["step"] for event in events(tmp_path / "run", "save-failed")}
     assert sorted(found) == steps and not events(tmp_path / "run", "finish")
+
+
+def killed_after(monkeypatch, step):
+    """A run that is killed without warning between step `step` and the next."""
+
+    def killed(self, number):
+        if number == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StopRequest, "requested", killed)
+
+
+def test_a_killed_run_goes_on_from_memory(tmp_path, monkeypatch, finished):
+    """Killed after step 3; storage has step 2, memory step 3: not a step is made again, and nothing is left behind."""
+    config = small(checkpoint={"every": 2, "keep": 9, "memory_every": 1})
+    killed_after(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, world=World(), root=tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
+    slots = memory_of(tmp_path / "run")
+    assert len(slots._files()) == 2
+    train(config, world=World(), root=tmp_path)
+    (restore,) = events(tmp_path / "run", "restore")
+    assert (restore["step"], restore["level"]) == (3, "memory") and not slots._files()
+    fingerprints = [manifest.read(run / "checkpoints" / "4").arrays for run in (tmp_path / "run", finished / "run")]
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_a_damaged_snapshot_is_passed_over(tmp_path, monkeypatch):
+    """Both newer snapshots have a flipped bit: storage is used, and the journal says why."""
+    config = small(checkpoint={"every": 1, "keep": 9, "memory_every": 1})
+    killed_after(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, world=World(), root=tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
+    for file in memory_of(tmp_path / "run")._files():
+        content = bytearray(file.read_bytes())
+        content[100] ^= 1
+        file.write_bytes(content)
+    train(config, world=World(), root=tmp_path)
+    aside = [(event["level"], event["step"]) for event in events(tmp_path / "run", "quarantine")]
+    (restore,) = events(tmp_path / "run", "restore")
+    assert aside[0] == ("memory", 3) and restore["level"] == "storage" and restore["reason"].endswith("is damaged")

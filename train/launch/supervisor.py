@@ -86,7 +86,7 @@ class Watch:
             if old is not None and (step, phase) == (old.step, old.phase):
                 self.reports[int(number)] = replace(old, heard=heard)
                 continue
-            if old is not None and step > old.step and old.phase == phase == "step":
+            if old is not None and step > old.step and old.phase != "start":
                 self.durations.append((now - old.time) / (step - old.step))
             self.reports[int(number)] = Report(step, phase, now, now)
 
