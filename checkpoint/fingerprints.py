@@ -11,7 +11,7 @@ across processes the array is gathered.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -85,11 +85,24 @@ def placed(block: Box, shape: Sequence[int], index: Index) -> Box:
     return tuple(box)
 
 
+class Prepared(NamedTuple):
+    """An array's elements on the host, and the boxes to hash: all that hashing needs, on any thread."""
+
+    parts: Held  # where the backend allows it views: the array's memory is not reused while they live
+    boxes: list[list[Box | None]]  # of every logical array, in the run's array; None: another process's
+    dtype: Any
+
+
 def fingerprints(array: Any, indices: Sequence[Index]) -> list[list[str | None]]:
     """Of every logical array `array[index]`: the fingerprints of its blocks; None where another process holds one.
 
     Collective where `array` is: every process of the run must ask for the same arrays in the same order.
     """
+    return hashed(prepared(array, indices))
+
+
+def prepared(array: Any, indices: Sequence[Index]) -> Prepared:
+    """What `hashed` needs. Collective where `array` is."""
     wanted = [[placed(block, array.shape, index) for block in blocks(logical_shape(array.shape, index))]
               for index in indices]  # fmt: skip
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
@@ -101,8 +114,15 @@ def fingerprints(array: Any, indices: Sequence[Index]) -> list[list[str | None]]
         else:
             mine = jax.process_index()
             wanted = [[box if owner[box] == mine else None for box in boxes] for boxes in wanted]
-    parts = held(array)
-    return [[None if box is None else fingerprint(cut(parts, box, array.dtype)) for box in boxes] for boxes in wanted]
+    return Prepared(held(array), wanted, array.dtype)
+
+
+def hashed(ready: Prepared) -> list[list[str | None]]:
+    """The fingerprints; None where another process holds a block."""
+    return [
+        [None if box is None else fingerprint(cut(ready.parts, box, ready.dtype)) for box in boxes]
+        for boxes in ready.boxes
+    ]
 
 
 def owners(array: jax.Array, boxes: Sequence[Box]) -> dict[Box, int | None]:

@@ -9,13 +9,14 @@ One process of a run changes the directory; the others read.
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from . import manifest
 from .manifest import DamagedCheckpoint, Manifest
 
-QUARANTINE = "quarantine"
+QUARANTINE, PROCESSES = "quarantine", "processes"
 
 
 class Shelf:
@@ -50,24 +51,38 @@ class Shelf:
         """Where the processes put what they saw of `step`."""
         return self.directory / f".parts-{step}"
 
-    def put_part(self, part: Manifest, *, process: int, processes: int) -> None:
-        """What `process` of `processes` saw, on disk before the arrays are committed."""
+    def begin(self, step: int, *, processes: int) -> None:
+        """A save of `step` by so many processes begins: until it is committed it is known to be unfinished."""
+        place = self.parts(step)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / PROCESSES).write_text(json.dumps(processes))  # torn, it only means unfinished
+
+    def put_part(self, part: Manifest, *, process: int) -> None:
+        """What `process` saw of the state."""
         place = self.parts(part.step)
         place.mkdir(parents=True, exist_ok=True)
         manifest.write_whole(place / f"{process}.json", manifest.text_of(part))
-        if process == 0:
-            manifest.write_whole(place / "processes", json.dumps(processes))
 
-    def commit(self, step: int) -> None:
-        """Write the manifest of `step`, whose arrays are on disk. Raises DamagedCheckpoint where parts are missing."""
-        place = self.parts(step)
-        try:
-            count = json.loads((place / "processes").read_text())
-            parts = [manifest.parsed((place / f"{number}.json").read_text()) for number in range(count)]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise DamagedCheckpoint(f"checkpoint {step}: {place} is not whole: {error}") from error
+    def commit(self, step: int, *, patience: float = 0.0) -> None:
+        """Write the manifest of `step`, whose arrays are on disk.
+
+        `patience`: seconds to wait for the parts of other processes. Raises DamagedCheckpoint where one is missing.
+        """
+        place, deadline = self.parts(step), time.monotonic() + patience
+        while (parts := self._found(place)) is None:
+            if time.monotonic() >= deadline:
+                raise DamagedCheckpoint(f"checkpoint {step}: {place} is not whole")
+            time.sleep(0.01)
         manifest.write(self.path(step), manifest.merged(parts))
         shutil.rmtree(place)
+
+    def _found(self, place: Path) -> list[Manifest] | None:
+        """What each process saw; None where one has not said it yet."""
+        try:
+            count = json.loads((place / PROCESSES).read_text())
+            return [manifest.parsed((place / f"{number}.json").read_text()) for number in range(count)]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
     def quarantine(self, step: int) -> Path:
         """Move `step` aside; the place it is now in."""
@@ -90,11 +105,15 @@ class Shelf:
         `told(step, reason)` hears what is set aside.
         """
         for step in sorted(set(self.present) - set(self.steps)):
+            unfinished = self.parts(step).is_dir()
             try:
                 self.commit(step)
             except DamagedCheckpoint as error:
-                told(step, str(error))
-                self.quarantine(step)
+                if unfinished:  # killed before every process had said what it saw: it was never a checkpoint
+                    self.remove(step)
+                else:
+                    told(step, str(error))
+                    self.quarantine(step)
         self.clear_unfinished()
 
     def clear_unfinished(self) -> None:

@@ -26,11 +26,12 @@ from ..configs.errors import MeshwrightError, UserError, first_line
 from ..parallel.rules import path_name
 from ..parallel.state import TrainState
 from . import manifest as manifests
-from .integrity import described, verify
+from .integrity import described, describing, verify
 from .layouts import Layout, converted
 from .manifest import DamagedCheckpoint, Manifest
 from .shelf import Shelf
 
+PATIENCE = 300.0  # seconds for the other processes to finish hashing
 SAVED = ("step", "params", "opt_state", "outer", "rng")  # `frozen` never changes
 
 
@@ -49,7 +50,7 @@ class Storage:
         self._pending: tuple[int, Future] | None = None
         self._saved: set[int] = set()  # in this sitting
         self._waiter = ThreadPoolExecutor(1, "checkpoint")
-        self.fingerprint_seconds = 0.0  # of the last save
+        self.fingerprint_seconds = 0.0  # of the last save, beside training
 
     @property
     def steps(self) -> list[int]:
@@ -67,14 +68,22 @@ class Storage:
         self._allowed()
         saved = tree(state)
         try:
-            began = time.monotonic()
-            part = described(by_path(saved), step=step, layout=self._layout, data=data)
-            self.fingerprint_seconds = time.monotonic() - began
-            self.shelf.put_part(part, process=jax.process_index(), processes=jax.process_count())
+            if jax.process_index() == 0:
+                self.shelf.begin(step, processes=jax.process_count())
+            describe = describing(by_path(saved), step=step, layout=self._layout, data=data)
+            response = ocp.save_async(self.shelf.path(step), saved)
             self._saved.add(step)
-            self._pending = (step, self._waiter.submit(ocp.save_async(self.shelf.path(step), saved).result))
+            self._pending = (step, self._waiter.submit(self._ended, describe, response))
         except Exception as error:
             raise self._failed(step, error) from error
+
+    def _ended(self, describe: Callable[[], Manifest], response: Any) -> None:
+        """In the background: this process's part of the manifest, then wait for the arrays."""
+        began = time.monotonic()
+        part = describe()
+        self.fingerprint_seconds = time.monotonic() - began
+        self.shelf.put_part(part, process=jax.process_index())
+        response.result()
 
     @property
     def pending(self) -> int | None:
@@ -95,7 +104,7 @@ class Storage:
             future.result()
             self._allowed()
             if jax.process_index() == 0:
-                self.shelf.commit(step)
+                self.shelf.commit(step, patience=PATIENCE)
         except Exception as error:
             raise self._failed(step, error) from error
         return step

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ..configs.errors import UserError
 
-BENCHMARKS = ("attention", "step")
+BENCHMARKS = ("attention", "checkpoint", "recovery", "step")
 
 
 def run(name: str, arguments: Sequence[str]) -> None:

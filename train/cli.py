@@ -230,7 +230,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="step, attention")]) -> None:
+def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="What to measure.")]) -> None:
     """Measure against a peer or a bound, in one process; what follows the name is the benchmark's."""
     from .bench import run
 

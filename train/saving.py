@@ -45,7 +45,6 @@ class Saving:
             "save",
             step=step,
             stall_seconds=time.monotonic() - began,
-            fingerprint_seconds=self.storage.fingerprint_seconds,
             snapshots=len(self.snapshots),
             snapshot_seconds=sum(seconds for seconds, _ in self.snapshots),
             snapshot_bytes=max((written for _, written in self.snapshots), default=0),
@@ -81,7 +80,12 @@ class Saving:
         if committed is None:
             return
         self.failure = None
-        self.journal.record("commit", step=committed, seconds=time.monotonic() - self.began[committed])
+        self.journal.record(
+            "commit",
+            step=committed,
+            seconds=time.monotonic() - self.began[committed],
+            fingerprint_seconds=self.storage.fingerprint_seconds,
+        )
         if self.journal.enabled:
             self.thin_out()
 

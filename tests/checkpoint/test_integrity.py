@@ -155,3 +155,13 @@ def test_a_step_without_manifest_or_parts_is_set_aside_not_deleted(directory):
     shelf.tidy(lambda step, why: told.append((step, why)))
     assert shelf.steps == [1] and shelf.quarantined == ["2"] and told[0][0] == 2
     assert (directory / "quarantine" / "2" / "state").is_dir()
+
+
+def test_a_save_that_not_every_process_described_was_never_a_checkpoint(directory):
+    """Killed after the arrays, before a process had hashed its part: deleted, not set aside as damaged."""
+    shelf = opened(directory).shelf
+    (directory / "2" / "manifest.json").unlink()
+    shelf.begin(2, processes=2)
+    told = []
+    shelf.tidy(lambda step, why: told.append(step))
+    assert shelf.present == [1] and not shelf.quarantined and not told
