@@ -75,12 +75,16 @@ def split(found: list[dict[str, Any]], killed: float, total: float) -> dict[str,
     restart = next(event for event in found if event["event"] == "restart")
     restore = next(event for event in found if event["event"] == "restore")
     compiled = [event for event in found if event["event"] == "compile"][1]
+    parts = {
+        "detect": restart["time"] - killed,
+        "start": restore["time"] - restart["time"] - restore["restore_seconds"],
+        "restore": restore["restore_seconds"],
+        "compile": compiled["seconds"],
+    }
     return {
         "seconds": round(total, 2),
-        "detect": round(restart["time"] - killed, 2),
-        "start": round(restore["time"] - restart["time"] - restore["restore_seconds"], 2),
-        "restore": round(restore["restore_seconds"], 2),
-        "compile": round(compiled["seconds"], 2),
+        **{name: round(seconds, 2) for name, seconds in parts.items()},
+        "plan and first steps": round(total - sum(parts.values()), 2),
         "steps lost": restart["step"] - restore["step"],
         "level": restore["level"],
     }

@@ -41,13 +41,16 @@ def tell(event, **fields):
         file.write(line.encode())
 
 
-def meet(step):
-    """Wait for every peer of this epoch, for ever, as a collective does."""
+def meet(step, asked=()):
+    """Wait for every peer of this epoch, for ever, as a collective does; false where asked to stop meanwhile."""
     place = DIRECTORY / "met" / str(PLACE.epoch) / str(step)
     place.mkdir(parents=True, exist_ok=True)
     (place / str(PLACE.process)).touch()
     while len(list(place.iterdir())) < PLACE.processes:
+        if asked:
+            return False
         time.sleep(0.005)
+    return True
 
 
 def save(state, step):
@@ -58,6 +61,13 @@ def save(state, step):
     fault("commit", step)
     draft.rename(DIRECTORY / "checkpoints" / str(step))
     tell("commit", step=step)
+
+
+def leave(state, step):
+    """Save and say: start me again."""
+    if PLACE.first and not (DIRECTORY / "checkpoints" / str(step)).exists():
+        save(state, step)
+    sys.exit(75)
 
 
 def main():
@@ -75,19 +85,20 @@ def main():
     state, start = (json.loads(newest.read_text())[key] for key in ("state", "step")) if newest else ("seed", 0)
     tell("restore", step=start)
     for step in range(start + 1, STEPS + 1):
-        progress.report(step - 1)
         fault("step", step)
-        meet(step)
+        progress.report(step - 1)  # a trainer has sent its step off when it reads the metrics of the one before
+        if not meet(step, asked):
+            leave(state, step - 1)
         fence.check()
         state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()
         row = (step * PLACE.processes + PLACE.process) * ROWS
         tell("applied", step=step, samples=list(range(row, row + ROWS)))
         time.sleep(0.03)
-        if PLACE.first and (step % EVERY == 0 or asked):
+        if PLACE.first and step % EVERY == 0:
             fault("save", step)
             save(state, step)
         if asked:
-            sys.exit(75)
+            leave(state, step)
     meet("end")
     fault("end", STEPS)
     tell("finish", state=state)
