@@ -1,126 +1,214 @@
-"""Whole states on the run's storage: asynchronous saves by Orbax, and the way back onto any mesh.
+"""Whole states on the run's storage: asynchronous saves by Orbax, verified, and the way back onto any mesh and layout.
 
 A checkpoint holds the state by path (params/..., opt_state/..., step, rng) in arrays that no mesh shape changes, and a
-few integers of the data's. It appears under its final name only when it is whole; a save that fails raises at the next
-call, so that no run ends well without its state.
+manifest with a fingerprint of every block of every logical array. The manifest is written last: a checkpoint without
+one is none. What is read is compared with it, so nothing damaged is returned.
 """
 
 import errno
+import gc
 import logging
-from collections.abc import Mapping
+import sys
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from ..configs.errors import MeshwrightError, UserError, first_line
 from ..parallel.rules import path_name
 from ..parallel.state import TrainState
+from . import manifest as manifests
+from .integrity import described, describing, verify
+from .layouts import Layout, converted
+from .manifest import DamagedCheckpoint, Manifest
+from .shelf import Shelf
 
+PATIENCE = 300.0  # seconds for the other processes to finish hashing
 SAVED = ("step", "params", "opt_state", "outer", "rng")  # `frozen` never changes
 
 
 class Storage:
-    """Checkpoints of one run under `directory`, the newest `keep` of them."""
+    """Checkpoints of one run under `directory`, in the run's `layout`.
 
-    def __init__(self, directory: Path, *, keep: int):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=True,
-        )
-        self._directory = directory
-        self._pending: tuple[int, Any] | None = None
+    `allowed` is asked before anything is written and raises where this process may not: one of an older membership.
+    """
+
+    def __init__(self, directory: Path, *, layout: Layout, allowed: Callable[[], None] = lambda: None):
+        for narrator in ("absl", "asyncio"):  # Orbax narrates every save, and every array of a failed read
+            logging.getLogger(narrator).setLevel(logging.CRITICAL)
+        self.shelf = Shelf(directory.absolute())
+        self._layout = layout
+        self._allowed = allowed
+        self._pending: tuple[int, Future] | None = None
+        self._saved: set[int] = set()  # in this sitting
+        self._waiter = ThreadPoolExecutor(1, "checkpoint")
+        self.fingerprint_seconds = 0.0  # of the last save, beside training
 
     @property
     def steps(self) -> list[int]:
-        """Steps of whole checkpoints, oldest first."""
-        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+        """Committed steps, oldest first."""
+        return self.shelf.steps
 
     def save(self, state: TrainState, *, step: int, data: Mapping[str, Any]) -> None:
         """Begin to save `state` after `step` updates; returns when the arrays may change. `data` is JSON.
 
-        Waits for the save before it. Raises MeshwrightError where that one failed.
+        Waits for the save before it. Raises MeshwrightError where that one or the beginning of this one failed.
         """
         self.wait()
-        if step in self.steps:
+        if step in self._saved:  # not `steps`: only the first process writes manifests, and all must answer alike
             return
+        self._allowed()
+        saved = tree(state)
         try:
-            response = self._checkpointer.save_async(step, tree(state), custom_metadata=dict(data))
+            if jax.process_index() == 0:
+                self.shelf.begin(step, processes=jax.process_count())
+            describe = describing(by_path(saved), step=step, layout=self._layout, data=data)
+            response = ocp.save_async(self.shelf.path(step), saved)
+            self._saved.add(step)
+            self._pending = (step, self._waiter.submit(self._ended, describe, response))
         except Exception as error:
-            raise failed(step, self._directory, error) from error
-        self._pending = (step, response)
+            raise self._failed(step, error) from error
 
-    def committed(self) -> int | None:
-        """The step whose save has just become whole; each is returned once. None: nothing new."""
-        if self._pending is None or self._checkpointer.is_saving_in_progress():
-            return None
-        return self.wait()
+    def _ended(self, describe: Callable[[], Manifest], response: Any) -> None:
+        """In the background: this process's part of the manifest, then wait for the arrays."""
+        began = time.monotonic()
+        part = describe()
+        self.fingerprint_seconds = time.monotonic() - began
+        self.shelf.put_part(part, process=jax.process_index())
+        response.result()
+
+    @property
+    def pending(self) -> int | None:
+        """The step whose save is under way."""
+        return None if self._pending is None else self._pending[0]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the save under way has ended, well or not: `wait` will not."""
+        return self._pending is not None and self._pending[1].done()
 
     def wait(self) -> int | None:
         """Wait for the save under way; its step, or None. Raises MeshwrightError where it failed."""
         if self._pending is None:
             return None
-        (step, response), self._pending = self._pending, None
+        (step, future), self._pending = self._pending, None
         try:
-            response.result()
+            future.result()
+            self._allowed()
+            if jax.process_index() == 0:
+                self.shelf.commit(step, patience=PATIENCE)
         except Exception as error:
-            raise failed(step, self._directory, error) from error
+            raise self._failed(step, error) from error
         return step
 
     def restore(self, step: int, *, shapes: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state saved at `step`, placed by `shardings`, and the data's integers. `shapes` is what the run expects.
 
-        Raises UserError where the checkpoint holds another model's arrays, MeshwrightError where it cannot be read.
+        Raises UserError where the checkpoint holds another model's arrays, DamagedCheckpoint where it is not what was
+        saved, or cannot be read.
         """
-        wanted = tree(shapes)
-        where = jax.tree.leaves(tree(shardings))
-        abstract = jax.tree.unflatten(
-            jax.tree.structure(wanted),
-            [
-                jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-                for leaf, sharding in zip(jax.tree.leaves(wanted), where, strict=True)
-            ],
-        )
-        metadata = self._checkpointer.metadata(step)
-        try:
-            check_same(abstract, metadata.metadata, step=step)
-            loaded = self._checkpointer.load(step, abstract)
-        except UserError:
-            raise
-        except Exception as error:
-            raise MeshwrightError(
-                f"checkpoint {step} in {self._directory} cannot be read: {first_line(error)}"
-            ) from error
-        leaves = dict(zip(names(wanted), jax.tree.leaves(loaded), strict=True))
-        kept = [leaves.get(name) for name in names(shapes)]
-        return jax.tree.unflatten(jax.tree.structure(shapes), kept), dict(metadata.custom_metadata or {})
+        manifest = manifests.read(self.shelf.path(step))
+        wanted = by_path(tree(shapes))
+        placed = by_path(tree(shardings))
+        check_same(wanted, manifest, layout=self._layout)
+        alike = {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in wanted.items()} == manifest.stored
+        direct = alike and manifest.layout == self._layout.name
+        mesh = next(iter(placed.values())).mesh
+        loaded = load(self.shelf, manifest, placed if direct else spread(manifest, mesh))
+        verify(loaded, manifest, where=self.shelf.path(step))
+        if not direct:
+            convert = jax.jit(
+                lambda stored: converted(stored, manifest, shapes=wanted, layout=self._layout), out_shardings=placed
+            )
+            loaded = convert(loaded)
+        leaves = [loaded.get(name) for name in names(shapes)]
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves), manifest.data
 
-    def data(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays of `step`. Raises MeshwrightError where it cannot be read."""
-        try:
-            return dict(self._checkpointer.metadata(step).custom_metadata or {})
-        except Exception as error:
-            raise MeshwrightError(
-                f"checkpoint {step} in {self._directory} cannot be read: {first_line(error)}"
-            ) from error
+    def keep_only(self, steps: Collection[int]) -> None:
+        """Delete the committed checkpoints of other steps."""
+        self._allowed()
+        for step in set(self.steps) - set(steps):
+            self.shelf.remove(step)
 
     def close(self) -> None:
         """Wait for what is under way, and let go."""
-        self.wait()
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._waiter.shutdown()
+
+    def _failed(self, step: int, error: Exception) -> MeshwrightError:
+        """What to raise for a save that did not happen; what it left is deleted, so that its space is free again."""
+        self._saved.discard(step)
+        if jax.process_index() == 0:
+            self.shelf.clear_unfinished()
+        return failed(step, self.shelf.directory, error)
+
+
+def load(shelf: Shelf, manifest: Manifest, shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The arrays of a checkpoint by path, as stored, unverified. Raises DamagedCheckpoint where one is missing."""
+    abstract = nested(
+        {
+            path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=shardings[path])
+            for path, (shape, dtype) in manifest.stored.items()
+        }
+    )
+    with quiet():
+        try:
+            return by_path(ocp.load(shelf.path(manifest.step), abstract))
+        except MemoryError:
+            raise
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error):  # this machine's memory, not the checkpoint's fault
+                raise
+            why = first_line(error)
+        gc.collect(1)
+    raise DamagedCheckpoint(f"checkpoint {manifest.step} in {shelf.directory} cannot be read: {why}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A failed read leaves other reads behind that nobody waits for: collect them here, unheard."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
+    finally:
+        sys.unraisablehook = before
+
+
+def spread(manifest: Manifest, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
+    """A sharding for every stored array, whatever its layout: its longest divisible dimension over all devices."""
+    result = {}
+    for path, (shape, _) in manifest.stored.items():
+        dividable = [dimension for dimension, size in enumerate(shape) if size % mesh.size == 0]
+        longest = max(dividable, key=lambda dimension: shape[dimension], default=None)
+        spec = [mesh.axis_names if dimension == longest else None for dimension in range(len(shape))]
+        result[path] = NamedSharding(mesh, PartitionSpec(*spec))
+    return result
 
 
 def tree(state: TrainState) -> dict[str, Any]:
     """The saved part as nested dicts by path: what is on disk does not depend on any library's state classes."""
+    saved = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    return nested({path: leaf for path, leaf in saved.items() if path.split("/")[0] in SAVED})
+
+
+def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of arrays by path."""
     result: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        *parents, last = path_name(path).split("/")
-        if (parents or [last])[0] not in SAVED:
-            continue
+    for path, leaf in arrays.items():
+        *parents, last = path.split("/")
         place = result
         for parent in parents:
             place = place.setdefault(parent, {})
@@ -128,22 +216,28 @@ def tree(state: TrainState) -> dict[str, Any]:
     return result
 
 
+def by_path(nest: Any) -> dict[str, Any]:
+    """The leaves of nested dicts by path; the inverse of `nested`."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(nest)}
+
+
 def names(state: Any) -> list[str]:
     """Path of every leaf, in order."""
-    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    return list(by_path(state))
 
 
-def check_same(wanted: Any, found: Any, *, step: int) -> None:
-    """Raise UserError where names or shapes on disk (`found`) are not this run's (`wanted`)."""
-    ours = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)}
-    theirs = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
-    if not theirs:
-        raise FileNotFoundError("it lists no arrays")
+def check_same(wanted: Mapping[str, Any], manifest: Manifest, *, layout: Layout) -> None:
+    """Raise UserError where logical names, shapes or dtypes on disk (`manifest`) are not this run's (`wanted`)."""
+    theirs = {name: f"{tuple(entry.shape)} {entry.dtype}" for name, entry in manifest.arrays.items()}
+    ours = {
+        name: f"{tuple(entry.shape)} {entry.dtype}"
+        for name, entry in described(wanted, step=manifest.step, layout=layout, data={}).arrays.items()
+    }
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise UserError(
-                f"checkpoint {step}: {name} is {theirs.get(name, 'absent')} on disk and {ours.get(name, 'absent')} in "
-                "this run; use another name, or the model and optimizer it was saved with"
+                f"checkpoint {manifest.step}: {name} is {theirs.get(name, 'absent')} on disk and "
+                f"{ours.get(name, 'absent')} in this run; use another name, or the model and optimizer it had"
             )
 
 

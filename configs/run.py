@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from .adapter import AdapterConfig
 from .base import Section
 from .data import DataConfig
+from .elastic import ElasticConfig
 from .model import ModelConfig
 from .outer import OuterConfig, check_replicas
 from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
@@ -48,6 +49,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    elastic: ElasticConfig = ElasticConfig()
     launch: LaunchConfig = LaunchConfig()
     logging: LoggingConfig = LoggingConfig()
 

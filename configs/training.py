@@ -67,6 +67,14 @@ class CheckpointConfig(Section):
     """Steps between saves; 0: only at the end and on a signal."""
     keep: int = Field(3, ge=1)
     """Newest checkpoints that survive."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints of multiples of this step survive too; 0: none."""
+    keep_best: int = Field(0, ge=0)
+    """So do this many with the lowest held-out loss, where one was evaluated at their step."""
+    memory_every: int = Field(0, ge=0)
+    """Steps between snapshots in the host's memory (/dev/shm), which a restart on that host goes on from; 0: none."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """A save that failed (a full disk): journal it and train on, or stop. A run whose last save failed fails."""
 
 
 class LaunchConfig(Section):

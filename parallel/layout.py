@@ -119,18 +119,6 @@ def rearranged(tree: Any, *, before: Order, after: Order) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def stacked_shapes(shapes: Any, *, before: Order, after: Order, repeats: int) -> Any:
-    """`shapes` of a tree in the order `before`, as they are in the order `after`; a model has `repeats`."""
-    old, new = (repeats if order is None else len(order) for order in (before, after))
-
-    def one(path: tuple[Any, ...], leaf: Any) -> Any:
-        if not STACKED.fullmatch(path_name(path)) or leaf.shape[:1] != (old,):
-            return leaf
-        return jax.ShapeDtypeStruct((new, *leaf.shape[1:]), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(one, shapes)
-
-
 def layers_of(model: ModelConfig, segment: int, place: int) -> list[int]:
     """Layer numbers that the stack at (segment, place of the pattern) holds, in order."""
     first = sum(len(pattern) * repeats for pattern, repeats in model.segments[:segment])

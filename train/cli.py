@@ -19,7 +19,7 @@ from ..configs.run import RunConfig
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 recipes_app = typer.Typer(no_args_is_help=True, help="The shipped configurations.")
 data_app = typer.Typer(no_args_is_help=True, help="What the model will read.")
-checkpoint_app = typer.Typer(no_args_is_help=True, help="Weights in and out.")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="The checkpoints of a run, and weights in and out.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -56,16 +56,19 @@ def launch(
     processes: Annotated[int | None, typer.Option(help="Processes; default launch.processes.")] = None,
     devices_per_process: Annotated[int | None, typer.Option(help="Simulated devices of each.")] = None,
 ) -> None:
-    """Train in several processes."""
-    if engine != "local":
-        raise UserError.no_match("--engine", [engine], known=["local"])
+    """Train in several processes, and start them again when one dies or hangs."""
+    from .launch.engines import ENGINES
+    from .launch.engines import launch as start
+
+    if engine not in ENGINES:
+        raise UserError.no_match("--engine", [engine], known=ENGINES)
     loaded = loading.load(config, overrides=overrides or ())
     settings = loaded.launch
-    from .launch.local import launch as start
-
     start(
         [sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
         processes=processes or settings.processes,
+        directory=Path("runs") / loaded.name,
+        settings=loaded.elastic,
         devices_per_process=devices_per_process or settings.devices_per_process,
         coordinator=settings.coordinator,
     )
@@ -188,6 +191,32 @@ def adapter_merge(run: RunPath, target: Path) -> None:
     checkpoint_export(run, target, SHARD_BYTES)
 
 
+@checkpoint_app.command("ls")
+def checkpoint_ls(run: RunPath, as_json: Json = False) -> None:
+    """List checkpoints: committed, unfinished, damaged, set aside. Reads manifests only."""
+    from .inspection import ls
+
+    typer.echo(ls(Path(run), as_json=as_json))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(run: RunPath, as_json: Json = False) -> None:
+    """Read every checkpoint and compare it with its fingerprints; exits 0 only if all committed ones are whole."""
+    from .inspection import verify
+
+    text, code = verify(Path(run), as_json=as_json)
+    typer.echo(text)
+    raise typer.Exit(code)
+
+
+@checkpoint_app.command("repair")
+def checkpoint_repair(run: RunPath) -> None:
+    """Finish interrupted commits, set damaged checkpoints aside, bring mended ones back. Not while the run trains."""
+    from .inspection import repair
+
+    typer.echo(repair(Path(run)))
+
+
 @app.command()
 def plan(
     config: Annotated[str, typer.Argument(help="A YAML file, a shipped recipe, or: lowcomm [CONFIG].")],
@@ -300,7 +329,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="step, attention, lowcomm")]) -> None:
+def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="What to measure.")]) -> None:
     """Measure against a peer or a bound, in one process; what follows the name is the benchmark's."""
     from .bench import run
 

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "memory",
     "evaluation",
     "checkpoint",
+    "elastic",
     "launch",
     "logging",
 )

@@ -33,7 +33,9 @@ def start(config: RunConfig, world: World) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache(config)))
     if world.processes > 1 and not jax.distributed.is_initialized():
-        jax.distributed.initialize(world.coordinator, world.processes, world.process)
+        # Process 0 starts a service whatever we do: where another one is used, it gets a port that nobody knows.
+        unused = "127.0.0.1:0" if world.outside and world.first else None
+        jax.distributed.initialize(world.coordinator, world.processes, world.process, coordinator_bind_address=unused)
 
 
 def compilation_cache(config: RunConfig) -> Path:

@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..checkpoint import huggingface
+from ..checkpoint.layouts import Layout, layout_of
 from ..configs.errors import UserError
 from ..configs.names import BATCH_FIELDS
 from ..configs.run import RunConfig
@@ -58,6 +59,14 @@ class Program:
     def order(self) -> tuple[int, ...] | None:
         """Which repeat of the pattern stands at each place of the stacked arrays; None: in order."""
         return None if self.staging is None else self.staging.order
+
+    @property
+    def layout(self) -> Layout:
+        """How the run's arrays hold the canonical ones."""
+        if self.replicas is None:
+            return layout_of(self.config.model, self.order)
+        several = ("params", "opt_state", *(["outer"] if self.replicas.outer.per_replica else []))
+        return layout_of(self.config.model, self.order, replicas=self.replicas.count, several=several)
 
     def initial(self, weights: Any = None) -> TrainState:
         """The state before step 0, as a pure function of the seed and of the `weights` it starts from, if any."""

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..checkpoint.memory import memory_of
 from ..checkpoint.storage import Storage
 from ..configs.errors import MeshwrightError, Preempted, UserError
 from ..configs.run import RunConfig, check_fits
@@ -33,18 +34,21 @@ from .directory import open_directory, write_json
 from .evaluation import evaluate
 from .feed import local_rows, to_devices
 from .generate import complete
+from .launch.fence import Fence, Fenced
+from .launch.progress import Progress
 from .launch.world import World
 from .meter import Meter
 from .op_times import op_times
 from .profiling import Profile
 from .program import Program, build
+from .recovery import recovered
 from .replicas import on_host
 from .report.html import write_report
 from .report.journal import Journal
 from .report.progress import open_progress
 from .report.sinks import Sink, check_sinks, open_sinks
-from .resume import restore
 from .sampling import Sampling
+from .saving import Saving
 from .staging import check_staging
 from .stop import StopRequest
 
@@ -81,36 +85,28 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
 
     directory = open_directory(config, root=root, write=world.first)
     with ExitStack() as stack:
-        journal = Journal(directory, enabled=world.first)
-        storage = stack.enter_context(closing(Storage(directory / "checkpoints", keep=config.checkpoint.keep)))
+        fence = Fence(directory, world.epoch)
+        if world.first:
+            fence.claim()
+        journal = Journal(directory, enabled=world.first, allowed=fence.check)
+        progress = stack.enter_context(closing(Progress(world, fence)))
+        progress.report(0, "start")
+        storage = Storage(directory / "checkpoints", layout=program.layout, allowed=fence.check)
+        stack.enter_context(closing(storage))
         stop = stack.enter_context(StopRequest())
         try:
-            state, start = restored(program, storage, data, journal)
-            run = Run(config, program, data, directory, world, journal, storage, stop)
+            memory = memory_of(directory, layout=program.layout.name) if config.checkpoint.memory_every else None
+            state, start = recovered(program, storage, memory, journal, corpus=data.fingerprint)
+            stamp = {"corpus": data.fingerprint, "origin": program.origin}
+            saving = Saving(config.checkpoint, storage, journal, stamp, memory)
+            run = Run(config, program, data, directory, world, journal, saving, stop, progress)
             return run.go(state, start)
-        except (Preempted, KeyboardInterrupt):
+        except (Preempted, Fenced, KeyboardInterrupt):
             raise
         except BaseException as error:
             with suppress(UserError):  # a full disk must not hide what happened
                 journal.record("failure", error=type(error).__name__, message=str(error)[:500])
             raise
-
-
-def restored(program: Program, storage: Storage, data: Data, journal: Journal) -> tuple[TrainState, int]:
-    """The state to go on from, and its step: the newest checkpoint's, or a fresh one where there is none."""
-    if not storage.steps:
-        journal.record("start", step=0)
-        return program.initialized(), 0
-    step = storage.steps[-1]
-    state, saved = restore(program, storage, step)
-    if saved.get("corpus") != data.fingerprint:
-        raise MeshwrightError(
-            f"checkpoint {step} was trained on corpus {saved.get('corpus')}, and the data are {data.fingerprint} now; "
-            "bring back the documents, or train under another name"
-        )
-    state = program.completed(state, origin=saved.get("origin"))
-    journal.record("restore", step=step, level="storage", reason="newest whole checkpoint")
-    return state, step
 
 
 @dataclass
@@ -123,8 +119,9 @@ class Run:
     directory: Path
     world: World
     journal: Journal
-    storage: Storage
+    saving: Saving
     stop: StopRequest
+    progress: Progress
 
     def go(self, state: TrainState, start: int) -> Summary:
         """Compile, train, evaluate, report."""
@@ -142,19 +139,20 @@ class Run:
             write_json(self.directory / "plan.json", made)
             write_json(self.directory / "environment.json", environment.describe(config, self.data, program.mesh))
         with ExitStack() as stack:
-            self.progress = stack.enter_context(
+            self.bar = stack.enter_context(
                 open_progress(config.steps, start, self.world.first, every=config.logging.every)
             )
-            self.progress.note(plan.render(made))
+            self.bar.note(plan.render(made))
             self.sinks = [stack.enter_context(closing(sink)) for sink in self.opened_sinks(start)]
             self.meter = Meter.of(config, made)
             self.last: dict[str, float] = {}
             state = self.loop(state, start, step, evaluation)
-            if config.steps > start or not self.storage.steps:
+            self.progress.report(config.steps, "finish")
+            if config.steps > start or config.steps not in self.saving.storage.steps:
                 self.save(state, config.steps)
             if evaluation is not None:
                 self.evaluate(state, config.steps, evaluation)
-        self.committed(self.storage.wait())
+        self.saving.finish()
         if program.staging is not None and config.pipeline.measure:
             self.time_ops(state)
         self.journal.record("finish", step=config.steps, **self.last)
@@ -185,9 +183,11 @@ class Run:
                     state = self.meet(state, number)
                     self.told(pending)
                     pending = (number, metrics)
-                self.committed(self.storage.committed())
+                self.progress.report(number - 1)  # whose metrics have been read: it is done
+                self.saving.poll()
                 stopping = self.stop.requested(number) and number < config.steps
-                if stopping or self.due(config.checkpoint.every, number) or self.due(config.evaluation.every, number):
+                pauses = (config.checkpoint.every, config.checkpoint.memory_every, config.evaluation.every)
+                if stopping or any(self.due(every, number) for every in pauses):
                     self.told(pending)  # what is saved or evaluated has been judged, and its row stands before theirs
                     pending = None
                     self.pause(state, number, evaluation, stopping=stopping)
@@ -197,11 +197,14 @@ class Run:
 
     def pause(self, state: TrainState, number: int, evaluation: Any, *, stopping: bool) -> None:
         """What happens between update `number` and the next. Raises Preempted, the state saved, where asked to stop."""
+        self.progress.report(number, "save or evaluate")
         if stopping:
             self.save(state, number)
-            self.committed(self.storage.wait())
+            self.saving.finish()
             self.journal.record("preempted", step=number)
             raise Preempted(f"stopped after step {number}, state saved; run the same command to go on")
+        if self.due(self.config.checkpoint.memory_every, number):
+            self.saving.snapshot(state, number, samples=number * self.config.data.global_batch)
         if self.due(self.config.checkpoint.every, number):
             self.save(state, number)
         if evaluation is not None and self.due(self.config.evaluation.every, number):
@@ -254,7 +257,7 @@ class Run:
                         f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the update was "
                         "not applied. Lower optimizer.learning_rate, set optimizer.clip, or logging.on_nan=skip"
                     )
-            self.progress.update(step, metrics)
+            self.bar.update(step, metrics)
             if step % self.config.logging.every == 0 or step in (1, self.config.steps):
                 self.write(step, metrics)
 
@@ -265,21 +268,7 @@ class Run:
 
     def save(self, state: TrainState, step: int) -> None:
         """Begin a checkpoint."""
-        began = time.monotonic()
-        samples = step * self.config.data.global_batch
-        data = {
-            "corpus": self.data.fingerprint,
-            "samples": samples,
-            "order": self.program.order,
-            "origin": self.program.origin,
-        }
-        self.storage.save(state, step=step, data=data)
-        self.journal.record("save", step=step, stall_seconds=time.monotonic() - began)
-
-    def committed(self, step: int | None) -> None:
-        """Journal a checkpoint that became whole."""
-        if step is not None:
-            self.journal.record("commit", step=step)
+        self.saving.begin(state, step, samples=step * self.config.data.global_batch)
 
     def evaluate(self, state: TrainState, step: int, evaluation: Any) -> None:
         """Held-out loss and samples, of the parameters that the run stands for."""
@@ -291,7 +280,7 @@ class Run:
         self.last |= values
         self.write(step, values)
         self.journal.record("evaluation", step=step, seconds=time.monotonic() - began, **values)
-        self.progress.note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.bar.note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         prompts = self.config.evaluation.prompts
         if prompts and jax.process_count() == 1:
             texts = complete(

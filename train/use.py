@@ -1,9 +1,11 @@
 """A trained run, used: its newest checkpoint brought onto one device, to generate from or to evaluate."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from ..checkpoint.manifest import DamagedCheckpoint
 from ..checkpoint.storage import Storage
 from ..configs.errors import UserError
 from ..configs.load import merged, nested, parse, validated
@@ -15,7 +17,6 @@ from .directory import read_config
 from .evaluation import evaluate as held_out
 from .launch.world import World
 from .program import Program, build
-from .resume import restore
 
 # One device, whatever the run was trained on.
 ONE_DEVICE = {
@@ -83,8 +84,12 @@ def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
     trained = read_config(run)
     together = config.model_copy(update={"outer": trained.outer})
     program = build(together, make_mesh(config.mesh), replica_count=trained.mesh.replica)
-    with closing(Storage(run / "checkpoints", keep=config.checkpoint.keep)) as storage:
-        if not storage.steps:
-            raise UserError(f"{run}: no checkpoint yet; train it with `meshwright train {run / 'config.yaml'}`")
-        state, saved = restore(program, storage, storage.steps[-1])
-    return program, program.completed(state, origin=saved.get("origin"))
+    with closing(Storage(run / "checkpoints", layout=program.layout)) as storage:
+        for step in reversed(storage.steps):
+            try:
+                state, saved = storage.restore(step, shapes=program.shapes, shardings=program.shardings)
+            except DamagedCheckpoint as error:
+                logging.getLogger("meshwright").warning("%s; using an older one", error)
+            else:
+                return program, program.completed(state, origin=saved.get("origin"))
+    raise UserError(f"{run}: no whole checkpoint; train it with `meshwright train {run / 'config.yaml'}`")

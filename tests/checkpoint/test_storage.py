@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from equivalence import batches, tiny, to_devices
+from meshwright.checkpoint.layouts import layout_of
 from meshwright.checkpoint.storage import Storage
 from meshwright.configs.errors import MeshwrightError, UserError
 from meshwright.parallel.layout import canonical
@@ -30,6 +32,10 @@ class Run:
         return jax.device_get(canonical(self.state, self.config.model))
 
 
+def opened(directory, **changes):
+    return Storage(directory, layout=layout_of(tiny(**changes).model))
+
+
 @pytest.fixture(scope="module")
 def sharded():
     return Run(mesh={"data": 2, "fsdp": 2, "tensor": 2})
@@ -41,7 +47,7 @@ def saved(sharded, tmp_path_factory):
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
     sharded.go(0, 2)
     before = jax.tree.map(np.array, sharded.arrays())
-    storage = Storage(directory, keep=2)
+    storage = opened(directory)
     storage.save(sharded.state, step=2, data={"samples": 16})
     sharded.go(2, 4)  # donates the arrays that are being written
     storage.close()
@@ -50,7 +56,7 @@ def saved(sharded, tmp_path_factory):
 
 def test_a_save_is_untouched_by_the_steps_that_follow_it(saved, sharded):
     directory, before = saved
-    storage = Storage(directory, keep=2)
+    storage = opened(directory)
     state, data = storage.restore(2, shapes=sharded.program.shapes, shardings=sharded.program.shardings)
     assert data == {"samples": 16} and storage.steps == [2]
     jax.tree.map(np.testing.assert_array_equal, canonical(state, sharded.config.model), before)
@@ -59,7 +65,7 @@ def test_a_save_is_untouched_by_the_steps_that_follow_it(saved, sharded):
 def test_resuming_on_another_mesh_goes_on_the_same_trajectory(saved, sharded):
     directory, _ = saved
     other = Run(mesh={"fsdp": 2, "zero": 1})
-    storage = Storage(directory, keep=2)
+    storage = opened(directory)
     other.state, _ = storage.restore(2, shapes=other.program.shapes, shardings=other.program.shardings)
     other.go(2, 4)
     for name, array in sharded.arrays().items():
@@ -69,34 +75,46 @@ def test_resuming_on_another_mesh_goes_on_the_same_trajectory(saved, sharded):
 def test_a_checkpoint_of_another_model_is_refused_by_name(saved):
     directory, _ = saved
     other = build(tiny(model={"mlp": 32}), make_mesh(tiny().mesh))
-    with pytest.raises(UserError, match=r"checkpoint 2: .*mlp.* is \(2, 24, 16\) on disk and \(2, 32, 16\) in"):
-        Storage(directory, keep=2).restore(2, shapes=other.shapes, shardings=other.shardings)
+    with pytest.raises(UserError, match=r"checkpoint 2: .*mlp.* is \(24, 16\) float32 on disk and \(32, 16\) float32"):
+        opened(directory).restore(2, shapes=other.shapes, shardings=other.shardings)
 
 
-def test_only_the_newest_survive(sharded, tmp_path):
-    storage = Storage(tmp_path / "checkpoints", keep=2)
-    for step in (1, 2, 3):
-        storage.save(sharded.state, step=step, data={})
-    storage.close()
-    assert Storage(tmp_path / "checkpoints", keep=2).steps == [2, 3]
+LAYOUTS = {
+    "another padding": {"model": {"vocab_multiple": 96}, "mesh": {"fsdp": 2, "tensor": 2}},
+    "other stacks": {"model": {"windows": [None, None]}},
+}
+
+
+@pytest.mark.parametrize("changes", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_checkpoint_of_another_layout_loads_by_canonical_names(saved, changes):
+    """Vocabulary 61 padded to 64 and layers in one stack: loads padded to 96, and with a stack for each layer."""
+    directory, before = saved
+    config = tiny(**changes)
+    program = build(config, make_mesh(config.mesh))
+    state, data = opened(directory, **changes).restore(2, shapes=program.shapes, shardings=program.shardings)
+    after = jax.device_get(canonical(state, config.model))
+    assert data == {"samples": 16} and after.keys() == before.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array, err_msg=name)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == program.shardings
 
 
 def test_a_save_that_fails_is_raised_and_leaves_the_earlier_ones(sharded, tmp_path, monkeypatch):
-    storage = Storage(tmp_path / "checkpoints", keep=2)
+    storage = opened(tmp_path / "checkpoints")
     storage.save(sharded.state, step=1, data={})
     storage.wait()
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage._checkpointer, "save_async", full)
+    monkeypatch.setattr(ocp, "save_async", full)
     with pytest.raises(UserError, match=r"checkpoint 2 could not be written.*earlier checkpoints are whole"):
         storage.save(sharded.state, step=2, data={})
     assert storage.steps == [1]
 
 
 def test_a_damaged_checkpoint_is_not_returned(sharded, tmp_path):
-    storage = Storage(tmp_path / "checkpoints", keep=2)
+    storage = opened(tmp_path / "checkpoints")
     storage.save(sharded.state, step=1, data={})
     storage.wait()
     for file in (tmp_path / "checkpoints").rglob("d/*"):

@@ -1,101 +1,89 @@
-"""Several processes of one run on this machine, with simulated devices and gloo between them. JAX-free.
+"""Processes of one run on this machine, with gloo between them. JAX-free.
 
-The launcher starts them, passes on Ctrl-C and SIGTERM, and when one fails ends the others: a process that lost a peer
-may wait for it for ever.
+A process of its own hosts JAX's coordination service: where it lives in process 0, the death of that one is the death
+of all.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 
-from ...configs.errors import MeshwrightError, Preempted, UserError
 from . import world
 
-GRACE = 30.0  # seconds between asking the others to stop and killing them
+COORDINATOR_HOST = [sys.executable, "-m", "meshwright.train.launch.coordinator"]
 
 
-def launch(
-    command: Sequence[str],
-    *,
-    processes: int,
-    devices_per_process: int | None = None,
-    coordinator: str | None = None,
-    grace: float = GRACE,
-) -> None:
-    """Run `command` in `processes` processes until all end well; the first one's output is shown.
+class LocalEngine:
+    """`command` in `processes` processes; the first one's output is shown. `rendezvous` is where they report."""
 
-    `grace`: seconds the others get once one has failed.
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        processes: int,
+        rendezvous: str,
+        devices_per_process: int | None = None,
+        coordinator: str | None = None,
+    ) -> None:
+        self.processes = processes
+        self._command, self._coordinator, self._rendezvous = list(command), coordinator, rendezvous
+        self._devices = {world.DEVICES: str(devices_per_process)} if devices_per_process else {}
+        self._running: list[subprocess.Popen] = []
+        self._host: subprocess.Popen | None = None
 
-    Raises Preempted where all stopped on request, UserError where the request itself was wrong, MeshwrightError where
-    one failed.
-    """
-    environment = os.environ | {
-        world.COORDINATOR: coordinator or f"127.0.0.1:{free_port()}",
-        world.COUNT: str(processes),
-    }
-    if devices_per_process:
-        environment[world.DEVICES] = str(devices_per_process)
-    running = [
-        subprocess.Popen(
-            list(command),
-            env=environment | {world.NUMBER: str(number)},
-            stdout=None if number == 0 else subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C reaches them once, from here
-        )
-        for number in range(processes)
-    ]
-    before = {
-        signum: signal.signal(signum, lambda *_: ask_to_stop(running)) for signum in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        judge(wait(running, grace=grace))
-    finally:
-        end(running, grace=0)
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    def start(self, epoch: int) -> None:
+        """Start the coordination service on a port of this epoch's, and every process."""
+        address = self._coordinator or f"127.0.0.1:{free_port()}"
+        shared = os.environ | self._devices | {
+            world.COORDINATOR: address,
+            world.COUNT: str(self.processes),
+            world.EPOCH: str(epoch),
+            world.RENDEZVOUS: self._rendezvous,
+            world.COORDINATED: "outside",
+        }  # fmt: skip
+        if self.processes > 1:
+            self._host = spawn([*COORDINATOR_HOST, address, str(self.processes)], os.environ)
+        self._running = [
+            spawn(self._command, shared | {world.NUMBER: str(number)}, quiet=number > 0)
+            for number in range(self.processes)
+        ]
 
+    def poll(self, number: int) -> int | None:
+        """Exit code of a process; None while it runs."""
+        return self._running[number].poll()
 
-def wait(running: Sequence[subprocess.Popen], *, grace: float) -> list[int]:
-    """Exit codes, once all have ended; where one fails the rest is asked to stop, and killed after `grace` seconds."""
-    while True:
-        codes = [process.poll() for process in running]
-        if None not in codes:
-            return codes
-        if any(code not in (None, 0, Preempted.exit_code) for code in codes):
-            end(running, grace=grace)
-        time.sleep(0.1)
+    def broken(self) -> str | None:
+        """Whether the coordination service died."""
+        code = self._host.poll() if self._host is not None else None
+        return None if code is None else f"the coordination service ended with exit code {code}"
 
+    def ask_to_stop(self) -> None:
+        """SIGTERM to all that run: they save and exit."""
+        for process in self._running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
 
-def judge(codes: Sequence[int]) -> None:
-    """Raise what the exit codes of all processes amount to."""
-    if UserError.exit_code in codes:
-        raise UserError(f"process {list(codes).index(UserError.exit_code)} refused the configuration (see above)")
-    if failed := {number: code for number, code in enumerate(codes) if code not in (0, Preempted.exit_code)}:
-        raise MeshwrightError(f"processes failed with these exit codes: {failed}")
-    if Preempted.exit_code in codes:
-        raise Preempted("stopped on request, state saved; run the same command to go on")
-
-
-def ask_to_stop(running: Sequence[subprocess.Popen]) -> None:
-    """SIGTERM to all that run: they save and exit."""
-    for process in running:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-
-
-def end(running: Sequence[subprocess.Popen], *, grace: float) -> None:
-    """Ask all to stop, and kill those that have not within `grace` seconds."""
-    ask_to_stop(running)
-    deadline = time.monotonic() + grace
-    for process in running:
-        try:
-            process.wait(timeout=max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
+    def kill(self) -> None:
+        """SIGKILL to the process groups of all that are left, stopped ones too."""
+        for process in [*self._running, *([self._host] if self._host else [])]:
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and so has all that it started
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        self._host = None
+
+
+def spawn(command: Sequence[str], environment: Mapping[str, str], *, quiet: bool = False) -> subprocess.Popen:
+    """A process in a session of its own: Ctrl-C reaches it only through the supervisor; it is killed with its own."""
+    return subprocess.Popen(
+        list(command),
+        env=dict(environment),
+        stdout=subprocess.DEVNULL if quiet else None,
+        start_new_session=True,
+    )
 
 
 def free_port() -> int:

@@ -8,6 +8,7 @@ from ...configs.errors import UserError
 
 COORDINATOR, COUNT, NUMBER = "MESHWRIGHT_COORDINATOR", "MESHWRIGHT_PROCESSES", "MESHWRIGHT_PROCESS"
 DEVICES = "MESHWRIGHT_DEVICES_PER_PROCESS"
+EPOCH, RENDEZVOUS, COORDINATED = "MESHWRIGHT_EPOCH", "MESHWRIGHT_RENDEZVOUS", "MESHWRIGHT_COORDINATION"
 SLURM_PORT = 61_000  # plus the job's number modulo 4096: jobs on one node must not meet
 
 
@@ -19,6 +20,9 @@ class World:
     processes: int = 1
     coordinator: str | None = None
     local_devices: int | None = None  # simulated devices of this process; None: all of mesh.devices
+    epoch: int | None = None  # of the run's memberships; None: no supervisor counts them
+    rendezvous: str | None = None  # where the supervisor hears of steps
+    outside: bool = False  # the coordination service runs in a process of its own, not in process 0
 
     @property
     def first(self) -> bool:
@@ -38,7 +42,16 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
         if process >= processes:
             raise UserError(f"{NUMBER}: {process} must be below {COUNT} ({processes})")
         devices = environment.get(DEVICES)
-        return World(process, processes, environment[COORDINATOR], int(devices) if devices else None)
+        epoch = environment.get(EPOCH)
+        return World(
+            process,
+            processes,
+            environment[COORDINATOR],
+            int(devices) if devices else None,
+            int(epoch) if epoch else None,
+            environment.get(RENDEZVOUS),
+            environment.get(COORDINATED) == "outside",
+        )
     if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
         port = SLURM_PORT + int(environment["SLURM_JOB_ID"]) % 4096
         host = first_host(environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import bars, charts, header, story
 from .charts import Curve
+from .goodput import goodput_section
 from .markup import Html, element, joined, section
 from .mesh import mesh_picture
 from .pipeline import schedule_picture
@@ -43,6 +44,7 @@ def page(record: Record) -> str:
         *planned(record),
         schedule_picture(record.config, record.pipeline),
         story.samples(record.events),
+        goodput_section(record),
         story.timeline(record.events),
         header.surroundings(record),
         configuration(record),

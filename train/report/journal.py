@@ -4,15 +4,18 @@
     journal.record("restore", step=100, level="storage", reason="newest whole checkpoint")
 
     start  compile  restore        a sitting of the run begins: afresh or from a checkpoint (level, step, reason)
-    save  commit                   a checkpoint begins (step, stall_seconds) and becomes whole (step)
+    save  commit                   a checkpoint begins (step, stall_seconds) and becomes whole (step, seconds)
+    save-failed  quarantine        one that did not (message); a damaged one is set aside (step, reason, place)
     evaluation  sample             held-out numbers; a prompt and its continuation
     skip                           an update that was not applied (loss, grad_norm)
     failure  preempted  finish     how the sitting ended; a killed one has none of these
+    restart  give-up               the launcher's word on an epoch that failed (reason, suspect, detect_seconds)
 
 Every line has `time` (seconds since 1970) and `event`; the other fields are the event's own.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +26,21 @@ METRICS = "metrics.jsonl"
 
 
 class Journal:
-    """The journal of the run in `directory`. One process writes it; the others pass `enabled=False`."""
+    """The journal of the run in `directory`. One process writes it; the others pass `enabled=False`.
 
-    def __init__(self, directory: Path, *, enabled: bool = True) -> None:
+    `allowed` is asked before every line and raises where this process may write no more.
+    """
+
+    def __init__(self, directory: Path, *, enabled: bool = True, allowed: Callable[[], None] = lambda: None) -> None:
         self.path = directory / EVENTS
-        self.enabled = enabled
+        self.enabled, self._allowed = enabled, allowed
         if enabled:
             mend(self.path)
 
     def record(self, event: str, **fields: Any) -> None:
         """Append one event; when this returns, it is on the disk. Raises UserError where the disk is full."""
         if self.enabled:
+            self._allowed()
             append(self.path, {"time": time.time(), "event": event, **fields}, sync=True)
 
 

@@ -60,7 +60,7 @@ class Record:
     @property
     def status(self) -> str:
         """How the last sitting ended: finished, failed, preempted, or unfinished (running, or killed)."""
-        names = {"finish": "finished", "failure": "failed", "preempted": "preempted"}
+        names = {"finish": "finished", "failure": "failed", "give-up": "failed", "preempted": "preempted"}
         ends = [event["event"] for event in self.events if event["event"] in names or event["event"] in BEGINNINGS]
         return names.get(ends[-1], "unfinished") if ends else "unfinished"
 

@@ -11,8 +11,8 @@ MOST_EVENTS = 300  # listed; the newest matter when something went wrong
 
 TONES = {
     "start": "good", "finish": "good", "commit": "good",
-    "restore": "warn", "skip": "warn", "preempted": "warn",
-    "failure": "bad",
+    "restore": "warn", "skip": "warn", "preempted": "warn", "restart": "warn",
+    "failure": "bad", "give-up": "bad", "save-failed": "bad", "quarantine": "bad",
 }  # fmt: skip
 
 

@@ -52,8 +52,8 @@ def test_a_finished_run_shows_every_part(finished):
     found = page(finished)
     assert found.open == []
     assert found.titles == [
-        "Curves", "Memory of one device", "Communication", "Mesh", "Sharding", "Samples", "Events", "Environment",
-        "Configuration",
+        "Curves", "Memory of one device", "Communication", "Mesh", "Sharding", "Samples", "Goodput", "Events",
+        "Environment", "Configuration",
     ]  # fmt: skip
     for words in ("gzip -9: 2.103", "9d1c6f20b7a4e835", "jax 0.10.2", "in 2 sittings", "data 2 × fsdp 2 × tensor 2"):
         assert words in found.text, words

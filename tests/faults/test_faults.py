@@ -1,0 +1,186 @@
+"""Processes that die, stop, sleep or flap, under the real supervisor: checked afterwards from their journals."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from meshwright.configs.elastic import ElasticConfig
+from meshwright.configs.errors import MeshwrightError, Preempted, UserError
+from meshwright.train.launch import local
+from meshwright.train.launch.engines import launch
+from meshwright.train.launch.local import LocalEngine
+from meshwright.train.launch.rendezvous import Server
+from meshwright.train.launch.supervisor import supervise
+from meshwright.train.report.journal import read_events
+
+WORKER = [sys.executable, str(Path(__file__).parent / "worker.py")]
+PROCESSES, STEPS, EVERY, ROWS = 3, 12, 3, 2
+SETTINGS = {"backoff": 0.01, "hang_factor": 2.0, "hang_floor": 4.0, "start_timeout": 20.0, "grace": 10.0}
+
+
+@pytest.fixture(autouse=True)
+def coordination(monkeypatch):
+    """No worker here speaks JAX."""
+    monkeypatch.setattr(local, "COORDINATOR_HOST", [sys.executable, "-c", "import time; time.sleep(600)"])
+
+
+def run(directory, *faults, **settings):
+    """The job under the supervisor; what it raised."""
+    prepare(directory, *faults)
+    elastic = ElasticConfig(**{**SETTINGS, **settings})
+    launch([*WORKER, str(directory)], processes=PROCESSES, directory=directory, settings=elastic)
+
+
+def prepare(directory, *faults):
+    keys = ("process", "epoch", "point", "step", "kind")
+    directory.mkdir(exist_ok=True)
+    (directory / "config.yaml").write_text("{}")
+    (directory / "faults.json").write_text(json.dumps([dict(zip(keys, one, strict=True)) for one in faults]))
+
+
+def journal(directory, number):
+    return [json.loads(line) for line in (directory / f"worker-{number}.jsonl").read_text().splitlines()]
+
+
+def surviving(events):
+    """Step -> samples, as the last to apply it left them: a restore forgets the steps behind it."""
+    timeline = {}
+    for event in events:
+        if event["event"] == "restore":
+            timeline = {step: rows for step, rows in timeline.items() if step <= event["step"]}
+        elif event["event"] == "applied":
+            assert event["step"] == max(timeline, default=0) + 1, "a step was left out, or applied twice"
+            timeline[event["step"]] = event["samples"]
+    return timeline
+
+
+def check(directory):
+    """No committed step lost, none applied twice, every sample once, and the state is the undisturbed run's."""
+    journals = [journal(directory, number) for number in range(PROCESSES)]
+    committed = 0
+    for event in sorted((event for events in journals for event in events), key=lambda event: event["time"]):
+        if event["event"] == "commit":
+            assert event["step"] > committed, "a step was committed twice"
+            committed = event["step"]
+        elif event["event"] == "restore":
+            # A commit whose journal line was lost with its process is on disk all the same.
+            assert event["step"] >= committed, "a committed step was lost"
+            committed = event["step"]
+    samples = sorted(sample for events in journals for rows in surviving(events).values() for sample in rows)
+    first = PROCESSES * ROWS
+    assert samples == list(range(first, first + STEPS * first))
+    assert {event["state"] for events in journals for event in events if event["event"] == "finish"} == {final()}
+
+
+def final():
+    state = "seed"
+    for step in range(1, STEPS + 1):
+        state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()
+    return state
+
+
+# Faults, and (suspect, word of the reason) of each restart.
+FAULTS = {
+    "nothing": ([], []),
+    "the first is killed": ([(0, 1, "step", 5, "kill")], [(0, "-9")]),
+    "another is killed": ([(2, 1, "step", 5, "kill")], [(2, "-9")]),
+    "two at once": ([(0, 1, "step", 5, "kill"), (2, 1, "step", 5, "kill")], [(None, "-9")]),
+    "killed before a save": ([(0, 1, "save", 6, "kill")], [(0, "-9")]),
+    "killed between draft and commit": ([(0, 1, "commit", 6, "kill")], [(0, "-9")]),
+    "stopped": ([(1, 1, "step", 5, "stop")], [(1, "process 1 hangs, at step")]),
+    "asleep": ([(2, 1, "step", 8, "sleep")], [(2, "process 2 hangs, at step 6")]),
+    "crash at start": ([(1, 1, "start", 0, "crash")], [(1, "{1: 1}")]),
+    "failure during recovery": ([(1, 1, "step", 5, "kill"), (0, 2, "start", 0, "kill")], [(1, "-9"), (0, "-9")]),
+    "killed at the end": ([(1, 1, "end", 12, "kill")], [(1, "-9")]),
+}
+
+
+@pytest.mark.parametrize(("faults", "restarts"), FAULTS.values(), ids=FAULTS)
+def test_the_run_ends_as_if_nothing_had_happened(tmp_path, faults, restarts):
+    run(tmp_path, *faults)
+    check(tmp_path)
+    told = [event for event in read_events(tmp_path) if event["event"] == "restart"]
+    assert len(told) == len(restarts)
+    for event, (number, word) in zip(told, restarts, strict=True):
+        assert number in (None, event["suspect"]) and word in event["reason"]
+
+
+def test_a_process_that_always_dies_is_given_up(tmp_path):
+    with pytest.raises(MeshwrightError, match=r"exit codes: \{1: -9\}; gave up after 3 failures \(elastic.restarts\)"):
+        run(tmp_path, (1, "any", "step", 5, "kill"), restarts=2)
+    assert [event["event"] for event in read_events(tmp_path)] == ["restart", "restart", "give-up"]
+    assert json.loads((tmp_path / "checkpoints" / "3").read_text())["step"] == 3
+
+
+def test_what_no_restart_would_mend_is_not_restarted(tmp_path):
+    with pytest.raises(UserError, match="process 2 refused the configuration"):
+        run(tmp_path, (2, 1, "start", 0, "refuse"))
+    assert not read_events(tmp_path)
+
+
+def test_sigterm_saves_and_the_next_launch_goes_on(tmp_path):
+    def ask():
+        while not (tmp_path / "met" / "1" / "5").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask).start()
+    with pytest.raises(Preempted):
+        run(tmp_path)
+    steps = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert max(steps) >= 4
+    run(tmp_path)
+    check(tmp_path)
+
+
+class Unreachable(LocalEngine):
+    """An engine that cannot reach process 1 of the first epoch: it is declared dead, and lives."""
+
+    zombie = None
+
+    def kill(self):
+        if self.zombie is None and self._running:
+            self.zombie = self._running.pop(1)
+        super().kill()
+
+
+def test_a_zombie_of_an_old_epoch_writes_nothing_more(tmp_path):
+    """Stopped, replaced, and woken after the run has finished."""
+    prepare(tmp_path, (1, 1, "step", 5, "stop"))
+    with Server() as server:
+        engine = Unreachable([*WORKER, str(tmp_path)], processes=PROCESSES, rendezvous=server.address)
+        settings = ElasticConfig(**SETTINGS)
+        supervise(engine, settings=settings, directory=tmp_path, room=server.room, stop=SimpleNamespace(asked=False))
+    before = journal(tmp_path, 1)
+    (tmp_path / "met" / "1" / "5" / "1").touch()
+    engine.zombie.send_signal(signal.SIGCONT)
+    assert engine.zombie.wait(timeout=20) == 1 and journal(tmp_path, 1) == before
+    check(tmp_path)
+
+
+def test_an_orphan_of_a_killed_launcher_ends_when_another_takes_over(tmp_path):
+    """SIGKILL to the launcher itself: its processes go on, until the next launch claims the run."""
+    prepare(tmp_path, (2, 1, "step", 8, "sleep"))
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]);"
+        "from meshwright.train.launch import local; from meshwright.train.launch.engines import launch;"
+        "from meshwright.configs.elastic import ElasticConfig; directory = Path(sys.argv[1]);"
+        "local.COORDINATOR_HOST = [sys.executable, '-c', 'import time; time.sleep(5)'];"
+        f"launch([*{WORKER!r}, str(directory)], processes=3, directory=directory, settings=ElasticConfig())"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent.parent)])
+    while not (tmp_path / "checkpoints" / "6").exists():
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    run(tmp_path)
+    check(tmp_path)

@@ -1,0 +1,169 @@
+"""The supervisor's decisions, pure, and its loop against an engine and a clock of the test's."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from meshwright.configs.elastic import ElasticConfig
+from meshwright.configs.errors import MeshwrightError, Preempted
+from meshwright.train.launch.decisions import Failure, Report, gives_up, patience, pause, suspect
+from meshwright.train.launch.fence import Fence, Fenced, current
+from meshwright.train.launch.rendezvous import Room, joined
+from meshwright.train.launch.supervisor import supervise
+
+SETTINGS = ElasticConfig(
+    restarts=2, window=100.0, backoff=1.0, hang_factor=10.0, hang_floor=5.0, start_timeout=60, grace=8
+)
+
+
+def failures(*pairs):
+    return [Failure(time, reached) for time, reached in pairs]
+
+
+def test_giving_up_counts_failures_of_the_window():
+    seen = failures((0.0, 1), (50.0, 2), (60.0, 3))
+    assert gives_up(seen, SETTINGS, now=61.0) and not gives_up(seen, SETTINGS, now=101.0)
+    assert not gives_up(seen[:2], SETTINGS, now=61.0)
+
+
+PAUSES = {
+    "the first": ([(0.0, 5)], 1.0),
+    "no progress since": ([(0.0, 5), (1.0, 5)], 2.0),
+    "none twice": ([(0.0, 5), (1.0, 5), (2.0, 4)], 4.0),
+    "progress in between": ([(0.0, 5), (1.0, 5), (2.0, 9)], 1.0),
+    "never above a minute": ([(float(n), 0) for n in range(20)], 60.0),
+}
+
+
+@pytest.mark.parametrize(("seen", "seconds"), PAUSES.values(), ids=PAUSES)
+def test_the_pause_doubles_while_nothing_is_reached(seen, seconds):
+    assert pause(failures(*seen), SETTINGS) == seconds
+
+
+def test_patience_is_a_multiple_of_the_median_step_above_a_floor():
+    assert patience([], SETTINGS) == 60.0
+    assert patience([0.1, 0.1, 30.0], SETTINGS) == 5.0
+    assert patience([2.0, 3.0, 4.0], SETTINGS) == 30.0
+
+
+SUSPECTS = {
+    "never heard of": ({0: (4, 9.0), 2: (4, 9.0)}, 1),
+    "the lowest step": ({0: (5, 1.0), 1: (4, 9.0), 2: (5, 2.0)}, 1),
+    "the oldest heartbeat": ({0: (4, 9.0), 1: (4, 3.0), 2: (4, 9.0)}, 1),
+}
+
+
+@pytest.mark.parametrize(("seen", "who"), SUSPECTS.values(), ids=SUSPECTS)
+def test_the_suspect_is_the_one_the_others_wait_for(seen, who):
+    reports = {number: Report(step, "step", 0.0, heard) for number, (step, heard) in seen.items()}
+    assert suspect(reports, processes=3) == who
+
+
+def test_a_later_epoch_shuts_the_fence(tmp_path):
+    old, new, nobody = Fence(tmp_path, 1), Fence(tmp_path, 2), Fence(tmp_path, None)
+    old.claim()
+    old.check()
+    new.claim()
+    with pytest.raises(Fenced, match="belongs to epoch 2 now; this process is of epoch 1"):
+        old.check()
+    with pytest.raises(Fenced):
+        old.claim()
+    nobody.check()
+    nobody.claim()
+    assert nobody.epoch == current(tmp_path) == 3
+
+
+@dataclass
+class World:
+    """An engine and a clock: in each epoch a list of (second, process, exit code or step)."""
+
+    epochs: list
+    now: float = 0.0
+    room: Room = None
+    stop: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(asked=False))
+    processes: int = 2
+    log: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self.room = Room(lambda: self.now)
+
+    def start(self, epoch):
+        self.began, self.epoch, self.codes = self.now, epoch, {}
+        self.log.append(("start", round(self.now)))
+
+    def poll(self, number):
+        for second, process, word in self.epochs[self.epoch - 1]:
+            if self.now - self.began >= second and process == number:
+                if word == "stop":
+                    self.stop.asked = True
+                elif isinstance(word, str):
+                    info = {"step": int(word), "phase": "step", "beats": int(word)}
+                    self.room.change(lambda m, now: joined(m, f"{self.epoch}/{number}", now=now, ttl=1e9, info=info))  # noqa: B023
+                else:
+                    self.codes[number] = word
+        return self.codes.get(number)
+
+    def broken(self):
+        return None
+
+    def ask_to_stop(self):
+        self.log.append(("ask", round(self.now)))
+
+    def kill(self):
+        self.log.append(("kill", round(self.now)))
+
+    def sleep(self, seconds):
+        self.now += max(seconds, 0.01)
+
+    def run(self, directory):
+        supervise(self, settings=SETTINGS, directory=directory / "run", room=self.room, stop=self.stop,
+                  clock=lambda: self.now, sleep=self.sleep)  # fmt: skip
+        return self.log
+
+
+def steps(process, *pairs):
+    return [(second, process, str(step)) for second, step in pairs]
+
+
+WELL = [(3.0, 0, 0), (4.0, 1, 0)]
+
+
+def test_all_that_end_well_are_done(tmp_path):
+    assert World([WELL]).run(tmp_path) == [("start", 0), ("kill", 4)]
+
+
+def test_a_failure_kills_all_at_once_and_pauses(tmp_path):
+    assert World([[(2.0, 1, -9)], WELL]).run(tmp_path)[:3] == [("start", 0), ("kill", 2), ("start", 3)]
+
+
+def test_a_slow_start_is_not_a_hang_and_a_slow_step_is(tmp_path):
+    """59 s to the first step are fine; then steps take 1 s, and 10 s without one are not."""
+    slow = [*steps(0, (59, 1), (60, 2), (61, 3)), *steps(1, (59, 1), (60, 2))]
+    log = World([slow, WELL]).run(tmp_path)
+    assert log[1][0] == "kill" and 70 <= log[1][1] <= 71
+
+
+def test_a_process_that_never_starts_is_a_hang(tmp_path):
+    assert World([steps(0, (1, 1)), WELL]).run(tmp_path)[1] == ("kill", 60)
+
+
+def test_a_request_has_its_grace_and_no_restart(tmp_path):
+    asked = [(2.0, 0, "stop"), (5.0, 0, 75), (6.0, 1, 75)]
+    world = World([asked])
+    with pytest.raises(Preempted):
+        world.run(tmp_path)
+    assert world.log == [("start", 0), ("ask", 2), ("kill", 6)]
+    deaf = World([[(2.0, 0, "stop")]])
+    with pytest.raises(MeshwrightError, match=r"processes \[0, 1\] did not stop when asked, within 8 s"):
+        deaf.run(tmp_path)
+    assert deaf.log == [("start", 0), ("ask", 2), ("kill", 10)]
+
+
+def test_a_process_preempted_by_others_is_started_again_without_counting(tmp_path):
+    preempted = [(1.0, 0, 75), (1.0, 1, 75)]
+    assert [word for word, _ in World([preempted] * 4 + [WELL]).run(tmp_path)].count("start") == 5
+
+
+def test_one_that_stays_behind_when_all_others_have_ended_is_killed(tmp_path):
+    assert World([[(1.0, 0, 0)], WELL]).run(tmp_path)[1] == ("kill", 9)

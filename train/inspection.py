@@ -1,0 +1,67 @@
+"""`meshwright checkpoint ls | verify | repair`: a run's checkpoints, read on the CPU of this machine."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..configs.errors import MeshwrightError, UserError
+
+if TYPE_CHECKING:
+    from ..checkpoint.scrub import Entry
+    from ..checkpoint.shelf import Shelf
+
+
+def shelf_of(run: Path) -> "Shelf":
+    """The checkpoints of `run`. Raises UserError where it has none."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # reading must not take a GPU from a run that uses it
+    from ..checkpoint.shelf import Shelf
+    from .directory import read_config
+
+    read_config(run)
+    shelf = Shelf((run / "checkpoints").absolute())
+    if not shelf.present and not shelf.quarantined:
+        raise UserError(f"{run}: no checkpoints yet; train it with `meshwright train {run / 'config.yaml'}`")
+    return shelf
+
+
+def rendered(entries: Sequence["Entry"], *, as_json: bool) -> str:
+    """A table, or JSON."""
+    if as_json:
+        return json.dumps([asdict(entry) for entry in entries], indent=1)
+    lines = [f"{'step':>8}  {'status':12} {'MB':>9}  {'arrays':>6}  layout"]
+    for entry in entries:
+        line = f"{entry.step:>8}  {entry.status:12} {entry.bytes / 1e6:>9.2f}  {entry.arrays:>6}  {entry.layout}"
+        lines.append(f"{line}  {entry.why}".rstrip())
+    return "\n".join(lines)
+
+
+def ls(run: Path, *, as_json: bool) -> str:
+    """What `checkpoint ls` prints."""
+    shelf = shelf_of(run)
+    from ..checkpoint.scrub import list_steps
+
+    return rendered(list_steps(shelf), as_json=as_json)
+
+
+def verify(run: Path, *, as_json: bool) -> tuple[str, int]:
+    """What `checkpoint verify` prints, and its exit code: 0 only where every committed step is whole."""
+    shelf = shelf_of(run)
+    from ..checkpoint.scrub import examine
+
+    found = list(examine(shelf))
+    whole = all(entry.status != "damaged" for entry in found)
+    return rendered(found, as_json=as_json), 0 if whole else MeshwrightError.exit_code
+
+
+def repair(run: Path) -> str:
+    """What `checkpoint repair` did. Raises MeshwrightError where no whole checkpoint is left."""
+    shelf = shelf_of(run)
+    from ..checkpoint.scrub import repair as repaired
+
+    done = repaired(shelf)
+    if not shelf.steps:
+        raise MeshwrightError("; ".join([*done, f"no whole checkpoint is left in {shelf.directory}"]))
+    return "\n".join(done or [f"nothing to repair: {len(shelf.steps)} checkpoints are whole"])

@@ -1,0 +1,56 @@
+"""The supervisor's decisions, as pure functions of what it saw. JAX-free."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...configs.elastic import ElasticConfig
+
+LONGEST_PAUSE = 60.0  # seconds between a failure and the restart, however many came before
+
+
+@dataclass(frozen=True)
+class Report:
+    """The last that was heard of a process."""
+
+    step: int  # updates done
+    phase: str  # what it was about to do
+    time: float  # when that was new, by the supervisor's clock
+    heard: float  # when its last heartbeat came
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One epoch that ended badly."""
+
+    time: float
+    reached: int  # the highest step any process reported
+
+
+def gives_up(failures: Sequence[Failure], settings: ElasticConfig, *, now: float) -> bool:
+    """Whether there were more failures than `restarts` within the window."""
+    return sum(failure.time > now - settings.window for failure in failures) > settings.restarts
+
+
+def pause(failures: Sequence[Failure], settings: ElasticConfig) -> float:
+    """Seconds to wait before the next start: doubled for every failure in a row that got no further than before it."""
+    fruitless = 0
+    for before, after in zip(failures[-2::-1], failures[:0:-1], strict=True):
+        if after.reached > before.reached:
+            break
+        fruitless += 1
+    return min(settings.backoff * 2.0**fruitless, LONGEST_PAUSE)
+
+
+def patience(durations: Sequence[float], settings: ElasticConfig) -> float:
+    """Seconds without news after which a process hangs, from the seconds that steps of this epoch took so far."""
+    if not durations:
+        return settings.start_timeout
+    return max(settings.hang_floor, settings.hang_factor * statistics.median(durations))
+
+
+def suspect(reports: Mapping[int, Report], *, processes: int) -> int:
+    """The process that the others wait for: one never heard of, else the lowest step, else the oldest heartbeat."""
+    if silent := sorted(set(range(processes)) - reports.keys()):
+        return silent[0]
+    return min(reports, key=lambda number: (reports[number].step, reports[number].heard))

@@ -1,0 +1,116 @@
+"""The state to go on from: the newest checkpoint that is whole on every process, or a fresh state where there is none.
+
+A damaged checkpoint is set aside (never deleted), journalled with the reason, and the one before it is tried. A run
+whose checkpoints are all damaged is refused: it never starts from scratch over them.
+"""
+
+import time
+
+import jax
+import numpy as np
+import psutil
+from jax.experimental import multihost_utils
+
+from ..checkpoint.manifest import DamagedCheckpoint
+from ..checkpoint.memory import Memory
+from ..checkpoint.shelf import QUARANTINE, Shelf
+from ..checkpoint.storage import Storage, by_path, tree
+from ..configs.errors import MeshwrightError
+from ..parallel.state import TrainState
+from .program import Program
+from .report.journal import Journal, read_events
+
+OFFERED = 8  # steps a process names as restorable: two slots hold two
+
+
+def recovered(
+    program: Program, storage: Storage, memory: Memory | None, journal: Journal, *, corpus: str
+) -> tuple[TrainState, int]:
+    """The state to go on from, and its step, from whichever level has the newest. `corpus` is the data's fingerprint.
+
+    Raises MeshwrightError where the data are others than the checkpoint's, or every checkpoint is damaged.
+    """
+    shelf, levels = storage.shelf, {"storage": storage, "memory": memory}
+    startup = {"startup_seconds": time.time() - psutil.Process().create_time()}
+    began = time.monotonic()
+    if jax.process_index() == 0:
+        shelf.tidy(lambda step, why: journal.record("quarantine", step=step, reason=why))
+        if memory is not None and not read_events(journal.path.parent):
+            memory.clear()  # of another run that had this name
+    reason, refused = "the newest there is", set[int]()
+    while True:
+        step, level = newest(shelf, memory, program, without=refused)
+        if step < 0:
+            break
+        try:
+            damage = ""
+            state, saved = levels[level].restore(step, shapes=program.shapes, shardings=program.shardings)
+        except DamagedCheckpoint as error:
+            damage = str(error)
+        if not (holders := damaged_on(damage)):
+            check_corpus(step, saved, corpus)
+            spent = {**startup, "restore_seconds": time.monotonic() - began}
+            journal.record("restore", step=step, level=level, reason=reason, **spent)
+            return program.completed(state, origin=saved.get("origin")), step
+        set_aside(step, level, shelf, journal, why=damage or f"process {holders[0]} found it damaged")
+        if level == "memory":
+            refused.add(step)
+        reason = f"{step} in {level} is damaged"
+    if agreed(len(shelf.quarantined)):
+        raise MeshwrightError(
+            f"every checkpoint in {shelf.directory} is damaged and was set aside in {QUARANTINE}/ (why: events.jsonl); "
+            f"bring a good copy back, delete {QUARANTINE}/ to start from step 0, or train under another name"
+        )
+    journal.record("start", step=0, **startup)
+    return program.initialized(), 0
+
+
+def set_aside(step: int, level: str, shelf: Shelf, journal: Journal, *, why: str) -> None:
+    """Move a damaged checkpoint out of the way; a damaged snapshot is left to be overwritten. Journalled."""
+    if jax.process_index() != 0:
+        return
+    place = shelf.quarantine(step).relative_to(shelf.directory) if level == "storage" else None
+    journal.record("quarantine", step=step, level=level, reason=why, place=str(place))
+
+
+def newest(shelf: Shelf, memory: Memory | None, program: Program, *, without: set[int]) -> tuple[int, str]:
+    """(step, level) of the newest that every process can have, the same on all; memory where both have it; -1: none."""
+    stored = agreed(max(shelf.steps, default=-1))
+    if memory is None:
+        return stored, "storage"
+    own = memory.steps(by_path(tree(program.shardings)), by_path(tree(program.shapes)))
+    held = max(common(set(own) - without), default=-1)
+    return (held, "memory") if held >= stored else (stored, "storage")
+
+
+def common(steps: set[int]) -> set[int]:
+    """The steps that every process has, of its newest `OFFERED`."""
+    if jax.process_count() == 1:
+        return steps
+    offered = np.full(OFFERED, -1, np.int32)
+    chosen = sorted(steps)[-OFFERED:]
+    offered[: len(chosen)] = chosen
+    everybodys = multihost_utils.process_allgather(offered)
+    return set.intersection(*(set(map(int, row)) - {-1} for row in everybodys))
+
+
+def check_corpus(step: int, saved: dict, corpus: str) -> None:
+    """Raise MeshwrightError where the checkpoint was trained on other data."""
+    if saved.get("corpus") != corpus:
+        raise MeshwrightError(
+            f"checkpoint {step} was trained on corpus {saved.get('corpus')}, and the data are {corpus} now; "
+            "bring back the documents, or train under another name"
+        )
+
+
+def agreed(value: int) -> int:
+    """The first process's value, on every process."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else value
+
+
+def damaged_on(damage: str) -> list[int]:
+    """The processes that found damage, the same list on all of them."""
+    found = np.array(bool(damage))
+    if jax.process_count() > 1:
+        found = multihost_utils.process_allgather(found)
+    return [int(process) for process in np.flatnonzero(found)]
