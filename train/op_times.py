@@ -8,6 +8,7 @@ nothing else, take the time of idle rows and of as many F. What comes out is wor
 
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,8 +32,8 @@ def op_times(program: Program, params: Any, frozen: Any, batch: Any) -> Costs:
     wiring = wired(staging.table, repeats=staging.repeats)
     idle = idle_rows(wiring)
     with jax.set_mesh(program.mesh):
-        engine = jax.jit(lambda rows: program.gradients(params, frozen, batch, None, rows=rows).loss)
-        compiled = engine.lower(idle).compile()
+        engine = jax.jit(lambda params, frozen, batch, rows: program.gradients(params, frozen, batch, None, rows=rows))
+        compiled = partial(engine.lower(params, frozen, batch, idle).compile(), params, frozen, batch)
     base = seconds(compiled, idle)
 
     def cost(op: Op, **fields: int) -> float:

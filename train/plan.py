@@ -16,12 +16,14 @@ from jax.sharding import NamedSharding
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ..configs.parallel import MeshConfig, PipelineConfig
 from ..memory.trace import matmul_flops
 from ..models.flops import flops_per_token
 from ..parallel.hlo import bytes_by_axes, collectives
 from ..parallel.lowcomm.bytes import summary
+from ..parallel.mesh import make_mesh
 from ..parallel.rules import path_name
-from .program import Program
+from .program import Program, build
 
 LARGEST = 8  # arrays shown
 
@@ -104,9 +106,21 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 
 def step_flops(program: Program) -> int:
-    """Matrix-product FLOPs of one training step on all devices, read off its trace, loops multiplied through."""
+    """Matrix-product FLOPs of one training step on all devices, read off its trace, loops multiplied through.
+
+    What a pipeline's devices do is in its table and not in the trace; together they do what one device would.
+    """
+    if program.staging is not None:
+        program = alone(program)
     with jax.set_mesh(program.mesh):
         return matmul_flops(jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes))
+
+
+def alone(program: Program) -> Program:
+    """The same run on one device."""
+    plain = {"mesh": MeshConfig(platform=program.config.mesh.platform), "pipeline": PipelineConfig()}
+    config = program.config.model_copy(update=plain)
+    return build(config, make_mesh(config.mesh, devices=jax.local_devices()[:1]))
 
 
 def render(plan: dict[str, Any]) -> RenderableType:

@@ -5,7 +5,10 @@ import pytest
 from equivalence import assert_same, tiny
 from meshwright.configs.errors import UserError
 from meshwright.configs.load import merged
+from meshwright.parallel.mesh import make_mesh
 from meshwright.train.launch.world import World
+from meshwright.train.plan import step_flops
+from meshwright.train.program import build
 from meshwright.train.run import train
 from meshwright.train.staging import staging
 
@@ -119,6 +122,11 @@ def test_a_balanced_deal_leaves_the_stage_with_the_head_fewer_layers():
     assert sorted(repeat for repeat in found.order if repeat >= 0) == list(range(8))
 
 
+def test_the_plan_counts_what_all_devices_do_together():
+    plain, staged = (build(config, make_mesh(config.mesh)) for config in pair({}, {}))
+    assert step_flops(staged) == step_flops(plain) > 0
+
+
 def test_a_run_goes_on_under_another_schedule_and_without_a_pipeline(tmp_path, monkeypatch):
     """Begun as v-half, gone on as 1f1b over twice the devices, ended on one device: the curve of the one device."""
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
@@ -130,8 +138,9 @@ def test_a_run_goes_on_under_another_schedule_and_without_a_pipeline(tmp_path, m
     }
     base = merged(BASE, small)
     v = {"mesh": {"pipe": 2}, "microbatches": 4, "pipeline": {"schedule": "v-half", "vocab_parallel": 2}}
+    more = {"mesh": {"pipe": 4}, "microbatches": 4, "pipeline": {"measure": False}}
     expected = train(tiny(**merged(base, {"name": "whole", "steps": 6})), world=World(), root=tmp_path).metrics
-    for steps, layout in ((2, v), (4, {"mesh": {"pipe": 4}, "microbatches": 4}), (6, {})):
+    for steps, layout in ((2, v), (4, more), (6, {})):
         found = train(tiny(**merged(base, layout | {"steps": steps})), world=World(), root=tmp_path).metrics
     for key in ("loss", "grad_norm", "held_out_loss"):
         assert found[key] == pytest.approx(expected[key], rel=1e-4)
