@@ -4,7 +4,7 @@ plan = make_plan(program, program.compiled_step())     # a dict, ready for JSON;
 
 Bytes are exact: `..._per_device` is the largest share of a device. `compiled` is the compiler's word about one device,
 `flops_per_step` the matrix products of the traced step on all devices, recomputation included, and `collectives` what a
-device receives per step, by kind and the mesh axes it crosses. `count` is the model's parameters, once for all replicas.
+device receives per step, by kind and the mesh axes it crosses. `count` is the parameters of one replica.
 """
 
 import math
