@@ -7,6 +7,7 @@ own, one after another.
     meshwright bench lowcomm                                1000 updates, one seed: about half an hour on 2 cores
     meshwright bench lowcomm --seeds 3 --steps 4000 --every 30      closer to what the papers report
     meshwright bench lowcomm --only data-parallel noloco-4
+    meshwright bench lowcomm --size tiny                    a look
 """
 
 import argparse
@@ -29,16 +30,26 @@ ROWS: dict[str, tuple[int, dict[str, Any] | None]] = {
     "streaming-4bit-4": (4, STREAMING),
     "noloco-4": (4, {"name": "noloco"}),
 }
+# Size -> model and data. tiny is for a look, and for machines that others use too.
+SIZES = {
+    "1m": (
+        "model={layers: 4, embed: 128, heads: 4, kv_heads: 2, mlp: 352}",
+        "data={sequence_length: 128, global_batch: 16}",
+    ),
+    "tiny": (
+        "model={vocab: 512, layers: 4, embed: 64, heads: 4, kv_heads: 2, mlp: 176}",
+        "data={tokenizer: {vocab: 512}, sequence_length: 64, global_batch: 16}",
+    ),
+}
 BASE = (
-    "model={layers: 4, embed: 128, heads: 4, kv_heads: 2, mlp: 352, scan: false}",
+    "model.scan=false",
     "optimizer={name: adamw, learning_rate: 3.0e-3, schedule: cosine, warmup_steps: 50, decay_steps: null, clip: 1.0}",
-    "data={sequence_length: 128, global_batch: 16}",
     "checkpoint.every=0",
     "logging={every: 50, tensorboard: false, peak_tflops: 1}",
 )
 
 
-def words(row: str, *, seed: int, steps: int, every: int) -> list[str]:
+def words(row: str, *, seed: int, steps: int, every: int, size: str) -> list[str]:
     """The words after `meshwright train quickstart` that make a run of `row`, meeting after `every` updates."""
     replicas, outer = ROWS[row]
     if outer:
@@ -46,29 +57,23 @@ def words(row: str, *, seed: int, steps: int, every: int) -> list[str]:
     axis = "replica" if replicas > 1 else "data"
     mesh = dict.fromkeys(("data", "fsdp", "tensor", "replica"), 1) | {axis: max(replicas, 2)}
     return [
-        f"name={row}-{seed}",
         f"seed={seed}",
         f"steps={steps}",
         f"mesh={json.dumps(mesh | {'devices': None})}",
         f"outer={json.dumps(outer)}",
         f"evaluation={{every: {max(steps // 6, 1)}, batches: 40, prompts: []}}",
+        *SIZES[size],
         *BASE,
     ]
 
 
-def measure(row: str, *, seed: int, steps: int, every: int, directory: Path) -> dict[str, Any]:
-    """Train `row` with `seed` in `directory`: held-out loss by step, spread of the replicas, bytes sent."""
-    command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart"]
-    done = subprocess.run(
-        [*command, *words(row, seed=seed, steps=steps, every=every)],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def measure(given: Sequence[str], *, name: str, directory: Path) -> dict[str, Any]:
+    """Train as the words `given` say, in `directory`: held-out loss by step, spread of the replicas, bytes sent."""
+    command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart", f"name={name}", *given]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{row} with seed {seed} ended with {done.returncode}: {done.stderr[-500:]}")
-    file = directory / "runs" / f"{row}-{seed}" / "metrics.jsonl"
+        raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-500:]}")
+    file = directory / "runs" / name / "metrics.jsonl"
     seen = [json.loads(line) for line in file.read_text().splitlines()]
     held_out = [one for one in seen if "held_out_loss" in one]
     trained = [one for one in seen if "loss" in one]
@@ -109,6 +114,7 @@ def picture(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Parse, train every row, print."""
     parser = argparse.ArgumentParser(prog="meshwright bench lowcomm")
+    parser.add_argument("--size", choices=SIZES, default="1m")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--every", type=int, default=10, help="updates between meetings; NoLoCo's are half")
@@ -120,7 +126,8 @@ def main(arguments: Sequence[str]) -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for row in options.only:
         for seed in range(options.seeds):
-            made = measure(row, seed=seed, steps=options.steps, every=options.every, directory=options.directory)
+            given = words(row, seed=seed, steps=options.steps, every=options.every, size=options.size)
+            made = measure(given, name=f"{options.size}-{row}-{seed}", directory=options.directory)
             results.setdefault(row, []).append(made)
             print(f"{row} seed {seed}: {json.dumps(made)}", flush=True)
     print(table(results))

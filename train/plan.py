@@ -4,7 +4,7 @@ plan = make_plan(program, program.compiled_step())     # a dict, ready for JSON;
 
 Bytes are exact: `..._per_device` is the largest share of a device. `compiled` is the compiler's word about one device,
 `flops_per_step` the matrix products of the traced step on all devices, recomputation included, and `collectives` what a
-device receives per step, by kind and the mesh axes it crosses.
+device receives per step, by kind and the mesh axes it crosses. `count` is the parameters of one replica.
 """
 
 import math
@@ -55,8 +55,9 @@ def storage_plan(program: Program) -> dict[str, Any]:
     state = [array for array in arrays if array["name"].startswith(("opt_state/", "outer/"))]
     weights = [array for array in arrays if array not in state]
     data = program.config.data
+    replicas = program.replicas.count if program.replicas else 1
     return {
-        "parameters": {"count": sum(math.prod(array["shape"]) for array in weights), **totals(weights)},
+        "parameters": {"count": sum(math.prod(array["shape"]) for array in weights) // replicas, **totals(weights)},
         "optimizer": totals(state),
         "arrays": [{key: value for key, value in array.items() if key != "bytes"} for array in arrays],
         "mesh": dict(program.mesh.shape),

@@ -12,6 +12,7 @@ What lies on a format's grid, as anything it has decoded does, comes back bit fo
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -78,6 +79,16 @@ def values(codes: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(codes, dtype).astype(jnp.float32)
 
 
+def over_largest(dtype: Any, largest: float) -> np.ndarray:
+    """What each of the 256 codes of `dtype` stands for over the largest, float32 [256]."""
+    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) / np.float32(largest)
+
+
+def looked_up(table: np.ndarray, codes: jax.Array) -> jax.Array:
+    """Values of codes. A table and not a division, which compilers turn into a product that misses 1 by a bit."""
+    return jnp.take(table, codes.astype(jnp.int32))
+
+
 E3M0 = np.array([0, *(2.0 ** np.arange(-6, 1))], np.float32)  # magnitudes by exponent code
 E3M0_SIGNED = np.concatenate([E3M0, -E3M0])
 
@@ -92,23 +103,17 @@ def encode_e3m0(ratio: jax.Array) -> jax.Array:
 def decode_e3m0(codes: jax.Array) -> jax.Array:
     """The inverse of `encode_e3m0` on its grid."""
     pairs = jnp.stack([codes & 15, codes >> 4], axis=-1)
-    return jnp.take(E3M0_SIGNED, pairs.reshape(*codes.shape[:-1], -1).astype(jnp.int32))
+    return looked_up(E3M0_SIGNED, pairs.reshape(*codes.shape[:-1], -1))
 
 
 FP8, INT8 = 448.0, 127.0  # the largest codes
-
-
-def decoded_by_table(dtype: Any, largest: float) -> Callable[[jax.Array], jax.Array]:
-    """Codes -> values of `dtype` over the `largest`. A table: of a division the compiler makes another grid."""
-    table = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) / np.float32(largest)
-    return lambda codes: jnp.take(table, codes.astype(jnp.int32))
-
+FP8_VALUES, INT8_VALUES = over_largest(jnp.float8_e4m3fn, FP8), over_largest(np.int8, INT8)
 
 WIRES: dict[str, Wire] = {
     "float32": plain(jnp.float32),
     "bf16": plain(jnp.bfloat16),
-    "fp8": scaled(lambda x: bits(x * FP8, jnp.float8_e4m3fn), decoded_by_table(jnp.float8_e4m3fn, FP8)),
-    "int8": scaled(lambda x: bits(jnp.round(x * INT8), jnp.int8), decoded_by_table(np.int8, INT8)),
+    "fp8": scaled(lambda x: bits(x * FP8, jnp.float8_e4m3fn), partial(looked_up, FP8_VALUES)),
+    "int8": scaled(lambda x: bits(jnp.round(x * INT8), jnp.int8), partial(looked_up, INT8_VALUES)),
     "e3m0": scaled(encode_e3m0, decode_e3m0),
 }
 

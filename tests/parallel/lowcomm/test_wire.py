@@ -29,7 +29,7 @@ def test_every_format_of_the_schema_is_there():
 
 @wires
 @given(seed=st.integers(0, 2**32), length=st.sampled_from([1, 7, 64, 100]), exponent=st.integers(-25, 25))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_is_on_the_grid_comes_back_bit_for_bit(name, seed, length, exponent):
     once = np.asarray(ROUNDED[name](arrays(seed, (3, length), exponent)))
     np.testing.assert_array_equal(np.asarray(ROUNDED[name](once)), once)
@@ -37,7 +37,7 @@ def test_what_is_on_the_grid_comes_back_bit_for_bit(name, seed, length, exponent
 
 @wires
 @given(seed=st.integers(0, 2**32), exponent=st.integers(-20, 20))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_value_comes_back_within_half_a_gap(name, seed, exponent):
     x = arrays(seed, (4, 64), exponent)
     scale = np.abs(x) if name == "bf16" else np.abs(x).max(axis=-1, keepdims=True)

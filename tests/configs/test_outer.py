@@ -1,0 +1,55 @@
+"""The section outer: each rule's own defaults, and requests that could not mean anything are refused by key."""
+
+import pytest
+
+from meshwright.configs.errors import UserError
+from meshwright.configs.load import dump, parse, validated
+from meshwright.configs.outer import RULES, OuterConfig
+
+MESH = {"replica": 2, "platform": "cpu"}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_has_its_defaults_and_survives_a_round_trip(name):
+    config = validated({"mesh": MESH, "outer": {"name": name}})
+    assert {key: getattr(config.outer, key) for key in RULES[name]} == RULES[name]
+    assert validated(parse(dump(config), origin="dump")) == config
+
+
+REFUSED = {
+    "no outer": ({"mesh": MESH}, "mesh.replica: 2 replicas would never meet"),
+    "no replicas": ({"outer": {"name": "noloco"}}, "outer: noloco needs replicas to meet"),
+    "any number of replicas": ({"mesh": {"replica": -1}}, "mesh.replica: -1 would let the machine choose"),
+    "a key of another rule": (
+        {"outer": {"mix": 0.5}},
+        "outer.mix: 0.5 means nothing to diloco.*outer.name to streaming",
+    ),
+    "never": ({"mesh": MESH, "steps": 20, "outer": {}}, r"outer.every: 30 exceeds steps \(20\)"),
+    "overlap": ({"outer": {"name": "streaming", "overlap": 30}}, r"outer.overlap: 30 must be below outer.every \(30\)"),
+    "turns": ({"outer": {"name": "streaming", "every": 3}}, r"outer.fragments: 4 exceeds outer.every \(3\)"),
+    "fragments": (
+        {"mesh": MESH, "outer": {"name": "streaming", "fragments": 9}},
+        "outer.fragments: 9 are one for the ends and 8 for layers, and model.layers is 4; use at most 5",
+    ),
+    "apart": (
+        {"mesh": {"replica": 8}, "outer": {"name": "noloco", "momentum": 0.9}},
+        "outer.consensus: 0.7 makes 8 replicas with outer.momentum 0.9 drift apart; stay below 0.436",
+    ),
+    "parameters in 4 bits": ({"outer": {"name": "peer-average", "wire": "e3m0"}}, "outer.wire: e3m0 is too narrow"),
+    "two averages": ({"mesh": MESH, "outer": {}, "optimizer": {"ema": 0.9}}, "optimizer.ema: 0.9 beside outer"),
+    "rows": (
+        {"mesh": {"replica": 3}, "outer": {}, "data": {"global_batch": 16}},
+        r"global_batch: 16 is not divisible by replica x data x fsdp x microbatches \(3 x 1 x 1 x 1 = 3\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tree", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_could_not_work_is_refused_by_key_and_value(tree, message):
+    with pytest.raises(UserError, match=message):
+        validated(tree)
+
+
+def test_a_formats_name_is_checked_before_anything_else():
+    with pytest.raises(ValueError, match="wire"):
+        OuterConfig(wire="fp3")
