@@ -62,6 +62,8 @@ class SourceConfig(Section):
     """Split of an hf dataset. Default: train."""
     field: str = "text"
     """Column or key that holds the text. Default: text."""
+    prompt: str | None = None
+    """jsonl: key of a text that stands before that of `field` and is read but not learned. Default: all is learned."""
     separator: str | None = None
     """text: cut each file into documents at this string. Default: a file is a document."""
     documents: int | None = Field(None, ge=1)
@@ -138,6 +140,7 @@ def check_source(source: SourceConfig, *, key: str) -> None:
         "name": ("hf",),
         "split": ("hf",),
         "field": HAS_COLUMNS,
+        "prompt": ("jsonl",),
         "separator": ("text",),
         "streaming": ("hf",),
     }

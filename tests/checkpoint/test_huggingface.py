@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from meshwright.checkpoint import huggingface
 from meshwright.configs.errors import UserError
@@ -139,6 +139,30 @@ def test_null_and_absent_are_two_things():
     """Mistral's class has a window where a file says nothing; the later releases say null, and mean none."""
     tree = {"model_type": "mistral", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     assert section(tree)["windows"] == [4096] and section(tree | {"sliding_window": None})["windows"] == [None]
+
+
+RENAMED = {
+    "gpt2 as first published": ("gpt2", lambda name: name.removeprefix("transformer."), "h.0.attn.bias"),
+    "gemma3 with an image tower": ("gemma3", lambda name: f"language_model.{name}", "vision_tower.x.weight"),
+    "the same, by version 5": (
+        "gemma3",
+        lambda name: name.replace("model.", "model.language_model.", 1),
+        "model.vision_tower.x.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "rename", "beside"), RENAMED.values(), ids=RENAMED)
+def test_the_same_tensors_by_other_names(name, rename, beside, tmp_path):
+    tensors = load_file(FIXTURES / name / "model.safetensors")
+    extra = {beside: np.ones((2, 2), np.float32)}
+    save_file({rename(tensor): array for tensor, array in tensors.items()} | extra, tmp_path / "model.safetensors")
+    tree = json.loads((FIXTURES / name / "config.json").read_text())
+    if name == "gemma3":
+        tree = {"model_type": "gemma3", "text_config": tree, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    for one, other in zip(*(jax.tree.leaves(read(place)[1]) for place in (tmp_path, FIXTURES / name)), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_directory_that_is_not_its_config_is_refused(tmp_path):

@@ -12,6 +12,7 @@ from ...configs.errors import UserError
 from .cache import cache_directory, cached
 from .dataset import Dataset, HeldOut, HeldOutPart, Packing, Shuffled
 from .documents import Documents, digest, texts
+from .examples import divided
 from .mixture import Mixture
 from .rows import RowShape
 from .sources import open_source, open_stream
@@ -146,7 +147,7 @@ def training_texts(sources: list[Documents], *, fraction: float) -> Iterator[str
         out = held_out([identity(text) for _, text in texts(source)], fraction=fraction)
         for hidden, (_, text) in zip(out, texts(source), strict=True):
             if not hidden:
-                yield text
+                yield "".join(divided(text))
 
 
 def check_enough(source: Source, part: HeldOutPart, *, kept: np.ndarray, data: DataConfig) -> None:
@@ -186,6 +187,6 @@ def summary(parts: list[HeldOutPart], training: Dataset) -> dict[str, int]:
         "bytes": sum(int(store.sizes.sum()) for store, _ in held),
         "rows": training.rows_per_epoch(0),
         "held_out_documents": sum(len(documents) for _, documents in held),
-        "held_out_tokens": sum(int(store.lengths[documents].sum()) for store, documents in held),
+        "held_out_tokens": sum(int(store.learned[documents].sum()) for store, documents in held),
         "held_out_bytes": sum(int(store.sizes[documents].sum()) for store, documents in held),
     }

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from .documents import Documents
+from .examples import divided
 from .order import permutation
 from .rows import Row, RowShape, RowTable, padding, row, row_table
 from .store import TokenStore
@@ -110,8 +111,8 @@ class HeldOut:
 
     @property
     def tokens(self) -> int:
-        """Targets with weight 1: all tokens, the end of each document included."""
-        return sum(int(part.store.lengths[part.documents].sum()) for part in self._parts)
+        """Targets with weight 1: all tokens but prompts', the end of each document included."""
+        return sum(int(part.store.learned[part.documents].sum()) for part in self._parts)
 
     def padded_rows(self, global_batch: int) -> int:
         """`rows` rounded up to whole batches: the `stop` for `batches`."""
@@ -129,4 +130,4 @@ class HeldOut:
         """The documents as they were read: what another compressor would be given."""
         for part in self._parts:
             for origin in part.store.origins[part.documents]:
-                yield part.source[int(origin)]
+                yield divided(part.source[int(origin)])[1]

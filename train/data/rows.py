@@ -3,7 +3,8 @@
 The input of a document is `bos, token, token, ...`; its targets are the same tokens without `bos`, closed by `eos`.
 So every token of every document, `eos` included, is a target exactly once, also where a row boundary cuts the
 document: the input of the second piece opens with the last token of the first. Nothing ever predicts the first token of
-the *next* document from this one. Every position has weight 1 but padding, which has weight 0 and segment 0.
+the *next* document from this one. Every position has weight 1 but padding, which has weight 0 and segment 0, and those
+whose target is of a prompt.
 """
 
 from collections.abc import Iterable
@@ -73,7 +74,7 @@ def row(store: TokenStore, table: RowTable, *, index: int, shape: RowShape) -> R
         result["tokens"][column + 1 : column + length] = result["targets"][column : column + length - 1]
         result["positions"][here] = np.arange(length)
         result["segment_ids"][here] = segment
-        result["loss_weights"][here] = 1.0
+        result["loss_weights"][here] = start + np.arange(length) >= store.prompts[table.document[piece]]
         column += length
     return result
 

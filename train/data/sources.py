@@ -47,7 +47,7 @@ def _text(source: SourceConfig, key: str, cache: Path) -> Documents:
 
 
 def _jsonl(source: SourceConfig, key: str, cache: Path) -> Documents:
-    return json_lines(matching(source.path, suffix=".jsonl", key=key), field=source.field)
+    return json_lines(matching(source.path, suffix=".jsonl", key=key), field=source.field, prompt=source.prompt)
 
 
 def _table(source: SourceConfig, key: str, cache: Path) -> Documents:

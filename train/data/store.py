@@ -3,7 +3,8 @@
 tokens.npy      [tokens] uint16 or uint32
 offsets.npy     [documents + 1] int64: document i is tokens[offsets[i]:offsets[i + 1]]
 identities.npy  [documents] uint64: a hash of the text, see split.py
-sizes.npy       [documents] int64: bytes of the text in UTF-8
+prompts.npy     [documents] int64: tokens at its beginning that are read but not learned
+sizes.npy       [documents] int64: bytes of the text that is learned, in UTF-8
 origins.npy     [documents] int64: its index in the source; documents without text are left out
 """
 
@@ -16,11 +17,12 @@ import numpy as np
 
 from .cache import cached
 from .documents import Documents, digest, texts
+from .examples import divided
 from .split import identity
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-ARRAYS = ("tokens", "offsets", "identities", "sizes", "origins")
+ARRAYS = ("tokens", "offsets", "identities", "prompts", "sizes", "origins")
 BATCH_CHARACTERS = 1 << 22  # text encoded at once: bounds memory, which is ~100 bytes a token while the library encodes
 
 
@@ -31,6 +33,7 @@ class TokenStore:
     tokens: np.ndarray
     offsets: np.ndarray
     identities: np.ndarray
+    prompts: np.ndarray
     sizes: np.ndarray
     origins: np.ndarray
 
@@ -42,10 +45,15 @@ class TokenStore:
         """[documents] int64: tokens of each, the end token included."""
         return np.diff(self.offsets)
 
+    @property
+    def learned(self) -> np.ndarray:
+        """[documents] int64: tokens of each that have weight 1."""
+        return self.lengths - self.prompts
+
 
 def tokenized(documents: Documents, tokenizer: Tokenizer, *, cache: Path) -> TokenStore:
     """The documents as tokens: encoded once, then read from the cache."""
-    key = digest("tokens-1", documents.fingerprint, tokenizer.fingerprint)
+    key = digest("tokens-2", documents.fingerprint, tokenizer.fingerprint)
     return cached(
         cache / "tokens" / key,
         read=open_store,
@@ -57,20 +65,24 @@ def write_store(documents: Documents, tokenizer: Tokenizer, *, directory: Path) 
     """Encode everything into `directory`, a batch of documents at a time."""
     logger.info("tokenizing %d documents", len(documents))
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    lengths, identities, sizes, origins = [], [], [], []
+    lengths, identities, prompts, sizes, origins = [], [], [], [], []
     with open(directory / "tokens.npy", "wb") as file:
         _write_header(file, dtype, count=0)
         for batch in batched(documents):
-            for (origin, text), ids in zip(batch, encoded([text for _, text in batch], tokenizer), strict=True):
-                file.write(np.array([*ids, tokenizer.eos], dtype).tobytes())
-                lengths.append(len(ids) + 1)
+            parts = [divided(text) for _, text in batch]
+            heads, tails = (encoded([part[which] for part in parts], tokenizer) for which in (0, 1))
+            for (origin, text), (_, learned), head, tail in zip(batch, parts, heads, tails, strict=True):
+                file.write(np.array([*head, *tail, tokenizer.eos], dtype).tobytes())
+                lengths.append(len(head) + len(tail) + 1)
                 identities.append(identity(text))
-                sizes.append(len(text.encode()))
+                prompts.append(len(head))
+                sizes.append(len(learned.encode()))
                 origins.append(origin)
         file.seek(0)
         _write_header(file, dtype, count=sum(lengths))
     np.save(directory / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
     np.save(directory / "identities.npy", np.array(identities, np.uint64))
+    np.save(directory / "prompts.npy", np.array(prompts, np.int64))
     np.save(directory / "sizes.npy", np.array(sizes, np.int64))
     np.save(directory / "origins.npy", np.array(origins, np.int64))
 

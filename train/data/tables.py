@@ -12,16 +12,18 @@ import xxhash
 
 from ...configs.errors import UserError, first_line
 from .documents import decoded, digest
+from .examples import joined
 from .files import parts, readable
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """The strings under `field`, one a line; blank lines do not count."""
+    """The strings under `field`, one a line, behind those under `prompt`; blank lines do not count."""
 
     paths: tuple[Path, ...]
     lines: np.ndarray  # [documents, 4] int64: file, first byte, end, and the line number a person would look for
     field: str
+    prompt: str | None
     fingerprint: str
 
     def __len__(self) -> int:
@@ -44,10 +46,13 @@ class JsonLines:
             raise UserError(
                 f"data.path: {origin}: a {type(row).__name__}, not an object; write {{{self.field!r}: ...}}"
             )
-        return column(row, self.field, origin=origin)
+        text = column(row, self.field, origin=origin)
+        if self.prompt is None:
+            return text
+        return joined(column(row, self.prompt, origin=origin), text, origin=origin)
 
 
-def json_lines(paths: list[Path], *, field: str) -> JsonLines:
+def json_lines(paths: list[Path], *, field: str, prompt: str | None = None) -> JsonLines:
     """Index the lines of the files; each is parsed when it is read."""
     digests = []
 
@@ -60,7 +65,8 @@ def json_lines(paths: list[Path], *, field: str) -> JsonLines:
                     yield file_number, start, stop, number
 
     table = np.fromiter(lines(), np.dtype((np.int64, 4)))  # 32 bytes a line: there may be very many
-    return JsonLines(tuple(paths), table, field, digest("jsonl", field, *digests))
+    columns = (field,) if prompt is None else (field, prompt)
+    return JsonLines(tuple(paths), table, field, prompt, digest("jsonl", *columns, *digests))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ def make_store(lengths):
         tokens=np.concatenate(documents).astype(np.uint16),
         offsets=np.cumsum([0, *lengths]),
         identities=count.astype(np.uint64),
+        prompts=np.zeros(len(lengths), np.int64),
         sizes=4 * np.asarray(lengths),
         origins=count,
     )
