@@ -85,9 +85,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
 
     directory = open_directory(config, root=root, write=world.first)
     with ExitStack() as stack:
-        fence = Fence(directory, world.epoch)
-        if world.first:
-            fence.claim()
+        fence = fence_of(directory, world)
         journal = Journal(directory, enabled=world.first, allowed=fence.check)
         progress = stack.enter_context(closing(Progress(world, fence)))
         progress.report(0, "start")
@@ -107,6 +105,14 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
             with suppress(UserError):  # a full disk must not hide what happened
                 journal.record("failure", error=type(error).__name__, message=str(error)[:500])
             raise
+
+
+def fence_of(directory: Path, world: World) -> Fence:
+    """The right of this process's epoch to write to the run directory; the first process claims it."""
+    fence = Fence(directory, world.epoch)
+    if world.first:
+        fence.claim()
+    return fence
 
 
 @dataclass
