@@ -48,18 +48,16 @@ def spec(
 
 
 def fitting(axes: Axes, name: str | None, size: int, mesh: Mesh) -> Axes:
-    """`axes` where their product divides `size`; None for key-value heads and layers that it does not divide.
+    """`axes` of more than one device, where their product divides `size`; None for heads and layers that it does not.
 
     Layers in a pipeline's order always divide; in their plain order they stay on every stage, until they are dealt out.
     """
-    wanted = (axes,) if isinstance(axes, str) else (axes or ())
-    product = 1
-    for axis in wanted:
-        product *= mesh.shape[axis]
+    wanted = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[axis] > 1)
+    product = math.prod(mesh.shape[axis] for axis in wanted)
     if product == 1:
         return None
     if size % product == 0:
-        return axes
+        return wanted[0] if len(wanted) == 1 else wanted
     if name in ("kv_heads", "layers"):
         return None
     raise ValueError(f"dimension {name} of size {size} cannot be sharded over {' x '.join(wanted)} ({product} devices)")

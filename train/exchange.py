@@ -54,7 +54,7 @@ def import_directory(source: Path, run: Path, *, adapter: Path | None = None) ->
         state = dataclasses.replace(state, params=params, frozen=frozen)
     open_directory(config, root=run.parent)
     copy_companions(source, run)
-    with closing(Storage(run / "checkpoints", keep=1)) as storage:
+    with closing(Storage(run / "checkpoints", layout=program.layout)) as storage:
         storage.save(state, step=0, data={"corpus": "", "samples": 0, "origin": program.origin})
     return run
 

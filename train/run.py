@@ -171,9 +171,15 @@ class Run:
         with closing(self.batches(0)) as feed:
             batch = to_devices(next(feed), self.config, self.program.mesh)
         costs = op_times(self.program, state.params, state.frozen, batch)
-        devices = self.program.mesh.shape["pipe"]
+        staging = self.program.staging
+        measured = {
+            "schedule": staging.table.name,
+            "devices": staging.table.devices,
+            "repeats": staging.repeats,
+            "costs": costs.model_dump(mode="json"),
+        }
         if self.world.first:
-            write_json(self.directory / "pipeline.json", {"devices": devices, "costs": costs.model_dump(mode="json")})
+            write_json(self.directory / "pipeline.json", measured)
 
     def loop(self, state: TrainState, start: int, step: Any, evaluation: Any) -> TrainState:
         """From update `start` to the last; metrics are read one step behind."""

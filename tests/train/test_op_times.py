@@ -46,7 +46,9 @@ def test_every_op_is_run_alone_and_the_idle_time_is_taken_off(timed):
 def test_the_report_draws_the_schedule_on_the_measured_clock():
     costs = Costs(forward=0.002, input_gradient=0.004, weight_gradient=0.002, tick=0.0001)
     config = CONFIG.model_dump(mode="json")
-    page = schedule_picture(config, {"devices": 2, "costs": costs.model_dump(mode="json")})
+    measured = {"schedule": "zb-h1", "devices": 2, "repeats": [1, 1], "costs": costs.model_dump(mode="json")}
+    page = schedule_picture(config, measured)
     assert "<svg" in page and "zb-h1: 2 stages on 2 devices, 4 microbatches" in page and "4 ms" in page
     assert schedule_picture(config, {}) is None
-    assert schedule_picture(tiny().model_dump(mode="json"), {"devices": 1, "costs": {}}) is None
+    assert schedule_picture(config, measured | {"schedule": "1f1b"}) is None, "measured under another schedule"
+    assert schedule_picture(tiny().model_dump(mode="json"), measured | {"devices": 1}) is None

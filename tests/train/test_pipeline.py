@@ -22,7 +22,7 @@ CASES = {
         {"optimizer": {"name": "muon"}}, {"mesh": {"pipe": 2, "fsdp": 2}, "pipeline": {"schedule": "zb-v"}}
     ),
     "uneven stages, layers run again": (
-        {"model": {"layers": 5, "qk_norm": True}},
+        {"model": {"layers": 5, "qk_norm": True}, "optimizer": {"name": "sgd"}},
         {"mesh": {"pipe": 4, "tensor": 2}, "pipeline": {"schedule": "zb-h1"}, "memory": {"policy": "full"}},
     ),
     "a pattern of windows, heads exchanged": (

@@ -23,15 +23,15 @@ SHOWN = {
 
 
 def schedule_picture(config: dict[str, Any], measured: dict[str, Any]) -> Html | None:
-    """The section of the report; None for a run without a pipeline, or whose configuration no longer makes one."""
+    """The section of the report; None for a run without a pipeline, or one that was not measured."""
     if not measured:
         return None
     try:
         staged = staging(validated(config), pipe=measured["devices"])
     except MeshwrightError:
         return None
-    if staged is None:
-        return None
+    if staged is None or list(staged.repeats) != measured["repeats"] or staged.table.name != measured["schedule"]:
+        return None  # of an earlier sitting, under another schedule
     costs = Costs.model_validate(measured["costs"])
     timeline = simulate(staged.table, costs)
     times = [(words, f"{1000 * value:.3g} ms") for name, words in SHOWN.items() if (value := getattr(costs, name))]
