@@ -117,7 +117,7 @@ def order(rounds: int) -> dict[str, Any]:
         costs = op_times(case.program, case.state.params, case.state.frozen, case.batch)
         table = case.program.staging.table
         rows[name] = {"measured": measured[name], "simulated": simulate(table, costs, cores=2).lockstep,
-                      "ticks": table.ticks, "idle_tick_ms": 1000 * costs.tick}  # fmt: skip
+                      "ticks": table.ticks, "idle_tick_ms": round(1000 * costs.tick, 3)}  # fmt: skip
     names = list(rows)
     agree = [(rows[a]["measured"] - rows[b]["measured"]) * (rows[a]["simulated"] - rows[b]["simulated"]) > 0
              for i, a in enumerate(names) for b in names[:i]]  # fmt: skip

@@ -100,7 +100,7 @@ class PipelineConfig(Section):
     backward: Literal["split", "fused"] = "split"
     """split: input and weight gradients are passes of their own; fused: one pass, twice as long, nothing stashed."""
     measure: bool = True
-    """After the last step, time each op on its own for the report; compiles the engine once more."""
+    """After the last step, time each op on its own for the report; compiles the engine twice more."""
     memory_limit: float | None = Field(None, gt=0)
     """Microbatches' activations a device may hold at once (schedule auto)."""
 

@@ -21,6 +21,7 @@ from ..parallel.pipeline.wiring import Wiring, rows_of, wired
 from .program import Program
 
 TICKS = 8  # of the rows that are run; in all of them all devices do the op
+LONGER = 40  # rows in which nobody does anything, for the time of a tick
 ROUNDS = 3
 
 
@@ -30,11 +31,15 @@ def op_times(program: Program, params: Any, frozen: Any, batch: Any) -> Costs:
     if staging is None:
         raise MeshwrightError(f"mesh.pipe: {program.mesh.shape['pipe']}: only a pipeline has ops to time")
     wiring = wired(staging.table, repeats=staging.repeats)
-    idle = idle_rows(wiring)
+    idle, longer = idle_rows(wiring, ticks=TICKS), idle_rows(wiring, ticks=LONGER)
     with jax.set_mesh(program.mesh):
         engine = jax.jit(lambda params, frozen, batch, rows: program.gradients(params, frozen, batch, None, rows=rows))
-        compiled = partial(engine.lower(params, frozen, batch, idle).compile(), params, frozen, batch)
-    base = seconds(compiled, idle)
+        compiled, stretched = (
+            partial(engine.lower(params, frozen, batch, rows).compile(), params, frozen, batch)
+            for rows in (idle, longer)
+        )
+    base = seconds(compiled, idle)  # what a step costs without any op: gathering, reducing, and some ticks
+    tick = max(seconds(stretched, longer) - base, 0.0) / (LONGER - TICKS)
 
     def cost(op: Op, **fields: int) -> float:
         if op not in wiring.ops:
@@ -53,17 +58,17 @@ def op_times(program: Program, params: Any, frozen: Any, batch: Any) -> Costs:
         vocabulary_s=None if whole else times[Op.S],
         vocabulary_t=None if whole else times[Op.T],
         head_input_gradient=head,
-        tick=base / TICKS,
+        tick=tick,
         stages=tuple(repeats / staging.most for repeats in staging.repeats),
     )
 
 
-def idle_rows(wiring: Wiring) -> dict[str, np.ndarray]:
+def idle_rows(wiring: Wiring, *, ticks: int) -> dict[str, np.ndarray]:
     """Rows like those of `wiring`, with nothing to do in any tick."""
     kept = -1  # no slot, no meeting
     zeros = ("op", "microbatch", "chunk", "repeats", "first_repeat", "first", "last")
     return {
-        name: np.full((TICKS, *field.shape[1:]), 0 if name in zeros else kept, np.int32)
+        name: np.full((ticks, *field.shape[1:]), 0 if name in zeros else kept, np.int32)
         for name, field in rows_of(wiring).items()
     }
 
