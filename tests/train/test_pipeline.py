@@ -29,6 +29,10 @@ CASES = {
         {"model": {"windows": [4, None]}},
         {"mesh": {"pipe": 2, "seq": 2, "fsdp": 2, "zero": 1}, "sequence": {"parallel": "ulysses"}},
     ),
+    "an adapter, a shared vocabulary": (
+        {"adapter": {"method": "lora", "rank": 2, "targets": ["q", "v"]}, "optimizer": {"name": "sgd"}},
+        {"mesh": {"pipe": 2, "tensor": 2}, "pipeline": {"schedule": "v-half", "vocab_parallel": 2}},
+    ),
     "a fused backward, gathered keys": (
         {"model": {"family": "gpt2", "max_positions": 16, "dropout": 0.1, "qkv_bias": False},
          "optimizer": {"name": "sgd"}},
