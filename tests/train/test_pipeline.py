@@ -73,7 +73,9 @@ def test_a_shared_vocabulary_trains_like_one_device(schedule, algorithm, mesh):
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v", "v-half"])
 def test_twenty_steps_stay_on_one_curve(schedule):
     vocabulary = 2 if schedule == "v-half" else 0
-    plain, staged = pair({"model": {"layers": 8}, "steps": 20}, {"mesh": {"pipe": 4, "tensor": 2}, "pipeline": {
+    # SGD: Adam makes steps of a learning rate's size out of rounding, and twenty of them are another curve.
+    model = {"model": {"layers": 8}, "steps": 20, "optimizer": {"name": "sgd"}}
+    plain, staged = pair(model, {"mesh": {"pipe": 4, "tensor": 2}, "pipeline": {
         "schedule": schedule, "vocab_parallel": vocabulary}})  # fmt: skip
     assert_same(plain, staged, steps=20, tolerance=2e-4)
 
