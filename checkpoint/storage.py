@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
@@ -206,14 +207,7 @@ def tree(state: TrainState) -> dict[str, Any]:
 
 def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts of arrays by path."""
-    result: dict[str, Any] = {}
-    for path, leaf in arrays.items():
-        *parents, last = path.split("/")
-        place = result
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = leaf
-    return result
+    return unflatten_dict(dict(arrays), sep="/")
 
 
 def by_path(nest: Any) -> dict[str, Any]:

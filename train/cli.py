@@ -14,6 +14,7 @@ import typer
 
 from ..configs import load as loading
 from ..configs.errors import MeshwrightError, UserError
+from ..configs.parallel import PipelineConfig
 from ..configs.run import RunConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -64,6 +65,12 @@ def launch(
         raise UserError.no_match("--engine", [engine], known=ENGINES)
     loaded = loading.load(config, overrides=overrides or ())
     settings = loaded.launch
+    count, shares = loaded.mesh.count, processes or settings.processes
+    if count is not None and devices_per_process is None and settings.devices_per_process is None and count % shares:
+        raise UserError(
+            f"--processes: {shares} do not share the {count} devices of mesh evenly; use a divisor of {count}, or "
+            "--devices-per-process"
+        )
     start(
         [sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
         processes=processes or settings.processes,
@@ -83,9 +90,10 @@ def validate(
 ) -> None:
     """Check a configuration; allocates nothing."""
     loaded = loading.load(config, overrides=overrides or ())
-    from .staging import check_staging
+    if loaded.mesh.pipe != 1 or loaded.pipeline != PipelineConfig():
+        from .staging import check_staging
 
-    check_staging(loaded)
+        check_staging(loaded)
     if deep:
         from .deep import check
 

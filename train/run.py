@@ -168,6 +168,7 @@ class Run:
 
     def time_ops(self, state: TrainState) -> None:
         """Measure the ops of the pipeline, for the report."""
+        self.progress.report(self.config.steps, "measure")
         with closing(self.batches(0)) as feed:
             batch = to_devices(next(feed), self.config, self.program.mesh)
         costs = op_times(self.program, state.params, state.frozen, batch)

@@ -14,8 +14,8 @@ from ..configs.errors import UserError
 from ..configs.run import RunConfig
 from ..parallel.pipeline.fused import fused
 from ..parallel.pipeline.layers import even, redistributed
-from ..parallel.pipeline.schedules.registry import make
-from ..parallel.pipeline.table import Table
+from ..parallel.pipeline.schedules.registry import SCHEDULES, make
+from ..parallel.pipeline.table import Op, Table
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,16 @@ class Staging:
 
 def check_staging(config: RunConfig) -> None:
     """Raise UserError where the pipeline of `config` does not fit, as far as that is known without devices."""
+    check_name(config.pipeline.schedule)
     if (count := config.mesh.count) is not None:
         staging(config, pipe=config.mesh.resolved(count)["pipe"])
+
+
+def check_name(schedule: str) -> None:
+    """Raise UserError for a schedule that is none, or does not train."""
+    known = [name for name, family in SCHEDULES.items() if family.trains and "path" not in family.options]
+    if schedule not in known and not schedule.endswith(".csv"):
+        raise UserError.no_match("pipeline.schedule", [schedule], known=[*known, "PATH.csv"])
 
 
 def staging(config: RunConfig, *, pipe: int) -> Staging | None:
@@ -53,6 +61,7 @@ def staging(config: RunConfig, *, pipe: int) -> Staging | None:
     if pipe == 1:
         return None
     settings = config.pipeline
+    check_name(settings.schedule)
     path = Path(settings.schedule) if settings.schedule.endswith(".csv") else None
     table = make(
         settings.schedule if path is None else "file",
@@ -69,7 +78,20 @@ def staging(config: RunConfig, *, pipe: int) -> Staging | None:
         "forward-only", devices=pipe, microbatches=config.microbatches, placement=table.placement,
         vocabulary=settings.vocab_parallel,
     )  # fmt: skip
-    return Staging(table, forward, dealt(config, stages=table.stages))
+    repeats = dealt(config, stages=table.stages)
+    if table.microbatches < pipe:
+        raise UserError(
+            f"microbatches: {table.microbatches} leave most of {pipe} pipeline devices idle at any time; use at least "
+            f"{pipe}, which must divide data.global_batch ({config.data.global_batch}) over the batch axes"
+        )
+    if not table_trains(table):
+        raise UserError(f"pipeline.schedule: {settings.schedule} has no backward pass; {pipe} devices would not train")
+    return Staging(table, forward, repeats)
+
+
+def table_trains(table: Table) -> bool:
+    """Whether there is a backward pass; a validated table has all of it or none."""
+    return bool((table.op == Op.I).any() or (table.op == Op.B).any())
 
 
 def dealt(config: RunConfig, *, stages: int) -> tuple[int, ...]:

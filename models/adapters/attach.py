@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ...configs.adapter import AdapterConfig
 from ...configs.model import ModelConfig
@@ -131,21 +132,11 @@ def at(tree: Params, path: str) -> Any:
     return tree
 
 
-def flat(tree: Params, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Params) -> dict[str, Any]:
     """Path -> leaf."""
-    found = {}
-    for key, part in tree.items():
-        found |= flat(part, f"{prefix}{key}/") if isinstance(part, dict) else {prefix + key: part}
-    return found
+    return flatten_dict(tree, sep="/")
 
 
 def nested(leaves: dict[str, Any]) -> Params:
     """The inverse of `flat`."""
-    tree: Params = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        place = tree
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = leaf
-    return tree
+    return unflatten_dict(leaves, sep="/")

@@ -89,6 +89,14 @@ REFUSED = {
         {"pipeline": {"schedule": "zb-h1", "vocab_parallel": 2}},
         r"pipeline.vocab_parallel: zb-h1",
     ),
+    "a schedule that only evaluates": (
+        {"pipeline": {"schedule": "forward-only"}},
+        r"pipeline.schedule: forward-only matches nothing",
+    ),
+    "too few microbatches": (
+        {"mesh": {"pipe": 4}, "microbatches": 2},
+        r"microbatches: 2 leave most of 4 .* use at least 4",
+    ),
     "a missing file": ({"pipeline": {"schedule": "none/there.csv"}}, r"there.csv"),
 }
 
