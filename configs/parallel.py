@@ -99,6 +99,9 @@ class PipelineConfig(Section):
     """Layers of each stage, or how they are dealt out: balanced leaves fewer to the stage that has the head."""
     backward: Literal["split", "fused"] = "split"
     """split: input and weight gradients are passes of their own; fused: one pass, twice as long, nothing stashed."""
+    post_validation: bool = False
+    """Update before the global gradient norm is known, validate by it, and do it again where it was to be clipped or
+    skipped (arXiv:2401.10241); keeps the old state until then."""
     measure: bool = True
     """After the last step, time each op on its own for the report; compiles the engine twice more."""
     memory_limit: float | None = Field(None, gt=0)

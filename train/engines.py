@@ -85,7 +85,10 @@ def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> En
         sums = forward(params, frozen, batch, None)
         return sums.loss, sums.weight
 
-    return Engines(engine(staging.table), evaluate)
+    train = engine(staging.table)
+    if config.pipeline.post_validation:
+        train = pipeline.weighed(train, RECIPES[config.recipe.name])
+    return Engines(train, evaluate)
 
 
 def fresh(config: RunConfig) -> Any:

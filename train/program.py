@@ -36,6 +36,7 @@ from .gradients import Batch, Engine
 from .replicas import Meet, Replicas, replicas_of
 from .staging import Staging, staging
 from .step import Step, make_step
+from .update import guarded, post_validated
 
 # Dtypes of a batch's fields; all are [global_batch, sequence].
 BATCH_DTYPES = dict.fromkeys(BATCH_FIELDS, jnp.int32) | {"loss_weights": jnp.float32}
@@ -239,13 +240,18 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
     staged = staging(config, pipe=mesh.shape["pipe"])
     engines = whole(config, mesh, structure) if staged is None else pipelined(config, mesh, structure, staged)
     schedule = optimizers.schedule(config.optimizer, steps=config.steps)
-    optimizer = optimizers.build(
+    make = partial(
+        optimizers.build,
         config.optimizer,
         steps=config.steps,
         spike=config.logging.spike,
         multiplied=None if config.adapter is None else multipliers(config.model, config.adapter),
     )
-    step = make_step(engines.train, optimizer, schedule=schedule, dropout=drops(config), spike=config.logging.spike)
+    optimizer = make()
+    update = guarded(optimizer)
+    if staged is not None and config.pipeline.post_validation:
+        update = post_validated(optimizer, make(clip=optimizers.unclipped), clip=config.optimizer.clip)
+    step = make_step(engines.train, update, schedule=schedule, dropout=drops(config), spike=config.logging.spike)
     evaluate = engines.evaluate
     several = replicas_of(config, mesh, count=replica_count)
     if several:
