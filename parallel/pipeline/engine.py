@@ -102,7 +102,7 @@ def on_device(
 def empty(device: Device, x: jax.ShapeDtypeStruct, *, dtype: Any) -> Carry:
     """What the first tick begins with; `x` is the shape of what passes between stages."""
     constrain, slots = device.parts.constrain, device.wiring.slots
-    messages = jnp.zeros((slots["messages"], *x.shape), x.dtype)
+    messages = jnp.zeros((slots["messages"] + 1, *x.shape), x.dtype)
     saved = [
         [jnp.zeros((slots[name], device.repeats, *one.shape), one.dtype) for one in shapes]
         for name, shapes in device.block.shapes._asdict().items()
@@ -126,7 +126,7 @@ def tick(device: Device, carry: Carry, rows: Row) -> tuple[Carry, None]:
     row = {name: field if field.ndim == 0 else field[me] for name, field in rows.items()}
     carry = device.ends.before(device, row, carry)
     for op in sorted(device.wiring.ops & PHASES.keys()):
-        carry = when(row["op"] == op, partial(PHASES[op], device, row), carry)
+        carry = when(row["op"] == op, partial(PHASES[op], device), row, carry)
     carry = carry._replace(messages=delivered(device.wiring, row, carry))
     return device.ends.after(device, row, carry), None
 
