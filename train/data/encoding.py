@@ -50,8 +50,8 @@ def conversation(part: Part, encoding: Any, tokenizer: Tokenizer) -> Encoded:
     if len(ends) and encoding.ids[ends[-1]] not in tokenizer.added:
         raise UserError(
             f"data.template: what is learned ends with {encoding.tokens[ends[-1]]!r}, which is no special token, so "
-            "the model would never learn to stop: the template must write the tokenizer's end of a turn inside what the "
-            f"assistant says ({{% generation %}}). Rendered: {part.text[-400:]!r}"
+            "the model would never learn to stop: the template must write the tokenizer's end of a turn inside what "
+            f"the assistant says ({{% generation %}}). Rendered: {part.text[-400:]!r}"
         )
     flips = np.flatnonzero(np.diff(learned[1:], prepend=True, append=True)).tolist()  # the opener is no target
     return Encoded(encoding.ids[0], encoding.ids[1:], list(zip(flips[::2], flips[1::2], strict=True)))

@@ -2,10 +2,10 @@
 
 The input of a document is `bos, token, token, ...`; its targets are the same tokens without `bos`, closed by `eos`.
 (A conversation has its own first token in place of `bos`, and ends as its template says.) So every token of every
-document, `eos` included, is a target exactly once, also where a row boundary cuts the document: the input of the second
-piece opens with the last token of the first. Nothing ever predicts the first token of the *next* document from this one.
-Every position has weight 1 but padding, which has weight 0 and segment 0, and those whose target is only read. The two
-texts of a pair are segments 1 and 2, or 3 and 4, ... of one row.
+document, `eos` included, is a target exactly once, also where a row boundary cuts the document: the input of the
+second piece opens with the last token of the first. Nothing ever predicts the first token of the *next* document from
+this one. Every position has weight 1 but padding, which has weight 0 and segment 0, and those whose target is only
+read. The two texts of a pair are segments 1 and 2, or 3 and 4, ... of one row.
 """
 
 from collections.abc import Iterable, Iterator
