@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from .base import Section
 
-Source = Literal["stdlib", "text", "jsonl", "parquet", "arrow", "hf", "synthetic"]
+Source = Literal["stdlib", "text", "jsonl", "parquet", "arrow", "hf", "synthetic", "docstrings"]
 
 # What a row is -> the columns it must have, and those it may have. `text` reads `data.field` and `data.prompt`.
 FORMAT_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -22,6 +22,7 @@ PAIRED = ("preference", "unpaired")  # formats of which a document is two segmen
 
 NEEDS_PATH = ("text", "jsonl", "parquet", "arrow", "hf")
 HAS_COLUMNS = ("jsonl", "parquet", "arrow", "hf")
+DOCSTRING_FORMATS = ("prompt-completion", "messages", "preference", "unpaired")
 
 
 class TokenizerConfig(Section):
@@ -66,7 +67,8 @@ class SourceConfig(Section):
     """One collection of documents."""
 
     source: Source | None = None
-    """Where documents come from. Default: stdlib, the installed Python's own source code."""
+    """Where documents come from. Default: stdlib, the installed Python's own source code; docstrings are those of its
+    functions, each with the function, for fine-tuning."""
     path: str | None = None
     """File, directory or glob (text, jsonl, parquet, arrow); local directory or hub name (hf). Default: none."""
     name: str | None = None
@@ -172,7 +174,7 @@ def check_source(source: SourceConfig, *, key: str) -> None:
         "split": ("hf",),
         "field": HAS_COLUMNS,
         "prompt": HAS_COLUMNS,
-        "format": HAS_COLUMNS,
+        "format": (*HAS_COLUMNS, "docstrings"),
         "columns": HAS_COLUMNS,
         "separator": ("text",),
         "streaming": ("hf",),
@@ -191,5 +193,9 @@ def check_source(source: SourceConfig, *, key: str) -> None:
         raise ValueError(f"{key}.field, {key}.prompt: they are for format text; use {key}.columns for {source.format}")
     if source.format == "unpaired" and source.streaming:
         raise ValueError(f"{key}.streaming: true with format unpaired, which reads other rows too; set false")
+    if kind == "docstrings" and source.format not in DOCSTRING_FORMATS:
+        raise ValueError(
+            f"{key}.format: {source.format} is not what docstrings come in; set it to {' or '.join(DOCSTRING_FORMATS)}"
+        )
     if source.separator == "":
         raise ValueError(f"{key}.separator: '' cuts nowhere; set a string such as '\\n\\n', or null")

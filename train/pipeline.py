@@ -21,7 +21,7 @@ from ..parallel.rules import path_name
 from ..parallel.state import combine
 from ..parallel.vocabulary import Constrain, lookup, token_logprobs
 from .gradients import Batch, Engine, Sums
-from .recipes.registry import Recipe
+from .recipes import interface as recipes
 
 Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -41,7 +41,7 @@ def joined(weights: Weights) -> Any:
 def parts(
     graph: Any,
     shapes: Any,
-    recipe: Recipe,
+    recipe: recipes.Loss,
     *,
     model: ModelConfig,
     memory: MemoryConfig,

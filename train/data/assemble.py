@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ class Data:
     train: Dataset
     held_out: HeldOut | None  # None where data.held_out is 0
     template: Template | None  # of conversations; None where there is none
+    tokens: int  # of all stores: places that a row may name; of a stream those of its first window
     fingerprint: str  # of everything but the seed that decides what sample i holds
     summary: dict[str, int]  # what `summary` counts
 
@@ -74,7 +75,7 @@ def build(data: DataConfig, *, seed: int, model_vocab: int | None = None) -> Dat
         check_tokenizer(tokenizer, model_vocab)
     packing = Packing(data.packing.method, data.packing.window, RowShape.of(tokenizer, data.sequence_length))
 
-    parts = [hold_out(source, tokenizer, data=data, cache=cache) for source in sources]
+    parts = numbered([hold_out(source, tokenizer, data=data, cache=cache) for source in sources])
     evaluated = np.concatenate([part.store.identities[part.documents] for part in parts])
     kept = [
         fitting(part.store, np.flatnonzero(~np.isin(part.store.identities, evaluated)), source, data.sequence_length)
@@ -95,7 +96,9 @@ def build(data: DataConfig, *, seed: int, model_vocab: int | None = None) -> Dat
     mixed = Mixture(training, weights=weights, key=(seed, MIXING)) if data.mixture else training[0]
     evaluation = HeldOut(parts, packing=packing) if data.held_out else None
     counted = summary(parts, mixed)
-    return Data(tokenizer, mixed, evaluation, template, fingerprint(data, sources, tokenizer=tokenizer), counted)
+    tokens = sum(len(part.store.tokens) for part in parts)
+    known = fingerprint(data, sources, tokenizer=tokenizer)
+    return Data(tokenizer, mixed, evaluation, template, tokens, known, counted)
 
 
 def template_of(data: DataConfig) -> Template | None:
@@ -119,6 +122,12 @@ def hold_out(source: Source, tokenizer: Tokenizer, *, data: DataConfig, cache: P
     store = tokenized(source.documents, tokenizer, cache=cache)
     chosen = np.flatnonzero(held_out(store.identities, fraction=data.held_out))
     return HeldOutPart(source.documents, store, fitting(store, chosen, source, data.sequence_length))
+
+
+def numbered(parts: list[HeldOutPart]) -> list[HeldOutPart]:
+    """The parts, each token of their stores with a number of its own."""
+    firsts = np.cumsum([0, *(len(part.store.tokens) for part in parts)]).tolist()
+    return [replace(part, store=replace(part.store, first=first)) for part, first in zip(parts, firsts, strict=False)]
 
 
 def fitting(store: TokenStore, documents: np.ndarray, source: Source, sequence_length: int) -> np.ndarray:

@@ -17,8 +17,9 @@ from .packing import PACKERS
 from .store import TokenStore
 from .tokenizer import Tokenizer
 
-# tokens targets segment_ids positions int32, loss_weights labels float32; each [sequence]
+# tokens targets segment_ids positions int32, loss_weights labels float32, places int64; each [sequence]
 Row = dict[str, np.ndarray]
+NOWHERE = -1  # the place of padding
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def row(store: TokenStore, table: RowTable, *, index: int, shape: RowShape) -> R
             result["segment_ids"][here] = segment
             result["loss_weights"][here] = store.weights(begin, end)
             result["labels"][here] = store.labels[document]
+            result["places"][here] = store.first + np.arange(begin, end)
             column = here.stop
     return result
 
@@ -103,4 +105,5 @@ def padding(shape: RowShape) -> Row:
         "segment_ids": np.zeros(length, np.int32),
         "positions": np.zeros(length, np.int32),
         "labels": np.zeros(length, np.float32),
+        "places": np.full(length, NOWHERE, np.int64),
     }

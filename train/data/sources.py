@@ -7,6 +7,7 @@ from pathlib import Path
 from ...configs.data import SourceConfig
 from ...configs.errors import UserError
 from .chat import Template
+from .docstrings import Docstrings, library_pairs
 from .documents import Documents, First, digest
 from .files import matching, standard_library, text_files
 from .formats import Mismatched, Reader, reader_of
@@ -70,6 +71,11 @@ def _synthetic(source: SourceConfig, key: str, reader: Reader, cache: Path) -> D
     return Synthetic(source.documents or SYNTHETIC_DOCUMENTS)
 
 
+def _docstrings(source: SourceConfig, key: str, reader: Reader, cache: Path) -> Documents:
+    found, fingerprint = library_pairs(cache)
+    return Docstrings(found, reader, fingerprint)
+
+
 SOURCES: dict[str, Opener] = {
     "stdlib": _stdlib,
     "text": _text,
@@ -78,4 +84,5 @@ SOURCES: dict[str, Opener] = {
     "arrow": _table,
     "hf": _hf,
     "synthetic": _synthetic,
+    "docstrings": _docstrings,
 }

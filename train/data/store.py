@@ -42,6 +42,7 @@ class TokenStore:
     identities: np.ndarray
     sizes: np.ndarray
     origins: np.ndarray
+    first: int = 0  # the number of its first token among those of all the run's stores
 
     def __len__(self) -> int:
         return len(self.identities)
