@@ -13,14 +13,8 @@ from .elastic import ElasticConfig
 from .model import ModelConfig
 from .outer import OuterConfig, check_replicas
 from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
-from .training import (
-    CheckpointConfig,
-    EvaluationConfig,
-    LaunchConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    RecipeConfig,
-)
+from .recipe import RecipeConfig, check_recipe
+from .training import CheckpointConfig, EvaluationConfig, LaunchConfig, LoggingConfig, OptimizerConfig
 
 
 class RunConfig(Section):
@@ -75,6 +69,7 @@ class RunConfig(Section):
             )
         if self.model.attention == "cudnn" and self.mesh.platform == "cpu":
             raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
+        check_recipe(self.recipe, self.data)
         check_replicas(
             self.outer,
             replicas=self.mesh.replica,

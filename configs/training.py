@@ -1,4 +1,4 @@
-"""How the run goes: optimizer, recipe, evaluation, checkpoints, logging, launch."""
+"""How the run goes: optimizer, evaluation, checkpoints, logging, launch."""
 
 from typing import Literal
 
@@ -36,13 +36,6 @@ class OptimizerConfig(Section):
     """Added to the denominator."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential moving average of the parameters, used for evaluation and samples; null: off."""
-
-
-class RecipeConfig(Section):
-    """What is learned."""
-
-    name: Literal["pretrain"] = "pretrain"
-    """pretrain: next token."""
 
 
 class EvaluationConfig(Section):

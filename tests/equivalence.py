@@ -40,7 +40,7 @@ def batches(config: RunConfig, steps: int) -> list[dict[str, np.ndarray]]:
     """Random packed batches: documents of uneven length, padding, uneven weights; the same for every mesh."""
     random = np.random.default_rng(0)
     shape = (config.data.global_batch, config.data.sequence_length)
-    return [packed(random, shape, vocab=config.model.vocab) for _ in range(steps)]
+    return [told(packed(random, shape, vocab=config.model.vocab)) for _ in range(steps)]
 
 
 def packed(random: np.random.Generator, shape: tuple[int, int], *, vocab: int) -> dict[str, np.ndarray]:
@@ -56,6 +56,14 @@ def packed(random: np.random.Generator, shape: tuple[int, int], *, vocab: int) -
         "segment_ids": segments,
         "positions": np.where(place < cut, place, place - cut).astype(np.int32),
     }
+
+
+def told(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch with what some recipes read besides."""
+    random, shape = np.random.default_rng(1), batch["tokens"].shape
+    labels = np.where(random.random((shape[0], 1)) < 0.5, 1.0, -1.0) * (batch["segment_ids"] > 0)
+    reference = -4.0 - random.random(shape)
+    return batch | {"labels": labels.astype(np.float32), "reference_logprobs": reference.astype(np.float32)}
 
 
 def trajectory(config: RunConfig, *, steps: int = 5) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:

@@ -27,7 +27,7 @@ from . import pipeline
 from .gradients import Batch, Engine, accumulated, plain
 from .recipes.registry import RECIPES
 from .staging import Staging
-from .step import make_loss
+from .step import make_logprobs, make_loss
 
 
 class Engines(NamedTuple):
@@ -39,13 +39,7 @@ class Engines(NamedTuple):
 
 def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     """Every device computes with all layers."""
-    loss = make_loss(
-        graph,
-        RECIPES[config.recipe.name],
-        model=config.model,
-        memory=config.memory,
-        context=partial(context, config, mesh),
-    )
+    loss = make_loss(target_logprobs(config, mesh, graph), RECIPES[config.recipe.name].loss(config.recipe))
 
     def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         numerator, (weight, _) = loss(params, frozen, batch, None)
@@ -55,12 +49,18 @@ def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     return Engines(accumulated(one, microbatches=config.microbatches), evaluate)
 
 
+def target_logprobs(config: RunConfig, mesh: Mesh, graph: Any) -> Callable[..., jax.Array]:
+    """(params, frozen, batch, keys) -> log p of each target [rows, sequence], all layers on every device."""
+    return make_logprobs(graph, model=config.model, memory=config.memory, context=partial(context, config, mesh))
+
+
 def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> Engines:
     """Devices along `pipe` hold some layers each."""
+    recipe = RECIPES[config.recipe.name].loss(config.recipe)
     cut = pipeline.parts(
         graph,
         jax.eval_shape(lambda: combine(*divided(config, fresh(config)))),
-        RECIPES[config.recipe.name],
+        recipe,
         model=config.model,
         memory=config.memory,
         context=partial(context, config, mesh),
@@ -87,7 +87,7 @@ def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> En
 
     train = engine(staging.table)
     if config.pipeline.post_validation:
-        train = pipeline.weighed(train, RECIPES[config.recipe.name])
+        train = pipeline.weighed(train, recipe)
     return Engines(train, evaluate)
 
 

@@ -1,6 +1,6 @@
 """From a host's rows to global arrays on the mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ..configs.run import RunConfig
 from ..parallel.attention import token_order
 from ..parallel.rules import batch_shardings
+from .recipes.registry import RECIPES
 
 
 def local_rows(config: RunConfig, mesh: Mesh) -> slice:
@@ -19,8 +20,10 @@ def local_rows(config: RunConfig, mesh: Mesh) -> slice:
     return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
 
 
-def to_devices(batch: Mapping[str, np.ndarray], config: RunConfig, mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays [global_batch, sequence] from this process's `local_rows` of each field.
+def to_devices(
+    batch: Mapping[str, np.ndarray], config: RunConfig, mesh: Mesh, *, fields: Iterable[str] | None = None
+) -> dict[str, jax.Array]:
+    """Global arrays [global_batch, sequence, ...] from this process's `local_rows` of `fields`; None: the recipe's.
 
     Where `seq` cuts the rows, tokens are dealt to its devices in the order the attention wants, in every field alike.
     """
@@ -35,6 +38,7 @@ def to_devices(batch: Mapping[str, np.ndarray], config: RunConfig, mesh: Mesh) -
             start, stop, _ = index[0].indices(shape[0])
             return rows[start - first : stop - first, index[1]]
 
-        return jax.make_array_from_callback(shape, sharding, part)
+        return jax.make_array_from_callback((*shape, *rows.shape[2:]), sharding, part)
 
-    return {field: place(field, sharding) for field, sharding in batch_shardings(mesh).items()}
+    wanted = batch_shardings(mesh, RECIPES[config.recipe.name].fields if fields is None else fields)
+    return {field: place(field, sharding) for field, sharding in wanted.items()}

@@ -25,7 +25,7 @@ from ..parallel.rules import path_name
 from ..parallel.state import combine
 from ..parallel.vocabulary import Constrain, lookup, token_logprobs
 from .gradients import Batch, Engine, Sums
-from .recipes.registry import Recipe
+from .recipes import interface as recipes
 
 Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -45,7 +45,7 @@ def joined(weights: Weights) -> Any:
 def parts(
     graph: Any,
     shapes: Any,
-    recipe: Recipe,
+    recipe: recipes.Loss,
     *,
     model: ModelConfig,
     memory: MemoryConfig,
@@ -138,7 +138,7 @@ def make_engine(
     return engine
 
 
-def weighed(engine: Engine, recipe: Recipe) -> Engine:
+def weighed(engine: Engine, recipe: recipes.Loss) -> Engine:
     """`engine`, its weight counted from the batch, which every stage has, and not where the loss is made.
 
     Then no stage waits for the last one to divide its gradient. Raises UserError where the recipe's weight depends on
@@ -151,7 +151,7 @@ def weighed(engine: Engine, recipe: Recipe) -> Engine:
     return run
 
 
-def weight(recipe: Recipe, batch: Batch) -> jax.Array:
+def weight(recipe: recipes.Loss, batch: Batch) -> jax.Array:
     """The recipe's weight of `batch`, without its log-probabilities."""
     names, fields = zip(*batch.items(), strict=True)
     logprobs = jax.ShapeDtypeStruct(batch["targets"].shape, jnp.float32)
@@ -159,7 +159,7 @@ def weight(recipe: Recipe, batch: Batch) -> jax.Array:
                    logprobs, *(jax.typeof(field) for field in fields))  # fmt: skip
     if trace.outputs[0] in depending_on({trace.inputs[0]}, trace.equations):
         raise UserError(
-            f"pipeline.post_validation: true, but the recipe ({recipe.__name__}) weighs tokens by their "
+            "pipeline.post_validation: true, but the recipe weighs tokens by their "
             "probability, which only the last stage knows; set it to false"
         )
     return recipe(jnp.zeros(logprobs.shape, logprobs.dtype), batch)[1]

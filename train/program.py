@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..checkpoint import huggingface
 from ..checkpoint.layouts import Layout, layout_of
 from ..configs.errors import UserError
-from ..configs.names import BATCH_FIELDS
+from ..configs.names import BATCH_FIELDS, RECIPE_FIELDS
 from ..configs.run import RunConfig
 from ..models.adapters.attach import attached
 from ..models.adapters.selection import multipliers
@@ -29,17 +29,18 @@ from ..parallel.hlo import refuse_permute_under_conditional
 from ..parallel.layout import rearranged, run_shapes
 from ..parallel.lowcomm.bytes import Traffic, traffic
 from ..parallel.rules import batch_shardings, optimizer_shardings, weight_shardings
-from ..parallel.state import TrainState
+from ..parallel.state import TrainState, combine
 from . import optimizers
 from .engines import divided, fresh, pipelined, whole
 from .gradients import Batch, Engine
+from .recipes.registry import RECIPES
 from .replicas import Meet, Replicas, replicas_of
 from .staging import Staging, staging
 from .step import Step, make_step
 from .update import guarded, post_validated
 
 # Dtypes of a batch's fields; all are [global_batch, sequence].
-BATCH_DTYPES = dict.fromkeys(BATCH_FIELDS, jnp.int32) | {"loss_weights": jnp.float32}
+BATCH_DTYPES = dict.fromkeys(BATCH_FIELDS, jnp.int32) | dict.fromkeys(("loss_weights", *RECIPE_FIELDS), jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,17 @@ class Program:
             rng=jax.random.key_data(jax.random.fold_in(key, 1)),
         )
 
+    def first_weights(self) -> Any:
+        """All weights of the forward pass before step 0, their layers in order, born sharded."""
+
+        def born(weights: Any) -> Any:
+            return combine(*divided(self.config, fresh(self.config) if weights is None else weights))
+
+        shapes = jax.eval_shape(born, None)
+        where = weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(born, out_shardings=where)(self.weights())
+
     def weights(self) -> Any:
         """The weights in the directory `model.from`, born sharded; None where there is none. Raises as `read`."""
         if self.config.model.origin is None:
@@ -121,10 +133,10 @@ class Program:
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of one global batch."""
         shape = (self.config.data.global_batch, self.config.data.sequence_length)
-        shardings = batch_shardings(self.mesh)
+        shardings = batch_shardings(self.mesh, RECIPES[self.config.recipe.name].fields)
         return {
-            field: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[field])
-            for field, dtype in BATCH_DTYPES.items()
+            field: jax.ShapeDtypeStruct(shape, BATCH_DTYPES[field], sharding=sharding)
+            for field, sharding in shardings.items()
         }
 
     def initialized(self) -> TrainState:

@@ -42,6 +42,7 @@ from .op_times import op_times
 from .profiling import Profile
 from .program import Program, build
 from .recovery import recovered
+from .reference import referenced
 from .replicas import on_host
 from .report.html import write_report
 from .report.journal import Journal
@@ -95,6 +96,8 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         try:
             memory = memory_of(directory, layout=program.layout.name) if config.checkpoint.memory_every else None
             state, start = recovered(program, storage, memory, journal, corpus=data.fingerprint)
+            size = config.data.global_batch
+            data = referenced(program, data, samples=range(start * size, config.steps * size))
             stamp = {"corpus": data.fingerprint, "origin": program.origin}
             saving = Saving(config.checkpoint, storage, journal, stamp, memory)
             run = Run(config, program, data, directory, world, journal, saving, stop, progress)

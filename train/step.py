@@ -19,24 +19,22 @@ from ..parallel.state import TrainState, combine
 from ..parallel.vocabulary import token_logprobs
 from .gradients import Batch, Engine, Loss
 from .optimizers import mean_norm
-from .recipes.registry import Recipe
+from .recipes import interface as recipes
 from .update import Update
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch), and the number of its first row
 
 
-def make_loss(
-    graph: Any, recipe: Recipe, *, model: ModelConfig, memory: MemoryConfig, context: Callable[..., Context]
-) -> Loss:
-    """The recipe's numerator and weight of a batch, by parameters. `context(batch, keys)` is what blocks are told."""
+def make_logprobs(
+    graph: Any, *, model: ModelConfig, memory: MemoryConfig, context: Callable[..., Context]
+) -> Callable[..., jax.Array]:
+    """(params, frozen, batch, keys) -> log p of each target. `context(batch, keys)` is what blocks are told."""
 
-    def loss(
-        params: Any, frozen: Any, batch: Batch, keys: jax.Array | None
-    ) -> tuple[jax.Array, tuple[jax.Array, dict]]:
+    def logprobs(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
         ctx = context(batch, keys)
         decoder = nnx.merge(graph, combine(params, frozen))
         hidden, _ = decoder.hidden(batch["tokens"], ctx)
-        logprobs = token_logprobs(
+        return token_logprobs(
             hidden,
             decoder.head_kernel(ctx.compute),
             batch["targets"],
@@ -45,7 +43,17 @@ def make_loss(
             chunks=memory.loss_chunks,
             constrain=ctx.constrain,
         )
-        numerator, weight = recipe(logprobs, batch)
+
+    return logprobs
+
+
+def make_loss(logprobs: Callable[..., jax.Array], recipe: recipes.Loss) -> Loss:
+    """The recipe's numerator and weight of a batch, by parameters; `logprobs` as `make_logprobs` gives them."""
+
+    def loss(
+        params: Any, frozen: Any, batch: Batch, keys: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, dict]]:
+        numerator, weight = recipe(logprobs(params, frozen, batch, keys), batch)
         return numerator, (weight, {})
 
     return loss

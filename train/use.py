@@ -17,6 +17,7 @@ from .directory import read_config
 from .evaluation import evaluate as held_out
 from .launch.world import World
 from .program import Program, build
+from .reference import referenced
 
 # One device, whatever the run was trained on.
 ONE_DEVICE = {
@@ -63,6 +64,7 @@ def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
     if data.held_out is None:
         raise UserError(f"data.held_out: 0 in {run}: nothing to evaluate on; pass data.held_out=0.02")
     program, state = opened(config, run)
+    data = referenced(program, data, samples=range(0))
     return held_out(program, program.compiled_evaluation(), program.evaluated(state), state.frozen, data)
 
 

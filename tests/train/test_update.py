@@ -102,5 +102,5 @@ def test_a_recipe_that_weighs_by_probability_cannot_begin_early():
 
     batch = {"targets": jnp.zeros((2, 4), jnp.int32), "loss_weights": jnp.ones((2, 4))}
     assert float(weight(next_token, batch)) == 8
-    with pytest.raises(UserError, match=r"post_validation: true, but the recipe .hard. weighs"):
+    with pytest.raises(UserError, match=r"post_validation: true, but the recipe weighs"):
         weight(hard, batch)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from .documents import Documents
-from .examples import divided
+from .examples import learned
 from .order import permutation
 from .rows import Row, RowShape, RowTable, padding, row, row_table
 from .store import TokenStore
@@ -127,7 +127,7 @@ class HeldOut:
         return row(self._parts[part].store, self._tables[part], index=within, shape=self._shape)
 
     def texts(self) -> Iterator[str]:
-        """The documents as they were read: what another compressor would be given."""
+        """What is learned of the documents: what another compressor would be given."""
         for part in self._parts:
             for origin in part.store.origins[part.documents]:
-                yield divided(part.source[int(origin)])[1]
+                yield learned(part.source[int(origin)])
