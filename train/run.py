@@ -27,6 +27,7 @@ from ..parallel.lowcomm.bytes import sent
 from ..parallel.mesh import make_mesh
 from ..parallel.state import TrainState, combine
 from . import environment, plan
+from .base import keep
 from .data import assemble
 from .data.assemble import Data
 from .data.batches import batches
@@ -95,6 +96,8 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         try:
             memory = memory_of(directory, layout=program.layout.name) if config.checkpoint.memory_every else None
             state, start = recovered(program, storage, memory, journal, corpus=data.fingerprint)
+            if start == 0:
+                keep(program, state, directory, allowed=fence.check)
             stamp = {"corpus": data.fingerprint, "origin": program.origin}
             saving = Saving(config.checkpoint, storage, journal, stamp, memory)
             run = Run(config, program, data, directory, world, journal, saving, stop, progress)
