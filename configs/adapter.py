@@ -38,9 +38,9 @@ class AdapterConfig(Section):
     """Pattern -> rank of the modules it matches, the first match wins; others have `rank`."""
     alphas: dict[str, float] = {}
     """Pattern -> alpha of the modules it matches; others have `alpha`."""
-    start: Literal["zero", "pissa", "olora"] = "zero"
+    start: Literal["zero", "pissa", "olora", "loftq"] = "zero"
     """zero: the added map starts at zero; pissa (arXiv:2404.02948), olora (2406.01775): at the principal part of the
-    weight, which is taken out of it."""
+    weight, which is taken out of it; loftq (2310.08659): at what quantization loses."""
     ratio: float = Field(1.0, gt=0)
     """Learning rate of the second factor over that of the first (LoRA+, arXiv:2402.12354, advises 16)."""
     freeze_a: bool = False

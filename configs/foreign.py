@@ -82,4 +82,7 @@ FOREIGN_KEYS = {
     "lora_alpha": "adapter.alpha",
     "lora_target_modules": "adapter.targets",
     "target_modules": "adapter.targets",
+    "load_in_4bit": "quantization.format",
+    "bnb_4bit_quant_type": "quantization.format",
+    "bnb_4bit_use_double_quant": "quantization.double",
 }

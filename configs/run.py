@@ -13,6 +13,7 @@ from .elastic import ElasticConfig
 from .model import ModelConfig
 from .outer import OuterConfig, check_replicas
 from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
+from .quantization import QuantizationConfig, check_groups, check_quantization
 from .recipe import RecipeConfig, check_recipe
 from .training import CheckpointConfig, EvaluationConfig, LaunchConfig, LoggingConfig, OptimizerConfig
 
@@ -37,6 +38,8 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     adapter: AdapterConfig | None = None
     """Train a few weights instead of all; null: all."""
+    quantization: QuantizationConfig | None = None
+    """Keep the weights that are not trained in few bits; null: as `precision.parameters` says."""
     outer: OuterConfig | None = None
     """How the replicas of `mesh.replica` meet; null: there is one."""
     recipe: RecipeConfig = RecipeConfig()
@@ -70,6 +73,7 @@ class RunConfig(Section):
         if self.model.attention == "cudnn" and self.mesh.platform == "cpu":
             raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
         check_recipe(self.recipe, self.data)
+        check_quantization(self.quantization, self.adapter, self.model)
         check_replicas(
             self.outer,
             replicas=self.mesh.replica,
@@ -98,6 +102,8 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
         raise ValueError(f"model.embed: {model.embed} is not divisible by mesh.fsdp ({axes['fsdp']})")
     rows = {axis: axes[axis] for axis in ("replica", "data", "fsdp")} | {"microbatches": config.microbatches}
     rows = {name: size for name, size in rows.items() if size > 1 or name != "replica"}
+    if config.quantization is not None:
+        check_groups(config.quantization, model, axes | ({"fsdp": 1} if config.mesh.zero == 1 else {}))
     if data.global_batch % math.prod(rows.values()):
         raise ValueError(
             f"data.global_batch: {data.global_batch} is not divisible by {' x '.join(rows)} "

@@ -28,6 +28,8 @@ def axis_names(path: str) -> tuple[str | None, ...]:
     ('embed', 'heads', 'head_dim')
     """
     parts = path.split("/")
+    if len(parts) > 3 and parts[-2] == "kernel":
+        return quantized_names("/".join(parts[-4:-2]), parts[-1])
     if len(parts) > 3 and parts[-2] == "adapter":
         return adapter_names("/".join(parts[-4:-2]), parts[-1])
     for length in (3, 2):
@@ -54,6 +56,17 @@ def adapter_names(linear: str, leaf: str) -> tuple[str | None, ...]:
         "input_scale": kernel[:inputs],
     }
     return shapes.get(leaf, (None,))
+
+
+def quantized_names(linear: str, leaf: str) -> tuple[str | None, ...]:
+    """Dimensions of a `leaf` in the place of the kernel of `linear`: its inputs are flattened, and cut by the first.
+
+    >>> quantized_names("attn/o", "codes"), quantized_names("attn/q", "scale_mean")
+    (('heads', 'embed'), (None,))
+    """
+    kernel = NAMES[f"{linear}/kernel"]
+    inputs = 2 if linear == "attn/o" else 1
+    return (kernel[0], *kernel[inputs:]) if leaf in ("codes", "scale", "zero") else (None,)
 
 
 def stacked(path: str) -> bool:

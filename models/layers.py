@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .context import Context
+from .quantized.kernel import product
 
 # Standard deviation over fan-in, truncated at two sigma: keeps activations at unit scale whatever the width.
 initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -15,7 +16,8 @@ initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal
 class Linear(nnx.Module):
     """y = x kernel (+ bias), over one or several input and output dimensions, e.g. [embed] -> [heads, head_dim].
 
-    With an `adapter` (`adapters/attach.py` puts it here) that computes y out of kernel and bias instead.
+    With an `adapter` (`adapters/attach.py` puts it here) that computes y out of kernel and bias instead. The kernel may
+    be quantized (`quantized/attach.py`).
     """
 
     adapter = None
@@ -30,7 +32,7 @@ class Linear(nnx.Module):
         if self.adapter is not None:
             bias = None if self.bias is None else self.bias[...]
             return self.adapter(x, self.kernel[...], bias, ctx, inputs=self.inputs)
-        y = ctx.linear(x, self.kernel[...].astype(ctx.compute), inputs=self.inputs)
+        y = product(x, self.kernel[...], ctx, inputs=self.inputs)
         return y if self.bias is None else y + self.bias[...].astype(ctx.compute)
 
 

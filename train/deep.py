@@ -1,5 +1,7 @@
 """`validate --deep` and `plan`: what only a parameter tree, a corpus or a compiler can tell. Allocates nothing."""
 
+from functools import partial
+
 import jax
 
 from ..checkpoint import huggingface
@@ -7,6 +9,7 @@ from ..configs.run import RunConfig
 from ..parallel.mesh import make_mesh
 from . import environment
 from .data import assemble
+from .engines import fresh
 from .launch.world import World
 from .program import Program, build
 
@@ -22,7 +25,7 @@ def check(config: RunConfig) -> None:
     assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
     program = prepared(config)
     if config.model.origin is not None:
-        huggingface.check(config.model.origin, config.model, shapes=jax.eval_shape(program.fresh))
+        huggingface.check(config.model.origin, config.model, shapes=jax.eval_shape(partial(fresh, config)))
     with jax.set_mesh(program.mesh):
         jax.eval_shape(program.step, program.shapes, program.batch_shapes)
     jax.tree.leaves(program.shardings)

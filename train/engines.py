@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 
 from ..configs.run import RunConfig
 from ..memory import policy
-from ..models.adapters.attach import split, started
+from ..models.adapters.attach import attached, split, started
 from ..models.context import Context, flat_linear, linear
-from ..models.decoder import initial_params
+from ..models.decoder import Decoder, graph, initial_params
+from ..models.quantized.attach import put, quantized, reading
 from ..parallel.attention import sharded_attention, token_order
 from ..parallel.pipeline.table import Table
 from ..parallel.pipeline.wiring import wired
@@ -96,12 +97,25 @@ def fresh(config: RunConfig) -> Any:
     return initial_params(config.model, jax.random.key(config.seed), jnp.dtype(config.precision.parameters))
 
 
+def structure(config: RunConfig) -> Any:
+    """The model's structure, with adapters beside its kernels and quantized kernels in the place of others."""
+    adapters = attached(config.model, config.adapter)
+    kernels = put(config.model, config.quantization, jax.eval_shape(lambda: divided(config, fresh(config)))[1])
+
+    def all_of_it(decoder: Decoder) -> None:
+        adapters(decoder)
+        kernels(decoder)
+
+    return graph(config.model, all_of_it)
+
+
 def divided(config: RunConfig, weights: Any) -> tuple[Any, Any]:
-    """(what is trained, what is not) of the model that starts from `weights`, adapters added."""
+    """(what is trained, what is not) of the model that starts from `weights`: adapters added, the rest quantized."""
     if config.adapter is not None:
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
-        weights = started(weights, config.model, config.adapter, key)
-    return split(weights, config.model, config.adapter)
+        weights = started(weights, config.model, config.adapter, key, read=reading(config.quantization))
+    params, frozen = split(weights, config.model, config.adapter)
+    return params, quantized(frozen, config.model, config.quantization)
 
 
 def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:

@@ -67,7 +67,7 @@ def export_run(run: Path, target: Path, *, limit: int) -> list[str]:
     absent_or_empty(target)
     config = read(run, [])
     program, state = opened(config, run)
-    params = merged(combine(program.evaluated(state), state.frozen), config.model, config.adapter)
+    params = merged(program.plain(state), config.model, config.adapter)
     dtype = str(params["embed"]["embedding"].dtype)
     tree = config_json(
         config.model, positions=max(config.data.sequence_length, made_for(config.model) or 0), dtype=dtype
@@ -88,6 +88,11 @@ def export_adapter(run: Path, target: Path) -> list[str]:
     config = read(run, [])
     if config.adapter is None:
         raise UserError(f"adapter: {run} has none, it trained the whole model; use `meshwright checkpoint export`")
+    if config.quantization is not None and config.adapter.start != "zero":
+        raise UserError(
+            f"adapter.start: {config.adapter.start} with quantization: the adapter belongs to a base that only this "
+            "run has; use `meshwright checkpoint export`, which merges it"
+        )
     kind = config_json(config.model, positions=config.data.sequence_length, dtype="float32")["model_type"]
     program, state = opened(config, run)
 
@@ -96,7 +101,7 @@ def export_adapter(run: Path, target: Path) -> list[str]:
         return combine(first.params, first.frozen)
 
     target.mkdir(parents=True, exist_ok=True)
-    tree = combine(program.evaluated(state), state.frozen)
+    tree = program.plain(state)
     names = peft.write(tree, config.model, config.adapter, target, kind=kind, started=started)
     return [*names, *copy_companions(run, target)]
 

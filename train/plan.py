@@ -17,6 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ..configs.parallel import MeshConfig, PipelineConfig
+from ..configs.quantization import BITS, QuantizationConfig
 from ..memory.trace import matmul_flops
 from ..models.flops import flops_per_token
 from ..parallel.hlo import bytes_by_axes, collectives
@@ -57,7 +58,7 @@ def storage_plan(program: Program) -> dict[str, Any]:
     data = program.config.data
     replicas = program.replicas.count if program.replicas else 1
     return {
-        "parameters": {"count": sum(math.prod(array["shape"]) for array in weights) // replicas, **totals(weights)},
+        "parameters": {"count": count(weights, program.config.quantization) // replicas, **totals(weights)},
         "optimizer": totals(state),
         "arrays": [{key: value for key, value in array.items() if key != "bytes"} for array in arrays],
         "mesh": dict(program.mesh.shape),
@@ -65,6 +66,15 @@ def storage_plan(program: Program) -> dict[str, Any]:
             program.config.model, data.sequence_length, frozen=program.config.adapter is not None
         ),
     } | outer_plan(program)
+
+
+def count(weights: list[dict[str, Any]], quantization: QuantizationConfig | None) -> int:
+    """How many weights there are: quantized ones are as many as their codes."""
+    sizes = {array["name"]: math.prod(array["shape"]) for array in weights}
+    if quantization is None:
+        return sum(sizes.values())
+    codes = sum(size for name, size in sizes.items() if name.endswith("/kernel/codes"))
+    return codes * 8 // BITS[quantization.format] + sum(size for name, size in sizes.items() if "/kernel/" not in name)
 
 
 def outer_plan(program: Program) -> dict[str, Any]:

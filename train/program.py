@@ -22,16 +22,15 @@ from ..checkpoint.layouts import Layout, layout_of
 from ..configs.errors import UserError
 from ..configs.names import BATCH_FIELDS, RECIPE_FIELDS
 from ..configs.run import RunConfig
-from ..models.adapters.attach import attached
 from ..models.adapters.selection import multipliers
-from ..models.decoder import graph
+from ..models.quantized.attach import dequantized
 from ..parallel.hlo import refuse_permute_under_conditional
 from ..parallel.layout import rearranged, run_shapes
 from ..parallel.lowcomm.bytes import Traffic, traffic
 from ..parallel.rules import batch_shardings, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState, combine
 from . import optimizers
-from .engines import divided, fresh, pipelined, whole
+from .engines import divided, fresh, pipelined, structure, whole
 from .gradients import Batch, Engine
 from .recipes.registry import RECIPES
 from .replicas import Meet, Replicas, replicas_of
@@ -199,6 +198,12 @@ class Program:
         with jax.set_mesh(self.mesh):
             return jax.jit(lambda tree: rearranged({"params": tree}, before=self.order, after=None)["params"])(params)
 
+    def plain(self, state: TrainState) -> Any:
+        """All weights to export, none of them quantized."""
+        tree = combine(self.evaluated(state), state.frozen)
+        dtype = jnp.dtype(self.config.precision.parameters)
+        return dequantized(tree, self.config.model, self.config.quantization, dtype=dtype)
+
     def evaluated(self, state: TrainState) -> Any:
         """The parameters to evaluate, sample from and export: the outer ones, an average where one is kept, or all."""
         return self._evaluated(state) if self._evaluated else state.params
@@ -248,9 +253,9 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
 
     `replica_count` is for a mesh that is not the run's own: replicas that it has no axis for are on every device.
     """
-    structure = graph(config.model, attached(config.model, config.adapter))
+    model = structure(config)
     staged = staging(config, pipe=mesh.shape["pipe"])
-    engines = whole(config, mesh, structure) if staged is None else pipelined(config, mesh, structure, staged)
+    engines = whole(config, mesh, model) if staged is None else pipelined(config, mesh, model, staged)
     schedule = optimizers.schedule(config.optimizer, steps=config.steps)
     make = partial(
         optimizers.build,
@@ -268,7 +273,7 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
     several = replicas_of(config, mesh, count=replica_count)
     if several:
         step, evaluate = several.step(step), several.evaluate(evaluate)
-    return Program(config, mesh, structure, optimizer, engines.train, step, evaluate, staged, several)
+    return Program(config, mesh, model, optimizer, engines.train, step, evaluate, staged, several)
 
 
 def drops(config: RunConfig) -> bool:

@@ -17,6 +17,7 @@ from ..checkpoint.shelf import QUARANTINE, Shelf
 from ..checkpoint.storage import Storage, by_path, tree
 from ..configs.errors import MeshwrightError
 from ..parallel.state import TrainState
+from .base import completed
 from .program import Program
 from .report.journal import Journal, read_events
 
@@ -51,7 +52,7 @@ def recovered(
             check_corpus(step, saved, corpus)
             spent = {**startup, "restore_seconds": time.monotonic() - began}
             journal.record("restore", step=step, level=level, reason=reason, **spent)
-            return program.completed(state, origin=saved.get("origin")), step
+            return completed(program, state, shelf.directory.parent, origin=saved.get("origin")), step
         set_aside(step, level, shelf, journal, why=damage or f"process {holders[0]} found it damaged")
         if level == "memory":
             refused.add(step)

@@ -27,6 +27,7 @@ from ..parallel.lowcomm.bytes import sent
 from ..parallel.mesh import make_mesh
 from ..parallel.state import TrainState, combine
 from . import environment, plan
+from .base import keep
 from .data import assemble
 from .data.assemble import Data
 from .data.batches import batches
@@ -96,6 +97,8 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         try:
             memory = memory_of(directory, layout=program.layout.name) if config.checkpoint.memory_every else None
             state, start = recovered(program, storage, memory, journal, corpus=data.fingerprint)
+            if start == 0:
+                keep(program, state, directory, allowed=fence.check)
             size = config.data.global_batch
             data = referenced(program, data, samples=range(start * size, config.steps * size))
             stamp = {"corpus": data.fingerprint, "origin": program.origin}

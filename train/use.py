@@ -13,6 +13,7 @@ from ..configs.run import RunConfig
 from ..parallel.mesh import make_mesh
 from ..parallel.state import TrainState, combine
 from . import environment
+from .base import completed
 from .directory import read_config
 from .evaluation import evaluate as held_out
 from .launch.world import World
@@ -93,5 +94,5 @@ def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
             except DamagedCheckpoint as error:
                 logging.getLogger("meshwright").warning("%s; using an older one", error)
             else:
-                return program, program.completed(state, origin=saved.get("origin"))
+                return program, completed(program, state, run, origin=saved.get("origin"))
     raise UserError(f"{run}: no whole checkpoint; train it with `meshwright train {run / 'config.yaml'}`")

@@ -49,29 +49,44 @@ def attached(model: ModelConfig, adapter: AdapterConfig | None) -> Callable[[Dec
     return put
 
 
-def started(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> Params:
+Read = Callable[[jax.Array, tuple[int, ...], tuple[int, ...]], jax.Array]
+
+
+def as_it_is(kernel: jax.Array, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> jax.Array:
+    """A kernel that will not be quantized."""
+    del inputs, outputs
+    return kernel
+
+
+def started(
+    weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array, *, read: Read = as_it_is
+) -> Params:
     """`weights` with the adapters' leaves as they are before the first step; float32, whatever the weights are.
 
-    Pure, to be traced. Some starts take from the kernels what they put into the leaves.
+    Pure, to be traced. Some starts take from the kernels what they put into the leaves. `read(kernel, inputs, outputs)`
+    is a layer's kernel as it will be once it is quantized.
     """
     if adapter.method not in METHODS:
         return weights
     tree = copied(weights)
     for number, site in enumerate(sites(model, adapter)):
         linear = at(tree, site.path)
-        kernel, leaves = start_site(site, adapter, linear["kernel"], jax.random.fold_in(key, number))
+        kernel, leaves = start_site(site, adapter, linear["kernel"], jax.random.fold_in(key, number), read=read)
         linear["kernel"], linear["adapter"] = kernel, leaves
     if adapter.method == "vera":
         tree["adapter"] = pair(model, adapter, key)
     return tree
 
 
-def start_site(site: Site, adapter: AdapterConfig, kernels: jax.Array, key: jax.Array) -> tuple[jax.Array, Leaves]:
+def start_site(
+    site: Site, adapter: AdapterConfig, kernels: jax.Array, key: jax.Array, *, read: Read = as_it_is
+) -> tuple[jax.Array, Leaves]:
     """(kernels, leaves) of a stack, each layer by itself."""
+    own = partial(read, inputs=site.inputs, outputs=site.outputs)
     start = METHODS[adapter.method].starts[adapter.start]
 
     def layer(key: jax.Array, kernel: jax.Array, scale: jax.Array) -> tuple[jax.Array, Leaves]:
-        setting = Setting(site.inputs, site.outputs, scale, scales_input=site.path.endswith("mlp/down"))
+        setting = Setting(site.inputs, site.outputs, scale, scales_input=site.path.endswith("mlp/down"), read=own)
         return start(key, kernel, setting)
 
     return jax.vmap(layer)(jax.random.split(key, len(site.modules)), kernels, jnp.asarray(site.scale))

@@ -16,6 +16,7 @@ from flax import nnx
 
 from ..context import Context
 from ..layers import dropout
+from ..quantized.kernel import Quantized, product
 
 Leaves = dict[str, jax.Array]
 
@@ -28,13 +29,14 @@ class Setting:
     outputs: tuple[int, ...]
     scale: jax.Array  # [rank] float32; zeros: this layer has none, or is narrower
     scales_input: bool  # ia3: the map is scaled where it reads
+    read: Callable[[jax.Array], jax.Array] = lambda kernel: kernel  # what the kernel will be once it is quantized
 
 
 @dataclass(frozen=True)
 class Inside:
     """The linear map an adapter sits in."""
 
-    kernel: jax.Array  # [inputs..., outputs...]
+    kernel: jax.Array | Quantized  # [inputs..., outputs...]
     bias: jax.Array | None  # [outputs...]
     inputs: int  # dimensions that are inputs
     rate: float = 0.0  # of dropout before the added map
@@ -43,7 +45,7 @@ class Inside:
 
     def product(self, x: jax.Array, ctx: Context) -> jax.Array:
         """x kernel."""
-        return ctx.linear(x, self.kernel.astype(ctx.compute), inputs=self.inputs)
+        return product(x, self.kernel, ctx, inputs=self.inputs)
 
     def whole_kernel(self, ctx: Context) -> jax.Array:
         """The kernel in float32, no longer cut over `fsdp`: as the product needs it anyway."""

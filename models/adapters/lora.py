@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from ..context import Context
 from .interface import Inside, Leaves, Method, Setting
 
+LOFTQ_TURNS = 5  # of the paper; PEFT takes 1
+
 
 def start(key: jax.Array, kernel: jax.Array, setting: Setting) -> tuple[jax.Array, Leaves]:
     """(kernel, leaves) before the first step: A uniform within 1 / sqrt(inputs), B zero; as PEFT does."""
@@ -42,6 +44,21 @@ def orthogonal(key: jax.Array, kernel: jax.Array, setting: Setting) -> tuple[jax
     # PEFT multiplies what it takes out by the scale, and its factors by nothing.
     root = jnp.sqrt(setting.scale)
     return without(kernel, r.T, q.T, setting, taken=root)
+
+
+def repaired(key: jax.Array, kernel: jax.Array, setting: Setting) -> tuple[jax.Array, Leaves]:
+    """LoftQ: in turns, quantize what A B does not hold, and put into A B what that lost. arXiv:2310.08659, algorithm 1.
+
+    The kernel is what is left of it in the last turn: quantized, it and A B are near the whole one.
+    """
+    rest, leaves = kernel, start(key, kernel, setting)[1]
+    for turn in range(LOFTQ_TURNS):
+        if turn:
+            rest = (kernel.astype(jnp.float32) - product(leaves)).astype(kernel.dtype)
+        lost = flat(kernel, setting) - flat(setting.read(rest), setting)
+        u, s, vt = jnp.linalg.svd(lost, full_matrices=False)
+        leaves = without(lost, u * jnp.sqrt(s), jnp.sqrt(s)[:, None] * vt, setting)[1]
+    return rest, leaves
 
 
 def without(
@@ -97,7 +114,9 @@ def with_magnitude(initial: Any) -> Any:
 
     def both(key: jax.Array, kernel: jax.Array, setting: Setting) -> tuple[jax.Array, Leaves]:
         kernel, leaves = initial(key, kernel, setting)
-        return kernel, leaves | {"magnitude": lengths(leaves, kernel.astype(jnp.float32), len(setting.inputs))}
+        return kernel, leaves | {
+            "magnitude": lengths(leaves, setting.read(kernel.astype(jnp.float32)), len(setting.inputs))
+        }
 
     return both
 
@@ -131,7 +150,7 @@ def merge_dora(leaves: Leaves, inside: Inside) -> Inside:
     return inside.replaced(kernel=(inside.kernel + product(leaves)) * gain(leaves, inside.kernel, inside.inputs))
 
 
-STARTS = {"zero": start, "pissa": principal, "olora": orthogonal}
+STARTS = {"zero": start, "pissa": principal, "olora": orthogonal, "loftq": repaired}
 LORA = Method(starts=STARTS, apply=lora, merge=merge_lora, trained=("a", "b"))
 DORA = Method(
     starts={name: with_magnitude(initial) for name, initial in STARTS.items()},

@@ -17,7 +17,7 @@ from meshwright.parallel.state import TrainState
 from meshwright.train import optimizers
 from meshwright.train.pipeline import weight
 from meshwright.train.program import build
-from meshwright.train.recipes.pretrain import next_token
+from meshwright.train.recipes.next_token import next_token
 from meshwright.train.update import guarded, post_validated
 
 SHAPES = {"segments": {"0": {"0": {"block": {"mlp": {"up": {"kernel": (2, 8, 4)}}}}}}, "head": {"kernel": (8, 4)}}

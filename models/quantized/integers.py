@@ -1,0 +1,27 @@
+"""Integers: even steps from a group's least weight to its largest, with zero among them. As in GPTQ, arXiv:2210.17323.
+
+w = (code - zero) * scale
+"""
+
+import jax
+import jax.numpy as jnp
+
+from .interface import Format, Leaves
+
+
+def integers(bits: int) -> Format:
+    """Codes from 0 to 2^bits - 1."""
+    last = 2**bits - 1
+
+    def encode(groups: jax.Array) -> tuple[jax.Array, Leaves]:
+        low, high = jnp.minimum(groups.min(axis=1), 0), jnp.maximum(groups.max(axis=1), 0)
+        scale = jnp.where(high > low, (high - low) / last, 1)
+        zero = jnp.round(-low / scale)
+        codes = jnp.clip(jnp.round(groups / scale[:, None]) + zero[:, None], 0, last)
+        return codes.astype(jnp.uint8), {"scale": scale, "zero": zero.astype(jnp.uint8)}
+
+    def decode(codes: jax.Array, statistics: Leaves) -> jax.Array:
+        steps = codes.astype(jnp.float32) - statistics["zero"][:, None].astype(jnp.float32)
+        return steps * statistics["scale"][:, None]
+
+    return Format(bits=bits, encode=encode, decode=decode)

@@ -1,0 +1,21 @@
+"""What a format of quantized weights is: two pure functions of the groups of one linear map.
+
+encode(groups [groups, group, outputs]) -> codes uint8 of that shape, statistics {name: [groups, outputs]}
+decode(codes, statistics) -> groups float32
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+
+Leaves = dict[str, jax.Array]
+
+
+@dataclass(frozen=True, eq=False)  # compared as the one object it is
+class Format:
+    """One way to keep weights in few bits."""
+
+    bits: int
+    encode: Callable[[jax.Array], tuple[jax.Array, Leaves]]
+    decode: Callable[[jax.Array, Leaves], jax.Array]

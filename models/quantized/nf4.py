@@ -1,0 +1,43 @@
+"""NF4: sixteen levels, equally likely under a normal distribution, times the largest of the group. arXiv:2305.14314.
+
+w = LEVELS[code] * scale, scale = max |w| of the group. Codes and scales are those of bitsandbytes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .interface import Format, Leaves
+
+LEVELS = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+
+
+def nearest(values: jax.Array, levels: np.ndarray) -> jax.Array:
+    """uint8 place of the nearest of the sorted `levels`."""
+    return jnp.searchsorted(jnp.asarray((levels[:-1] + levels[1:]) / 2), values).astype(jnp.uint8)
+
+
+def looked_up(codes: jax.Array, levels: np.ndarray) -> jax.Array:
+    """levels[codes]."""
+    return jnp.asarray(levels).at[codes].get(mode="promise_in_bounds")
+
+
+def encode(groups: jax.Array) -> tuple[jax.Array, Leaves]:
+    """Codes, and the largest of each group."""
+    scale = jnp.max(jnp.abs(groups), axis=1)
+    return nearest(groups / jnp.where(scale > 0, scale, 1)[:, None], LEVELS), {"scale": scale}
+
+
+def decode(codes: jax.Array, statistics: Leaves) -> jax.Array:
+    """The weights."""
+    return looked_up(codes, LEVELS) * statistics["scale"][:, None]
+
+
+NF4 = Format(bits=4, encode=encode, decode=decode)
