@@ -4,6 +4,7 @@ engines = whole(config, mesh, graph)        # or pipelined(config, mesh, graph, 
 sums = engines.train(params, frozen, batch, keys)
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from ..configs.run import RunConfig
 from ..memory import policy
 from ..models.adapters.attach import split, started
-from ..models.context import Context, flat_linear, linear
+from ..models.context import Context, flat_linear, linear, unconstrained
 from ..models.decoder import initial_params
 from ..parallel.attention import sharded_attention, token_order
 from ..parallel.pipeline.table import Table
@@ -24,6 +25,7 @@ from ..parallel.rules import constrainer
 from ..parallel.state import combine
 from ..parallel.vocabulary import lookup
 from . import pipeline
+from .deterministic import in_fixed_order
 from .gradients import Batch, Engine, accumulated, plain
 from .recipes.registry import RECIPES
 from .staging import Staging
@@ -39,20 +41,18 @@ class Engines(NamedTuple):
 
 def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     """Every device computes with all layers."""
-    loss = make_loss(
-        graph,
-        RECIPES[config.recipe.name],
-        model=config.model,
-        memory=config.memory,
-        context=partial(context, config, mesh),
-    )
+    built = partial(make_loss, graph, RECIPES[config.recipe.name], model=config.model, memory=config.memory)
+    loss = built(context=partial(context, config, mesh))
 
     def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         numerator, (weight, _) = loss(params, frozen, batch, None)
         return numerator, weight
 
-    one = plain(loss, dtype=jnp.dtype(config.precision.gradients))
-    return Engines(accumulated(one, microbatches=config.microbatches), evaluate)
+    dtype = jnp.dtype(config.precision.gradients)
+    if config.elastic.deterministic:
+        alone = plain(built(context=partial(context_alone, config, mesh)), dtype=dtype)
+        return Engines(in_fixed_order(alone, mesh=mesh, microbatches=config.microbatches), evaluate)
+    return Engines(accumulated(plain(loss, dtype=dtype), microbatches=config.microbatches), evaluate)
 
 
 def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> Engines:
@@ -99,6 +99,13 @@ def divided(config: RunConfig, weights: Any) -> tuple[Any, Any]:
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
         weights = started(weights, config.model, config.adapter, key)
     return split(weights, config.model, config.adapter)
+
+
+def context_alone(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
+    """What the blocks are told on one device of `mesh`, which computes whole rows by itself."""
+    one = Mesh(mesh.devices.reshape(-1)[:1].reshape([1] * mesh.devices.ndim), mesh.axis_names)
+    free = partial(lookup, constrain=unconstrained)
+    return dataclasses.replace(context(config, one, batch, keys), constrain=unconstrained, lookup=free)
 
 
 def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
