@@ -1,7 +1,7 @@
 """The meshes a run may go on with when hosts are lost, and what each makes of the configuration.
 
-The global batch, its order and its randomness are the run's, whatever mesh computes it. What another mesh changes is how
-many devices share the rows; the number of microbatches follows, so that a device computes no more rows at once than
+The global batch, its order and its randomness are the run's, whatever mesh computes it. What another mesh changes is
+how many devices share the rows; the number of microbatches follows, so that a device computes no more rows at once than
 before. Under `elastic.deterministic` a microbatch is one device's on every mesh, and their number is part of the run.
 """
 

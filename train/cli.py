@@ -60,6 +60,7 @@ def launch(
     """Train in several processes, and start them again when one dies or hangs."""
     from .launch.engines import ENGINES
     from .launch.engines import launch as start
+    from .launch.formations import formations
 
     if engine not in ENGINES:
         raise UserError.no_match("--engine", [engine], known=ENGINES)
@@ -71,14 +72,29 @@ def launch(
             f"--processes: {shares} do not share the {count} devices of mesh evenly; use a divisor of {count}, or "
             "--devices-per-process"
         )
+    devices = devices_per_process or settings.devices_per_process
     start(
         [sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
-        processes=processes or settings.processes,
+        processes=shares,
         directory=Path("runs") / loaded.name,
         settings=loaded.elastic,
-        devices_per_process=devices_per_process or settings.devices_per_process,
+        formations=formations(loaded, processes=shares, devices_per_process=devices),
+        devices_per_process=devices,
         coordinator=settings.coordinator,
     )
+
+
+@app.command()
+def drain(
+    run: RunPath,
+    slots: Annotated[list[int], typer.Argument(help="Numbers of the slots (hosts), counted from 0.")],
+    undo: Annotated[bool, typer.Option(help="Put them back.")] = False,
+) -> None:
+    """Take slots out of a running job, saved, or put them back: it goes on with a mesh of elastic.meshes."""
+    from .launch.drain import drain as drained
+
+    out = sorted(drained(Path(run), slots, undo=undo))
+    typer.echo(f"{run}: {f'slots {out} are' if out else 'no slot is'} drained")
 
 
 @app.command()

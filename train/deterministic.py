@@ -3,8 +3,8 @@
 Floating-point sums depend on their order, and a sum of devices' sums has another order on another mesh. Here a
 microbatch is computed whole by one device, by a program whose shapes no mesh changes, and what the microbatches give is
 added in one binary tree over their numbers: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), with a last one that has no
-partner passed up as it is. A device that holds an aligned block of 2^k microbatches adds up a whole subtree; the subtrees
-meet in the same tree. Everything after that is computed from equal values on every device.
+partner passed up as it is. A device that holds an aligned block of 2^k microbatches adds up a whole subtree; the
+subtrees meet in the same tree. Everything after that is computed from equal values on every device.
 
 The equality is between CPUs of one kind; on a GPU the kernels would have to be deterministic, too.
 Source: the computation consistency of ElasWave (arXiv:2510.00606), which it judges by the loss; the tree is ours.

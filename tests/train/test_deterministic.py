@@ -22,9 +22,10 @@ def differing(a, b):
     return [name for name in a if not np.array_equal(a[name], b[name])]
 
 
-@pytest.mark.parametrize(
-    ("fewer", "changes"), [(2, {}), (1, {}), (1, {"model": {"dropout": 0.2, "scan": False}, "memory": {"policy": "full"}})]
-)
+DROPOUT = {"model": {"dropout": 0.2, "scan": False}, "memory": {"policy": "full"}}
+
+
+@pytest.mark.parametrize(("fewer", "changes"), [(2, {}), (1, {}), (1, DROPOUT)])
 def test_four_devices_and_fewer_give_the_same_bits(fewer, changes):
     (losses, whole), (others, state) = state_of(4, **changes), state_of(fewer, **changes)
     assert others == losses and not differing(whole, state)
