@@ -16,6 +16,7 @@ from ..configs import load as loading
 from ..configs.errors import MeshwrightError, UserError
 from ..configs.parallel import PipelineConfig
 from ..configs.run import RunConfig
+from . import cli_jobs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 recipes_app = typer.Typer(no_args_is_help=True, help="The shipped configurations.")
@@ -26,6 +27,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 adapter_app = typer.Typer(no_args_is_help=True, help="Adapters, as PEFT keeps them.")
 app.add_typer(adapter_app, name="adapter")
+app.command()(cli_jobs.drain)
+app.command()(cli_jobs.audit)
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
@@ -82,19 +85,6 @@ def launch(
         devices_per_process=devices,
         coordinator=settings.coordinator,
     )
-
-
-@app.command()
-def drain(
-    run: RunPath,
-    slots: Annotated[list[int], typer.Argument(help="Numbers of the slots (hosts), counted from 0.")],
-    undo: Annotated[bool, typer.Option(help="Put them back.")] = False,
-) -> None:
-    """Take slots out of a running job, saved, or put them back: it goes on with a mesh of elastic.meshes."""
-    from .launch.drain import drain as drained
-
-    out = sorted(drained(Path(run), slots, undo=undo))
-    typer.echo(f"{run}: {f'slots {out} are' if out else 'no slot is'} drained")
 
 
 @app.command()
