@@ -2,7 +2,7 @@
 
     meshwright bench chaos --minutes 10
 
-Every few seconds one of these happens, by a seeded die: a trainer is killed (SIGKILL), the first one, the process that
+Every few seconds of steps, now and then sooner, one of these happens, by a seeded die: a trainer is killed (SIGKILL), the first one, the process that
 coordinates them; one is stopped (SIGSTOP); a slot is lost, its trainer with it, or comes back. When the time is over
 the run is asked to stop, and then left alone for its last steps. Then the same configuration runs undisturbed to the
 same step, and `audit` compares: parameters and optimizer bit for bit, the samples, and the rules of the journals. The
@@ -11,7 +11,6 @@ exit code is 0 only if every promise was kept.
 
 import argparse
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from meshwright.train.report.journal import read_events
 from meshwright.train.report.record import read_record
 
 ENDLESS = 10**9  # steps; the schedule is constant, so how long a run is changes nothing of its steps
+HASTE = 0.2  # of the faults do not wait for the run to come back from the one before
 LAST = 5  # steps that are left alone when the killer has gone
 PATIENCE = 1200.0  # seconds a run that is left alone may take to come to its end
 
@@ -44,7 +44,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", default=[], help="key.sub=value ...")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long the killer is at it")
-    parser.add_argument("--every", type=float, default=20.0, help="seconds between two faults, in the mean")
+    parser.add_argument(
+        "--every", type=float, default=10.0, help="seconds from the return to the next fault, in the mean"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     check(options.config, options.overrides)
@@ -96,7 +98,7 @@ class Job:
         try:
             code = launcher.wait(timeout=PATIENCE)
         finally:
-            launcher.kill()
+            end_of(launcher)
         if code != 0:
             raise MeshwrightError(f"runs/{name}: left alone, it ended with exit code {code}; see runs/{name}.log")
 
@@ -116,20 +118,21 @@ class Killer:
         launcher = self.job.launched(self.name, ENDLESS)
         end = time.monotonic() + seconds
         try:
-            while (left := end - time.monotonic()) > 0:
-                time.sleep(min(self.die.uniform(0.2, 1.8) * self.every, left))
-                if launcher.poll() is not None:
-                    raise MeshwrightError(f"the launcher ended with {launcher.returncode}; see runs/{self.name}.log")
-                if left > self.every and (Path("runs") / self.name / "config.yaml").exists():
+            while True:
+                if self.die.random() > HASTE:
+                    wait_for_a_step(Path("runs") / self.name, launcher)
+                time.sleep(self.die.uniform(0.0, 2.0) * self.every)
+                if time.monotonic() > end:
+                    break
+                if (Path("runs") / self.name / "config.yaml").exists():
                     self.strike(launcher)
             wait_for_a_step(Path("runs") / self.name, launcher)
-            launcher.send_signal(signal.SIGTERM)
+            launcher.terminate()
             if launcher.wait(timeout=PATIENCE) != Preempted.exit_code:
                 raise MeshwrightError(f"asked to stop, the launcher ended with {launcher.returncode}, not 75")
-            for slot in drained(directory := Path("runs") / self.name):
-                drain(directory, [slot], undo=True)
+            drain(Path("runs") / self.name, range(self.job.processes), undo=True)
         finally:
-            launcher.kill()
+            end_of(launcher)
 
     def strike(self, launcher: subprocess.Popen) -> None:
         """One fault, whichever the die says among those that are possible."""
@@ -156,6 +159,14 @@ class Killer:
             print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
 
 
+def end_of(launcher: subprocess.Popen) -> None:
+    """Have it end, and its trainers with it."""
+    with suppress(subprocess.TimeoutExpired):
+        launcher.terminate()
+        launcher.wait(timeout=60)
+    launcher.kill()
+
+
 def found(launcher: subprocess.Popen, variable: str) -> dict[int, psutil.Process]:
     """The trainers of this moment, by a number in their environment."""
     trainers = {}
@@ -179,17 +190,19 @@ def coordinators(launcher: subprocess.Popen) -> list[psutil.Process]:
 
 
 def wait_for_a_step(directory: Path, launcher: subprocess.Popen) -> None:
-    """Until the run has come back and done a step more. Raises MeshwrightError where it does not."""
+    """Until the run is seen to do steps. Raises MeshwrightError where it does not."""
     ledger, deadline = directory / "ledger" / "0.jsonl", time.monotonic() + PATIENCE
-    before = ledger.stat().st_size if ledger.exists() else 0
-    calm = time.monotonic()
-    while True:
-        lines = ledger.read_bytes()[before:].splitlines() if ledger.exists() else []
-        if any(b'"step"' in line for line in lines) and time.monotonic() - calm > 2:
-            return
+    time.sleep(2)  # a process that is killed now may have a line on its way
+    before = size_of(ledger)
+    while size_of(ledger) <= before + 1000:  # a few lines: not only that of the beginning
         if launcher.poll() is not None or time.monotonic() > deadline:
             raise MeshwrightError(f"{directory}: no step after the last fault; see {directory}.log")
-        time.sleep(0.5)
+        time.sleep(0.2)
+
+
+def size_of(file: Path) -> int:
+    """Bytes of a file; 0 where it is not there yet."""
+    return file.stat().st_size if file.exists() else 0
 
 
 def newest(directory: Path) -> int:
