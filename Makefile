@@ -4,11 +4,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help setup quickstart test test-all lint clean
+MINUTES ?= 10
+
+.PHONY: help setup quickstart chaos test test-all lint clean
 
 help:
 	@echo "make setup       a virtual environment in $(VENV) with pinned dependencies"
 	@echo "make quickstart  train a small language model on 8 simulated devices, with a report"
+	@echo "make chaos       kill processes of a run at random for MINUTES ($(MINUTES)), and compare it with one left alone"
 	@echo "make test        all tests but the slow ones;  make test-all  all of them"
 	@echo "make lint        ruff"
 
@@ -22,6 +25,9 @@ setup: $(VENV)/.done
 
 quickstart: setup
 	$(BIN)/meshwright train quickstart
+
+chaos: setup
+	$(BIN)/meshwright bench chaos --minutes $(MINUTES)
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"

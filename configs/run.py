@@ -10,6 +10,7 @@ from .adapter import AdapterConfig
 from .base import Section
 from .data import DataConfig
 from .elastic import ElasticConfig
+from .meshes import check_deterministic, check_meshes
 from .model import ModelConfig
 from .outer import OuterConfig, check_replicas
 from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
@@ -82,7 +83,8 @@ class RunConfig(Section):
             average=self.optimizer.ema,
         )
         if (count := self.mesh.count) is not None:
-            check_fits(self, self.mesh.resolved(count))
+            check_fits(self, own := self.mesh.resolved(count))
+            check_meshes(self, own, check_fits)
         return self
 
 
@@ -100,11 +102,13 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
         )
     if model.embed % axes["fsdp"]:
         raise ValueError(f"model.embed: {model.embed} is not divisible by mesh.fsdp ({axes['fsdp']})")
+    if config.elastic.deterministic:
+        check_deterministic(config, axes)
     rows = {axis: axes[axis] for axis in ("replica", "data", "fsdp")} | {"microbatches": config.microbatches}
     rows = {name: size for name, size in rows.items() if size > 1 or name != "replica"}
     if config.quantization is not None:
         check_groups(config.quantization, model, axes | ({"fsdp": 1} if config.mesh.zero == 1 else {}))
-    if data.global_batch % math.prod(rows.values()):
+    if data.global_batch % math.prod(rows.values()) and not config.elastic.deterministic:
         raise ValueError(
             f"data.global_batch: {data.global_batch} is not divisible by {' x '.join(rows)} "
             f"({' x '.join(map(str, rows.values()))} = {math.prod(rows.values())})"

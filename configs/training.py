@@ -107,3 +107,5 @@ class LoggingConfig(Section):
     """Skip updates whose gradient norm exceeds this multiple of its running mean; null: off."""
     profile: ProfileConfig = ProfileConfig()
     """Profiler trace."""
+    ledger: bool = False
+    """Each process writes which samples it fed to which step, for `meshwright audit`."""

@@ -16,6 +16,7 @@ from ..configs import load as loading
 from ..configs.errors import MeshwrightError, UserError
 from ..configs.parallel import PipelineConfig
 from ..configs.run import RunConfig
+from . import cli_jobs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 recipes_app = typer.Typer(no_args_is_help=True, help="The shipped configurations.")
@@ -26,6 +27,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 adapter_app = typer.Typer(no_args_is_help=True, help="Adapters, as PEFT keeps them.")
 app.add_typer(adapter_app, name="adapter")
+app.command()(cli_jobs.drain)
+app.command()(cli_jobs.audit)
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
@@ -60,6 +63,7 @@ def launch(
     """Train in several processes, and start them again when one dies or hangs."""
     from .launch.engines import ENGINES
     from .launch.engines import launch as start
+    from .launch.formations import formations
 
     if engine not in ENGINES:
         raise UserError.no_match("--engine", [engine], known=ENGINES)
@@ -71,12 +75,14 @@ def launch(
             f"--processes: {shares} do not share the {count} devices of mesh evenly; use a divisor of {count}, or "
             "--devices-per-process"
         )
+    devices = devices_per_process or settings.devices_per_process
     start(
         [sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
-        processes=processes or settings.processes,
+        processes=shares,
         directory=Path("runs") / loaded.name,
         settings=loaded.elastic,
-        devices_per_process=devices_per_process or settings.devices_per_process,
+        formations=formations(loaded, processes=shares, devices_per_process=devices),
+        devices_per_process=devices,
         coordinator=settings.coordinator,
     )
 

@@ -4,6 +4,7 @@ engines = whole(config, mesh, graph)        # or pipelined(config, mesh, graph, 
 sums = engines.train(params, frozen, batch, keys)
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from ..configs.run import RunConfig
 from ..memory import policy
 from ..models.adapters.attach import attached, split, started
-from ..models.context import Context, flat_linear, linear
+from ..models.context import Context, flat_linear, linear, unconstrained
 from ..models.decoder import Decoder, graph, initial_params
 from ..models.quantized.attach import put, quantized, reading
 from ..parallel.attention import sharded_attention, token_order
@@ -25,6 +26,7 @@ from ..parallel.rules import constrainer
 from ..parallel.state import combine
 from ..parallel.vocabulary import lookup
 from . import pipeline
+from .deterministic import in_fixed_order
 from .gradients import Batch, Engine, accumulated, plain
 from .recipes.registry import RECIPES
 from .staging import Staging
@@ -40,19 +42,27 @@ class Engines(NamedTuple):
 
 def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     """Every device computes with all layers."""
-    loss = make_loss(target_logprobs(config, mesh, graph), RECIPES[config.recipe.name].loss(config.recipe))
+    recipe = RECIPES[config.recipe.name].loss(config.recipe)
+    loss = make_loss(target_logprobs(config, graph, partial(context, config, mesh)), recipe)
 
     def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         numerator, (weight, _) = loss(params, frozen, batch, None)
         return numerator, weight
 
-    one = plain(loss, dtype=jnp.dtype(config.precision.gradients))
-    return Engines(accumulated(one, microbatches=config.microbatches), evaluate)
+    dtype = jnp.dtype(config.precision.gradients)
+    if config.elastic.deterministic:
+        alone = make_loss(target_logprobs(config, graph, partial(context_alone, config, mesh)), recipe)
+        fixed = in_fixed_order(plain(alone, dtype=dtype), mesh=mesh, microbatches=config.microbatches)
+        return Engines(fixed, evaluate)
+    return Engines(accumulated(plain(loss, dtype=dtype), microbatches=config.microbatches), evaluate)
 
 
-def target_logprobs(config: RunConfig, mesh: Mesh, graph: Any) -> Callable[..., jax.Array]:
-    """(params, frozen, batch, keys) -> log p of each target [rows, sequence], all layers on every device."""
-    return make_logprobs(graph, model=config.model, memory=config.memory, context=partial(context, config, mesh))
+def target_logprobs(config: RunConfig, graph: Any, told: Callable[..., Context]) -> Callable[..., jax.Array]:
+    """(params, frozen, batch, keys) -> log p of each target [rows, sequence], where all layers are at hand.
+
+    `told(batch, keys)` is the context of the blocks.
+    """
+    return make_logprobs(graph, model=config.model, memory=config.memory, context=told)
 
 
 def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> Engines:
@@ -116,6 +126,13 @@ def divided(config: RunConfig, weights: Any) -> tuple[Any, Any]:
         weights = started(weights, config.model, config.adapter, key, read=reading(config.quantization))
     params, frozen = split(weights, config.model, config.adapter)
     return params, quantized(frozen, config.model, config.quantization)
+
+
+def context_alone(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
+    """What the blocks are told on one device of `mesh`, which computes whole rows by itself."""
+    one = Mesh(mesh.devices.reshape(-1)[:1].reshape([1] * mesh.devices.ndim), mesh.axis_names)
+    free = partial(lookup, constrain=unconstrained)
+    return dataclasses.replace(context(config, one, batch, keys), constrain=unconstrained, lookup=free)
 
 
 def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:

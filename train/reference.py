@@ -10,6 +10,7 @@ and an adapter's base, a full model and quantized weights are the same to it.
 import dataclasses
 import logging
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from ..parallel.attention import token_order
 from .data.assemble import Data
 from .data.notes import Annotate, Noted, fill, unseen
 from .data.rows import Row
-from .engines import target_logprobs
+from .engines import context, target_logprobs
 from .feed import local_rows, to_devices
 from .program import Program
 from .recipes.registry import RECIPES
@@ -52,7 +53,7 @@ def by_first_weights(program: Program) -> Annotate:
     """A function from at most `global_batch` rows to log p of their targets by the weights before step 0."""
     config, mesh = program.config, program.mesh
     weights = program.first_weights()
-    forward = target_logprobs(config, mesh, program.graph)
+    forward = target_logprobs(config, program.graph, partial(context, config, mesh))
     everywhere = NamedSharding(mesh, PartitionSpec())
     compiled = jax.jit(lambda weights, batch: forward(weights, {}, batch, None), out_shardings=everywhere)
     order = token_order(config.data.sequence_length, mesh=mesh, strategy=config.sequence.parallel)

@@ -47,6 +47,7 @@ from .reference import referenced
 from .replicas import on_host
 from .report.html import write_report
 from .report.journal import Journal
+from .report.ledger import Ledger
 from .report.progress import open_progress
 from .report.sinks import Sink, check_sinks, open_sinks
 from .sampling import Sampling
@@ -103,7 +104,15 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
             data = referenced(program, data, samples=range(start * size, config.steps * size))
             stamp = {"corpus": data.fingerprint, "origin": program.origin}
             saving = Saving(config.checkpoint, storage, journal, stamp, memory)
-            run = Run(config, program, data, directory, world, journal, saving, stop, progress)
+            ledger = Ledger(
+                directory,
+                epoch=fence.epoch or 0,
+                process=world.process,
+                processes=world.processes,
+                enabled=config.logging.ledger,
+                allowed=fence.check,
+            )
+            run = Run(config, program, data, directory, world, journal, saving, stop, progress, ledger)
             return run.go(state, start)
         except (Preempted, Fenced, KeyboardInterrupt):
             raise
@@ -134,6 +143,7 @@ class Run:
     saving: Saving
     stop: StopRequest
     progress: Progress
+    ledger: Ledger
 
     def go(self, state: TrainState, start: int) -> Summary:
         """Compile, train, evaluate, report."""
@@ -193,11 +203,15 @@ class Run:
         config = self.config
         profile = Profile(config.logging.profile, self.directory)
         pending = None
+        first_row = local_rows(config, self.program.mesh).start
+        self.ledger.began(start)
         with closing(self.batches(start)) as feed:
             for number in range(start + 1, config.steps + 1):
                 with profile.step(number):
                     with self.meter.host():
-                        batch = to_devices(next(feed), config, self.program.mesh)
+                        rows = next(feed)
+                        self.ledger.fed(number, rows, first=(number - 1) * config.data.global_batch + first_row)
+                        batch = to_devices(rows, config, self.program.mesh)
                     state, metrics = step(state, batch)
                     state = self.meet(state, number)
                     self.told(pending)
@@ -263,6 +277,7 @@ class Run:
             return
         step, arrays = pending
         metrics = on_host(arrays)  # waits for the device
+        self.ledger.applied(step)
         with self.meter.host():
             metrics |= self.meter.lap()
             if self.program.traffic:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...configs.elastic import ElasticConfig
+from .formations import Formation
 from .local import LocalEngine
 from .rendezvous import Server
 from .signals import StopSignals
@@ -20,10 +21,11 @@ def launch(
     settings: ElasticConfig,
     devices_per_process: int | None = None,
     coordinator: str | None = None,
+    formations: Sequence[Formation] = (),
 ) -> None:
     """Run `command` in `processes` processes on this machine until all end well; see `supervise` for what it raises.
 
-    `directory` is the run's.
+    `directory` is the run's; `formations` are what it may go on as, where fewer processes are left.
     """
     with StopSignals() as stop, Server() as server:
         engine = LocalEngine(
@@ -33,4 +35,4 @@ def launch(
             devices_per_process=devices_per_process,
             coordinator=coordinator,
         )
-        supervise(engine, settings=settings, directory=directory, room=server.room, stop=stop)
+        supervise(engine, settings=settings, directory=directory, room=server.room, stop=stop, formations=formations)

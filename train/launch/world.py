@@ -9,6 +9,7 @@ from ...configs.errors import UserError
 COORDINATOR, COUNT, NUMBER = "MESHWRIGHT_COORDINATOR", "MESHWRIGHT_PROCESSES", "MESHWRIGHT_PROCESS"
 DEVICES = "MESHWRIGHT_DEVICES_PER_PROCESS"
 EPOCH, RENDEZVOUS, COORDINATED = "MESHWRIGHT_EPOCH", "MESHWRIGHT_RENDEZVOUS", "MESHWRIGHT_COORDINATION"
+SLOT = "MESHWRIGHT_SLOT"  # the launcher's name for the place of a process
 SLURM_PORT = 61_000  # plus the job's number modulo 4096: jobs on one node must not meet
 
 

@@ -10,6 +10,8 @@
     skip                           an update that was not applied (loss, grad_norm)
     failure  preempted  finish     how the sitting ended; a killed one has none of these
     restart  give-up               the launcher's word on an epoch that failed (reason, suspect, detect_seconds)
+    regroup                        the launcher stopped an epoch, saved, to form up anew (reason)
+    shrink  grow  move             it goes on with fewer processes, more, or others (processes, mesh, waited_seconds)
 
 Every line has `time` (seconds since 1970) and `event`; the other fields are the event's own.
 """
