@@ -4,6 +4,7 @@ protected.json      the keeper: the newest step that every group of hosts protec
 recovery.json       the keeper, before the trainers start: what was found, and what was rebuilt from parity
 """
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ class Protected:
     """The newest protected step; -1: none."""
 
     step: int = -1
+    seal: str = ""  # of this host's snapshot of it
     seconds: float = 0.0  # from the snapshot being whole on every host of the group to its parity being whole
     bytes: int = 0  # of parity, on this host
 
@@ -30,7 +32,9 @@ class Recovery:
 
     step: int  # -1: nothing
     rebuilt: tuple[int, ...] = ()  # hosts whose snapshots were rebuilt from parity
-    note: str = ""  # what was lost, and why a newer step or none can be had
+    note: str = ""  # what was lost and rebuilt, or why nothing can be had
+    damaged: tuple[str, ...] = ()  # slots that were not what was written
+    seconds: float = 0.0  # that checking and rebuilding took
 
 
 def tell(directory: Path, word: Protected | Recovery) -> None:
@@ -51,12 +55,28 @@ def protected(directory: Path) -> Protected:
 def recovery(directory: Path) -> Recovery | None:
     """What the keeper said before this sitting; None where there is no keeper."""
     told = _read(directory / RECOVERY)
-    return Recovery(told["step"], tuple(told["rebuilt"]), told["note"]) if told else None
+    return word_of(told) if told else None
+
+
+def word_of(told: dict) -> Recovery:
+    """A recovery from JSON."""
+    return Recovery(told["step"], tuple(told["rebuilt"]), told["note"], tuple(told["damaged"]), told["seconds"])
 
 
 def files(directory: Path) -> list[Path]:
     """Everything a keeper leaves."""
     return [*directory.glob(SHARES), *directory.glob("*.json"), *directory.glob(".*"), *directory.glob("*.draft")]
+
+
+def sweep(directory: Path) -> None:
+    """Delete what a keeper left in a directory without snapshots."""
+    if not directory.is_dir() or any(directory.glob("[0-9]*.[01]")):
+        return
+    for path in files(directory):
+        path.unlink(missing_ok=True)
+    for place in (directory, directory.parent):
+        with contextlib.suppress(OSError):  # another host's is still there
+            place.rmdir()
 
 
 def directory_of(run: Path, *, host: int) -> Path:

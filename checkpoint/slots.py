@@ -1,6 +1,6 @@
 """Slots: files in memory that are whole or empty, never half of something. JAX-free.
 
-    0 .. 64     magic, offset and length of the header, xxh3 of the header, state
+    0 .. 64     the head: magic, step, offset and length of the header, xxh3 of the header, state
     64 ..       the blocks, then the header: JSON with `step`, `blocks` [[offset, bytes, xxh3], ...] and what they are
 
 A slot is emptied first, then filled, each block hashed as it arrives, and declared whole last. A slot lives in /dev/shm
@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -28,7 +28,7 @@ import xxhash
 from .damage import DamagedCheckpoint
 
 MAGIC, WHOLE, EMPTY = b"MESHSLOT", 2, 0
-HEAD = struct.Struct("<8sQQQQ")  # magic, header's offset, its length, xxh3 of the header, state
+HEAD = struct.Struct("<8sqQQQQ16x")  # magic, step, header's offset, its length, xxh3 of the header, state
 START = ALIGNED = 64  # bytes
 PIECE = 4 * 2**20  # bytes copied, then hashed while they are still in the cache
 
@@ -82,8 +82,17 @@ class Filling:
         """[offset, bytes, xxh3] of every block."""
         if self._filled != list(self._sizes):
             raise ValueError(f"a slot was declared whole with {self._filled} of {list(self._sizes)} bytes in it")
+        for place, size, hash_ in zip(self.offsets, self._sizes, self._hashes, strict=True):
+            rest = self._memory[place + size : place + padded(size)]
+            rest[:] = 0  # what an earlier snapshot left there; parity is made of every byte
+            hash_.update(rest)
         hashes = [one.hexdigest() for one in self._hashes]
         return [list(block) for block in zip(self.offsets, self._sizes, hashes, strict=True)]
+
+
+def padded(size: int) -> int:
+    """Bytes up to the next block."""
+    return -(-size // ALIGNED) * ALIGNED
 
 
 def offsets(sizes: Sequence[int]) -> list[int]:
@@ -95,13 +104,13 @@ def offsets(sizes: Sequence[int]) -> list[int]:
     result, offset = [], START
     for size in sizes:
         result.append(offset)
-        offset += -(-size // ALIGNED) * ALIGNED
+        offset += padded(size)
     return result
 
 
 def room(sizes: Sequence[int]) -> int:
     """Bytes up to the header."""
-    return START + sum(-(-size // ALIGNED) * ALIGNED for size in sizes)
+    return START + sum(map(padded, sizes))
 
 
 @contextmanager
@@ -113,12 +122,12 @@ def filling(pool: Pool, path: Path, sizes: Sequence[int], header: Mapping[str, A
     end = room(sizes)
     longest = end + len(encoded(header, [[end, end, "0" * 16]] * len(sizes)))
     memory = pool.slot(path, longest)
-    memory[: HEAD.size] = HEAD.pack(MAGIC, 0, 0, 0, EMPTY)
+    memory[: HEAD.size] = HEAD.pack(MAGIC, -1, 0, 0, 0, EMPTY)
     slot = Filling(memory, sizes, longest)
     yield slot
     text = encoded(header, slot.blocks())
     memory[end : end + len(text)] = text
-    memory[: HEAD.size] = HEAD.pack(MAGIC, end, len(text), xxhash.xxh3_64_intdigest(text), WHOLE)
+    memory[: HEAD.size] = HEAD.pack(MAGIC, header["step"], end, len(text), xxhash.xxh3_64_intdigest(text), WHOLE)
 
 
 def encoded(header: Mapping[str, Any], blocks: Sequence[Any]) -> bytes:
@@ -126,35 +135,50 @@ def encoded(header: Mapping[str, Any], blocks: Sequence[Any]) -> bytes:
     return json.dumps({**header, "blocks": blocks}).encode()
 
 
-def head_of(path: Path) -> tuple[bytes, int] | None:
-    """(the first bytes of a whole slot, which no other slot has; the bytes it uses); None where it is not whole."""
+class Head(NamedTuple):
+    """The first bytes of a whole slot, which no other slot has, and what they say."""
+
+    raw: bytes
+    step: int
+    offset: int  # of the header
+    length: int  # of the header
+    seen: int  # xxh3 of the header
+
+    @property
+    def bytes(self) -> int:
+        """Bytes the slot uses."""
+        return self.offset + self.length
+
+
+def head_of(path: Path) -> Head | None:
+    """The head of a whole slot; None of any other."""
     try:
         with path.open("rb") as file:
-            head = file.read(HEAD.size)
+            raw = file.read(HEAD.size)
             size = os.fstat(file.fileno()).st_size
     except OSError:
         return None
-    if len(head) < HEAD.size:
+    if len(raw) < HEAD.size:
         return None
-    magic, offset, length, _, state = HEAD.unpack(head)
+    magic, step, offset, length, seen, state = HEAD.unpack(raw)
     if magic != MAGIC or state != WHOLE or offset + length > size:
         return None
-    return head, offset + length
+    return Head(raw, step, offset, length, seen)
 
 
 def header_of(path: Path) -> Header | None:
     """The header of a whole slot, which is what was written; None where there is no such slot."""
-    found = head_of(path)
-    if found is None:
+    head = head_of(path)
+    if head is None:
         return None
-    _, offset, length, seen, _ = HEAD.unpack(found[0])
     with path.open("rb") as file:
-        file.seek(offset)
-        text = file.read(length)
-    if xxhash.xxh3_64_intdigest(text) != seen:
+        file.seek(head.offset)
+        text = file.read(head.length)
+    if xxhash.xxh3_64_intdigest(text) != head.seen:
         return None
     header = json.loads(text)
-    return header if head_of(path) == found else None  # not of a slot that was emptied meanwhile
+    # Neither of a slot that was emptied meanwhile, nor under another step's head.
+    return header if header["step"] == head.step and head_of(path) == head else None
 
 
 def verify(path: Path, header: Header) -> np.ndarray:
@@ -164,6 +188,6 @@ def verify(path: Path, header: Header) -> np.ndarray:
     except OSError as error:
         raise DamagedCheckpoint(f"snapshot {header['step']}: {path} cannot be read: {error}") from error
     for number, (offset, size, seen) in enumerate(header["blocks"]):
-        if xxhash.xxh3_64_hexdigest(content[offset : offset + size]) != seen:
+        if xxhash.xxh3_64_hexdigest(content[offset : offset + padded(size)]) != seen:
             raise DamagedCheckpoint(f"snapshot {header['step']}: block {number} of {path} is not what was written")
     return content

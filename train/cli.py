@@ -60,6 +60,7 @@ def launch(
     """Train in several processes, and start them again when one dies or hangs."""
     from .launch.engines import ENGINES
     from .launch.engines import launch as start
+    from .launch.keepers import planned
 
     if engine not in ENGINES:
         raise UserError.no_match("--engine", [engine], known=ENGINES)
@@ -78,6 +79,7 @@ def launch(
         settings=loaded.elastic,
         devices_per_process=devices_per_process or settings.devices_per_process,
         coordinator=settings.coordinator,
+        keepers=planned(loaded.checkpoint, hosts=settings.hosts, processes=shares),
     )
 
 
@@ -94,6 +96,10 @@ def validate(
         from .staging import check_staging
 
         check_staging(loaded)
+    if loaded.checkpoint.parity != "none":
+        from .launch.keepers import planned
+
+        planned(loaded.checkpoint, hosts=loaded.launch.hosts, processes=loaded.launch.processes)
     if deep:
         from .deep import check
 

@@ -1,9 +1,11 @@
 """Engines by name, and the launch of a run on one of them. JAX-free."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from ...configs.elastic import ElasticConfig
+from .keepers import Keepers, Plan
 from .local import LocalEngine
 from .rendezvous import Server
 from .signals import StopSignals
@@ -20,12 +22,13 @@ def launch(
     settings: ElasticConfig,
     devices_per_process: int | None = None,
     coordinator: str | None = None,
+    keepers: Plan | None = None,
 ) -> None:
     """Run `command` in `processes` processes on this machine until all end well; see `supervise` for what it raises.
 
-    `directory` is the run's.
+    `directory` is the run's; `keepers` look after its snapshots.
     """
-    with StopSignals() as stop, Server() as server:
+    with StopSignals() as stop, Server() as server, ExitStack() as stack:
         engine = LocalEngine(
             command,
             processes=processes,
@@ -33,4 +36,6 @@ def launch(
             devices_per_process=devices_per_process,
             coordinator=coordinator,
         )
+        if keepers is not None:
+            engine = stack.enter_context(Keepers(keepers, run=directory, server=server)).before(engine)
         supervise(engine, settings=settings, directory=directory, room=server.room, stop=stop)
