@@ -23,8 +23,3 @@ def independent(state: Any) -> Any:
     leaves, structure = jax.tree.flatten(state)
     where = [leaf.sharding.with_memory_kind(PINNED) for leaf in leaves]
     return jax.tree.unflatten(structure, jax.device_put(leaves, where, may_alias=False))
-
-
-def arrived(state: Any) -> None:
-    """Wait until a copy has been made."""
-    jax.block_until_ready(state)

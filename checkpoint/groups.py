@@ -33,8 +33,8 @@ def laid(hosts: int, *, size: int, losses: int, domains: Sequence[str] = ()) -> 
     count = math.ceil(hosts / size)
     if losses and hosts // count <= losses:
         raise UserError(
-            f"checkpoint.group: {hosts} hosts in groups of at most {size} leave a group of {hosts // count}, and parity "
-            f"that bears {losses} needs at least {losses + 1} hosts"
+            f"checkpoint.group: {hosts} hosts in groups of at most {size} leave a group of {hosts // count}, and "
+            f"parity that bears {losses} needs at least {losses + 1} hosts"
         )
     if domains and len(domains) != hosts:
         raise UserError(f"checkpoint.domains: names the domains of {len(domains)} hosts, and there are {hosts}")
@@ -98,8 +98,8 @@ def hopeless(step: int, lost: Sequence[int], ours: Mapping[int, Holding], *, los
         missing = sum(hosts[place] in lost for place in givers)
         if missing > sum(hosts[place] in holders for place in keepers):
             return (
-                f"step {step}: hosts {list(lost)} of group {hosts} lost their snapshots, and with the parity that hosts "
-                f"{holders} have they cannot be rebuilt: it bears the loss of {losses}"
+                f"step {step}: hosts {list(lost)} of group {hosts} lost their snapshots, and with the parity that "
+                f"hosts {holders} have they cannot be rebuilt: it bears the loss of {losses}"
             )
     return None
 

@@ -162,7 +162,7 @@ class Keeper:
         self._since = {step: when for step, when in self._since.items() if step in here}
 
     def _free(self, step: int) -> int:
-        """The slot for the share of `step`: that of another time line, else not the protected step's, else the older."""
+        """The slot for the share of `step`: another time line's, else not the protected step's, else the older."""
         keep = mailbox.protected(self.directory).step
         known = {slot: head.step for slot in (0, 1) if (head := head_of(self._share(slot))) is not None}
         old = (known.get(slot, -1) for slot in (0, 1))
@@ -301,7 +301,7 @@ class Keeper:
             head, header = head_of(path), header_of(path)
             if head is None or header is None or head.raw.hex() != piece.head:
                 path.unlink(missing_ok=True)
-                raise DamagedCheckpoint(f"snapshot {lost.step} of host {self.host}, rebuilt: not the slot that was lost")
+                raise DamagedCheckpoint(f"snapshot {lost.step} of host {self.host}: what was rebuilt is not it")
             verify(path, header)
             heads: list[tuple[Head | None, Path]] = [
                 (head_of(self._slot(piece.process, slot)), self._slot(piece.process, slot)) for slot in (0, 1)
@@ -311,7 +311,9 @@ class Keeper:
 
     # --- the others --------------------------------------------------------------------------------------------------
 
-    def _fetch(self, host: int, infos: Mapping[int, Info], seal: str, step: int, *, start: int, size: int) -> np.ndarray:
+    def _fetch(
+        self, host: int, infos: Mapping[int, Info], seal: str, step: int, *, start: int, size: int
+    ) -> np.ndarray:
         if host == self.host:
             return self.read(step, seal, start=start, size=size)
         request = {"do": "read", "step": step, "seal": seal, "start": start, "size": size}

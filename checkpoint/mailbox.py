@@ -82,7 +82,7 @@ def sweep(directory: Path) -> None:
 def directory_of(run: Path, *, host: int) -> Path:
     """Where the slots of a host are: in /dev/shm where the system has it. Hosts simulated on one machine differ."""
     base = Path("/dev/shm") if Path("/dev/shm").is_dir() else run / "memory"
-    return base / f"meshwright-{os.getuid()}" / xxhash.xxh3_64_hexdigest(str(run.absolute())) / f"host-{host}"
+    return base / f"meshwright-{os.getuid()}" / xxhash.xxh3_64_hexdigest(str(run.absolute()).encode()) / f"host-{host}"
 
 
 def _read(file: Path) -> dict | None:

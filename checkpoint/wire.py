@@ -1,10 +1,10 @@
 """Bytes between keepers: frames over TCP, length first, checksummed, timed out. JAX-free.
 
-    request     a frame of JSON
-    answer      a frame of JSON, {"error": ...} where it cannot be given, and a frame of bytes
+request     a frame of JSON
+answer      a frame of JSON, {"error": ...} where it cannot be given, and a frame of bytes
 
-    with Listener(answer) as listener: listener.address
-    with Peer(address) as peer: told, content = peer.ask({"do": "read", "step": 7}, timeout=10.0)
+with Listener(answer) as listener: listener.address
+with Peer(address) as peer: told, content = peer.ask({"do": "read", "step": 7}, timeout=10.0)
 """
 
 import json

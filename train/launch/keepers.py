@@ -70,8 +70,8 @@ def planned(checkpoint: CheckpointConfig, *, hosts: int, processes: int) -> Plan
     if not checkpoint.memory_every:
         if losses:
             raise UserError(
-                f"checkpoint.parity: {checkpoint.parity} protects snapshots in memory and checkpoint.memory_every is 0; "
-                "set it, or parity to none"
+                f"checkpoint.parity: {checkpoint.parity} protects snapshots in memory and checkpoint.memory_every is "
+                "0; set it, or parity to none"
             )
         return None
     groups = laid(hosts, size=checkpoint.group, losses=losses, domains=checkpoint.domains)
