@@ -66,6 +66,14 @@ class CheckpointConfig(Section):
     """So do this many with the lowest held-out loss, where one was evaluated at their step."""
     memory_every: int = Field(0, ge=0)
     """Steps between snapshots in the host's memory (/dev/shm), which a restart on that host goes on from; 0: none."""
+    when_busy: Literal["wait", "skip", "drop-oldest"] = "wait"
+    """A save is due and the one before it is not finished: wait for it, skip the new one, or replace what waits."""
+    parity: Literal["none", "xor", "p+q"] = "none"
+    """What hosts keep of each other's snapshots (`meshwright launch`): xor bears one lost host of a group, p+q two."""
+    group: int = Field(8, ge=2)
+    """Hosts of a group at most; each stores 1 / (hosts - 1) of a snapshot extra with xor, 2 / (hosts - 2) with p+q."""
+    domains: list[str] = []
+    """Failure domain (rack, switch, power supply) of each host, dealt to different groups; []: each its own."""
     on_failure: Literal["continue", "stop"] = "continue"
     """A save that failed (a full disk): journal it and train on, or stop. A run whose last save failed fails."""
 
@@ -75,6 +83,8 @@ class LaunchConfig(Section):
 
     processes: int = Field(1, ge=1)
     """Processes on this machine (engine local)."""
+    hosts: int = Field(1, ge=1)
+    """Hosts they are spread over, in order; engine local simulates them: each has snapshots and a keeper of its own."""
     devices_per_process: int | None = Field(None, ge=1)
     """Simulated devices of each; null: mesh.devices / processes."""
     coordinator: str | None = None

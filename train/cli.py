@@ -64,6 +64,7 @@ def launch(
     from .launch.engines import ENGINES
     from .launch.engines import launch as start
     from .launch.formations import formations
+    from .launch.keepers import planned
 
     if engine not in ENGINES:
         raise UserError.no_match("--engine", [engine], known=ENGINES)
@@ -84,6 +85,7 @@ def launch(
         formations=formations(loaded, processes=shares, devices_per_process=devices),
         devices_per_process=devices,
         coordinator=settings.coordinator,
+        keepers=planned(loaded.checkpoint, hosts=settings.hosts, processes=shares),
     )
 
 
@@ -100,6 +102,10 @@ def validate(
         from .staging import check_staging
 
         check_staging(loaded)
+    if loaded.checkpoint.parity != "none":
+        from .launch.keepers import planned
+
+        planned(loaded.checkpoint, hosts=loaded.launch.hosts, processes=loaded.launch.processes)
     if deep:
         from .deep import check
 

@@ -20,6 +20,7 @@ from ..checkpoint.memory import memory_of
 from ..checkpoint.storage import Storage
 from ..configs.errors import MeshwrightError, Preempted, UserError
 from ..configs.run import RunConfig, check_fits
+from ..configs.training import CheckpointConfig
 from ..memory.policy import decisions, emitted
 from ..memory.selfcheck import check_offload
 from ..models.hf.files import copy_companions
@@ -52,6 +53,7 @@ from .report.progress import open_progress
 from .report.sinks import Sink, check_sinks, open_sinks
 from .sampling import Sampling
 from .saving import Saving
+from .snapshots import Snapshots
 from .staging import check_staging
 from .stop import StopRequest
 
@@ -72,6 +74,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
     asked to stop.
     """
     check_staging(config)
+    check_keepers(config.checkpoint, world)
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
     open_directory(config, root=root, write=False)  # refuses another run's; nothing is written until all is checked
     check_sinks(config.logging)
@@ -96,14 +99,23 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         stack.enter_context(closing(storage))
         stop = stack.enter_context(StopRequest())
         try:
-            memory = memory_of(directory, layout=program.layout.name) if config.checkpoint.memory_every else None
+            memory = (
+                memory_of(directory, layout=program.layout.name, host=world.host)
+                if config.checkpoint.memory_every
+                else None
+            )
             state, start = recovered(program, storage, memory, journal, corpus=data.fingerprint)
             if start == 0:
                 keep(program, state, directory, allowed=fence.check)
             size = config.data.global_batch
             data = referenced(program, data, samples=range(start * size, config.steps * size))
+            snapshots = None
+            if memory is not None:
+                snapshots = Snapshots(config.checkpoint, memory, journal, fence.check)
+                stack.callback(snapshots.close)
+                snapshots.reserve(state)
             stamp = {"corpus": data.fingerprint, "origin": program.origin}
-            saving = Saving(config.checkpoint, storage, journal, stamp, memory)
+            saving = Saving(config.checkpoint, storage, journal, stamp, snapshots)
             ledger = Ledger(
                 directory,
                 epoch=fence.epoch or 0,
@@ -120,6 +132,15 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
             with suppress(UserError):  # a full disk must not hide what happened
                 journal.record("failure", error=type(error).__name__, message=str(error)[:500])
             raise
+
+
+def check_keepers(checkpoint: CheckpointConfig, world: World) -> None:
+    """Raise UserError where snapshots are to be protected and nobody is there to do it."""
+    if checkpoint.parity != "none" and world.hosts is None:
+        raise UserError(
+            f"checkpoint.parity: {checkpoint.parity} needs a keeper on every host, which `meshwright launch` starts; "
+            "launch the run, or set it to none"
+        )
 
 
 def fence_of(directory: Path, world: World) -> Fence:
@@ -171,7 +192,7 @@ class Run:
             state = self.loop(state, start, step, evaluation)
             self.progress.report(config.steps, "finish")
             if config.steps > start or config.steps not in self.saving.storage.steps:
-                self.save(state, config.steps)
+                self.saving.last(state, config.steps, samples=config.steps * config.data.global_batch)
             if evaluation is not None:
                 self.evaluate(state, config.steps, evaluation)
         self.saving.finish()
@@ -231,15 +252,16 @@ class Run:
     def pause(self, state: TrainState, number: int, evaluation: Any, *, stopping: bool) -> None:
         """What happens between update `number` and the next. Raises Preempted, the state saved, where asked to stop."""
         self.progress.report(number, "save or evaluate")
+        checkpoint = self.config.checkpoint
+        samples = number * self.config.data.global_batch
         if stopping:
-            self.save(state, number)
+            self.saving.last(state, number, samples=samples)
             self.saving.finish()
             self.journal.record("preempted", step=number)
             raise Preempted(f"stopped after step {number}, state saved; run the same command to go on")
-        if self.due(self.config.checkpoint.memory_every, number):
-            self.saving.snapshot(state, number, samples=number * self.config.data.global_batch)
-        if self.due(self.config.checkpoint.every, number):
-            self.save(state, number)
+        storage, memory = (self.due(every, number) for every in (checkpoint.every, checkpoint.memory_every))
+        if storage or memory:
+            self.saving.begin(state, number, samples=samples, storage=storage, memory=memory)
         if evaluation is not None and self.due(self.config.evaluation.every, number):
             self.evaluate(state, number, evaluation)
 
@@ -279,7 +301,7 @@ class Run:
         metrics = on_host(arrays)  # waits for the device
         self.ledger.applied(step)
         with self.meter.host():
-            metrics |= self.meter.lap()
+            metrics |= self.meter.lap() | self.saving.row()
             if self.program.traffic:
                 metrics["sent_bytes"] = sent(self.program.traffic, step)
             self.last |= metrics
@@ -299,10 +321,6 @@ class Run:
         """One row of metrics to every sink."""
         for sink in self.sinks:
             sink.write(step, values)
-
-    def save(self, state: TrainState, step: int) -> None:
-        """Begin a checkpoint."""
-        self.saving.begin(state, step, samples=step * self.config.data.global_batch)
 
     def evaluate(self, state: TrainState, step: int, evaluation: Any) -> None:
         """Held-out loss and samples, of the parameters that the run stands for."""

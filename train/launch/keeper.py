@@ -1,0 +1,77 @@
+"""A keeper's process: `python -m meshwright.train.launch.keeper SETTINGS`, SETTINGS a JSON object. JAX-free.
+
+One thread tells the rendezvous what this host has and hears what the others have; the main one protects. It ends with
+the process that started it.
+"""
+
+import fcntl
+import json
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint.keeper import Keeper
+from ...checkpoint.wire import Listener
+from .rendezvous import Client, Refused
+
+OFTEN = 0.05  # seconds between two looks
+FOREVER = 1e9  # time-to-live: whether a keeper is alive is seen by whoever started it
+PREFIX = "keeper/"
+
+
+def keepers_in(members: Mapping[str, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """What each keeper told, by host, out of a membership."""
+    return {int(name[len(PREFIX) :]): info for name, info in members.items() if name.startswith(PREFIX)}
+
+
+class Telling:
+    """The thread that talks to the rendezvous."""
+
+    def __init__(self, keeper: Keeper, *, rendezvous: str, address: str) -> None:
+        self.infos: dict[int, Mapping[str, Any]] = {}
+        self.ended = threading.Event()
+        self._keeper, self._place, self._address, self._beats = keeper, rendezvous, address, 0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        with Client(self._place, f"{PREFIX}{self._keeper.host}", ttl=FOREVER) as client:
+            while not self.ended.wait(OFTEN):
+                self._beats += 1
+                told = {"address": self._address, "beats": self._beats, "trouble": self._keeper.trouble}
+                try:
+                    info = told | self._keeper.info()
+                    members = (client.beat if client.ticket >= 0 else client.join)(info)["members"]
+                    self.infos = keepers_in(members)
+                except Refused:  # another keeper of this host took over: this one is fenced
+                    self.ended.set()
+                except OSError:
+                    continue  # the rendezvous is gone, or the slots are changing
+
+
+def main() -> None:
+    """Keep until the process that started this one is gone."""
+    settings = json.loads(sys.argv[1])
+    parent = os.getppid()
+    directory = Path(settings["directory"])
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = (directory / ".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # an older keeper of this host may be about to end
+    keeper = Keeper(
+        directory,
+        host=settings["host"],
+        processes=settings["processes"],
+        groups=settings["groups"],
+        losses=settings["losses"],
+    )
+    with Listener(keeper.answer, settings["listen"]) as listener:
+        telling = Telling(keeper, rendezvous=settings["rendezvous"], address=listener.address)
+        while os.getppid() == parent and not telling.ended.wait(OFTEN):
+            if telling.infos:
+                keeper.look(telling.infos)
+
+
+if __name__ == "__main__":
+    main()
