@@ -28,8 +28,8 @@ def launch(
 ) -> None:
     """Run `command` in `processes` processes on this machine until all end well; see `supervise` for what it raises.
 
-    `directory` is the run's; `formations` are what it may go on as, where fewer processes are left; `keepers` look after
-    its snapshots.
+    `directory` is the run's; `formations` are what it may go on as, where fewer processes are left; `keepers` look
+    after its snapshots.
     """
     with StopSignals() as stop, Server() as server, ExitStack() as stack:
         engine = LocalEngine(
