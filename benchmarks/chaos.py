@@ -152,7 +152,9 @@ class Killer:
             possible["a slot back"] = lambda: drain(directory, [self.die.choice(sorted(out))], undo=True)
         if not possible:
             return
-        name = self.die.choice(sorted(possible))
+        # As often a slot that comes or goes as anything that happens to a process.
+        slots_first = [one for one in sorted(possible) if one.startswith("a slot")]
+        name = self.die.choice(slots_first if slots_first and self.die.random() < 0.5 else sorted(possible))
         with suppress(psutil.NoSuchProcess):  # it was about to end anyway
             possible[name]()
             self.faults[name] += 1
