@@ -39,9 +39,10 @@ from .launch.progress import Progress
 from .launch.world import World
 from .meter import Meter
 from .op_times import op_times
+from .pacing import Pace
 from .profiling import Profile
 from .program import Program, build
-from .recovery import recovered
+from .recovery import agreed, recovered
 from .replicas import on_host
 from .report.html import write_report
 from .report.journal import Journal
@@ -106,7 +107,8 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
                 enabled=config.logging.ledger,
                 allowed=fence.check,
             )
-            run = Run(config, program, data, directory, world, journal, saving, stop, progress, ledger)
+            pace = Pace(config.checkpoint.every, directory, journal, agreed)
+            run = Run(config, program, data, directory, world, journal, saving, stop, progress, ledger, pace)
             return run.go(state, start)
         except (Preempted, Fenced, KeyboardInterrupt):
             raise
@@ -138,6 +140,7 @@ class Run:
     stop: StopRequest
     progress: Progress
     ledger: Ledger
+    pace: Pace
 
     def go(self, state: TrainState, start: int) -> Summary:
         """Compile, train, evaluate, report."""
@@ -199,6 +202,7 @@ class Run:
         pending = None
         first_row = local_rows(config, self.program.mesh).start
         self.ledger.began(start)
+        self.pace.began(start)
         with closing(self.batches(start)) as feed:
             for number in range(start + 1, config.steps + 1):
                 with profile.step(number):
@@ -213,8 +217,8 @@ class Run:
                 self.progress.report(number - 1)  # whose metrics have been read: it is done
                 self.saving.poll()
                 stopping = self.stop.requested(number) and number < config.steps
-                pauses = (config.checkpoint.every, config.checkpoint.memory_every, config.evaluation.every)
-                if stopping or any(self.due(every, number) for every in pauses):
+                pauses = (config.checkpoint.memory_every, config.evaluation.every)
+                if stopping or self.pace.due(number) or any(self.due(every, number) for every in pauses):
                     self.told(pending)  # what is saved or evaluated has been judged, and its row stands before theirs
                     pending = None
                     self.pause(state, number, evaluation, stopping=stopping)
@@ -232,8 +236,9 @@ class Run:
             raise Preempted(f"stopped after step {number}, state saved; run the same command to go on")
         if self.due(self.config.checkpoint.memory_every, number):
             self.saving.snapshot(state, number, samples=number * self.config.data.global_batch)
-        if self.due(self.config.checkpoint.every, number):
+        if self.pace.due(number) and number < self.config.steps:
             self.save(state, number)
+            self.pace.saved(number)
         if evaluation is not None and self.due(self.config.evaluation.every, number):
             self.evaluate(state, number, evaluation)
 
