@@ -2,11 +2,11 @@
 
     meshwright bench chaos --minutes 10
 
-Every few seconds of steps, now and then sooner, one of these happens, by a seeded die: a trainer is killed (SIGKILL), the first one, the process that
-coordinates them; one is stopped (SIGSTOP); a slot is lost, its trainer with it, or comes back. When the time is over
-the run is asked to stop, and then left alone for its last steps. Then the same configuration runs undisturbed to the
-same step, and `audit` compares: parameters and optimizer bit for bit, the samples, and the rules of the journals. The
-exit code is 0 only if every promise was kept.
+Every few seconds of steps, now and then sooner, one of these happens, by a seeded die: a trainer is killed (SIGKILL),
+the first one, the process that coordinates them; one is stopped (SIGSTOP); a slot is lost, its trainer with it, or
+comes back. When the time is over the run is asked to stop, and then left alone for its last steps. Then the same
+configuration runs undisturbed to the same step, and `audit` compares: parameters and optimizer bit for bit, the
+samples, and the rules of the journals. The exit code is 0 only if every promise was kept.
 """
 
 import argparse
@@ -152,7 +152,9 @@ class Killer:
             possible["a slot back"] = lambda: drain(directory, [self.die.choice(sorted(out))], undo=True)
         if not possible:
             return
-        name = self.die.choice(sorted(possible))
+        # As often a slot that comes or goes as anything that happens to a process.
+        slots_first = [one for one in sorted(possible) if one.startswith("a slot")]
+        name = self.die.choice(slots_first if slots_first and self.die.random() < 0.5 else sorted(possible))
         with suppress(psutil.NoSuchProcess):  # it was about to end anyway
             possible[name]()
             self.faults[name] += 1

@@ -1,6 +1,6 @@
 """How the run goes: optimizer, evaluation, checkpoints, logging, launch."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -56,8 +56,8 @@ class EvaluationConfig(Section):
 class CheckpointConfig(Section):
     """When the whole state is saved, and what is kept."""
 
-    every: int = Field(0, ge=0)
-    """Steps between saves; 0: only at the end and on a signal."""
+    every: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    """Steps between saves; 0: only at the end and on a signal; auto: Daly's interval, from what the run measured."""
     keep: int = Field(3, ge=1)
     """Newest checkpoints that survive."""
     keep_every: int = Field(0, ge=0)

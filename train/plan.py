@@ -119,9 +119,10 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 def step_flops(program: Program) -> int:
     """Matrix-product FLOPs of one training step on all devices, read off its trace, loops multiplied through.
 
-    What a pipeline's devices do is in its table and not in the trace; together they do what one device would.
+    What a pipeline's devices do is in its table and not in the trace, and the loop of `elastic.deterministic` hides its
+    turns; together they do what one device would.
     """
-    if program.staging is not None:
+    if program.staging is not None or program.config.elastic.deterministic:
         program = alone(program)
     with jax.set_mesh(program.mesh):
         return matmul_flops(jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes))
@@ -129,7 +130,9 @@ def step_flops(program: Program) -> int:
 
 def alone(program: Program) -> Program:
     """The same run on one device."""
-    plain = {"mesh": MeshConfig(platform=program.config.mesh.platform), "pipeline": PipelineConfig()}
+    mesh = MeshConfig(platform=program.config.mesh.platform)
+    elastic = program.config.elastic.model_copy(update={"deterministic": False})
+    plain = {"mesh": mesh, "pipeline": PipelineConfig(), "elastic": elastic}
     config = program.config.model_copy(update=plain)
     return build(config, make_mesh(config.mesh, devices=jax.local_devices()[:1]))
 

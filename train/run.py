@@ -41,9 +41,10 @@ from .launch.progress import Progress
 from .launch.world import World
 from .meter import Meter
 from .op_times import op_times
+from .pacing import Pace
 from .profiling import Profile
 from .program import Program, build
-from .recovery import recovered
+from .recovery import agreed, recovered
 from .reference import referenced
 from .replicas import on_host
 from .report.html import write_report
@@ -124,7 +125,8 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
                 enabled=config.logging.ledger,
                 allowed=fence.check,
             )
-            run = Run(config, program, data, directory, world, journal, saving, stop, progress, ledger)
+            pace = Pace(config.checkpoint.every, directory, journal, agreed)
+            run = Run(config, program, data, directory, world, journal, saving, stop, progress, ledger, pace)
             return run.go(state, start)
         except (Preempted, Fenced, KeyboardInterrupt):
             raise
@@ -165,6 +167,7 @@ class Run:
     stop: StopRequest
     progress: Progress
     ledger: Ledger
+    pace: Pace
 
     def go(self, state: TrainState, start: int) -> Summary:
         """Compile, train, evaluate, report."""
@@ -226,6 +229,7 @@ class Run:
         pending = None
         first_row = local_rows(config, self.program.mesh).start
         self.ledger.began(start)
+        self.pace.began(start)
         with closing(self.batches(start)) as feed:
             for number in range(start + 1, config.steps + 1):
                 with profile.step(number):
@@ -240,8 +244,8 @@ class Run:
                 self.progress.report(number - 1)  # whose metrics have been read: it is done
                 self.saving.poll()
                 stopping = self.stop.requested(number) and number < config.steps
-                pauses = (config.checkpoint.every, config.checkpoint.memory_every, config.evaluation.every)
-                if stopping or any(self.due(every, number) for every in pauses):
+                pauses = (config.checkpoint.memory_every, config.evaluation.every)
+                if stopping or self.pace.due(number) or any(self.due(every, number) for every in pauses):
                     self.told(pending)  # what is saved or evaluated has been judged, and its row stands before theirs
                     pending = None
                     self.pause(state, number, evaluation, stopping=stopping)
@@ -259,9 +263,12 @@ class Run:
             self.saving.finish()
             self.journal.record("preempted", step=number)
             raise Preempted(f"stopped after step {number}, state saved; run the same command to go on")
-        storage, memory = (self.due(every, number) for every in (checkpoint.every, checkpoint.memory_every))
+        storage = self.pace.due(number) and number < self.config.steps
+        memory = self.due(checkpoint.memory_every, number)
         if storage or memory:
             self.saving.begin(state, number, samples=samples, storage=storage, memory=memory)
+        if storage:
+            self.pace.saved(number)
         if evaluation is not None and self.due(self.config.evaluation.every, number):
             self.evaluate(state, number, evaluation)
 

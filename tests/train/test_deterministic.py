@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from equivalence import assert_same, tiny, trajectory
+from meshwright.configs.elastic import ElasticConfig
+from meshwright.parallel.mesh import make_mesh
 from meshwright.train import deterministic
 from meshwright.train.deterministic import folded, pairwise
+from meshwright.train.plan import step_flops
+from meshwright.train.program import build
 
 ELASTIC = {"deterministic": True}
 
@@ -33,6 +37,13 @@ def test_four_devices_and_fewer_give_the_same_bits(fewer, changes):
 
 def test_what_is_added_is_the_plain_gradient():
     assert_same(tiny(), tiny(microbatches=4, mesh={"data": 2}, elastic=ELASTIC))
+
+
+def test_the_plan_counts_the_turns_of_the_loop():
+    config = tiny(mesh={"data": 2}, microbatches=8, elastic=ELASTIC)
+    mesh = make_mesh(config.mesh)
+    plain = config.model_copy(update={"microbatches": 1, "elastic": ElasticConfig()})
+    assert step_flops(build(config, mesh)) == step_flops(build(plain, mesh))
 
 
 def tree_sum(values):

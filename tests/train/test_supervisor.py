@@ -8,10 +8,12 @@ import pytest
 from meshwright.configs.elastic import ElasticConfig
 from meshwright.configs.errors import MeshwrightError, Preempted
 from meshwright.train.launch.decisions import Failure, Report, culprit, gives_up, patience, pause, struck, suspect
+from meshwright.train.launch.drain import drain
 from meshwright.train.launch.fence import Fence, Fenced, current
 from meshwright.train.launch.formations import Formation
 from meshwright.train.launch.rendezvous import Room, joined
 from meshwright.train.launch.supervisor import supervise
+from meshwright.train.report.journal import read_events
 
 SETTINGS = ElasticConfig(
     restarts=2, window=100.0, backoff=1.0, hang_factor=10.0, hang_floor=5.0, start_timeout=60, grace=8,
@@ -105,9 +107,8 @@ class World:
         self.room, self.teams = Room(lambda: self.now), []
 
     def slots(self):
-        return [slot for slot in range(4) if not any(a <= self.now < b for a, b in self.lost.get(slot, ()))][
-            : self.room_for
-        ]
+        gone = [slot for slot, times in self.lost.items() if any(start <= self.now < end for start, end in times)]
+        return [slot for slot in range(self.room_for) if slot not in gone]
 
     def start(self, epoch, *, slots, words):
         self.processes, self.words = len(slots), words
@@ -209,16 +210,27 @@ def test_a_lost_slot_that_is_replaced_in_time_changes_nothing(tmp_path):
 def test_a_lost_slot_without_replacement_leaves_fewer_and_comes_back(tmp_path):
     """Lost at 2, waited for until 23; back at 50, settled at 55, asked to stop, gone at 56: 4 processes again."""
     alone = [*steps(0, (1, 1), (2, 2)), *steps(1, (1, 1), (2, 2)), (33.0, 0, 75), (33.0, 1, 75)]
-    fast = SETTINGS.model_copy(update={"hang_floor": 60.0})
-    world = elastic([DIES, alone, [(3.0, n, 0) for n in range(4)]], lost={1: [(2.0, 50.0)]}, settings=fast)
+    slow = SETTINGS.model_copy(update={"hang_floor": 60.0})
+    world = elastic([DIES, alone, [(3.0, n, 0) for n in range(4)]], lost={1: [(2.0, 50.0)]}, settings=slow)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
     log = world.run(tmp_path)
-    assert [(word, when) for word, when in log if word != "kill"] == [
-        ("start", 0),
-        ("start", 23),
-        ("ask", 55),
-        ("start", 57),
-    ]
+    assert [pair for pair in log if pair[0] != "kill"] == [("start", 0), ("start", 23), ("ask", 55), ("start", 56)]
     assert world.teams == [((0, 1, 2, 3),), ((0, 2), "mesh={data: 2}"), ((0, 1, 2, 3),)]
+    told = read_events(tmp_path / "run")
+    assert [event["event"] for event in told] == ["restart", "shrink", "regroup", "grow"]
+    assert told[1]["slots"] == [0, 2] and round(told[1]["waited_seconds"]) == 20
+    assert told[2]["reason"] == "4 processes fit again, on data 4"
+
+
+def test_a_drained_slot_is_not_used_where_there_is_a_spare(tmp_path):
+    """Five slots for four processes: the same mesh, in other slots."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    drain(tmp_path / "run", [2])
+    world = World([[(3.0, n, 0) for n in range(4)]], processes=4, room_for=5, formations=(ALL, HALF))
+    world.run(tmp_path)
+    assert world.teams == [((0, 1, 3, 4),)]
 
 
 def test_a_slot_that_fails_again_and_again_is_left_out(tmp_path):

@@ -257,8 +257,8 @@ def watched(
         codes = {number: engine.poll(number) for number in range(engine.processes)}
         if (outcome := judged(codes, watch, now=now)) is not None:
             return replace(outcome, kind="regroup", reason=why) if why and outcome.kind == "preempted" else outcome
-        if (why := engine.broken()) is not None:
-            return Outcome("failed", why, watch.reached)
+        if (broke := engine.broken()) is not None:
+            return Outcome("failed", broke, watch.reached)
         if deadline is None and watch.stepping:
             why = regroup.reason(now=now)
         if (stop.asked or why) and not told:

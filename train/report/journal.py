@@ -5,6 +5,7 @@
 
     start  compile  restore        a sitting of the run begins: afresh or from a checkpoint (level, step, reason)
     save  commit                   a checkpoint begins (step, stall_seconds) and becomes whole (step, seconds)
+    interval                       how many steps to the next save, and why (`checkpoint.every: auto`)
     save-failed  quarantine        one that did not (message); a damaged one is set aside (step, reason, place)
     evaluation  sample             held-out numbers; a prompt and its continuation
     skip                           an update that was not applied (loss, grad_norm)
