@@ -17,7 +17,8 @@ from ...checkpoint.keeper import Keeper
 from ...checkpoint.wire import Listener
 from .rendezvous import Client, Refused
 
-OFTEN = 0.05  # seconds between two looks
+OFTEN = 0.02  # seconds between two words
+IDLE = 0.5  # seconds between two looks where nothing is new: what failed before is tried again
 FOREVER = 1e9  # time-to-live: whether a keeper is alive is seen by whoever started it
 PREFIX = "keeper/"
 
@@ -27,11 +28,17 @@ def keepers_in(members: Mapping[str, Mapping[str, Any]]) -> dict[int, Mapping[st
     return {int(name[len(PREFIX) :]): info for name, info in members.items() if name.startswith(PREFIX)}
 
 
+def news(infos: Mapping[int, Mapping[str, Any]]) -> list[Any]:
+    """What matters of what the keepers told."""
+    return [(host, info["address"], info["held"], info["shares"]) for host, info in sorted(infos.items())]
+
+
 class Telling:
     """The thread that talks to the rendezvous."""
 
     def __init__(self, keeper: Keeper, *, rendezvous: str, address: str) -> None:
         self.infos: dict[int, Mapping[str, Any]] = {}
+        self.heard = threading.Event()  # something new
         self.ended = threading.Event()
         self._keeper, self._place, self._address, self._beats = keeper, rendezvous, address, 0
         threading.Thread(target=self._run, daemon=True).start()
@@ -44,7 +51,10 @@ class Telling:
                 try:
                     info = told | self._keeper.info()
                     members = (client.beat if client.ticket >= 0 else client.join)(info)["members"]
-                    self.infos = keepers_in(members)
+                    infos = keepers_in(members)
+                    if news(infos) != news(self.infos):
+                        self.infos = infos
+                        self.heard.set()
                 except Refused:  # another keeper of this host took over: this one is fenced
                     self.ended.set()
                 except OSError:
@@ -68,7 +78,9 @@ def main() -> None:
     )
     with Listener(keeper.answer, settings["listen"]) as listener:
         telling = Telling(keeper, rendezvous=settings["rendezvous"], address=listener.address)
-        while os.getppid() == parent and not telling.ended.wait(OFTEN):
+        while os.getppid() == parent and not telling.ended.is_set():
+            telling.heard.wait(IDLE)
+            telling.heard.clear()
             if telling.infos:
                 keeper.look(telling.infos)
 
