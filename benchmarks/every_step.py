@@ -12,6 +12,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 BLOCK = 4  # steps of a turn
 HOSTS = 2
 
@@ -35,6 +37,7 @@ def slowdown(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
     step, repeats = step_of(seconds)
     states = [state_of(megabytes // HOSTS, seed=host) for host in range(HOSTS)]
     taken: dict[bool, list[float]] = {False: [], True: []}
+    cpu = dict.fromkeys((False, True), 0.0)  # seconds of all cores
     stalls: list[float] = []
     with ExitStack() as stack:
         run = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
@@ -46,7 +49,9 @@ def slowdown(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
         for one, state in zip(snapshots, states, strict=True):
             one.reserve(state)
         number = 0
+        guards = [psutil.Process(keepers.process(host).pid) for host in range(HOSTS)]
         for turn in range(2 * (turns + 1)):
+            before = time.process_time()
             for _ in range(BLOCK):
                 began = time.monotonic()
                 if turn % 2:
@@ -61,8 +66,13 @@ def slowdown(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
                 states = jax.block_until_ready(step(states, repeats))
                 if turn > 1:  # the first turns touch memory and compile
                     taken[bool(turn % 2)].append(time.monotonic() - began)
-            if turn % 2:
-                time.sleep(0.5)  # what is still being protected is not the next turn's
+            for one in snapshots:
+                one.takes(number)  # what is still being protected is not the next turn's
+            if turn > 1:
+                cpu[bool(turn % 2)] += time.process_time() - before
+            else:
+                guarded = sum(sum(one.cpu_times()[:2]) for one in guards)
+        guarded = sum(sum(one.cpu_times()[:2]) for one in guards) - guarded
         for one in snapshots:
             one.close()
         protected = memories[0].protected
@@ -75,6 +85,10 @@ def slowdown(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
         "step with a snapshot": round(with_, 4),
         "slowdown": round(with_ / without - 1, 4),
         "stall": round(statistics.median(stalls[BLOCK:]), 4),
+        "cpu seconds of a snapshot": {
+            "trainer": round((cpu[True] - cpu[False]) / (turns * BLOCK), 4),
+            "keepers": round(guarded / (turns * BLOCK), 4),
+        },
         "protected after": round(protected.seconds, 4),
         "protected of": [protected.step, number],
     }

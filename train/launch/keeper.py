@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ...checkpoint.wire import Listener
 from .rendezvous import Client, Refused
 
 OFTEN = 0.02  # seconds between two words
-IDLE = 0.5  # seconds between two looks where nothing is new: what failed before is tried again
+IDLE = 0.5  # seconds between two words, and two looks, where nothing is new
 FOREVER = 1e9  # time-to-live: whether a keeper is alive is seen by whoever started it
 PREFIX = "keeper/"
 
@@ -44,21 +45,29 @@ class Telling:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
+        seen, info, spoken = None, dict[str, Any](), 0.0
         with Client(self._place, f"{PREFIX}{self._keeper.host}", ttl=FOREVER) as client:
             while not self.ended.wait(OFTEN):
-                self._beats += 1
-                told = {"address": self._address, "beats": self._beats, "trouble": self._keeper.trouble}
                 try:
-                    info = told | self._keeper.info()
-                    members = (client.beat if client.ticket >= 0 else client.join)(info)["members"]
-                    infos = keepers_in(members)
-                    if news(infos) != news(self.infos):
-                        self.infos = infos
-                        self.heard.set()
+                    heads, now = self._keeper.heads(), time.monotonic()
+                    if heads == seen and now - spoken < IDLE and not self._keeper.busy:
+                        continue
+                    if heads != seen:
+                        info = self._keeper.info()
+                    self._tell(client, info)
+                    seen, spoken = heads, now
                 except Refused:  # another keeper of this host took over: this one is fenced
                     self.ended.set()
                 except OSError:
                     continue  # the rendezvous is gone, or the slots are changing
+
+    def _tell(self, client: Client, info: Mapping[str, Any]) -> None:
+        self._beats += 1
+        told = {"address": self._address, "beats": self._beats, "trouble": self._keeper.trouble, **info}
+        infos = keepers_in((client.beat if client.ticket >= 0 else client.join)(told)["members"])
+        if news(infos) != news(self.infos):
+            self.infos = infos
+            self.heard.set()
 
 
 def main() -> None:
