@@ -69,10 +69,11 @@ def measured(root: Path, level: str, processes: int) -> dict[str, Any]:
         steps = rows(directory)[-1]["step"] + EVERY // 2
         wait(launcher, lambda: rows(directory)[-1]["step"] >= steps)
         victim, process = max(trainers(launcher).items())
+        keeper = keeper_of(launcher, victim) if level == "parity" else None
         killed = time.time()
         os.kill(process, signal.SIGKILL)
-        if level == "parity":
-            os.kill(keeper_of(launcher, victim), signal.SIGKILL)
+        if keeper is not None:
+            os.kill(keeper, signal.SIGKILL)
             shutil.rmtree(directory_of(directory, host=victim))
         wait(launcher, lambda: len([e for e in events(directory) if e["event"] == "compile"]) == 2)
         reached = next(event["step"] for event in events(directory) if event["event"] == "restart")
