@@ -8,8 +8,9 @@ A keeper stands outside the trainers, so that neither their crash nor its own co
     parity.0, parity.1    this host's shares (`parity.py`), and of which seals they are made
 
 Shares are made while the trainers go on: block after block, in pieces, is asked from the hosts that give to a stripe.
-Everything asked for is named by its seal, before and after it is read, so a slot that is overwritten meanwhile is
-noticed. What is rebuilt is compared with the heads that the shares remember, and block by block with its fingerprints.
+Everything asked for is named by its seal, and once all is read every host is asked whether it still has it: a slot
+that was overwritten meanwhile is noticed. What is rebuilt is compared with the heads that the shares remember, and
+block by block with its fingerprints.
 
 Sources: REFT, arXiv:2310.12670 (snapshot management processes, RAIM5); DLRover's Flash Checkpoint.
 """
@@ -83,6 +84,17 @@ class Keeper:
             if header is not None
         }
 
+    def heads(self) -> list[bytes]:
+        """Changes whenever `info` does, and is cheap."""
+        slots = [self._slot(process, slot) for process in self._processes for slot in (0, 1)]
+        slots += [self._share(slot) for slot in (0, 1)] if self.losses else []
+        return [head.raw if (head := head_of(path)) is not None else b"" for path in slots]
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a snapshot that is not protected yet."""
+        return bool(self.losses) and max(self.snapshots(), default=-1) > mailbox.protected(self.directory).step
+
     def info(self) -> dict[str, Any]:
         """What the other keepers are told."""
         return {
@@ -137,7 +149,10 @@ class Keeper:
                             start=self._index(giver, stripe) * block + start, size=size,
                         ) for giver in givers
                     ]  # fmt: skip
-                    share.put(number, code([one.result() for one in asked]))
+                    blocks = [one.result() for one in asked]
+                    share.put(number, blocks[0] if len(blocks) == 1 and not number else code(blocks))
+            for host in hosts:  # nobody overwrote what was read meanwhile: slots are emptied first
+                self._still(host, infos, made[host])
 
     def _announce(self, infos: Mapping[int, Info]) -> None:
         """Write down the newest step that every group protects; a step stays protected while it is there."""
@@ -176,21 +191,27 @@ class Keeper:
     # --- giving ------------------------------------------------------------------------------------------------------
 
     def read(self, step: int, seal: str, *, start: int, size: int) -> np.ndarray:
-        """Bytes of this host's snapshot, zeros behind its end. Raises NotGiven where it is not there (any more)."""
+        """Bytes of this host's snapshot, zeros behind its end; `held` tells afterwards whether they were still its."""
+        parts, offset = [], 0
+        for piece in self.held(step, seal).pieces:
+            low, high = max(start, offset), min(start + size, offset + piece.bytes)
+            if low < high:
+                content = np.memmap(self._at(piece.process, piece.head), np.uint8, "r", 0, piece.bytes)
+                parts.append((low - start, content[low - offset : high - offset]))
+            offset += piece.padded
+        if len(parts) == 1 and len(parts[0][1]) == size:
+            return parts[0][1]
+        result = np.zeros(size, np.uint8)
+        for place, part in parts:
+            result[place : place + len(part)] = part
+        return result
+
+    def held(self, step: int, seal: str) -> Snapshot:
+        """This host's snapshot. Raises NotGiven where it is not there (any more)."""
         snapshot = self.snapshots().get(step)
         if snapshot is None or snapshot.seal != seal:
             raise NotGiven(f"host {self.host} has no snapshot {seal} of step {step}")
-        result, offset = np.zeros(size, np.uint8), 0
-        for piece in snapshot.pieces:
-            low, high = max(start, offset), min(start + size, offset + piece.bytes)
-            if low < high:
-                with self._at(piece.process, piece.head).open("rb") as file:
-                    file.seek(low - offset)
-                    file.readinto(memoryview(result)[low - start : high - start])
-            offset += piece.padded
-        if self.snapshots().get(step) != snapshot:
-            raise NotGiven(f"host {self.host} overwrote its snapshot of step {step}")
-        return result
+        return snapshot
 
     def read_share(self, step: int, *, number: int, start: int, size: int) -> np.ndarray:
         """Bytes of this host's parity. Raises NotGiven where it is not there."""
@@ -208,6 +229,9 @@ class Keeper:
             case "read":
                 span = {"start": request["start"], "size": request["size"]}
                 return {}, self.read(request["step"], request["seal"], **span)
+            case "held":
+                self.held(request["step"], request["seal"])
+                return {}, b""
             case "read-share":
                 span = {"start": request["start"], "size": request["size"]}
                 return {}, self.read_share(request["step"], number=request["number"], **span)
@@ -223,7 +247,7 @@ class Keeper:
                 mailbox.tell(self.directory, mailbox.word_of(request["word"]))
                 return {}, b""
             case other:
-                raise NotGiven(f"do: {other!r} is none of read, read-share, members, check, rebuild, settle")
+                raise NotGiven(f"do: {other!r} is none of read, held, read-share, members, check, rebuild, settle")
 
     # --- after a loss ------------------------------------------------------------------------------------------------
 
@@ -318,6 +342,13 @@ class Keeper:
             return self.read(step, seal, start=start, size=size)
         request = {"do": "read", "step": step, "seal": seal, "start": start, "size": size}
         return self._peer(host, infos).ask(request)[1]
+
+    def _still(self, host: int, infos: Mapping[int, Info], snapshot: Snapshot) -> None:
+        """Raise NotGiven where a host does not hold a snapshot any more."""
+        if host == self.host:
+            self.held(snapshot.step, snapshot.seal)
+        else:
+            self._peer(host, infos).ask({"do": "held", "step": snapshot.step, "seal": snapshot.seal})
 
     def _fetch_share(
         self, host: int, infos: Mapping[int, Info], step: int, *, number: int, start: int, size: int

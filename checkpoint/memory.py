@@ -6,7 +6,6 @@ host where it is not. A host that is lost takes its snapshots along; what the ke
 parity lies where they lay.
 """
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,12 @@ class Memory:
     """The slots of one run on this host. `directory` is in a file system that lives in memory.
 
     `layout` names the run's layout: snapshots are kept as the run holds its arrays, and another layout's are not
-    offered.
+    offered. `process`: whose slots these are; None: this process's.
     """
 
-    def __init__(self, directory: Path, *, layout: str = "") -> None:
+    def __init__(self, directory: Path, *, layout: str = "", process: int | None = None) -> None:
         self.directory, self._layout = directory, layout
+        self._process = jax.process_index() if process is None else process
         self._pool = Pool()
 
     def reserve(self, state: TrainState) -> None:
@@ -115,13 +115,12 @@ class Memory:
         """Delete everything: the run has ended, or another one begins under its name."""
         self._pool.close()
         if self.directory.is_dir():
-            for path in [*self.directory.glob("[0-9]*.[01]"), *mailbox.files(self.directory)]:
+            for path in self.directory.glob("[0-9]*.[01]"):
                 path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another process still has its own there
-            self.directory.rmdir()
+        mailbox.sweep(self.directory)
 
     def _path(self, slot: int) -> Path:
-        return self.directory / f"{jax.process_index()}.{slot}"
+        return self.directory / f"{self._process}.{slot}"
 
     def _headers(self) -> list[tuple[Path, Header]]:
         """The slots that say they are whole, with their headers, which are."""

@@ -34,12 +34,12 @@ class NotGiven(MeshwrightError):
 
 def send(to: socket.socket, content: Any) -> None:
     """One frame."""
-    view = memoryview(content).cast("B")
+    view = memoryview(content)
     to.sendall(FRAME.pack(MAGIC, len(view), xxhash.xxh3_64_intdigest(view)))
     to.sendall(view)
 
 
-def receive(source: socket.socket) -> bytearray:
+def receive(source: socket.socket) -> np.ndarray:
     """One frame. Raises ConnectionError where it is not one, or not what was sent."""
     magic, length, seen = FRAME.unpack(_exactly(source, FRAME.size))
     if magic != MAGIC or length > LONGEST:
@@ -50,8 +50,8 @@ def receive(source: socket.socket) -> bytearray:
     return content
 
 
-def _exactly(source: socket.socket, length: int) -> bytearray:
-    content = bytearray(length)
+def _exactly(source: socket.socket, length: int) -> np.ndarray:
+    content = np.empty(length, np.uint8)
     view = memoryview(content)
     while view:
         count = source.recv_into(view)
@@ -90,10 +90,10 @@ class Listener:
         self._server.server_close()
 
 
-def answered(answer: Answer, request: bytearray) -> tuple[dict[str, Any], Any]:
+def answered(answer: Answer, request: np.ndarray) -> tuple[dict[str, Any], Any]:
     """What `answer` says; its refusal where it raises one."""
     try:
-        return answer(json.loads(request))
+        return answer(json.loads(bytes(request)))
     except (MeshwrightError, OSError, ValueError, KeyError, TypeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}, b""
 
@@ -116,14 +116,14 @@ class Peer:
                     self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._socket.settimeout(timeout)
                 send(self._socket, json.dumps(request).encode())
-                told = json.loads(receive(self._socket))
+                told = json.loads(bytes(receive(self._socket)))
                 content = receive(self._socket)
             except (OSError, ValueError) as error:
                 self._hang_up()
                 raise OSError(f"keeper at {self.address}: {error}") from error
         if "error" in told:
             raise NotGiven(f"keeper at {self.address}: {told['error']}")
-        return told, np.frombuffer(content, np.uint8)
+        return told, content
 
     def __enter__(self) -> "Peer":
         return self

@@ -114,7 +114,7 @@ def sitting_seconds(sitting: Sequence[Event], *, preserved: int | None) -> dict[
         "startup": first.get("startup_seconds", 0.0),
         "restore": first.get("restore_seconds", 0.0),
         "compile": total(sitting, "compile", "seconds"),
-        "save": total(sitting, "save", "stall_seconds"),
+        "save": total(sitting, "save", "stall_seconds") + total(sitting, "save", "snapshot_seconds"),
         "evaluate": total(sitting, "evaluation", "seconds"),
         "detect": min(end.get("detect_seconds", 0.0), end["time"] - first["time"]),
     }

@@ -7,6 +7,8 @@
     save  commit                   a checkpoint begins (step, stall_seconds) and becomes whole (step, seconds)
     interval                       how many steps to the next save, and why (`checkpoint.every: auto`)
     save-failed  quarantine        one that did not (message); a damaged one is set aside (step, reason, place)
+    save-skipped  save-dropped     one that back-pressure left out (step, reason)
+    unprotected                    a snapshot that keepers did not protect in time (step, reason)
     evaluation  sample             held-out numbers; a prompt and its continuation
     skip                           an update that was not applied (loss, grad_norm)
     failure  preempted  finish     how the sitting ended; a killed one has none of these
