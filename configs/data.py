@@ -154,6 +154,11 @@ class DataConfig(SourceConfig):
         return self
 
     @property
+    def chats(self) -> bool:
+        """Whether conversations are learned."""
+        return any(source.format in ("messages", "sharegpt", "alpaca") for source in self.sources)
+
+    @property
     def examples(self) -> set[str]:
         """Formats of the sources whose documents are never cut."""
         return {source.format for source in self.sources} - {"text"}

@@ -75,6 +75,12 @@ class RunConfig(Section):
             raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
         check_recipe(self.recipe, self.data)
         check_quantization(self.quantization, self.adapter, self.model)
+        if self.evaluation.answers and any(one.format == "text" and one.prompt is None for one in self.data.sources):
+            raise ValueError(
+                f"evaluation.answers: {self.evaluation.answers}, but texts without data.prompt ask nothing; set it to 0"
+            )
+        if self.evaluation.answers and not self.data.held_out:
+            raise ValueError(f"evaluation.answers: {self.evaluation.answers} of none, data.held_out is 0; raise it")
         check_replicas(
             self.outer,
             replicas=self.mesh.replica,

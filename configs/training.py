@@ -1,8 +1,9 @@
 """How the run goes: optimizer, evaluation, checkpoints, logging, launch."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .base import Section
 
@@ -43,14 +44,31 @@ class EvaluationConfig(Section):
 
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only at the end."""
+    start: bool = False
+    """Also before the first step: what fine-tuning is compared with."""
     batches: int | None = Field(None, ge=1)
     """Held-out batches; null: all."""
     prompts: list[str] = []
-    """Texts to continue at every evaluation."""
+    """Texts to continue at every evaluation; where conversations are learned, what a user says."""
+    answers: int = Field(0, ge=0)
+    """Held-out questions to answer with the likeliest tokens, for exact match and `metrics`; 0: none."""
+    metrics: list[str] = []
+    """Your own measures of these answers, as module:function, e.g. scoring:length (train/answering.py)."""
     sample_tokens: int = Field(64, ge=1)
     """Tokens a sample gets."""
     temperature: float = Field(0.8, ge=0)
     """Of the samples; 0: always the likeliest token, which repeats itself in a young model."""
+
+    @model_validator(mode="after")
+    def _metrics_have_answers(self) -> "EvaluationConfig":
+        for name in self.metrics:
+            if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+                raise ValueError(f"evaluation.metrics: {name!r} is not of the form module:function")
+        if self.metrics and not self.answers:
+            raise ValueError(
+                f"evaluation.answers: 0, but evaluation.metrics {self.metrics} measure answers; set e.g. 32"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

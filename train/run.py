@@ -28,6 +28,7 @@ from ..parallel.lowcomm.bytes import sent
 from ..parallel.mesh import make_mesh
 from ..parallel.state import TrainState, combine
 from . import environment, plan
+from .answering import Metric, answered, complete, metric_functions
 from .base import keep
 from .data import assemble
 from .data.assemble import Data
@@ -35,7 +36,6 @@ from .data.batches import batches
 from .directory import open_directory, write_json
 from .evaluation import evaluate
 from .feed import local_rows, to_devices
-from .generate import complete
 from .launch.fence import Fence, Fenced
 from .launch.progress import Progress
 from .launch.world import World
@@ -66,6 +66,7 @@ class Summary:
     directory: Path
     steps: int
     metrics: dict[str, float]  # of the last step and the last evaluation
+    first: dict[str, float]  # of the evaluation before the first step, where there was one
 
 
 def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summary:
@@ -79,6 +80,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
     open_directory(config, root=root, write=False)  # refuses another run's; nothing is written until all is checked
     check_sinks(config.logging)
+    metrics = metric_functions(config.evaluation.metrics)
     environment.start(config, world)
     mesh = make_mesh(config.mesh)
     check_fits(config, dict(mesh.shape))
@@ -126,7 +128,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
                 allowed=fence.check,
             )
             pace = Pace(config.checkpoint.every, directory, journal, agreed)
-            run = Run(config, program, data, directory, world, journal, saving, stop, progress, ledger, pace)
+            run = Run(config, program, data, directory, world, journal, saving, stop, progress, ledger, pace, metrics)
             return run.go(state, start)
         except (Preempted, Fenced, KeyboardInterrupt):
             raise
@@ -168,6 +170,7 @@ class Run:
     progress: Progress
     ledger: Ledger
     pace: Pace
+    metrics: list[Metric]  # the user's, of answers
 
     def go(self, state: TrainState, start: int) -> Summary:
         """Compile, train, evaluate, report."""
@@ -182,6 +185,8 @@ class Run:
             self.data.tokenizer.save(self.directory)
             if config.model.origin is not None and config.data.tokenizer.file == config.model.origin:
                 copy_companions(config.model.origin, self.directory)
+            if config.data.chats and self.data.template is not None:
+                (self.directory / "chat_template.jinja").write_text(self.data.template.source, encoding="utf-8")
             write_json(self.directory / "plan.json", made)
             write_json(self.directory / "environment.json", environment.describe(config, self.data, program.mesh))
         with ExitStack() as stack:
@@ -192,6 +197,10 @@ class Run:
             self.sinks = [stack.enter_context(closing(sink)) for sink in self.opened_sinks(start)]
             self.meter = Meter.of(config, made)
             self.last: dict[str, float] = {}
+            self.first: dict[str, float] = {}
+            if config.evaluation.start and start == 0 and evaluation is not None:
+                self.evaluate(state, 0, evaluation)
+                self.meter.restart()
             state = self.loop(state, start, step, evaluation)
             self.progress.report(config.steps, "finish")
             if config.steps > start or config.steps not in self.saving.storage.steps:
@@ -204,7 +213,7 @@ class Run:
         self.journal.record("finish", step=config.steps, **self.last)
         if self.world.first:
             write_report(self.directory)
-        return Summary(self.directory, config.steps, self.last)
+        return Summary(self.directory, config.steps, self.last, self.first)
 
     def time_ops(self, state: TrainState) -> None:
         """Measure the ops of the pipeline, for the report."""
@@ -336,20 +345,34 @@ class Run:
         values = evaluate(self.program, evaluation, params, state.frozen, self.data)
         if self.program.replicas:
             values |= self.program.replicas.apart(state)
+        measured, samples = self.written(combine(params, state.frozen), step)
+        values |= measured
+        if step == 0:
+            self.first = dict(values)
         self.last |= values
         self.write(step, values)
         self.journal.record("evaluation", step=step, seconds=time.monotonic() - began, **values)
         self.bar.note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        prompts = self.config.evaluation.prompts
-        if prompts and jax.process_count() == 1:
-            texts = complete(
-                self.program,
-                self.program.in_order(combine(params, state.frozen)),
-                self.data.tokenizer,
-                prompts,
-                max_tokens=self.config.evaluation.sample_tokens,
-                sampling=Sampling(temperature=self.config.evaluation.temperature),
-                seed=self.config.seed,
-            )
-            for prompt, text in zip(prompts, texts, strict=True):
-                self.journal.record("sample", step=step, prompt=prompt, text=text)
+        for prompt, text in samples:
+            self.journal.record("sample", step=step, prompt=prompt, text=text)
+            if step in (0, self.config.steps):
+                self.bar.note(f"step {step}, after {prompt!r}:\n{text}")
+
+    def written(self, params: Any, step: int) -> tuple[dict[str, float], list[tuple[str, str]]]:
+        """What the model writes: measures of its answers, and its samples. Only where one process has it all."""
+        config, prompts = self.config.evaluation, self.config.evaluation.prompts
+        if not (prompts or config.answers) or jax.process_count() > 1:
+            return {}, []
+        weights = self.program.in_order(params)
+        texts = complete(
+            self.program,
+            weights,
+            self.data.tokenizer,
+            prompts,
+            template=self.data.template if self.config.data.chats else None,
+            max_tokens=config.sample_tokens,
+            sampling=Sampling(temperature=config.temperature),
+            seed=self.config.seed,
+        )
+        values = answered(self.program, weights, self.data, config, self.metrics)
+        return values, list(zip(prompts, texts, strict=True))

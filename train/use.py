@@ -38,18 +38,21 @@ def generate(
     top_p: float | None,
     seed: int,
 ) -> list[str]:
-    """What the run's model continues each prompt with."""
+    """What the run's model continues each prompt with; one that learned conversations answers it."""
+    from .answering import complete
+    from .data.chat import find_template
     from .data.tokenizer import load
-    from .generate import complete
     from .sampling import Sampling
 
-    program, state = opened(read(run, []), run)
+    config = read(run, [])
+    program, state = opened(config, run)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return complete(
         program,
         combine(program.evaluated(state), state.frozen),
         load(run),
         list(prompts),
+        template=find_template(None, tokenizer=str(run), tokens={}) if config.data.chats else None,
         max_tokens=tokens,
         sampling=sampling,
         seed=seed,
@@ -57,7 +60,8 @@ def generate(
 
 
 def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
-    """Held-out numbers of the run's newest checkpoint. Raises UserError where nothing is held out."""
+    """Held-out numbers of the newest checkpoint, and of its answers. Raises UserError where nothing is held out."""
+    from .answering import answered, metric_functions
     from .data import assemble
 
     config = read(run, overrides)
@@ -66,7 +70,9 @@ def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
         raise UserError(f"data.held_out: 0 in {run}: nothing to evaluate on; pass data.held_out=0.02")
     program, state = opened(config, run)
     data = referenced(program, data, samples=range(0))
-    return held_out(program, program.compiled_evaluation(), program.evaluated(state), state.frozen, data)
+    values = held_out(program, program.compiled_evaluation(), program.evaluated(state), state.frozen, data)
+    weights, metrics = combine(program.evaluated(state), state.frozen), metric_functions(config.evaluation.metrics)
+    return values | answered(program, weights, data, config.evaluation, metrics)
 
 
 def read(run: Path, overrides: Sequence[str]) -> RunConfig:
