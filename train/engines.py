@@ -18,6 +18,7 @@ from ..models.adapters.attach import split, started
 from ..models.context import Context, flat_linear, linear
 from ..models.decoder import initial_params
 from ..parallel.attention import sharded_attention, token_order
+from ..parallel.pipeline.parts import Parts
 from ..parallel.pipeline.table import Table
 from ..parallel.pipeline.wiring import wired
 from ..parallel.rules import constrainer
@@ -57,16 +58,7 @@ def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
 
 def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> Engines:
     """Devices along `pipe` hold some layers each."""
-    cut = pipeline.parts(
-        graph,
-        jax.eval_shape(lambda: combine(*divided(config, fresh(config)))),
-        RECIPES[config.recipe.name],
-        model=config.model,
-        memory=config.memory,
-        context=partial(context, config, mesh),
-        constrain=constrainer(mesh),
-        compute=jnp.dtype(config.precision.compute),
-    )
+    cut = parts(config, mesh, graph)
 
     def engine(table: Table) -> Engine:
         return pipeline.make_engine(
@@ -89,6 +81,20 @@ def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> En
     if config.pipeline.post_validation:
         train = pipeline.weighed(train, RECIPES[config.recipe.name])
     return Engines(train, evaluate)
+
+
+def parts(config: RunConfig, mesh: Mesh, graph: Any) -> Parts:
+    """The model as a pipeline cuts it."""
+    return pipeline.parts(
+        graph,
+        jax.eval_shape(lambda: combine(*divided(config, fresh(config)))),
+        RECIPES[config.recipe.name],
+        model=config.model,
+        memory=config.memory,
+        context=partial(context, config, mesh),
+        constrain=constrainer(mesh),
+        compute=jnp.dtype(config.precision.compute),
+    )
 
 
 def fresh(config: RunConfig) -> Any:

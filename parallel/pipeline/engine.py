@@ -27,7 +27,7 @@ from .device import PHASES, Device
 from .ends import WholeEnds
 from .parts import BATCH_AXES, MANUAL, RESIDUAL, Carry, Parts, Row, Weights, filed, when
 from .shared import SharedEnds
-from .split import Saved, split
+from .split import Saved, Split, split
 from .wiring import Wiring
 
 Run = Callable[[Weights, Weights, Any, Any, Row], tuple[jax.Array, jax.Array, Weights]]
@@ -86,17 +86,27 @@ def on_device(
     # Microbatch i takes rows i, i + count, ... like plain accumulation does: every device keeps the rows it has.
     cut = partial(jax.tree.map, lambda leaf: jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0))
     batch, keys = cut(batch), cut(keys)
-    first = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
-    fields, key, layer = first(batch), first(keys), first((weights.stacked, frozen.stacked))
-    context = (jax.eval_shape(parts.context, frozen.ends, fields, key), jax.ShapeDtypeStruct((), jnp.int32))
-    x = parts.shape(fields)
-    block = split(parts.block, *layer, context, x)
+    block, x = traced_block(parts, weights, frozen, batch, keys)
     ends = WholeEnds() if wiring.meetings is None else SharedEnds(wiring.meetings, wiring.table)
     device = Device(parts, wiring, block, weights, frozen, batch, keys, ends, repeats)
     carry, _ = jax.lax.scan(partial(tick, device), empty(device, x, dtype=dtype), rows)
     everywhere = ("pipe", *BATCH_AXES)
     sums = jax.lax.psum((carry.loss, carry.weight), everywhere)
     return *sums, jax.tree.map(reduced, carry.gradient, specs) if wiring.trains else ()
+
+
+def traced_block(
+    parts: Parts, weights: Weights, frozen: Weights, batch: Any, keys: Any
+) -> tuple[Split, jax.ShapeDtypeStruct]:
+    """The block in its parts, and the shape of what passes between stages, for arrays (or shapes) of one device.
+
+    `batch` and `keys` have leading [microbatches, rows].
+    """
+    first = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
+    fields, key, layer = first(batch), first(keys), first((weights.stacked, frozen.stacked))
+    context = (jax.eval_shape(parts.context, frozen.ends, fields, key), jax.ShapeDtypeStruct((), jnp.int32))
+    x = parts.shape(fields)
+    return split(parts.block, *layer, context, x), x
 
 
 def empty(device: Device, x: jax.ShapeDtypeStruct, *, dtype: Any) -> Carry:
