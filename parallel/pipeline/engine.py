@@ -155,5 +155,25 @@ def delivered(wiring: Wiring, row: Row, carry: Carry) -> jax.Array:
 def reduced(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
     """The sum over the batch axes, and over `pipe` where every device holds it; of what `fsdp` cuts, our part."""
     if "fsdp" in spec:
-        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=tuple(spec).index("fsdp"), tiled=True)
+        gradient = scattered(gradient, tuple(spec).index("fsdp"))
     return jax.lax.psum(gradient, tuple(axis for axis in ("pipe", *BATCH_AXES) if axis not in spec))
+
+
+def scattered(whole: jax.Array, dimension: int) -> jax.Array:
+    """The sum over `fsdp`, of which each device keeps its part of `dimension`.
+
+    Under `vmap`, of replicas, it is a sum and a slice: the partitioner would gather all replicas for a reduce-scatter.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def one(whole: jax.Array) -> jax.Array:
+        return jax.lax.psum_scatter(whole, "fsdp", scatter_dimension=dimension, tiled=True)
+
+    @one.def_vmap
+    def several(count: int, mapped: list[bool], whole: jax.Array) -> tuple[jax.Array, bool]:
+        del count, mapped
+        size = whole.shape[dimension + 1] // jax.lax.axis_size("fsdp")
+        first = jax.lax.axis_index("fsdp") * size
+        return jax.lax.dynamic_slice_in_dim(jax.lax.psum(whole, "fsdp"), first, size, dimension + 1), True
+
+    return one(whole)

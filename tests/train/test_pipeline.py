@@ -116,6 +116,13 @@ UNFIT = {
     "chunks of a loss that is shared": (
         {"pipeline": {"vocab_parallel": 1}, "memory": {"loss_chunks": 2}}, "memory.loss_chunks: 2 has no effect"
     ),
+    "fragments of layers in another order": (
+        {"mesh": {"replica": 2}, "outer": {"name": "streaming", "every": 3}}, "outer.name: streaming cuts fragments"
+    ),
+    "replicas that would wait for each other": (
+        {"mesh": {"replica": 2}, "outer": {"name": "diloco"}, "pipeline": {"post_validation": True}},
+        "pipeline.post_validation: true would make the 2 replicas wait",
+    ),
     "rows that cannot be dealt out": (
         {"mesh": {"pipe": 3}, "microbatches": 4}, "model.vocab_multiple: 64"
     ),
