@@ -134,10 +134,15 @@ def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
     """Raise ValueError where what is asked for cannot run in a pipeline. `train/staging.py` counts the layers."""
     if axes["pipe"] == 1:
         return
-    if axes["replica"] > 1:
+    if axes["replica"] > 1 and config.outer is not None and config.outer.name == "streaming":
         raise ValueError(
-            f"mesh.pipe: {axes['pipe']} with mesh.replica {axes['replica']}: replicas that are pipelines are not built "
-            "yet; leave one of them at 1"
+            f"outer.name: {config.outer.name} cuts fragments out of layers in their plain order, and mesh.pipe "
+            f"({axes['pipe']}) stacks them in the schedule's; use diloco, or leave mesh.pipe at 1"
+        )
+    if axes["replica"] > 1 and config.pipeline.post_validation:
+        raise ValueError(
+            f"pipeline.post_validation: true would make the {axes['replica']} replicas wait for each other's norms in "
+            "every step; set it to false, or mesh.replica to 1"
         )
     if len(config.model.segments) > 1:
         pattern = len(config.model.windows)

@@ -20,6 +20,7 @@ from ..models.context import Context, flat_linear, linear, unconstrained
 from ..models.decoder import Decoder, graph, initial_params
 from ..models.quantized.attach import put, quantized, reading
 from ..parallel.attention import sharded_attention, token_order
+from ..parallel.pipeline.parts import Parts
 from ..parallel.pipeline.table import Table
 from ..parallel.pipeline.wiring import wired
 from ..parallel.rules import constrainer
@@ -67,17 +68,7 @@ def target_logprobs(config: RunConfig, graph: Any, told: Callable[..., Context])
 
 def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> Engines:
     """Devices along `pipe` hold some layers each."""
-    recipe = RECIPES[config.recipe.name].loss(config.recipe)
-    cut = pipeline.parts(
-        graph,
-        jax.eval_shape(lambda: combine(*divided(config, fresh(config)))),
-        recipe,
-        model=config.model,
-        memory=config.memory,
-        context=partial(context, config, mesh),
-        constrain=constrainer(mesh),
-        compute=jnp.dtype(config.precision.compute),
-    )
+    cut = parts(config, mesh, graph)
 
     def engine(table: Table) -> Engine:
         return pipeline.make_engine(
@@ -98,8 +89,22 @@ def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> En
 
     train = engine(staging.table)
     if config.pipeline.post_validation:
-        train = pipeline.weighed(train, recipe)
+        train = pipeline.weighed(train, RECIPES[config.recipe.name].loss(config.recipe))
     return Engines(train, evaluate)
+
+
+def parts(config: RunConfig, mesh: Mesh, graph: Any) -> Parts:
+    """The model as a pipeline cuts it."""
+    return pipeline.parts(
+        graph,
+        jax.eval_shape(lambda: combine(*divided(config, fresh(config)))),
+        RECIPES[config.recipe.name].loss(config.recipe),
+        model=config.model,
+        memory=config.memory,
+        context=partial(context, config, mesh),
+        constrain=constrainer(mesh),
+        compute=jnp.dtype(config.precision.compute),
+    )
 
 
 def fresh(config: RunConfig) -> Any:

@@ -227,7 +227,7 @@ class Program:
     @cached_property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of one replica's every parameter, by canonical name."""
-        return run_shapes(self._abstract_params(), self.config.model)
+        return run_shapes(self._abstract_params(), self.config.model, self.order)
 
     def _abstract_params(self) -> Any:
         """One replica's parameters, and where they live."""

@@ -220,7 +220,9 @@ class Run:
         self.progress.report(self.config.steps, "measure")
         with closing(self.batches(0)) as feed:
             batch = to_devices(next(feed), self.config, self.program.mesh)
-        costs = op_times(self.program, state.params, state.frozen, batch)
+        if replicas := self.program.replicas:  # all do the same, and no time depends on the numbers
+            batch = jax.jit(lambda batch: {field: leaf[0] for field, leaf in replicas.parts(batch).items()})(batch)
+        costs = op_times(self.program, self.program.evaluated(state), state.frozen, batch)
         staging = self.program.staging
         measured = {
             "schedule": staging.table.name,
