@@ -10,6 +10,7 @@ from .adapter import AdapterConfig
 from .base import Section
 from .data import DataConfig
 from .elastic import ElasticConfig
+from .islands import IslandsConfig, check_islands
 from .model import ModelConfig
 from .outer import OuterConfig, check_replicas
 from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
@@ -44,7 +45,9 @@ class RunConfig(Section):
     adapter: AdapterConfig | None = None
     """Train a few weights instead of all; null: all."""
     outer: OuterConfig | None = None
-    """How the replicas of `mesh.replica` meet; null: there is one."""
+    """How the replicas of `mesh.replica`, or the islands, meet; null: there is one."""
+    islands: IslandsConfig | None = None
+    """Replicas that are jobs of their own and meet over a network, instead of `mesh.replica`; null: none."""
     recipe: RecipeConfig = RecipeConfig()
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -77,11 +80,19 @@ class RunConfig(Section):
             raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
         check_replicas(
             self.outer,
-            replicas=self.mesh.replica,
+            replicas=self.mesh.replica if self.islands is None else self.islands.count,
             steps=self.steps,
             layers=self.model.layers,
             average=self.optimizer.ema,
         )
+        if self.islands is not None:
+            check_islands(
+                self.islands,
+                rule=None if self.outer is None else self.outer.name,
+                replicas=self.mesh.replica,
+                global_batch=self.data.global_batch,
+                pipe=self.mesh.pipe,
+            )
         if (count := self.mesh.count) is not None:
             check_fits(self, self.mesh.resolved(count))
         return self
@@ -102,7 +113,8 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
     if model.embed % axes["fsdp"]:
         raise ValueError(f"model.embed: {model.embed} is not divisible by mesh.fsdp ({axes['fsdp']})")
     rows = {axis: axes[axis] for axis in ("replica", "data", "fsdp")} | {"microbatches": config.microbatches}
-    rows = {name: size for name, size in rows.items() if size > 1 or name != "replica"}
+    rows = {"islands": config.islands.count if config.islands else 1} | rows
+    rows = {name: size for name, size in rows.items() if size > 1 or name not in ("islands", "replica")}
     if data.global_batch % math.prod(rows.values()):
         raise ValueError(
             f"data.global_batch: {data.global_batch} is not divisible by {' x '.join(rows)} "

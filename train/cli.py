@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -56,13 +57,21 @@ def launch(
     engine: Annotated[str, typer.Option(help="Where the processes run: local.")] = "local",
     processes: Annotated[int | None, typer.Option(help="Processes; default launch.processes.")] = None,
     devices_per_process: Annotated[int | None, typer.Option(help="Simulated devices of each.")] = None,
+    islands: Annotated[int | None, typer.Option(help="Jobs of their own here, instead of mesh.replica.")] = None,
 ) -> None:
     """Train in several processes, and start them again when one dies or hangs."""
+    if islands is not None:
+        from .archipelago import launched
+
+        launched(config, overrides or (), count=islands, processes=processes, devices=devices_per_process)
+        return
     from .launch.engines import ENGINES
     from .launch.engines import launch as start
 
     if engine not in ENGINES:
         raise UserError.no_match("--engine", [engine], known=ENGINES)
+    from .places import run_directory
+
     loaded = loading.load(config, overrides=overrides or ())
     settings = loaded.launch
     count, shares = loaded.mesh.count, processes or settings.processes
@@ -74,11 +83,26 @@ def launch(
     start(
         [sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
         processes=processes or settings.processes,
-        directory=Path("runs") / loaded.name,
+        directory=run_directory(loaded, root=Path("runs")),
         settings=loaded.elastic,
         devices_per_process=devices_per_process or settings.devices_per_process,
         coordinator=settings.coordinator,
     )
+
+
+@app.command()
+def rendezvous(
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: everywhere.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="TCP port.")] = 29510,
+) -> None:
+    """Where the islands of a run find each other; ends with Ctrl-C."""
+    from .launch.islands import meeting_place
+    from .launch.signals import StopSignals
+
+    with StopSignals() as stop, meeting_place(host, port) as address:
+        typer.echo(f"islands.meet={address}")
+        while not stop.asked:
+            time.sleep(0.2)
 
 
 @app.command()

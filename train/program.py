@@ -27,12 +27,13 @@ from ..models.adapters.selection import multipliers
 from ..models.decoder import graph
 from ..parallel.hlo import refuse_permute_under_conditional
 from ..parallel.layout import rearranged, run_shapes
-from ..parallel.lowcomm.bytes import Traffic, traffic
+from ..parallel.lowcomm.bytes import Traffic, gathered_bytes, traffic
 from ..parallel.rules import batch_shardings, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState
 from . import optimizers
 from .engines import divided, fresh, pipelined, whole
 from .gradients import Batch, Engine
+from .islands import Island, island_of
 from .replicas import Meet, Replicas, replicas_of
 from .staging import Staging, staging
 from .step import Step, make_step
@@ -53,7 +54,7 @@ class Program:
     step: Step  # (state, batch) -> (state, metrics)
     evaluate: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
     staging: Staging | None = None  # where the layers stand in a pipeline; None without one
-    replicas: Replicas | None = None  # where several train by themselves
+    replicas: Replicas | Island | None = None  # where several train by themselves: here, or one of them here
 
     @property
     def order(self) -> tuple[int, ...] | None:
@@ -63,7 +64,7 @@ class Program:
     @property
     def layout(self) -> Layout:
         """How the run's arrays hold the canonical ones."""
-        if self.replicas is None:
+        if not isinstance(self.replicas, Replicas):
             return layout_of(self.config.model, self.order)
         several = ("params", "opt_state", *(["outer"] if self.replicas.outer.per_replica else []))
         return layout_of(self.config.model, self.order, replicas=self.replicas.count, several=several)
@@ -161,8 +162,8 @@ class Program:
             return self._safe(jitted.lower(self._abstract_state(), self.batch_shapes).compile())
 
     def compiled_meetings(self) -> Meet:
-        """`meet(state, update)`: what replicas do after update number `update`; a run of one does nothing."""
-        if self.replicas is None:
+        """`meet(state, update)`: what replicas do here after update number `update`; a run of one does nothing."""
+        if not isinstance(self.replicas, Replicas):
             return lambda state, update: state
         return self.replicas.compiled_meetings(self.shapes, self.shardings)
 
@@ -203,7 +204,11 @@ class Program:
         if not self.replicas:
             return ()
         return traffic(
-            self.config.outer, self.array_shapes, layers=self.config.model.layers, replicas=self.replicas.count
+            self.config.outer,
+            self.array_shapes,
+            layers=self.config.model.layers,
+            replicas=self.replicas.count,
+            collected=gathered_bytes if isinstance(self.replicas, Island) else None,
         )
 
     @cached_property
@@ -247,7 +252,7 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
     )
     step = make_step(engines.train, optimizer, schedule=schedule, dropout=drops(config), spike=config.logging.spike)
     evaluate = engines.evaluate
-    several = replicas_of(config, mesh, count=replica_count)
+    several = island_of(config, mesh) if config.islands else replicas_of(config, mesh, count=replica_count)
     if several:
         step, evaluate = several.step(step), several.evaluate(evaluate)
     return Program(config, mesh, structure, optimizer, engines.train, step, evaluate, staged, several)

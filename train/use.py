@@ -16,6 +16,7 @@ from . import environment
 from .directory import read_config
 from .evaluation import evaluate as held_out
 from .launch.world import World
+from .places import newest
 from .program import Program, build
 
 # One device, whatever the run was trained on.
@@ -23,6 +24,7 @@ ONE_DEVICE = {
     "microbatches": 1,
     "mesh": dict.fromkeys(("replica", "pipe", "data", "fsdp", "expert", "seq", "tensor"), 1) | {"devices": None},
     "outer": None,
+    "islands": None,
 }
 
 
@@ -41,6 +43,7 @@ def generate(
     from .generate import complete
     from .sampling import Sampling
 
+    run = newest(run)
     program, state = opened(read(run, []), run)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return complete(
@@ -58,6 +61,7 @@ def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
     """Held-out numbers of the run's newest checkpoint. Raises UserError where nothing is held out."""
     from .data import assemble
 
+    run = newest(run)
     config = read(run, overrides)
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
     if data.held_out is None:
@@ -82,7 +86,7 @@ def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
     """
     environment.start(config, World())
     trained = read_config(run)
-    together = config.model_copy(update={"outer": trained.outer})
+    together = config.model_copy(update={"outer": trained.outer, "islands": trained.islands})
     program = build(together, make_mesh(config.mesh), replica_count=trained.mesh.replica)
     with closing(Storage(run / "checkpoints", layout=program.layout)) as storage:
         for step in reversed(storage.steps):

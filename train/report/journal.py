@@ -9,6 +9,9 @@
     evaluation  sample             held-out numbers; a prompt and its continuation
     skip                           an update that was not applied (loss, grad_norm)
     failure  preempted  finish     how the sitting ended; a killed one has none of these
+    enter  bootstrap               an island begins with what it has, or with another one's state (source, bytes)
+    excluded  behind               payloads that did not count (lost); a meeting that took place without this island
+    meeting-skipped  traffic       one that did not take place; bytes sent and predicted, at the end
     restart  give-up               the launcher's word on an epoch that failed (reason, suspect, detect_seconds)
 
 Every line has `time` (seconds since 1970) and `event`; the other fields are the event's own.
