@@ -347,8 +347,10 @@ def report(run: RunPath) -> None:
     """Write report.html of a run."""
     from .directory import read_config
     from .report.html import write_report
+    from .report.islands import merge
 
     read_config(Path(run))
+    merge(Path(run))  # of islands, as far as they are
     typer.echo(str(write_report(Path(run))))
 
 
