@@ -164,7 +164,7 @@ class Run:
             self.sinks = [stack.enter_context(closing(sink)) for sink in self.opened_sinks(start)]
             self.meter = Meter.of(config, made)
             self.last: dict[str, float] = {}
-            if self.meetings:
+            if self.meetings and start < config.steps:
                 state, start = self.meetings.begin(state, start)
             state = self.whole_loop(state, start, step, evaluation)
             self.progress.report(config.steps, "finish")

@@ -234,7 +234,7 @@ class Office:
                         continue  # it has not got there yet
                     except Refusal as error:
                         return Failed(str(error))
-                    except (OSError, EOFError, TimeoutError) as error:
+                    except (OSError, EOFError, TimeoutError, KeyError, ValueError) as error:
                         if isinstance(error, Corrupt):
                             self.counters.refused += 1
                         attempts = 0 if len(arrived.data) > before and not isinstance(error, Corrupt) else attempts + 1

@@ -82,12 +82,14 @@ def test_one_with_an_older_history_takes_the_others_state(opened):
     assert [met.kind for met in mets] == ["behind", "applied", "applied"] and "island-0" not in mets[1].payloads
 
 
-def test_one_that_comes_late_sees_that_the_others_have_met_and_is_not_counted(opened):
+def test_one_that_comes_late_takes_what_the_others_took_unless_its_history_is_another(opened):
     islands = opened(0, 1, 2, patience=0.5)
     early = average(islands[:2], letters(islands))
     assert [met.kind for met in early] == ["applied", "applied"] and len(early[0].payloads) == 2
     (late,) = average(islands[2:], letters(islands))
-    assert late.kind == "behind" and len(late.sources) == 2
+    assert late.kind == "applied" and late.payloads == early[0].payloads and "island-2" in late.lost
+    (other,) = average(islands[2:], letters(islands), histories={"island-2": "old"})
+    assert other.kind == "behind" and len(other.sources) == 2
 
 
 def test_an_exchange_that_was_decided_has_one_result_however_often_it_is_asked_for(opened):

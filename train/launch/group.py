@@ -144,18 +144,15 @@ class Group:
     # ---- meetings
 
     def _average(self, key: str, payload: bytes, update: int, history: str) -> Met:
-        rules = self._islands
-        members = self._present(key, payload, update=update, history=history)
+        members, told = self._present(key, payload, update=update, history=history)
+        if not members:
+            return Met("skipped", lost={"all": "too few"})
         if self.name not in members:
-            return Met("behind", sources=list(members.values())) if members else Met("skipped", lost={"all": "too few"})
+            return self._late(key, members) if told == history else Met("behind", sources=list(members.values()))
         found = self._judged(key, {self.name: payload} | self._collect(key, others_than(self.name, members)))
         have = [name for name, one in found.items() if not isinstance(one, Failed)]
         lost = {name: one.why for name, one in found.items() if isinstance(one, Failed)}
-        told = self._ask(
-            "voted", patience=rules.deadline, key=key, members=list(members), have=have, lost=lost,
-            policy=rules.on_failure, minimum=rules.minimum,
-        )  # fmt: skip
-        count, lost = told["count"], told["lost"]
+        count, lost = self._voted(key, members, have=have, lost=lost)
         if not count:
             return Met("skipped", lost=lost)
         if self.name not in have or not set(count) <= set(have):
@@ -163,7 +160,29 @@ class Group:
             return Met("behind", lost=lost, sources=[members[name] for name in count if name != self.name])
         return Met("applied", {name: found[name] for name in sorted(count)}, lost)
 
-    def _present(self, key: str, payload: bytes, *, update: int, history: str) -> dict[str, Peer]:
+    def _late(self, key: str, members: Mapping[str, Peer]) -> Met:
+        """A meeting that took place without this island, which was with the others before: it takes what they took."""
+        count, lost = self._voted(key, members, have=None, lost={})
+        found = self._judged(key, self._collect(key, [members[name] for name in count]))
+        if not count:
+            return Met("skipped", lost=lost)
+        if any(isinstance(one, Failed) for one in found.values()):
+            return Met("behind", lost=lost, sources=list(members.values()))
+        return Met("applied", {name: found[name] for name in sorted(count)}, lost | {self.name: "it came late"})
+
+    def _voted(
+        self, key: str, members: Mapping[str, Peer], *, have: list[str] | None, lost: Mapping[str, str]
+    ) -> tuple[list[str], dict[str, str]]:
+        """Whose payloads count, and why the others' do not; `have` None: this island has no vote."""
+        rules = self._islands
+        told = self._ask(
+            "voted", patience=rules.deadline, key=key, members=list(members), have=have, lost=lost,
+            policy=rules.on_failure, minimum=rules.minimum,
+        )  # fmt: skip
+        return told["count"], told["lost"]
+
+    def _present(self, key: str, payload: bytes, *, update: int, history: str) -> tuple[dict[str, Peer], str | None]:
+        """Who takes part in a meeting, and what history they have in common."""
         told = self._ask(
             "present",
             before=lambda: self._office.publish(key, payload, ticket=self.ticket),
@@ -174,7 +193,7 @@ class Group:
             minimum=self._islands.minimum,
             history=history,
         )
-        return {name: Peer(name, *whose) for name, whose in told["members"].items()}
+        return {name: Peer(name, *whose) for name, whose in told["members"].items()}, told["history"]
 
     def _pair(self, key: str, payload: bytes, update: int, seed: int) -> Met:
         told = self._ask(

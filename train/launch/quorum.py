@@ -76,7 +76,8 @@ def met(
     if awaited and now - question.since < patience:
         return None
     chosen = newest(here) if len(here) >= minimum else []
-    return {"members": {name: [alive[name].ticket, alive[name].address] for name in chosen}}
+    history = here[chosen[0]]["history"] if chosen else None
+    return {"members": {name: [alive[name].ticket, alive[name].address] for name in chosen}, "history": history}
 
 
 def newest(here: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -127,6 +128,7 @@ class Arbiter:
         self._room, self._clock = room, clock
         self._changed = threading.Condition()
         self._questions: dict[str, Question] = {}
+        self._finished: set[str] = set()  # those that made their last update are not waited for
         self._began: set[tuple[str, int]] = set()  # lives that were told to begin together
         self.operations: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
             "enter": self.enter,
@@ -141,7 +143,8 @@ class Arbiter:
         count, gather = int(asked["count"]), float(asked["gather"])
 
         def decide(question: Question, alive: Mapping[str, Alive], now: float) -> dict[str, Any] | None:
-            found = begun(question, alive, count=count, gather=gather, now=now)
+            left = len(self._finished - alive.keys())
+            found = begun(question, alive, count=count - left, gather=gather, now=now)
             if found and found.get("together"):
                 self._began.update((name, alive[name].ticket) for name in found["sources"])
             return found
@@ -160,9 +163,9 @@ class Arbiter:
         )
 
     def voted(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """See `counted`."""
+        """See `counted`. Who comes late asks too, with `have` null: it has no vote."""
         rules = {"policy": asked["policy"], "minimum": int(asked["minimum"]), "patience": float(asked["patience"])}
-        said = {"have": list(asked["have"]), "lost": dict(asked["lost"])}
+        said = None if asked["have"] is None else {"have": list(asked["have"]), "lost": dict(asked["lost"])}
         return self._decided(
             f"voted {asked['key']}",
             asked,
@@ -181,7 +184,7 @@ class Arbiter:
         self,
         key: str,
         asked: Mapping[str, Any],
-        said: dict[str, Any],
+        said: dict[str, Any] | None,
         decide: Callable[[Question, Mapping[str, Alive], float], dict[str, Any] | None],
         *,
         keep: bool = True,
@@ -196,7 +199,7 @@ class Arbiter:
                 question = self._questions[key] = Question(self._clock())
                 for old in list(self._questions)[:-REMEMBERED]:
                     del self._questions[old]
-            if question.decided is None:
+            if question.decided is None and said is not None:
                 question.asked[asked["name"]] = said
                 self._changed.notify_all()
             while question.decided is None:
@@ -208,6 +211,9 @@ class Arbiter:
             return question.decided
 
     def _alive(self) -> dict[str, Alive]:
+        members = self._room.membership.members
+        self._finished.update(name for name, one in members.items() if one.info.get("finished"))
+        self._finished.difference_update(name for name, one in members.items() if not one.info.get("finished"))
         return {
             name: Alive(
                 one.ticket,
@@ -216,5 +222,5 @@ class Arbiter:
                 bool(one.info.get("finished")),
                 one.info.get("address", ""),
             )
-            for name, one in self._room.membership.members.items()
+            for name, one in members.items()
         }
