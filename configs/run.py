@@ -10,6 +10,7 @@ from .adapter import AdapterConfig
 from .base import Section
 from .data import DataConfig
 from .elastic import ElasticConfig
+from .islands import IslandsConfig, check_islands
 from .meshes import check_deterministic, check_meshes
 from .model import ModelConfig
 from .outer import OuterConfig, check_replicas
@@ -42,7 +43,9 @@ class RunConfig(Section):
     quantization: QuantizationConfig | None = None
     """Keep the weights that are not trained in few bits; null: as `precision.parameters` says."""
     outer: OuterConfig | None = None
-    """How the replicas of `mesh.replica` meet; null: there is one."""
+    """How the replicas of `mesh.replica`, or the islands, meet; null: there is one."""
+    islands: IslandsConfig | None = None
+    """Replicas that are jobs of their own and meet over a network, instead of `mesh.replica`; null: none."""
     recipe: RecipeConfig = RecipeConfig()
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -83,11 +86,19 @@ class RunConfig(Section):
             raise ValueError(f"evaluation.answers: {self.evaluation.answers} of none, data.held_out is 0; raise it")
         check_replicas(
             self.outer,
-            replicas=self.mesh.replica,
+            replicas=self.mesh.replica if self.islands is None else self.islands.count,
             steps=self.steps,
             layers=self.model.layers,
             average=self.optimizer.ema,
         )
+        if self.islands is not None:
+            check_islands(
+                self.islands,
+                rule=None if self.outer is None else self.outer.name,
+                replicas=self.mesh.replica,
+                global_batch=self.data.global_batch,
+                pipe=self.mesh.pipe,
+            )
         if (count := self.mesh.count) is not None:
             check_fits(self, own := self.mesh.resolved(count))
             check_meshes(self, own, check_fits)
@@ -111,7 +122,8 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
     if config.elastic.deterministic:
         check_deterministic(config, axes)
     rows = {axis: axes[axis] for axis in ("replica", "data", "fsdp")} | {"microbatches": config.microbatches}
-    rows = {name: size for name, size in rows.items() if size > 1 or name != "replica"}
+    rows = {"islands": config.islands.count if config.islands else 1} | rows
+    rows = {name: size for name, size in rows.items() if size > 1 or name not in ("islands", "replica")}
     if config.quantization is not None:
         check_groups(config.quantization, model, axes | ({"fsdp": 1} if config.mesh.zero == 1 else {}))
     if data.global_batch % math.prod(rows.values()) and not config.elastic.deterministic:

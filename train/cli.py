@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -59,8 +60,14 @@ def launch(
     engine: Annotated[str, typer.Option(help="Where the processes run: local.")] = "local",
     processes: Annotated[int | None, typer.Option(help="Processes; default launch.processes.")] = None,
     devices_per_process: Annotated[int | None, typer.Option(help="Simulated devices of each.")] = None,
+    islands: Annotated[int | None, typer.Option(help="Jobs of their own here, instead of mesh.replica.")] = None,
 ) -> None:
     """Train in several processes, and start them again when one dies or hangs."""
+    if islands is not None:
+        from .archipelago import launched
+
+        launched(config, overrides or (), count=islands, processes=processes, devices=devices_per_process)
+        return
     from .launch.engines import ENGINES
     from .launch.engines import launch as start
     from .launch.formations import formations
@@ -68,6 +75,8 @@ def launch(
 
     if engine not in ENGINES:
         raise UserError.no_match("--engine", [engine], known=ENGINES)
+    from .places import run_directory
+
     loaded = loading.load(config, overrides=overrides or ())
     settings = loaded.launch
     count, shares = loaded.mesh.count, processes or settings.processes
@@ -80,13 +89,28 @@ def launch(
     start(
         [sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
         processes=shares,
-        directory=Path("runs") / loaded.name,
+        directory=run_directory(loaded, root=Path("runs")),
         settings=loaded.elastic,
         formations=formations(loaded, processes=shares, devices_per_process=devices),
         devices_per_process=devices,
         coordinator=settings.coordinator,
         keepers=planned(loaded.checkpoint, hosts=settings.hosts, processes=shares),
     )
+
+
+@app.command()
+def rendezvous(
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: everywhere.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="TCP port.")] = 29510,
+) -> None:
+    """Where the islands of a run find each other; ends with Ctrl-C."""
+    from .launch.islands import meeting_place
+    from .launch.signals import StopSignals
+
+    with StopSignals() as stop, meeting_place(host, port) as address:
+        typer.echo(f"islands.meet={address}")
+        while not stop.asked:
+            time.sleep(0.2)
 
 
 @app.command()
@@ -335,8 +359,10 @@ def report(run: RunPath) -> None:
     """Write report.html of a run."""
     from .directory import read_config
     from .report.html import write_report
+    from .report.islands import merge
 
     read_config(Path(run))
+    merge(Path(run))  # of islands, as far as they are
     typer.echo(str(write_report(Path(run))))
 
 

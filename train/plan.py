@@ -25,6 +25,7 @@ from ..parallel.lowcomm.bytes import summary
 from ..parallel.mesh import make_mesh
 from ..parallel.rules import path_name
 from .program import Program, build
+from .replicas import Replicas
 
 LARGEST = 8  # arrays shown
 
@@ -56,7 +57,7 @@ def storage_plan(program: Program) -> dict[str, Any]:
     state = [array for array in arrays if array["name"].startswith(("opt_state/", "outer/"))]
     weights = [array for array in arrays if array not in state]
     data = program.config.data
-    replicas = program.replicas.count if program.replicas else 1
+    replicas = program.replicas.count if isinstance(program.replicas, Replicas) else 1
     return {
         "parameters": {"count": count(weights, program.config.quantization) // replicas, **totals(weights)},
         "optimizer": totals(state),

@@ -26,12 +26,13 @@ from ..models.adapters.selection import multipliers
 from ..models.quantized.attach import dequantized
 from ..parallel.hlo import refuse_permute_under_conditional
 from ..parallel.layout import rearranged, run_shapes
-from ..parallel.lowcomm.bytes import Traffic, traffic
+from ..parallel.lowcomm.bytes import Traffic, gathered_bytes, traffic
 from ..parallel.rules import batch_shardings, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState, combine
 from . import optimizers
 from .engines import divided, fresh, pipelined, structure, whole
 from .gradients import Batch, Engine
+from .islands import Island, island_of
 from .recipes.registry import RECIPES
 from .replicas import Meet, Replicas, replicas_of
 from .staging import Staging, staging
@@ -54,7 +55,7 @@ class Program:
     step: Step  # (state, batch) -> (state, metrics)
     evaluate: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
     staging: Staging | None = None  # where the layers stand in a pipeline; None without one
-    replicas: Replicas | None = None  # where several train by themselves
+    replicas: Replicas | Island | None = None  # where several train by themselves: here, or one of them here
 
     @property
     def order(self) -> tuple[int, ...] | None:
@@ -64,7 +65,7 @@ class Program:
     @property
     def layout(self) -> Layout:
         """How the run's arrays hold the canonical ones."""
-        if self.replicas is None:
+        if not isinstance(self.replicas, Replicas):
             return layout_of(self.config.model, self.order)
         several = ("params", "opt_state", *(["outer"] if self.replicas.outer.per_replica else []))
         return layout_of(self.config.model, self.order, replicas=self.replicas.count, several=several)
@@ -173,8 +174,8 @@ class Program:
             return self._safe(jitted.lower(self._abstract_state(), self.batch_shapes).compile())
 
     def compiled_meetings(self) -> Meet:
-        """`meet(state, update)`: what replicas do after update number `update`; a run of one does nothing."""
-        if self.replicas is None:
+        """`meet(state, update)`: what replicas do here after update number `update`; a run of one does nothing."""
+        if not isinstance(self.replicas, Replicas):
             return lambda state, update: state
         return self.replicas.compiled_meetings(self.shapes, self.shardings)
 
@@ -221,7 +222,11 @@ class Program:
         if not self.replicas:
             return ()
         return traffic(
-            self.config.outer, self.array_shapes, layers=self.config.model.layers, replicas=self.replicas.count
+            self.config.outer,
+            self.array_shapes,
+            layers=self.config.model.layers,
+            replicas=self.replicas.count,
+            collected=gathered_bytes if isinstance(self.replicas, Island) else None,
         )
 
     @cached_property
@@ -270,7 +275,7 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
         update = post_validated(optimizer, make(clip=optimizers.unclipped), clip=config.optimizer.clip)
     step = make_step(engines.train, update, schedule=schedule, dropout=drops(config), spike=config.logging.spike)
     evaluate = engines.evaluate
-    several = replicas_of(config, mesh, count=replica_count)
+    several = island_of(config, mesh) if config.islands else replicas_of(config, mesh, count=replica_count)
     if several:
         step, evaluate = several.step(step), several.evaluate(evaluate)
     return Program(config, mesh, model, optimizer, engines.train, step, evaluate, staged, several)

@@ -36,17 +36,21 @@ from .data.batches import batches
 from .directory import open_directory, write_json
 from .evaluation import evaluate
 from .feed import local_rows, to_devices
+from .islands import Island, own
+from .joining import joined
 from .launch.fence import Fence, Fenced
 from .launch.progress import Progress
 from .launch.world import World
+from .meetings import Meetings, Moved
 from .meter import Meter
 from .op_times import op_times
 from .pacing import Pace
+from .places import place
 from .profiling import Profile
 from .program import Program, build
 from .recovery import agreed, recovered
 from .reference import referenced
-from .replicas import on_host
+from .replicas import Replicas, on_host
 from .report.html import write_report
 from .report.journal import Journal
 from .report.ledger import Ledger
@@ -75,15 +79,18 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
     Raises UserError before a device is touched where the request cannot work, and Preempted, the state saved, where
     asked to stop.
     """
+    whole, config = config, own(config)
+    root, name = place(whole, root)
     check_staging(config)
     check_keepers(config.checkpoint, world)
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
-    open_directory(config, root=root, write=False)  # refuses another run's; nothing is written until all is checked
+    # Refuses another run's; nothing is written until all is checked.
+    open_directory(whole, root=root, name=name, write=False)
     check_sinks(config.logging)
     metrics = metric_functions(config.evaluation.metrics)
     environment.start(config, world)
     mesh = make_mesh(config.mesh)
-    check_fits(config, dict(mesh.shape))
+    check_fits(whole, dict(mesh.shape))
     program = build(config, mesh)
     check_offload(
         config.model,
@@ -92,7 +99,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         compute=jnp.dtype(config.precision.compute),
     )
 
-    directory = open_directory(config, root=root, write=world.first)
+    directory = open_directory(whole, root=root, name=name, write=world.first)
     with ExitStack() as stack:
         fence = fence_of(directory, world)
         journal = Journal(directory, enabled=world.first, allowed=fence.check)
@@ -129,6 +136,9 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
             )
             pace = Pace(config.checkpoint.every, directory, journal, agreed)
             run = Run(config, program, data, directory, world, journal, saving, stop, progress, ledger, pace, metrics)
+            if config.islands:
+                network = joined(whole, program, journal, corpus=data.fingerprint, alive=run.waits)
+                run.meetings = stack.enter_context(network)
             return run.go(state, start)
         except (Preempted, Fenced, KeyboardInterrupt):
             raise
@@ -171,13 +181,15 @@ class Run:
     ledger: Ledger
     pace: Pace
     metrics: list[Metric]  # the user's, of answers
+    meetings: Meetings | None = None  # of an island with the others
+    reached: int = 0  # updates done
 
     def go(self, state: TrainState, start: int) -> Summary:
         """Compile, train, evaluate, report."""
         config, program = self.config, self.program
         began = time.monotonic()
         step = program.compiled_step()
-        self.meet = program.compiled_meetings()
+        self.meet = self.meetings or program.compiled_meetings()
         evaluation = program.compiled_evaluation() if self.data.held_out else None
         self.journal.record("compile", seconds=time.monotonic() - began)
         made = plan.make_plan(program, step)
@@ -201,12 +213,16 @@ class Run:
             if config.evaluation.start and start == 0 and evaluation is not None:
                 self.evaluate(state, 0, evaluation)
                 self.meter.restart()
-            state = self.loop(state, start, step, evaluation)
+            if self.meetings and start < config.steps:
+                state, start = self.meetings.begin(state, start)
+            state = self.whole_loop(state, start, step, evaluation)
             self.progress.report(config.steps, "finish")
             if config.steps > start or config.steps not in self.saving.storage.steps:
                 self.saving.last(state, config.steps, samples=config.steps * config.data.global_batch)
             if evaluation is not None:
                 self.evaluate(state, config.steps, evaluation)
+            if self.meetings:
+                self.meetings.finish(state, config.steps)
         self.saving.finish()
         if program.staging is not None and config.pipeline.measure:
             self.time_ops(state)
@@ -233,6 +249,22 @@ class Run:
         if self.world.first:
             write_json(self.directory / "pipeline.json", measured)
 
+    def whole_loop(self, state: TrainState, start: int, step: Any, evaluation: Any) -> TrainState:
+        """`loop` to the end, from wherever the other islands are."""
+        while True:
+            try:
+                return self.loop(state, start, step, evaluation)
+            except Moved as moved:
+                state, start = moved.state, moved.step
+
+    def waits(self, phase: str) -> None:
+        """Tell the supervisor that nothing hangs."""
+        self.progress.report(self.reached, phase)
+
+    def settled(self, state: TrainState) -> TrainState:
+        """`state` when what is under way between islands has been used."""
+        return self.meetings.settled(state) if self.meetings else state
+
     def loop(self, state: TrainState, start: int, step: Any, evaluation: Any) -> TrainState:
         """From update `start` to the last; metrics are read one step behind."""
         config = self.config
@@ -252,17 +284,19 @@ class Run:
                     state = self.meet(state, number)
                     self.told(pending)
                     pending = (number, metrics)
-                self.progress.report(number - 1)  # whose metrics have been read: it is done
+                self.reached = number - 1
+                self.progress.report(self.reached)  # whose metrics have been read: it is done
                 self.saving.poll()
                 stopping = self.stop.requested(number) and number < config.steps
                 pauses = (config.checkpoint.memory_every, config.evaluation.every)
                 if stopping or self.pace.due(number) or any(self.due(every, number) for every in pauses):
                     self.told(pending)  # what is saved or evaluated has been judged, and its row stands before theirs
                     pending = None
+                    state = self.settled(state)
                     self.pause(state, number, evaluation, stopping=stopping)
                     self.meter.restart()
             self.told(pending)
-        return state
+        return self.settled(state)
 
     def pause(self, state: TrainState, number: int, evaluation: Any, *, stopping: bool) -> None:
         """What happens between update `number` and the next. Raises Preempted, the state saved, where asked to stop."""
@@ -302,12 +336,14 @@ class Run:
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:
         """This process's rows of every global batch from update `start` on."""
-        size = self.config.data.global_batch
+        rows, size, first = local_rows(self.config, self.program.mesh), self.config.data.global_batch, 0
+        if isinstance(island := self.program.replicas, Island):  # its own part of what all of them read
+            first, size = island.number * size, island.count * size
         return batches(
             self.data.train,
             start=start * size,
             global_batch=size,
-            rows=local_rows(self.config, self.program.mesh),
+            rows=slice(first + rows.start, first + rows.stop),
             prefetch=self.config.data.prefetch,
         )
 
@@ -320,7 +356,9 @@ class Run:
         self.ledger.applied(step)
         with self.meter.host():
             metrics |= self.meter.lap() | self.saving.row()
-            if self.program.traffic:
+            if self.meetings:
+                metrics |= self.meetings.measured(step)
+            elif self.program.traffic:
                 metrics["sent_bytes"] = sent(self.program.traffic, step)
             self.last |= metrics
             if metrics["skipped"]:
@@ -345,7 +383,7 @@ class Run:
         began = time.monotonic()
         params = self.program.evaluated(state)
         values = evaluate(self.program, evaluation, params, state.frozen, self.data)
-        if self.program.replicas:
+        if isinstance(self.program.replicas, Replicas):
             values |= self.program.replicas.apart(state)
         measured, samples = self.written(combine(params, state.frozen), step)
         values |= measured

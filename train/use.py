@@ -17,6 +17,7 @@ from .base import completed
 from .directory import read_config
 from .evaluation import evaluate as held_out
 from .launch.world import World
+from .places import newest
 from .program import Program, build
 from .reference import referenced
 
@@ -25,6 +26,7 @@ ONE_DEVICE = {
     "microbatches": 1,
     "mesh": dict.fromkeys(("replica", "pipe", "data", "fsdp", "expert", "seq", "tensor"), 1) | {"devices": None},
     "outer": None,
+    "islands": None,
 }
 
 
@@ -44,6 +46,7 @@ def generate(
     from .data.tokenizer import load
     from .sampling import Sampling
 
+    run = newest(run)
     config = read(run, [])
     program, state = opened(config, run)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -64,6 +67,7 @@ def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
     from .answering import answered, metric_functions
     from .data import assemble
 
+    run = newest(run)
     config = read(run, overrides)
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
     if data.held_out is None:
@@ -91,7 +95,7 @@ def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
     """
     environment.start(config, World())
     trained = read_config(run)
-    together = config.model_copy(update={"outer": trained.outer})
+    together = config.model_copy(update={"outer": trained.outer, "islands": trained.islands})
     program = build(together, make_mesh(config.mesh), replica_count=trained.mesh.replica)
     with closing(Storage(run / "checkpoints", layout=program.layout)) as storage:
         for step in reversed(storage.steps):

@@ -12,6 +12,9 @@
     evaluation  sample             held-out numbers; a prompt and its continuation
     skip                           an update that was not applied (loss, grad_norm)
     failure  preempted  finish     how the sitting ended; a killed one has none of these
+    enter  bootstrap               an island begins with what it has, or with another one's state (source, bytes)
+    excluded  behind               payloads that did not count (lost); a meeting that took place without this island
+    meeting-skipped  traffic       one that did not take place; bytes sent and predicted, at the end
     restart  give-up               the launcher's word on an epoch that failed (reason, suspect, detect_seconds)
     regroup                        the launcher stopped an epoch, saved, to form up anew (reason)
     shrink  grow  move             it goes on with fewer processes, more, or others (processes, mesh, waited_seconds)
