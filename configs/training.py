@@ -41,8 +41,8 @@ class OptimizerConfig(Section):
 class RecipeConfig(Section):
     """What is learned."""
 
-    name: Literal["pretrain"] = "pretrain"
-    """pretrain: next token."""
+    name: Literal["pretrain", "lrec"] = "pretrain"
+    """pretrain: next token; lrec: what the model said before it was quantized (INT2.1, arXiv:2306.08162)."""
 
 
 class EvaluationConfig(Section):

@@ -5,7 +5,17 @@ from collections.abc import Sequence
 
 from ..configs.errors import UserError
 
-BENCHMARKS = ("attention", "checkpoint", "lowcomm", "pipeline", "pipeline-tables", "recovery", "step")
+BENCHMARKS = (
+    "attention",
+    "checkpoint",
+    "finetune",
+    "lowcomm",
+    "lrec",
+    "pipeline",
+    "pipeline-tables",
+    "recovery",
+    "step",
+)
 
 
 def run(name: str, arguments: Sequence[str]) -> None:

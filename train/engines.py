@@ -27,6 +27,7 @@ from ..parallel.vocabulary import lookup
 from . import pipeline
 from .gradients import Batch, Engine, accumulated, plain
 from .recipes.registry import RECIPES
+from .repair import repair_loss, without_teacher
 from .staging import Staging
 from .step import make_loss
 
@@ -40,19 +41,16 @@ class Engines(NamedTuple):
 
 def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     """Every device computes with all layers."""
-    loss = make_loss(
-        graph,
-        RECIPES[config.recipe.name],
-        model=config.model,
-        memory=config.memory,
-        context=partial(context, config, mesh),
-    )
+    settings = {"model": config.model, "memory": config.memory, "context": partial(context, config, mesh)}
+    repairs = config.recipe.name == "lrec"
+    plain_loss = make_loss(graph, RECIPES["pretrain" if repairs else config.recipe.name], **settings)
+    train_loss = repair_loss(graph, **settings) if repairs else plain_loss
 
     def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        numerator, (weight, _) = loss(params, frozen, batch, None)
+        numerator, (weight, _) = plain_loss(params, without_teacher(frozen), batch, None)
         return numerator, weight
 
-    one = plain(loss, dtype=jnp.dtype(config.precision.gradients))
+    one = plain(train_loss, dtype=jnp.dtype(config.precision.gradients))
     return Engines(accumulated(one, microbatches=config.microbatches), evaluate)
 
 
@@ -97,7 +95,9 @@ def fresh(config: RunConfig) -> Any:
 def structure(config: RunConfig) -> Any:
     """The model's structure, with adapters beside its kernels and quantized kernels in the place of others."""
     adapters = attached(config.model, config.adapter)
-    kernels = put(config.model, config.quantization, jax.eval_shape(lambda: divided(config, fresh(config)))[1])
+    kernels = put(
+        config.model, config.quantization, without_teacher(jax.eval_shape(lambda: divided(config, fresh(config)))[1])
+    )
 
     def all_of_it(decoder: Decoder) -> None:
         adapters(decoder)
@@ -108,11 +108,13 @@ def structure(config: RunConfig) -> Any:
 
 def divided(config: RunConfig, weights: Any) -> tuple[Any, Any]:
     """(what is trained, what is not) of the model that starts from `weights`: adapters added, the rest quantized."""
+    given = weights
     if config.adapter is not None:
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
-        weights = started(weights, config.model, config.adapter, key, read=reading(config.quantization))
-    params, frozen = split(weights, config.model, config.adapter)
-    return params, quantized(frozen, config.model, config.quantization)
+        given = started(weights, config.model, config.adapter, key, read=reading(config.quantization))
+    params, frozen = split(given, config.model, config.adapter)
+    frozen = quantized(frozen, config.model, config.quantization)
+    return params, frozen | ({"teacher": weights} if config.recipe.name == "lrec" else {})
 
 
 def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:

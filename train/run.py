@@ -43,6 +43,7 @@ from .op_times import op_times
 from .profiling import Profile
 from .program import Program, build
 from .recovery import recovered
+from .repair import without_teacher
 from .replicas import on_host
 from .report.html import write_report
 from .report.journal import Journal
@@ -301,7 +302,7 @@ class Run:
         if prompts and jax.process_count() == 1:
             texts = complete(
                 self.program,
-                self.program.in_order(combine(params, state.frozen)),
+                self.program.in_order(combine(params, without_teacher(state.frozen))),
                 self.data.tokenizer,
                 prompts,
                 max_tokens=self.config.evaluation.sample_tokens,

@@ -11,7 +11,7 @@ from ..configs.errors import UserError
 from ..configs.load import merged, nested, parse, validated
 from ..configs.run import RunConfig
 from ..parallel.mesh import make_mesh
-from ..parallel.state import TrainState, combine
+from ..parallel.state import TrainState
 from . import environment
 from .base import completed
 from .directory import read_config
@@ -46,7 +46,7 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return complete(
         program,
-        combine(program.evaluated(state), state.frozen),
+        program.whole(state),
         load(run),
         list(prompts),
         max_tokens=tokens,
