@@ -27,7 +27,9 @@ class AdapterConfig(Section):
     trains biases, norms the norms, selective whatever `targets` matches."""
     targets: list[str] | None = None
     """Patterns of module names: q is every layer's, layers/7/attn/* one layer's; selective: of weights. null: every
-    linear map of the blocks (ia3: k, v, down; bitfit, norms: every bias, every norm)."""
+    linear map of the blocks (ia3: k, v, down; bitfit, norms: every bias, every norm; selective: every weight)."""
+    layers: int | None = Field(None, ge=1)
+    """Only in so many of the last blocks: below them nothing is trained and no backward pass runs; null: in all."""
     rank: int = Field(16, ge=1)
     """Width of the added maps (lora, dora, vera)."""
     alpha: float | None = Field(None, gt=0)
@@ -52,15 +54,18 @@ class AdapterConfig(Section):
     def _everything_has_an_effect(self) -> "AdapterConfig":
         for name, field in type(self).model_fields.items():
             value: Any = getattr(self, name)
-            if name in METHOD_KEYS[self.method] | {"method", "targets"} or value == field.default:
+            if name in METHOD_KEYS[self.method] | {"method", "targets", "layers"} or value == field.default:
                 continue
             readers = [method for method, keys in METHOD_KEYS.items() if name in keys]
             raise ValueError(
                 f"adapter.{name}: {value!r} means nothing to method {self.method}; remove it, or set adapter.method to "
                 f"{' or '.join(readers)}"
             )
-        if self.targets == [] or (self.method == "selective" and self.targets is None):
-            raise ValueError(f"adapter.targets: {self.targets} leaves nothing to train; name modules, e.g. [q, v]")
+        if self.targets == [] or (self.method == "selective" and self.targets is None and self.layers is None):
+            raise ValueError(
+                f"adapter.targets: {self.targets} leaves nothing to train; name modules, e.g. [q, v], or set "
+                "adapter.layers"
+            )
         if min([self.rank, *self.ranks.values()]) < 1 or min([1.0, *self.alphas.values()]) <= 0:
             raise ValueError(f"adapter.ranks: {self.ranks} must be at least 1, adapter.alphas: {self.alphas} above 0")
         return self

@@ -3,10 +3,11 @@
 A setting that could have no effect beside the others is refused, so that a checkpoint's quirks are never half taken.
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from .base import Section
 from .huggingface import read_section
@@ -188,6 +189,8 @@ class ModelConfig(Section):
     scan: bool = True
     """Compile one block and scan it over the stack; false: unroll (faster steps on a CPU, slower compilation)."""
 
+    _cuts: tuple[int, ...] = PrivateAttr(())  # layers that begin a segment of their own (configs/cuts.py)
+
     @model_validator(mode="before")
     @classmethod
     def _family_defaults(cls, values: Any) -> Any:
@@ -283,9 +286,17 @@ class ModelConfig(Section):
         >>> ModelConfig(layers=8, windows=[1024, 1024, None]).segments
         (((1024, 1024, None), 2), ((1024, 1024), 1))
         """
-        repeats, rest = divmod(self.layers, len(self.windows))
+        edges = (0, *self._cuts, self.layers)
         return tuple(
-            (pattern, times)
-            for pattern, times in ((self.windows, repeats), (self.windows[:rest], 1))
-            if pattern and times
+            part
+            for first, end in itertools.pairwise(edges)
+            for part in stretch(self.windows, first=first, count=end - first)
         )
+
+
+def stretch(windows: tuple[int | None, ...], *, first: int, count: int) -> list[tuple[tuple[int | None, ...], int]]:
+    """(pattern, repeats) of `count` layers from layer `first` on, those that fill no pattern last."""
+    start = first % len(windows)
+    turned = windows[start:] + windows[:start]
+    repeats, rest = divmod(count, len(windows))
+    return [(pattern, times) for pattern, times in ((turned, repeats), (turned[:rest], 1)) if pattern and times]

@@ -34,10 +34,14 @@ class QuantizationConfig(Section):
 
 
 def check_quantization(
-    quantization: QuantizationConfig | None, adapter: AdapterConfig | None, model: ModelConfig
+    quantization: QuantizationConfig | None, adapter: AdapterConfig | None, model: ModelConfig, *, recipe: str
 ) -> None:
     """Raise ValueError where a run cannot have the base it asks for."""
     if quantization is None:
+        if recipe == "lrec":
+            raise ValueError(
+                "recipe.name: lrec repairs a quantized base and there is none; add quantization: {format: int3}"
+            )
         if adapter is not None and adapter.start == "loftq":
             raise ValueError("adapter.start: loftq starts at what quantization loses; add quantization: {format: nf4}")
         return

@@ -16,6 +16,7 @@ RECIPE_KEYS: dict[str, dict[str, float]] = {
     "orpo": {"beta": 0.1},
     "simpo": {"beta": 2.0, "margin": 1.0},
     "kto": {"beta": 0.1, "desirable": 1.0, "undesirable": 1.0},
+    "lrec": {},
 }
 # Recipe -> the one format of its documents; the others read what is not compared.
 RECIPE_FORMATS = {"dpo": "preference", "ipo": "preference", "orpo": "preference", "simpo": "preference"}
@@ -28,7 +29,8 @@ class RecipeConfig(Section):
 
     name: Literal[tuple(RECIPE_KEYS)] = "pretrain"  # type: ignore[valid-type]
     """pretrain: next token; sft: the same, of answers only; of pairs: dpo (arXiv:2305.18290), ipo (2310.12036), orpo
-    (2403.07691), simpo (2405.14734); of single answers, good or bad: kto (2402.01306)."""
+    (2403.07691), simpo (2405.14734); of single answers, good or bad: kto (2402.01306); of a quantized
+    base, what it said when it was whole: lrec (2306.08162)."""
     beta: float | None = Field(None, gt=0)
     """How much a difference of log-probabilities counts (orpo: weight of the odds). null: dpo, ipo, orpo, kto 0.1,
     simpo 2."""

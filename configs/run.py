@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from .adapter import AdapterConfig
 from .base import Section
+from .cuts import cuts
 from .data import DataConfig
 from .elastic import ElasticConfig
 from .islands import IslandsConfig, check_islands
@@ -64,6 +65,15 @@ class RunConfig(Section):
         return values | {"data": data | {"tokenizer": {"file": model["from"]}}}
 
     @model_validator(mode="after")
+    def _layers_that_learn_stand_apart(self) -> "RunConfig":
+        found = () if self.mesh.pipe != 1 else cuts(self.model, self.adapter)  # a pipeline cuts elsewhere
+        if found != self.model._cuts:
+            model = self.model.model_copy()
+            model._cuts = found
+            object.__setattr__(self, "model", model)
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         if not re.fullmatch(r"[\w.-]+", self.name) or self.name.startswith("."):
             raise ValueError(f"name: {self.name!r} must be letters, digits, '.', '_' or '-'")
@@ -77,7 +87,9 @@ class RunConfig(Section):
         if self.model.attention == "cudnn" and self.mesh.platform == "cpu":
             raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
         check_recipe(self.recipe, self.data)
-        check_quantization(self.quantization, self.adapter, self.model)
+        if self.adapter is not None and (self.adapter.layers or 0) > self.model.layers:
+            raise ValueError(f"adapter.layers: {self.adapter.layers} exceeds model.layers ({self.model.layers})")
+        check_quantization(self.quantization, self.adapter, self.model, recipe=self.recipe.name)
         if self.evaluation.answers and any(one.format == "text" and one.prompt is None for one in self.data.sources):
             raise ValueError(
                 f"evaluation.answers: {self.evaluation.answers}, but texts without data.prompt ask nothing; set it to 0"
@@ -156,6 +168,8 @@ def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
             f"pipeline.post_validation: true would make the {axes['replica']} replicas wait for each other's norms in "
             "every step; set it to false, or mesh.replica to 1"
         )
+    if config.recipe.name == "lrec":
+        raise ValueError("recipe.name: lrec runs two models, which a pipeline has no place for; leave mesh.pipe at 1")
     if len(config.model.segments) > 1:
         pattern = len(config.model.windows)
         raise ValueError(

@@ -71,4 +71,4 @@ def quantized_names(linear: str, leaf: str) -> tuple[str | None, ...]:
 
 def stacked(path: str) -> bool:
     """Whether the weight at `path` has a leading [repeats]."""
-    return path.startswith("segments/")
+    return path.startswith(("segments/", "teacher/segments/"))

@@ -18,6 +18,7 @@ from ..checkpoint.storage import Storage
 from ..configs.errors import UserError
 from ..parallel.state import TrainState
 from .program import Program
+from .repair import without_teacher
 
 DIRECTORY = "base"
 
@@ -49,7 +50,10 @@ def completed(program: Program, state: TrainState, run: Path, *, origin: str | N
             raise UserError(
                 f"{error}; bring a good copy of {run / DIRECTORY} back, or train under another name"
             ) from None
-    return replace(state, frozen=one.params)
+    if "teacher" not in program.shapes.frozen:
+        return replace(state, frozen=one.params)
+    again = program.completed(state, origin=origin).frozen  # the whole model is where it came from
+    return replace(state, frozen=one.params | {"teacher": again["teacher"]})
 
 
 def stored(program: Program, run: Path, *, allowed: Callable[[], None] = lambda: None) -> Storage:
@@ -58,5 +62,5 @@ def stored(program: Program, run: Path, *, allowed: Callable[[], None] = lambda:
 
 
 def alone(state: Any) -> Any:
-    """A state (or shapes, or shardings) of the frozen weights and nothing else."""
-    return replace(state, params=state.frozen, frozen={}, opt_state=(), outer=())
+    """A state (or shapes, or shardings) of the frozen weights of the quantized model and nothing else."""
+    return replace(state, params=without_teacher(state.frozen), frozen={}, opt_state=(), outer=())

@@ -30,6 +30,7 @@ from . import pipeline
 from .deterministic import in_fixed_order
 from .gradients import Batch, Engine, accumulated, plain
 from .recipes.registry import RECIPES
+from .repair import repair_loss, without_teacher
 from .staging import Staging
 from .step import make_logprobs, make_loss
 
@@ -44,10 +45,14 @@ class Engines(NamedTuple):
 def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     """Every device computes with all layers."""
     recipe = RECIPES[config.recipe.name].loss(config.recipe)
-    loss = make_loss(target_logprobs(config, graph, partial(context, config, mesh)), recipe)
+    told = partial(context, config, mesh)
+    loss = make_loss(target_logprobs(config, graph, told), recipe)
+    learned = loss
+    if config.recipe.name == "lrec":
+        learned = repair_loss(graph, model=config.model, memory=config.memory, context=told)
 
     def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        numerator, (weight, _) = loss(params, frozen, batch, None)
+        numerator, (weight, _) = loss(params, without_teacher(frozen), batch, None)
         return numerator, weight
 
     dtype = jnp.dtype(config.precision.gradients)
@@ -55,7 +60,7 @@ def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
         alone = make_loss(target_logprobs(config, graph, partial(context_alone, config, mesh)), recipe)
         fixed = in_fixed_order(plain(alone, dtype=dtype), mesh=mesh, microbatches=config.microbatches)
         return Engines(fixed, evaluate)
-    return Engines(accumulated(plain(loss, dtype=dtype), microbatches=config.microbatches), evaluate)
+    return Engines(accumulated(plain(learned, dtype=dtype), microbatches=config.microbatches), evaluate)
 
 
 def target_logprobs(config: RunConfig, graph: Any, told: Callable[..., Context]) -> Callable[..., jax.Array]:
@@ -115,7 +120,9 @@ def fresh(config: RunConfig) -> Any:
 def structure(config: RunConfig) -> Any:
     """The model's structure, with adapters beside its kernels and quantized kernels in the place of others."""
     adapters = attached(config.model, config.adapter)
-    kernels = put(config.model, config.quantization, jax.eval_shape(lambda: divided(config, fresh(config)))[1])
+    kernels = put(
+        config.model, config.quantization, without_teacher(jax.eval_shape(lambda: divided(config, fresh(config)))[1])
+    )
 
     def all_of_it(decoder: Decoder) -> None:
         adapters(decoder)
@@ -126,11 +133,13 @@ def structure(config: RunConfig) -> Any:
 
 def divided(config: RunConfig, weights: Any) -> tuple[Any, Any]:
     """(what is trained, what is not) of the model that starts from `weights`: adapters added, the rest quantized."""
+    given = weights
     if config.adapter is not None:
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
-        weights = started(weights, config.model, config.adapter, key, read=reading(config.quantization))
-    params, frozen = split(weights, config.model, config.adapter)
-    return params, quantized(frozen, config.model, config.quantization)
+        given = started(weights, config.model, config.adapter, key, read=reading(config.quantization))
+    params, frozen = split(given, config.model, config.adapter)
+    frozen = quantized(frozen, config.model, config.quantization)
+    return params, frozen | ({"teacher": weights} if config.recipe.name == "lrec" else {})
 
 
 def context_alone(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:

@@ -34,6 +34,7 @@ from .engines import divided, fresh, pipelined, structure, whole
 from .gradients import Batch, Engine
 from .islands import Island, island_of
 from .recipes.registry import RECIPES
+from .repair import without_teacher
 from .replicas import Meet, Replicas, replicas_of
 from .staging import Staging, staging
 from .step import Step, make_step
@@ -199,11 +200,14 @@ class Program:
         with jax.set_mesh(self.mesh):
             return jax.jit(lambda tree: rearranged({"params": tree}, before=self.order, after=None)["params"])(params)
 
+    def whole(self, state: TrainState) -> Any:
+        """All weights that the model reads, as it reads them."""
+        return combine(self.evaluated(state), without_teacher(state.frozen))
+
     def plain(self, state: TrainState) -> Any:
         """All weights to export, none of them quantized."""
-        tree = combine(self.evaluated(state), state.frozen)
         dtype = jnp.dtype(self.config.precision.parameters)
-        return dequantized(tree, self.config.model, self.config.quantization, dtype=dtype)
+        return dequantized(self.whole(state), self.config.model, self.config.quantization, dtype=dtype)
 
     def evaluated(self, state: TrainState) -> Any:
         """The parameters to evaluate, sample from and export: the outer ones, an average where one is kept, or all."""

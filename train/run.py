@@ -50,6 +50,7 @@ from .profiling import Profile
 from .program import Program, build
 from .recovery import agreed, recovered
 from .reference import referenced
+from .repair import without_teacher
 from .replicas import Replicas, on_host
 from .report.html import write_report
 from .report.journal import Journal
@@ -385,7 +386,7 @@ class Run:
         values = evaluate(self.program, evaluation, params, state.frozen, self.data)
         if isinstance(self.program.replicas, Replicas):
             values |= self.program.replicas.apart(state)
-        measured, samples = self.written(combine(params, state.frozen), step)
+        measured, samples = self.written(combine(params, without_teacher(state.frozen)), step)
         values |= measured
         if step == 0:
             self.first = dict(values)

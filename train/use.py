@@ -11,7 +11,7 @@ from ..configs.errors import UserError
 from ..configs.load import merged, nested, parse, validated
 from ..configs.run import RunConfig
 from ..parallel.mesh import make_mesh
-from ..parallel.state import TrainState, combine
+from ..parallel.state import TrainState
 from . import environment
 from .base import completed
 from .directory import read_config
@@ -52,7 +52,7 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return complete(
         program,
-        combine(program.evaluated(state), state.frozen),
+        program.whole(state),
         load(run),
         list(prompts),
         template=find_template(None, tokenizer=str(run), tokens={}) if config.data.chats else None,
@@ -75,7 +75,7 @@ def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
     program, state = opened(config, run)
     data = referenced(program, data, samples=range(0))
     values = held_out(program, program.compiled_evaluation(), program.evaluated(state), state.frozen, data)
-    weights, metrics = combine(program.evaluated(state), state.frozen), metric_functions(config.evaluation.metrics)
+    weights, metrics = program.whole(state), metric_functions(config.evaluation.metrics)
     return values | answered(program, weights, data, config.evaluation, metrics)
 
 

@@ -15,7 +15,7 @@ from ...configs.adapter import AdapterConfig
 from ...configs.errors import UserError
 from ...configs.model import ModelConfig
 from .registry import METHODS
-from .sites import DEFAULT_TARGETS, matches, picked, stacks
+from .sites import DEFAULT_TARGETS, above, matches, picked, stacks
 
 Names = dict[str, list[str]]  # path in the run -> canonical name of each of its layers, or its own
 
@@ -46,7 +46,7 @@ def trained(paths: list[str], model: ModelConfig, adapter: AdapterConfig) -> dic
         every = [name for name in every if any(matches(name, pattern) for pattern in patterns)]
         if not every:
             raise UserError(f"adapter.method: {adapter.method} trains {patterns[0]}, of which this model has none")
-    chosen = picked("adapter.targets", adapter.targets or ["*"], every)
+    chosen = above(picked("adapter.targets", adapter.targets or usual(adapter), every), model, adapter)
     flags = {path: np.array([name in chosen for name in own]) for path, own in names.items()}
     return {path: own for path, own in flags.items() if own.any()}
 
@@ -72,6 +72,12 @@ def multipliers(model: ModelConfig, adapter: AdapterConfig) -> Callable[[str, An
 
 def trained_layers(path: str, model: ModelConfig, adapter: AdapterConfig) -> np.ndarray:
     """[layers] bool: which layers of the trained weight at `path` learn."""
-    patterns = adapter.targets or ["*"]
+    patterns = adapter.targets or usual(adapter)
     own = canonical_names([path], model)[path]
-    return np.array([any(matches(name, pattern) for pattern in patterns) for name in own])
+    inside = above(own, model, adapter)
+    return np.array([name in inside and any(matches(name, pattern) for pattern in patterns) for name in own])
+
+
+def usual(adapter: AdapterConfig) -> list[str]:
+    """Patterns where the user gives none, of what the method may train."""
+    return ["layers/*"] if adapter.method == "selective" else ["*"]

@@ -14,6 +14,7 @@ from math import sqrt
 import numpy as np
 
 from ...configs.adapter import AdapterConfig
+from ...configs.cuts import first_trained
 from ...configs.errors import UserError
 from ...configs.model import ModelConfig
 
@@ -91,12 +92,18 @@ def picked(key: str, patterns: Iterable[str], names: Iterable[str]) -> set[str]:
     return found
 
 
+def above(names: Iterable[str], model: ModelConfig, adapter: AdapterConfig) -> set[str]:
+    """Without the names in layers that `adapter.layers` leaves alone."""
+    first = first_trained(model, adapter)
+    return {name for name in names if not name.startswith("layers/") or int(name.split("/")[1]) >= first}
+
+
 def sites(model: ModelConfig, adapter: AdapterConfig) -> list[Site]:
     """The stacks of linear maps that `adapter` adds to. Raises UserError for a pattern that matches nothing."""
     maps = linear_maps(model)
     names = [f"layers/{layer}/{name}" for layer in range(model.layers) for name in maps]
     patterns = DEFAULT_TARGETS.get(adapter.method, ["*"]) if adapter.targets is None else adapter.targets
-    chosen = picked("adapter.targets", patterns, names)
+    chosen = above(picked("adapter.targets", patterns, names), model, adapter)
     for key, given in (("ranks", adapter.ranks), ("alphas", adapter.alphas)):
         picked(f"adapter.{key}", given, chosen)
     found = []

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from equivalence import assert_same, tiny
+from equivalence import assert_same, batches, tiny
 from meshwright.checkpoint import huggingface
 from meshwright.configs.errors import UserError
 from meshwright.configs.huggingface import config_json
 from meshwright.configs.load import validated
 from meshwright.models.decoder import initial_params
 from meshwright.parallel.hlo import collectives
-from meshwright.parallel.layout import canonical
+from meshwright.parallel.layout import canonical, from_canonical
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.data.tokenizer import byte_tokenizer
+from meshwright.train.engines import fresh
 from meshwright.train.exchange import export_adapter, export_run, import_directory
 from meshwright.train.launch.world import World
 from meshwright.train.program import build
@@ -58,6 +59,50 @@ def test_an_adapter_needs_no_permute(method):
     assert found and not [one for one in found if one.kind == "collective-permute"]
 
 
+LAST = {"model": {"layers": 8}, "adapter": {"method": "selective", "layers": 2}}
+
+
+def test_below_the_layers_that_learn_there_is_no_backward_pass():
+    """Training the last two of eight blocks: the forward pass of all, and of the backward pass their part."""
+    from meshwright.train.plan import step_flops
+
+    def flops(**settings):
+        config = tiny(**settings, data={"sequence_length": 8})
+        return step_flops(build(config, make_mesh(config.mesh)))
+
+    whole, sparse = (flops(**settings) for settings in ({"model": {"layers": 8}}, LAST))
+    assert sparse < 0.55 * whole  # a third forward, a sixth backward, and the head
+    assert flops(**LAST | {"adapter": {"rank": 1, "layers": 2}}) < 0.55 * whole
+    assert flops(**LAST | {"adapter": {"rank": 1, "targets": ["layers/[67]/attn/q"]}}) < 0.55 * whole
+
+
+def test_layers_that_learn_alone_learn_as_among_all():
+    """The gradients of the two blocks are those of training them all; others have neither gradient nor state."""
+    whole, chosen = (tiny(**settings) for settings in ({"model": {"layers": 8}}, LAST))
+    weights = canonical(jax.jit(lambda: fresh(whole))(), whole.model)
+    batch = batches(whole, 1)[0]
+
+    def gradient(config):
+        program = build(config, make_mesh(config.mesh))
+        like = jax.eval_shape(lambda: fresh(config))
+        state = program.initial(from_canonical(weights, like, config.model))
+        with jax.set_mesh(program.mesh):
+            sums = jax.jit(lambda: program.gradients(state.params, state.frozen, batch, None))()
+        return float(sums.loss), canonical(sums.gradient, config.model)
+
+    (loss, every), (same, own) = gradient(whole), gradient(chosen)
+    assert same == pytest.approx(loss, rel=1e-6)
+    assert {name.split("/")[1] for name in own} == {"6", "7"}
+    for name, array in own.items():
+        np.testing.assert_allclose(array, every[name], atol=1e-5 * np.abs(every[name]).max(), err_msg=name)
+
+
+@pytest.mark.slow
+def test_layers_apart_change_nothing_on_a_mesh():
+    settings = LAST | {"model": {"layers": 5, "windows": [4, None]}, "adapter": {"rank": 4, "layers": 2}}
+    assert_same(tiny(**settings), tiny(**settings, mesh=MESH), steps=3)
+
+
 def updates_of(**settings):
     """What the optimizer makes of gradients of one at weights of one."""
     config = tiny(**settings)
@@ -72,11 +117,13 @@ def updates_of(**settings):
 
 
 def test_only_what_learns_moves():
-    """Two layers in one stack, of which one is chosen: the other takes no step, nor does it decay."""
-    found = updates_of(adapter={"method": "selective", "targets": ["layers/1/*", "final_norm/*"]})
+    """Two layers in one stack, of which one is chosen for its MLP: the other takes no step, nor does it decay."""
+    targets = ["layers/1/mlp/*", "layers/0/attn/*", "final_norm/*"]
+    found = updates_of(adapter={"method": "selective", "targets": targets})
     moved = {name for name, update in found.items() if np.any(update)}
-    assert moved == {name for name in found if name.startswith("layers/1/")} | {"final_norm/scale"}
-    assert any(name.startswith("layers/0/") for name in found) and not any("embed/" in name for name in found)
+    chosen = {name for name in found if name.startswith(("layers/1/mlp", "layers/0/attn/"))}
+    assert moved == chosen | {"final_norm/scale"}
+    assert any(name.startswith("layers/0/mlp") for name in found) and not any("embed/" in name for name in found)
 
 
 def test_the_second_factor_takes_larger_steps():

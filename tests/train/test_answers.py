@@ -1,6 +1,7 @@
 """Recipes on real rows: packing changes no example, a mesh nothing, and the reference is the model at step 0."""
 
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from meshwright.configs.load import merged
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.data import assemble
 from meshwright.train.data.notes import Noted, fill, unseen
-from meshwright.train.engines import target_logprobs
+from meshwright.train.engines import context, target_logprobs
 from meshwright.train.feed import to_devices
 from meshwright.train.launch.world import World
 from meshwright.train.program import build
@@ -144,7 +145,7 @@ def test_notes_are_what_the_model_says_of_each_row(tmp_path):
     assert isinstance(data.train, Noted)
     rows = [data.train.row(index) for index in range(4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    forward = target_logprobs(config, program.mesh, program.graph)
+    forward = target_logprobs(config, program.graph, partial(context, config, program.mesh))
     with jax.set_mesh(program.mesh):
         wanted = jax.jit(forward)(program.first_weights(), {}, to_devices(batch, config, program.mesh), None)
     np.testing.assert_allclose(batch["reference_logprobs"], np.where(batch["places"] >= 0, wanted, 0), rtol=1e-5)

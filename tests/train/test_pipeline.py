@@ -117,10 +117,10 @@ UNFIT = {
         {"pipeline": {"vocab_parallel": 1}, "memory": {"loss_chunks": 2}}, "memory.loss_chunks: 2 has no effect"
     ),
     "fragments of layers in another order": (
-        {"mesh": {"replica": 2}, "outer": {"name": "streaming", "every": 3}}, "outer.name: streaming cuts fragments"
+        {"mesh": {"replica": 2}, "outer": {"name": "streaming", "every": 4}}, "outer.name: streaming cuts fragments"
     ),
     "replicas that would wait for each other": (
-        {"mesh": {"replica": 2}, "outer": {"name": "diloco"}, "pipeline": {"post_validation": True}},
+        {"mesh": {"replica": 2}, "outer": {"name": "diloco", "every": 2}, "pipeline": {"post_validation": True}},
         "pipeline.post_validation: true would make the 2 replicas wait",
     ),
     "rows that cannot be dealt out": (

@@ -7,14 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from equivalence import assert_close, assert_same, batches, tiny
 from meshwright.configs.errors import UserError
 from meshwright.configs.load import validated
+from meshwright.models.adapters.attach import merged
+from meshwright.models.context import Context
+from meshwright.models.decoder import graph
 from meshwright.models.quantized.attach import dequantized
 from meshwright.parallel.hlo import collectives
 from meshwright.parallel.layout import canonical
 from meshwright.parallel.mesh import make_mesh
+from meshwright.train.engines import fresh
 from meshwright.train.feed import to_devices
 from meshwright.train.launch.world import World
 from meshwright.train.plan import storage_plan
@@ -89,8 +94,6 @@ def test_loftq_starts_nearer_to_the_full_weights():
     def error(start):
         config = tiny(model=MODEL, quantization={"format": "int2", "group": 8}, adapter={"rank": 4, "start": start})
         program = build(config, make_mesh(config.mesh))
-        from meshwright.models.adapters.attach import merged
-
         tree = merged(program.plain(program.initialized()), config.model, config.adapter)
         apart = jax.tree.map(lambda one, other: jnp.linalg.norm(one - other), tree, weights)["segments"]
         return np.array(jax.tree.leaves(apart))
@@ -134,7 +137,43 @@ def test_the_plan_counts_the_codes():
     assert found["parameters"]["count"] == plain["parameters"]["count"]
 
 
+REPAIR = QLORA | {"recipe": {"name": "lrec"}, "quantization": {"format": "int2", "group": 8}}
+
+
+def test_repairing_makes_the_model_what_it_was():
+    """The loss is KL(whole || quantized) by the dense formula, and falls."""
+    optimizer = {"learning_rate": 0.02, "weight_decay": 0.0, "schedule": "constant"}
+    settings = REPAIR | {"adapter": {"rank": 8}, "optimizer": optimizer, "memory": {"loss_chunks": 4}}
+    config = tiny(**settings)
+    program = build(config, make_mesh(config.mesh))
+    state = program.initialized()
+    losses, _ = after(program, state, 40)
+    assert losses[-1] < 0.6 * losses[0]
+    batch = batches(config, 1)[0]
+    quantized, whole = (dense_logprobs(config.model, tree, batch) for tree in (program.plain(state), None))
+    apart = (np.exp(whole) * (whole - quantized)).sum(-1)
+    wanted = (batch["loss_weights"] * apart).sum() / batch["loss_weights"].sum()
+    assert losses[0] == pytest.approx(wanted, rel=1e-3)
+
+
+def dense_logprobs(model, tree, batch):
+    """log p of the whole vocabulary, of the plain model of `tree` (None: fresh weights)."""
+    plain = tiny(model=MODEL)
+    weights = jax.jit(lambda: fresh(plain))() if tree is None else merged(tree, model, tiny(**QLORA).adapter)
+    ctx = Context(positions=jnp.asarray(batch["positions"]), segment_ids=jnp.asarray(batch["segment_ids"]))
+    decoder = nnx.merge(graph(model), weights)
+    hidden, _ = jax.jit(lambda: decoder.hidden(jnp.asarray(batch["tokens"]), ctx))()
+    scores = (hidden @ decoder.head_kernel(jnp.float32))[..., : model.vocab]
+    return np.asarray(jax.nn.log_softmax(scores))
+
+
+@pytest.mark.slow
+def test_repairing_on_a_mesh_changes_nothing():
+    assert_same(tiny(**REPAIR), tiny(**REPAIR, mesh=MESH, memory={"loss_chunks": 2}), steps=3)
+
+
 MISTAKES = {
+    "nothing to repair": ({"recipe": {"name": "lrec"}}, "lrec repairs a quantized base and there is none"),
     "no adapter": ({"quantization": NF4}, "nf4 weights cannot be trained; add an adapter"),
     "straddles": (QLORA | {"mesh": {"tensor": 2}, "model": {"mlp": 40}}, r"model.mlp \(40\) over mesh.ten"),
     "width": (QLORA | {"quantization": {"group": 64}}, r"group: 64 does not divide model.embed \(16\)"),

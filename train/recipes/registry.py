@@ -13,4 +13,5 @@ RECIPES: dict[str, Recipe] = {
     "orpo": ORPO,
     "simpo": SIMPO,
     "kto": KTO,
+    "lrec": NEXT_TOKEN,  # of its held-out loss; what it learns is in `train/repair.py`
 }

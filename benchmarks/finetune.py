@@ -1,0 +1,129 @@
+"""`meshwright bench finetune`: what fine-tuning costs beside full training and beside PEFT + PyTorch on the same cores.
+
+    meshwright bench finetune --peer PYTHON        an interpreter that has torch, transformers and peft
+    meshwright bench finetune --methods lora sparse --size small
+
+One step of each method on one model and batch, in turns with a step of the peer, medians; float32, AdamW, one device.
+`speed` is full training's seconds over the method's; `peak_bytes` and `temporary_bytes` (activations and gradients) are
+the compiler's analysis of the step; `ratio` is PEFT's LoRA seconds over ours. `sparse` trains the last quarter of the
+layers. Neither recomputes anything.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from meshwright.benchmarks.step import configuration, ours
+from meshwright.configs.run import RunConfig
+
+# What `configuration` is told on top of its 34M parameters.
+SIZES: dict[str, dict[str, Any]] = {
+    "34m": {},
+    "small": {
+        "model": {"vocab": 1024, "layers": 4, "embed": 128, "heads": 4, "mlp": 384},
+        "data": {"sequence_length": 128, "global_batch": 4},
+    },
+}
+
+
+def methods(layers: int, rank: int) -> dict[str, dict[str, Any]]:
+    """Name -> what a run of it says."""
+    return {
+        "full": {},
+        "lora": {"adapter": {"method": "lora", "rank": rank}},
+        "qlora": {"adapter": {"method": "lora", "rank": rank}, "quantization": {"format": "nf4", "double": True}},
+        "sparse": {"adapter": {"method": "selective", "layers": layers // 4}},
+    }
+
+
+def peer(config: RunConfig, python: str, stack: ExitStack) -> Callable[[], float]:
+    """A function that has the peer make one step and returns its seconds."""
+    model = config.model
+    sizes = {
+        "vocab": model.vocab, "embed": model.embed, "mlp": model.mlp, "layers": model.layers, "heads": model.heads,
+        "batch": config.data.global_batch, "sequence": config.data.sequence_length, "rank": config.adapter.rank,
+        "threads": len(os.sched_getaffinity(0)),
+    }  # fmt: skip
+    script = Path(__file__).with_name("finetune_peer.py")
+    process = stack.enter_context(
+        subprocess.Popen(
+            [python, str(script), json.dumps(sizes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+    )
+    stack.callback(process.stdin.close)
+
+    def step() -> float:
+        process.stdin.write("step\n")
+        process.stdin.flush()
+        return float(process.stdout.readline())
+
+    return step
+
+
+def memory_of(config: RunConfig) -> dict[str, int]:
+    """Bytes that the compiled step needs on its device."""
+    from meshwright.parallel.mesh import make_mesh
+    from meshwright.train.plan import memory
+    from meshwright.train.program import build
+
+    found = memory(build(config, make_mesh(config.mesh)).compiled_step())
+    return {key: found[key] for key in ("peak_bytes", "temporary_bytes", "argument_bytes")}
+
+
+def measure(configs: dict[str, RunConfig], *, rounds: int, python: str | None) -> dict[str, Any]:
+    """Median seconds of every method in turns, its memory, and the ratios."""
+    with ExitStack() as stack:
+        runs = {name: ours(config) for name, config in configs.items()}
+        if python:
+            runs["peft"] = peer(configs["lora"], python, stack)
+        for run in runs.values():  # compilation and warm-up
+            run(), run()
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                seconds[name].append(run())
+    tokens = next(iter(configs.values())).data
+    tokens = tokens.global_batch * tokens.sequence_length
+    result: dict[str, Any] = {
+        name: {"tokens_per_second": tokens / statistics.median(values), "speed": over(seconds["full"], values)}
+        for name, values in seconds.items()
+    }
+    for name, config in configs.items():
+        result[name] |= memory_of(config)
+    if python:
+        result["ratio"] = over(seconds["peft"], seconds["lora"])
+    return result
+
+
+def over(one: list[float], other: list[float]) -> float:
+    """The median of the ratios of turns."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(prog="meshwright bench finetune")
+    parser.add_argument("--size", choices=SIZES, default="34m")
+    parser.add_argument("--methods", nargs="+", choices=methods(4, 1), default=["full", "lora", "sparse", "qlora"])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--peer", metavar="PYTHON", help="an interpreter with torch, transformers and peft")
+    options = parser.parse_args(arguments)
+    from meshwright.configs.load import merged
+    from meshwright.parallel.mesh import prepare_devices
+
+    base = SIZES[options.size]
+    layers = configuration("34m", "cpu", base).model.layers
+    every = methods(layers, options.rank)
+    chosen = ["full", *(name for name in options.methods if name != "full")]
+    if options.peer and "lora" not in chosen:
+        chosen.append("lora")
+    configs = {name: configuration("34m", "cpu", merged(base, every[name])) for name in chosen}
+    prepare_devices(configs["full"].mesh)
+    print(json.dumps(measure(configs, rounds=options.rounds, python=options.peer), indent=1))
