@@ -10,13 +10,13 @@ from .adapter import AdapterConfig
 from .base import Section
 from .data import DataConfig
 from .elastic import ElasticConfig
+from .launch import LaunchConfig
 from .model import ModelConfig
 from .outer import OuterConfig, check_replicas
 from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
 from .training import (
     CheckpointConfig,
     EvaluationConfig,
-    LaunchConfig,
     LoggingConfig,
     OptimizerConfig,
     RecipeConfig,

@@ -1,4 +1,4 @@
-"""How the run goes: optimizer, recipe, evaluation, checkpoints, logging, launch."""
+"""How the run goes: optimizer, recipe, evaluation, checkpoints, logging."""
 
 from typing import Literal
 
@@ -75,17 +75,6 @@ class CheckpointConfig(Section):
     """Steps between snapshots in the host's memory (/dev/shm), which a restart on that host goes on from; 0: none."""
     on_failure: Literal["continue", "stop"] = "continue"
     """A save that failed (a full disk): journal it and train on, or stop. A run whose last save failed fails."""
-
-
-class LaunchConfig(Section):
-    """Several processes (`meshwright launch`)."""
-
-    processes: int = Field(1, ge=1)
-    """Processes on this machine (engine local)."""
-    devices_per_process: int | None = Field(None, ge=1)
-    """Simulated devices of each; null: mesh.devices / processes."""
-    coordinator: str | None = None
-    """host:port of process 0; null: chosen by the launcher, or read from the environment or SLURM."""
 
 
 class ProfileConfig(Section):

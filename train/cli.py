@@ -53,13 +53,13 @@ def train(config: Config, overrides: Overrides = None) -> None:
 def launch(
     config: Config,
     overrides: Overrides = None,
-    engine: Annotated[str, typer.Option(help="Where the processes run: local.")] = "local",
+    engine: Annotated[str, typer.Option(help="local, slurm, ray, k8s (prints a JobSet), or agents.")] = "local",
     processes: Annotated[int | None, typer.Option(help="Processes; default launch.processes.")] = None,
     devices_per_process: Annotated[int | None, typer.Option(help="Simulated devices of each.")] = None,
 ) -> None:
     """Train in several processes, and start them again when one dies or hangs."""
-    from .launch.engines import ENGINES
-    from .launch.engines import launch as start
+    from .launch.engines import ENGINES, start
+    from .launch.job import Job
 
     if engine not in ENGINES:
         raise UserError.no_match("--engine", [engine], known=ENGINES)
@@ -71,14 +71,17 @@ def launch(
             f"--processes: {shares} do not share the {count} devices of mesh evenly; use a divisor of {count}, or "
             "--devices-per-process"
         )
-    start(
-        [sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
-        processes=processes or settings.processes,
+    job = Job(
+        name=loaded.name,
+        command=[sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
+        processes=shares,
         directory=Path("runs") / loaded.name,
-        settings=loaded.elastic,
+        elastic=loaded.elastic,
+        settings=settings,
         devices_per_process=devices_per_process or settings.devices_per_process,
-        coordinator=settings.coordinator,
+        document=loading.dump(loaded),
     )
+    start(engine, job)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from ..report.journal import Journal
 from .decisions import Failure, Report, gives_up, patience, pause, suspect
 from .fence import Fence, current
 from .rendezvous import Room
+from .telemetry import Telemetry
 
 TICK = 0.1  # seconds between two looks
 
@@ -62,6 +63,7 @@ class Outcome:
     reached: int = 0  # the highest step reported
     suspect: int | None = None
     detected: float = 0.0  # seconds from the last news of the suspect to this outcome
+    syndrome: str = ""  # of a hang: `hang, communication` or `hang, not communication`
 
 
 @dataclass
@@ -107,10 +109,13 @@ def supervise(
     directory: Path,
     room: Room,
     stop: Stop,
+    telemetry: Telemetry | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Run until every process ended well. `directory` is the run's, `room` where its processes report.
+
+    `telemetry` looks on and says what is slow, or why something hangs.
 
     Raises Preempted where all stopped on request, UserError where the request itself was wrong, MeshwrightError where
     it gave up.
@@ -122,7 +127,9 @@ def supervise(
             Fence(directory, epoch).claim()  # before the new ones start: old ones may still be writing
         try:
             engine.start(epoch)
-            outcome = watched(engine, epoch, settings=settings, room=room, stop=stop, clock=clock, sleep=sleep)
+            outcome = watched(
+                engine, epoch, settings=settings, room=room, stop=stop, telemetry=telemetry, clock=clock, sleep=sleep
+            )
         finally:
             engine.kill()
         if outcome.kind == "done":
@@ -158,6 +165,7 @@ def tell(directory: Path, event: str, outcome: Outcome, **fields: object) -> Non
         suspect=outcome.suspect,
         step=outcome.reached,
         detect_seconds=outcome.detected,
+        **({"syndrome": outcome.syndrome} if outcome.syndrome else {}),
         **fields,
     )
 
@@ -169,16 +177,18 @@ def watched(
     settings: ElasticConfig,
     room: Room,
     stop: Stop,
+    telemetry: Telemetry | None,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
 ) -> Outcome:
     """Look at the processes of one epoch until it is over; some may still be running then."""
-    watch = Watch(clock())
+    watch, telemetry = Watch(clock()), telemetry or Telemetry()
     deadline: float | None = None  # by which all must have ended, once one has or was asked to
     told = False
     while True:
         now = clock()
         watch.look(room, epoch, now=now)
+        telemetry.look(room, epoch, now=now)
         codes = {number: engine.poll(number) for number in range(engine.processes)}
         if (outcome := judged(codes, watch, now=now)) is not None:
             return outcome
@@ -193,7 +203,7 @@ def watched(
         if deadline is not None and now > deadline:
             return overdue(running, watch, settings=settings, asked=stop.asked)
         if deadline is None and (outcome := hung(running, engine, watch, settings=settings, now=now)) is not None:
-            return outcome
+            return telemetry.explained(outcome, now=now)
         sleep(TICK)
 
 
@@ -203,7 +213,7 @@ def judged(codes: Mapping[int, int | None], watch: Watch, *, now: float) -> Outc
         refused = next(number for number, code in codes.items() if code == UserError.exit_code)
         return Outcome("refused", f"process {refused} refused the configuration (see above)", watch.reached, refused)
     if failed := {number: code for number, code in codes.items() if code not in (None, 0, Preempted.exit_code)}:
-        first = next(iter(failed))
+        first = min(failed, key=lambda number: failed[number] > 0)  # what was killed, before what missed it
         last = watch.reports[first].time if first in watch.reports else watch.started
         reason = f"processes failed with these exit codes: {failed}"
         return Outcome("failed", reason, watch.reached, first, now - last)
