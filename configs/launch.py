@@ -87,6 +87,6 @@ class LaunchConfig(Section):
     """host:port of process 0 (engine local); null: chosen by the launcher, or read from the environment or SLURM."""
     listen: str | None = None
     """host:port at which the machines reach the launcher (engine agents); null: this machine's name, any port."""
-    slurm: SlurmConfig = SlurmConfig()
-    ray: RayConfig = RayConfig()
-    k8s: KubernetesConfig = KubernetesConfig()
+    slurm: SlurmConfig = Field(SlurmConfig(), description=SlurmConfig.__doc__)
+    ray: RayConfig = Field(RayConfig(), description=RayConfig.__doc__)
+    k8s: KubernetesConfig = Field(KubernetesConfig(), description=KubernetesConfig.__doc__)
