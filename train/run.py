@@ -34,6 +34,7 @@ from .directory import open_directory, write_json
 from .evaluation import evaluate
 from .feed import local_rows, to_devices
 from .generate import complete
+from .launch.detection import WAIT
 from .launch.fence import Fence, Fenced
 from .launch.progress import Progress
 from .launch.world import World
@@ -190,17 +191,21 @@ class Run:
         with closing(self.batches(start)) as feed:
             for number in range(start + 1, config.steps + 1):
                 with profile.step(number):
+                    self.progress.enters("input")
                     with self.meter.host():
                         batch = to_devices(next(feed), config, self.program.mesh)
+                    self.progress.enters(WAIT)
                     state, metrics = step(state, batch)
                     state = self.meet(state, number)
                     self.told(pending)
                     pending = (number, metrics)
                 self.progress.report(number - 1)  # whose metrics have been read: it is done
+                self.progress.enters("host")
                 self.saving.poll()
                 stopping = self.stop.requested(number) and number < config.steps
                 pauses = (config.checkpoint.every, config.checkpoint.memory_every, config.evaluation.every)
                 if stopping or any(self.due(every, number) for every in pauses):
+                    self.progress.enters(WAIT)
                     self.told(pending)  # what is saved or evaluated has been judged, and its row stands before theirs
                     pending = None
                     self.pause(state, number, evaluation, stopping=stopping)
@@ -211,6 +216,7 @@ class Run:
     def pause(self, state: TrainState, number: int, evaluation: Any, *, stopping: bool) -> None:
         """What happens between update `number` and the next. Raises Preempted, the state saved, where asked to stop."""
         self.progress.report(number, "save or evaluate")
+        self.progress.enters("save or evaluate")
         if stopping:
             self.save(state, number)
             self.saving.finish()

@@ -5,6 +5,7 @@ Called by the name of the command. FAKE_SLURM is a directory: one folder a job, 
 ids of its tasks, and `calls`, what was asked.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -64,8 +65,10 @@ def srun(words):
     running = []
     for task in range(tasks):
         place = {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task), "SLURM_NTASKS": str(tasks)}
-        out, err = ((open(given[w].replace("%j", number).replace("%t", str(task)), "a") if w in given else None)
-                    for w in ("output", "error"))  # fmt: skip
+        names = [
+            given.get(word, os.devnull).replace("%j", number).replace("%t", str(task)) for word in ("output", "error")
+        ]
+        out, err = (os.open(name, os.O_CREAT | os.O_APPEND | os.O_WRONLY) for name in names)
         running.append(subprocess.Popen(command, env=os.environ | place, stdout=out, stderr=err))
         (ROOT / number / f"task-{running[-1].pid}").touch()
     for told in (signal.SIGTERM, signal.SIGINT):
@@ -96,10 +99,8 @@ def scancel(words):
     number = next(word for word in words if word.isdigit())
     given, _ = options([word for word in words if word != number])
     for task in (ROOT / number).glob("task-*"):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(int(task.name.removeprefix("task-")), getattr(signal, f"SIG{given.get('signal', 'TERM')}"))
-        except ProcessLookupError:
-            pass
 
 
 def squeue(words):

@@ -99,7 +99,8 @@ def rendered(name="My_run", processes=4, grace=30.0, **settings):
 
 
 EVERYTHING = {
-    "gpus": 8, "cpu": "16", "memory": "64Gi", "queue": "team", "node_selector": {"gpu": "h100"}, "service_account": "me",
+    "gpus": 8, "cpu": "16", "memory": "64Gi", "queue": "team", "node_selector": {"gpu": "h100"},
+    "service_account": "me",
 }  # fmt: skip
 
 

@@ -28,7 +28,8 @@ LARGE, BURSTS = 4 << 20, 3  # of those that measure bandwidth
 ENOUGH = 0.5  # seconds after which a slow link has been measured well enough
 PATIENCE = 20.0  # seconds to wait for a partner
 ROUNDS = 63  # among many machines each meets this many others
-SLOW = 3.0  # times the median delay, or that part of the median bandwidth
+SLOW = 5.0  # times the median delay, or that part of the median bandwidth
+ALIKE = 4.0  # links within this factor of the slowest are slow for one reason
 NOTICED = 1e-3  # seconds of delay beyond the median that matter
 HEAD = struct.Struct("!Q")  # bytes that follow
 TIME = struct.Struct("!d")  # the answer: the other's clock, seconds since 1970
@@ -203,22 +204,27 @@ def slowness(links: Links) -> np.ndarray:
 
 
 def culprits(links: Links) -> list[Culprit]:
-    """Machines most of whose links are slow, then slow links of others, worst first. Two machines accuse nobody."""
+    """Who is to blame for the slowest links, worst first: a machine most of whose links are as slow, else the pair.
+
+    Two machines accuse nobody: there is no third to compare with.
+    """
     ratio = slowness(links)
     count = len(ratio)
-    slow = {(a, b) for a in range(count) for b in range(a + 1, count) if ratio[a, b] > SLOW}
+    slow = {(a, b): ratio[a, b] for a in range(count) for b in range(a + 1, count) if ratio[a, b] > SLOW}
     found = []
     while slow:
-        shares = {one: sum(one in pair for pair in slow) for one in range(count)}
-        worst = max(shares, key=lambda one: (shares[one], -one))
-        if shares[worst] >= 2 and shares[worst] > np.isfinite(np.delete(links.delay[worst], worst)).sum() / 2:
-            told = f"{shares[worst]} of its links are at least {SLOW:g} times slower than the median one"
-            found.append(Culprit((worst,), told))
-            slow = {pair for pair in slow if worst not in pair}
+        worst = max(slow, key=lambda pair: slow[pair])
+        alike = [pair for pair in slow if slow[pair] >= slow[worst] / ALIKE]
+        shares = {one: sum(one in pair for pair in alike) for one in worst}
+        machine = max(shares, key=lambda one: (shares[one], -one))
+        met = np.count_nonzero(~np.isnan(np.delete(links.delay[machine], machine)))
+        if shares[machine] >= 2 and shares[machine] > met / 2:
+            told = f"{shares[machine]} of its links are at least {SLOW:g} times slower than the median one"
+            found.append(Culprit((machine,), told))
+            slow = {pair: ratio for pair, ratio in slow.items() if machine not in pair}
         else:
-            a, b = max(slow, key=lambda pair: ratio[pair])
-            found.append(Culprit((a, b), described(links, a, b)))
-            slow.remove((a, b))
+            found.append(Culprit(worst, described(links, *worst)))
+            del slow[worst]
     return found
 
 
