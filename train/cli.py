@@ -332,8 +332,23 @@ def report(run: RunPath) -> None:
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Versions, devices, collectives, memory kinds, and what is missing for what."""
+def doctor(
+    as_json: Json = False,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Test many machines: devices, disks, links.")] = False,
+    engine: Annotated[str, typer.Option(help="Of --cluster: what brings the processes up.")] = "local",
+    processes: Annotated[int, typer.Option(help="Of --cluster.", min=1)] = 2,
+    devices_per_process: Annotated[int | None, typer.Option(help="Of --cluster: simulated devices of each.")] = None,
+    config: Annotated[str | None, typer.Option(help="Of --cluster: whose launch section to use.")] = None,
+) -> None:
+    """Versions, devices, collectives, and what is missing for what; with --cluster, a test of many machines."""
+    if cluster:
+        from .launch.selftests import on_cluster
+
+        launch_section = loading.load(config).launch if config is not None else RunConfig().launch
+        on_cluster(
+            engine, launch_section, processes=processes, devices_per_process=devices_per_process, as_json=as_json
+        )
+        return
     from .doctor import main as examined
 
     raise typer.Exit(examined(as_json=as_json))

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from ...configs.errors import MeshwrightError
@@ -44,7 +44,7 @@ def run_on(hosts: "Hosts", job: Job, *, stop: Stop, port: int = 0) -> None:
         )
         telemetry = Telemetry(job.directory, lambda: engine.links(server.room))
         try:
-            engine.gather()
+            engine.gather(range(job.processes))
             telemetry.begin()
             supervise(
                 engine,
@@ -111,20 +111,46 @@ class RemoteEngine:
         patience: float,
         shared: Mapping[str, str] | None = None,
     ) -> None:
-        self.processes = processes
+        self.processes = self._room = processes
+        self._slots: Sequence[int] = range(processes)  # slot of each process: the number of its agent
+        self._awaited: set[int] = set()  # slots whose agents were brought up and have not come yet
         self._command, self._hosts, self._board, self._patience = list(command), hosts, board, patience
         self.rendezvous = f"{hosts.name}:{port}"
         self._shared = dict(shared or {})  # what every trainer's environment says besides
         self._epoch, self._sessions = 0, 0
         self._coordinator: subprocess.Popen | None = None
 
-    def start(self, epoch: int) -> None:
-        """Have an agent for every process, the lost ones replaced, and start the trainers.
+    def slots(self) -> set[int]:
+        """Slots whose agent is there now; replacements of the others are on their way."""
+        present = self._board.present
+        self._awaited -= present
+        if absent := set(range(self._room)) - present - self._awaited:
+            self._awaited |= absent
+            self._hosts.start({slot: self._board.host(slot) for slot in sorted(absent)}, self._board.port)
+        return present
+
+    def gather(self, slots: Collection[int]) -> None:
+        """Have an agent in each of `slots`. Raises MeshwrightError where machines do not come in time."""
+        waited = 0.0
+        while absent := set(slots) - self.slots():
+            self._board.wait(absent, 0.5)
+            waited += 0.5
+            if waited % NEWS_SECONDS == 0:
+                logger.warning("waiting for machines for processes %s of %d", sorted(absent), self._room)
+            why = self._hosts.trouble()
+            if why is None and waited > self._patience:
+                why = f"no word from them for {waited:.0f} s (elastic.start_timeout){self._hosts.hint()}"
+            if why is not None:
+                raise MeshwrightError(f"no machine for processes {sorted(absent)} of {self._room}: {why}")
+
+    def start(self, epoch: int, *, slots: Sequence[int] | None = None, words: Sequence[str] = ()) -> None:
+        """Start a trainer in each of `slots`, by default all, with `words` after the command.
 
         Raises MeshwrightError where machines do not come within the time a start may take.
         """
-        self.gather()
-        self._epoch = epoch
+        self._slots = range(self._room) if slots is None else list(slots)
+        self.gather(self._slots)
+        self._epoch, self.processes = epoch, len(self._slots)
         address = f"{self._hosts.name}:{local.free_port()}"
         if self.processes > 1:
             self._coordinator = local.spawn([*local.COORDINATOR_HOST, address, str(self.processes)], os.environ)
@@ -136,33 +162,16 @@ class RemoteEngine:
             world.RENDEZVOUS: self.rendezvous,
             world.COORDINATED: "outside",
         }  # fmt: skip
-        for number in range(self.processes):
-            words = {"do": "start", "epoch": epoch, "command": self._command, "directory": os.getcwd()}
-            environment = shared | {world.NUMBER: str(number)}
-            self._board.tell(number, {**words, "environment": environment, "quiet": number > 0})
-
-    def gather(self) -> None:
-        """Have an agent for every process. Raises MeshwrightError where machines do not come in time."""
-        everyone = range(self.processes)
-        if not (absent := set(everyone) - self._board.present):
-            return
-        self._hosts.start({number: self._board.host(number) for number in sorted(absent)}, self._board.port)
-        waited = 0.0
-        while absent := self._board.wait(everyone, 0.5):
-            waited += 0.5
-            if waited % NEWS_SECONDS == 0:
-                logger.warning("waiting for machines for processes %s of %d", sorted(absent), self.processes)
-            why = self._hosts.trouble()
-            if why is None and waited >= self._patience:
-                why = f"no word from them for {waited:.0f} s (elastic.start_timeout){self._hosts.hint()}"
-            if why is not None:
-                raise MeshwrightError(f"no machine for processes {sorted(absent)} of {self.processes}: {why}")
+        said = {"do": "start", "epoch": epoch, "command": [*self._command, *words], "directory": os.getcwd()}
+        for number, slot in enumerate(self._slots):
+            self._board.tell(slot, {**said, "environment": shared | {world.NUMBER: str(number)}, "quiet": number > 0})
 
     def poll(self, number: int) -> int | None:
         """Exit code of a process; `Lost` where its machine is gone."""
-        code = self._board.code(number, epoch=self._epoch)
-        if code is None and not self._board.serves(number, epoch=self._epoch):
-            return Lost(self._board.host(number))
+        slot = self._slots[number]
+        code = self._board.code(slot, epoch=self._epoch)
+        if code is None and not self._board.serves(slot, epoch=self._epoch):
+            return Lost(self._board.host(slot))
         return code
 
     def broken(self) -> str | None:
@@ -172,18 +181,18 @@ class RemoteEngine:
 
     def ask_to_stop(self) -> None:
         """SIGTERM to every trainer: they save and exit."""
-        for number in self._board.present:
-            self._board.tell(number, {"do": "stop"})
+        for slot in self._board.present:
+            self._board.tell(slot, {"do": "stop"})
 
     def kill(self) -> None:
         """SIGKILL to what is left of every trainer. An agent that does not say so in time is discarded."""
-        everyone = range(self.processes)
-        for number in everyone:
-            self._board.tell(number, {"do": "kill"})
+        everyone = range(self._room)
+        for slot in everyone:
+            self._board.tell(slot, {"do": "kill"})
         deaf = self._board.wait_killed(everyone, KILL_SECONDS)
-        for number in deaf | (set(everyone) - self._board.present):
-            self._board.drop(number)
-            self._hosts.discard(number)
+        for slot in deaf | (set(everyone) - self._board.present - self._awaited):
+            self._board.drop(slot)
+            self._hosts.discard(slot)
         if self._coordinator is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._coordinator.pid, signal.SIGKILL)
@@ -192,18 +201,17 @@ class RemoteEngine:
 
     def links(self, room: Room) -> Links | None:
         """Have the agents measure the links between them now; None where there are none, or not all agents."""
-        everyone = range(self.processes)
-        if self.processes < 2 or set(everyone) - self._board.present:
+        if self.processes < 2 or set(self._slots) - self._board.present:
             return None
         self._sessions += 1
         session = f"{self._epoch}.{self._sessions}"
         words = {"do": "probe", "session": session, "rendezvous": self.rendezvous, "processes": self.processes}
-        for number in everyone:
-            self._board.tell(number, {**words, "number": number})
+        for number, slot in enumerate(self._slots):
+            self._board.tell(slot, {**words, "number": number})
         return collected(room, session=session, processes=self.processes)
 
     def close(self) -> None:
         """Let agents and machines go."""
-        for number in range(self.processes):
-            self._board.tell(number, {"do": "end"})
+        for slot in range(self._room):
+            self._board.tell(slot, {"do": "end"})
         self._hosts.close()
