@@ -85,8 +85,11 @@ class LaunchConfig(Section):
     """Simulated devices of each; null: mesh.devices / processes."""
     coordinator: str | None = None
     """host:port of process 0 (engine local); null: chosen by the launcher, or read from the environment or SLURM."""
-    listen: str | None = None
+    listen: str | None = Field(None, pattern=r"^[^:\s]+:\d{1,5}$")
     """host:port at which the machines reach the launcher (engine agents); null: this machine's name, any port."""
-    slurm: SlurmConfig = Field(SlurmConfig(), description=SlurmConfig.__doc__)
-    ray: RayConfig = Field(RayConfig(), description=RayConfig.__doc__)
-    k8s: KubernetesConfig = Field(KubernetesConfig(), description=KubernetesConfig.__doc__)
+    slurm: SlurmConfig = SlurmConfig()
+    """What engine slurm asks the cluster for."""
+    ray: RayConfig = RayConfig()
+    """What engine ray asks the cluster for."""
+    k8s: KubernetesConfig = KubernetesConfig()
+    """What engine k8s writes into its JobSet."""

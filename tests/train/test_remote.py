@@ -175,6 +175,14 @@ def test_a_number_that_is_taken_is_not_given_twice():
             line.sendall(json.dumps({"hello": wanted, "host": "here"}).encode() + b"\n")
             board.wait([wanted or 0], 5)
         assert board.present == {0, 1} and lines[1].recv(1) == b""
+        board.tell(1, {"do": "start", "epoch": 4})
+        assert board.serves(1, epoch=4)
+        lines[0].close()
+        while 1 in board.present:
+            time.sleep(0.01)
+        lines.append(switchboard.connected(f"127.0.0.1:{board.port}"))
+        lines[-1].sendall(b'{"hello": 1, "host": "there"}\n')
+        assert not board.wait([1], 5) and not board.serves(1, epoch=4), "another agent, which started nothing"
         for line in lines:
             line.close()
     assert Lost("node7") == -9 and repr({3: Lost("node7")}) == "{3: lost with node7}"

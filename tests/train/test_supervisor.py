@@ -10,7 +10,7 @@ from meshwright.configs.errors import MeshwrightError, Preempted
 from meshwright.train.launch.decisions import Failure, Report, gives_up, patience, pause, suspect
 from meshwright.train.launch.fence import Fence, Fenced, current
 from meshwright.train.launch.rendezvous import Room, joined
-from meshwright.train.launch.supervisor import supervise
+from meshwright.train.launch.supervisor import Watch, judged, supervise
 
 SETTINGS = ElasticConfig(
     restarts=2, window=100.0, backoff=1.0, hang_factor=10.0, hang_floor=5.0, start_timeout=60, grace=8
@@ -58,6 +58,11 @@ SUSPECTS = {
 def test_the_suspect_is_the_one_the_others_wait_for(seen, who):
     reports = {number: Report(step, "step", 0.0, heard) for number, (step, heard) in seen.items()}
     assert suspect(reports, processes=3) == who
+
+
+def test_who_was_killed_is_the_suspect_not_who_then_missed_it():
+    outcome = judged({0: 1, 1: -9, 2: None}, Watch(0.0), now=1.0)
+    assert outcome.suspect == 1
 
 
 def test_a_later_epoch_shuts_the_fence(tmp_path):

@@ -193,6 +193,7 @@ class RemoteEngine:
         for slot in deaf | (set(everyone) - self._board.present - self._awaited):
             self._board.drop(slot)
             self._hosts.discard(slot)
+            self._awaited.discard(slot)
         if self._coordinator is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._coordinator.pid, signal.SIGKILL)
