@@ -12,13 +12,14 @@ from .cuts import cuts
 from .data import DataConfig
 from .elastic import ElasticConfig
 from .islands import IslandsConfig, check_islands
+from .launch import LaunchConfig
 from .meshes import check_deterministic, check_meshes
 from .model import ModelConfig
 from .outer import OuterConfig, check_replicas
 from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
 from .quantization import QuantizationConfig, check_groups, check_quantization
 from .recipe import RecipeConfig, check_recipe
-from .training import CheckpointConfig, EvaluationConfig, LaunchConfig, LoggingConfig, OptimizerConfig
+from .training import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig
 
 
 class RunConfig(Section):

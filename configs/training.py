@@ -1,4 +1,4 @@
-"""How the run goes: optimizer, evaluation, checkpoints, logging, launch."""
+"""How the run goes: optimizer, evaluation, checkpoints, logging."""
 
 import re
 from typing import Annotated, Literal
@@ -94,19 +94,6 @@ class CheckpointConfig(Section):
     """Failure domain (rack, switch, power supply) of each host, dealt to different groups; []: each its own."""
     on_failure: Literal["continue", "stop"] = "continue"
     """A save that failed (a full disk): journal it and train on, or stop. A run whose last save failed fails."""
-
-
-class LaunchConfig(Section):
-    """Several processes (`meshwright launch`)."""
-
-    processes: int = Field(1, ge=1)
-    """Processes on this machine (engine local)."""
-    hosts: int = Field(1, ge=1)
-    """Hosts they are spread over, in order; engine local simulates them: each has snapshots and a keeper of its own."""
-    devices_per_process: int | None = Field(None, ge=1)
-    """Simulated devices of each; null: mesh.devices / processes."""
-    coordinator: str | None = None
-    """host:port of process 0; null: chosen by the launcher, or read from the environment or SLURM."""
 
 
 class ProfileConfig(Section):

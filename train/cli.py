@@ -57,7 +57,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
 def launch(
     config: Config,
     overrides: Overrides = None,
-    engine: Annotated[str, typer.Option(help="Where the processes run: local.")] = "local",
+    engine: Annotated[str, typer.Option(help="local, slurm, ray, k8s (prints a JobSet), or agents.")] = "local",
     processes: Annotated[int | None, typer.Option(help="Processes; default launch.processes.")] = None,
     devices_per_process: Annotated[int | None, typer.Option(help="Simulated devices of each.")] = None,
     islands: Annotated[int | None, typer.Option(help="Jobs of their own here, instead of mesh.replica.")] = None,
@@ -68,9 +68,9 @@ def launch(
 
         launched(config, overrides or (), count=islands, processes=processes, devices=devices_per_process)
         return
-    from .launch.engines import ENGINES
-    from .launch.engines import launch as start
+    from .launch.engines import ENGINES, start
     from .launch.formations import formations
+    from .launch.job import Job
     from .launch.keepers import planned
 
     if engine not in ENGINES:
@@ -86,16 +86,19 @@ def launch(
             "--devices-per-process"
         )
     devices = devices_per_process or settings.devices_per_process
-    start(
-        [sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
+    job = Job(
+        name=loaded.name,
+        command=[sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
         processes=shares,
         directory=run_directory(loaded, root=Path("runs")),
-        settings=loaded.elastic,
-        formations=formations(loaded, processes=shares, devices_per_process=devices),
+        elastic=loaded.elastic,
+        settings=settings,
         devices_per_process=devices,
-        coordinator=settings.coordinator,
+        formations=formations(loaded, processes=shares, devices_per_process=devices),
         keepers=planned(loaded.checkpoint, hosts=settings.hosts, processes=shares),
+        document=loading.dump(loaded),
     )
+    start(engine, job)
 
 
 @app.command()
@@ -367,8 +370,23 @@ def report(run: RunPath) -> None:
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Versions, devices, collectives, memory kinds, and what is missing for what."""
+def doctor(
+    as_json: Json = False,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Test many machines: devices, disks, links.")] = False,
+    engine: Annotated[str, typer.Option(help="Of --cluster: what brings the processes up.")] = "local",
+    processes: Annotated[int, typer.Option(help="Of --cluster.", min=1)] = 2,
+    devices_per_process: Annotated[int | None, typer.Option(help="Of --cluster: simulated devices of each.")] = None,
+    config: Annotated[str | None, typer.Option(help="Of --cluster: whose launch section to use.")] = None,
+) -> None:
+    """Versions, devices, collectives, and what is missing for what; with --cluster, a test of many machines."""
+    if cluster:
+        from .launch.selftests import on_cluster
+
+        launch_section = loading.load(config).launch if config is not None else RunConfig().launch
+        on_cluster(
+            engine, launch_section, processes=processes, devices_per_process=devices_per_process, as_json=as_json
+        )
+        return
     from .doctor import main as examined
 
     raise typer.Exit(examined(as_json=as_json))

@@ -38,6 +38,7 @@ from .evaluation import evaluate
 from .feed import local_rows, to_devices
 from .islands import Island, own
 from .joining import joined
+from .launch.detection import WAIT
 from .launch.fence import Fence, Fenced
 from .launch.progress import Progress
 from .launch.world import World
@@ -277,20 +278,24 @@ class Run:
         with closing(self.batches(start)) as feed:
             for number in range(start + 1, config.steps + 1):
                 with profile.step(number):
+                    self.progress.enters("input")
                     with self.meter.host():
                         rows = next(feed)
                         self.ledger.fed(number, rows, first=(number - 1) * config.data.global_batch + first_row)
                         batch = to_devices(rows, config, self.program.mesh)
+                    self.progress.enters(WAIT)
                     state, metrics = step(state, batch)
                     state = self.meet(state, number)
                     self.told(pending)
                     pending = (number, metrics)
                 self.reached = number - 1
                 self.progress.report(self.reached)  # whose metrics have been read: it is done
+                self.progress.enters("host")
                 self.saving.poll()
                 stopping = self.stop.requested(number) and number < config.steps
                 pauses = (config.checkpoint.memory_every, config.evaluation.every)
                 if stopping or self.pace.due(number) or any(self.due(every, number) for every in pauses):
+                    self.progress.enters(WAIT)
                     self.told(pending)  # what is saved or evaluated has been judged, and its row stands before theirs
                     pending = None
                     state = self.settled(state)
@@ -302,6 +307,7 @@ class Run:
     def pause(self, state: TrainState, number: int, evaluation: Any, *, stopping: bool) -> None:
         """What happens between update `number` and the next. Raises Preempted, the state saved, where asked to stop."""
         self.progress.report(number, "save or evaluate")
+        self.progress.enters("save or evaluate")
         checkpoint = self.config.checkpoint
         samples = number * self.config.data.global_batch
         if stopping:

@@ -12,7 +12,7 @@ from meshwright.train.launch.drain import drain
 from meshwright.train.launch.fence import Fence, Fenced, current
 from meshwright.train.launch.formations import Formation
 from meshwright.train.launch.rendezvous import Room, joined
-from meshwright.train.launch.supervisor import supervise
+from meshwright.train.launch.supervisor import Watch, judged, supervise
 from meshwright.train.report.journal import read_events
 
 SETTINGS = ElasticConfig(
@@ -72,6 +72,11 @@ def test_a_slot_is_struck_out_by_failures_of_the_window():
     seen = [Failure(time, 1, slot) for time, slot in ((0.0, 0), (50.0, 1), (60.0, 1), (70.0, None), (80.0, None))]
     assert struck(seen, SETTINGS, now=90.0) == {1} and not struck(seen, SETTINGS, now=155.0)
     assert not struck(seen, SETTINGS.model_copy(update={"strikes": 0}), now=90.0)
+
+
+def test_who_was_killed_is_the_suspect_not_who_then_missed_it():
+    outcome = judged({0: 1, 1: -9, 2: None}, Watch(0.0), now=1.0)
+    assert outcome.suspect == 1
 
 
 def test_a_later_epoch_shuts_the_fence(tmp_path):

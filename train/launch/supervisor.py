@@ -26,6 +26,7 @@ from .fence import Fence, current
 from .formations import Formation, Team
 from .regroup import Regroup, change
 from .rendezvous import Room
+from .telemetry import Telemetry
 
 TICK = 0.1  # seconds between two looks
 
@@ -69,6 +70,7 @@ class Outcome:
     reached: int = 0  # the highest step reported
     suspect: int | None = None
     detected: float = 0.0  # seconds from the last news of the suspect to this outcome
+    syndrome: str = ""  # of a hang: `hang, communication` or `hang, not communication`
 
 
 @dataclass
@@ -120,14 +122,15 @@ def supervise(
     room: Room,
     stop: Stop,
     formations: Sequence[Formation] = (),
+    telemetry: Telemetry | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Run until every process ended well. `directory` is the run's, `room` where its processes report.
 
-    `formations` are what it may run as, the preferred first (default: as many processes as the engine has). Raises
-    Preempted where all stopped on request, UserError where the request itself was wrong, MeshwrightError where it gave
-    up.
+    `formations` are what it may run as, the preferred first (default: as many processes as the engine has). `telemetry`
+    looks on and says what is slow, or why something hangs. Raises Preempted where all stopped on request, UserError
+    where the request itself was wrong, MeshwrightError where it gave up.
     """
     epoch, failures = current(directory), []
     regroup = Regroup(
@@ -147,7 +150,15 @@ def supervise(
         try:
             engine.start(epoch, slots=regroup.present.slots, words=regroup.present.formation.words)
             outcome = watched(
-                engine, epoch, settings=settings, room=room, stop=stop, regroup=regroup, clock=clock, sleep=sleep
+                engine,
+                epoch,
+                settings=settings,
+                room=room,
+                stop=stop,
+                regroup=regroup,
+                telemetry=telemetry,
+                clock=clock,
+                sleep=sleep,
             )
         finally:
             engine.kill()
@@ -225,6 +236,7 @@ def tell(directory: Path, event: str, outcome: Outcome, **fields: object) -> Non
         suspect=outcome.suspect,
         step=outcome.reached,
         detect_seconds=outcome.detected,
+        **({"syndrome": outcome.syndrome} if outcome.syndrome else {}),
         **fields,
     )
 
@@ -243,17 +255,19 @@ def watched(
     room: Room,
     stop: Stop,
     regroup: Regroup,
+    telemetry: Telemetry | None,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
 ) -> Outcome:
     """Look at the processes of one epoch until it is over; some may still be running then."""
-    watch = Watch(clock())
+    watch, telemetry = Watch(clock()), telemetry or Telemetry()
     deadline: float | None = None  # by which all must have ended, once one has or was asked to
     told = False
     why: str | None = None  # they were asked to stop, to form up anew
     while True:
         now = clock()
         watch.look(room, epoch, now=now)
+        telemetry.look(room, epoch, now=now)
         codes = {number: engine.poll(number) for number in range(engine.processes)}
         if (outcome := judged(codes, watch, now=now)) is not None:
             return replace(outcome, kind="regroup", reason=why) if why and outcome.kind == "preempted" else outcome
@@ -270,7 +284,7 @@ def watched(
         if deadline is not None and now > deadline:
             return overdue(running, watch, settings=settings, asked=told)
         if deadline is None and (outcome := hung(running, engine, watch, settings=settings, now=now)) is not None:
-            return outcome
+            return telemetry.explained(outcome, now=now)
         sleep(TICK)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from . import bars, charts, header, story
 from .charts import Curve
 from .goodput import goodput_section
+from .heat import processes_section
 from .markup import Html, element, joined, section
 from .mesh import mesh_picture
 from .pipeline import schedule_picture
@@ -45,6 +46,7 @@ def page(record: Record) -> str:
         schedule_picture(record.config, record.pipeline),
         story.samples(record.events),
         goodput_section(record),
+        processes_section(record.detection),
         story.timeline(record.events),
         header.surroundings(record),
         configuration(record),
