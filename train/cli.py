@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +17,7 @@ from ..configs.errors import MeshwrightError, UserError
 from ..configs.parallel import PipelineConfig
 from ..configs.run import RunConfig
 from . import cli_jobs
+from .cli_arguments import Config, Json, Overrides, RunPath
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 recipes_app = typer.Typer(no_args_is_help=True, help="The shipped configurations.")
@@ -28,14 +28,10 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 adapter_app = typer.Typer(no_args_is_help=True, help="Adapters, as PEFT keeps them.")
 app.add_typer(adapter_app, name="adapter")
-app.command()(cli_jobs.drain)
-app.command()(cli_jobs.audit)
+for verb in (cli_jobs.launch, cli_jobs.rendezvous, cli_jobs.drain, cli_jobs.audit):
+    app.command()(verb)
 
-Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SHARD_BYTES = 5 * 10**9
-RunPath = Annotated[str, typer.Argument(help="A run directory, e.g. runs/quickstart.")]
 
 
 @app.command()
@@ -51,69 +47,6 @@ def train(config: Config, overrides: Overrides = None) -> None:
         from .closing import closing_words
 
         typer.echo(closing_words(summary))
-
-
-@app.command()
-def launch(
-    config: Config,
-    overrides: Overrides = None,
-    engine: Annotated[str, typer.Option(help="local, slurm, ray, k8s (prints a JobSet), or agents.")] = "local",
-    processes: Annotated[int | None, typer.Option(help="Processes; default launch.processes.")] = None,
-    devices_per_process: Annotated[int | None, typer.Option(help="Simulated devices of each.")] = None,
-    islands: Annotated[int | None, typer.Option(help="Jobs of their own here, instead of mesh.replica.")] = None,
-) -> None:
-    """Train in several processes, and start them again when one dies or hangs."""
-    if islands is not None:
-        from .archipelago import launched
-
-        launched(config, overrides or (), count=islands, processes=processes, devices=devices_per_process)
-        return
-    from .launch.engines import ENGINES, start
-    from .launch.formations import formations
-    from .launch.job import Job
-    from .launch.keepers import planned
-
-    if engine not in ENGINES:
-        raise UserError.no_match("--engine", [engine], known=ENGINES)
-    from .places import run_directory
-
-    loaded = loading.load(config, overrides=overrides or ())
-    settings = loaded.launch
-    count, shares = loaded.mesh.count, processes or settings.processes
-    if count is not None and devices_per_process is None and settings.devices_per_process is None and count % shares:
-        raise UserError(
-            f"--processes: {shares} do not share the {count} devices of mesh evenly; use a divisor of {count}, or "
-            "--devices-per-process"
-        )
-    devices = devices_per_process or settings.devices_per_process
-    job = Job(
-        name=loaded.name,
-        command=[sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
-        processes=shares,
-        directory=run_directory(loaded, root=Path("runs")),
-        elastic=loaded.elastic,
-        settings=settings,
-        devices_per_process=devices,
-        formations=formations(loaded, processes=shares, devices_per_process=devices),
-        keepers=planned(loaded.checkpoint, hosts=settings.hosts, processes=shares),
-        document=loading.dump(loaded),
-    )
-    start(engine, job)
-
-
-@app.command()
-def rendezvous(
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: everywhere.")] = "0.0.0.0",
-    port: Annotated[int, typer.Option(help="TCP port.")] = 29510,
-) -> None:
-    """Where the islands of a run find each other; ends with Ctrl-C."""
-    from .launch.islands import meeting_place
-    from .launch.signals import StopSignals
-
-    with StopSignals() as stop, meeting_place(host, port) as address:
-        typer.echo(f"islands.meet={address}")
-        while not stop.asked:
-            time.sleep(0.2)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """From a host's rows to global arrays on the mesh."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -9,6 +10,8 @@ from jax.sharding import Mesh
 from ..configs.run import RunConfig
 from ..parallel.attention import token_order
 from ..parallel.rules import batch_shardings
+from .islands import Island
+from .program import Program
 from .recipes.registry import RECIPES
 
 
@@ -18,6 +21,31 @@ def local_rows(config: RunConfig, mesh: Mesh) -> slice:
     indices = batch_shardings(mesh)["tokens"].addressable_devices_indices_map(shape).values()
     bounds = [index[0].indices(shape[0])[:2] for index in indices]
     return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which samples of the data are read here: of each `every`, the `job`'s, and of those this process's `rows`."""
+
+    every: int  # samples of an update of the whole run, islands and all
+    job: range
+    rows: slice  # of the `every`
+
+    def first(self, update: int) -> int:
+        """The number of this process's first sample of the update after `update` others."""
+        return update * self.every + self.rows.start
+
+    def samples(self, start: int, stop: int) -> Iterable[int]:
+        """The job's samples of the updates after `start` others and before `stop`."""
+        return (update * self.every + row for update in range(start, stop) for row in self.job)
+
+
+def share_of(program: Program) -> Share:
+    """This process's share of what the run reads."""
+    size, island = program.config.data.global_batch, program.replicas
+    number, count = (island.number, island.count) if isinstance(island, Island) else (0, 1)
+    rows, first = local_rows(program.config, program.mesh), number * size
+    return Share(count * size, range(first, first + size), slice(first + rows.start, first + rows.stop))
 
 
 def to_devices(

@@ -9,7 +9,7 @@ and an adapter's base, a full model and quantized weights are the same to it.
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import jax
@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ..configs.names import BATCH_FIELDS
 from ..parallel.attention import token_order
 from .data.assemble import Data
+from .data.batches import HasRows
 from .data.notes import Annotate, Noted, fill, unseen
 from .data.rows import Row
 from .engines import context, target_logprobs
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 FIELD = "reference_logprobs"
 
 
-def referenced(program: Program, data: Data, *, samples: range) -> Data:
+def referenced(program: Program, data: Data, *, samples: Iterable[int]) -> Data:
     """`data` with the field in training rows `samples` and in what is held out; `data` where the recipe has none."""
     if FIELD not in RECIPES[program.config.recipe.name].reads:
         return data
@@ -39,7 +40,7 @@ def referenced(program: Program, data: Data, *, samples: range) -> Data:
     seen = np.zeros(data.tokens, bool)
     annotate = by_first_weights(program)
     size = program.config.data.global_batch
-    parts = [(data.train, samples)]
+    parts: list[tuple[HasRows, Iterable[int]]] = [(data.train, samples)]
     if data.held_out is not None:
         parts.append((data.held_out, range(data.held_out.rows)))
     for dataset, rows in parts:

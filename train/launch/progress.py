@@ -48,6 +48,10 @@ class Progress:
             raise MeshwrightError(f"no answer from the launcher for {PATIENCE:.0f} s: {self._gone}; ending")
         self._word = (step, phase)
 
+    def waits(self, phase: str) -> None:
+        """Nothing hangs: as many updates as before are done, and `phase` takes its time."""
+        self.report(self._word[0], phase)
+
     def enters(self, doing: str) -> None:
         """From now on this process does `doing`; `detection.WAIT`: it waits for the step, and so for others."""
         now = time.monotonic()

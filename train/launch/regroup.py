@@ -23,6 +23,7 @@ class Regroup:
     struck: Slots
     replace: float
     settle: float
+    patience: float  # seconds to wait for hosts without which nothing fits
     present: Team | None = None  # the epoch's
     better: float | None = None  # since when a larger formation has been possible
 
@@ -40,13 +41,15 @@ class Regroup:
     ) -> Team | None:
         """The team of the next epoch: as good as the one before, or what is left after `replace` seconds.
 
-        A slot that was struck out is not waited for. It waits no longer once `enough()`. None where nothing fits.
+        A slot that was struck out is not waited for. It waits no longer once `enough()`. None where nothing fits; what
+        fits nothing because hosts are missing is waited for as long as a start may take.
         """
         began, wanted = clock(), self.rank(self.present) if self.present else 0
         while True:
             found = self.found()
             replaced = team(self.candidates, set(self.slots()) - set(self.drained()))
-            if self.rank(replaced) <= wanted or clock() - began >= self.replace or enough():
+            patience = self.replace if found or team(self.candidates, self.slots()) else self.patience
+            if self.rank(replaced) <= wanted or clock() - began >= patience or enough():
                 self.better = None
                 return found
             sleep(0.1)

@@ -71,7 +71,7 @@ class Hosts(Protocol):
         """
 
     def trouble(self) -> str | None:
-        """Why agents will not come; None where they may."""
+        """Why agents will not come; None where they may. Asked again and again while some are awaited."""
 
     def hint(self) -> str:
         """What to say beside the time-out when they never came."""
@@ -115,6 +115,7 @@ class RemoteEngine:
         self.processes = self._room = processes
         self._slots: Sequence[int] = range(processes)  # slot of each process: the number of its agent
         self._awaited: set[int] = set()  # slots whose agents were brought up and have not come yet
+        self._trouble: str | None = None  # why they will not come
         self._command, self._hosts, self._board, self._patience = list(command), hosts, board, patience
         self.rendezvous = f"{hosts.name}:{port}"
         self._shared = dict(shared or {})  # what every trainer's environment says besides
@@ -122,9 +123,10 @@ class RemoteEngine:
         self._coordinator: subprocess.Popen | None = None
 
     def slots(self) -> set[int]:
-        """Slots whose agent is there now; replacements of the others are on their way."""
+        """Slots whose agent is there now; replacements of the others are on their way, and looked after."""
         present = self._board.present
         self._awaited -= present
+        self._trouble = self._hosts.trouble() if self._awaited else None
         if absent := set(range(self._room)) - present - self._awaited:
             self._awaited |= absent
             self._hosts.start({slot: self._board.host(slot) for slot in sorted(absent)}, self._board.port)
@@ -138,7 +140,7 @@ class RemoteEngine:
             waited += 0.5
             if waited % NEWS_SECONDS == 0:
                 logger.warning("waiting for machines for processes %s of %d", sorted(absent), self._room)
-            why = self._hosts.trouble()
+            why = self._trouble
             if why is None and waited > self._patience:
                 why = f"no word from them for {waited:.0f} s (elastic.start_timeout){self._hosts.hint()}"
             if why is not None:

@@ -140,6 +140,7 @@ def supervise(
         struck=lambda: struck(failures, settings, now=clock()),
         replace=settings.replace,
         settle=settings.settle,
+        patience=max(settings.replace, settings.start_timeout),
     )
     why = "started"
     while True:
