@@ -110,5 +110,7 @@ def sharers(step: int, ours: Mapping[int, Holding]) -> list[int]:
     return [
         host
         for host, one in ours.items()
-        if step in one.shares and all(one.shares[step].get(other) == seal for other, seal in seals.items())
+        if step in one.shares
+        and one.shares[step].keys() == ours.keys()  # else it was made by another group, of other stripes
+        and all(one.shares[step][other] == seal for other, seal in seals.items())
     ]

@@ -38,23 +38,27 @@ Info = Mapping[str, Any]  # what a keeper tells the others: address, held, share
 
 
 class Keeper:
-    """The keeper of host number `host`, on which `processes` write their slots in `directory`.
+    """The keeper of host number `host`, on which the processes in `places` write their slots in `directory`.
 
-    `groups`: hosts that protect each other; `losses`: how many of a group its parity bears, 0: there is none.
+    `groups`: hosts that protect each other; `losses`: how many of a group its parity bears, 0: there is none. A host in
+    no group takes no part.
     """
 
     def __init__(
-        self, directory: Path, *, host: int, processes: Sequence[int], groups: Sequence[Sequence[int]], losses: int
+        self, directory: Path, *, host: int, places: Sequence[int], groups: Sequence[Sequence[int]], losses: int
     ) -> None:
-        self.directory, self.host, self.losses = directory, host, losses
-        self._processes, self._groups = list(processes), groups
-        self._group = next(group for group in groups if host in group)
+        self.directory, self.host = directory, host
+        self._part(places, groups, losses)
         self._pool = Pool()
         self._peers: dict[int, Peer] = {}
         self._turn = threading.Lock()  # protecting and rebuilding take turns
         self._since: dict[int, float] = {}  # step -> when the group was first seen to have it
         self._threads = ThreadPoolExecutor(8, "fetch")
         self.trouble = ""  # why the last attempt to protect failed
+
+    def _part(self, places: Sequence[int], groups: Sequence[Sequence[int]], losses: int) -> None:
+        self.losses, self._places, self._groups = losses, list(places), groups
+        self._group: Sequence[int] = next((group for group in groups if self.host in group), ())
 
     def close(self) -> None:
         """Hang up and let go of the slots, which stay."""
@@ -68,11 +72,11 @@ class Keeper:
     def snapshots(self) -> dict[int, Snapshot]:
         """Step -> the snapshot, where every process of this host has a whole slot of it."""
         found: dict[int, list[Piece]] = {}
-        for process in self._processes:
-            heads = {head.step: head for slot in (0, 1) if (head := head_of(self._slot(process, slot))) is not None}
+        for place in self._places:
+            heads = {head.step: head for slot in (0, 1) if (head := head_of(self._slot(place, slot))) is not None}
             for step, head in heads.items():
-                found.setdefault(step, []).append(Piece(process, head.bytes, head.raw.hex()))
-        whole = len(self._processes)
+                found.setdefault(step, []).append(Piece(place, head.bytes, head.raw.hex()))
+        whole = len(self._places)
         return {step: Snapshot(step, tuple(pieces)) for step, pieces in found.items() if len(pieces) == whole}
 
     def shares(self) -> dict[int, dict[int, list[list[Any]]]]:
@@ -86,7 +90,7 @@ class Keeper:
 
     def heads(self) -> list[bytes]:
         """Changes whenever `info` does, and is cheap."""
-        slots = [self._slot(process, slot) for process in self._processes for slot in (0, 1)]
+        slots = [self._slot(place, slot) for place in self._places for slot in (0, 1)]
         slots += [self._share(slot) for slot in (0, 1)] if self.losses else []
         return [head.raw if (head := head_of(path)) is not None else b"" for path in slots]
 
@@ -109,9 +113,9 @@ class Keeper:
 
     def look(self, infos: Mapping[int, Info]) -> None:
         """Protect the newest step the group has, and note which one all groups protect. `infos`: of every keeper."""
-        if not self.losses:
-            return
         with self._turn:
+            if not self.losses or not self._group:
+                return
             theirs = {host: {int(step): made for step, made in info["held"].items()} for host, info in infos.items()}
             theirs[self.host] = {step: one.public() for step, one in self.snapshots().items()}
             if all(host in theirs for host in self._group):
@@ -246,8 +250,16 @@ class Keeper:
             case "settle":
                 mailbox.tell(self.directory, mailbox.word_of(request["word"]))
                 return {}, b""
+            case "form":
+                with self._turn:
+                    self._part(request["places"], request["groups"], request["losses"])
+                return {}, b""
+            case "sweep":
+                self.sweep(request["places"])
+                return {}, b""
             case other:
-                raise NotGiven(f"do: {other!r} is none of read, held, read-share, members, check, rebuild, settle")
+                known = "read, held, read-share, members, check, rebuild, settle, form, sweep"
+                raise NotGiven(f"do: {other!r} is none of {known}")
 
     # --- after a loss ------------------------------------------------------------------------------------------------
 
@@ -270,6 +282,15 @@ class Keeper:
                     damaged.append(str(error))
                     path.unlink(missing_ok=True)
         return damaged
+
+    def sweep(self, places: Sequence[int]) -> None:
+        """Delete the slots of other places: nobody wrote them in the last epoch, so another time line may have."""
+        with self._turn:
+            for path in self.directory.glob("[0-9]*.[01]"):
+                if int(path.stem) not in places:
+                    path.unlink(missing_ok=True)
+            for path in self.directory.glob(mailbox.SHARES) if not places else ():
+                path.unlink(missing_ok=True)
 
     def rebuild(self, step: int, infos: Mapping[int, Info]) -> None:
         """Bring back this host's snapshot of `step` from the others' and their parity.
@@ -367,8 +388,8 @@ class Keeper:
             self._peers[host] = Peer(address)
         return self._peers[host]
 
-    def _slot(self, process: int, slot: int) -> Path:
-        return self.directory / f"{process}.{slot}"
+    def _slot(self, place: int, slot: int) -> Path:
+        return self.directory / f"{place}.{slot}"
 
     def _share(self, slot: int) -> Path:
         return self.directory / f"parity.{slot}"

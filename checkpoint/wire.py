@@ -62,9 +62,12 @@ def _exactly(source: socket.socket, length: int) -> np.ndarray:
 
 
 class Listener:
-    """Answers requests on a port of its own, each connection in a thread."""
+    """Answers requests on a port of its own, each connection in a thread.
 
-    def __init__(self, answer: Answer, host: str = "127.0.0.1") -> None:
+    `host` is the name by which others reach it; it listens at `bind`, by default there.
+    """
+
+    def __init__(self, answer: Answer, host: str = "127.0.0.1", *, bind: str | None = None) -> None:
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
                 self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an answer is two short writes
@@ -78,7 +81,7 @@ class Listener:
             daemon_threads = True
             handle_error = staticmethod(lambda *_: None)  # a peer that hung up, or died
 
-        self._server = Server((host, 0), Handler)
+        self._server = Server((host if bind is None else bind, 0), Handler)
         self.address = f"{host}:{self._server.server_address[1]}"
 
     def __enter__(self) -> "Listener":

@@ -39,6 +39,9 @@ class Engine(Protocol):
     def slots(self) -> Collection[int]:
         """The slots in which a process could be started now; a lost one is missing, a replacement has its number."""
 
+    def gather(self, slots: Collection[int]) -> None:
+        """Have a place for a process in each of `slots`. Raises MeshwrightError where machines do not come in time."""
+
     def start(self, epoch: int, *, slots: Sequence[int], words: Sequence[str]) -> None:
         """Start a process of `epoch` in each of `slots`, with `words` after the command, and what coordinates them."""
 
