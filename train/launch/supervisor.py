@@ -271,7 +271,7 @@ def watched(
     while True:
         now = clock()
         watch.look(room, epoch, now=now)
-        telemetry.look(room, epoch, now=now)
+        telemetry.look(room, epoch, slots=regroup.present.slots, now=now)
         codes = {number: engine.poll(number) for number in range(engine.processes)}
         if (outcome := judged(codes, watch, now=now)) is not None:
             return replace(outcome, kind="regroup", reason=why) if why and outcome.kind == "preempted" else outcome
