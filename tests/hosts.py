@@ -85,10 +85,10 @@ class Hosts:
             self.pools[host] = Pool()
             self.start(host)
 
-    def recover(self):
+    def recover(self, plan=None, *, before=None):
         with ExitStack() as stack:
             peers = {host: stack.enter_context(Peer(one.address)) for host, one in self.listeners.items()}
-            return recover(peers, self.plan)
+            return recover(peers, plan or self.plan, before=before)
 
     def files(self, host):
         """Name -> content of the slots of a host."""
