@@ -27,12 +27,12 @@ import numpy as np
 
 from . import mailbox
 from .damage import DamagedCheckpoint
-from .groups import Holding, sharers
+from .groups import of, sharers
 from .mailbox import Protected
-from .parity import block_length, members, solve, weighted, xor
+from .parity import block_length, members, solve, stripes_of, weighted, xor
 from .slots import PIECE, Head, Pool, filling, head_of, header_of, verify
 from .snapshots import Piece, Snapshot, holding_of, scatter, snapshot_of
-from .wire import NotGiven, Peer
+from .wire import NotGiven, Peer, Peers
 
 Info = Mapping[str, Any]  # what a keeper tells the others: address, held, shares (keys of JSON are strings)
 
@@ -50,7 +50,7 @@ class Keeper:
         self.directory, self.host = directory, host
         self._part(places, groups, losses)
         self._pool = Pool()
-        self._peers: dict[int, Peer] = {}
+        self._peers = Peers()
         self._turn = threading.Lock()  # protecting and rebuilding take turns
         self._since: dict[int, float] = {}  # step -> when the group was first seen to have it
         self._threads = ThreadPoolExecutor(8, "fetch")
@@ -64,8 +64,7 @@ class Keeper:
         """Hang up and let go of the slots, which stay."""
         self._threads.shutdown()
         self._pool.close()
-        for peer in self._peers.values():
-            peer.close()
+        self._peers.close()
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -381,12 +380,7 @@ class Keeper:
 
     def _peer(self, host: int, infos: Mapping[int, Info]) -> Peer:
         """The keeper of another host, at the address it tells now."""
-        address = infos[host]["address"]
-        if host not in self._peers or self._peers[host].address != address:
-            if host in self._peers:
-                self._peers[host].close()
-            self._peers[host] = Peer(address)
-        return self._peers[host]
+        return self._peers.at(host, infos[host]["address"])
 
     def _slot(self, place: int, slot: int) -> Path:
         return self.directory / f"{place}.{slot}"
@@ -404,13 +398,3 @@ class Keeper:
             if found is not None and found.raw.hex() == head:
                 return self._slot(process, slot)
         raise NotGiven(f"host {self.host}: process {process} overwrote its slot")
-
-
-def stripes_of(place: int, *, hosts: int, losses: int) -> list[int]:
-    """The stripes that the host at `place` gives a block to, in the order of its blocks."""
-    return [stripe for stripe in range(hosts) if place in members(stripe, hosts=hosts, losses=losses)[0]]
-
-
-def of(group: Sequence[int], holdings: Mapping[int, Holding]) -> dict[int, Holding]:
-    """The holdings of the hosts of a group; nothing where a host told nothing."""
-    return {host: holdings.get(host, Holding()) for host in group}

@@ -143,3 +143,24 @@ class Peer:
         """Hang up."""
         with self._turn:
             self._hang_up()
+
+
+class Peers:
+    """Connections to others by number, each at the address it tells now."""
+
+    def __init__(self) -> None:
+        self._peers: dict[int, Peer] = {}
+
+    def at(self, number: int, address: str) -> Peer:
+        """The peer of that number, which may have moved."""
+        known = self._peers.get(number)
+        if known is None or known.address != address:
+            if known is not None:
+                known.close()
+            known = self._peers[number] = Peer(address)
+        return known
+
+    def close(self) -> None:
+        """Hang up."""
+        for peer in self._peers.values():
+            peer.close()
