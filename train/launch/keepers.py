@@ -11,7 +11,7 @@ of the run directory. JAX-free.
 """
 
 import contextlib
-import json
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ from ...checkpoint.groups import Holding, recoverable
 from ...checkpoint.mailbox import Recovery
 from ...checkpoint.snapshots import holding_of
 from ...checkpoint.wire import NotGiven, Peer
-from ...configs.errors import MeshwrightError
-from ..report.lines import append
+from ...configs.errors import MeshwrightError, UserError
+from ..report.lines import append, mend, read
 from .keeper import PREFIX, keepers_in
 from .protection import Plan
 from .rendezvous import Room, left
@@ -40,6 +40,8 @@ FILE = "keepers.jsonl"
 
 Infos = dict[int, Mapping[str, Any]]
 
+logger = logging.getLogger(__name__)
+
 
 class Keepers:
     """The keepers of the run in directory `run`, which `tending` starts; `room` is where they meet."""
@@ -53,6 +55,7 @@ class Keepers:
         self._turn, self._over = threading.Lock(), threading.Event()
 
     def __enter__(self) -> "Keepers":
+        mend(self.run / FILE)
         with self._turn:
             self._restart_dead()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -131,14 +134,17 @@ class Keepers:
             time.sleep(0.02)
 
     def _tell(self, event: str, **fields: object) -> None:
-        if self.run.exists():  # else nothing has been trained yet
+        if not self.run.exists():  # nothing has been trained yet
+            return
+        try:
             append(self.run / FILE, {"time": time.time(), "event": event, **fields}, sync=False)
+        except UserError as error:  # a full disk must not stop the keepers
+            logger.warning("%s", error)
 
 
 def last(run: Path, plan: Plan) -> Plan | None:
     """The plan of the last epoch of `run`, where it was of as many hosts and processes; None where none is known."""
-    told = [json.loads(line) for line in (run / FILE).read_text().splitlines()] if (run / FILE).exists() else []
-    for event in reversed(told):
+    for event in reversed(read(run / FILE)):
         if event["event"] == "recovery" and "slots" in event:
             same = (event["hosts"], event["processes"]) == (plan.hosts, plan.processes)
             return plan.among(event["slots"]) if same else None
