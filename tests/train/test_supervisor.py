@@ -228,6 +228,15 @@ def test_a_lost_slot_without_replacement_leaves_fewer_and_comes_back(tmp_path):
     assert told[2]["reason"] == "4 processes fit again, on data 4"
 
 
+def test_a_drained_slot_is_not_waited_for(tmp_path):
+    world = elastic([WELL])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    drain(tmp_path / "run", [1])
+    world.run(tmp_path)
+    assert world.log[0] == ("start", 0) and world.teams[0] == ((0, 2), "mesh={data: 2}")
+
+
 def test_a_slot_that_comes_and_goes_disturbs_nobody_until_it_stays(tmp_path):
     """Lost at 2, two go on at 23; it is there from 30 to 33 and from 35 to 38, never for 5 s; from 50 on it stays."""
     alone = [*steps(0, (1, 1), (2, 2)), *steps(1, (1, 1), (2, 2)), (33.0, 0, 75), (33.0, 1, 75)]
