@@ -35,11 +35,12 @@ class ProcessHosts:
     name = "127.0.0.1"
 
     def __init__(self):
-        self.agents, self.started = {}, []
+        self.agents, self.started, self.gone = {}, [], []
 
     def start(self, places, port):
         for number in places:
             command = [sys.executable, "-m", "meshwright.train.launch.agent", f"127.0.0.1:{port}", str(number)]
+            self.gone += [self.agents[number]] if number in self.agents else []  # it may still be saving
             self.agents[number] = subprocess.Popen(command)
             self.started.append(number)
 
@@ -55,7 +56,7 @@ class ProcessHosts:
             self.agents[number].wait()
 
     def close(self):
-        for agent in self.agents.values():
+        for agent in [*self.gone, *self.agents.values()]:
             agent.wait(20)
 
 
