@@ -3,7 +3,7 @@
 Every row trains the same model on the same tokens of the standard library's source, from the same seeds, with the same
 inner optimizer and global batch; rows differ in who meets whom, when, and in what format. Each run is a process of its
 own, one after another. The loss is that of all held-out documents: the first few, in order of their names, are mostly
-tables of codecs, on which differences between rows look twice as large.
+tables of codecs.
 
     meshwright bench lowcomm                                1000 updates, one seed: about half an hour on 2 cores
     meshwright bench lowcomm --seeds 3 --steps 4000 --every 30      closer to what the papers report
