@@ -39,6 +39,9 @@ class Engine(Protocol):
     def slots(self) -> Collection[int]:
         """The slots in which a process could be started now; a lost one is missing, a replacement has its number."""
 
+    def gather(self, slots: Collection[int]) -> None:
+        """Have a place for a process in each of `slots`. Raises MeshwrightError where machines do not come in time."""
+
     def start(self, epoch: int, *, slots: Sequence[int], words: Sequence[str]) -> None:
         """Start a process of `epoch` in each of `slots`, with `words` after the command, and what coordinates them."""
 
@@ -268,7 +271,7 @@ def watched(
     while True:
         now = clock()
         watch.look(room, epoch, now=now)
-        telemetry.look(room, epoch, now=now)
+        telemetry.look(room, epoch, slots=regroup.present.slots, now=now)
         codes = {number: engine.poll(number) for number in range(engine.processes)}
         if (outcome := judged(codes, watch, now=now)) is not None:
             return replace(outcome, kind="regroup", reason=why) if why and outcome.kind == "preempted" else outcome
