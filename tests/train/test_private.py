@@ -99,17 +99,15 @@ def test_norms_are_those_of_the_gradients_of_each_row(name):
     np.testing.assert_allclose(np.sqrt(found), np.sqrt(wanted), rtol=1e-5)
 
 
-def stepped(config, noise=0.0):
-    """The gradient of one step, metrics, and every row's own."""
-    config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"noise": noise})})
+def summed(config):
+    """The sums of one batch, and every row's own gradient."""
     program = build(config, make_mesh(config.mesh))
     state, batch = program.initialized(), batches(config, 1)[0]
     with jax.set_mesh(program.mesh):
         placed = to_devices(batch, config, program.mesh)
         sums = jax.jit(program.gradients)(state.params, state.frozen, placed, None)
-        after, metrics = jax.jit(program.step)(state, placed)
         each = jax.jit(partial(materialised, config, program))(state.params, state.frozen, placed, None)
-    return sums, each, state, after, metrics
+    return sums, each
 
 
 def row_norms(each):
@@ -118,36 +116,38 @@ def row_norms(each):
 
 
 def test_no_row_counts_for_more_than_the_clip():
-    config = private()
-    clip = float(np.median(row_norms(stepped(config)[1])[1]))
-    sums, each, _, _, metrics = stepped(private(privacy={"clip": clip}))
+    clip = float(np.median(row_norms(summed(private())[1])[1]))
+    sums, each = summed(private(privacy={"clip": clip}))
     rows, norms = row_norms(each)
     scale = np.minimum(1, clip / norms)
     for leaf, found in zip(rows, jax.tree.leaves(sums.gradient), strict=True):
-        np.testing.assert_allclose(np.asarray(found).reshape(-1), scale @ leaf, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(found).reshape(-1), scale @ leaf, rtol=1e-4, atol=1e-4)
     assert float(sums.weight) == len(norms)
-    assert float(metrics["clipped"]) == 0.5
-    assert float(metrics["row_norm"]) == pytest.approx(norms.mean(), rel=1e-5)
+    assert float(sums.metrics["clipped"]) == len(norms) / 2
+    assert float(sums.metrics["row_norm"]) == pytest.approx(norms.sum(), rel=1e-5)
+
+
+def stepping(noise):
+    """A step of plain descent with `noise`, its state and its batch."""
+    sgd = {"name": "sgd", "learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "clip": None}
+    config = private(optimizer=sgd | {"weight_decay": 0.0, "b1": 0.0}, privacy={"noise": noise})
+    program = build(config, make_mesh(config.mesh))
+    with jax.set_mesh(program.mesh):
+        batch = to_devices(batches(config, 1)[0], config, program.mesh)
+        return program.initialized(), jax.jit(lambda state: program.step(state, batch)[0].params)
 
 
 def test_noise_has_the_deviation_that_is_counted():
     """And is drawn anew in each step, the same when the step is taken again."""
-    sgd = {"name": "sgd", "learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "clip": None}
-    config = private(optimizer=sgd | {"weight_decay": 0.0, "b1": 0.0}, model={"mlp": 512, "embed": 64})
-    _, _, _, quiet, _ = stepped(config)
-    _, _, state, loud, _ = stepped(config, noise=3.0)
-    drawn = jax.tree.map(lambda x, y: np.asarray(x - y).reshape(-1), loud.params, quiet.params)
-    whole = np.concatenate(jax.tree.leaves(drawn))
-    assert whole.std() == pytest.approx(3.0 * 0.5 / 8, rel=0.02) and abs(whole.mean()) < 1e-3
-    _, _, _, again, _ = stepped(config, noise=3.0)
-    jax.tree.map(np.testing.assert_array_equal, again.params, loud.params)
-    program = build(config, make_mesh(config.mesh))
-    batch = to_devices(batches(config, 1)[0], config, program.mesh)
-    with jax.set_mesh(program.mesh):
-        step = jax.jit(program.step)
-        first, _ = step(state, batch)
-        second, _ = step(dataclasses.replace(state, step=state.step + 1), batch)
-    assert np.abs(np.asarray(first.params["head"]["kernel"] - second.params["head"]["kernel"])).max() > 0.01
+    state, loud = stepping(3.0)
+    _, quiet = stepping(1e-9)
+    first, without, again = loud(state), quiet(state), loud(state)
+    apart = jax.tree.map(lambda x, y: np.asarray(x - y).reshape(-1), first, without)
+    drawn = np.concatenate(jax.tree.leaves(apart))
+    assert drawn.std() == pytest.approx(3.0 * 0.5 / 8, rel=0.03) and abs(drawn.mean()) < 0.01
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+    later = loud(dataclasses.replace(state, step=state.step + 1))
+    assert np.abs(np.asarray(first["head"]["kernel"] - later["head"]["kernel"])).max() > 0.1
 
 
 def test_a_mesh_and_microbatches_change_nothing():
