@@ -134,7 +134,13 @@ def stepping(noise):
     program = build(config, make_mesh(config.mesh))
     with jax.set_mesh(program.mesh):
         batch = to_devices(batches(config, 1)[0], config, program.mesh)
-        return program.initialized(), jax.jit(lambda state: program.step(state, batch)[0].params)
+        step = jax.jit(lambda state: program.step(state, batch)[0].params)
+
+    def run(state):
+        with jax.set_mesh(program.mesh):
+            return step(state)
+
+    return program.initialized(), run
 
 
 def test_noise_has_the_deviation_that_is_counted():

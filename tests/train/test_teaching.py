@@ -88,7 +88,9 @@ def test_the_loss_is_that_of_the_paper(teachers):
     assert metrics["loss"] == pytest.approx(0.7 * 4 * mean(apart) + 0.3 * mean(token), rel=1e-4)
     assert metrics["divergence"] == pytest.approx(mean(apart), rel=1e-4)
     with jax.set_mesh(program.mesh):
-        taken, weight = jax.jit(program.acceptance)(state.params, state.frozen, to_devices(batch, config, program.mesh))
+        taken, weight = jax.jit(program.measures["acceptance"])(
+            state.params, state.frozen, to_devices(batch, config, program.mesh)
+        )
     both = np.minimum(np.exp(words(config.recipe.teacher, program.teacher_weights(), batch, 1.0)), np.exp(plain))
     assert float(taken / weight) == pytest.approx(mean(both.sum(-1)), rel=1e-4)
 
