@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 # Recipes whose loss of a row depends on nothing but that row.
 PRIVATE_RECIPES = ("pretrain", "sft", "dpo", "ipo", "orpo", "simpo")
+# Methods whose weights are read by the linear maps that norms are made of, or are small; each is tested to be so.
+PRIVATE_ADAPTERS = ("lora", "dora", "ia3", "bitfit", "norms", "selective")
 
 
 class PrivacyConfig(Section):
@@ -41,8 +43,13 @@ class PrivacyConfig(Section):
 def check_privacy(config: "RunConfig", axes: dict[str, int]) -> None:
     """Raise ValueError where a run on a mesh of `axes` could not keep what `privacy` promises."""
     data, recipe = config.data, config.recipe.name
+    method = None if config.adapter is None else config.adapter.method
     wrong = {
         f"recipe.name: {recipe}": (recipe not in PRIVATE_RECIPES, f"use {', '.join(PRIVATE_RECIPES)}"),
+        f"adapter.method: {method}": (
+            method is not None and method not in PRIVATE_ADAPTERS,
+            f"norms of its gradients are not computed: use {', '.join(PRIVATE_ADAPTERS)}",
+        ),
         f"data.packing.method: {data.packing.method}": (
             data.packing.method != "single",
             "the row is what is kept private, so it must hold one document: use single",
@@ -50,7 +57,7 @@ def check_privacy(config: "RunConfig", axes: dict[str, int]) -> None:
         "data.mixture": (bool(data.mixture), "a small source would be read more often: use one source"),
         "data.streaming: true": (data.streaming, "how many rows there are is not known: set it to false"),
         "model.tied_embeddings: true": (
-            config.model.tied_embeddings and (config.adapter is None or config.adapter.method == "selective"),
+            config.model.tied_embeddings and method in (None, "selective"),
             "norms of a matrix that is used twice are not computed: add an adapter, e.g. lora",
         ),
         f"logging.spike: {config.logging.spike}": (

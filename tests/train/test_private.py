@@ -37,7 +37,7 @@ MODELS = {
     "lora, the last layer, tied": {"adapter": {"rank": 3, "layers": 1}, "model": {"tied_embeddings": True}},
     "dora": {"adapter": {"method": "dora", "rank": 3}},
     "ia3": {"adapter": {"method": "ia3"}},
-    "vera": {"adapter": {"method": "vera", "rank": 3}},
+    "norms": {"adapter": {"method": "norms"}},
     "bitfit": {"adapter": {"method": "bitfit"}, "model": {"qkv_bias": True}},
     "kernels and norms by name": {"adapter": {"method": "selective", "targets": ["*/q/*", "*norm*"]}},
     "a quantized base": {"adapter": {"rank": 3}, "quantization": {"group": 8}, "model": {"mlp": 32}},
@@ -45,7 +45,7 @@ MODELS = {
     "long rows, unrolled": {"data": {"sequence_length": 64}, "model": {"scan": False}},
     "dpo": {"recipe": {"name": "dpo"}, "data": {"source": "docstrings", "format": "preference"}},
 }
-FAST = ("llama, all of it", "gpt2, untied", "lora, dropout", "kernels and norms by name", "long rows, unrolled")
+FAST = ("llama, all of it", "lora, dropout")
 
 
 def private(**changes):
@@ -156,6 +156,7 @@ def test_noise_has_the_deviation_that_is_counted():
     assert np.abs(np.asarray(first["head"]["kernel"] - later["head"]["kernel"])).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_mesh_and_microbatches_change_nothing():
     settings = {"model": {"dropout": 0.1}}
     cut = {"mesh": {"data": 2, "fsdp": 2}, "microbatches": 2}
@@ -184,6 +185,7 @@ MISTAKES = {
     "both": ({"privacy": {"epsilon": 1.0}}, "set one of them"),
     "packed": ({"data": {"packing": {"method": "concat"}}}, "must hold one document: use single"),
     "tied": ({"model": {"tied_embeddings": True}}, "used twice"),
+    "not a map": ({"adapter": {"method": "vera"}}, "adapter.method: vera with privacy"),
     "cut": ({"mesh": {"tensor": 2}}, "mesh.tensor: 2 with privacy"),
     "another's": ({"recipe": {"name": "reward"}, "data": {"source": "docstrings", "format": "preference"}},
                   "recipe.name: reward with privacy"),
@@ -205,6 +207,7 @@ def run_of(directory, **changes):
     return private(**merged(base, changes))
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_it_has_spent_and_goes_on_counting(tmp_path, monkeypatch):
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     budget = {"privacy": {"noise": None, "epsilon": 5.0}, "checkpoint": {"every": 3}}

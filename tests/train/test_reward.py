@@ -22,6 +22,7 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing():
     assert_same(tiny(**REWARD), tiny(**REWARD, mesh={"fsdp": 2, "seq": 2, "tensor": 2}), steps=2)
 

@@ -108,6 +108,7 @@ def test_a_mesh_changes_nothing_of_stored_words(teachers):
     assert_same(taught(teachers, **settings), taught(teachers, **settings, **cut), steps=3)
 
 
+@pytest.mark.slow
 def test_its_own_teacher_has_nothing_to_say_at_first(teachers):
     """With no other, the model as it was teaches: only the next token moves it."""
     config = tiny(recipe={"name": "distill", "mix": 0.5}, optimizer=CHEAP)
@@ -130,6 +131,7 @@ def losses(directory):
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
+@pytest.mark.slow
 def test_stored_words_teach_what_the_teacher_teaches(teachers, tmp_path):
     """All of its words, looked up, are the same run."""
     one = train(run_of(teachers), world=World(), root=tmp_path / "present")
