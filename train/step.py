@@ -4,7 +4,7 @@ step(state, batch) -> (state, metrics)
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,14 +47,29 @@ def make_logprobs(
     return logprobs
 
 
-def make_loss(logprobs: Callable[..., jax.Array], recipe: recipes.Loss) -> Loss:
-    """The recipe's numerator and weight of a batch, by parameters; `logprobs` as `make_logprobs` gives them."""
+def make_scores(graph: Any, *, context: Callable[..., Context]) -> Callable[..., jax.Array]:
+    """(params, frozen, batch, keys) -> the score of each token, of a model that has one in the head's place."""
+
+    def scores(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
+        ctx = context(batch, keys)
+        decoder = nnx.merge(graph, combine(params, frozen))
+        hidden, _ = decoder.hidden(batch["tokens"], ctx)
+        return ctx.constrain(decoder.score(hidden), ("batch", "sequence"))
+
+    return scores
+
+
+def make_loss(
+    values: Callable[..., jax.Array], recipe: recipes.Loss, measures: Mapping[str, recipes.Loss] | None = None
+) -> Loss:
+    """The recipe's numerator and weight of a batch, by parameters; `values` as `make_logprobs` gives them."""
 
     def loss(
         params: Any, frozen: Any, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, tuple[jax.Array, dict]]:
-        numerator, weight = recipe(logprobs(params, frozen, batch, keys), batch)
-        return numerator, (weight, {})
+        found = values(params, frozen, batch, keys)
+        numerator, weight = recipe(found, batch)
+        return numerator, (weight, {name: measure(found, batch)[0] for name, measure in (measures or {}).items()})
 
     return loss
 
