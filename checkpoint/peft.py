@@ -102,7 +102,7 @@ def filled(tree: Any, found: peft_reader.Read, model: ModelConfig) -> Any:
     for site in sites(model, found.adapter):
         stack = at(result, f"{site.path}/adapter")
         for name, leaf in stack.items():
-            layers = np.zeros(leaf.shape, np.float32)
+            layers = np.zeros(leaf.shape, leaf.dtype)
             for layer, module in enumerate(site.modules):
                 if module in found.leaves:
                     put(layers[layer], found.leaves[module][name], last=name == "a")

@@ -13,6 +13,8 @@ METHOD_KEYS: dict[str, set[str]] = {
     "dora": LORA_KEYS,
     "vera": {"rank", "dropout"},
     "ia3": set(),
+    "oft": {"block", "dropout"},
+    "shira": {"rank"},
     "bitfit": set(),
     "norms": set(),
     "selective": set(),
@@ -23,7 +25,8 @@ class AdapterConfig(Section):
     """Train a few added or chosen weights and leave the rest of the model as it is."""
 
     method: Literal[tuple(METHOD_KEYS)] = "lora"  # type: ignore[valid-type]
-    """lora (arXiv:2106.09685), dora (2402.09353), vera (2310.11454), ia3 (2205.05638) add weights; bitfit (2106.10199)
+    """lora (arXiv:2106.09685), dora (2402.09353), vera (2310.11454), ia3 (2205.05638), oft
+    (2306.07280), shira (2406.13175) add weights; bitfit (2106.10199)
     trains biases, norms the norms, selective whatever `targets` matches."""
     targets: list[str] | None = None
     """Patterns of module names: q is every layer's, layers/7/attn/* one layer's; selective: of weights. null: every
@@ -31,7 +34,9 @@ class AdapterConfig(Section):
     layers: int | None = Field(None, ge=1)
     """Only in so many of the last blocks: below them nothing is trained and no backward pass runs; null: in all."""
     rank: int = Field(16, ge=1)
-    """Width of the added maps (lora, dora, vera)."""
+    """Width of the added maps (lora, dora, vera); shira trains as many entries as lora of this rank has."""
+    block: int = Field(32, ge=2)
+    """Inputs of a map that turn together (oft); it divides the inputs."""
     alpha: float | None = Field(None, gt=0)
     """The added map is multiplied by alpha / rank; null: alpha = rank."""
     rank_stabilized: bool = False

@@ -90,6 +90,8 @@ class RunConfig(Section):
             raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
         if self.adapter is not None and (self.adapter.layers or 0) > self.model.layers:
             raise ValueError(f"adapter.layers: {self.adapter.layers} exceeds model.layers ({self.model.layers})")
+        if self.adapter is not None:
+            check_blocks(self.adapter, self.model)
         check_quantization(self.quantization, self.adapter, self.model, recipe=self.recipe.name)
         check_replicas(
             self.outer,
@@ -101,6 +103,15 @@ class RunConfig(Section):
         if (count := self.mesh.count) is not None:
             check_fits(self, self.mesh.resolved(count))
         return self
+
+
+def check_blocks(adapter: AdapterConfig, model: ModelConfig) -> None:
+    """Raise ValueError where blocks of `oft` do not fit the maps' inputs."""
+    for key, size in (("embed", model.embed), ("heads x head_dim", model.heads * model.head_width), ("mlp", model.mlp)):
+        if adapter.method == "oft" and size % adapter.block:
+            raise ValueError(
+                f"adapter.block: {adapter.block} does not divide model.{key} ({size}); use a divisor of it"
+            )
 
 
 def check_fits(config: RunConfig, axes: dict[str, int]) -> None:

@@ -54,6 +54,8 @@ def adapter_names(linear: str, leaf: str) -> tuple[str | None, ...]:
         "output_scale": kernel[inputs:],
         "vera_b": kernel[inputs:],
         "input_scale": kernel[:inputs],
+        "r": (None, None),
+        "indices": (None, None),
     }
     return shapes.get(leaf, (None,))
 

@@ -86,7 +86,15 @@ def start_site(
     start = METHODS[adapter.method].starts[adapter.start]
 
     def layer(key: jax.Array, kernel: jax.Array, scale: jax.Array) -> tuple[jax.Array, Leaves]:
-        setting = Setting(site.inputs, site.outputs, scale, scales_input=site.path.endswith("mlp/down"), read=own)
+        setting = Setting(
+            site.inputs,
+            site.outputs,
+            scale,
+            scales_input=site.path.endswith("mlp/down"),
+            rank=adapter.rank,
+            block=adapter.block,
+            read=own,
+        )
         return start(key, kernel, setting)
 
     return jax.vmap(layer)(jax.random.split(key, len(site.modules)), kernels, jnp.asarray(site.scale))

@@ -29,6 +29,8 @@ class Setting:
     outputs: tuple[int, ...]
     scale: jax.Array  # [rank] float32; zeros: this layer has none, or is narrower
     scales_input: bool  # ia3: the map is scaled where it reads
+    rank: int = 1  # shira: how many entries
+    block: int = 1  # oft: inputs that turn together
     read: Callable[[jax.Array], jax.Array] = lambda kernel: kernel  # what the kernel will be once it is quantized
 
 

@@ -32,6 +32,8 @@ CASES = {
     "dora on fused maps": ("phi3", {"method": "dora", "rank": 3, "targets": ["q", "gate", "o"]}),
     "vera": ("llama3", {"method": "vera", "rank": 6, "targets": ["q", "v"]}),
     "ia3": ("llama3", {"method": "ia3"}),
+    "oft": ("llama3", {"method": "oft", "block": 4, "targets": ["q", "o", "down"]}),
+    "shira": ("llama3", {"method": "shira", "rank": 2, "targets": ["layers/1/attn/q", "o", "down"]}),
     "ia3 on fused maps": ("gpt2", {"method": "ia3"}),
 }
 each_case = pytest.mark.parametrize(("name", "settings"), CASES.values(), ids=CASES)
@@ -119,7 +121,7 @@ def test_what_an_adapter_asks_for_beyond_this_is_refused(tmp_path):
     config = json.loads((tmp_path / peft.CONFIG).read_text())
     tensors = load_file(tmp_path / peft.WEIGHTS)
     for changes, words in [
-        ({"peft_type": "LOHA"}, "LOHA matches nothing; there are IA3, LORA, VERA"),
+        ({"peft_type": "LOHA"}, "LOHA matches nothing; there are IA3, LORA, OFT, SHIRA, VERA"),
         ({"bias": "all"}, "bias: 'all' is not supported"),
         ({"init_lora_weights": "pissa"}, "changes the base model too"),
     ]:
@@ -165,6 +167,8 @@ THEIRS = {
     ),
     "dora": ("gpt2", "LoraConfig", {"r": 3, "use_dora": True, "target_modules": ["c_attn"], "fan_in_fan_out": True}),
     "vera": ("llama3", "VeraConfig", {"r": 6, "target_modules": ["q_proj", "o_proj"]}),
+    "oft": ("llama3", "OFTConfig", {"oft_block_size": 4, "target_modules": ["q_proj", "down_proj"]}),
+    "shira": ("llama3", "ShiraConfig", {"r": 2, "target_modules": ["q_proj", "o_proj"]}),
     "ia3": ("phi3", "IA3Config", {"target_modules": ["qkv_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
 }
 

@@ -39,9 +39,10 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vera", "ia3", "bitfit", "norms"])
+@pytest.mark.parametrize("method", ["vera", "ia3", "oft", "shira", "bitfit", "norms"])
 def test_a_mesh_changes_nothing_for_any_method(method):
-    adapter, model = {"adapter": {"method": method}}, {"model": {"qkv_bias": True, "scan": False}}
+    more = {"oft": {"block": 4}, "shira": {"rank": 2}}.get(method, {})
+    adapter, model = {"adapter": {"method": method, **more}}, {"model": {"qkv_bias": True, "scan": False}}
     assert_same(tiny(**adapter, **model), tiny(**adapter, **model, mesh=MESH), steps=3)
 
 

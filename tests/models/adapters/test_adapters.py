@@ -56,7 +56,7 @@ def assert_close(one, other, tolerance=2e-5):
 
 @pytest.mark.parametrize(("method", "start"), CASES)
 def test_a_fresh_adapter_changes_nothing_and_a_merged_one_computes_the_same(method, start, weights):
-    more = PATTERNS if method in ("lora", "dora") else {}
+    more = PATTERNS if method in ("lora", "dora") else {"block": 4} if method == "oft" else {}
     targets = [f"layers/[02]/{name}" for name in ("attn/q", "attn/o", "mlp/down")]
     adapter = settings(method, start, targets=targets, **more)
 
