@@ -4,7 +4,8 @@
     whole      seconds until the checkpoint is committed
     flush      bytes over `whole`
 
-Ours is Orbax's asynchronous save plus fingerprints and a manifest; `memory` is a snapshot in /dev/shm.
+Ours is a copy, and from it Orbax's asynchronous save plus fingerprints and a manifest; `memory` is the same copy, and
+from it a snapshot in /dev/shm. The third part is a snapshot at every step of a second (`every_step.py`).
 
     meshwright bench checkpoint --megabytes 1000 --rounds 3
 """
@@ -19,18 +20,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .every_step import slowdown
+
 LEAF = 16  # megabytes of an array
 Save = Callable[[Path], tuple[float, float]]  # directory -> (stall, whole)
 
 
-def state_of(megabytes: int) -> Any:
+def state_of(megabytes: int, *, seed: int = 0) -> Any:
     """A state of random arrays on the first device."""
     import jax
     import numpy as np
 
     from meshwright.parallel.state import TrainState
 
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     params = {f"a{n}": draw.random((1024, 4096), np.float32) for n in range(max(megabytes // LEAF, 1))}
     return jax.device_put(TrainState(np.int32(0), params, {}, (), (), np.zeros(2, np.uint32)), jax.devices()[0])
 
@@ -39,6 +42,7 @@ def saves(state: Any, megabytes: int) -> dict[str, Save]:
     """Name -> a save of `state`, timed."""
     from orbax.checkpoint import v1 as ocp
 
+    from meshwright.checkpoint.copies import independent
     from meshwright.checkpoint.layouts import Layout
     from meshwright.checkpoint.memory import Memory
     from meshwright.checkpoint.storage import Storage, tree
@@ -63,7 +67,7 @@ def saves(state: Any, megabytes: int) -> dict[str, Save]:
     def ours(directory: Path) -> tuple[float, float]:
         storage = Storage(directory, layout=plain)
         began = time.monotonic()
-        storage.save(state, step=1, data={})
+        storage.save(independent(state), step=1, data={})
         stall = time.monotonic() - began
         storage.close()
         return stall, time.monotonic() - began
@@ -71,8 +75,10 @@ def saves(state: Any, megabytes: int) -> dict[str, Save]:
     def snapshot(directory: Path) -> tuple[float, float]:
         del directory
         began = time.monotonic()
-        memory.save(state, step=int(began * 1e6), data={})
-        return (took := time.monotonic() - began), took
+        copy = independent(state)
+        stall = time.monotonic() - began
+        memory.save(copy, step=int(began * 1e6), data={})
+        return stall, time.monotonic() - began
 
     snapshot.close = memory.clear
     return {"orbax": synchronous, "orbax asynchronous": asynchronous, "ours": ours, "memory": snapshot}
@@ -84,6 +90,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--megabytes", type=int, default=1000, help="of the state")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where to save")
+    parser.add_argument("--every-step", type=int, default=200, help="megabytes of a snapshot at every step; 0: none")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of such a step")
+    parser.add_argument("--turns", type=int, default=4, help="of such steps, four each, with and without snapshots")
     options = parser.parse_args(arguments)
     ways = saves(state_of(options.megabytes), options.megabytes)
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
@@ -97,7 +106,10 @@ def main(arguments: Sequence[str]) -> None:
                     seen[name].append(times)
     finally:
         ways["memory"].close()
-    print(json.dumps(summary(seen, options.megabytes), indent=1))
+    result = summary(seen, options.megabytes)
+    if options.every_step:
+        result["every step"] = slowdown(options.every_step, seconds=options.seconds, turns=options.turns)
+    print(json.dumps(result, indent=1))
 
 
 def summary(seen: dict[str, list[tuple[float, float]]], megabytes: int) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import islands
+
 STREAMING = {"name": "streaming", "fragments": 4, "overlap": 1, "mix": 0.5, "wire": "e3m0"}
 
 # Row -> (replicas, the section outer without `every`). NoLoCo meets twice as often, as in its paper.
@@ -112,7 +114,10 @@ def picture(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, train every row, print."""
+    """Parse, train every row, print; `islands` is a benchmark of its own."""
+    if arguments[:1] == ["islands"]:
+        islands.main(arguments[1:])
+        return
     parser = argparse.ArgumentParser(prog="meshwright bench lowcomm")
     parser.add_argument("--size", choices=SIZES, default="1m")
     parser.add_argument("--steps", type=int, default=1000)

@@ -1,7 +1,10 @@
 """`meshwright bench recovery`: from the kill of a trainer to the next step that is new, by level and by part.
 
-Starts a small run in several processes twice, with checkpoints in storage only and with snapshots in memory, kills a
-trainer in the middle with SIGKILL, and reads where the time went from the run's journal.
+Starts a small run in several processes three times and reads where the time went from the run's journal:
+
+    storage     a trainer is killed with SIGKILL; checkpoints in storage only
+    memory      the same, with a snapshot in memory at every step
+    parity      a host is lost: its trainer, its keeper and its memory; every process is a host, with XOR parity
 
     meshwright bench recovery --processes 2
 """
@@ -9,6 +12,7 @@ trainer in the middle with SIGKILL, and reads where the time went from the run's
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +24,17 @@ from typing import Any
 
 import psutil
 
+from meshwright.checkpoint.mailbox import directory_of
 from meshwright.train.launch.world import NUMBER
 from meshwright.train.report.journal import read_events
 
+KEEPER = "meshwright.train.launch.keeper"
 EVERY = 20  # steps between checkpoints
-LEVELS = {"storage": 0, "memory": 1}  # checkpoint.memory_every
+LEVELS = {
+    "storage": "memory_every: 0",
+    "memory": "memory_every: 1",
+    "parity": "memory_every: 1, parity: xor",
+}  # of the section checkpoint
 SMALL = (
     "steps=120", "logging={every: 1, tensorboard: false}", "model.layers=2", "model.embed=128", "model.heads=4",
     "model.kv_heads=2", "model.mlp=256", "model.vocab=384", "data.source=synthetic",
@@ -50,16 +60,21 @@ def measured(root: Path, level: str, processes: int) -> dict[str, Any]:
     name = f"{level}-{time.time_ns()}"
     command = [sys.executable, "-m", "meshwright.train.cli", "launch", "quickstart", *SMALL, f"name={name}",
                f"mesh.data={processes}", f"mesh.devices={processes}", f"--processes={processes}",
-               f"checkpoint={{every: {EVERY}, keep: 3, memory_every: {LEVELS[level]}}}"]  # fmt: skip
+               f"launch.hosts={processes if level == 'parity' else 1}",
+               f"checkpoint={{every: {EVERY}, keep: 3, {LEVELS[level]}}}"]  # fmt: skip
     launcher = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     directory = root / "runs" / name
     try:
         wait(launcher, lambda: any(event["event"] == "commit" for event in events(directory)))
         steps = rows(directory)[-1]["step"] + EVERY // 2
         wait(launcher, lambda: rows(directory)[-1]["step"] >= steps)
-        victim = max(trainers(launcher).items())[1]
+        victim, process = max(trainers(launcher).items())
+        keeper = keeper_of(launcher, victim) if level == "parity" else None
         killed = time.time()
-        os.kill(victim, signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
+        if keeper is not None:
+            os.kill(keeper, signal.SIGKILL)
+            shutil.rmtree(directory_of(directory, host=victim))
         wait(launcher, lambda: len([e for e in events(directory) if e["event"] == "compile"]) == 2)
         reached = next(event["step"] for event in events(directory) if event["event"] == "restart")
         wait(launcher, lambda: any(row["step"] > reached for row in rows(directory)))
@@ -77,7 +92,8 @@ def split(found: list[dict[str, Any]], killed: float, total: float) -> dict[str,
     compiled = [event for event in found if event["event"] == "compile"][1]
     parts = {
         "detect": restart["time"] - killed,
-        "start": restore["time"] - restart["time"] - restore["restore_seconds"],
+        "start": restore["time"] - restart["time"] - restore["restore_seconds"] - restore.get("rebuild_seconds", 0.0),
+        "verify and rebuild": restore.get("rebuild_seconds", 0.0),
         "restore": restore["restore_seconds"],
         "compile": compiled["seconds"],
     }
@@ -94,6 +110,12 @@ def trainers(launcher: subprocess.Popen) -> dict[int, int]:
     """Process number -> process id."""
     children = [(child.pid, child.environ()) for child in psutil.Process(launcher.pid).children()]
     return {int(told[NUMBER]): pid for pid, told in children if NUMBER in told}
+
+
+def keeper_of(launcher: subprocess.Popen, host: int) -> int:
+    """Process id of a host's keeper."""
+    children = [(child.pid, child.cmdline()) for child in psutil.Process(launcher.pid).children()]
+    return next(pid for pid, words in children if KEEPER in words and json.loads(words[-1])["host"] == host)
 
 
 def events(directory: Path) -> list[dict[str, Any]]:

@@ -110,6 +110,7 @@ def prepared(array: Any, indices: Sequence[Index]) -> Prepared:
         if None in owner.values():  # a block across processes
             from jax.experimental import multihost_utils
 
+            array = jax.device_put(array, array.sharding.with_memory_kind("device"))
             array = np.asarray(multihost_utils.process_allgather(array, tiled=True))
         else:
             mine = jax.process_index()

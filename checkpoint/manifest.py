@@ -15,15 +15,11 @@ from typing import Any
 
 import xxhash
 
-from ..configs.errors import MeshwrightError
+from .damage import DamagedCheckpoint
 from .fingerprints import Index
 
 VERSION = 1
 NAME = "manifest.json"
-
-
-class DamagedCheckpoint(MeshwrightError):
-    """A checkpoint is not what was saved; the message says which array and block, or which file."""
 
 
 @dataclass(frozen=True)

@@ -1,70 +1,80 @@
-"""Snapshots in the memory of the host: files in /dev/shm, which outlive the process that wrote them.
+"""Snapshots in the memory of the host: slots in /dev/shm, which outlive the process that wrote them.
 
-Each process keeps two slots, so that one is whole while the other is written:
-
-    0 .. 64     magic, offset and length of the header, xxh3 of header and of payload, state
-    64 ..       the bytes of the process's distinct shards, then the header: step, data, where each part lies
-
-A slot is emptied first, then filled, and declared whole last. What is read is compared with the fingerprints. A
-snapshot is used where the slots on this host together hold everything this process needs: its own where the mesh is the
-same, the others' of the host where it is not. A host that is lost takes its snapshots along.
+Each process keeps two slots (`slots.py`), so that one is whole while the other is written. A snapshot is used where the
+slots on this host together hold everything this process needs: its own where the mesh is the same, the others' of the
+host where it is not. A host that is lost takes its snapshots along; what the keepers (`keeper.py`) rebuild of them from
+parity lies where they lay.
 """
 
-import contextlib
-import json
-import mmap
-import os
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import xxhash
 
 from ..parallel.state import TrainState
+from . import mailbox
+from .damage import DamagedCheckpoint
 from .fingerprints import Box, box_of, covered, cut, held
-from .manifest import DamagedCheckpoint
+from .slots import Header, Pool, filling, header_of, offsets, room, verify
 from .storage import by_path, names, tree
 
-MAGIC, WHOLE, EMPTY = b"MESHSLOT", 2, 0
-HEAD = struct.Struct("<8sQQQQQ")  # magic, header's offset, its length, xxh3 of header, of payload, state
-START = 64
+HEADER = 2**20  # bytes set aside for the header, which is not known before the first snapshot
 
 Parts = dict[str, dict[Box, np.ndarray]]  # path -> box -> elements
 
 
 class Memory:
-    """The slots of one run on this host. `directory` is in a file system that lives in memory."""
+    """The slots of one run on this host. `directory` is in a file system that lives in memory.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._open: dict[Path, mmap.mmap] = {}
+    `layout` names the run's layout: snapshots are kept as the run holds its arrays, and another layout's are not
+    offered. `process`: whose slots these are; None: this process's.
+    """
 
-    def save(self, state: TrainState, *, step: int, data: Mapping[str, Any]) -> int:
+    def __init__(self, directory: Path, *, layout: str = "", process: int | None = None) -> None:
+        self.directory, self._layout = directory, layout
+        self._process = jax.process_index() if process is None else process
+        self._pool = Pool()
+
+    def reserve(self, state: TrainState) -> None:
+        """Touch the memory of both slots. Raises OSError where there is no room."""
+        total = room([view.nbytes for _, _, _, view in _shards(state)]) + HEADER
+        for slot in (0, 1):
+            self._pool.slot(self._path(slot), total)
+
+    def save(self, state: TrainState, *, step: int, data: Mapping[str, Any], keep: int | None = None) -> int:
         """Snapshot this process's shards of `state`; bytes written. Returns when the arrays may change.
 
-        Raises OSError where there is no room.
+        Overwrites the slot that does not hold step `keep`; None: the older one. Raises OSError where there is no room.
         """
-        arrays, views, offset = {}, [], START
-        for path, array in by_path(tree(state)).items():
-            parts = []
-            for box, view in held(array):
-                parts.append([box, offset, view.nbytes])
-                views.append((offset, view))
-                offset += -(-view.nbytes // 64) * 64
-            arrays[path] = {"shape": list(array.shape), "dtype": str(array.dtype), "parts": parts}
-        header = json.dumps({"step": step, "data": dict(data), "arrays": arrays}).encode()
-        slot = self._slot(self._directory / f"{jax.process_index()}.{self._older()}", offset + len(header))
-        slot[: HEAD.size] = HEAD.pack(MAGIC, 0, 0, 0, 0, EMPTY)
-        for place, view in views:
-            target = np.frombuffer(slot, view.dtype, view.size, place).reshape(view.shape)
-            np.copyto(target, view)
-        slot[offset : offset + len(header)] = header
-        seen = hashed(memoryview(slot)[START:offset])
-        slot[: HEAD.size] = HEAD.pack(MAGIC, offset, len(header), hashed(header), seen, WHOLE)
-        return offset + len(header)
+        arrays: dict[str, Any] = {}
+        views = []
+        for path, array, box, view in _shards(state):
+            entry = arrays.setdefault(path, {"shape": list(array.shape), "dtype": str(array.dtype), "parts": []})
+            entry["parts"].append([box, len(views)])
+            views.append(view)
+        sizes = [view.nbytes for view in views]
+        header = {"step": step, "layout": self._layout, "data": dict(data), "arrays": arrays}
+        with filling(self._pool, self._target(keep), sizes, header) as slot:
+            for number, view in enumerate(views):
+                slot.put(number, view)
+        return sum(sizes)
+
+    @property
+    def newest(self) -> int:
+        """The newest step of which this process has a whole snapshot; -1: none."""
+        return max((header["step"] for header in map(header_of, map(self._path, (0, 1))) if header), default=-1)
+
+    @property
+    def protected(self) -> mailbox.Protected:
+        """What the keepers protect."""
+        return mailbox.protected(self.directory)
+
+    @property
+    def recovery(self) -> mailbox.Recovery | None:
+        """What the keepers found and rebuilt before this sitting; None without keepers."""
+        return mailbox.recovery(self.directory)
 
     def steps(self, shardings: Mapping[str, Any], shapes: Mapping[str, Any]) -> list[int]:
         """Steps of which this host's slots hold all that this process needs, oldest first; not verified yet."""
@@ -78,13 +88,13 @@ class Memory:
         """
         wanted, placed = by_path(tree(shapes)), by_path(tree(shardings))
         if lack := self._lacks(step, placed, wanted):
-            raise DamagedCheckpoint(f"snapshot {step} in {self._directory}: {lack} is not there")
+            raise DamagedCheckpoint(f"snapshot {step} in {self.directory}: {lack} is not there")
         parts: Parts = {}
         data: dict[str, Any] = {}
         for path, header in self._headers():
             if header["step"] == step:
                 data = header["data"]
-                self._read(path, header, parts)
+                _read(path, header, parts)
         arrays = {
             name: jax.make_array_from_callback(
                 like.shape, placed[name], lambda index, name=name, like=like: _shard(parts[name], index, like)
@@ -94,38 +104,34 @@ class Memory:
         leaves = [arrays.get(name) for name in names(shapes)]
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves), data
 
+    def forget(self, *, beyond: int) -> None:
+        """Delete this process's snapshots of later steps: the run goes on from `beyond`, on a time line of its own."""
+        for slot in (0, 1):
+            header = header_of(self._path(slot))
+            if header is not None and header["step"] > beyond:
+                self._path(slot).unlink(missing_ok=True)
+
     def clear(self) -> None:
-        """Delete every slot: the run has ended, or another one begins under its name."""
-        self._open.clear()
-        for path in self._files():
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another process still has its own there
-            self._directory.rmdir()
+        """Delete everything: the run has ended, or another one begins under its name."""
+        self._pool.close()
+        if self.directory.is_dir():
+            for path in self.directory.glob("[0-9]*.[01]"):
+                path.unlink(missing_ok=True)
+        mailbox.sweep(self.directory)
 
-    def _files(self) -> list[Path]:
-        return sorted(self._directory.glob("[0-9]*.[01]")) if self._directory.is_dir() else []
+    def _path(self, slot: int) -> Path:
+        return self.directory / f"{self._process}.{slot}"
 
-    def _headers(self) -> list[tuple[Path, dict[str, Any]]]:
+    def _headers(self) -> list[tuple[Path, Header]]:
         """The slots that say they are whole, with their headers, which are."""
-        found = []
-        for path in self._files():
-            with path.open("rb") as file:
-                head = file.read(HEAD.size)
-                if len(head) < HEAD.size:
-                    continue
-                magic, offset, length, seen, _, state = HEAD.unpack(head)
-                if magic != MAGIC or state != WHOLE or offset + length > path.stat().st_size:
-                    continue
-                file.seek(offset)
-                header = file.read(length)
-                if hashed(header) == seen:
-                    found.append((path, json.loads(header)))
-        return found
+        files = sorted(self.directory.glob("[0-9]*.[01]")) if self.directory.is_dir() else []
+        found = [(path, header) for path in files if (header := header_of(path)) is not None]
+        return [(path, header) for path, header in found if header["layout"] == self._layout]
 
-    def _older(self) -> int:
-        """Which of this process's slots to write: the one without a snapshot, else that of the lower step."""
-        known = {path.name: header["step"] for path, header in self._headers()}
-        return min((0, 1), key=lambda slot: known.get(f"{jax.process_index()}.{slot}", -1))
+    def _target(self, keep: int | None) -> Path:
+        """The slot to write: not that of step `keep`, else one without a snapshot, else the older."""
+        known = {slot: header["step"] for slot in (0, 1) if (header := header_of(self._path(slot))) is not None}
+        return self._path(min((0, 1), key=lambda slot: (known.get(slot, -2) == keep, known.get(slot, -1))))
 
     def _lacks(self, step: int, shardings: Mapping[str, Any], shapes: Mapping[str, Any]) -> str | None:
         """The first array of which the slots of `step` do not hold all that this process needs."""
@@ -134,7 +140,7 @@ class Memory:
         for _, header in self._headers():
             if header["step"] == step:
                 for path, entry in header["arrays"].items():
-                    boxes.setdefault(path, set()).update(_box(box) for box, _, _ in entry["parts"])
+                    boxes.setdefault(path, set()).update(_box(box) for box, _ in entry["parts"])
                     kinds[path] = (tuple(entry["shape"]), entry["dtype"])
         for path, like in shapes.items():
             if kinds.get(path) != (tuple(like.shape), str(like.dtype)):
@@ -144,33 +150,23 @@ class Memory:
                 return path
         return None
 
-    def _read(self, path: Path, header: Mapping[str, Any], parts: Parts) -> None:
-        """Add the parts of a slot. Raises DamagedCheckpoint where it is not what was written."""
-        content = np.fromfile(path, np.uint8)
-        _, offset, _, _, seen, _ = HEAD.unpack(content[: HEAD.size].tobytes())
-        if hashed(content[START:offset]) != seen:
-            raise DamagedCheckpoint(f"snapshot {header['step']}: {path} is not what was written")
-        for name, entry in header["arrays"].items():
-            dtype = jax.numpy.dtype(entry["dtype"])
-            for box, place, size in entry["parts"]:
-                shape = [stop - start for start, stop in box]
-                parts.setdefault(name, {})[_box(box)] = content[place : place + size].view(dtype).reshape(shape)
 
-    def _slot(self, path: Path, size: int) -> mmap.mmap:
-        """The slot's memory, kept open between saves so that its pages are there already."""
-        slot = self._open.get(path)
-        if slot is None or len(slot) < size:
-            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with path.open("a+b") as file:
-                # Reserved first: writing to memory that is not there would end the process.
-                os.posix_fallocate(file.fileno(), 0, size)
-                slot = self._open[path] = mmap.mmap(file.fileno(), 0)
-        return slot
+def _shards(state: TrainState) -> list[tuple[str, Any, Box, np.ndarray]]:
+    """(path, array, box, elements) of this process's distinct shards."""
+    return [(path, array, box, view) for path, array in by_path(tree(state)).items() for box, view in held(array)]
 
 
-def hashed(content: Any) -> int:
-    """xxh3 of bytes."""
-    return xxhash.xxh3_64_intdigest(content)
+def _read(path: Path, header: Header, parts: Parts) -> None:
+    """Add the parts of a slot. Raises DamagedCheckpoint where it is not what was written."""
+    content = verify(path, header)
+    places = offsets([size for _, size, _ in header["blocks"]])
+    for name, entry in header["arrays"].items():
+        dtype = jax.numpy.dtype(entry["dtype"])
+        for box, number in entry["parts"]:
+            shape = [stop - start for start, stop in box]
+            size = header["blocks"][number][1]
+            elements = content[places[number] : places[number] + size].view(dtype).reshape(shape)
+            parts.setdefault(name, {})[_box(box)] = elements
 
 
 def _box(edges: Any) -> Box:
@@ -183,10 +179,6 @@ def _shard(parts: Mapping[Box, np.ndarray], index: Any, like: Any) -> np.ndarray
     return cut(list(parts.items()), box_of(index, like.shape), like.dtype)
 
 
-def memory_of(run: Path, *, layout: str) -> Memory:
-    """The slots of the run in directory `run`, in /dev/shm where the system has it.
-
-    Arrays are kept as the run holds them, so a run that goes on in another `layout` has slots of its own.
-    """
-    base = Path("/dev/shm") if Path("/dev/shm").is_dir() else run / "memory"
-    return Memory(base / f"meshwright-{os.getuid()}" / xxhash.xxh3_64_hexdigest(f"{run.absolute()} {layout}".encode()))
+def memory_of(run: Path, *, layout: str, host: int = 0) -> Memory:
+    """The slots of the run in directory `run` on host number `host`."""
+    return Memory(mailbox.directory_of(run, host=host), layout=layout)

@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,16 @@ PATIENCE = 300.0  # seconds for the other processes to finish hashing
 SAVED = ("step", "params", "opt_state", "outer", "rng")  # `frozen` never changes
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a save took beside training."""
+
+    copy: float = 0.0  # seconds until the copy was on the host
+    fingerprint: float = 0.0  # seconds of hashing, beside the writing
+    flush: float = 0.0  # seconds until everything was written
+    bytes: int = 0  # of this process
+
+
 class Storage:
     """Checkpoints of one run under `directory`, in the run's `layout`.
 
@@ -51,7 +63,7 @@ class Storage:
         self._pending: tuple[int, Future] | None = None
         self._saved: set[int] = set()  # in this sitting
         self._waiter = ThreadPoolExecutor(1, "checkpoint")
-        self.fingerprint_seconds = 0.0  # of the last save, beside training
+        self.spent = Spent()  # on the last save, beside training
 
     @property
     def steps(self) -> list[int]:
@@ -59,32 +71,44 @@ class Storage:
         return self.shelf.steps
 
     def save(self, state: TrainState, *, step: int, data: Mapping[str, Any]) -> None:
-        """Begin to save `state` after `step` updates; returns when the arrays may change. `data` is JSON.
+        """Begin to save `state` after `step` updates. `data` is JSON.
 
+        The arrays must stay as they are until the save has ended: where training goes on, save a copy (`copies.py`).
         Waits for the save before it. Raises MeshwrightError where that one or the beginning of this one failed.
         """
         self.wait()
         if step in self._saved:  # not `steps`: only the first process writes manifests, and all must answer alike
             return
         self._allowed()
-        saved = tree(state)
-        try:
-            if jax.process_index() == 0:
-                self.shelf.begin(step, processes=jax.process_count())
-            describe = describing(by_path(saved), step=step, layout=self._layout, data=data)
-            response = ocp.save_async(self.shelf.path(step), saved)
-            self._saved.add(step)
-            self._pending = (step, self._waiter.submit(self._ended, describe, response))
+        self._saved.add(step)
+        begin = partial(self._begun, tree(state), step, data)
+        if jax.process_count() == 1:
+            self._pending = (step, self._waiter.submit(lambda: begin()()))
+            return
+        try:  # Orbax and the hashing speak to the other processes by the devices: in the order of all else they do
+            self._pending = (step, self._waiter.submit(begin()))
         except Exception as error:
             raise self._failed(step, error) from error
 
-    def _ended(self, describe: Callable[[], Manifest], response: Any) -> None:
-        """In the background: this process's part of the manifest, then wait for the arrays."""
+    def _begun(self, saved: dict[str, Any], step: int, data: Mapping[str, Any]) -> Callable[[], None]:
+        """Begin to write; what is left to do, on any thread."""
         began = time.monotonic()
-        part = describe()
-        self.fingerprint_seconds = time.monotonic() - began
-        self.shelf.put_part(part, process=jax.process_index())
-        response.result()
+        if jax.process_index() == 0:
+            self.shelf.begin(step, processes=jax.process_count())
+        describe = describing(by_path(saved), step=step, layout=self._layout, data=data)
+        copied = time.monotonic() - began
+        response = ocp.save_async(self.shelf.path(step), saved)
+        size = sum(shard.data.nbytes for leaf in by_path(saved).values() for shard in leaf.addressable_shards)
+
+        def ended() -> None:
+            hashing = time.monotonic()
+            part = describe()
+            hashed = time.monotonic() - hashing
+            self.shelf.put_part(part, process=jax.process_index())
+            response.result()
+            self.spent = Spent(copied, hashed, time.monotonic() - began, size)
+
+        return ended
 
     @property
     def pending(self) -> int | None:

@@ -6,10 +6,23 @@ from pydantic import Field, model_validator
 
 from .base import Section
 
-Source = Literal["stdlib", "text", "jsonl", "parquet", "arrow", "hf", "synthetic"]
+Source = Literal["stdlib", "text", "jsonl", "parquet", "arrow", "hf", "synthetic", "docstrings"]
+
+# What a row is -> the columns it must have, and those it may have. `text` reads `data.field` and `data.prompt`.
+FORMAT_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "text": ((), ()),
+    "messages": (("messages",), ("tools",)),
+    "sharegpt": (("conversations",), ("system", "tools")),
+    "alpaca": (("instruction", "output"), ("input", "system", "history")),
+    "prompt-completion": (("prompt", "completion"), ("tools",)),
+    "preference": (("chosen", "rejected"), ("prompt", "margin", "tools")),
+    "unpaired": (("prompt", "completion", "label"), ("tools",)),
+}
+PAIRED = ("preference", "unpaired")  # formats of which a document is two segments that are compared
 
 NEEDS_PATH = ("text", "jsonl", "parquet", "arrow", "hf")
 HAS_COLUMNS = ("jsonl", "parquet", "arrow", "hf")
+DOCSTRING_FORMATS = ("prompt-completion", "messages", "preference", "unpaired")
 
 
 class TokenizerConfig(Section):
@@ -43,8 +56,9 @@ class TokenizerConfig(Section):
 class PackingConfig(Section):
     """How documents fill rows of `data.sequence_length` tokens; a row never lets documents see each other."""
 
-    method: Literal["concat", "best-fit"] = "concat"
-    """concat: lay documents end to end and cut into rows; best-fit: cut only what is longer than a row."""
+    method: Literal["concat", "best-fit", "single"] = "concat"
+    """concat: lay documents end to end and cut into rows; best-fit: cut only what is longer than a row; single: a row
+    holds one document. Conversations and pairs are never cut: those longer than a row are left out."""
     window: int = Field(1000, ge=1)
     """Documents packed together, independently of all others. Larger packs tighter. Default: 1000."""
 
@@ -53,7 +67,8 @@ class SourceConfig(Section):
     """One collection of documents."""
 
     source: Source | None = None
-    """Where documents come from. Default: stdlib, the installed Python's own source code."""
+    """Where documents come from. Default: stdlib, the installed Python's own source code; docstrings are those of its
+    functions, each with the function, for fine-tuning."""
     path: str | None = None
     """File, directory or glob (text, jsonl, parquet, arrow); local directory or hub name (hf). Default: none."""
     name: str | None = None
@@ -63,7 +78,13 @@ class SourceConfig(Section):
     field: str = "text"
     """Column or key that holds the text. Default: text."""
     prompt: str | None = None
-    """jsonl: key of a text that stands before that of `field` and is read but not learned. Default: all is learned."""
+    """Column or key of a text that stands before that of `field` and is read but not learned. Default: all is
+    learned."""
+    format: Literal[tuple(FORMAT_COLUMNS)] = "text"  # type: ignore[valid-type]
+    """What a row is: text, a conversation (messages, sharegpt, alpaca), a prompt and a completion, or answers that are
+    compared (preference, unpaired). Default: text."""
+    columns: dict[str, str] = {}
+    """Name of a column in `format` -> what the data set calls it, e.g. {messages: dialog}. Default: the same."""
     separator: str | None = None
     """text: cut each file into documents at this string. Default: a file is a document."""
     documents: int | None = Field(None, ge=1)
@@ -92,6 +113,8 @@ class DataConfig(SourceConfig):
     """Several weighted sources, in place of `source`. Default: none."""
     tokenizer: TokenizerConfig = TokenizerConfig(train="bpe", vocab=2048)
     """Default: a BPE of 2048 ids trained on the training documents."""
+    template: str | None = None
+    """Chat template of conversations: a Jinja file, or `plain`. Default: the one that comes with the tokenizer."""
     sequence_length: int = Field(256, ge=1)
     """Tokens a row. Default: 256."""
     global_batch: int = Field(16, ge=1)
@@ -123,7 +146,22 @@ class DataConfig(SourceConfig):
             )
         for number, entry in enumerate(self.mixture):
             check_source(entry, key=f"data.mixture.{number}")
+        if self.examples and self.packing.method == "concat":
+            raise ValueError(
+                f"data.packing.method: concat cuts documents anywhere, and {' and '.join(sorted(self.examples))} must "
+                "stay whole; set it to best-fit, or to single for one example a row"
+            )
         return self
+
+    @property
+    def chats(self) -> bool:
+        """Whether conversations are learned."""
+        return any(source.format in ("messages", "sharegpt", "alpaca") for source in self.sources)
+
+    @property
+    def examples(self) -> set[str]:
+        """Formats of the sources whose documents are never cut."""
+        return {source.format for source in self.sources} - {"text"}
 
 
 def _differs(section: SourceConfig, name: str) -> bool:
@@ -140,7 +178,9 @@ def check_source(source: SourceConfig, *, key: str) -> None:
         "name": ("hf",),
         "split": ("hf",),
         "field": HAS_COLUMNS,
-        "prompt": ("jsonl",),
+        "prompt": HAS_COLUMNS,
+        "format": (*HAS_COLUMNS, "docstrings"),
+        "columns": HAS_COLUMNS,
         "separator": ("text",),
         "streaming": ("hf",),
     }
@@ -150,5 +190,17 @@ def check_source(source: SourceConfig, *, key: str) -> None:
                 f"{key}.{name}: {getattr(source, name)!r} means nothing to source {kind}; "
                 f"remove it, or set {key}.source to {' or '.join(kinds)}"
             )
+    needed, optional = FORMAT_COLUMNS[source.format]
+    if unknown := sorted(source.columns.keys() - {*needed, *optional}):
+        known = f"those of {source.format} are {', '.join([*needed, *optional])}" if needed else "text has none"
+        raise ValueError(f"{key}.columns: {', '.join(unknown)} names no column of the format; {known}")
+    if source.format != "text" and (source.field != "text" or source.prompt is not None):
+        raise ValueError(f"{key}.field, {key}.prompt: they are for format text; use {key}.columns for {source.format}")
+    if source.format == "unpaired" and source.streaming:
+        raise ValueError(f"{key}.streaming: true with format unpaired, which reads other rows too; set false")
+    if kind == "docstrings" and source.format not in DOCSTRING_FORMATS:
+        raise ValueError(
+            f"{key}.format: {source.format} is not what docstrings come in; set it to {' or '.join(DOCSTRING_FORMATS)}"
+        )
     if source.separator == "":
         raise ValueError(f"{key}.separator: '' cuts nowhere; set a string such as '\\n\\n', or null")

@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from .base import Section
+from .parallel import AxesConfig
 
 
 class ElasticConfig(Section):
@@ -22,3 +23,16 @@ class ElasticConfig(Section):
     """Seconds from the start of the processes to their first step: data, restore, compilation."""
     grace: float = Field(30.0, ge=0)
     """Seconds the processes have to save and stop on request; what is left is killed."""
+    meshes: list[AxesConfig] = []
+    """Meshes to go on with where hosts are lost for good, in this order, after `mesh` itself: the first that fits what
+    is left. An entry replaces the axes of `mesh`; those it does not name are 1."""
+    replace: float = Field(60.0, ge=0)
+    """Seconds to wait for a lost host to be replaced before going on with fewer."""
+    strikes: int = Field(2, ge=0)
+    """Failures of one slot (a host) within `window` after which the run goes on without it, where a mesh of `meshes`
+    can; it is used again when they are older. 0: never."""
+    settle: float = Field(30.0, ge=0)
+    """Seconds a host must have been back before the run is stopped, saved, and started on the larger mesh."""
+    deterministic: bool = False
+    """Gradients are added in one order on every mesh: the same parameters, bit for bit, on CPUs of one kind. `data` is
+    then the only axis above 1, and a microbatch is computed whole by one device."""

@@ -105,7 +105,10 @@ def check_replicas(outer: OuterConfig | None, *, replicas: int, steps: int, laye
             )
         return
     if replicas == 1:
-        raise ValueError(f"outer: {outer.name} needs replicas to meet; set mesh.replica to 2 or more, or outer to null")
+        raise ValueError(
+            f"outer: {outer.name} needs replicas to meet; set mesh.replica or islands.count to 2 or more, or outer to "
+            "null"
+        )
     if outer.every > steps:
         raise ValueError(f"outer.every: {outer.every} exceeds steps ({steps}): the replicas would never meet")
     if average is not None:

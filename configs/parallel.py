@@ -1,5 +1,6 @@
 """Where the arrays live: mesh axes, sequence parallelism, memory policy, precision."""
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -13,7 +14,7 @@ DTYPE = Literal["float32", "bfloat16", "float16"]
 UNBUILT_AXES = ("expert",)
 
 
-class MeshConfig(Section):
+class AxesConfig(Section):
     """Sizes of the mesh axes, slow links first. Their product is the number of devices; one may be -1: what is left."""
 
     replica: int = 1
@@ -30,12 +31,6 @@ class MeshConfig(Section):
     """Context parallelism: the sequence is split (see `sequence.parallel`)."""
     tensor: int = 1
     """Tensor parallelism: heads, MLP and vocabulary are split; between blocks the sequence is."""
-    platform: Literal["auto", "cpu", "gpu"] = "auto"
-    """cpu simulates `devices` devices in this process; auto: gpu where there is one."""
-    devices: int | None = None
-    """Devices to use, over all processes; null: the product of the axes, or every device where an axis is -1."""
-    zero: Literal[1, 3] = 3
-    """What `fsdp` shards: 3 parameters, gradients and optimizer state; 1 optimizer state only (arXiv:1910.02054)."""
 
     @model_validator(mode="after")
     def _sizes(self) -> "MeshConfig":
@@ -48,8 +43,6 @@ class MeshConfig(Section):
             raise ValueError(f"mesh.replica: {self.replica} would let the machine choose the run; write a number")
         if (open_axes := [axis for axis, size in self.sizes.items() if size == -1]) and len(open_axes) > 1:
             raise ValueError(f"mesh: {', '.join(open_axes)} are all -1; at most one axis may be")
-        if self.devices is not None:
-            self.resolved(self.devices)
         return self
 
     @property
@@ -73,16 +66,31 @@ class MeshConfig(Section):
         return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
 
     @property
+    def product(self) -> int | None:
+        """Devices the axes make; None where one is -1."""
+        return None if -1 in self.sizes.values() else math.prod(self.sizes.values())
+
+
+class MeshConfig(AxesConfig):
+    """The mesh: its axes, on which devices."""
+
+    platform: Literal["auto", "cpu", "gpu"] = "auto"
+    """cpu simulates `devices` devices in this process; auto: gpu where there is one."""
+    devices: int | None = None
+    """Devices to use, over all processes; null: the product of the axes, or every device where an axis is -1."""
+    zero: Literal[1, 3] = 3
+    """What `fsdp` shards: 3 parameters, gradients and optimizer state; 1 optimizer state only (arXiv:1910.02054)."""
+
+    @model_validator(mode="after")
+    def _fits_devices(self) -> "MeshConfig":
+        if self.devices is not None:
+            self.resolved(self.devices)
+        return self
+
+    @property
     def count(self) -> int | None:
         """Devices the mesh wants, where the configuration alone tells: `devices` or the product of the axes."""
-        if self.devices is not None:
-            return self.devices
-        if -1 in self.sizes.values():
-            return None
-        product = 1
-        for size in self.sizes.values():
-            product *= size
-        return product
+        return self.product if self.devices is None else self.devices
 
 
 class PipelineConfig(Section):
@@ -99,6 +107,9 @@ class PipelineConfig(Section):
     """Layers of each stage, or how they are dealt out: balanced leaves fewer to the stage that has the head."""
     backward: Literal["split", "fused"] = "split"
     """split: input and weight gradients are passes of their own; fused: one pass, twice as long, nothing stashed."""
+    post_validation: bool = False
+    """Update before the global gradient norm is known, validate by it, and do it again where it was to be clipped or
+    skipped (arXiv:2401.10241); keeps the old state until then."""
     measure: bool = True
     """After the last step, time each op on its own for the report; compiles the engine twice more."""
     memory_limit: float | None = Field(None, gt=0)

@@ -11,18 +11,15 @@ from .base import Section
 from .cuts import cuts
 from .data import DataConfig
 from .elastic import ElasticConfig
+from .islands import IslandsConfig, check_islands
+from .launch import LaunchConfig
+from .meshes import check_deterministic, check_meshes
 from .model import ModelConfig
 from .outer import OuterConfig, check_replicas
 from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
 from .quantization import QuantizationConfig, check_groups, check_quantization
-from .training import (
-    CheckpointConfig,
-    EvaluationConfig,
-    LaunchConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    RecipeConfig,
-)
+from .recipe import RecipeConfig, check_recipe
+from .training import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig
 
 
 class RunConfig(Section):
@@ -48,7 +45,9 @@ class RunConfig(Section):
     quantization: QuantizationConfig | None = None
     """Keep the weights that are not trained in few bits; null: as `precision.parameters` says."""
     outer: OuterConfig | None = None
-    """How the replicas of `mesh.replica` meet; null: there is one."""
+    """How the replicas of `mesh.replica`, or the islands, meet; null: there is one."""
+    islands: IslandsConfig | None = None
+    """Replicas that are jobs of their own and meet over a network, instead of `mesh.replica`; null: none."""
     recipe: RecipeConfig = RecipeConfig()
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -88,20 +87,36 @@ class RunConfig(Section):
             )
         if self.model.attention == "cudnn" and self.mesh.platform == "cpu":
             raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
+        check_recipe(self.recipe, self.data)
         if self.adapter is not None and (self.adapter.layers or 0) > self.model.layers:
             raise ValueError(f"adapter.layers: {self.adapter.layers} exceeds model.layers ({self.model.layers})")
         if self.adapter is not None:
             check_blocks(self.adapter, self.model)
         check_quantization(self.quantization, self.adapter, self.model, recipe=self.recipe.name)
+        if self.evaluation.answers and any(one.format == "text" and one.prompt is None for one in self.data.sources):
+            raise ValueError(
+                f"evaluation.answers: {self.evaluation.answers}, but texts without data.prompt ask nothing; set it to 0"
+            )
+        if self.evaluation.answers and not self.data.held_out:
+            raise ValueError(f"evaluation.answers: {self.evaluation.answers} of none, data.held_out is 0; raise it")
         check_replicas(
             self.outer,
-            replicas=self.mesh.replica,
+            replicas=self.mesh.replica if self.islands is None else self.islands.count,
             steps=self.steps,
             layers=self.model.layers,
             average=self.optimizer.ema,
         )
+        if self.islands is not None:
+            check_islands(
+                self.islands,
+                rule=None if self.outer is None else self.outer.name,
+                replicas=self.mesh.replica,
+                global_batch=self.data.global_batch,
+                pipe=self.mesh.pipe,
+            )
         if (count := self.mesh.count) is not None:
-            check_fits(self, self.mesh.resolved(count))
+            check_fits(self, own := self.mesh.resolved(count))
+            check_meshes(self, own, check_fits)
         return self
 
 
@@ -128,11 +143,14 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
         )
     if model.embed % axes["fsdp"]:
         raise ValueError(f"model.embed: {model.embed} is not divisible by mesh.fsdp ({axes['fsdp']})")
+    if config.elastic.deterministic:
+        check_deterministic(config, axes)
     rows = {axis: axes[axis] for axis in ("replica", "data", "fsdp")} | {"microbatches": config.microbatches}
-    rows = {name: size for name, size in rows.items() if size > 1 or name != "replica"}
+    rows = {"islands": config.islands.count if config.islands else 1} | rows
+    rows = {name: size for name, size in rows.items() if size > 1 or name not in ("islands", "replica")}
     if config.quantization is not None:
         check_groups(config.quantization, model, axes | ({"fsdp": 1} if config.mesh.zero == 1 else {}))
-    if data.global_batch % math.prod(rows.values()):
+    if data.global_batch % math.prod(rows.values()) and not config.elastic.deterministic:
         raise ValueError(
             f"data.global_batch: {data.global_batch} is not divisible by {' x '.join(rows)} "
             f"({' x '.join(map(str, rows.values()))} = {math.prod(rows.values())})"
@@ -152,10 +170,15 @@ def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
     """Raise ValueError where what is asked for cannot run in a pipeline. `train/staging.py` counts the layers."""
     if axes["pipe"] == 1:
         return
-    if axes["replica"] > 1:
+    if axes["replica"] > 1 and config.outer is not None and config.outer.name == "streaming":
         raise ValueError(
-            f"mesh.pipe: {axes['pipe']} with mesh.replica {axes['replica']}: replicas that are pipelines are not built "
-            "yet; leave one of them at 1"
+            f"outer.name: {config.outer.name} cuts fragments out of layers in their plain order, and mesh.pipe "
+            f"({axes['pipe']}) stacks them in the schedule's; use diloco, or leave mesh.pipe at 1"
+        )
+    if axes["replica"] > 1 and config.pipeline.post_validation:
+        raise ValueError(
+            f"pipeline.post_validation: true would make the {axes['replica']} replicas wait for each other's norms in "
+            "every step; set it to false, or mesh.replica to 1"
         )
     if config.recipe.name == "lrec":
         raise ValueError("recipe.name: lrec runs two models, which a pipeline has no place for; leave mesh.pipe at 1")

@@ -1,8 +1,9 @@
-"""How the run goes: optimizer, recipe, evaluation, checkpoints, logging, launch."""
+"""How the run goes: optimizer, evaluation, checkpoints, logging."""
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .base import Section
 
@@ -38,33 +39,43 @@ class OptimizerConfig(Section):
     """Decay of an exponential moving average of the parameters, used for evaluation and samples; null: off."""
 
 
-class RecipeConfig(Section):
-    """What is learned."""
-
-    name: Literal["pretrain", "lrec"] = "pretrain"
-    """pretrain: next token; lrec: what the model said before it was quantized (INT2.1, arXiv:2306.08162)."""
-
-
 class EvaluationConfig(Section):
     """Held-out loss and samples during the run."""
 
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only at the end."""
+    start: bool = False
+    """Also before the first step: what fine-tuning is compared with."""
     batches: int | None = Field(None, ge=1)
     """Held-out batches; null: all."""
     prompts: list[str] = []
-    """Texts to continue at every evaluation."""
+    """Texts to continue at every evaluation; where conversations are learned, what a user says."""
+    answers: int = Field(0, ge=0)
+    """Held-out questions to answer with the likeliest tokens, for exact match and `metrics`; 0: none."""
+    metrics: list[str] = []
+    """Your own measures of these answers, as module:function, e.g. scoring:length (train/answering.py)."""
     sample_tokens: int = Field(64, ge=1)
     """Tokens a sample gets."""
     temperature: float = Field(0.8, ge=0)
     """Of the samples; 0: always the likeliest token, which repeats itself in a young model."""
 
+    @model_validator(mode="after")
+    def _metrics_have_answers(self) -> "EvaluationConfig":
+        for name in self.metrics:
+            if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+                raise ValueError(f"evaluation.metrics: {name!r} is not of the form module:function")
+        if self.metrics and not self.answers:
+            raise ValueError(
+                f"evaluation.answers: 0, but evaluation.metrics {self.metrics} measure answers; set e.g. 32"
+            )
+        return self
+
 
 class CheckpointConfig(Section):
     """When the whole state is saved, and what is kept."""
 
-    every: int = Field(0, ge=0)
-    """Steps between saves; 0: only at the end and on a signal."""
+    every: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    """Steps between saves; 0: only at the end and on a signal; auto: Daly's interval, from what the run measured."""
     keep: int = Field(3, ge=1)
     """Newest checkpoints that survive."""
     keep_every: int = Field(0, ge=0)
@@ -73,19 +84,16 @@ class CheckpointConfig(Section):
     """So do this many with the lowest held-out loss, where one was evaluated at their step."""
     memory_every: int = Field(0, ge=0)
     """Steps between snapshots in the host's memory (/dev/shm), which a restart on that host goes on from; 0: none."""
+    when_busy: Literal["wait", "skip", "drop-oldest"] = "wait"
+    """A save is due and the one before it is not finished: wait for it, skip the new one, or replace what waits."""
+    parity: Literal["none", "xor", "p+q"] = "none"
+    """What hosts keep of each other's snapshots (`meshwright launch`): xor bears one lost host of a group, p+q two."""
+    group: int = Field(8, ge=2)
+    """Hosts of a group at most; each stores 1 / (hosts - 1) of a snapshot extra with xor, 2 / (hosts - 2) with p+q."""
+    domains: list[str] = []
+    """Failure domain (rack, switch, power supply) of each host, dealt to different groups; []: each its own."""
     on_failure: Literal["continue", "stop"] = "continue"
     """A save that failed (a full disk): journal it and train on, or stop. A run whose last save failed fails."""
-
-
-class LaunchConfig(Section):
-    """Several processes (`meshwright launch`)."""
-
-    processes: int = Field(1, ge=1)
-    """Processes on this machine (engine local)."""
-    devices_per_process: int | None = Field(None, ge=1)
-    """Simulated devices of each; null: mesh.devices / processes."""
-    coordinator: str | None = None
-    """host:port of process 0; null: chosen by the launcher, or read from the environment or SLURM."""
 
 
 class ProfileConfig(Section):
@@ -114,3 +122,5 @@ class LoggingConfig(Section):
     """Skip updates whose gradient norm exceeds this multiple of its running mean; null: off."""
     profile: ProfileConfig = ProfileConfig()
     """Profiler trace."""
+    ledger: bool = False
+    """Each process writes which samples it fed to which step, for `meshwright audit`."""

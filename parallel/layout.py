@@ -36,12 +36,12 @@ def canonical(tree: Any, model: ModelConfig, order: Order = None) -> dict[str, j
     }
 
 
-def run_shapes(tree: Any, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def run_shapes(tree: Any, model: ModelConfig, order: Order = None) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape in the run of every array of `tree` (or shapes); a padded vocabulary stays so."""
     return {
         name: tuple(size for size, part in zip_longest(leaf.shape, index) if part is None or isinstance(part, slice))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        for name, index in places(path_name(path), leaf.shape, model)
+        for name, index in places(path_name(path), leaf.shape, model, order)
     }
 
 
@@ -60,12 +60,12 @@ def from_canonical(arrays: Mapping[str, Any], like: Any, model: ModelConfig, ord
     return jax.tree_util.tree_map_with_path(leaf, like)
 
 
-def canonical_replicas(tree: Any, model: ModelConfig, *, replicas: int) -> dict[str, jax.Array]:
+def canonical_replicas(tree: Any, model: ModelConfig, *, replicas: int, order: Order = None) -> dict[str, jax.Array]:
     """`canonical` of a tree whose arrays have a leading [replica]: every replica's own, under `replica/N/`."""
     return {
         f"replica/{replica}/{name}": leaf
         for replica in range(replicas)
-        for name, leaf in canonical(jax.tree.map(lambda leaf: leaf[replica], tree), model).items()  # noqa: B023
+        for name, leaf in canonical(jax.tree.map(lambda leaf: leaf[replica], tree), model, order).items()  # noqa: B023
     }
 
 

@@ -5,7 +5,7 @@ to. Under ZeRO-1 (`mesh.zero: 1`) only that state is sharded over `fsdp`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -108,9 +108,9 @@ def inherited(whole: PartitionSpec, shape: tuple[int, ...], own: tuple[int, ...]
     return PartitionSpec()
 
 
-def batch_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where each [global_batch, sequence] array of a batch lives."""
-    return {field: NamedSharding(mesh, PartitionSpec(("replica", "data", "fsdp"), "seq")) for field in BATCH_FIELDS}
+def batch_shardings(mesh: Mesh, fields: Iterable[str] = BATCH_FIELDS) -> dict[str, NamedSharding]:
+    """Where each [global_batch, sequence, ...] array of a batch lives."""
+    return {field: NamedSharding(mesh, PartitionSpec(("replica", "data", "fsdp"), "seq")) for field in fields}
 
 
 def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:

@@ -5,6 +5,7 @@
 compares losses, gradient norms and canonical parameters over a few steps on fixed random batches.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -19,7 +20,7 @@ from meshwright.parallel.layout import canonical, rearranged
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.state import TrainState
 from meshwright.train.feed import to_devices
-from meshwright.train.program import build
+from meshwright.train.program import Program, build
 from meshwright.train.replicas import on_host
 
 TINY = {
@@ -40,7 +41,7 @@ def batches(config: RunConfig, steps: int) -> list[dict[str, np.ndarray]]:
     """Random packed batches: documents of uneven length, padding, uneven weights; the same for every mesh."""
     random = np.random.default_rng(0)
     shape = (config.data.global_batch, config.data.sequence_length)
-    return [packed(random, shape, vocab=config.model.vocab) for _ in range(steps)]
+    return [told(packed(random, shape, vocab=config.model.vocab)) for _ in range(steps)]
 
 
 def packed(random: np.random.Generator, shape: tuple[int, int], *, vocab: int) -> dict[str, np.ndarray]:
@@ -58,6 +59,14 @@ def packed(random: np.random.Generator, shape: tuple[int, int], *, vocab: int) -
     }
 
 
+def told(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch with what some recipes read besides."""
+    random, shape = np.random.default_rng(1), batch["tokens"].shape
+    labels = np.where(random.random((shape[0], 1)) < 0.5, 1.0, -1.0) * (batch["segment_ids"] > 0)
+    reference = -4.0 - random.random(shape)
+    return batch | {"labels": labels.astype(np.float32), "reference_logprobs": reference.astype(np.float32)}
+
+
 def trajectory(config: RunConfig, *, steps: int = 5) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Metrics of every step, and the canonical state after the last. A configuration is run once a session."""
     return _trajectory(config.model_dump_json(), steps)
@@ -68,7 +77,7 @@ def _trajectory(config_json: str, steps: int) -> tuple[list[dict[str, np.ndarray
     config = RunConfig.model_validate_json(config_json)
     mesh = make_mesh(config.mesh)
     program = build(config, mesh)
-    start = rearranged(born(config), before=None, after=program.order)
+    start = in_order_of(program, born(config))
     state, step = jax.device_put(start, program.shardings, may_alias=False), program.compiled_step()
     meet, seen = program.compiled_meetings(), []
     for number, batch in enumerate(batches(config, steps), 1):
@@ -77,8 +86,18 @@ def _trajectory(config_json: str, steps: int) -> tuple[list[dict[str, np.ndarray
         seen.append(on_host(metrics))
     state = jax.device_get(state)
     if program.replicas:
-        return seen, program.replicas.canonical(state, config.model)
+        return seen, program.replicas.canonical(state, config.model, program.order)
     return seen, canonical({"params": state.params, "opt_state": state.opt_state}, config.model, program.order)
+
+
+def in_order_of(program: Program, state: TrainState) -> TrainState:
+    """`state`, its layers stacked in their plain order, as `program` stacks them."""
+    move = functools.partial(rearranged, before=None, after=program.order)
+    if program.replicas is None:
+        return move(state)
+    several = ("params", "opt_state", *(["outer"] if program.replicas.outer.per_replica else []))
+    parts = {part.name: getattr(state, part.name) for part in dataclasses.fields(state)}
+    return TrainState(**{name: jax.vmap(move)(part) if name in several else move(part) for name, part in parts.items()})
 
 
 def born(config: RunConfig) -> TrainState:

@@ -9,7 +9,7 @@ import pytest
 import typer
 import yaml
 
-from meshwright.configs import adapter, data, load, model, names, outer, parallel, run, training
+from meshwright.configs import adapter, data, load, model, names, outer, parallel, recipe, run, training
 from meshwright.configs.errors import UserError
 from meshwright.configs.foreign import FOREIGN_KEYS
 from meshwright.memory.policy import PRESETS
@@ -176,6 +176,8 @@ LISTED = {
     "strategies": ("docs/parallelism.md", "`sequence.parallel`", STRATEGIES),
     "axes": ("docs/parallelism.md", "axis", names.MESH_AXES),
     "sources": ("docs/data.md", "`data.source`", SOURCES),
+    "formats": ("docs/data.md", "`data.format`", data.FORMAT_COLUMNS),
+    "recipes": ("docs/finetune.md", "`recipe.name`", recipe.RECIPE_KEYS),
     "packers": ("docs/data.md", "`data.packing.method`", PACKERS),
     "adapters": ("docs/finetune.md", "`adapter.method`", adapter.METHOD_KEYS),
     "outer": ("docs/lowcomm.md", "`outer.name`", outer.RULES),

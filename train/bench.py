@@ -7,8 +7,10 @@ from ..configs.errors import UserError
 
 BENCHMARKS = (
     "attention",
+    "chaos",
     "checkpoint",
     "finetune",
+    "interop",
     "lowcomm",
     "lrec",
     "pipeline",

@@ -16,6 +16,8 @@ from ..configs import load as loading
 from ..configs.errors import MeshwrightError, UserError
 from ..configs.parallel import PipelineConfig
 from ..configs.run import RunConfig
+from . import cli_jobs
+from .cli_arguments import Config, Json, Overrides, RunPath
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 recipes_app = typer.Typer(no_args_is_help=True, help="The shipped configurations.")
@@ -26,12 +28,10 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 adapter_app = typer.Typer(no_args_is_help=True, help="Adapters, as PEFT keeps them.")
 app.add_typer(adapter_app, name="adapter")
+for verb in (cli_jobs.launch, cli_jobs.rendezvous, cli_jobs.drain, cli_jobs.audit):
+    app.command()(verb)
 
-Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SHARD_BYTES = 5 * 10**9
-RunPath = Annotated[str, typer.Argument(help="A run directory, e.g. runs/quickstart.")]
 
 
 @app.command()
@@ -50,38 +50,6 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def launch(
-    config: Config,
-    overrides: Overrides = None,
-    engine: Annotated[str, typer.Option(help="Where the processes run: local.")] = "local",
-    processes: Annotated[int | None, typer.Option(help="Processes; default launch.processes.")] = None,
-    devices_per_process: Annotated[int | None, typer.Option(help="Simulated devices of each.")] = None,
-) -> None:
-    """Train in several processes, and start them again when one dies or hangs."""
-    from .launch.engines import ENGINES
-    from .launch.engines import launch as start
-
-    if engine not in ENGINES:
-        raise UserError.no_match("--engine", [engine], known=ENGINES)
-    loaded = loading.load(config, overrides=overrides or ())
-    settings = loaded.launch
-    count, shares = loaded.mesh.count, processes or settings.processes
-    if count is not None and devices_per_process is None and settings.devices_per_process is None and count % shares:
-        raise UserError(
-            f"--processes: {shares} do not share the {count} devices of mesh evenly; use a divisor of {count}, or "
-            "--devices-per-process"
-        )
-    start(
-        [sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
-        processes=processes or settings.processes,
-        directory=Path("runs") / loaded.name,
-        settings=loaded.elastic,
-        devices_per_process=devices_per_process or settings.devices_per_process,
-        coordinator=settings.coordinator,
-    )
-
-
-@app.command()
 def validate(
     config: Config,
     overrides: Overrides = None,
@@ -94,6 +62,10 @@ def validate(
         from .staging import check_staging
 
         check_staging(loaded)
+    if loaded.checkpoint.parity != "none":
+        from .launch.keepers import planned
+
+        planned(loaded.checkpoint, hosts=loaded.launch.hosts, processes=loaded.launch.processes)
     if deep:
         from .deep import check
 
@@ -323,14 +295,31 @@ def report(run: RunPath) -> None:
     """Write report.html of a run."""
     from .directory import read_config
     from .report.html import write_report
+    from .report.islands import merge
 
     read_config(Path(run))
+    merge(Path(run))  # of islands, as far as they are
     typer.echo(str(write_report(Path(run))))
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Versions, devices, collectives, memory kinds, and what is missing for what."""
+def doctor(
+    as_json: Json = False,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Test many machines: devices, disks, links.")] = False,
+    engine: Annotated[str, typer.Option(help="Of --cluster: what brings the processes up.")] = "local",
+    processes: Annotated[int, typer.Option(help="Of --cluster.", min=1)] = 2,
+    devices_per_process: Annotated[int | None, typer.Option(help="Of --cluster: simulated devices of each.")] = None,
+    config: Annotated[str | None, typer.Option(help="Of --cluster: whose launch section to use.")] = None,
+) -> None:
+    """Versions, devices, collectives, and what is missing for what; with --cluster, a test of many machines."""
+    if cluster:
+        from .launch.selftests import on_cluster
+
+        launch_section = loading.load(config).launch if config is not None else RunConfig().launch
+        on_cluster(
+            engine, launch_section, processes=processes, devices_per_process=devices_per_process, as_json=as_json
+        )
+        return
     from .doctor import main as examined
 
     raise typer.Exit(examined(as_json=as_json))

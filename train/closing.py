@@ -16,6 +16,11 @@ def closing_words(summary: Summary) -> str:
     if (bits := metrics.get("held_out_bits_per_byte")) is not None:
         gzip = json.loads((directory / "environment.json").read_text())["corpus"]["gzip_bits_per_byte"]
         lines.append(f"held-out text: {bits:.3f} bits per byte; gzip -9 on the same bytes: {gzip:.3f}")
+    for name, before in summary.first.items():
+        if name in metrics and name != "held_out_perplexity":
+            lines.append(
+                f"{name.replace('_', ' ')}: {before:.3f} before the first step, {metrics[name]:.3f} after the last"
+            )
     command = typed()
     lines += [
         f"report:   {directory / 'report.html'}",

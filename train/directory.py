@@ -24,19 +24,22 @@ MAY_CHANGE = (
     "evaluation",
     "checkpoint",
     "elastic",
+    "islands",
     "launch",
     "logging",
 )
 MAY_CHANGE_KEYS = ("data.cache", "data.prefetch")
-MAY_NOT_CHANGE_KEYS = ("mesh.replica",)  # each replica trains by itself: another number of them is another run
+MAY_NOT_CHANGE_KEYS = ("mesh.replica", "islands.count")  # replicas train by themselves: another number, another run
 
 
-def open_directory(config: RunConfig, *, root: Path, write: bool = True) -> Path:
-    """`root`/NAME with this run's config.yaml in it. `write` false: only look (processes other than the first).
+def open_directory(config: RunConfig, *, root: Path, name: str | None = None, write: bool = True) -> Path:
+    """`root`/NAME (default the run's) with this run's config.yaml in it.
+
+    `write` false: only look (processes other than the first).
 
     Raises UserError where the directory holds a run of another configuration, naming the keys that differ.
     """
-    directory = root / config.name
+    directory = root / (name or config.name)
     file = directory / "config.yaml"
     if file.exists():
         check_same(read_config(directory), config, directory=directory)

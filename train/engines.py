@@ -4,6 +4,7 @@ engines = whole(config, mesh, graph)        # or pipelined(config, mesh, graph, 
 sums = engines.train(params, frozen, batch, keys)
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,21 +16,23 @@ from jax.sharding import Mesh
 from ..configs.run import RunConfig
 from ..memory import policy
 from ..models.adapters.attach import attached, split, started
-from ..models.context import Context, flat_linear, linear
+from ..models.context import Context, flat_linear, linear, unconstrained
 from ..models.decoder import Decoder, graph, initial_params
 from ..models.quantized.attach import put, quantized, reading
 from ..parallel.attention import sharded_attention, token_order
+from ..parallel.pipeline.parts import Parts
 from ..parallel.pipeline.table import Table
 from ..parallel.pipeline.wiring import wired
 from ..parallel.rules import constrainer
 from ..parallel.state import combine
 from ..parallel.vocabulary import lookup
 from . import pipeline
+from .deterministic import in_fixed_order
 from .gradients import Batch, Engine, accumulated, plain
 from .recipes.registry import RECIPES
 from .repair import repair_loss, without_teacher
 from .staging import Staging
-from .step import make_loss
+from .step import make_logprobs, make_loss
 
 
 class Engines(NamedTuple):
@@ -41,31 +44,36 @@ class Engines(NamedTuple):
 
 def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     """Every device computes with all layers."""
-    settings = {"model": config.model, "memory": config.memory, "context": partial(context, config, mesh)}
-    repairs = config.recipe.name == "lrec"
-    plain_loss = make_loss(graph, RECIPES["pretrain" if repairs else config.recipe.name], **settings)
-    train_loss = repair_loss(graph, **settings) if repairs else plain_loss
+    recipe = RECIPES[config.recipe.name].loss(config.recipe)
+    told = partial(context, config, mesh)
+    loss = make_loss(target_logprobs(config, graph, told), recipe)
+    learned = loss
+    if config.recipe.name == "lrec":
+        learned = repair_loss(graph, model=config.model, memory=config.memory, context=told)
 
     def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        numerator, (weight, _) = plain_loss(params, without_teacher(frozen), batch, None)
+        numerator, (weight, _) = loss(params, without_teacher(frozen), batch, None)
         return numerator, weight
 
-    one = plain(train_loss, dtype=jnp.dtype(config.precision.gradients))
-    return Engines(accumulated(one, microbatches=config.microbatches), evaluate)
+    dtype = jnp.dtype(config.precision.gradients)
+    if config.elastic.deterministic:
+        alone = make_loss(target_logprobs(config, graph, partial(context_alone, config, mesh)), recipe)
+        fixed = in_fixed_order(plain(alone, dtype=dtype), mesh=mesh, microbatches=config.microbatches)
+        return Engines(fixed, evaluate)
+    return Engines(accumulated(plain(learned, dtype=dtype), microbatches=config.microbatches), evaluate)
+
+
+def target_logprobs(config: RunConfig, graph: Any, told: Callable[..., Context]) -> Callable[..., jax.Array]:
+    """(params, frozen, batch, keys) -> log p of each target [rows, sequence], where all layers are at hand.
+
+    `told(batch, keys)` is the context of the blocks.
+    """
+    return make_logprobs(graph, model=config.model, memory=config.memory, context=told)
 
 
 def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> Engines:
     """Devices along `pipe` hold some layers each."""
-    cut = pipeline.parts(
-        graph,
-        jax.eval_shape(lambda: combine(*divided(config, fresh(config)))),
-        RECIPES[config.recipe.name],
-        model=config.model,
-        memory=config.memory,
-        context=partial(context, config, mesh),
-        constrain=constrainer(mesh),
-        compute=jnp.dtype(config.precision.compute),
-    )
+    cut = parts(config, mesh, graph)
 
     def engine(table: Table) -> Engine:
         return pipeline.make_engine(
@@ -84,7 +92,24 @@ def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> En
         sums = forward(params, frozen, batch, None)
         return sums.loss, sums.weight
 
-    return Engines(engine(staging.table), evaluate)
+    train = engine(staging.table)
+    if config.pipeline.post_validation:
+        train = pipeline.weighed(train, RECIPES[config.recipe.name].loss(config.recipe))
+    return Engines(train, evaluate)
+
+
+def parts(config: RunConfig, mesh: Mesh, graph: Any) -> Parts:
+    """The model as a pipeline cuts it."""
+    return pipeline.parts(
+        graph,
+        jax.eval_shape(lambda: combine(*divided(config, fresh(config)))),
+        RECIPES[config.recipe.name].loss(config.recipe),
+        model=config.model,
+        memory=config.memory,
+        context=partial(context, config, mesh),
+        constrain=constrainer(mesh),
+        compute=jnp.dtype(config.precision.compute),
+    )
 
 
 def fresh(config: RunConfig) -> Any:
@@ -115,6 +140,13 @@ def divided(config: RunConfig, weights: Any) -> tuple[Any, Any]:
     params, frozen = split(given, config.model, config.adapter)
     frozen = quantized(frozen, config.model, config.quantization)
     return params, frozen | ({"teacher": weights} if config.recipe.name == "lrec" else {})
+
+
+def context_alone(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
+    """What the blocks are told on one device of `mesh`, which computes whole rows by itself."""
+    one = Mesh(mesh.devices.reshape(-1)[:1].reshape([1] * mesh.devices.ndim), mesh.axis_names)
+    free = partial(lookup, constrain=unconstrained)
+    return dataclasses.replace(context(config, one, batch, keys), constrain=unconstrained, lookup=free)
 
 
 def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:

@@ -13,17 +13,23 @@ from .data.batches import batches
 from .data.dataset import HeldOut
 from .feed import local_rows, to_devices
 from .program import Program
+from .recipes.registry import RECIPES
 
 
 def evaluate(program: Program, compiled: Callable[..., Any], params: Any, frozen: Any, data: Data) -> dict[str, float]:
-    """held_out_loss (nats a token), _perplexity, _bits_per_byte of the held-out documents; {} where there are none."""
+    """held_out_loss of the held-out documents; of a recipe that counts tokens also _perplexity and _bits_per_byte.
+
+    {} where nothing is held out.
+    """
     if data.held_out is None:
         return {}
     numerator = weight = 0.0
     for batch in held_out_batches(program, data.held_out, program.config):
         part = jax.device_get(compiled(params, frozen, batch))
         numerator, weight = numerator + float(part[0]), weight + float(part[1])
-    loss = numerator / weight
+    loss = numerator / max(weight, 1e-9)
+    if RECIPES[program.config.recipe.name].unit != "token":
+        return {"held_out_loss": loss}
     bits = loss / math.log(2) * data.held_out.tokens / data.held_out.bytes
     return {
         "held_out_loss": loss,

@@ -19,6 +19,7 @@ from ..parallel.state import combine
 from . import environment
 from .directory import open_directory
 from .launch.world import World
+from .places import newest
 from .program import build
 from .use import opened, read
 
@@ -65,6 +66,7 @@ def export_run(run: Path, target: Path, *, limit: int) -> list[str]:
     Raises UserError where no format of transformers holds the model exactly, or `target` exists.
     """
     absent_or_empty(target)
+    run = newest(run)
     config = read(run, [])
     program, state = opened(config, run)
     params = merged(program.plain(state), config.model, config.adapter)
@@ -85,6 +87,7 @@ def export_adapter(run: Path, target: Path) -> list[str]:
     Raises UserError where the run has no adapter, PEFT has no file for its method, or `target` exists.
     """
     absent_or_empty(target)
+    run = newest(run)
     config = read(run, [])
     if config.adapter is None:
         raise UserError(f"adapter: {run} has none, it trained the whole model; use `meshwright checkpoint export`")

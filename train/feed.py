@@ -1,6 +1,7 @@
 """From a host's rows to global arrays on the mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -9,6 +10,9 @@ from jax.sharding import Mesh
 from ..configs.run import RunConfig
 from ..parallel.attention import token_order
 from ..parallel.rules import batch_shardings
+from .islands import Island
+from .program import Program
+from .recipes.registry import RECIPES
 
 
 def local_rows(config: RunConfig, mesh: Mesh) -> slice:
@@ -19,8 +23,35 @@ def local_rows(config: RunConfig, mesh: Mesh) -> slice:
     return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
 
 
-def to_devices(batch: Mapping[str, np.ndarray], config: RunConfig, mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays [global_batch, sequence] from this process's `local_rows` of each field.
+@dataclass(frozen=True)
+class Share:
+    """Which samples of the data are read here: of each `every`, the `job`'s, and of those this process's `rows`."""
+
+    every: int  # samples of an update of the whole run, islands and all
+    job: range
+    rows: slice  # of the `every`
+
+    def first(self, update: int) -> int:
+        """The number of this process's first sample of the update after `update` others."""
+        return update * self.every + self.rows.start
+
+    def samples(self, start: int, stop: int) -> Iterable[int]:
+        """The job's samples of the updates after `start` others and before `stop`."""
+        return (update * self.every + row for update in range(start, stop) for row in self.job)
+
+
+def share_of(program: Program) -> Share:
+    """This process's share of what the run reads."""
+    size, island = program.config.data.global_batch, program.replicas
+    number, count = (island.number, island.count) if isinstance(island, Island) else (0, 1)
+    rows, first = local_rows(program.config, program.mesh), number * size
+    return Share(count * size, range(first, first + size), slice(first + rows.start, first + rows.stop))
+
+
+def to_devices(
+    batch: Mapping[str, np.ndarray], config: RunConfig, mesh: Mesh, *, fields: Iterable[str] | None = None
+) -> dict[str, jax.Array]:
+    """Global arrays [global_batch, sequence, ...] from this process's `local_rows` of `fields`; None: the recipe's.
 
     Where `seq` cuts the rows, tokens are dealt to its devices in the order the attention wants, in every field alike.
     """
@@ -35,6 +66,7 @@ def to_devices(batch: Mapping[str, np.ndarray], config: RunConfig, mesh: Mesh) -
             start, stop, _ = index[0].indices(shape[0])
             return rows[start - first : stop - first, index[1]]
 
-        return jax.make_array_from_callback(shape, sharding, part)
+        return jax.make_array_from_callback((*shape, *rows.shape[2:]), sharding, part)
 
-    return {field: place(field, sharding) for field, sharding in batch_shardings(mesh).items()}
+    wanted = batch_shardings(mesh, RECIPES[config.recipe.name].fields if fields is None else fields)
+    return {field: place(field, sharding) for field, sharding in wanted.items()}

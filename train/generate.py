@@ -1,6 +1,6 @@
 """Continuing texts: one pass over the prompts fills a cache of keys and values, then a loop adds a token at a time.
 
-    complete(program, params, tokenizer, ["def "], max_tokens=64, sampling=GREEDY) -> ["main():..."]
+    generate(program, params, [[0, 52, 7]], max_tokens=64, sampling=GREEDY, eos=0, key=key) -> [[31, 4, ...]]
 
 Prompts of different lengths end together: shorter ones begin with padding, a document of its own (segment 0) that
 nothing else sees. Rows are spread over `data` and `fsdp`, heads and vocabulary over `tensor`; the sequence is whole on
@@ -31,30 +31,10 @@ from ..models.decoder import Decoder
 from ..parallel.rules import constrainer, path_name
 from ..parallel.vocabulary import logits, lookup
 from .program import Program
-from .sampling import GREEDY, Sampling, sample, text_keys
+from .sampling import Sampling, sample, text_keys
 
 # A prompt's width is rounded up to a multiple of this: one program serves prompts of similar length.
 WIDTH = 16
-
-
-def complete(
-    program: Program,
-    params: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    max_tokens: int,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
-) -> list[str]:
-    """What the model writes after each prompt, up to `max_tokens` tokens or the end of the document.
-
-    A prompt opens a document. `tokenizer` has `encode_batch`, `decode`, `bos` and `eos`. Raises as `generate`.
-    """
-    opened = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(list(prompts))]
-    key = jax.random.key(seed)
-    texts = generate(program, params, opened, max_tokens=max_tokens, sampling=sampling, eos=tokenizer.eos, key=key)
-    return [tokenizer.decode(ids) for ids in texts]
 
 
 def generate(

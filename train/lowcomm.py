@@ -16,7 +16,7 @@ from ..configs.errors import UserError
 from ..configs.load import load
 from ..configs.outer import OuterConfig
 from ..configs.run import RunConfig
-from ..parallel.lowcomm.bytes import Shapes, data_parallel, summary, traffic
+from ..parallel.lowcomm.bytes import Shapes, data_parallel, gathered_bytes, summary, traffic
 from ..parallel.lowcomm.latency import pair_seconds, tree_seconds, waiting
 from ..parallel.lowcomm.published import PAPER, TARGETS, WORKLOADS, methods
 from ..parallel.lowcomm.simulate import Method, Workload, needed, rarely, streamed, utilisation
@@ -88,10 +88,12 @@ def own(config: RunConfig, *, step_seconds: float, gigabits: float) -> dict[str,
 
     The simulator knows layers only: what is no layer is spread over them.
     """
-    outer, layers, replicas = config.outer, config.model.layers, config.mesh.replica
+    outer, layers, islands = config.outer, config.model.layers, config.islands
+    replicas = islands.count if islands else config.mesh.replica
     shapes = model_shapes(config)
     reduced = data_parallel(shapes, replicas=replicas)
-    meetings = traffic(outer, shapes, layers=layers, replicas=replicas)
+    collected = gathered_bytes if islands else None
+    meetings = traffic(outer, shapes, layers=layers, replicas=replicas, collected=collected)
     work = Workload(layers, step_seconds, 8e-9 * reduced)
     rules = {
         "data-parallel": every_step(),

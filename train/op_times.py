@@ -8,6 +8,7 @@ nothing else, take the time of idle rows and of as many F. What comes out is wor
 
 import statistics
 import time
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,34 @@ from ..configs.errors import MeshwrightError
 from ..parallel.pipeline.costs import Costs
 from ..parallel.pipeline.table import Op
 from ..parallel.pipeline.wiring import Wiring, rows_of, wired
+from ..parallel.state import TrainState
+from .data.assemble import Data
+from .data.batches import batches
+from .feed import share_of, to_devices
 from .program import Program
+from .replicas import Replicas
 
 TICKS = 8  # of the rows that are run; in all of them all devices do the op
 LONGER = 40  # rows in which nobody does anything, for the time of a tick
 ROUNDS = 3
+
+
+def time_ops(program: Program, state: TrainState, data: Data) -> dict[str, Any]:
+    """What `pipeline.json` holds: each op's seconds, and the schedule they were measured for."""
+    share, config = share_of(program), program.config
+    rows = batches(data.train, start=0, global_batch=share.every, rows=share.rows, prefetch=config.data.prefetch)
+    with closing(rows) as feed:
+        batch = to_devices(next(feed), config, program.mesh)
+    if isinstance(replicas := program.replicas, Replicas):  # all do the same, and no time depends on the numbers
+        batch = jax.jit(lambda batch: {field: leaf[0] for field, leaf in replicas.parts(batch).items()})(batch)
+    costs = op_times(program, program.evaluated(state), state.frozen, batch)
+    staging = program.staging
+    return {
+        "schedule": staging.table.name,
+        "devices": staging.table.devices,
+        "repeats": staging.repeats,
+        "costs": costs.model_dump(mode="json"),
+    }
 
 
 def op_times(program: Program, params: Any, frozen: Any, batch: Any) -> Costs:

@@ -33,16 +33,18 @@ def build(
     *,
     steps: int,
     spike: float | None = None,
+    clip: Callable[[float], optax.GradientTransformation] = optax.clip_by_global_norm,
     multiplied: Callable[[str, jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformation:
     """The whole update for a run of `steps`: negative directions scaled by the learning rate, ready to be added.
 
-    With `spike` the state also follows the mean gradient norm, which `mean_norm` reads. `multiplied(path, update)` has
+    With `spike` the state also follows the mean gradient norm, which `mean_norm` reads. `clip(limit)` keeps the norm
+    below `optimizer.clip`. `multiplied(path, update)` has
     the last word on the update of each weight (an adapter's).
     """
     parts = [
         ("norms", norms() if spike else None),
-        ("clip", optax.clip_by_global_norm(optimizer.clip) if optimizer.clip else None),
+        ("clip", clip(optimizer.clip) if optimizer.clip else None),
         (optimizer.name, RULES[optimizer.name](optimizer)),
         ("decay", optax.add_decayed_weights(optimizer.weight_decay, mask=decays(optimizer))),
         ("learning_rate", optax.scale_by_learning_rate(schedule(optimizer, steps=steps))),
@@ -50,6 +52,12 @@ def build(
         ("average", average(optimizer.ema) if optimizer.ema else None),
     ]
     return in_float32(optax.named_chain(*((name, part) for name, part in parts if part is not None)))
+
+
+def unclipped(limit: float) -> optax.GradientTransformation:
+    """In the place of clipping, with the same state: as if no norm ever came to `limit`."""
+    del limit
+    return optax.identity()
 
 
 def by_path(change: Callable[[str, jax.Array], jax.Array]) -> optax.GradientTransformation:

@@ -6,22 +6,26 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from ..configs.errors import UserError
 from ..configs.model import ModelConfig
 from ..configs.parallel import MemoryConfig
 from ..models.context import Context
 from ..models.decoder import Decoder, layer_context, run_block
 from ..models.rope import rotations
 from ..parallel.pipeline.engine import pipelined
+from ..parallel.pipeline.equations import traced
 from ..parallel.pipeline.parts import Parts, Row, Weights
+from ..parallel.pipeline.split import depending_on
 from ..parallel.pipeline.wiring import Wiring, rows_of
 from ..parallel.rules import path_name
 from ..parallel.state import combine
 from ..parallel.vocabulary import Constrain, lookup, token_logprobs
 from .gradients import Batch, Engine, Sums
-from .recipes.registry import Recipe
+from .recipes import interface as recipes
 
 Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -41,7 +45,7 @@ def joined(weights: Weights) -> Any:
 def parts(
     graph: Any,
     shapes: Any,
-    recipe: Recipe,
+    recipe: recipes.Loss,
     *,
     model: ModelConfig,
     memory: MemoryConfig,
@@ -132,6 +136,33 @@ def make_engine(
         return Sums(loss, weight, joined(gradient) if wiring.trains else (), {})
 
     return engine
+
+
+def weighed(engine: Engine, recipe: recipes.Loss) -> Engine:
+    """`engine`, its weight counted from the batch, which every stage has, and not where the loss is made.
+
+    Then no stage waits for the last one to divide its gradient. Raises UserError where the recipe's weight depends on
+    the log-probabilities.
+    """
+
+    def run(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None, **rows: Row) -> Sums:
+        return engine(params, frozen, batch, keys, **rows)._replace(weight=weight(recipe, batch))
+
+    return run
+
+
+def weight(recipe: recipes.Loss, batch: Batch) -> jax.Array:
+    """The recipe's weight of `batch`, without its log-probabilities."""
+    names, fields = zip(*batch.items(), strict=True)
+    logprobs = jax.ShapeDtypeStruct(batch["targets"].shape, jnp.float32)
+    trace = traced(lambda logprobs, *fields: recipe(logprobs, dict(zip(names, fields, strict=True)))[1],
+                   logprobs, *(jax.typeof(field) for field in fields))  # fmt: skip
+    if trace.outputs[0] in depending_on({trace.inputs[0]}, trace.equations):
+        raise UserError(
+            "pipeline.post_validation: true, but the recipe weighs tokens by their "
+            "probability, which only the last stage knows; set it to false"
+        )
+    return recipe(jnp.zeros(logprobs.shape, logprobs.dtype), batch)[1]
 
 
 def cast(tree: Any, compute: Any) -> Any:

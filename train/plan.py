@@ -25,6 +25,7 @@ from ..parallel.lowcomm.bytes import summary
 from ..parallel.mesh import make_mesh
 from ..parallel.rules import path_name
 from .program import Program, build
+from .replicas import Replicas
 
 LARGEST = 8  # arrays shown
 
@@ -56,7 +57,7 @@ def storage_plan(program: Program) -> dict[str, Any]:
     state = [array for array in arrays if array["name"].startswith(("opt_state/", "outer/"))]
     weights = [array for array in arrays if array not in state]
     data = program.config.data
-    replicas = program.replicas.count if program.replicas else 1
+    replicas = program.replicas.count if isinstance(program.replicas, Replicas) else 1
     return {
         "parameters": {"count": count(weights, program.config.quantization) // replicas, **totals(weights)},
         "optimizer": totals(state),
@@ -119,9 +120,10 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 def step_flops(program: Program) -> int:
     """Matrix-product FLOPs of one training step on all devices, read off its trace, loops multiplied through.
 
-    What a pipeline's devices do is in its table and not in the trace; together they do what one device would.
+    What a pipeline's devices do is in its table and not in the trace, and the loop of `elastic.deterministic` hides its
+    turns; together they do what one device would.
     """
-    if program.staging is not None:
+    if program.staging is not None or program.config.elastic.deterministic:
         program = alone(program)
     with jax.set_mesh(program.mesh):
         return matmul_flops(jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes))
@@ -129,7 +131,9 @@ def step_flops(program: Program) -> int:
 
 def alone(program: Program) -> Program:
     """The same run on one device."""
-    plain = {"mesh": MeshConfig(platform=program.config.mesh.platform), "pipeline": PipelineConfig()}
+    mesh = MeshConfig(platform=program.config.mesh.platform)
+    elastic = program.config.elastic.model_copy(update={"deterministic": False})
+    plain = {"mesh": mesh, "pipeline": PipelineConfig(), "elastic": elastic}
     config = program.config.model_copy(update=plain)
     return build(config, make_mesh(config.mesh, devices=jax.local_devices()[:1]))
 

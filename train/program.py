@@ -20,25 +20,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..checkpoint import huggingface
 from ..checkpoint.layouts import Layout, layout_of
 from ..configs.errors import UserError
-from ..configs.names import BATCH_FIELDS
+from ..configs.names import BATCH_FIELDS, RECIPE_FIELDS
 from ..configs.run import RunConfig
 from ..models.adapters.selection import multipliers
 from ..models.quantized.attach import dequantized
 from ..parallel.hlo import refuse_permute_under_conditional
 from ..parallel.layout import rearranged, run_shapes
-from ..parallel.lowcomm.bytes import Traffic, traffic
+from ..parallel.lowcomm.bytes import Traffic, gathered_bytes, traffic
 from ..parallel.rules import batch_shardings, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState, combine
 from . import optimizers
 from .engines import divided, fresh, pipelined, structure, whole
 from .gradients import Batch, Engine
+from .islands import Island, island_of
+from .recipes.registry import RECIPES
 from .repair import without_teacher
 from .replicas import Meet, Replicas, replicas_of
 from .staging import Staging, staging
 from .step import Step, make_step
+from .update import guarded, post_validated
 
 # Dtypes of a batch's fields; all are [global_batch, sequence].
-BATCH_DTYPES = dict.fromkeys(BATCH_FIELDS, jnp.int32) | {"loss_weights": jnp.float32}
+BATCH_DTYPES = dict.fromkeys(BATCH_FIELDS, jnp.int32) | dict.fromkeys(("loss_weights", *RECIPE_FIELDS), jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Program:
     step: Step  # (state, batch) -> (state, metrics)
     evaluate: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
     staging: Staging | None = None  # where the layers stand in a pipeline; None without one
-    replicas: Replicas | None = None  # where several train by themselves
+    replicas: Replicas | Island | None = None  # where several train by themselves: here, or one of them here
 
     @property
     def order(self) -> tuple[int, ...] | None:
@@ -63,7 +66,7 @@ class Program:
     @property
     def layout(self) -> Layout:
         """How the run's arrays hold the canonical ones."""
-        if self.replicas is None:
+        if not isinstance(self.replicas, Replicas):
             return layout_of(self.config.model, self.order)
         several = ("params", "opt_state", *(["outer"] if self.replicas.outer.per_replica else []))
         return layout_of(self.config.model, self.order, replicas=self.replicas.count, several=several)
@@ -86,6 +89,17 @@ class Program:
             outer=(),
             rng=jax.random.key_data(jax.random.fold_in(key, 1)),
         )
+
+    def first_weights(self) -> Any:
+        """All weights of the forward pass before step 0, their layers in order, born sharded."""
+
+        def born(weights: Any) -> Any:
+            return combine(*divided(self.config, fresh(self.config) if weights is None else weights))
+
+        shapes = jax.eval_shape(born, None)
+        where = weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(born, out_shardings=where)(self.weights())
 
     def weights(self) -> Any:
         """The weights in the directory `model.from`, born sharded; None where there is none. Raises as `read`."""
@@ -120,10 +134,10 @@ class Program:
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of one global batch."""
         shape = (self.config.data.global_batch, self.config.data.sequence_length)
-        shardings = batch_shardings(self.mesh)
+        shardings = batch_shardings(self.mesh, RECIPES[self.config.recipe.name].fields)
         return {
-            field: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[field])
-            for field, dtype in BATCH_DTYPES.items()
+            field: jax.ShapeDtypeStruct(shape, BATCH_DTYPES[field], sharding=sharding)
+            for field, sharding in shardings.items()
         }
 
     def initialized(self) -> TrainState:
@@ -161,8 +175,8 @@ class Program:
             return self._safe(jitted.lower(self._abstract_state(), self.batch_shapes).compile())
 
     def compiled_meetings(self) -> Meet:
-        """`meet(state, update)`: what replicas do after update number `update`; a run of one does nothing."""
-        if self.replicas is None:
+        """`meet(state, update)`: what replicas do here after update number `update`; a run of one does nothing."""
+        if not isinstance(self.replicas, Replicas):
             return lambda state, update: state
         return self.replicas.compiled_meetings(self.shapes, self.shardings)
 
@@ -212,13 +226,17 @@ class Program:
         if not self.replicas:
             return ()
         return traffic(
-            self.config.outer, self.array_shapes, layers=self.config.model.layers, replicas=self.replicas.count
+            self.config.outer,
+            self.array_shapes,
+            layers=self.config.model.layers,
+            replicas=self.replicas.count,
+            collected=gathered_bytes if isinstance(self.replicas, Island) else None,
         )
 
     @cached_property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of one replica's every parameter, by canonical name."""
-        return run_shapes(self._abstract_params(), self.config.model)
+        return run_shapes(self._abstract_params(), self.config.model, self.order)
 
     def _abstract_params(self) -> Any:
         """One replica's parameters, and where they live."""
@@ -248,15 +266,20 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
     staged = staging(config, pipe=mesh.shape["pipe"])
     engines = whole(config, mesh, model) if staged is None else pipelined(config, mesh, model, staged)
     schedule = optimizers.schedule(config.optimizer, steps=config.steps)
-    optimizer = optimizers.build(
+    make = partial(
+        optimizers.build,
         config.optimizer,
         steps=config.steps,
         spike=config.logging.spike,
         multiplied=None if config.adapter is None else multipliers(config.model, config.adapter),
     )
-    step = make_step(engines.train, optimizer, schedule=schedule, dropout=drops(config), spike=config.logging.spike)
+    optimizer = make()
+    update = guarded(optimizer)
+    if staged is not None and config.pipeline.post_validation:
+        update = post_validated(optimizer, make(clip=optimizers.unclipped), clip=config.optimizer.clip)
+    step = make_step(engines.train, update, schedule=schedule, dropout=drops(config), spike=config.logging.spike)
     evaluate = engines.evaluate
-    several = replicas_of(config, mesh, count=replica_count)
+    several = island_of(config, mesh) if config.islands else replicas_of(config, mesh, count=replica_count)
     if several:
         step, evaluate = several.step(step), several.evaluate(evaluate)
     return Program(config, mesh, model, optimizer, engines.train, step, evaluate, staged, several)

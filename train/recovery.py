@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 from jax.experimental import multihost_utils
 
+from ..checkpoint.mailbox import Recovery
 from ..checkpoint.manifest import DamagedCheckpoint
 from ..checkpoint.memory import Memory
 from ..checkpoint.shelf import QUARANTINE, Shelf
@@ -38,6 +39,9 @@ def recovered(
         shelf.tidy(lambda step, why: journal.record("quarantine", step=step, reason=why))
         if memory is not None and not read_events(journal.path.parent):
             memory.clear()  # of another run that had this name
+    word = memory.recovery if memory is not None else None
+    for damage in word.damaged if word is not None else ():
+        journal.record("quarantine", level="memory", reason=damage)
     reason, refused = "the newest there is", set[int]()
     while True:
         step, level = newest(shelf, memory, program, without=refused)
@@ -51,7 +55,12 @@ def recovered(
         if not (holders := damaged_on(damage)):
             check_corpus(step, saved, corpus)
             spent = {**startup, "restore_seconds": time.monotonic() - began}
+            if word is not None:
+                level, reason = told(word, step, level, reason)
+                spent["rebuild_seconds"] = word.seconds
             journal.record("restore", step=step, level=level, reason=reason, **spent)
+            if memory is not None:
+                memory.forget(beyond=step)
             return completed(program, state, shelf.directory.parent, origin=saved.get("origin")), step
         set_aside(step, level, shelf, journal, why=damage or f"process {holders[0]} found it damaged")
         if level == "memory":
@@ -64,6 +73,15 @@ def recovered(
         )
     journal.record("start", step=0, **startup)
     return program.initialized(), 0
+
+
+def told(word: Recovery, step: int, level: str, reason: str) -> tuple[str, str]:
+    """(level, reason) of a restore, with what the keepers had to say."""
+    if level == "memory" and step == word.step and word.rebuilt:
+        return "parity", word.note
+    if level == "storage" and word.note:
+        return level, f"{reason}; memory: {word.note}"
+    return level, reason
 
 
 def set_aside(step: int, level: str, shelf: Shelf, journal: Journal, *, why: str) -> None:

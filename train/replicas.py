@@ -120,13 +120,15 @@ class Replicas:
         between, whole = jax.jit(squares, out_shardings=(repeated, repeated))(state.params)
         return {"replica_spread": float(jnp.sqrt(between / whole))}
 
-    def canonical(self, state: TrainState, model: ModelConfig) -> dict[str, jax.Array]:
+    def canonical(self, state: TrainState, model: ModelConfig, order: layout.Order = None) -> dict[str, jax.Array]:
         """Parameters, optimizer state and outer state by canonical name, what differs between replicas under theirs."""
         several = {"params": state.params, "opt_state": state.opt_state}
         one = {"outer": state.outer}
         if self.outer.per_replica:
             several, one = several | one, {}
-        return layout.canonical_replicas(several, model, replicas=self.count) | layout.canonical(one, model)
+        return layout.canonical_replicas(several, model, replicas=self.count, order=order) | layout.canonical(
+            one, model, order
+        )
 
     def at_hand(self, outer: Any) -> Any:
         """The outer state in the device's memory; for use in a compiled function."""

@@ -1,58 +1,55 @@
 """A training run, in order of time: configuration -> mesh -> data -> program -> state -> loop -> report.
 
-    train(config) -> Summary
-
-The loop never waits for the device: the metrics of a step are read while the next one runs.
+train(config, world=world()) -> Summary
 """
 
-import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from ..checkpoint.memory import memory_of
 from ..checkpoint.storage import Storage
-from ..configs.errors import MeshwrightError, Preempted, UserError
+from ..configs.errors import Preempted, UserError
 from ..configs.run import RunConfig, check_fits
+from ..configs.training import CheckpointConfig
 from ..memory.policy import decisions, emitted
 from ..memory.selfcheck import check_offload
 from ..models.hf.files import copy_companions
-from ..parallel.lowcomm.bytes import sent
 from ..parallel.mesh import make_mesh
-from ..parallel.state import TrainState, combine
 from . import environment, plan
+from .answering import Metric, metric_functions
+from .assessment import Assessment
 from .base import keep
 from .data import assemble
 from .data.assemble import Data
-from .data.batches import batches
 from .directory import open_directory, write_json
-from .evaluation import evaluate
-from .feed import local_rows, to_devices
-from .generate import complete
+from .feed import share_of
+from .islands import own
+from .joining import joined
 from .launch.fence import Fence, Fenced
 from .launch.progress import Progress
 from .launch.world import World
+from .loop import Loop
 from .meter import Meter
-from .op_times import op_times
-from .profiling import Profile
+from .op_times import time_ops
+from .pacing import Pace
+from .places import place
 from .program import Program, build
-from .recovery import recovered
-from .repair import without_teacher
-from .replicas import on_host
+from .recovery import agreed, recovered
+from .reference import referenced
 from .report.html import write_report
 from .report.journal import Journal
-from .report.progress import open_progress
-from .report.sinks import Sink, check_sinks, open_sinks
-from .sampling import Sampling
+from .report.ledger import Ledger
+from .report.sinks import check_sinks
 from .saving import Saving
+from .snapshots import Snapshots
 from .staging import check_staging
 from .stop import StopRequest
+from .telling import Telling
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,7 @@ class Summary:
     directory: Path
     steps: int
     metrics: dict[str, float]  # of the last step and the last evaluation
+    first: dict[str, float]  # of the evaluation before the first step, where there was one
 
 
 def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summary:
@@ -70,45 +68,111 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
     Raises UserError before a device is touched where the request cannot work, and Preempted, the state saved, where
     asked to stop.
     """
-    check_staging(config)
-    data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
-    open_directory(config, root=root, write=False)  # refuses another run's; nothing is written until all is checked
-    check_sinks(config.logging)
-    environment.start(config, world)
-    mesh = make_mesh(config.mesh)
-    check_fits(config, dict(mesh.shape))
-    program = build(config, mesh)
-    check_offload(
-        config.model,
-        decisions(config.memory, tensors=emitted(config.model)),
-        platform=mesh.devices.flat[0].platform,
-        compute=jnp.dtype(config.precision.compute),
-    )
-
-    directory = open_directory(config, root=root, write=world.first)
+    parent, name = place(config, root)
+    # Refuses another run's directory; nothing is written until all is checked.
+    open_directory(config, root=parent, name=name, write=False)
+    data, metrics = checked(config, world)
+    program = programmed(config, world)
+    directory = open_directory(config, root=parent, name=name, write=world.first)
+    fence = fence_of(directory, world)
+    journal = Journal(directory, enabled=world.first, allowed=fence.check)
+    checkpoint, corpus = program.config.checkpoint, data.fingerprint
     with ExitStack() as stack:
-        fence = fence_of(directory, world)
-        journal = Journal(directory, enabled=world.first, allowed=fence.check)
         progress = stack.enter_context(closing(Progress(world, fence)))
-        progress.report(0, "start")
         storage = Storage(directory / "checkpoints", layout=program.layout, allowed=fence.check)
         stack.enter_context(closing(storage))
         stop = stack.enter_context(StopRequest())
-        try:
-            memory = memory_of(directory, layout=program.layout.name) if config.checkpoint.memory_every else None
-            state, start = recovered(program, storage, memory, journal, corpus=data.fingerprint)
-            if start == 0:
-                keep(program, state, directory, allowed=fence.check)
-            stamp = {"corpus": data.fingerprint, "origin": program.origin}
-            saving = Saving(config.checkpoint, storage, journal, stamp, memory)
-            run = Run(config, program, data, directory, world, journal, saving, stop, progress)
-            return run.go(state, start)
-        except (Preempted, Fenced, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            with suppress(UserError):  # a full disk must not hide what happened
-                journal.record("failure", error=type(error).__name__, message=str(error)[:500])
-            raise
+        stack.enter_context(failures_told(journal))
+
+        memory = None
+        if checkpoint.memory_every:
+            memory = memory_of(directory, layout=program.layout.name, host=world.host)
+        state, start = recovered(program, storage, memory, journal, corpus=corpus)
+        if start == 0:
+            keep(program, state, directory, allowed=fence.check)
+        share = share_of(program)
+        data = referenced(program, data, samples=share.samples(start, config.steps))
+        snapshots = None
+        if memory is not None:
+            snapshots = Snapshots(checkpoint, memory, journal, fence.check)
+            stack.callback(snapshots.close)
+            snapshots.reserve(state)
+        saving = Saving(checkpoint, storage, journal, {"corpus": corpus, "origin": program.origin}, snapshots)
+        meetings = None
+        if config.islands:
+            meetings = stack.enter_context(joined(config, program, journal, corpus=corpus, alive=progress.waits))
+
+        began = time.monotonic()
+        step, meet = program.compiled_step(), meetings or program.compiled_meetings()
+        assess = Assessment(program, data, program.compiled_evaluation(), metrics) if data.held_out else None
+        journal.record("compile", seconds=time.monotonic() - began)
+        made = plan.make_plan(program, step)
+        if world.first:
+            describe(program, data, made, directory)
+        with Telling(program.config, directory, journal, start=start) as told:
+            told.note(plan.render(made))
+            loop = Loop(
+                program=program,
+                data=data,
+                share=share,
+                directory=directory,
+                step=step,
+                meet=meet,
+                meetings=meetings,
+                assess=assess,
+                saving=saving,
+                pace=Pace(checkpoint.every, directory, journal, agreed),
+                ledger=ledger_of(directory, world, fence, kept=config.logging.ledger),
+                stop=stop,
+                progress=progress,
+                meter=Meter.of(program.config, made),
+                told=told,
+            )
+            state = loop.run(state, start)
+        saving.finish()
+        if program.staging is not None and config.pipeline.measure:
+            progress.report(config.steps, "measure")
+            measured = time_ops(program, state, data)
+            if world.first:
+                write_json(directory / "pipeline.json", measured)
+        journal.record("finish", step=config.steps, **told.last)
+    if world.first:
+        write_report(directory)
+    return Summary(directory, config.steps, told.last, told.first)
+
+
+def checked(config: RunConfig, world: World) -> tuple[Data, Sequence[Metric]]:
+    """The data and the user's measures, with all that can be refused without touching a device. Raises UserError."""
+    check_staging(config)
+    check_keepers(config.checkpoint, world)
+    check_sinks(config.logging)
+    data = assemble.build(own(config).data, seed=config.seed, model_vocab=config.model.vocab)
+    return data, metric_functions(config.evaluation.metrics)
+
+
+def programmed(config: RunConfig, world: World) -> Program:
+    """This job's program on its mesh. Raises UserError where the mesh there is does not fit the request."""
+    mine = own(config)
+    environment.start(mine, world)
+    mesh = make_mesh(mine.mesh)
+    check_fits(config, dict(mesh.shape))
+    program = build(mine, mesh)
+    check_offload(
+        mine.model,
+        decisions(mine.memory, tensors=emitted(mine.model)),
+        platform=mesh.devices.flat[0].platform,
+        compute=jnp.dtype(mine.precision.compute),
+    )
+    return program
+
+
+def check_keepers(checkpoint: CheckpointConfig, world: World) -> None:
+    """Raise UserError where snapshots are to be protected and nobody is there to do it."""
+    if checkpoint.parity != "none" and world.hosts is None:
+        raise UserError(
+            f"checkpoint.parity: {checkpoint.parity} needs a keeper on every host, which `meshwright launch` starts; "
+            "launch the run, or set it to none"
+        )
 
 
 def fence_of(directory: Path, world: World) -> Fence:
@@ -119,195 +183,38 @@ def fence_of(directory: Path, world: World) -> Fence:
     return fence
 
 
-@dataclass
-class Run:
-    """The loop and what it holds on to."""
+def ledger_of(directory: Path, world: World, fence: Fence, *, kept: bool) -> Ledger:
+    """Where this process notes which samples it fed to which step, where such notes are `kept`."""
+    return Ledger(
+        directory,
+        epoch=fence.epoch or 0,
+        process=world.process,
+        processes=world.processes,
+        enabled=kept,
+        allowed=fence.check,
+    )
 
-    config: RunConfig
-    program: Program
-    data: Data
-    directory: Path
-    world: World
-    journal: Journal
-    saving: Saving
-    stop: StopRequest
-    progress: Progress
 
-    def go(self, state: TrainState, start: int) -> Summary:
-        """Compile, train, evaluate, report."""
-        config, program = self.config, self.program
-        began = time.monotonic()
-        step = program.compiled_step()
-        self.meet = program.compiled_meetings()
-        evaluation = program.compiled_evaluation() if self.data.held_out else None
-        self.journal.record("compile", seconds=time.monotonic() - began)
-        made = plan.make_plan(program, step)
-        if self.world.first:
-            self.data.tokenizer.save(self.directory)
-            if config.model.origin is not None and config.data.tokenizer.file == config.model.origin:
-                copy_companions(config.model.origin, self.directory)
-            write_json(self.directory / "plan.json", made)
-            write_json(self.directory / "environment.json", environment.describe(config, self.data, program.mesh))
-        with ExitStack() as stack:
-            self.bar = stack.enter_context(
-                open_progress(config.steps, start, self.world.first, every=config.logging.every)
-            )
-            self.bar.note(plan.render(made))
-            self.sinks = [stack.enter_context(closing(sink)) for sink in self.opened_sinks(start)]
-            self.meter = Meter.of(config, made)
-            self.last: dict[str, float] = {}
-            state = self.loop(state, start, step, evaluation)
-            self.progress.report(config.steps, "finish")
-            if config.steps > start or config.steps not in self.saving.storage.steps:
-                self.save(state, config.steps)
-            if evaluation is not None:
-                self.evaluate(state, config.steps, evaluation)
-        self.saving.finish()
-        if program.staging is not None and config.pipeline.measure:
-            self.time_ops(state)
-        self.journal.record("finish", step=config.steps, **self.last)
-        if self.world.first:
-            write_report(self.directory)
-        return Summary(self.directory, config.steps, self.last)
+@contextmanager
+def failures_told(journal: Journal) -> Iterator[None]:
+    """What goes wrong inside is journalled."""
+    try:
+        yield
+    except (Preempted, Fenced, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        with suppress(UserError):  # a full disk must not hide what happened
+            journal.record("failure", error=type(error).__name__, message=str(error)[:500])
+        raise
 
-    def time_ops(self, state: TrainState) -> None:
-        """Measure the ops of the pipeline, for the report."""
-        self.progress.report(self.config.steps, "measure")
-        with closing(self.batches(0)) as feed:
-            batch = to_devices(next(feed), self.config, self.program.mesh)
-        costs = op_times(self.program, state.params, state.frozen, batch)
-        staging = self.program.staging
-        measured = {
-            "schedule": staging.table.name,
-            "devices": staging.table.devices,
-            "repeats": staging.repeats,
-            "costs": costs.model_dump(mode="json"),
-        }
-        if self.world.first:
-            write_json(self.directory / "pipeline.json", measured)
 
-    def loop(self, state: TrainState, start: int, step: Any, evaluation: Any) -> TrainState:
-        """From update `start` to the last; metrics are read one step behind."""
-        config = self.config
-        profile = Profile(config.logging.profile, self.directory)
-        pending = None
-        with closing(self.batches(start)) as feed:
-            for number in range(start + 1, config.steps + 1):
-                with profile.step(number):
-                    with self.meter.host():
-                        batch = to_devices(next(feed), config, self.program.mesh)
-                    state, metrics = step(state, batch)
-                    state = self.meet(state, number)
-                    self.told(pending)
-                    pending = (number, metrics)
-                self.progress.report(number - 1)  # whose metrics have been read: it is done
-                self.saving.poll()
-                stopping = self.stop.requested(number) and number < config.steps
-                pauses = (config.checkpoint.every, config.checkpoint.memory_every, config.evaluation.every)
-                if stopping or any(self.due(every, number) for every in pauses):
-                    self.told(pending)  # what is saved or evaluated has been judged, and its row stands before theirs
-                    pending = None
-                    self.pause(state, number, evaluation, stopping=stopping)
-                    self.meter.restart()
-            self.told(pending)
-        return state
-
-    def pause(self, state: TrainState, number: int, evaluation: Any, *, stopping: bool) -> None:
-        """What happens between update `number` and the next. Raises Preempted, the state saved, where asked to stop."""
-        self.progress.report(number, "save or evaluate")
-        if stopping:
-            self.save(state, number)
-            self.saving.finish()
-            self.journal.record("preempted", step=number)
-            raise Preempted(f"stopped after step {number}, state saved; run the same command to go on")
-        if self.due(self.config.checkpoint.memory_every, number):
-            self.saving.snapshot(state, number, samples=number * self.config.data.global_batch)
-        if self.due(self.config.checkpoint.every, number):
-            self.save(state, number)
-        if evaluation is not None and self.due(self.config.evaluation.every, number):
-            self.evaluate(state, number, evaluation)
-
-    def opened_sinks(self, start: int) -> list[Sink]:
-        """Where metrics go; only the first process writes them."""
-        if not self.world.first:
-            return []
-        config = self.config
-        return open_sinks(
-            config.logging,
-            self.directory,
-            run_name=config.name,
-            resume_step=start,
-            config=config.model_dump(mode="json"),
-        )
-
-    def due(self, every: int, step: int) -> bool:
-        """Whether what happens `every` so many steps (0: never) happens after `step`; the last step has its own."""
-        return every > 0 and step % every == 0 and step < self.config.steps
-
-    def batches(self, start: int) -> Iterator[dict[str, Any]]:
-        """This process's rows of every global batch from update `start` on."""
-        size = self.config.data.global_batch
-        return batches(
-            self.data.train,
-            start=start * size,
-            global_batch=size,
-            rows=local_rows(self.config, self.program.mesh),
-            prefetch=self.config.data.prefetch,
-        )
-
-    def told(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
-        """Wait for a step's metrics; act on numbers that are not; log every `logging.every`-th and the first."""
-        if pending is None:
-            return
-        step, arrays = pending
-        metrics = on_host(arrays)  # waits for the device
-        with self.meter.host():
-            metrics |= self.meter.lap()
-            if self.program.traffic:
-                metrics["sent_bytes"] = sent(self.program.traffic, step)
-            self.last |= metrics
-            if metrics["skipped"]:
-                self.journal.record("skip", step=step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
-                finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-                if self.config.logging.on_nan == "stop" and not finite:
-                    raise MeshwrightError(
-                        f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the update was "
-                        "not applied. Lower optimizer.learning_rate, set optimizer.clip, or logging.on_nan=skip"
-                    )
-            self.bar.update(step, metrics)
-            if step % self.config.logging.every == 0 or step in (1, self.config.steps):
-                self.write(step, metrics)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One row of metrics to every sink."""
-        for sink in self.sinks:
-            sink.write(step, values)
-
-    def save(self, state: TrainState, step: int) -> None:
-        """Begin a checkpoint."""
-        self.saving.begin(state, step, samples=step * self.config.data.global_batch)
-
-    def evaluate(self, state: TrainState, step: int, evaluation: Any) -> None:
-        """Held-out loss and samples, of the parameters that the run stands for."""
-        began = time.monotonic()
-        params = self.program.evaluated(state)
-        values = evaluate(self.program, evaluation, params, state.frozen, self.data)
-        if self.program.replicas:
-            values |= self.program.replicas.apart(state)
-        self.last |= values
-        self.write(step, values)
-        self.journal.record("evaluation", step=step, seconds=time.monotonic() - began, **values)
-        self.bar.note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        prompts = self.config.evaluation.prompts
-        if prompts and jax.process_count() == 1:
-            texts = complete(
-                self.program,
-                self.program.in_order(combine(params, without_teacher(state.frozen))),
-                self.data.tokenizer,
-                prompts,
-                max_tokens=self.config.evaluation.sample_tokens,
-                sampling=Sampling(temperature=self.config.evaluation.temperature),
-                seed=self.config.seed,
-            )
-            for prompt, text in zip(prompts, texts, strict=True):
-                self.journal.record("sample", step=step, prompt=prompt, text=text)
+def describe(program: Program, data: Data, made: dict, directory: Path) -> None:
+    """Write what goes with the run's checkpoints: tokenizer, chat template, plan, environment."""
+    config = program.config
+    data.tokenizer.save(directory)
+    if config.model.origin is not None and config.data.tokenizer.file == config.model.origin:
+        copy_companions(config.model.origin, directory)
+    if config.data.chats and data.template is not None:
+        (directory / "chat_template.jinja").write_text(data.template.source, encoding="utf-8")
+    write_json(directory / "plan.json", made)
+    write_json(directory / "environment.json", environment.describe(config, data, program.mesh))

@@ -1,22 +1,40 @@
 """The saves of a sitting: begun, journalled, thinned out, and what a failed one means.
 
-saving.begin(state, step)      returns when the arrays may change
-saving.poll()                  between steps: journals what has become whole, deletes what need not stay
-saving.finish()                raises where the last save failed: no run ends well without its state
+saving.begin(state, step, samples=n, storage=True)      returns when the arrays may change
+saving.poll()                                           between steps: journals what has become whole
+saving.finish()                                         raises where the last save failed: no run ends well without it
+
+A save is a copy of the state, begun at once (`checkpoint/copies.py`), that the next step is not kept waiting for; from
+the copy a snapshot is written to the host's memory (`snapshots.py`), a checkpoint to storage, or both.
 """
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..checkpoint.memory import Memory
+from ..checkpoint.copies import independent
 from ..checkpoint.retention import retained
 from ..checkpoint.storage import Storage
 from ..configs.errors import MeshwrightError
 from ..configs.training import CheckpointConfig
 from ..parallel.state import TrainState
+from .agreement import anyone
 from .report.journal import Journal, read_events
+from .snapshots import Snapshots
+
+NOW, LATER, NEVER = "now", "later", "never"
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A copy that waits for the storage to be free."""
+
+    state: TrainState
+    step: int
+    samples: int
+    stall: float  # seconds that it kept training waiting
 
 
 @dataclass
@@ -27,47 +45,71 @@ class Saving:
     storage: Storage
     journal: Journal
     stamp: Mapping[str, Any]  # what is written into every checkpoint beside the state
-    memory: Memory | None = None  # snapshots in the host's memory
+    snapshots: Snapshots | None = None  # in the host's memory
     failure: MeshwrightError | None = None  # of the newest save; None where it became whole
-    snapshots: list[tuple[float, int]] = field(default_factory=list)  # (seconds, bytes) since the last checkpoint
+    waiting: Waiting | None = None  # when_busy: drop-oldest
     began: dict[int, float] = field(default_factory=dict)  # step -> when its save began
+    numbers: dict[str, float] = field(default_factory=dict)  # for the next row of metrics
 
-    def begin(self, state: TrainState, step: int, *, samples: int) -> None:
-        """Begin to save `state` after `step` updates, once the save before it has ended."""
-        self.settle()
-        began = self.began[step] = time.monotonic()
-        try:
-            self.storage.save(state, step=step, data={**self.stamp, "samples": samples})
-        except MeshwrightError as error:
-            self.failed(error, step)
-            return
-        self.journal.record(
-            "save",
-            step=step,
-            stall_seconds=time.monotonic() - began,
-            snapshots=len(self.snapshots),
-            snapshot_seconds=sum(seconds for seconds, _ in self.snapshots),
-            snapshot_bytes=max((written for _, written in self.snapshots), default=0),
-        )
-        self.snapshots.clear()
-
-    def snapshot(self, state: TrainState, step: int, *, samples: int) -> None:
-        """Copy `state` to the host's memory; the next checkpoint's line in the journal says what these took."""
-        if self.memory is None:
-            return
+    def begin(self, state: TrainState, step: int, *, samples: int, storage: bool = True, memory: bool = False) -> None:
+        """Begin to save `state` after `step` updates, where `config.when_busy` does not say otherwise."""
         began = time.monotonic()
-        try:
-            written = self.memory.save(state, step=step, data={**self.stamp, "samples": samples})
-        except OSError as error:
-            self.journal.record("save-failed", step=step, level="memory", message=str(error)[:500])
-            self.memory = None  # storage goes on; a full memory does not empty itself
+        memory = memory and self.snapshots is not None and self.snapshots.takes(step)
+        when = self.when(step) if storage else NEVER
+        if when == NEVER and not memory:
             return
-        self.snapshots.append((time.monotonic() - began, written))
+        copied = independent(dataclasses.replace(state, frozen={}))  # what never changes is not saved
+        stall = time.monotonic() - began
+        if memory:
+            self.snapshots.begin(copied, step, data={**self.stamp, "samples": samples}, stall=stall)
+        if when == NEVER:
+            return
+        if self.waiting is not None:
+            self.journal.record("save-dropped", step=self.waiting.step, reason=f"step {step} is newer")
+        self.waiting = Waiting(copied, step, samples, stall)
+        if when == NOW:
+            self.write()
+
+    def when(self, step: int) -> str:
+        """When storage takes a save of `step`: back-pressure, the same on every process."""
+        busy = self.config.when_busy != "wait" and anyone(self.storage.pending is not None and not self.storage.ended)
+        if not busy:
+            self.settle()
+            return NOW
+        if self.config.when_busy == "drop-oldest":
+            return LATER
+        self.journal.record("save-skipped", step=step, reason="the save before it is still being written")
+        return NEVER
+
+    def write(self) -> None:
+        """Hand the copy that waits to the storage, which is free."""
+        one, self.waiting = self.waiting, None
+        began = self.began[one.step] = time.monotonic()
+        try:
+            self.storage.save(one.state, step=one.step, data={**self.stamp, "samples": one.samples})
+        except MeshwrightError as error:
+            self.failed(error, one.step)
+            return
+        stall = one.stall + time.monotonic() - began
+        self.numbers["save_stall_seconds"] = stall
+        snapshots = self.snapshots.taken() if self.snapshots is not None else {}
+        self.journal.record("save", step=one.step, stall_seconds=stall, **snapshots)
 
     def poll(self) -> None:
-        """Note a save that has ended; does not wait."""
-        if self.storage.ended:
+        """Note a save that has ended, and begin the one that waits; does not wait."""
+        if self.snapshots is not None:
+            self.snapshots.poll()
+            self.numbers |= self.snapshots.numbers()
+        if self.waiting is not None and not anyone(self.storage.pending is not None and not self.storage.ended):
             self.settle()
+            self.write()
+        elif self.storage.ended:
+            self.settle()
+
+    def row(self) -> dict[str, float]:
+        """What saves took since the last row of metrics."""
+        numbers, self.numbers = self.numbers, {}
+        return numbers
 
     def settle(self) -> None:
         """Wait for the save under way and note how it ended."""
@@ -80,22 +122,27 @@ class Saving:
         if committed is None:
             return
         self.failure = None
-        self.journal.record(
-            "commit",
-            step=committed,
-            seconds=time.monotonic() - self.began[committed],
-            fingerprint_seconds=self.storage.fingerprint_seconds,
-        )
+        spent = {name if name == "bytes" else f"{name}_seconds": one for name, one in vars(self.storage.spent).items()}
+        self.numbers |= {f"save_{name}": float(value) for name, value in spent.items()}
+        self.journal.record("commit", step=committed, seconds=time.monotonic() - self.began[committed], **spent)
         if self.journal.enabled:
             self.thin_out()
+
+    def last(self, state: TrainState, step: int, *, samples: int) -> None:
+        """Save what the sitting ends with, whatever is under way."""
+        self.settle()
+        if self.waiting is not None:
+            self.journal.record("save-dropped", step=self.waiting.step, reason=f"step {step} is the last")
+            self.waiting = None
+        self.begin(state, step, samples=samples)
 
     def finish(self) -> None:
         """Wait for the last save. Raises MeshwrightError where it failed."""
         self.settle()
         if self.failure is not None:
             raise self.failure
-        if self.memory is not None:
-            self.memory.clear()  # storage has the state: the memory is the host's again
+        if self.snapshots is not None:
+            self.snapshots.clear()  # storage has the state: the memory is the host's again
 
     def failed(self, error: MeshwrightError, step: int | None) -> None:
         """Journal a save that failed; raise where the policy says stop."""

@@ -19,23 +19,22 @@ from ..parallel.state import TrainState, combine
 from ..parallel.vocabulary import token_logprobs
 from .gradients import Batch, Engine, Loss
 from .optimizers import mean_norm
-from .recipes.registry import Recipe
+from .recipes import interface as recipes
+from .update import Update
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch), and the number of its first row
 
 
-def make_loss(
-    graph: Any, recipe: Recipe, *, model: ModelConfig, memory: MemoryConfig, context: Callable[..., Context]
-) -> Loss:
-    """The recipe's numerator and weight of a batch, by parameters. `context(batch, keys)` is what blocks are told."""
+def make_logprobs(
+    graph: Any, *, model: ModelConfig, memory: MemoryConfig, context: Callable[..., Context]
+) -> Callable[..., jax.Array]:
+    """(params, frozen, batch, keys) -> log p of each target. `context(batch, keys)` is what blocks are told."""
 
-    def loss(
-        params: Any, frozen: Any, batch: Batch, keys: jax.Array | None
-    ) -> tuple[jax.Array, tuple[jax.Array, dict]]:
+    def logprobs(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
         ctx = context(batch, keys)
         decoder = nnx.merge(graph, combine(params, frozen))
         hidden, _ = decoder.hidden(batch["tokens"], ctx)
-        logprobs = token_logprobs(
+        return token_logprobs(
             hidden,
             decoder.head_kernel(ctx.compute),
             batch["targets"],
@@ -44,7 +43,17 @@ def make_loss(
             chunks=memory.loss_chunks,
             constrain=ctx.constrain,
         )
-        numerator, weight = recipe(logprobs, batch)
+
+    return logprobs
+
+
+def make_loss(logprobs: Callable[..., jax.Array], recipe: recipes.Loss) -> Loss:
+    """The recipe's numerator and weight of a batch, by parameters; `logprobs` as `make_logprobs` gives them."""
+
+    def loss(
+        params: Any, frozen: Any, batch: Batch, keys: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, dict]]:
+        numerator, weight = recipe(logprobs(params, frozen, batch, keys), batch)
         return numerator, (weight, {})
 
     return loss
@@ -52,13 +61,13 @@ def make_loss(
 
 def make_step(
     engine: Engine,
-    optimizer: optax.GradientTransformation,
+    update: Update,
     *,
     schedule: optax.Schedule,
     dropout: bool,
     spike: float | None,
 ) -> Step:
-    """A pure step. It applies no update that is not finite, or whose norm exceeds `spike` times the mean so far."""
+    """A pure step. No update is healthy that is not finite, or whose norm exceeds `spike` times the mean so far."""
 
     def step(state: TrainState, batch: Batch, first_row: Any = 0) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = row_keys(state, rows=first_row + jnp.arange(batch["tokens"].shape[0])) if dropout else None
@@ -66,13 +75,10 @@ def make_step(
         weight = jnp.maximum(sums.weight, 1e-9)
         gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / weight, sums.gradient)
         norm = optax.global_norm(gradient)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         healthy = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
         if spike is not None:
             healthy &= norm < spike * mean_norm(state.opt_state)
-        new = dataclasses.replace(
-            state, step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-        )
+        new = update(gradient, state, norm, healthy)
         metrics = {
             "loss": sums.loss / weight,
             "tokens": sums.weight,
@@ -80,10 +86,10 @@ def make_step(
             "learning_rate": schedule(state.step),
             "skipped": ~healthy,
             **{name: value / weight for name, value in sums.metrics.items()},
+            **new.metrics,
         }
         # An update that is not applied still counts as a step, so that the data goes on.
-        kept = dataclasses.replace(state, step=new.step)
-        return jax.tree.map(lambda applied, old: jnp.where(healthy, applied, old), new, kept), metrics
+        return dataclasses.replace(state, step=state.step + 1, params=new.params, opt_state=new.opt_state), metrics
 
     return step
 

@@ -17,13 +17,16 @@ from .base import completed
 from .directory import read_config
 from .evaluation import evaluate as held_out
 from .launch.world import World
+from .places import newest
 from .program import Program, build
+from .reference import referenced
 
 # One device, whatever the run was trained on.
 ONE_DEVICE = {
     "microbatches": 1,
     "mesh": dict.fromkeys(("replica", "pipe", "data", "fsdp", "expert", "seq", "tensor"), 1) | {"devices": None},
     "outer": None,
+    "islands": None,
 }
 
 
@@ -37,18 +40,22 @@ def generate(
     top_p: float | None,
     seed: int,
 ) -> list[str]:
-    """What the run's model continues each prompt with."""
+    """What the run's model continues each prompt with; one that learned conversations answers it."""
+    from .answering import complete
+    from .data.chat import find_template
     from .data.tokenizer import load
-    from .generate import complete
     from .sampling import Sampling
 
-    program, state = opened(read(run, []), run)
+    run = newest(run)
+    config = read(run, [])
+    program, state = opened(config, run)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return complete(
         program,
         program.whole(state),
         load(run),
         list(prompts),
+        template=find_template(None, tokenizer=str(run), tokens={}) if config.data.chats else None,
         max_tokens=tokens,
         sampling=sampling,
         seed=seed,
@@ -56,15 +63,20 @@ def generate(
 
 
 def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
-    """Held-out numbers of the run's newest checkpoint. Raises UserError where nothing is held out."""
+    """Held-out numbers of the newest checkpoint, and of its answers. Raises UserError where nothing is held out."""
+    from .answering import answered, metric_functions
     from .data import assemble
 
+    run = newest(run)
     config = read(run, overrides)
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
     if data.held_out is None:
         raise UserError(f"data.held_out: 0 in {run}: nothing to evaluate on; pass data.held_out=0.02")
     program, state = opened(config, run)
-    return held_out(program, program.compiled_evaluation(), program.evaluated(state), state.frozen, data)
+    data = referenced(program, data, samples=range(0))
+    values = held_out(program, program.compiled_evaluation(), program.evaluated(state), state.frozen, data)
+    weights, metrics = program.whole(state), metric_functions(config.evaluation.metrics)
+    return values | answered(program, weights, data, config.evaluation, metrics)
 
 
 def read(run: Path, overrides: Sequence[str]) -> RunConfig:
@@ -83,7 +95,7 @@ def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
     """
     environment.start(config, World())
     trained = read_config(run)
-    together = config.model_copy(update={"outer": trained.outer})
+    together = config.model_copy(update={"outer": trained.outer, "islands": trained.islands})
     program = build(together, make_mesh(config.mesh), replica_count=trained.mesh.replica)
     with closing(Storage(run / "checkpoints", layout=program.layout)) as storage:
         for step in reversed(storage.steps):

@@ -6,11 +6,12 @@
 
 What a replica contributes to a mean is its coded drift, the payload. In float32 it is reduced, 2 (R - 1) / R payloads
 sent by a ring; in other formats it is gathered, R - 1 payloads. A pair swaps one payload, and NoLoCo its anchors too.
-Data parallelism reduces a float32 gradient after every update.
+Islands send payloads whole in every format, R - 1 of them. Data parallelism reduces a float32 gradient after every
+update.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ...configs.outer import PAIRED, OuterConfig
@@ -18,6 +19,9 @@ from .fragments import Fragment, fragments, offsets
 from .sizes import coded_bytes
 
 Shapes = Mapping[str, tuple[int, ...]]  # canonical name -> shape of the array
+
+
+Collected = Callable[[int, str, int], int]  # (bytes of a payload, wire, replicas) -> bytes sent
 
 
 class Traffic(NamedTuple):
@@ -30,13 +34,18 @@ class Traffic(NamedTuple):
     bytes: int  # sent
 
 
-def traffic(outer: OuterConfig, shapes: Shapes, *, layers: int, replicas: int) -> tuple[Traffic, ...]:
-    """The sending meetings of `outer` between `replicas` replicas of a model of such `shapes`."""
+def traffic(
+    outer: OuterConfig, shapes: Shapes, *, layers: int, replicas: int, collected: Collected | None = None
+) -> tuple[Traffic, ...]:
+    """The sending meetings of `outer` between `replicas` replicas of a model of such `shapes`.
+
+    `collected` says what a replica sends for a mean of such payloads; default: as on a mesh.
+    """
     parts = fragments(layers, count=outer.fragments or 1, order=outer.order or "strided")
     found = []
     for number, (part, offset) in enumerate(zip(parts, offsets(len(parts), every=outer.every), strict=True)):
         payload = payload_bytes(part, shapes, outer.wire)
-        sent = payload if outer.name in PAIRED else collected_bytes(payload, outer.wire, replicas)
+        sent = payload if outer.name in PAIRED else (collected or collected_bytes)(payload, outer.wire, replicas)
         if outer.name == "noloco":
             sent += payload_bytes(part, shapes, "float32")
         name = f"send-{number}" if outer.name == "streaming" else "meet"
@@ -56,6 +65,16 @@ def collected_bytes(payload: int, wire: str, replicas: int) -> int:
     (150, 300)
     """
     return 2 * (replicas - 1) * payload // replicas if wire == "float32" else (replicas - 1) * payload
+
+
+def gathered_bytes(payload: int, wire: str, replicas: int) -> int:
+    """Bytes an island sends so that all know all payloads, whole: in float32 too, so that any of them may be missing.
+
+    >>> gathered_bytes(100, "float32", 4)
+    300
+    """
+    del wire
+    return (replicas - 1) * payload
 
 
 def sent(meetings: Sequence[Traffic], update: int) -> int:

@@ -39,6 +39,7 @@ class Meeting(NamedTuple):
     every: int
     offset: int
     run: Callable[[Params, OuterState, jax.Array], tuple[Params, OuterState]]  # (params, state, row of the pairs)
+    needs: str | None = None  # the meeting whose messages must have arrived before this one
 
     def due(self, update: int) -> bool:
         """Whether it follows update number `update`, counted from 1."""

@@ -59,7 +59,7 @@ def streaming(
     for number, (fragment, offset) in enumerate(zip(cuts, offsets(len(cuts), every=every), strict=True)):
         meetings += [
             Meeting(f"send-{number}", every, offset, sending(fragment)),
-            Meeting(f"receive-{number}", every, offset + overlap, receiving(fragment)),
+            Meeting(f"receive-{number}", every, offset + overlap, receiving(fragment), needs=f"send-{number}"),
         ]
     return OuterOptimizer(
         lambda params: OuterState(float32(params), jax.tree.map(jax.numpy.zeros_like, float32(params))),

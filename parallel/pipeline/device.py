@@ -38,7 +38,7 @@ class Device:
 
     def forward(self, row: Row, carry: Carry) -> Carry:
         """F: run the chunk on what was sent, or on the embedding; save what the backward pass reads."""
-        fields, context = self.fields(row["microbatch"])
+        _, context = self.fields(row["microbatch"])
 
         def one(number: jax.Array, state: tuple[jax.Array, Saved]) -> tuple[jax.Array, Saved]:
             x, saved = state
@@ -51,10 +51,10 @@ class Device:
                 weight=put(saved.weight, row["weight"], number, weight),
             )
 
-        x = when(row["first"], partial(self.ends.enter, self, fields, context), carry.messages[row["read"]])
+        x = when(row["first"], partial(self.ends.enter, self), row, carry.messages[row["read"]])
         out, saved = jax.lax.fori_loop(0, row["repeats"], one, (x, carry.saved))
         carry = carry._replace(out=out, saved=saved)
-        return carry if self.wiring.trains else when(row["last"], partial(self.ends.measure, self, row), carry)
+        return carry if self.wiring.trains else when(row["last"], partial(self.ends.measure, self), row, carry)
 
     def input_gradient(self, row: Row, carry: Carry) -> Carry:
         """I: the gradient of the chunk's input; the stash keeps what W reads."""
@@ -103,11 +103,11 @@ class Device:
     def begin_backward(self, row: Row, carry: Carry) -> Carry:
         """`out` is the gradient of the chunk's output: what was sent, or the loss's own on the last stage."""
         carry = carry._replace(out=carry.messages[row["read"]])
-        return when(row["last"], partial(self.ends.begin_backward, self, row), carry)
+        return when(row["last"], partial(self.ends.begin_backward, self), row, carry)
 
     def end_backward(self, row: Row, carry: Carry) -> Carry:
         """On stage 0, hand the gradient of the input to the embedding."""
-        return when(row["first"], partial(self.ends.end_backward, self, row), carry)
+        return when(row["first"], partial(self.ends.end_backward, self), row, carry)
 
     def numbered(self, row: Row, context: Any, number: jax.Array) -> Any:
         """What the block of repeat `number` reads."""

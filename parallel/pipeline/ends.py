@@ -30,9 +30,10 @@ class WholeEnds:
         del device, row
         return carry
 
-    def enter(self, device: Device, fields: Any, context: Any, sent: jax.Array) -> jax.Array:
+    def enter(self, device: Device, row: Row, sent: jax.Array) -> jax.Array:
         """The first block's input: the embedding of the microbatch's tokens."""
         del sent
+        fields, context = device.fields(row["microbatch"])
         return device.parts.enter(device.weights.ends, device.frozen.ends, fields, context, None)
 
     def begin_backward(self, device: Device, row: Row, carry: Carry) -> Carry:

@@ -27,7 +27,7 @@ from .device import PHASES, Device
 from .ends import WholeEnds
 from .parts import BATCH_AXES, MANUAL, RESIDUAL, Carry, Parts, Row, Weights, filed, when
 from .shared import SharedEnds
-from .split import Saved, split
+from .split import Saved, Split, split
 from .wiring import Wiring
 
 Run = Callable[[Weights, Weights, Any, Any, Row], tuple[jax.Array, jax.Array, Weights]]
@@ -86,11 +86,7 @@ def on_device(
     # Microbatch i takes rows i, i + count, ... like plain accumulation does: every device keeps the rows it has.
     cut = partial(jax.tree.map, lambda leaf: jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0))
     batch, keys = cut(batch), cut(keys)
-    first = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
-    fields, key, layer = first(batch), first(keys), first((weights.stacked, frozen.stacked))
-    context = (jax.eval_shape(parts.context, frozen.ends, fields, key), jax.ShapeDtypeStruct((), jnp.int32))
-    x = parts.shape(fields)
-    block = split(parts.block, *layer, context, x)
+    block, x = traced_block(parts, weights, frozen, batch, keys)
     ends = WholeEnds() if wiring.meetings is None else SharedEnds(wiring.meetings, wiring.table)
     device = Device(parts, wiring, block, weights, frozen, batch, keys, ends, repeats)
     carry, _ = jax.lax.scan(partial(tick, device), empty(device, x, dtype=dtype), rows)
@@ -99,10 +95,24 @@ def on_device(
     return *sums, jax.tree.map(reduced, carry.gradient, specs) if wiring.trains else ()
 
 
+def traced_block(
+    parts: Parts, weights: Weights, frozen: Weights, batch: Any, keys: Any
+) -> tuple[Split, jax.ShapeDtypeStruct]:
+    """The block in its parts, and the shape of what passes between stages, for arrays (or shapes) of one device.
+
+    `batch` and `keys` have leading [microbatches, rows].
+    """
+    first = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
+    fields, key, layer = first(batch), first(keys), first((weights.stacked, frozen.stacked))
+    context = (jax.eval_shape(parts.context, frozen.ends, fields, key), jax.ShapeDtypeStruct((), jnp.int32))
+    x = parts.shape(fields)
+    return split(parts.block, *layer, context, x), x
+
+
 def empty(device: Device, x: jax.ShapeDtypeStruct, *, dtype: Any) -> Carry:
     """What the first tick begins with; `x` is the shape of what passes between stages."""
     constrain, slots = device.parts.constrain, device.wiring.slots
-    messages = jnp.zeros((slots["messages"], *x.shape), x.dtype)
+    messages = jnp.zeros((slots["messages"] + 1, *x.shape), x.dtype)
     saved = [
         [jnp.zeros((slots[name], device.repeats, *one.shape), one.dtype) for one in shapes]
         for name, shapes in device.block.shapes._asdict().items()
@@ -126,7 +136,7 @@ def tick(device: Device, carry: Carry, rows: Row) -> tuple[Carry, None]:
     row = {name: field if field.ndim == 0 else field[me] for name, field in rows.items()}
     carry = device.ends.before(device, row, carry)
     for op in sorted(device.wiring.ops & PHASES.keys()):
-        carry = when(row["op"] == op, partial(PHASES[op], device, row), carry)
+        carry = when(row["op"] == op, partial(PHASES[op], device), row, carry)
     carry = carry._replace(messages=delivered(device.wiring, row, carry))
     return device.ends.after(device, row, carry), None
 
@@ -145,5 +155,25 @@ def delivered(wiring: Wiring, row: Row, carry: Carry) -> jax.Array:
 def reduced(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
     """The sum over the batch axes, and over `pipe` where every device holds it; of what `fsdp` cuts, our part."""
     if "fsdp" in spec:
-        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=tuple(spec).index("fsdp"), tiled=True)
+        gradient = scattered(gradient, tuple(spec).index("fsdp"))
     return jax.lax.psum(gradient, tuple(axis for axis in ("pipe", *BATCH_AXES) if axis not in spec))
+
+
+def scattered(whole: jax.Array, dimension: int) -> jax.Array:
+    """The sum over `fsdp`, of which each device keeps its part of `dimension`.
+
+    Under `vmap`, of replicas, it is a sum and a slice: the partitioner would gather all replicas for a reduce-scatter.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def one(whole: jax.Array) -> jax.Array:
+        return jax.lax.psum_scatter(whole, "fsdp", scatter_dimension=dimension, tiled=True)
+
+    @one.def_vmap
+    def several(count: int, mapped: list[bool], whole: jax.Array) -> tuple[jax.Array, bool]:
+        del count, mapped
+        size = whole.shape[dimension + 1] // jax.lax.axis_size("fsdp")
+        first = jax.lax.axis_index("fsdp") * size
+        return jax.lax.dynamic_slice_in_dim(jax.lax.psum(whole, "fsdp"), first, size, dimension + 1), True
+
+    return one(whole)

@@ -44,7 +44,7 @@ class Carry(NamedTuple):
     """What a tick hands to the next, on one device."""
 
     out: jax.Array  # x or its gradient, as made in this tick
-    messages: jax.Array  # [slots, rows, sequence, embed]
+    messages: jax.Array  # [slots + 1, rows, sequence, embed], the last one for letters that nobody reads
     saved: Saved  # each [slots, repeats, ...]
     gradient: Weights
     loss: jax.Array
@@ -52,9 +52,17 @@ class Carry(NamedTuple):
     between: Any  # what vocabulary passes keep; () without them
 
 
-def when(active: jax.Array, body: Callable[[Any], Any], carry: Any) -> Any:
-    """`body(carry)` where `active`, else `carry`: a loop of one or no rounds, whose carry is updated in place."""
-    return jax.lax.fori_loop(0, active.astype(jnp.int32), lambda _, same: body(same), carry)
+def when(active: jax.Array, body: Callable[[Row, Any], Any], row: Row, carry: Any) -> Any:
+    """`body(row, carry)` where `active`, else `carry`: a loop of one or no rounds, whose carry is updated in place.
+
+    The body's `row` is tied to the round. What a loop does with numbers from outside is the same in each of its rounds,
+    so the compiler would move it out of the loop, and a device that has nothing to do would do it in every tick.
+    """
+
+    def once(number: jax.Array, carry: Any) -> Any:
+        return body(jax.lax.optimization_barrier((row, number))[0], carry)
+
+    return jax.lax.fori_loop(0, active.astype(jnp.int32), once, carry)
 
 
 def added(total: Any, new: Any) -> Any:
@@ -77,5 +85,5 @@ def grown(carry: Carry, ends: Any) -> Carry:
 
 
 def filed(messages: jax.Array, slot: jax.Array, letter: jax.Array) -> jax.Array:
-    """`messages` with `letter` in `slot`; -1: unchanged."""
-    return messages.at[slot].set(jnp.where(slot >= 0, letter, messages[slot]))
+    """`messages` with `letter` in `slot`; -1, the last one, is for letters that nobody reads."""
+    return messages.at[slot].set(letter)

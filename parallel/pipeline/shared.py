@@ -88,32 +88,34 @@ class SharedEnds:
     def before(self, device: Device, row: Row, carry: Carry) -> Carry:
         """Start of a tick: the next microbatch's rows of the embedding, summed over devices, go to stage 0."""
 
-        def rows(messages: jax.Array) -> jax.Array:
+        def rows(row: Row, messages: jax.Array) -> jax.Array:
             own = self.lookup(device, device.weights.ends, row["meet_rows"]).astype(messages.dtype)
             return filed(messages, row["rows"], jax.lax.psum(own, "pipe"))
 
-        return carry._replace(messages=when(row["meet_rows"] >= 0, rows, carry.messages))
+        return carry._replace(messages=when(row["meet_rows"] >= 0, rows, row, carry.messages))
 
     def after(self, device: Device, row: Row, carry: Carry) -> Carry:
         """End of a tick: this device's S or T, and then the exchanges that the table has for the tick."""
         phases = {Op.S: self.scores, Op.T: self.weights}
         for op in sorted(device.wiring.ops & phases.keys()):
-            carry = when(row["op"] == op, partial(phases[op], device, row["microbatch"]), carry)
+            carry = when(row["op"] == op, partial(phases[op], device), row, carry)
         meet = [("broadcast", self.broadcast), ("combine", self.combine)]
         if device.wiring.trains:
             meet += [("head", self.total)] if self.table.algorithm == 1 else []
             meet += [("returned", self.scattered)]
         for kind, exchange in meet:
-            carry = when(row[f"meet_{kind}"] >= 0, partial(exchange, device, row, row[f"meet_{kind}"]), carry)
+            carry = when(row[f"meet_{kind}"] >= 0, partial(exchange, device), row, carry)
         return carry
 
-    def broadcast(self, device: Device, row: Row, microbatch: jax.Array, carry: Carry) -> Carry:
+    def broadcast(self, device: Device, row: Row, carry: Carry) -> Carry:
         """C0: the last stage's output goes to all devices."""
+        microbatch = row["meet_broadcast"]
         mine = (row["op"] == Op.F) & (row["last"] == 1)
         return self.keep(carry, microbatch, hidden=jax.lax.psum(jnp.where(mine, carry.out, 0), "pipe"))
 
-    def combine(self, device: Device, row: Row, microbatch: jax.Array, carry: Carry) -> Carry:
+    def combine(self, device: Device, row: Row, carry: Carry) -> Carry:
         """C1: log-probabilities and the recipe's loss; with Algorithm 2 also the gradient of the head's input."""
+        microbatch = row["meet_combine"]
         maximum, total, target = (self.kept(carry, name, microbatch) for name in ("maximum", "total", "target"))
         largest = jax.lax.pmax(maximum, "pipe")
         share = total * jnp.exp(maximum - largest)
@@ -133,8 +135,9 @@ class SharedEnds:
         d_normed = jax.lax.psum(gradient[..., None] * (wanted - share[..., None] * expected), "pipe")
         return self.sent(row, carry, d_normed)
 
-    def total(self, device: Device, row: Row, microbatch: jax.Array, carry: Carry) -> Carry:
+    def total(self, device: Device, row: Row, carry: Carry) -> Carry:
         """C2 (Algorithm 1): the devices' parts of the gradient of the head's input."""
+        microbatch = row["meet_head"]
         return self.sent(row, carry, jax.lax.psum(self.kept(carry, "partial", microbatch), "pipe"))
 
     def sent(self, row: Row, carry: Carry, d_normed: jax.Array) -> Carry:
@@ -142,8 +145,9 @@ class SharedEnds:
         letter = d_normed.astype(carry.messages.dtype)
         return carry._replace(messages=filed(carry.messages, row["head"], letter))
 
-    def scattered(self, device: Device, row: Row, microbatch: jax.Array, carry: Carry) -> Carry:
+    def scattered(self, device: Device, row: Row, carry: Carry) -> Carry:
         """Every device adds stage 0's gradient of the embedded tokens to its rows."""
+        microbatch = row["meet_returned"]
         mine = (row["first"] == 1) & ((row["op"] == Op.I) | (row["op"] == Op.B))
         returned = jax.lax.psum(jnp.where(mine, carry.between["returned"], 0), "pipe")
         table = {"embed": {"embedding": device.weights.ends.get("embed", {}).get("embedding")}}
@@ -154,8 +158,9 @@ class SharedEnds:
 
     # What one device does.
 
-    def scores(self, device: Device, microbatch: jax.Array, carry: Carry) -> Carry:
+    def scores(self, device: Device, row: Row, carry: Carry) -> Carry:
         """S: the softmax over this device's columns, and what it would pull the head's input towards."""
+        microbatch = row["microbatch"]
         x = self.normed(device, carry, microbatch)
         kernel, first = self.columns(device)
         fields, _ = device.fields(microbatch)
@@ -184,8 +189,9 @@ class SharedEnds:
         wanted = wanted * jnp.where(hit, slope, 0).sum(axis=-1)[..., None]
         return self.keep(carry, microbatch, expected=expected, wanted=wanted)
 
-    def weights(self, device: Device, microbatch: jax.Array, carry: Carry) -> Carry:
+    def weights(self, device: Device, row: Row, carry: Carry) -> Carry:
         """T: the gradient of this device's columns, and with Algorithm 1 its part of that of the head's input."""
+        microbatch = row["microbatch"]
         x = self.normed(device, carry, microbatch)
         kernel, first = self.columns(device)
         fields, _ = device.fields(microbatch)
@@ -231,8 +237,9 @@ class SharedEnds:
 
     # The two ends of the model.
 
-    def enter(self, device: Device, fields: Any, context: Any, sent: jax.Array) -> jax.Array:
+    def enter(self, device: Device, row: Row, sent: jax.Array) -> jax.Array:
         """The first block's input, of the rows that were sent."""
+        fields, context = device.fields(row["microbatch"])
         ends, frozen = device.weights.ends, device.frozen.ends
         return device.parts.enter(ends, frozen, fields, context, lambda table, tokens: sent)
 

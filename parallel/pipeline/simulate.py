@@ -103,21 +103,34 @@ def _asynchronous(table: Table, duration: np.ndarray, communication: float) -> t
 
 def in_flight(table: Table) -> np.ndarray:
     """Activations each device holds at most [devices], in microbatches of all its stages: chunks count as parts."""
-    return stash_bytes(table, activation=1.0) / table.chunks
+    return stash_bytes(table, weight=1.0) / table.chunks
 
 
-def stash_bytes(table: Table, *, activation: float, after_input_gradient: float | None = None) -> np.ndarray:
-    """Bytes each device holds at most, [devices].
+def stash_bytes(table: Table, *, input: float = 0.0, weight: float = 0.0, stash: float = 0.0) -> np.ndarray:
+    """Bytes each device holds at most, [devices], by those of one microbatch and stage.
 
-    `activation`: of one microbatch and stage, from its F on; `after_input_gradient`: what of it W still needs once I is
-    done, default all. Published tables call them M_B and M_W.
+    `input`: from F to I; `weight`: from F to W; `stash`: made by I, kept until W. Published tables have M_B = `input` +
+    `weight` and M_W = `weight`, and count no `stash`.
     """
-    kept = activation if after_input_gradient is None else after_input_gradient
+    return sum(_held(table, input=input, weight=weight, stash=stash).values()).max(axis=0)
+
+
+def pool_bytes(table: Table, *, input: float, weight: float, stash: float) -> float:
+    """Bytes every device sets aside in one program: each pool as large as the device that needs most of it.
+
+    Arguments as in `stash_bytes`. The three are pools of their own, which are not at their fullest in the same tick.
+    """
+    return sum(float(held.max()) for held in _held(table, input=input, weight=weight, stash=stash).values())
+
+
+def _held(table: Table, **each: float) -> dict[str, np.ndarray]:
+    """Bytes of each kind that devices hold after a tick, [ticks, devices]."""
+    begin = {"input": (Op.F,), "weight": (Op.F,), "stash": (Op.I,)}
+    end = {"input": (Op.I, Op.B), "weight": (Op.W, Op.B), "stash": (Op.W,)}
     trains = np.isin(table.op, (Op.W, Op.B)).any()
-    change = {Op.F: activation, Op.I: kept - activation, Op.W: -kept, Op.B: -activation}
-    held = np.zeros(table.op.shape)
-    for op, amount in change.items():
-        held[table.op == op] = amount
-    if not trains:
-        return np.where(held.any(axis=0), activation, 0.0)  # a forward alone is over when it is over
-    return np.cumsum(held, axis=0).max(axis=0)
+    found = {}
+    for name, size in each.items():
+        change = np.isin(table.op, begin[name]).astype(float) - np.isin(table.op, end[name])
+        # A forward alone is over when it is over.
+        found[name] = size * (np.cumsum(change, axis=0) if trains else np.maximum(change, 0))
+    return found

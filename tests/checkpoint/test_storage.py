@@ -6,6 +6,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from equivalence import batches, tiny, to_devices
+from meshwright.checkpoint.copies import independent
 from meshwright.checkpoint.layouts import layout_of
 from meshwright.checkpoint.storage import Storage
 from meshwright.configs.errors import MeshwrightError, UserError
@@ -48,8 +49,8 @@ def saved(sharded, tmp_path_factory):
     sharded.go(0, 2)
     before = jax.tree.map(np.array, sharded.arrays())
     storage = opened(directory)
-    storage.save(sharded.state, step=2, data={"samples": 16})
-    sharded.go(2, 4)  # donates the arrays that are being written
+    storage.save(independent(sharded.state), step=2, data={"samples": 16})
+    sharded.go(2, 4)  # donates the arrays whose copy is being written
     storage.close()
     return directory, before
 
@@ -110,6 +111,7 @@ def test_a_save_that_fails_is_raised_and_leaves_the_earlier_ones(sharded, tmp_pa
     monkeypatch.setattr(ocp, "save_async", full)
     with pytest.raises(UserError, match=r"checkpoint 2 could not be written.*earlier checkpoints are whole"):
         storage.save(sharded.state, step=2, data={})
+        storage.wait()
     assert storage.steps == [1]
 
 

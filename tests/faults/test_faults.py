@@ -16,7 +16,8 @@ import pytest
 from meshwright.configs.elastic import ElasticConfig
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
 from meshwright.train.launch import local
-from meshwright.train.launch.engines import launch
+from meshwright.train.launch.engines import launch_here
+from meshwright.train.launch.job import Job
 from meshwright.train.launch.local import LocalEngine
 from meshwright.train.launch.rendezvous import Server
 from meshwright.train.launch.supervisor import supervise
@@ -37,7 +38,7 @@ def run(directory, *faults, **settings):
     """The job under the supervisor; what it raised."""
     prepare(directory, *faults)
     elastic = ElasticConfig(**{**SETTINGS, **settings})
-    launch([*WORKER, str(directory)], processes=PROCESSES, directory=directory, settings=elastic)
+    launch_here(Job("run", [*WORKER, str(directory)], PROCESSES, directory, elastic))
 
 
 def prepare(directory, *faults):
@@ -172,10 +173,11 @@ def test_an_orphan_of_a_killed_launcher_ends_when_another_takes_over(tmp_path):
     prepare(tmp_path, (2, 1, "step", 8, "sleep"))
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]);"
-        "from meshwright.train.launch import local; from meshwright.train.launch.engines import launch;"
+        "from meshwright.train.launch import local; from meshwright.train.launch.engines import launch_here;"
+        "from meshwright.train.launch.job import Job;"
         "from meshwright.configs.elastic import ElasticConfig; directory = Path(sys.argv[1]);"
         "local.COORDINATOR_HOST = [sys.executable, '-c', 'import time; time.sleep(5)'];"
-        f"launch([*{WORKER!r}, str(directory)], processes=3, directory=directory, settings=ElasticConfig())"
+        f"launch_here(Job('run', [*{WORKER!r}, str(directory)], 3, directory, ElasticConfig()))"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent.parent)])
     while not (tmp_path / "checkpoints" / "6").exists():

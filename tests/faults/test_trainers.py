@@ -1,5 +1,6 @@
 """Real trainers: one is killed in the middle, and the run ends with the undisturbed run's parameters."""
 
+import contextlib
 import json
 import os
 import signal
@@ -23,11 +24,11 @@ SMALL = (
 )  # fmt: skip
 
 
-def launched(directory, name):
+def launched(directory, name, *options, **variables):
     """`meshwright launch` of two processes, begun."""
-    environment = os.environ | {"MESHWRIGHT_CACHE": str(directory / "cache"), "XLA_FLAGS": ""}
+    environment = os.environ | {"MESHWRIGHT_CACHE": str(directory / "cache"), "XLA_FLAGS": ""} | variables
     command = [sys.executable, "-m", "meshwright.train.cli", "launch", "quickstart", *SMALL, f"name={name}"]
-    command += ["--processes", "2", "--devices-per-process", "1"]
+    command += ["--processes", "2", "--devices-per-process", "1", *options]
     return subprocess.Popen(command, cwd=directory, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -75,3 +76,49 @@ def test_the_parameters_are_the_undisturbed_runs_bit_for_bit(undisturbed, tmp_pa
     assert [event["event"] for event in told] == ["restart", "restore", "finish"] and told[0]["suspect"] == victim
     rows = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_a_run_on_ray_goes_through_the_loss_of_a_node_bit_for_bit(undisturbed, tmp_path):
+    """The command a user types, on a cluster of three nodes; one that holds a trainer is killed after a commit."""
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+    try:
+        launcher = launched(tmp_path, "run", "--engine", "ray", RAY_ADDRESS=cluster.address)
+        deadline = time.monotonic() + 180
+        while not any(event["event"] == "commit" for event in events(tmp_path, "run")):
+            assert launcher.poll() is None and time.monotonic() < deadline, "no commit"
+            time.sleep(0.02)
+        lost = next(node for node in nodes if raylet(node) in above(trainer(launcher)))
+        cluster.remove_node(lost, allow_graceful=False)
+        finished(launcher)
+    finally:
+        cluster.shutdown()
+    assert fingerprints(tmp_path, "run") == fingerprints(undisturbed, "whole")
+    told = [event for event in events(tmp_path, "run") if event["event"] in ("restart", "restore", "finish")]
+    assert [event["event"] for event in told] == ["restart", "restore", "finish"]
+    assert "lost with" in told[0]["reason"]
+
+
+def trainer(launcher):
+    """Process 1 of the run, wherever Ray has put it."""
+    mine = next(one for one in psutil.process_iter() if one.pid == launcher.pid).environ()["MESHWRIGHT_CACHE"]
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            told = process.environ()
+            if told.get("MESHWRIGHT_PROCESS") == "1" and told.get("MESHWRIGHT_CACHE") == mine:
+                return process
+    raise AssertionError("no trainer is there")
+
+
+def above(process):
+    """Process ids of its parents, and theirs."""
+    return {parent.pid for parent in process.parents()}
+
+
+def raylet(node):
+    """The process id of a node's raylet."""
+    return node.all_processes["raylet"][0].process.pid

@@ -11,16 +11,18 @@ import sys
 import time
 from pathlib import Path
 
+from meshwright.train.launch.detection import WAIT
 from meshwright.train.launch.fence import Fence
 from meshwright.train.launch.progress import Progress
 from meshwright.train.launch.world import world
 
-STEPS, EVERY, ROWS = 12, 3, 2
+STEPS, EVERY, ROWS = int(os.environ.get("WORKER_STEPS", 12)), 3, 2
 DIRECTORY, PLACE = Path(sys.argv[1]), world()
 KINDS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "sleep": lambda: time.sleep(600),
+    "slow": lambda: time.sleep(0.15),
     "crash": lambda: sys.exit(1),
     "refuse": lambda: sys.exit(2),
 }
@@ -85,8 +87,10 @@ def main():
     state, start = (json.loads(newest.read_text())[key] for key in ("state", "step")) if newest else ("seed", 0)
     tell("restore", step=start)
     for step in range(start + 1, STEPS + 1):
+        progress.enters("work")
         fault("step", step)
         progress.report(step - 1)  # a trainer has sent its step off when it reads the metrics of the one before
+        progress.enters(WAIT)
         if not meet(step, asked):
             leave(state, step - 1)
         fence.check()

@@ -12,8 +12,9 @@ from equivalence import tiny
 from meshwright.configs.errors import UserError
 from meshwright.models.context import Context
 from meshwright.parallel.mesh import make_mesh
+from meshwright.train.answering import complete
 from meshwright.train.data.tokenizer import byte_tokenizer
-from meshwright.train.generate import complete, generate, generator, rounded
+from meshwright.train.generate import generate, generator, rounded
 from meshwright.train.program import build
 from meshwright.train.sampling import GREEDY, Sampling, sample, text_keys, top_k, top_p
 

@@ -11,7 +11,8 @@ import pytest
 from meshwright.configs.elastic import ElasticConfig
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
 from meshwright.train.launch import local
-from meshwright.train.launch.engines import launch
+from meshwright.train.launch.engines import launch_here
+from meshwright.train.launch.job import Job
 
 WORKER = (
     "import os, signal, sys, time; number = int(os.environ['MESHWRIGHT_PROCESS']);"
@@ -29,8 +30,7 @@ def coordination(monkeypatch):
 def run(directory, body, **options):
     """Three workers, started once: a failure is final."""
     command = [sys.executable, "-c", WORKER + body, str(directory)]
-    settings = ElasticConfig(restarts=0, **options)
-    launch(command, processes=3, directory=directory / "run", settings=settings)
+    launch_here(Job("run", command, 3, directory / "run", ElasticConfig(restarts=0, **options)))
 
 
 def alive(directory):

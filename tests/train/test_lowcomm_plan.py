@@ -20,6 +20,14 @@ def test_the_published_table_is_printed_with_ratios():
     assert "10B" in run("lowcomm").stdout
 
 
+def test_islands_send_their_payloads_whole_to_everybody():
+    given = ("--step-seconds", "0.5", "--gigabits", "0.05", "--json")
+    words = ("outer.wire=float32", "islands.count=4")
+    mesh = json.loads(run("lowcomm", "lowcomm/diloco", "mesh={replica: 4, devices: 16}", *given).stdout)
+    islands = json.loads(run("lowcomm", "lowcomm/diloco", "mesh={replica: 1, devices: 4}", *words, *given).stdout)
+    assert islands["peak_bytes"] == 2 * mesh["peak_bytes"]
+
+
 def test_ones_own_model_step_and_link():
     given = ("lowcomm/streaming", "--step-seconds", "0.5", "--gigabits", "0.05", "--json")
     found = json.loads(run("lowcomm", *given).stdout)

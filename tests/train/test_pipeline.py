@@ -5,6 +5,7 @@ import pytest
 from equivalence import assert_same, tiny
 from meshwright.configs.errors import UserError
 from meshwright.configs.load import merged
+from meshwright.parallel.hlo import parse
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.launch.world import World
 from meshwright.train.plan import step_flops
@@ -115,6 +116,13 @@ UNFIT = {
     "chunks of a loss that is shared": (
         {"pipeline": {"vocab_parallel": 1}, "memory": {"loss_chunks": 2}}, "memory.loss_chunks: 2 has no effect"
     ),
+    "fragments of layers in another order": (
+        {"mesh": {"replica": 2}, "outer": {"name": "streaming", "every": 4}}, "outer.name: streaming cuts fragments"
+    ),
+    "replicas that would wait for each other": (
+        {"mesh": {"replica": 2}, "outer": {"name": "diloco", "every": 2}, "pipeline": {"post_validation": True}},
+        "pipeline.post_validation: true would make the 2 replicas wait",
+    ),
     "rows that cannot be dealt out": (
         {"mesh": {"pipe": 3}, "microbatches": 4}, "model.vocab_multiple: 64"
     ),
@@ -139,6 +147,17 @@ def test_a_balanced_deal_leaves_the_stage_with_the_head_fewer_layers():
 def test_the_plan_counts_what_all_devices_do_together():
     plain, staged = (build(config, make_mesh(config.mesh)) for config in pair({}, {}))
     assert step_flops(staged) == step_flops(plain) > 0
+
+
+def test_an_idle_tick_multiplies_nothing():
+    """With one repeat a stage nothing in W depends on the round of its loop: the compiler would do it in every tick."""
+    _, config = pair({}, {"pipeline": {"schedule": "zb-v"}})
+    program = build(config, make_mesh(config.mesh))
+    assert program.staging.most == 1
+    computations = parse(program.compiled_step().as_text())
+    kinds = [{one.opcode for one in body} for body in computations.values()]
+    ticks = [found for found in kinds if "collective-permute" in found]
+    assert len(ticks) == 1 and not ticks[0] & {"dot", "custom-call"} and any("dot" in found for found in kinds)
 
 
 def test_a_run_goes_on_under_another_schedule_and_without_a_pipeline(tmp_path, monkeypatch):

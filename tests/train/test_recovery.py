@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from equivalence import tiny
 from meshwright.checkpoint import manifest
-from meshwright.checkpoint.memory import memory_of
+from meshwright.checkpoint.mailbox import directory_of
 from meshwright.checkpoint.storage import Storage
 from meshwright.configs.errors import MeshwrightError, UserError
 from meshwright.train.cli import app
@@ -128,6 +128,10 @@ def test_a_run_whose_last_save_failed_fails(tmp_path, monkeypatch, policy, steps
     assert sorted(found) == steps and not events(tmp_path / "run", "finish")
 
 
+def slot_files(root):
+    return sorted(directory_of(root / "run", host=0).glob("*.[01]"))
+
+
 def killed_after(monkeypatch, step):
     """A run that is killed without warning between step `step` and the next."""
 
@@ -146,11 +150,10 @@ def test_a_killed_run_goes_on_from_memory(tmp_path, monkeypatch, finished):
         train(config, world=World(), root=tmp_path)
     monkeypatch.undo()
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
-    slots = memory_of(tmp_path / "run", layout="stacked")
-    assert len(slots._files()) == 2
+    assert len(slot_files(tmp_path)) == 2
     train(config, world=World(), root=tmp_path)
     (restore,) = events(tmp_path / "run", "restore")
-    assert (restore["step"], restore["level"]) == (3, "memory") and not slots._files()
+    assert (restore["step"], restore["level"]) == (3, "memory") and not slot_files(tmp_path)
     fingerprints = [manifest.read(run / "checkpoints" / "4").arrays for run in (tmp_path / "run", finished / "run")]
     assert fingerprints[0] == fingerprints[1]
 
@@ -163,7 +166,7 @@ def test_a_damaged_snapshot_is_passed_over(tmp_path, monkeypatch):
         train(config, world=World(), root=tmp_path)
     monkeypatch.undo()
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
-    for file in memory_of(tmp_path / "run", layout="stacked")._files():
+    for file in slot_files(tmp_path):
         content = bytearray(file.read_bytes())
         content[100] ^= 1
         file.write_bytes(content)

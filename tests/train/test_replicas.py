@@ -51,6 +51,28 @@ def test_a_mesh_of_replicas_in_microbatches_equals_replicas_without_other_axes()
     assert_same(small, tiny(outer=outer, mesh=large, optimizer=SGD, microbatches=2), steps=3)
 
 
+def test_replicas_that_are_pipelines_equal_replicas_without_one():
+    base = {
+        "outer": OUTERS["noloco"] | {"wire": "float32"},
+        "optimizer": SGD,
+        "microbatches": 2,
+        "model": {"layers": 4},
+    }
+    staged = tiny(**base, mesh={"replica": 2, "pipe": 2, "fsdp": 2}, pipeline={"schedule": "zb-v"})
+    assert_same(tiny(**base, mesh={"replica": 2}), staged, steps=3)
+
+
+@pytest.mark.parametrize("pipeline", [{"schedule": "zb-v"}, {"schedule": "1f1b", "vocab_parallel": 2}])
+def test_no_inner_step_of_a_pipeline_sends_anything_to_another_replica(pipeline):
+    mesh = {"replica": 2, "pipe": 2, "fsdp": 2}
+    config = tiny(
+        outer=OUTERS["noloco"], optimizer=SGD, microbatches=2, model={"layers": 4}, mesh=mesh, pipeline=pipeline
+    )
+    program = build(config, make_mesh(config.mesh))
+    compiled = program.compiled_step()
+    assert collectives(compiled.as_text(), program.mesh) and not crossing(compiled, program.mesh)
+
+
 @pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"seq": 2, "data": 2}])
 def test_no_inner_step_sends_anything_to_another_replica(axes):
     program = program_of("diloco", replica=2, **axes)

@@ -13,8 +13,9 @@ from equivalence import tiny
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
 from meshwright.configs.load import dump
 from meshwright.train.launch.world import World
+from meshwright.train.loop import Loop
 from meshwright.train.report.journal import read_events
-from meshwright.train.run import Run, train
+from meshwright.train.run import train
 from meshwright.train.stop import StopRequest
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -110,13 +111,13 @@ def test_a_directory_of_another_run_is_refused_and_left_alone(whole):
 
 
 def test_numbers_that_are_not_stop_the_run_before_they_are_applied(tmp_path, monkeypatch):
-    original = Run.batches
+    original = Loop.batches
 
     def poisoned(self, start):
         for number, batch in enumerate(original(self, start)):
             yield {**batch, "loss_weights": batch["loss_weights"] * (np.nan if number == 2 else 1)}
 
-    monkeypatch.setattr(Run, "batches", poisoned)
+    monkeypatch.setattr(Loop, "batches", poisoned)
     with pytest.raises(MeshwrightError, match=r"step 3: loss nan.*the update was not applied"):
         go(small(checkpoint={"every": 0}, evaluation={"every": 0}), tmp_path)
     assert read_events(tmp_path / "run")[-1]["event"] == "failure"

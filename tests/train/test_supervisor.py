@@ -7,14 +7,18 @@ import pytest
 
 from meshwright.configs.elastic import ElasticConfig
 from meshwright.configs.errors import MeshwrightError, Preempted
-from meshwright.train.launch.decisions import Failure, Report, gives_up, patience, pause, suspect
+from meshwright.train.launch.decisions import Failure, Report, culprit, gives_up, patience, pause, struck, suspect
+from meshwright.train.launch.drain import drain
 from meshwright.train.launch.fence import Fence, Fenced, current
+from meshwright.train.launch.formations import Formation
 from meshwright.train.launch.rendezvous import Room, joined
-from meshwright.train.launch.supervisor import supervise
+from meshwright.train.launch.supervisor import Watch, judged, supervise
+from meshwright.train.report.journal import read_events
 
 SETTINGS = ElasticConfig(
-    restarts=2, window=100.0, backoff=1.0, hang_factor=10.0, hang_floor=5.0, start_timeout=60, grace=8
-)
+    restarts=2, window=100.0, backoff=1.0, hang_factor=10.0, hang_floor=5.0, start_timeout=60, grace=8,
+    replace=20.0, settle=5.0,
+)  # fmt: skip
 
 
 def failures(*pairs):
@@ -60,6 +64,21 @@ def test_the_suspect_is_the_one_the_others_wait_for(seen, who):
     assert suspect(reports, processes=3) == who
 
 
+def test_the_culprit_was_killed_and_its_peers_raised_or_aborted():
+    assert culprit({0: 1, 2: -9, 3: -6}) == 2 and culprit({0: 1, 3: -6}) == 3 and culprit({4: 1, 1: 1}) == 1
+
+
+def test_a_slot_is_struck_out_by_failures_of_the_window():
+    seen = [Failure(time, 1, slot) for time, slot in ((0.0, 0), (50.0, 1), (60.0, 1), (70.0, None), (80.0, None))]
+    assert struck(seen, SETTINGS, now=90.0) == {1} and not struck(seen, SETTINGS, now=155.0)
+    assert not struck(seen, SETTINGS.model_copy(update={"strikes": 0}), now=90.0)
+
+
+def test_who_was_killed_is_the_suspect_not_who_then_missed_it():
+    outcome = judged({0: 1, 1: -9, 2: None}, Watch(0.0), now=1.0)
+    assert outcome.suspect == 1
+
+
 def test_a_later_epoch_shuts_the_fence(tmp_path):
     old, new, nobody = Fence(tmp_path, 1), Fence(tmp_path, 2), Fence(tmp_path, None)
     old.claim()
@@ -83,14 +102,24 @@ class World:
     room: Room = None
     stop: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(asked=False))
     processes: int = 2
+    room_for: int = 2  # slots there are, at most
+    lost: dict = field(default_factory=dict)  # slot -> (from, to) seconds
+    formations: tuple = ()
+    settings: ElasticConfig = SETTINGS
     log: list = field(default_factory=list)
 
     def __post_init__(self):
-        self.room = Room(lambda: self.now)
+        self.room, self.teams = Room(lambda: self.now), []
 
-    def start(self, epoch):
+    def slots(self):
+        gone = [slot for slot, times in self.lost.items() if any(start <= self.now < end for start, end in times)]
+        return [slot for slot in range(self.room_for) if slot not in gone]
+
+    def start(self, epoch, *, slots, words):
+        self.processes, self.words = len(slots), words
         self.began, self.epoch, self.codes = self.now, epoch, {}
         self.log.append(("start", round(self.now)))
+        self.teams.append((tuple(slots), *words))
 
     def poll(self, number):
         for second, process, word in self.epochs[self.epoch - 1]:
@@ -117,8 +146,8 @@ class World:
         self.now += max(seconds, 0.01)
 
     def run(self, directory):
-        supervise(self, settings=SETTINGS, directory=directory / "run", room=self.room, stop=self.stop,
-                  clock=lambda: self.now, sleep=self.sleep)  # fmt: skip
+        supervise(self, settings=self.settings, directory=directory / "run", room=self.room, stop=self.stop,
+                  formations=self.formations, clock=lambda: self.now, sleep=self.sleep)  # fmt: skip
         return self.log
 
 
@@ -167,3 +196,55 @@ def test_a_process_preempted_by_others_is_started_again_without_counting(tmp_pat
 
 def test_one_that_stays_behind_when_all_others_have_ended_is_killed(tmp_path):
     assert World([[(1.0, 0, 0)], WELL]).run(tmp_path)[1] == ("kill", 9)
+
+
+ALL, HALF = Formation(4, "data 4"), Formation(2, "data 2", ("mesh={data: 2}",))
+DIES = [(2.0, 1, -9)]
+
+
+def elastic(epochs, **changes):
+    return World(epochs, processes=4, room_for=4, formations=(ALL, HALF), **changes)
+
+
+def test_a_lost_slot_that_is_replaced_in_time_changes_nothing(tmp_path):
+    world = elastic([DIES, [(3.0, number, 0) for number in range(4)]], lost={1: [(2.0, 12.0)]})
+    assert world.run(tmp_path)[2] == ("start", 12)
+    assert world.teams == [((0, 1, 2, 3),)] * 2
+
+
+def test_a_lost_slot_without_replacement_leaves_fewer_and_comes_back(tmp_path):
+    """Lost at 2, waited for until 23; back at 50, settled at 55, asked to stop, gone at 56: 4 processes again."""
+    alone = [*steps(0, (1, 1), (2, 2)), *steps(1, (1, 1), (2, 2)), (33.0, 0, 75), (33.0, 1, 75)]
+    slow = SETTINGS.model_copy(update={"hang_floor": 60.0})
+    world = elastic([DIES, alone, [(3.0, n, 0) for n in range(4)]], lost={1: [(2.0, 50.0)]}, settings=slow)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    log = world.run(tmp_path)
+    assert [pair for pair in log if pair[0] != "kill"] == [("start", 0), ("start", 23), ("ask", 55), ("start", 56)]
+    assert world.teams == [((0, 1, 2, 3),), ((0, 2), "mesh={data: 2}"), ((0, 1, 2, 3),)]
+    told = read_events(tmp_path / "run")
+    assert [event["event"] for event in told] == ["restart", "shrink", "regroup", "grow"]
+    assert told[1]["slots"] == [0, 2] and round(told[1]["waited_seconds"]) == 20
+    assert told[2]["reason"] == "4 processes fit again, on data 4"
+
+
+def test_a_drained_slot_is_not_used_where_there_is_a_spare(tmp_path):
+    """Five slots for four processes: the same mesh, in other slots."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    drain(tmp_path / "run", [2])
+    world = World([[(3.0, n, 0) for n in range(4)]], processes=4, room_for=5, formations=(ALL, HALF))
+    world.run(tmp_path)
+    assert world.teams == [((0, 1, 3, 4),)]
+
+
+def test_a_slot_that_fails_again_and_again_is_left_out(tmp_path):
+    world = elastic([DIES, DIES, WELL])
+    world.run(tmp_path)
+    assert world.teams == [((0, 1, 2, 3),), ((0, 1, 2, 3),), ((0, 2), "mesh={data: 2}")]
+
+
+def test_nothing_that_fits_is_an_error_that_says_what_is_left(tmp_path):
+    world = elastic([DIES], lost={slot: [(2.0, 1e9)] for slot in (0, 1, 2)})
+    with pytest.raises(MeshwrightError, match=r"slots \[3\] are left, \[\] are drained, and no mesh fits"):
+        world.run(tmp_path)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +10,17 @@ import numpy as np
 from ...configs.data import DataConfig, MixtureSource
 from ...configs.errors import UserError
 from .cache import cache_directory, cached
+from .chat import Template, find_template
 from .dataset import Dataset, HeldOut, HeldOutPart, Packing, Shuffled
 from .documents import Documents, digest, texts
-from .examples import divided
+from .examples import whole
 from .mixture import Mixture
 from .rows import RowShape
 from .sources import open_source, open_stream
 from .split import held_out, identity
-from .store import tokenized
+from .store import TokenStore, tokenized
 from .streaming import Stream, Streamed
-from .tokenizer import Tokenizer, check_tokenizer, load, tokenizer_for, train
+from .tokenizer import END, Tokenizer, check_tokenizer, load, tokenizer_for, train
 
 logger = logging.getLogger(__name__)
 MIXING = 0  # the mixture's own key, where source number n has n + 1
@@ -32,6 +33,8 @@ class Data:
     tokenizer: Tokenizer
     train: Dataset
     held_out: HeldOut | None  # None where data.held_out is 0
+    template: Template | None  # of conversations; None where there is none
+    tokens: int  # of all stores: places that a row may name; of a stream those of its first window
     fingerprint: str  # of everything but the seed that decides what sample i holds
     summary: dict[str, int]  # what `summary` counts
 
@@ -43,6 +46,7 @@ class Source:
     key: str  # where its settings stand, for errors
     documents: Documents  # all of them; of a stream those of its first window
     stream: Stream | None
+    cut: bool = True  # whether a document longer than a row may be cut
 
     @property
     def fingerprint(self) -> str:
@@ -55,9 +59,14 @@ def build(data: DataConfig, *, seed: int, model_vocab: int | None = None) -> Dat
     `model_vocab` is checked against the tokenizer (default: not). Raises UserError where the data cannot be used.
     """
     cache = cache_directory(data.cache)
+    template = template_of(data)
     sources = [
         opened(
-            source, key=f"data.mixture.{number}" if data.mixture else "data", window=data.packing.window, cache=cache
+            source,
+            key=f"data.mixture.{number}" if data.mixture else "data",
+            window=data.packing.window,
+            cache=cache,
+            template=template,
         )
         for number, source in enumerate(data.sources)
     ]
@@ -66,9 +75,12 @@ def build(data: DataConfig, *, seed: int, model_vocab: int | None = None) -> Dat
         check_tokenizer(tokenizer, model_vocab)
     packing = Packing(data.packing.method, data.packing.window, RowShape.of(tokenizer, data.sequence_length))
 
-    parts = [hold_out(source, tokenizer, fraction=data.held_out, cache=cache) for source in sources]
+    parts = numbered([hold_out(source, tokenizer, data=data, cache=cache) for source in sources])
     evaluated = np.concatenate([part.store.identities[part.documents] for part in parts])
-    kept = [np.flatnonzero(~np.isin(part.store.identities, evaluated)) for part in parts]
+    kept = [
+        fitting(part.store, np.flatnonzero(~np.isin(part.store.identities, evaluated)), source, data.sequence_length)
+        for source, part in zip(sources, parts, strict=True)
+    ]
     for source, part, documents in zip(sources, parts, kept, strict=True):
         check_enough(source, part, kept=documents, data=data)
 
@@ -76,34 +88,63 @@ def build(data: DataConfig, *, seed: int, model_vocab: int | None = None) -> Dat
     for number, (source, part, documents) in enumerate(zip(sources, parts, kept, strict=True), start=1):
         key = (seed, number)
         if source.stream:
-            window = stream_windows(
-                source.stream, tokenizer, evaluated=evaluated, packing=packing, key=key, cache=cache
-            )
+            window = stream_windows(source, tokenizer, evaluated=evaluated, packing=packing, key=key, cache=cache)
             training.append(Streamed(window, key=key))
         else:
             training.append(Shuffled(part.store, documents, packing=packing, key=key))
     weights = [source.weight for source in data.sources]
     mixed = Mixture(training, weights=weights, key=(seed, MIXING)) if data.mixture else training[0]
     evaluation = HeldOut(parts, packing=packing) if data.held_out else None
-    return Data(tokenizer, mixed, evaluation, fingerprint(data, sources, tokenizer=tokenizer), summary(parts, mixed))
+    counted = summary(parts, mixed)
+    tokens = sum(len(part.store.tokens) for part in parts)
+    known = fingerprint(data, sources, tokenizer=tokenizer)
+    return Data(tokenizer, mixed, evaluation, template, tokens, known, counted)
 
 
-def opened(source: MixtureSource, *, key: str, window: int, cache: Path) -> Source:
+def template_of(data: DataConfig) -> Template | None:
+    """How conversations become text. Tokenizers that are made here have one special token that templates may name."""
+    specials = {"bos_token": END, "eos_token": END}
+    return find_template(data.template, tokenizer=data.tokenizer.file, tokens=specials)
+
+
+def opened(source: MixtureSource, *, key: str, window: int, cache: Path, template: Template | None) -> Source:
     """The documents of one source. Raises UserError when there are none."""
+    cut = source.format == "text"
     if not source.streaming:
-        return Source(key, open_source(source, key=key, cache=cache), stream=None)
-    stream = open_stream(source, window=window, cache=cache)
-    return Source(key, stream.window(0), stream)
+        documents = open_source(source, key=key, cache=cache, template=template)
+        return Source(key, documents, stream=None, cut=cut)
+    stream = open_stream(source, window=window, cache=cache, template=template)
+    return Source(key, stream.window(0), stream, cut=cut)
 
 
-def hold_out(source: Source, tokenizer: Tokenizer, *, fraction: float, cache: Path) -> HeldOutPart:
+def hold_out(source: Source, tokenizer: Tokenizer, *, data: DataConfig, cache: Path) -> HeldOutPart:
     """The tokens of a source (of a stream: of its first window), and which of its documents are held out."""
     store = tokenized(source.documents, tokenizer, cache=cache)
-    return HeldOutPart(source.documents, store, np.flatnonzero(held_out(store.identities, fraction=fraction)))
+    chosen = np.flatnonzero(held_out(store.identities, fraction=data.held_out))
+    return HeldOutPart(source.documents, store, fitting(store, chosen, source, data.sequence_length))
+
+
+def numbered(parts: list[HeldOutPart]) -> list[HeldOutPart]:
+    """The parts, each token of their stores with a number of its own."""
+    firsts = np.cumsum([0, *(len(part.store.tokens) for part in parts)]).tolist()
+    return [replace(part, store=replace(part.store, first=first)) for part, first in zip(parts, firsts, strict=False)]
+
+
+def fitting(store: TokenStore, documents: np.ndarray, source: Source, sequence_length: int) -> np.ndarray:
+    """`documents`, less those that are longer than a row and must not be cut; says how many these are."""
+    if source.cut:
+        return documents
+    fit = store.lengths[documents] <= sequence_length
+    if not fit.all():
+        logger.warning(
+            "%s: left out %d of %d examples, longer than a row (data.sequence_length: %d); the longest has %d tokens",
+            *(source.key, np.count_nonzero(~fit), len(fit), sequence_length, store.lengths[documents].max()),
+        )
+    return documents[fit]
 
 
 def stream_windows(
-    stream: Stream,
+    source: Source,
     tokenizer: Tokenizer,
     *,
     evaluated: np.ndarray,
@@ -117,10 +158,11 @@ def stream_windows(
     """
 
     def window(number: int) -> tuple[Shuffled, bool]:
-        documents = stream.window(number)
+        documents = source.stream.window(number)
         store = tokenized(documents, tokenizer, cache=cache)
         kept = np.flatnonzero(~np.isin(store.identities, evaluated))
-        return Shuffled(store, kept, packing=packing, key=(*key, number)), len(documents) < stream.size
+        kept = fitting(store, kept, source, packing.shape.sequence_length)
+        return Shuffled(store, kept, packing=packing, key=(*key, number)), len(documents) < source.stream.size
 
     return window
 
@@ -147,7 +189,7 @@ def training_texts(sources: list[Documents], *, fraction: float) -> Iterator[str
         out = held_out([identity(text) for _, text in texts(source)], fraction=fraction)
         for hidden, (_, text) in zip(out, texts(source), strict=True):
             if not hidden:
-                yield "".join(divided(text))
+                yield whole(text)
 
 
 def check_enough(source: Source, part: HeldOutPart, *, kept: np.ndarray, data: DataConfig) -> None:
@@ -155,8 +197,13 @@ def check_enough(source: Source, part: HeldOutPart, *, kept: np.ndarray, data: D
     store = part.store
     if not len(store):
         raise UserError(f"{source.key}: every document of the source is empty; it must hold text")
+    if not source.cut and not len(kept):
+        raise UserError(
+            f"data.sequence_length: no example of {source.key} fits in {data.sequence_length} tokens; the shortest has "
+            f"{store.lengths.min()}, half have at most {int(np.median(store.lengths))}"
+        )
     tokens = int(store.lengths[kept].sum())
-    if tokens < data.sequence_length and not source.stream:
+    if tokens < data.sequence_length and source.cut and not source.stream:
         raise UserError(
             f"data.sequence_length: {data.sequence_length} tokens make a row, but {source.key} has only {tokens} to "
             f"train on ({len(store)} documents, {int(store.lengths.sum())} tokens in all); shorten it or add text"

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from .documents import Documents
-from .examples import divided
+from .examples import learned
 from .order import permutation
 from .rows import Row, RowShape, RowTable, padding, row, row_table
 from .store import TokenStore
@@ -126,8 +126,21 @@ class HeldOut:
         within = index - (self._stops[part] - len(self._tables[part]))
         return row(self._parts[part].store, self._tables[part], index=within, shape=self._shape)
 
+    def questions(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """(what stands before, what is learned last) of the first `count` documents, as tokens; of pairs the first."""
+        found = []
+        for part in self._parts:
+            for document in part.documents[: count - len(found)]:
+                begin = part.store.offsets[document]
+                tokens = part.store.tokens[begin : begin + part.store.cuts[document]].tolist()
+                weights = part.store.weights(begin, begin + len(tokens))
+                stop = int(np.flatnonzero(weights)[-1]) + 1
+                start = int(np.max(np.flatnonzero(weights[:stop] == 0), initial=-1)) + 1
+                found.append(([int(part.store.openers[document, 0]), *tokens[:start]], tokens[start:stop]))
+        return found
+
     def texts(self) -> Iterator[str]:
-        """The documents as they were read: what another compressor would be given."""
+        """What is learned of the documents: what another compressor would be given."""
         for part in self._parts:
             for origin in part.store.origins[part.documents]:
-                yield divided(part.source[int(origin)])[1]
+                yield learned(part.source[int(origin)])

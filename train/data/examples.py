@@ -1,29 +1,90 @@
-"""Examples: a prompt the model reads, and what it is to learn to say. One string, cut at a mark.
+"""Examples: what the model reads, what it is to learn to say, and pairs of such texts. One string, cut at marks.
 
-    joined("Q: 1+1? A:", " 2")  ->  "Q: 1+1? A:\\ufdd0 2"          divided(...)  ->  ("Q: 1+1? A:", " 2")
+    read + MARK + learned + MARK + read + ...           no mark at all: the whole document is learned
+    RENDERED + ...                                      a conversation: encoded whole, special tokens by their names
+    first + SECOND + second                             a pair: two segments of one row, never apart
+    ... + LABEL + "1.0"                                 what its recipe is told about the example
 
-The two parts are encoded by themselves: a prompt has the tokens it has when a text is continued from it. The mark is a
-code point that Unicode keeps for the inside of programs; a document without one is learned whole.
+The parts of a text that is not rendered are encoded by themselves: a prompt has the tokens it has when a text is
+continued from it. Marks are code points that Unicode keeps for the inside of programs.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from ...configs.errors import UserError
 
-MARK = "\ufdd0"
+MARK, RENDERED, SECOND, LABEL = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+MARKS = (MARK, RENDERED, SECOND, LABEL)
 
 
-def joined(prompt: str, completion: str, *, origin: str) -> str:
-    """Both parts as one document. Raises UserError where there is nothing to learn, or the mark is taken."""
+class Part(NamedTuple):
+    """One text that becomes one segment."""
+
+    spans: tuple[str, ...]  # read, learned, read, learned, ...
+    rendered: bool  # of a chat template
+
+    @property
+    def text(self) -> str:
+        return "".join(self.spans)
+
+    @property
+    def learned(self) -> str:
+        return "".join(self.spans[1::2])
+
+
+class Example(NamedTuple):
+    """What a document says."""
+
+    parts: tuple[Part, ...]  # one, or the two of a pair
+    label: float
+
+
+def parsed(document: str) -> Example:
+    """The example in a document.
+
+    >>> parsed("all of it").parts[0].spans
+    ('', 'all of it')
+    """
+    texts, _, label = document.partition(LABEL)
+    return Example(tuple(_part(text) for text in texts.split(SECOND)), float(label or 0))
+
+
+def written(parts: Sequence[Part], label: float = 0.0) -> str:
+    """The document of an example: the inverse of `parsed`."""
+    texts = (RENDERED * part.rendered + MARK.join(part.spans) for part in parts)
+    return SECOND.join(texts) + (f"{LABEL}{label}" if label else "")
+
+
+def learned(document: str) -> str:
+    """All the text of it that is learned."""
+    return "".join(part.learned for part in parsed(document).parts)
+
+
+def whole(document: str) -> str:
+    """All its text, without marks."""
+    return "".join(part.text for part in parsed(document).parts)
+
+
+def prompted(prompt: str, completion: str, *, origin: str) -> Part:
+    """A text that is learned, behind one that is not. Raises UserError where there is nothing to learn."""
     if not completion:
         raise UserError(
             f"data.field: {origin}: nothing follows the prompt {prompt[-40:]!r}, so nothing of it would be learned; "
             "repair or remove the row"
         )
-    if MARK in prompt or MARK in completion:
-        raise UserError(f"data.field: {origin} holds the code point {MARK!r}, which no text may; remove it")
-    return prompt + MARK + completion
+    return Part((prompt, completion), rendered=False)
 
 
-def divided(document: str) -> tuple[str, str]:
-    """(prompt, what is learned) of a document; no prompt where it has no mark."""
-    prompt, mark, completion = document.partition(MARK)
-    return (prompt, completion) if mark else ("", document)
+def unmarked(text: str, *, origin: str) -> str:
+    """`text`. Raises UserError where it holds one of the marks."""
+    for mark in MARKS:
+        if mark in text:
+            raise UserError(f"data.field: {origin} holds the code point {mark!r}, which no text may; remove it")
+    return text
+
+
+def _part(text: str) -> Part:
+    rendered = text.startswith(RENDERED)
+    spans = tuple(text.removeprefix(RENDERED).split(MARK))
+    return Part(spans if len(spans) > 1 or rendered else ("", *spans), rendered)

@@ -1,4 +1,4 @@
-"""How documents fill rows: two ways to place the documents of one window into rows of a fixed number of tokens.
+"""How documents fill rows: three ways to place the documents of one window into rows of a fixed number of tokens.
 
 A packer is `(lengths [documents], sequence_length) -> Pieces`. Every token of every document lies in exactly one piece;
 pieces of a row do not overlap; only the rows that end up short are padded. It knows lengths, not tokens, and the number
@@ -82,4 +82,17 @@ def best_fit_rows(lengths: list[int], capacity: int) -> list[int]:
     return rows
 
 
-PACKERS: dict[str, Callable[[np.ndarray, int], Pieces]] = {"concat": concat, "best-fit": best_fit}
+def single(lengths: np.ndarray, sequence_length: int) -> Pieces:
+    """A row holds one document, or a part of one; what is short is padded.
+
+    >>> single(np.array([3, 7]), 5).length.tolist()
+    [3, 5, 2]
+    """
+    rows = -(-lengths // sequence_length)
+    document = np.repeat(np.arange(len(lengths)), rows)
+    start = (np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)) * sequence_length
+    length = np.minimum(lengths[document] - start, sequence_length)
+    return Pieces(np.arange(len(document)), document, start, length)
+
+
+PACKERS: dict[str, Callable[[np.ndarray, int], Pieces]] = {"concat": concat, "best-fit": best_fit, "single": single}

@@ -3,7 +3,8 @@
     row 0: 2 documents, 250 tokens to predict, 6 of padding
     ▌1 import os<|endoftext|>▌2 class Queue: ...
 
-Green tokens count fully, yellow ones partly, dim ones not at all; `▌n` begins document n of the row.
+Green tokens count fully, yellow ones partly, dim ones not at all; `▌n` begins document n of the row. The two
+answers of a pair are two documents, 1 and 2, 3 and 4, ...: the better one first.
 """
 
 from itertools import pairwise
@@ -40,6 +41,8 @@ def render_row(row: Row, tokenizer: Tokenizer, *, number: int) -> "Text":
             continue
         if start == 0 or segments[start] != segments[start - 1]:
             text.append(f"▌{segments[start]} ", MARK)
+            if row["tokens"][start] != tokenizer.bos:  # of a conversation, or of a document that was cut
+                text.append(tokenizer.decode_all(row["tokens"][start : start + 1]), NOT_AT_ALL)
         text.append(tokenizer.decode_all(row["targets"][start:stop]), colour(weights[start]))
     return text.append("\n")
 

@@ -1,13 +1,14 @@
 """Rows: fixed-length arrays made of pieces of documents, and the table that says which pieces.
 
 The input of a document is `bos, token, token, ...`; its targets are the same tokens without `bos`, closed by `eos`.
-So every token of every document, `eos` included, is a target exactly once, also where a row boundary cuts the
-document: the input of the second piece opens with the last token of the first. Nothing ever predicts the first token of
-the *next* document from this one. Every position has weight 1 but padding, which has weight 0 and segment 0, and those
-whose target is of a prompt.
+(A conversation has its own first token in place of `bos`, and ends as its template says.) So every token of every
+document, `eos` included, is a target exactly once, also where a row boundary cuts the document: the input of the
+second piece opens with the last token of the first. Nothing ever predicts the first token of the *next* document from
+this one. Every position has weight 1 but padding, which has weight 0 and segment 0, and those whose target is only
+read. The two texts of a pair are segments 1 and 2, or 3 and 4, ... of one row.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,9 @@ from .packing import PACKERS
 from .store import TokenStore
 from .tokenizer import Tokenizer
 
-Row = dict[str, np.ndarray]  # tokens targets segment_ids positions int32, loss_weights float32; each [sequence]
+# tokens targets segment_ids positions int32, loss_weights labels float32, places int64; each [sequence]
+Row = dict[str, np.ndarray]
+NOWHERE = -1  # the place of padding
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,11 @@ class RowShape:
     """What turning pieces into arrays needs to know beside the tokens."""
 
     sequence_length: int
-    bos: int  # token ids
-    pad: int
+    pad: int  # token id
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, sequence_length: int) -> "RowShape":
-        return cls(sequence_length, tokenizer.bos, tokenizer.pad)
+        return cls(sequence_length, tokenizer.pad)
 
 
 def row_table(windows: Iterable[np.ndarray], lengths: np.ndarray, *, method: str, sequence_length: int) -> RowTable:
@@ -64,19 +66,33 @@ def row_table(windows: Iterable[np.ndarray], lengths: np.ndarray, *, method: str
 def row(store: TokenStore, table: RowTable, *, index: int, shape: RowShape) -> Row:
     """Row `index` of the table as arrays [sequence]."""
     result = padding(shape)
-    column = 0
-    for segment, piece in enumerate(range(table.first[index], table.first[index + 1]), start=1):
-        length, start = table.length[piece], table.start[piece]
-        here = slice(column, column + length)
-        begin = store.offsets[table.document[piece]] + start
-        result["targets"][here] = store.tokens[begin : begin + length]
-        result["tokens"][column] = store.tokens[begin - 1] if start else shape.bos
-        result["tokens"][column + 1 : column + length] = result["targets"][column : column + length - 1]
-        result["positions"][here] = np.arange(length)
-        result["segment_ids"][here] = segment
-        result["loss_weights"][here] = start + np.arange(length) >= store.prompts[table.document[piece]]
-        column += length
+    column = segment = 0
+    for piece in range(table.first[index], table.first[index + 1]):
+        document = table.document[piece]
+        for start, stop, opener in segments(store, document, start=table.start[piece], length=table.length[piece]):
+            segment += 1
+            here = slice(column, column + stop - start)
+            begin, end = store.offsets[document] + start, store.offsets[document] + stop
+            result["targets"][here] = store.tokens[begin:end]
+            result["tokens"][column] = opener
+            result["tokens"][column + 1 : here.stop] = result["targets"][column : here.stop - 1]
+            result["positions"][here] = np.arange(stop - start)
+            result["segment_ids"][here] = segment
+            result["loss_weights"][here] = store.weights(begin, end)
+            result["labels"][here] = store.labels[document]
+            result["places"][here] = store.first + np.arange(begin, end)
+            column = here.stop
     return result
+
+
+def segments(store: TokenStore, document: int, *, start: int, length: int) -> Iterator[tuple[int, int, int]]:
+    """(first token, end, what the first is predicted from) of the one or two segments in a piece of a document."""
+    cut, stop = store.cuts[document], start + length
+    if start < cut:
+        before = store.tokens[store.offsets[document] + start - 1] if start else store.openers[document, 0]
+        yield start, min(stop, cut), before
+    if cut < stop:  # pairs are never cut
+        yield cut, stop, store.openers[document, 1]
 
 
 def padding(shape: RowShape) -> Row:
@@ -88,4 +104,6 @@ def padding(shape: RowShape) -> Row:
         "loss_weights": np.zeros(length, np.float32),
         "segment_ids": np.zeros(length, np.int32),
         "positions": np.zeros(length, np.int32),
+        "labels": np.zeros(length, np.float32),
+        "places": np.full(length, NOWHERE, np.int64),
     }

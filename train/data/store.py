@@ -1,9 +1,12 @@
-"""A tokenized source on disk: all documents in one memory-mapped array, each closed by the end token.
+"""A tokenized source on disk: all documents in one memory-mapped array.
 
-tokens.npy      [tokens] uint16 or uint32
+tokens.npy      [tokens] uint16 or uint32: every token that is a target
 offsets.npy     [documents + 1] int64: document i is tokens[offsets[i]:offsets[i + 1]]
+openers.npy     [documents, 2] int64: what the first token of each of its segments is predicted from
+cuts.npy        [documents] int64: tokens of its first segment; all of them, where it is not a pair
+unlearned.npy   [2, stretches] int64: tokens[start:stop] that are read but not learned, in order
+labels.npy      [documents] float32: what the recipe is told about it
 identities.npy  [documents] uint64: a hash of the text, see split.py
-prompts.npy     [documents] int64: tokens at its beginning that are read but not learned
 sizes.npy       [documents] int64: bytes of the text that is learned, in UTF-8
 origins.npy     [documents] int64: its index in the source; documents without text are left out
 """
@@ -17,13 +20,13 @@ import numpy as np
 
 from .cache import cached
 from .documents import Documents, digest, texts
-from .examples import divided
+from .encoding import BATCH_CHARACTERS, encoded
+from .examples import parsed
 from .split import identity
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-ARRAYS = ("tokens", "offsets", "identities", "prompts", "sizes", "origins")
-BATCH_CHARACTERS = 1 << 22  # text encoded at once: bounds memory, which is ~100 bytes a token while the library encodes
+ARRAYS = ("tokens", "offsets", "openers", "cuts", "unlearned", "labels", "identities", "sizes", "origins")
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,14 @@ class TokenStore:
 
     tokens: np.ndarray
     offsets: np.ndarray
+    openers: np.ndarray
+    cuts: np.ndarray
+    unlearned: np.ndarray
+    labels: np.ndarray
     identities: np.ndarray
-    prompts: np.ndarray
     sizes: np.ndarray
     origins: np.ndarray
+    first: int = 0  # the number of its first token among those of all the run's stores
 
     def __len__(self) -> int:
         return len(self.identities)
@@ -48,12 +55,22 @@ class TokenStore:
     @property
     def learned(self) -> np.ndarray:
         """[documents] int64: tokens of each that have weight 1."""
-        return self.lengths - self.prompts
+        start, stop = self.unlearned
+        documents = np.searchsorted(self.offsets, start, side="right") - 1
+        return self.lengths - np.bincount(documents, stop - start, minlength=len(self)).astype(np.int64)
+
+    def weights(self, begin: int, end: int) -> np.ndarray:
+        """[end - begin] float32: 1 for each of tokens[begin:end] that is learned, else 0."""
+        found = np.ones(end - begin, np.float32)
+        starts, stops = self.unlearned
+        for place in range(np.searchsorted(stops, begin, side="right"), np.searchsorted(starts, end)):
+            found[max(starts[place] - begin, 0) : stops[place] - begin] = 0
+        return found
 
 
 def tokenized(documents: Documents, tokenizer: Tokenizer, *, cache: Path) -> TokenStore:
     """The documents as tokens: encoded once, then read from the cache."""
-    key = digest("tokens-2", documents.fingerprint, tokenizer.fingerprint)
+    key = digest("tokens-3", documents.fingerprint, tokenizer.fingerprint)
     return cached(
         cache / "tokens" / key,
         read=open_store,
@@ -65,26 +82,38 @@ def write_store(documents: Documents, tokenizer: Tokenizer, *, directory: Path) 
     """Encode everything into `directory`, a batch of documents at a time."""
     logger.info("tokenizing %d documents", len(documents))
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    lengths, identities, prompts, sizes, origins = [], [], [], [], []
+    columns: dict[str, list] = {name: [] for name in ("openers", "cuts", "labels", "identities", "sizes", "origins")}
+    lengths, unlearned, total = [], [], 0
     with open(directory / "tokens.npy", "wb") as file:
         _write_header(file, dtype, count=0)
         for batch in batched(documents):
-            parts = [divided(text) for _, text in batch]
-            heads, tails = (encoded([part[which] for part in parts], tokenizer) for which in (0, 1))
-            for (origin, text), (_, learned), head, tail in zip(batch, parts, heads, tails, strict=True):
-                file.write(np.array([*head, *tail, tokenizer.eos], dtype).tobytes())
-                lengths.append(len(head) + len(tail) + 1)
-                identities.append(identity(text))
-                prompts.append(len(head))
-                sizes.append(len(learned.encode()))
-                origins.append(origin)
+            examples = [parsed(text) for _, text in batch]
+            found = iter(encoded([part for example in examples for part in example.parts], tokenizer))
+            for (origin, text), example in zip(batch, examples, strict=True):
+                parts = [next(found) for _ in example.parts]
+                for part in parts:
+                    file.write(np.array(part.tokens, dtype).tobytes())
+                    unlearned += [(total + start, total + stop) for start, stop in part.unlearned]
+                    total += len(part.tokens)
+                lengths.append(sum(len(part.tokens) for part in parts))
+                row = {
+                    "openers": (parts[0].opener, parts[-1].opener),
+                    "cuts": len(parts[0].tokens),
+                    "labels": example.label,
+                    "identities": identity(text),
+                    "sizes": sum(len(part.learned.encode()) for part in example.parts),
+                    "origins": origin,
+                }
+                for name, value in row.items():
+                    columns[name].append(value)
         file.seek(0)
-        _write_header(file, dtype, count=sum(lengths))
+        _write_header(file, dtype, count=total)
+    dtypes = {"labels": np.float32, "identities": np.uint64}
+    for name, values in columns.items():
+        array = np.array(values, dtypes.get(name, np.int64))
+        np.save(directory / f"{name}.npy", array.reshape(len(lengths), 2) if name == "openers" else array)
     np.save(directory / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    np.save(directory / "identities.npy", np.array(identities, np.uint64))
-    np.save(directory / "prompts.npy", np.array(prompts, np.int64))
-    np.save(directory / "sizes.npy", np.array(sizes, np.int64))
-    np.save(directory / "origins.npy", np.array(origins, np.int64))
+    np.save(directory / "unlearned.npy", np.array(unlearned, np.int64).reshape(-1, 2).T.copy())
 
 
 def open_store(directory: Path) -> TokenStore:
@@ -103,24 +132,6 @@ def batched(documents: Documents) -> Iterator[list[tuple[int, str]]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def encoded(batch: list[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Token ids of each text. One longer than BATCH_CHARACTERS is cut after a line end and encoded piece by piece."""
-    pieces = [list(line_pieces(text)) for text in batch]
-    ids = iter(tokenizer.encode_batch([piece for text in pieces for piece in text]))
-    for text in pieces:
-        yield [token for _ in text for token in next(ids)]
-
-
-def line_pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of at most BATCH_CHARACTERS, cut after a line end where there is one."""
-    start = 0
-    while len(text) - start > BATCH_CHARACTERS:
-        cut = text.rfind("\n", start, start + BATCH_CHARACTERS) + 1 or start + BATCH_CHARACTERS
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
 
 
 def _write_header(file, dtype: np.dtype, *, count: int) -> None:

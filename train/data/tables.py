@@ -1,7 +1,7 @@
-"""Documents that are a column of a table: JSON lines, Parquet, Arrow, and Hugging Face data sets."""
+"""Documents that are rows of a table: JSON lines, Parquet, Arrow, and Hugging Face data sets."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +12,17 @@ import xxhash
 
 from ...configs.errors import UserError, first_line
 from .documents import decoded, digest
-from .examples import joined
 from .files import parts, readable
+from .formats import Reader
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """The strings under `field`, one a line, behind those under `prompt`; blank lines do not count."""
+    """One document a line; blank lines do not count."""
 
     paths: tuple[Path, ...]
     lines: np.ndarray  # [documents, 4] int64: file, first byte, end, and the line number a person would look for
-    field: str
-    prompt: str | None
+    reader: Reader
     fingerprint: str
 
     def __len__(self) -> int:
@@ -44,15 +43,13 @@ class JsonLines:
             ) from None
         if not isinstance(row, dict):
             raise UserError(
-                f"data.path: {origin}: a {type(row).__name__}, not an object; write {{{self.field!r}: ...}}"
+                f"data.path: {origin}: a {type(row).__name__}, not an object; write "
+                f"{{{next(iter(self.reader.names.values()))!r}: ...}}"
             )
-        text = column(row, self.field, origin=origin)
-        if self.prompt is None:
-            return text
-        return joined(column(row, self.prompt, origin=origin), text, origin=origin)
+        return self.reader.document(row, origin=origin)
 
 
-def json_lines(paths: list[Path], *, field: str, prompt: str | None = None) -> JsonLines:
+def json_lines(paths: list[Path], *, reader: Reader) -> JsonLines:
     """Index the lines of the files; each is parsed when it is read."""
     digests = []
 
@@ -65,16 +62,15 @@ def json_lines(paths: list[Path], *, field: str, prompt: str | None = None) -> J
                     yield file_number, start, stop, number
 
     table = np.fromiter(lines(), np.dtype((np.int64, 4)))  # 32 bytes a line: there may be very many
-    columns = (field,) if prompt is None else (field, prompt)
-    return JsonLines(tuple(paths), table, field, prompt, digest("jsonl", *columns, *digests))
+    return JsonLines(tuple(paths), table, reader, digest("jsonl", reader.fingerprint, *digests))
 
 
 @dataclass(frozen=True)
 class Table:
-    """The strings in one column of a memory-mapped `datasets.Dataset`."""
+    """The rows of a memory-mapped `datasets.Dataset`."""
 
     rows: Any  # datasets.Dataset
-    field: str
+    reader: Reader
     origin: str
     fingerprint: str
 
@@ -82,29 +78,10 @@ class Table:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> str:
-        return column(self.rows[index], self.field, origin=f"{self.origin} row {index}")
+        return self.reader.document(self.rows[index], origin=f"{self.origin} row {index}")
 
 
-def column(row: Mapping[str, Any], field: str, *, origin: str) -> str:
-    """The text of a row. Raises UserError when there is no such column, or no text in it."""
-    if field not in row:
-        raise UserError.no_match(f"data.field ({origin})", [field], known=row)
-    if not isinstance(row[field], str):
-        raise UserError(
-            f"data.field: {field} of {origin} is {row[field]!r:.40}, not text; remove the row, or set data.field to "
-            f"a column of text ({', '.join(row)})"
-        )
-    try:
-        row[field].encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no encoding can write
-        raise UserError(
-            f"data.field: {field} of {origin} is not Unicode text: character {error.start} is "
-            f"{row[field][error.start]!r}; repair or remove the row"
-        ) from None
-    return row[field]
-
-
-def table_files(paths: list[Path], *, kind: str, field: str, cache: Path) -> Table:
+def table_files(paths: list[Path], *, kind: str, reader: Reader, cache: Path) -> Table:
     """Parquet or Arrow files as one table, mapped from the cache: nothing stays in memory."""
     import datasets
 
@@ -115,17 +92,18 @@ def table_files(paths: list[Path], *, kind: str, field: str, cache: Path) -> Tab
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"data.path: {paths[0]} is not {kind}: {first_line(error)}; check data.source") from error
-    return Table(one_column(rows, field), field, str(paths[0].parent), digest(kind, field, *digests))
+    return Table(selected(rows, reader), reader, str(paths[0].parent), digest(kind, reader.fingerprint, *digests))
 
 
-def hub_dataset(path: str, *, name: str | None, split: str, field: str) -> Table:
+def hub_dataset(path: str, *, name: str | None, split: str, reader: Reader) -> Table:
     """A data set saved to a directory, or one that `datasets.load_dataset` knows, downloaded whole."""
     import datasets
 
     with _explained(path):
         rows = _saved(path, split=split)
         rows = datasets.load_dataset(path, name, split=split) if rows is None else rows
-    return Table(one_column(rows, field), field, path, digest("hf", field, rows._fingerprint, str(len(rows))))
+    version = digest("hf", reader.fingerprint, rows._fingerprint, str(len(rows)))
+    return Table(selected(rows, reader), reader, path, version)
 
 
 class HubStream(NamedTuple):
@@ -135,7 +113,7 @@ class HubStream(NamedTuple):
     fingerprint: str
 
 
-def hub_stream(path: str, *, name: str | None, split: str, field: str) -> HubStream:
+def hub_stream(path: str, *, name: str | None, split: str, reader: Reader) -> HubStream:
     """The same without downloading it. The fingerprint knows the revision on the hub, or when local files changed."""
     import datasets
 
@@ -148,16 +126,14 @@ def hub_stream(path: str, *, name: str | None, split: str, field: str) -> HubStr
 
     def read(skip: int) -> Iterator[str]:
         for number, item in enumerate(rows.skip(skip), start=skip):
-            yield column(item, field, origin=f"{path} row {number}")
+            yield reader.document(item, origin=f"{path} row {number}")
 
-    return HubStream(read, digest("hf", path, str(name), split, field, str(version)))
+    return HubStream(read, digest("hf", path, str(name), split, reader.fingerprint, str(version)))
 
 
-def one_column(rows: Any, field: str) -> Any:
-    """The table without its other columns: reading a row then decodes nothing else."""
-    if field not in rows.column_names:
-        raise UserError.no_match("data.field", [field], known=rows.column_names)
-    return rows.select_columns([field])
+def selected(rows: Any, reader: Reader) -> Any:
+    """The table without the columns nobody reads: reading a row then decodes nothing else."""
+    return rows.select_columns(reader.columns(rows.column_names))
 
 
 def _saved(path: str, *, split: str) -> Any:

@@ -2,12 +2,14 @@
 
 Three ids have a role. `eos` closes every document and is learned; `bos` is the first *input* of every document (the
 same id as `eos` where the tokenizer has no other), so that its first token is predicted too; `pad` fills rows and has
-weight 0. The library adds none of them: encoding never sees a special token, not even where a text spells one.
+weight 0. The library adds none of them: encoding never sees a special token, not even where a text spells one. Only
+what a chat template wrote is read with its special tokens, as transformers reads it.
 """
 
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,22 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, in parallel."""
         return [encoded.ids for encoded in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[Any]:
+        """`tokenizers.Encoding` of each text, in which the names of special tokens stand for them; none is added."""
+        return self._knowing.encode_batch(list(texts), add_special_tokens=False)
+
+    @cached_property
+    def _knowing(self) -> Any:
+        """The library, with special tokens known by their names."""
+        knowing = type(self.library).from_str(self.library.to_str())
+        knowing.encode_special_tokens = False
+        return knowing
+
+    @cached_property
+    def added(self) -> frozenset[int]:
+        """Ids of tokens that no text has: special ones, and those that templates name."""
+        return frozenset(self.library.get_added_tokens_decoder())
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens have none, broken UTF-8 becomes U+FFFD."""

@@ -1,6 +1,8 @@
 """The supervisor's decisions, as pure functions of what it saw. JAX-free."""
 
+import signal
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +27,7 @@ class Failure:
 
     time: float
     reached: int  # the highest step any process reported
+    slot: int | None = None  # where the suspect was
 
 
 def gives_up(failures: Sequence[Failure], settings: ElasticConfig, *, now: float) -> bool:
@@ -54,3 +57,18 @@ def suspect(reports: Mapping[int, Report], *, processes: int) -> int:
     if silent := sorted(set(range(processes)) - reports.keys()):
         return silent[0]
     return min(reports, key=lambda number: (reports[number].step, reports[number].heard))
+
+
+def culprit(codes: Mapping[int, int]) -> int:
+    """The process to blame, by exit codes of those that failed: one that was killed before those that raised.
+
+    Whoever loses a peer raises or aborts soon after it, maybe before anybody looks.
+    """
+    return min(codes, key=lambda number: (codes[number] >= 0, codes[number] == -signal.SIGABRT, number))
+
+
+def struck(failures: Sequence[Failure], settings: ElasticConfig, *, now: float) -> frozenset[int]:
+    """The slots with so many failures within the window that the run had better go on without them."""
+    recent = Counter(failure.slot for failure in failures if failure.time > now - settings.window)
+    del recent[None]
+    return frozenset(slot for slot, count in recent.items() if settings.strikes and count >= settings.strikes)

@@ -1,36 +1,58 @@
-"""Engines by name, and the launch of a run on one of them. JAX-free."""
+"""Engines by name, and the launch of a run on one of them. JAX-free.
 
-from collections.abc import Sequence
-from pathlib import Path
+An engine brings processes up, polls and kills them; what to do when one dies or hangs is the supervisor's, and the same
+for all. A new engine is a file with `launch(job)` and a line here; it is imported when it is asked for.
+"""
 
-from ...configs.elastic import ElasticConfig
+import importlib
+from contextlib import ExitStack
+
+from ...configs.errors import UserError
+from .job import Job
+from .keepers import Keepers
 from .local import LocalEngine
 from .rendezvous import Server
 from .signals import StopSignals
-from .supervisor import supervise
+from .supervisor import Stop, supervise
+from .telemetry import Telemetry
 
-ENGINES = {"local": LocalEngine}
+# Engine -> the file beside this one that launches on it; local is here.
+ENGINES = {"local": "", "slurm": "slurm", "ray": "ray_cluster", "k8s": "kubernetes", "agents": "by_hand"}
 
 
-def launch(
-    command: Sequence[str],
-    *,
-    processes: int,
-    directory: Path,
-    settings: ElasticConfig,
-    devices_per_process: int | None = None,
-    coordinator: str | None = None,
-) -> None:
-    """Run `command` in `processes` processes on this machine until all end well; see `supervise` for what it raises.
+def start(engine: str, job: Job) -> None:
+    """Launch on the engine of that name; see `supervise` for what it raises."""
+    if engine == "local":
+        launch_here(job)
+    elif job.keepers is not None and job.keepers.losses:
+        raise UserError(f"checkpoint.parity: engine {engine} starts no keepers; set it to none, or use --engine local")
+    else:
+        importlib.import_module(f".{ENGINES[engine]}", __package__).launch(job)
 
-    `directory` is the run's.
+
+def launch_here(job: Job, *, stop: Stop | None = None) -> None:
+    """Run on this machine until all processes end well; see `supervise` for what it raises.
+
+    `stop`: who asks to stop; None: SIGTERM and Ctrl-C.
     """
-    with StopSignals() as stop, Server() as server:
+    with ExitStack() as stack:
+        asked = stop or stack.enter_context(StopSignals())
+        server = stack.enter_context(Server())
         engine = LocalEngine(
-            command,
-            processes=processes,
+            job.command,
+            processes=job.processes,
             rendezvous=server.address,
-            devices_per_process=devices_per_process,
-            coordinator=coordinator,
+            devices_per_process=job.devices_per_process,
+            coordinator=job.settings.coordinator,
         )
-        supervise(engine, settings=settings, directory=directory, room=server.room, stop=stop)
+        if job.keepers is not None:
+            engine = stack.enter_context(Keepers(job.keepers, run=job.directory, server=server)).before(engine)
+        supervise(
+            engine,
+            settings=job.elastic,
+            directory=job.directory,
+            room=server.room,
+            stop=asked,
+            formations=job.formations,
+            telemetry=Telemetry(job.directory),
+        )

@@ -29,14 +29,19 @@ class LocalEngine:
         devices_per_process: int | None = None,
         coordinator: str | None = None,
     ) -> None:
-        self.processes = processes
+        self.processes = self._room = processes
         self._command, self._coordinator, self._rendezvous = list(command), coordinator, rendezvous
         self._devices = {world.DEVICES: str(devices_per_process)} if devices_per_process else {}
         self._running: list[subprocess.Popen] = []
         self._host: subprocess.Popen | None = None
 
-    def start(self, epoch: int) -> None:
+    def slots(self) -> Sequence[int]:
+        """One machine has room for as many as were asked for."""
+        return range(self._room)
+
+    def start(self, epoch: int, *, slots: Sequence[int], words: Sequence[str]) -> None:
         """Start the coordination service on a port of this epoch's, and every process."""
+        self.processes, command = len(slots), [*self._command, *words]
         address = self._coordinator or f"127.0.0.1:{free_port()}"
         shared = os.environ | self._devices | {
             world.COORDINATOR: address,
@@ -48,8 +53,8 @@ class LocalEngine:
         if self.processes > 1:
             self._host = spawn([*COORDINATOR_HOST, address, str(self.processes)], os.environ)
         self._running = [
-            spawn(self._command, shared | {world.NUMBER: str(number)}, quiet=number > 0)
-            for number in range(self.processes)
+            spawn(command, shared | {world.NUMBER: str(number), world.SLOT: str(slot)}, quiet=number > 0)
+            for number, slot in enumerate(slots)
         ]
 
     def poll(self, number: int) -> int | None:

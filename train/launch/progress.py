@@ -2,7 +2,8 @@
 
 A process that is alive proves nothing; one that makes steps does. A thread of its own sends the newest word and,
 between steps, heartbeats: so a process that was stopped can be told from one that waits. Without a supervisor nothing
-is told.
+is told. It also counts the seconds spent on each thing a process does: what it did by itself between two waits tells
+who keeps the others waiting (`detection`).
 """
 
 import threading
@@ -29,6 +30,8 @@ class Progress:
     def __init__(self, world: World, fence: Fence) -> None:
         self._fence, self._name, self._address = fence, member(world), world.rendezvous
         self._word: tuple[int, str] = (0, "start")
+        self._spent: dict[str, float] = {}  # seconds, by what was done
+        self._doing, self._since = "start", time.monotonic()
         self._ended = threading.Event()
         self._gone: str | None = None  # why the supervisor is
         if self._address:
@@ -45,6 +48,21 @@ class Progress:
             raise MeshwrightError(f"no answer from the launcher for {PATIENCE:.0f} s: {self._gone}; ending")
         self._word = (step, phase)
 
+    def waits(self, phase: str) -> None:
+        """Nothing hangs: as many updates as before are done, and `phase` takes its time."""
+        self.report(self._word[0], phase)
+
+    def enters(self, doing: str) -> None:
+        """From now on this process does `doing`; `detection.WAIT`: it waits for the step, and so for others."""
+        now = time.monotonic()
+        self._spent = self._spent | {self._doing: self._spent.get(self._doing, 0.0) + now - self._since}
+        self._doing, self._since = doing, now
+
+    def timers(self) -> dict[str, object]:
+        """What is done now, and the seconds spent on each thing so far."""
+        spent, doing, since = self._spent, self._doing, self._since
+        return {"doing": doing, "spent": spent | {doing: spent.get(doing, 0.0) + time.monotonic() - since}}
+
     def close(self) -> None:
         """Say no more."""
         self._ended.set()
@@ -60,7 +78,7 @@ class Progress:
                 try:
                     if client.ticket < 0:
                         client.join()
-                    client.beat({"step": word[0], "phase": word[1], "beats": beats})
+                    client.beat({"step": word[0], "phase": word[1], "beats": beats, **self.timers()})
                     told, beats, spoken, answered = word, beats + 1, now, now
                 except (OSError, Refused) as error:
                     if now - answered > PATIENCE:

@@ -19,11 +19,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from ...configs.errors import MeshwrightError
 
 TTL = 30.0  # seconds without a heartbeat
+Operation = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 class Refused(MeshwrightError):
@@ -125,15 +127,26 @@ class Room:
 
 
 class Server:
-    """A room behind a TCP port, one JSON object a line each way. `with Server() as server: server.address`."""
+    """A room behind a TCP port, one JSON object a line each way. `with Server() as server: server.address`.
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.room = room = Room(clock)
+    `operations` are further things a client may ask for, by name: functions from the request to the answer.
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        room: Room | None = None,
+        operations: Mapping[str, Operation] | None = None,
+    ) -> None:
+        self.room = room = room or Room(clock)
 
         class Handler(socketserver.StreamRequestHandler):
             def handle(self) -> None:
                 for line in self.rfile:
-                    self.wfile.write(json.dumps(answer(room, line)).encode() + b"\n")
+                    self.wfile.write(json.dumps(answer(room, line, operations or {})).encode() + b"\n")
 
         class Listener(socketserver.ThreadingTCPServer):
             allow_reuse_address = True
@@ -152,7 +165,7 @@ class Server:
         self._listener.server_close()
 
 
-def answer(room: Room, line: bytes) -> dict[str, Any]:
+def answer(room: Room, line: bytes, operations: Mapping[str, Operation] = MappingProxyType({})) -> dict[str, Any]:
     """What a line of a client is answered: the membership, or {"error": ...}; never an exception."""
     try:
         asked = json.loads(line)
@@ -168,7 +181,9 @@ def answer(room: Room, line: bytes) -> dict[str, Any]:
             return room.change(lambda m, _: left(m, name, int(asked["ticket"]))).public()
         if do == "wait":
             return room.wait(beyond=int(asked["beyond"]), timeout=float(asked["timeout"])).public()
-        raise ValueError(f"do: {do!r} is none of join, beat, leave, wait")
+        if do in operations:
+            return operations[do](asked)
+        raise ValueError(f"do: {do!r} is none of {', '.join(['join', 'beat', 'leave', 'wait', *operations])}")
     except Refused as error:
         return {"refused": str(error)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -204,6 +219,10 @@ class Client:
     def wait(self, *, beyond: int, timeout: float) -> dict[str, Any]:
         """The membership once its epoch is above `beyond`, or as it is after `timeout` seconds."""
         return self._ask({"do": "wait", "beyond": beyond, "timeout": timeout}, patience=timeout)
+
+    def ask(self, do: str, *, within: float = 0.0, **fields: Any) -> dict[str, Any]:
+        """The answer to one of the server's further operations, which may take `within` seconds."""
+        return self._ask({"do": do, "ticket": self.ticket, **fields}, patience=within)
 
     def __enter__(self) -> "Client":
         return self

@@ -8,10 +8,11 @@ and a fence against processes of earlier ones. JAX-free.
     preempted   asked to stop, and saved in time: exit code 75, start me again
     refused     a process found the request wrong: exit code 2, no restart would help
     failed      a process died, or hung: kill all, wait, start all; give up after too many
+    regroup     asked by the supervisor itself to stop: slots were drained, or a larger mesh fits again
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -19,9 +20,13 @@ from typing import Protocol
 from ...configs.elastic import ElasticConfig
 from ...configs.errors import MeshwrightError, Preempted, UserError
 from ..report.journal import Journal
-from .decisions import Failure, Report, gives_up, patience, pause, suspect
+from .decisions import Failure, Report, culprit, gives_up, patience, pause, struck, suspect
+from .drain import drained
 from .fence import Fence, current
+from .formations import Formation, Team
+from .regroup import Regroup, change
 from .rendezvous import Room
+from .telemetry import Telemetry
 
 TICK = 0.1  # seconds between two looks
 
@@ -29,10 +34,13 @@ TICK = 0.1  # seconds between two looks
 class Engine(Protocol):
     """Where processes run: starts, signals and polls them. All of one epoch are started before any is polled."""
 
-    processes: int
+    processes: int  # of the epoch; before the first one, as many as were asked for
 
-    def start(self, epoch: int) -> None:
-        """Start every process of `epoch`, and whatever coordinates them."""
+    def slots(self) -> Collection[int]:
+        """The slots in which a process could be started now; a lost one is missing, a replacement has its number."""
+
+    def start(self, epoch: int, *, slots: Sequence[int], words: Sequence[str]) -> None:
+        """Start a process of `epoch` in each of `slots`, with `words` after the command, and what coordinates them."""
 
     def poll(self, number: int) -> int | None:
         """Exit code of a process; None while it runs."""
@@ -57,11 +65,12 @@ class Stop(Protocol):
 class Outcome:
     """How an epoch ended."""
 
-    kind: str  # done | preempted | refused | failed
+    kind: str  # done | preempted | regroup | refused | failed
     reason: str
     reached: int = 0  # the highest step reported
     suspect: int | None = None
     detected: float = 0.0  # seconds from the last news of the suspect to this outcome
+    syndrome: str = ""  # of a hang: `hang, communication` or `hang, not communication`
 
 
 @dataclass
@@ -95,6 +104,11 @@ class Watch:
         return now - min((self.reports[n].time if n in self.reports else self.started) for n in running)
 
     @property
+    def stepping(self) -> bool:
+        """Whether steps are being made: a process that still starts would not answer a request to stop."""
+        return any(report.phase == "step" for report in self.reports.values())
+
+    @property
     def reached(self) -> int:
         """The highest step any process reported."""
         return max((report.step for report in self.reports.values()), default=0)
@@ -107,38 +121,104 @@ def supervise(
     directory: Path,
     room: Room,
     stop: Stop,
+    formations: Sequence[Formation] = (),
+    telemetry: Telemetry | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Run until every process ended well. `directory` is the run's, `room` where its processes report.
 
-    Raises Preempted where all stopped on request, UserError where the request itself was wrong, MeshwrightError where
-    it gave up.
+    `formations` are what it may run as, the preferred first (default: as many processes as the engine has). `telemetry`
+    looks on and says what is slow, or why something hangs. Raises Preempted where all stopped on request, UserError
+    where the request itself was wrong, MeshwrightError where it gave up.
     """
     epoch, failures = current(directory), []
+    regroup = Regroup(
+        tuple(formations) or (Formation(engine.processes),),
+        slots=engine.slots,
+        drained=lambda: drained(directory),
+        struck=lambda: struck(failures, settings, now=clock()),
+        replace=settings.replace,
+        settle=settings.settle,
+        patience=max(settings.replace, settings.start_timeout),
+    )
+    why = "started"
     while True:
+        form_up(regroup, directory, why, stop=stop, clock=clock, sleep=sleep)
         epoch = max(epoch, current(directory)) + 1
         if directory.exists():
             Fence(directory, epoch).claim()  # before the new ones start: old ones may still be writing
         try:
-            engine.start(epoch)
-            outcome = watched(engine, epoch, settings=settings, room=room, stop=stop, clock=clock, sleep=sleep)
+            engine.start(epoch, slots=regroup.present.slots, words=regroup.present.formation.words)
+            outcome = watched(
+                engine,
+                epoch,
+                settings=settings,
+                room=room,
+                stop=stop,
+                regroup=regroup,
+                telemetry=telemetry,
+                clock=clock,
+                sleep=sleep,
+            )
         finally:
             engine.kill()
+        why = outcome.reason
         if outcome.kind == "done":
             return
-        if outcome.kind == "preempted" and stop.asked:
+        if outcome.kind in ("preempted", "regroup") and stop.asked:
             raise Preempted("stopped on request, state saved; run the same command to go on")
         if outcome.kind == "refused":
             raise UserError(outcome.reason)
+        if outcome.kind == "regroup":
+            tell(directory, "regroup", outcome, epoch=epoch)
+            continue
         if outcome.kind == "failed":
-            failures.append(Failure(clock(), outcome.reached))
+            slot = None if outcome.suspect is None else regroup.present.slots[outcome.suspect]
+            failures.append(Failure(clock(), outcome.reached, slot))
         if stop.asked or gives_up(failures, settings, now=clock()):
             tell(directory, "give-up", outcome, epoch=epoch, failures=len(failures))
             raise MeshwrightError(ending(outcome, failures, stop=stop))
         seconds = pause(failures, settings) if outcome.kind == "failed" else settings.backoff
         tell(directory, "restart", outcome, epoch=epoch, pause_seconds=seconds)
         sleep(seconds)
+
+
+def form_up(
+    regroup: Regroup,
+    directory: Path,
+    why: str,
+    *,
+    stop: Stop,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> None:
+    """Choose who takes part in the next epoch, and journal a change.
+
+    Raises MeshwrightError where what is left fits no mesh, Preempted where asked to stop meanwhile.
+    """
+    began, before = clock(), regroup.present
+    found = regroup.form(enough=lambda: stop.asked, clock=clock, sleep=sleep)
+    if stop.asked and before is not None:
+        raise Preempted("stopped on request between two epochs; run the same command to go on")
+    if found is None:
+        raise MeshwrightError(
+            f"slots {sorted(regroup.slots())} are left, {sorted(regroup.drained())} are drained, and no mesh fits what "
+            f"there is ({why}); add one to elastic.meshes, or bring hosts back and run the same command"
+        )
+    regroup.present = found
+    event = change(before or Team(regroup.candidates[0], found.slots), found, candidates=regroup.candidates)
+    if event is None:
+        return
+    write(
+        directory,
+        event,
+        reason=why,
+        processes=len(found.slots),
+        mesh=found.formation.mesh,
+        slots=list(found.slots),
+        waited_seconds=clock() - began,
+    )
 
 
 def ending(outcome: Outcome, failures: Sequence[Failure], *, stop: Stop) -> str:
@@ -149,17 +229,23 @@ def ending(outcome: Outcome, failures: Sequence[Failure], *, stop: Stop) -> str:
 
 
 def tell(directory: Path, event: str, outcome: Outcome, **fields: object) -> None:
-    """Journal what happened to the processes, once they have ended: nobody else writes then."""
-    if not (directory / "config.yaml").exists():
-        return  # they failed before the run had a directory
-    Journal(directory).record(
+    """Journal what happened to the processes."""
+    write(
+        directory,
         event,
         reason=outcome.reason,
         suspect=outcome.suspect,
         step=outcome.reached,
         detect_seconds=outcome.detected,
+        **({"syndrome": outcome.syndrome} if outcome.syndrome else {}),
         **fields,
     )
+
+
+def write(directory: Path, event: str, **fields: object) -> None:
+    """One line of the journal, between two epochs: nobody else writes then."""
+    if (directory / "config.yaml").exists():  # else they failed before the run had a directory
+        Journal(directory).record(event, **fields)
 
 
 def watched(
@@ -169,31 +255,37 @@ def watched(
     settings: ElasticConfig,
     room: Room,
     stop: Stop,
+    regroup: Regroup,
+    telemetry: Telemetry | None,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
 ) -> Outcome:
     """Look at the processes of one epoch until it is over; some may still be running then."""
-    watch = Watch(clock())
+    watch, telemetry = Watch(clock()), telemetry or Telemetry()
     deadline: float | None = None  # by which all must have ended, once one has or was asked to
     told = False
+    why: str | None = None  # they were asked to stop, to form up anew
     while True:
         now = clock()
         watch.look(room, epoch, now=now)
+        telemetry.look(room, epoch, now=now)
         codes = {number: engine.poll(number) for number in range(engine.processes)}
         if (outcome := judged(codes, watch, now=now)) is not None:
-            return outcome
-        if (why := engine.broken()) is not None:
-            return Outcome("failed", why, watch.reached)
-        if stop.asked and not told:
+            return replace(outcome, kind="regroup", reason=why) if why and outcome.kind == "preempted" else outcome
+        if (broke := engine.broken()) is not None:
+            return Outcome("failed", broke, watch.reached)
+        if deadline is None and watch.stepping:
+            why = regroup.reason(now=now)
+        if (stop.asked or why) and not told:
             engine.ask_to_stop()
             told, deadline = True, now + settings.grace
         if deadline is None and any(code is not None for code in codes.values()):
             deadline = now + settings.grace
         running = [number for number, code in codes.items() if code is None]
         if deadline is not None and now > deadline:
-            return overdue(running, watch, settings=settings, asked=stop.asked)
+            return overdue(running, watch, settings=settings, asked=told)
         if deadline is None and (outcome := hung(running, engine, watch, settings=settings, now=now)) is not None:
-            return outcome
+            return telemetry.explained(outcome, now=now)
         sleep(TICK)
 
 
@@ -203,7 +295,7 @@ def judged(codes: Mapping[int, int | None], watch: Watch, *, now: float) -> Outc
         refused = next(number for number, code in codes.items() if code == UserError.exit_code)
         return Outcome("refused", f"process {refused} refused the configuration (see above)", watch.reached, refused)
     if failed := {number: code for number, code in codes.items() if code not in (None, 0, Preempted.exit_code)}:
-        first = next(iter(failed))
+        first = culprit(failed)
         last = watch.reports[first].time if first in watch.reports else watch.started
         reason = f"processes failed with these exit codes: {failed}"
         return Outcome("failed", reason, watch.reached, first, now - last)

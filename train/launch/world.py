@@ -9,6 +9,8 @@ from ...configs.errors import UserError
 COORDINATOR, COUNT, NUMBER = "MESHWRIGHT_COORDINATOR", "MESHWRIGHT_PROCESSES", "MESHWRIGHT_PROCESS"
 DEVICES = "MESHWRIGHT_DEVICES_PER_PROCESS"
 EPOCH, RENDEZVOUS, COORDINATED = "MESHWRIGHT_EPOCH", "MESHWRIGHT_RENDEZVOUS", "MESHWRIGHT_COORDINATION"
+SLOT = "MESHWRIGHT_SLOT"  # the launcher's name for the place of a process
+HOSTS = "MESHWRIGHT_HOSTS"  # over which the processes are spread, in order; set where keepers look after them
 SLURM_PORT = 61_000  # plus the job's number modulo 4096: jobs on one node must not meet
 
 
@@ -23,6 +25,13 @@ class World:
     epoch: int | None = None  # of the run's memberships; None: no supervisor counts them
     rendezvous: str | None = None  # where the supervisor hears of steps
     outside: bool = False  # the coordination service runs in a process of its own, not in process 0
+
+    hosts: int | None = None  # that keepers look after; None: there are none
+
+    @property
+    def host(self) -> int:
+        """The number of this process's host among those that keepers look after."""
+        return self.process * (self.hosts or 1) // self.processes
 
     @property
     def first(self) -> bool:
@@ -51,6 +60,7 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
             int(epoch) if epoch else None,
             environment.get(RENDEZVOUS),
             environment.get(COORDINATED) == "outside",
+            int(environment[HOSTS]) if HOSTS in environment else None,
         )
     if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
         port = SLURM_PORT + int(environment["SLURM_JOB_ID"]) % 4096

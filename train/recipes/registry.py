@@ -1,11 +1,17 @@
-"""Recipes by the name used in `recipe.name`: (token_logprobs [rows, sequence], batch) -> (numerator, weight)."""
+"""Recipes by the name used in `recipe.name`."""
 
-from collections.abc import Callable
+from .interface import Recipe
+from .kto import KTO
+from .next_token import NEXT_TOKEN
+from .preference import DPO, IPO, ORPO, SIMPO
 
-import jax
-
-from .pretrain import next_token
-
-Recipe = Callable[[jax.Array, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
-
-RECIPES: dict[str, Recipe] = {"pretrain": next_token}
+RECIPES: dict[str, Recipe] = {
+    "pretrain": NEXT_TOKEN,
+    "sft": NEXT_TOKEN,
+    "dpo": DPO,
+    "ipo": IPO,
+    "orpo": ORPO,
+    "simpo": SIMPO,
+    "kto": KTO,
+    "lrec": NEXT_TOKEN,  # of its held-out loss; what it learns is in `train/repair.py`
+}

@@ -10,6 +10,7 @@ or has one cause; the hours in which nobody ran the job are not counted.
     evaluate
     wasted    steps that were lost with a process and made again
     detect    from the last word of the suspect to the launcher's decision
+    wait      for a replacement of a host, before the run went on with fewer
     restart   from there to the start of the next processes
 
 Sources: productive and preserved step time over elapsed time, as in Google's ML Productivity Goodput; the interval
@@ -25,7 +26,10 @@ from typing import Any
 from .markup import Html, duration, section, table
 from .record import Record
 
-CAUSES = ("startup", "restore", "compile", "save", "evaluate", "wasted", "detect", "restart")
+CAUSES = ("startup", "restore", "compile", "save", "evaluate", "wasted", "detect", "wait", "restart")
+
+# What the launcher writes behind the end of a sitting.
+REGROUPED = ("shrink", "grow", "move")
 
 Event = Mapping[str, Any]
 
@@ -84,13 +88,14 @@ def accounted(record: Record) -> Goodput:
         # What a later sitting went back behind was not preserved.
         spent = sitting_seconds(sitting, preserved=min(starts[number + 1 :], default=None))
         productive += spent.pop("productive")
-        if number + 1 < len(sittings) and last(sitting)["event"] == "restart":
-            spent["restart"] = max(born(sittings[number + 1]) - last(sitting)["time"], 0.0)
+        if number + 1 < len(sittings) and last(sitting)["event"] in ("restart", "regroup"):
+            spent["wait"] = sum(total(sitting, event, "waited_seconds") for event in REGROUPED)
+            spent["restart"] = max(born(sittings[number + 1]) - last(sitting)["time"] - spent["wait"], 0.0)
         for cause, seconds in spent.items():
             badput[cause] += seconds
     failures = len(record.of("restart", "give-up"))
     stalls = [event["stall_seconds"] for event in record.of("save") if "stall_seconds" in event]
-    recovered = sum(badput[cause] for cause in ("detect", "restart", "startup", "restore", "compile"))
+    recovered = sum(badput[cause] for cause in ("detect", "wait", "restart", "startup", "restore", "compile"))
     return Goodput(
         wall=productive + sum(badput.values()),
         productive=productive,
@@ -109,7 +114,7 @@ def sitting_seconds(sitting: Sequence[Event], *, preserved: int | None) -> dict[
         "startup": first.get("startup_seconds", 0.0),
         "restore": first.get("restore_seconds", 0.0),
         "compile": total(sitting, "compile", "seconds"),
-        "save": total(sitting, "save", "stall_seconds"),
+        "save": total(sitting, "save", "stall_seconds") + total(sitting, "save", "snapshot_seconds"),
         "evaluate": total(sitting, "evaluation", "seconds"),
         "detect": min(end.get("detect_seconds", 0.0), end["time"] - first["time"]),
     }
@@ -129,7 +134,8 @@ def sitting_seconds(sitting: Sequence[Event], *, preserved: int | None) -> dict[
 
 def last(sitting: Sequence[Event]) -> Event:
     """The event a sitting ended with; what the next one sets aside before it begins is not its."""
-    return next(event for event in reversed(sitting) if event["event"] != "quarantine" or event is sitting[0])
+    later = ("quarantine", *REGROUPED)
+    return next(event for event in reversed(sitting) if event["event"] not in later or event is sitting[0])
 
 
 def born(sitting: Sequence[Event]) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from . import bars, charts, header, story
 from .charts import Curve
 from .goodput import goodput_section
+from .heat import processes_section
 from .markup import Html, element, joined, section
 from .mesh import mesh_picture
 from .pipeline import schedule_picture
@@ -45,6 +46,7 @@ def page(record: Record) -> str:
         schedule_picture(record.config, record.pipeline),
         story.samples(record.events),
         goodput_section(record),
+        processes_section(record.detection),
         story.timeline(record.events),
         header.surroundings(record),
         configuration(record),
@@ -66,6 +68,10 @@ def curves(record: Record) -> Html | None:
     mfu = Curve("of the peak", steps, [100 * share for share in shares])
     times = [Curve("step", *record.series("step_seconds")), Curve("host", *record.series("host_seconds"))]
     marks = [event["step"] for event in record.of("restore") if "step" in event]
+    traffic = [
+        Curve("MB sent", *scaled(record.series("sent_bytes"), 1e-6)),
+        Curve("predicted", *scaled(record.series("predicted_sent_bytes"), 1e-6)),
+    ]
     figures = [
         charts.chart("Loss", [loss, held_out], marks=marks),
         charts.chart("Gradient norm", [norm], marks=marks, log=spread(norm.values) > 30),
@@ -73,9 +79,16 @@ def curves(record: Record) -> Html | None:
         charts.chart("Throughput", [speed], marks=marks),
         charts.chart("Model FLOPs utilisation", [mfu], unit=" %", marks=marks),
         charts.chart("Seconds a step", times, unit=" s", marks=marks),
+        *([charts.chart("Sent to other replicas", traffic, unit=" MB", marks=marks)] if traffic[0].steps else []),
     ]
     note = f"{'Dashed: the run went on from a checkpoint. ' if marks else ''}Horizontal: steps."
     return section("Curves", element("div", *figures, class_="charts"), note=note)
+
+
+def scaled(series: tuple[list[int], list[float]], factor: float) -> tuple[list[int], list[float]]:
+    """A series in another unit."""
+    steps, values = series
+    return steps, [factor * value for value in values]
 
 
 def spread(values: list[float]) -> float:

@@ -5,11 +5,19 @@
 
     start  compile  restore        a sitting of the run begins: afresh or from a checkpoint (level, step, reason)
     save  commit                   a checkpoint begins (step, stall_seconds) and becomes whole (step, seconds)
+    interval                       how many steps to the next save, and why (`checkpoint.every: auto`)
     save-failed  quarantine        one that did not (message); a damaged one is set aside (step, reason, place)
+    save-skipped  save-dropped     one that back-pressure left out (step, reason)
+    unprotected                    a snapshot that keepers did not protect in time (step, reason)
     evaluation  sample             held-out numbers; a prompt and its continuation
     skip                           an update that was not applied (loss, grad_norm)
     failure  preempted  finish     how the sitting ended; a killed one has none of these
+    enter  bootstrap               an island begins with what it has, or with another one's state (source, bytes)
+    excluded  behind               payloads that did not count (lost); a meeting that took place without this island
+    meeting-skipped  traffic       one that did not take place; bytes sent and predicted, at the end
     restart  give-up               the launcher's word on an epoch that failed (reason, suspect, detect_seconds)
+    regroup                        the launcher stopped an epoch, saved, to form up anew (reason)
+    shrink  grow  move             it goes on with fewer processes, more, or others (processes, mesh, waited_seconds)
 
 Every line has `time` (seconds since 1970) and `event`; the other fields are the event's own.
 """

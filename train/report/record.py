@@ -34,6 +34,7 @@ class Record:
     environment: dict[str, Any]
     plan: dict[str, Any]
     pipeline: dict[str, Any]  # measured ops; {} where nothing was pipelined
+    detection: dict[str, Any]  # what the launcher saw of the processes; {} where none did
     metrics: list[dict[str, float]]  # one a logged step, in order
     events: list[dict[str, Any]]  # oldest first
     missing: dict[str, str]  # file -> why it could not be read
@@ -98,6 +99,7 @@ def read_record(directory: Path) -> Record:
         plan=parsed(read_text(directory / "plan.json", missing), "plan.json", missing),
         # Only a pipelined run that was finished has one: its absence is no loss.
         pipeline=parsed(read_text(directory / "pipeline.json", {}), "pipeline.json", missing),
+        detection=parsed(read_text(directory / "detection.json", {}), "detection.json", missing),
         metrics=metrics,
         events=events,
         missing=missing,

@@ -11,7 +11,9 @@ MOST_EVENTS = 300  # listed; the newest matter when something went wrong
 
 TONES = {
     "start": "good", "finish": "good", "commit": "good",
+    "enter": "good", "bootstrap": "warn", "excluded": "warn", "behind": "warn", "meeting-skipped": "warn",
     "restore": "warn", "skip": "warn", "preempted": "warn", "restart": "warn",
+    "shrink": "warn", "move": "warn", "regroup": "warn", "grow": "good",
     "failure": "bad", "give-up": "bad", "save-failed": "bad", "quarantine": "bad",
 }  # fmt: skip
 

@@ -49,6 +49,8 @@ figure svg { display: block; max-width: 100%; height: auto; }
 .chart svg { width: 100%; }
 .chart svg text { font: 10.5px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   font-variant-numeric: tabular-nums; }
+.heat { margin-top: 14px; } .heat figcaption { font-size: 14px; }
+.heat svg text { font: 10.5px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 .chart figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 16px; font-size: 14px; }
 .keys { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 0; font-size: 13px; }
 .key { display: inline-block; width: 9px; height: 9px; margin-right: 6px; border-radius: 3px; }

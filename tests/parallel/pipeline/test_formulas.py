@@ -59,7 +59,7 @@ def test_zb_h2_and_zb_v_have_no_bubble_between_steps(p):
 @sizes
 def test_activations_of_1f1b_and_zero_bubble_on_each_worker(p, m):
     """M_B = 34, M_W = 32 of a layer without attention's own: rows of Zero Bubble's table 2, i from 1."""
-    held = {name: stash_bytes(table(name, p, m), activation=34, after_input_gradient=32)
+    held = {name: stash_bytes(table(name, p, m), input=2, weight=32)
             for name in ("1f1b", "zb-h1", "zb-h2")}  # fmt: skip
     i = np.arange(1, p + 1)
     np.testing.assert_allclose(held["1f1b"], (p - i + 1) * 34)

@@ -7,8 +7,9 @@ from meshwright.configs.errors import UserError
 from meshwright.parallel.pipeline.costs import Costs, read_costs
 from meshwright.parallel.pipeline.fused import fused
 from meshwright.parallel.pipeline.schedules.registry import make
-from meshwright.parallel.pipeline.simulate import simulate, stash_bytes
+from meshwright.parallel.pipeline.simulate import pool_bytes, simulate, stash_bytes
 from meshwright.parallel.pipeline.table import Op
+from meshwright.parallel.pipeline.wiring import wired
 
 COSTS = Costs(forward=2.0, input_gradient=3.0, weight_gradient=5.0)
 
@@ -86,8 +87,17 @@ def test_bytes_between_f_and_i_and_between_i_and_w():
     order = "F0 F1 I0 W0 F2 I1 W1 F3 I2 W2 I3 W3"
     names = [f"{Op(op).name}{k}" for op, k in zip(table.op[:, 0], table.microbatch[:, 0], strict=True) if op]
     assert names == order.split()
-    assert stash_bytes(table, activation=10, after_input_gradient=1).tolist() == [20, 11]
-    assert stash_bytes(table, activation=10).tolist() == [20, 20]
+    assert stash_bytes(table, input=9, weight=1).tolist() == [20, 11]
+    assert stash_bytes(table, weight=10).tolist() == [20, 20]
+    assert stash_bytes(table, input=9, weight=1, stash=4).tolist() == [20, 15]
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zb-v", "v-half", "v-min", "gpipe"])
+def test_the_pools_are_those_that_the_engine_makes(name):
+    table = make(name, devices=4, microbatches=8)
+    slots = wired(table, repeats=(1,) * table.stages).slots
+    for pool in ("input", "weight", "stash"):
+        assert pool_bytes(table, **dict.fromkeys(("input", "weight", "stash"), 0.0) | {pool: 3.0}) == 3 * slots[pool]
 
 
 def test_costs_are_read_from_yaml_and_json(tmp_path):

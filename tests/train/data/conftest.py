@@ -18,7 +18,10 @@ def make_store(lengths):
         tokens=np.concatenate(documents).astype(np.uint16),
         offsets=np.cumsum([0, *lengths]),
         identities=count.astype(np.uint64),
-        prompts=np.zeros(len(lengths), np.int64),
+        openers=np.full((len(lengths), 2), BOS),
+        cuts=np.asarray(lengths, np.int64),
+        unlearned=np.zeros((2, 0), np.int64),
+        labels=np.zeros(len(lengths), np.float32),
         sizes=4 * np.asarray(lengths),
         origins=count,
     )
@@ -33,7 +36,7 @@ def stores():
 @pytest.fixture(scope="session")
 def packings():
     """The maker of packings: rows of 8 tokens, from windows of 3 documents."""
-    return lambda method="concat": Packing(method, 3, RowShape(8, bos=BOS, pad=PAD))
+    return lambda method="concat": Packing(method, 3, RowShape(8, pad=PAD))
 
 
 @pytest.fixture

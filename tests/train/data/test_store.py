@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from meshwright.configs.errors import UserError
+from meshwright.train.data import encoding
 from meshwright.train.data import store as module
 from meshwright.train.data.cache import cached
 from meshwright.train.data.store import tokenized
@@ -40,9 +41,9 @@ def test_documents_end_with_eos_and_empty_ones_are_left_out(cache):
 
 
 def test_long_texts_are_encoded_in_pieces_of_lines(cache, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 50)
-    assert list(module.line_pieces("a" * 49 + "\nb")) == ["a" * 49 + "\n", "b"]
-    assert list(module.line_pieces("c" * 120)) == ["c" * 50, "c" * 50, "c" * 20]
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 50)
+    assert list(encoding.line_pieces("a" * 49 + "\nb")) == ["a" * 49 + "\n", "b"]
+    assert list(encoding.line_pieces("c" * 120)) == ["c" * 50, "c" * 50, "c" * 20]
     store = tokenized(TEXTS, byte_tokenizer(), cache=cache)
     assert documents_of(store) == [[*text.encode(), 256] for text in TEXTS if text]
 

@@ -43,8 +43,15 @@ def test_steps_made_again_were_wasted_the_first_time(tmp_path):
     found = written(tmp_path, *FIRST, KILLED, *SECOND)
     assert found.badput == {
         "startup": 18, "restore": 2, "compile": 25, "save": 1, "evaluate": 3, "wasted": 16, "detect": 5, "restart": 15,
+        "wait": 0,
     }  # fmt: skip
     assert (found.productive, found.wall, found.failures) == (20.0 + 20.0, 125.0, 1)
+
+
+def test_waiting_for_a_host_before_going_on_with_fewer_is_a_cause_of_its_own(tmp_path):
+    shrunk = (176.0, "shrink", {"processes": 2, "waited_seconds": 10.0})
+    found = written(tmp_path, *FIRST, KILLED, shrunk, *SECOND)
+    assert (found.badput["wait"], found.badput["restart"], found.badput["wasted"]) == (10, 5, 16)
 
 
 def test_a_sitting_before_its_first_save_is_all_wasted(tmp_path):

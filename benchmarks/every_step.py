@@ -1,0 +1,115 @@
+"""What a snapshot in memory at every step costs a training step, parity and fingerprints included.
+
+One process plays the trainers of two hosts: each has half of the state, a directory and a keeper, and their group has
+XOR parity. A step is matrix products until it takes the seconds asked for, and an update of the state, which it
+donates. Blocks of steps with and without snapshots take turns.
+"""
+
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+BLOCK = 4  # steps of a turn
+HOSTS = 2
+
+
+def slowdown(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
+    """Medians of the seconds of a step, with and without snapshots of a state of `megabytes`."""
+    import jax
+
+    from meshwright.benchmarks.checkpoint import state_of
+    from meshwright.checkpoint.copies import independent
+    from meshwright.checkpoint.mailbox import directory_of
+    from meshwright.checkpoint.memory import Memory
+    from meshwright.configs.training import CheckpointConfig
+    from meshwright.train.launch.keepers import Keepers, planned
+    from meshwright.train.launch.rendezvous import Server
+    from meshwright.train.report.journal import Journal
+    from meshwright.train.snapshots import Snapshots
+
+    config = CheckpointConfig(memory_every=1, parity="xor")
+    plan = planned(config, hosts=HOSTS, processes=HOSTS)
+    step, repeats = step_of(seconds)
+    states = [state_of(megabytes // HOSTS, seed=host) for host in range(HOSTS)]
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    cpu = dict.fromkeys((False, True), 0.0)  # seconds of all cores
+    stalls: list[float] = []
+    with ExitStack() as stack:
+        run = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        keepers = stack.enter_context(Keepers(plan, run=run, server=stack.enter_context(Server())))
+        keepers.recover()
+        memories = [Memory(directory_of(run, host=host), process=host) for host in range(HOSTS)]
+        journal = Journal(run, enabled=False)
+        snapshots = [stack.enter_context(closing(Snapshots(config, memory, journal))) for memory in memories]
+        for one, state in zip(snapshots, states, strict=True):
+            one.reserve(state)
+        number = 0
+        guards = [psutil.Process(keepers.process(host).pid) for host in range(HOSTS)]
+        for turn in range(2 * (turns + 1)):
+            before = time.process_time()
+            for _ in range(BLOCK):
+                began = time.monotonic()
+                if turn % 2:
+                    number += 1
+                    for host, one in enumerate(snapshots):
+                        asked = time.monotonic()
+                        one.takes(number)
+                        copy = independent(states[host])
+                        one.begin(copy, number, data={}, stall=time.monotonic() - asked)
+                        del copy
+                    stalls.append(time.monotonic() - began)
+                states = jax.block_until_ready(step(states, repeats))
+                if turn > 1:  # the first turns touch memory and compile
+                    taken[bool(turn % 2)].append(time.monotonic() - began)
+            for one in snapshots:
+                one.takes(number)  # what is still being protected is not the next turn's
+            if turn > 1:
+                cpu[bool(turn % 2)] += time.process_time() - before
+            else:
+                guarded = sum(sum(one.cpu_times()[:2]) for one in guards)
+        guarded = sum(sum(one.cpu_times()[:2]) for one in guards) - guarded
+        for one in snapshots:
+            one.close()
+        protected = memories[0].protected
+        for memory in memories:
+            memory.clear()
+    without, with_ = (statistics.median(taken[saved]) for saved in (False, True))
+    return {
+        "megabytes": megabytes,
+        "step": round(without, 4),
+        "step with a snapshot": round(with_, 4),
+        "slowdown": round(with_ / without - 1, 4),
+        "stall": round(statistics.median(stalls[BLOCK:]), 4),
+        "cpu seconds of a snapshot": {
+            "trainer": round((cpu[True] - cpu[False]) / (turns * BLOCK), 4),
+            "keepers": round(guarded / (turns * BLOCK), 4),
+        },
+        "protected after": round(protected.seconds, 4),
+        "protected of": [protected.step, number],
+    }
+
+
+def step_of(seconds: float) -> tuple[Any, Any]:
+    """A step that donates its state, and how many products make it take so long."""
+    import jax
+    import jax.numpy as jnp
+
+    side = jnp.ones((1024, 1024), jnp.float32) / 1024
+
+    @jax.jit
+    def work(repeats: Any) -> Any:
+        return jax.lax.fori_loop(0, repeats, lambda _, x: x @ side, side)
+
+    def updated(states: Any, product: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf + product[0, 0].astype(leaf.dtype), states)
+
+    update = jax.jit(updated, donate_argnums=0)
+    work(10).block_until_ready()
+    began = time.monotonic()
+    work(50).block_until_ready()
+    return lambda states, repeats: update(states, work(repeats)), int(50 * seconds / (time.monotonic() - began))

@@ -1,0 +1,117 @@
+"""Real trainers on simulated hosts with keepers: a host is lost with its memory, and what is left decides the level."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from meshwright.checkpoint import mailbox, manifest
+from meshwright.train.report.journal import read_events
+
+SMALL = (
+    "steps=60", "logging.every=1", "model.layers=1", "model.embed=32", "model.heads=2", "model.kv_heads=2",
+    "model.mlp=32", "model.vocab=384", "data.source=synthetic",
+    "data.tokenizer={bytes: true, train: null, vocab: null}", "data.held_out=0",
+    "data.sequence_length=32", "data.global_batch=8", "evaluation.prompts=[]", "logging.tensorboard=false",
+    "optimizer.warmup_steps=0", "mesh.devices=2", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=1",
+    "elastic={backoff: 0.1, hang_floor: 30}", "launch.hosts=2", "name=run",
+    "checkpoint={every: 10, keep: 99, memory_every: 1, parity: xor}",
+)  # fmt: skip
+
+
+def launched(directory, *changes):
+    """`meshwright launch` of two processes on two hosts, begun."""
+    environment = os.environ | {"MESHWRIGHT_CACHE": str(directory.parent / "cache"), "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "meshwright.train.cli", "launch", "quickstart", *SMALL, *changes]
+    command += ["--processes", "2", "--devices-per-process", "1"]
+    directory.mkdir(exist_ok=True)
+    return subprocess.Popen(command, cwd=directory, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def children(launcher):
+    """(process ids of the trainers by number, of the keepers by host)."""
+    trainers, keepers = {}, {}
+    for child in psutil.Process(launcher.pid).children():
+        words = child.cmdline()
+        if "meshwright.train.launch.keeper" in words:
+            keepers[json.loads(words[-1])["host"]] = child.pid
+        elif "MESHWRIGHT_PROCESS" in child.environ():
+            trainers[int(child.environ()["MESHWRIGHT_PROCESS"])] = child.pid
+    return trainers, keepers
+
+
+def reached(launcher, directory, step):
+    """Wait until `step` is protected on both hosts."""
+    deadline = time.monotonic() + 180
+    slots = [mailbox.directory_of(directory / "runs" / "run", host=host) for host in (0, 1)]
+    while min(mailbox.protected(slot).step for slot in slots) < step:
+        assert launcher.poll() is None and time.monotonic() < deadline, f"step {step} was never protected"
+        time.sleep(0.01)
+    return slots
+
+
+def lose(launcher, slots, hosts):
+    """SIGKILL to trainer and keeper of each host, and its memory is gone."""
+    trainers, keepers = children(launcher)
+    for host in hosts:
+        os.kill(trainers[host], signal.SIGKILL)
+        os.kill(keepers[host], signal.SIGKILL)
+    for host in hosts:
+        shutil.rmtree(slots[host])
+
+
+def finished(launcher, directory):
+    """The restores of a run that ended well, and its parameters."""
+    errors = launcher.communicate(timeout=300)[1].decode()
+    assert launcher.returncode == 0, errors[-3000:]
+    run = directory / "runs" / "run"
+    blocks = {name: one.blocks for name, one in manifest.read(run / "checkpoints" / "60").arrays.items()}
+    return [event for event in read_events(run) if event["event"] == "restore"], blocks
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("undisturbed") / "job"
+    return finished(launched(directory), directory)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_host_is_rebuilt_from_parity(undisturbed, tmp_path, lost):
+    directory = tmp_path / "job"
+    launcher = launched(directory)
+    slots = reached(launcher, directory, 15)
+    lose(launcher, slots, [lost])
+    (restore,), blocks = finished(launcher, directory)
+    assert restore["level"] == "parity" and restore["step"] >= 15 and f"host {lost} lost" in restore["reason"]
+    assert blocks == undisturbed and not any(slot.exists() for slot in slots)
+
+
+@pytest.mark.slow
+def test_both_hosts_of_a_group_are_more_than_xor_bears(undisturbed, tmp_path):
+    directory = tmp_path / "job"
+    launcher = launched(directory)
+    slots = reached(launcher, directory, 15)
+    lose(launcher, slots, [0, 1])
+    (restore,), blocks = finished(launcher, directory)
+    assert restore["level"] == "storage" and restore["step"] >= 10 and blocks == undisturbed
+
+
+@pytest.mark.slow
+def test_a_lost_keeper_costs_nothing_and_a_killed_trainer_goes_on_from_memory(undisturbed, tmp_path):
+    directory = tmp_path / "job"
+    launcher = launched(directory)
+    reached(launcher, directory, 10)
+    os.kill(children(launcher)[1][1], signal.SIGKILL)
+    reached(launcher, directory, 20)  # the next one protects
+    os.kill(children(launcher)[0][1], signal.SIGKILL)
+    (restore,), blocks = finished(launcher, directory)
+    assert restore["level"] == "memory" and restore["step"] >= 20 and blocks == undisturbed
+    told = [json.loads(line) for line in (directory / "runs" / "run" / "keepers.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in told] == ["keeper-lost", "recovery"] and told[0]["host"] == 1

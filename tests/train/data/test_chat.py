@@ -1,0 +1,92 @@
+"""Conversations: tokens and mask of transformers, with and without generation words; what is refused."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from meshwright.configs.errors import UserError
+from meshwright.train.data.chat import find_template
+from meshwright.train.data.encoding import encoded
+from meshwright.train.data.tokenizer import byte_tokenizer, load
+
+HERE = Path(__file__).parent / "fixtures" / "chat"
+EXPECTED = json.loads((HERE / "expected.json").read_text())
+WORDS = re.compile(r"\{% (end)?generation %\}")
+
+
+@pytest.fixture(scope="module")
+def template():
+    return find_template(None, tokenizer=str(HERE), tokens={})
+
+
+def tokens_and_mask(template, talk, **more):
+    (made,) = encoded([template.part(talk, origin="here", **more)], load(HERE))
+    mask = [1] * len(made.tokens)
+    for start, stop in made.unlearned:
+        mask[start:stop] = [0] * (stop - start)
+    return [made.opener, *made.tokens], [0, *mask]
+
+
+@pytest.mark.parametrize("talk", EXPECTED, ids=["one turn", "several"])
+@pytest.mark.parametrize("words", [True, False], ids=["generation words", "turn by turn"])
+def test_tokens_and_mask_are_those_of_transformers(template, talk, words):
+    """Without the words in the template, the same is found by rendering every turn."""
+    chosen = template if words else replace(template, source=WORDS.sub("", template.source))
+    assert tokens_and_mask(chosen, talk["messages"]) == (talk["ids"], talk["learned"])
+
+
+@pytest.mark.parametrize("words", [True, False], ids=["generation words", "turn by turn"])
+def test_only_turns_behind_the_prompt_are_learned(template, words):
+    chosen = template if words else replace(template, source=WORDS.sub("", template.source))
+    talk = EXPECTED[1]
+    ids, mask = tokens_and_mask(chosen, talk["messages"], first=3)
+    last = "4\n<|im_end|>"
+    assert ids == talk["ids"]
+    assert load(HERE).decode_all([token for token, one in zip(ids, mask, strict=True) if one]) == last
+
+
+def test_a_template_that_rewrites_earlier_turns_needs_the_words(template):
+    forgetful = replace(
+        template,
+        source="{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}<|im_end|>"
+        "{% endif %}{% endfor %}",
+    )
+    with pytest.raises(UserError, match=r"changes what it wrote of earlier turns.*\{% generation %\}"):
+        forgetful.part(EXPECTED[1]["messages"], origin="a.jsonl line 2")
+
+
+def test_nothing_to_learn_shows_what_was_rendered(template):
+    with pytest.raises(UserError, match=r"line 3: nothing of this conversation.*Rendered: '<s><\|im_start\|>user"):
+        template.part([{"role": "user", "content": "Hi"}], origin="a.jsonl line 3")
+
+
+def test_a_turn_that_never_ends_is_refused(template):
+    endless = replace(template, source=template.source.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen"))
+    with pytest.raises(UserError, match="would never learn to stop"):
+        tokens_and_mask(endless, EXPECTED[0]["messages"])
+
+
+def test_a_template_that_refuses_is_quoted(template):
+    strict = replace(template, source="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UserError, match="roles must alternate"):
+        strict.part(EXPECTED[0]["messages"], origin="here")
+
+
+def test_the_plain_template_suits_any_tokenizer():
+    """It opens with bos, and every turn of the assistant is closed by eos, which is learned."""
+    names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    plain, tokenizer = find_template("plain", tokenizer=None, tokens=names), byte_tokenizer()
+    (made,) = encoded([plain.part(EXPECTED[1]["messages"], origin="here")], tokenizer)
+    assert made.opener == tokenizer.bos and list(made.tokens).count(tokenizer.eos) == 2
+    text = tokenizer.decode_all(made.tokens)
+    assert text.startswith("### System:\nBe brief. <|im_end|>\n\n### User:\n1+1?\n\n### Assistant:\n")
+    prompt = plain.prompt(EXPECTED[1]["messages"][:2])
+    assert ("<|endoftext|>" + text).startswith(prompt) and prompt.endswith("### Assistant:\n")
+
+
+def test_an_unknown_template_lists_what_there_is():
+    with pytest.raises(UserError, match=r"data.template: plian matches nothing; .* Did you mean plain"):
+        find_template("plian", tokenizer=None, tokens={})

@@ -1,0 +1,141 @@
+"""Formats of fine-tuning data: one conversation said in four ways is one conversation; pairs stay together."""
+
+import json
+
+import numpy as np
+import pytest
+
+from meshwright.configs.data import FORMAT_COLUMNS, DataConfig
+from meshwright.configs.errors import UserError
+from meshwright.train.data import assemble
+from meshwright.train.data.formats import FORMATS
+from meshwright.train.data.tokenizer import byte_tokenizer
+
+ASK, SAY = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+SAID = "### User:\nWhy?\n\n### Assistant:\nSo.<|endoftext|>"
+CONVERSATIONS = {
+    "messages": {"messages": [ASK, SAY]},
+    "messages in parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, SAY]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+    "alpaca": {"instruction": "Why?", "input": "", "output": "So."},
+    "prompt-completion": {"prompt": [ASK], "completion": [SAY]},
+}
+
+
+def built(directory, rows, **settings):
+    (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    defaults = {"template": "plain", "packing": {"method": "best-fit"}, "sequence_length": 128, "held_out": 0.0}
+    source = {"source": "jsonl", "path": str(directory / "rows.jsonl"), "tokenizer": {"bytes": True}}
+    return assemble.build(DataConfig(**source, **(defaults | settings)), seed=0)
+
+
+def shown(row, *, only=None):
+    """The targets of a row, or those for which `only` holds, as text."""
+    kept = row["segment_ids"] > 0 if only is None else only
+    return byte_tokenizer().decode_all(row["targets"][kept])
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_every_format_says_the_same(name, tmp_path, cache):
+    row = built(tmp_path, [CONVERSATIONS[name]], format=name.split()[0]).train.row(0)
+    assert shown(row).rstrip("\n") == SAID
+    assert shown(row, only=row["loss_weights"] == 1) == "So.<|endoftext|>"
+
+
+def test_the_formats_are_those_of_the_schema():
+    assert list(FORMATS) == list(FORMAT_COLUMNS)
+
+
+def test_columns_have_the_names_the_data_set_gives_them(tmp_path, cache):
+    rows = [{"dialog": [ASK, SAY], "other": 1}]
+    row = built(tmp_path, rows, format="messages", columns={"messages": "dialog"}).train.row(0)
+    assert shown(row, only=row["loss_weights"] == 1) == "So.<|endoftext|>"
+    with pytest.raises(UserError, match=r"data.columns.messages.*dialogue matches nothing.*Did you mean dialog\?"):
+        built(tmp_path, rows, format="messages", columns={"messages": "dialogue"})
+    with pytest.raises(ValueError, match=r"data.columns: message names no column.*messages, tools"):
+        built(tmp_path, rows, format="messages", columns={"message": "dialog"})
+
+
+PAIRS = [{"prompt": f"{n}?", "chosen": f" good {n}", "rejected": f" no {n}", "margin": n / 2} for n in range(5)]
+
+
+@pytest.mark.parametrize("method", ["best-fit", "single"])
+def test_a_pair_is_two_segments_of_one_row_the_better_first(tmp_path, cache, method):
+    data = built(tmp_path, PAIRS, format="preference", packing={"method": method}, sequence_length=48)
+    seen = {}
+    for number in range(data.train.rows_per_epoch()):
+        row = data.train.row(number)
+        for first in range(1, row["segment_ids"].max(), 2):
+            chosen, rejected = (row["segment_ids"] == segment for segment in (first, first + 1))
+            seen[shown(row, only=chosen), shown(row, only=rejected)] = row["labels"][chosen | rejected].tolist()
+            assert row["positions"][rejected][0] == 0 and row["tokens"][rejected][0] == 256
+            assert shown(row, only=rejected & (row["loss_weights"] == 1)).startswith(" no")
+    end = "<|endoftext|>"
+    assert set(seen) == {(f"{n}? good {n}{end}", f"{n}? no {n}{end}") for n in range(5)}
+    assert all(set(label) == {int(pair[0][0]) / 2} for pair, label in seen.items())
+
+
+def test_messages_may_share_their_beginning(tmp_path, cache):
+    pair = {"chosen": [ASK, SAY], "rejected": [ASK, {"role": "assistant", "content": "No."}]}
+    row = built(tmp_path, [pair], format="preference").train.row(0)
+    second = row["segment_ids"] == 2
+    assert shown(row, only=second & (row["loss_weights"] == 1)) == "No.<|endoftext|>"
+    assert shown(row, only=second).startswith("### User:\nWhy?")
+
+
+def test_an_unpaired_answer_stands_beside_the_next_ones(tmp_path, cache):
+    rows = [{"prompt": f"{n}?", "completion": f" {n}!", "label": n == 0} for n in range(3)]
+    data = built(tmp_path, rows, format="unpaired", packing={"method": "single"}, sequence_length=32)
+    for number in range(3):
+        row = data.train.row(number)
+        own, other = (shown(row, only=row["segment_ids"] == segment) for segment in (1, 2))
+        n = int(own[0])
+        assert own == f"{n}? {n}!<|endoftext|>" and other == f"{n}? {(n + 1) % 3}!<|endoftext|>"
+        assert row["labels"][0] == (1 if n == 0 else -1)
+
+
+def test_what_is_longer_than_a_row_is_left_out_and_said(tmp_path, cache, caplog):
+    long = {"messages": [ASK, {"role": "assistant", "content": "x" * 200}]}
+    rows = [{"messages": [ASK, SAY]}, long]
+    data = built(tmp_path, rows, format="messages")
+    assert data.train.rows_per_epoch() == 1 and "left out 1 of 2 examples" in caplog.text
+    with pytest.raises(UserError, match=r"no example of data fits in 128 tokens; the shortest has \d+"):
+        built(tmp_path, [long], format="messages")
+
+
+WRONG = {
+    "no template": ({"messages": [ASK, SAY]}, {"template": None}, "data.template: null, and the tokenizer has no chat"),
+    "no role": ({"messages": [{"content": "x"}]}, {}, "is no message; write"),
+    "no answer": ({"messages": [ASK]}, {}, "nothing of this conversation would be learned"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {}, "is not text only"),
+    "unknown speaker": ({"conversations": [{"from": "humn"}]}, {"format": "sharegpt"}, "Did you mean human"),
+    "no label": (
+        {"prompt": "a", "completion": "b", "label": None},
+        {"format": "unpaired"},
+        "label None is neither true nor false",
+    ),
+    "texts without a prompt": ({"chosen": "a", "rejected": "b"}, {"format": "preference"}, "no prompt; texts"),
+    "half a chat": ({"prompt": "a", "completion": [SAY]}, {"format": "prompt-completion"}, "must be both texts"),
+}
+
+
+@pytest.mark.parametrize(("row", "settings", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_with_a_row_is_said(row, settings, message, tmp_path, cache):
+    with pytest.raises(UserError, match=message):
+        built(tmp_path, [row, row], **({"format": "messages"} | settings))
+
+
+def test_conversations_are_never_cut(tmp_path, cache):
+    with pytest.raises(ValueError, match=r"data.packing.method: concat cuts documents anywhere, and messages must"):
+        built(tmp_path, [], format="messages", packing={"method": "concat"})
+
+
+def test_weights_of_any_cut_are_those_of_the_whole(stores):
+    store = stores([9, 8])
+    object.__setattr__(store, "unlearned", np.array([[0, 5, 9], [2, 6, 16]]))
+    whole = store.weights(0, 17)
+    assert whole.tolist() == [0, 0, 1, 1, 1, 0, 1, 1, 1, *[0] * 7, 1]
+    assert store.learned.tolist() == [6, 1]
+    for begin in range(17):
+        for end in range(begin + 1, 18):
+            np.testing.assert_array_equal(store.weights(begin, end), whole[begin:end])

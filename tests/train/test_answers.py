@@ -1,0 +1,151 @@
+"""Recipes on real rows: packing changes no example, a mesh nothing, and the reference is the model at step 0."""
+
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from equivalence import assert_same, tiny
+from meshwright.configs.data import DataConfig
+from meshwright.configs.load import merged
+from meshwright.parallel.mesh import make_mesh
+from meshwright.train.data import assemble
+from meshwright.train.data.notes import Noted, fill, unseen
+from meshwright.train.engines import context, target_logprobs
+from meshwright.train.feed import to_devices
+from meshwright.train.launch.world import World
+from meshwright.train.program import build
+from meshwright.train.reference import by_first_weights, referenced
+from meshwright.train.run import train
+from meshwright.train.stop import StopRequest
+
+PAIRED = {"source": "docstrings", "format": "preference", "packing": {"method": "best-fit"}}
+UNPAIRED = PAIRED | {"format": "unpaired"}
+SEQ = {"fsdp": 2, "seq": 2, "tensor": 2}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+MESHES = {
+    "dpo over fsdp, a zigzag sequence and tensor": ({"recipe": {"name": "dpo"}, "data": PAIRED}, {"mesh": SEQ}),
+    "kto in microbatches": ({"recipe": {"name": "kto"}, "data": UNPAIRED}, {"mesh": {"data": 4}, "microbatches": 2}),
+    "orpo through a pipeline, a shared vocabulary": (
+        {"recipe": {"name": "orpo"}, "data": PAIRED | {"global_batch": 16}, "microbatches": 4},
+        {"mesh": {"pipe": 2, "tensor": 2}, "pipeline": {"schedule": "1f1b", "vocab_parallel": 2}},
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "changes"), MESHES.values(), ids=MESHES)
+def test_a_mesh_changes_nothing(settings, changes):
+    settings = merged(settings, {"optimizer": {"name": "sgd"}})
+    assert_same(tiny(**settings), tiny(**merged(settings, changes)), steps=2)
+
+
+def written(directory, count=24):
+    """Pairs of uneven length."""
+    rows = []
+    for n in range(count):
+        chosen = f" {n}" * (1 + n % 3)
+        answers = {"chosen": chosen, "rejected": "c" * (2 + n % 7), "completion": chosen, "label": n % 3 > 0}
+        rows.append({"prompt": "ab" * (n % 5) + "?"} | answers)
+    (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {"source": "jsonl", "path": str(directory / "rows.jsonl"), "tokenizer": {"bytes": True}}
+
+
+def run_of(directory, name, **changes):
+    """A run of five steps of recipe `name` on the pairs."""
+    formats = {"kto": "unpaired", "sft": "prompt-completion"}
+    data = written(directory) | {"format": formats.get(name, "preference"), "packing": {"method": "best-fit"}}
+    base = {
+        "steps": 5,
+        "recipe": {"name": name},
+        "model": {"vocab": 264},
+        "data": data | {"sequence_length": 48, "global_batch": 4, "held_out": 0.2},
+        "optimizer": {"learning_rate": 0.01},
+        "logging": {"every": 1, "tensorboard": False},
+    }
+    return tiny(**merged(base, changes))
+
+
+def every_token(config, method):
+    """log p of every token of the training data by the first weights, from rows packed by `method`."""
+    data = DataConfig(**config.data.model_dump() | {"packing": {"method": method}})
+    built = assemble.build(data, seed=0)
+    annotate = by_first_weights(build(config, make_mesh(config.mesh)))
+    notes = {"reference_logprobs": np.zeros(built.tokens, np.float32)}
+    rows = range(built.train.rows_per_epoch())
+    for some in unseen(built.train, rows, seen=np.zeros(built.tokens, bool), size=config.data.global_batch):
+        fill(notes, some, annotate(some))
+    return built, notes["reference_logprobs"]
+
+
+PACKED = {"llama": {"mesh": {"platform": "cpu"}}, "windows, sharded": {"model": {"windows": [3, None]}, "mesh": SEQ}}
+
+
+@pytest.mark.parametrize("settings", PACKED.values(), ids=PACKED)
+def test_packing_changes_the_loss_of_no_example(settings, tmp_path):
+    """Answers that share a row are as likely, token by token, as those that have one each."""
+    config = run_of(tmp_path, "sft", **settings)
+    packed, one = every_token(config, "best-fit")
+    single, other = every_token(config, "single")
+    assert packed.train.rows_per_epoch() * 2 < single.train.rows_per_epoch(), "nothing was packed"
+    assert (one != 0).sum() > 200
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def losses(directory):
+    rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}, rows[-1]
+
+
+ADAPTER = {"adapter": {"method": "lora", "rank": 2, "start": "pissa"}}
+UNMOVED = {
+    "dpo, full": ("dpo", {}, np.log(2)),
+    "dpo, adapter": ("dpo", ADAPTER, np.log(2)),
+    "ipo, pipeline": ("ipo", {"mesh": {"pipe": 2}, "microbatches": 2}, 25.0),
+    "kto, zigzag": ("kto", {"mesh": {"fsdp": 2, "seq": 2}}, 0.5),
+}
+
+
+SLOW = ("ipo, pipeline", "kto, zigzag")
+STARTS = [pytest.param(*case, id=key, marks=[pytest.mark.slow] if key in SLOW else []) for key, case in UNMOVED.items()]
+
+
+@pytest.mark.parametrize(("name", "changes", "first"), STARTS)
+def test_a_run_starts_at_its_reference_and_moves_away(name, changes, first, tmp_path):
+    train(run_of(tmp_path, name, **changes), world=World(), root=tmp_path)
+    found, last = losses(tmp_path)
+    np.testing.assert_allclose(found[1], first, rtol=2e-5)
+    assert abs(found[5] - first) > 1e-3 * first
+    assert last["held_out_loss"] > 0 and "held_out_perplexity" not in last
+
+
+def test_going_on_has_the_same_reference(tmp_path, monkeypatch):
+    """Stopped after step 3: the reference of a run that goes on is the model at step 0, not the one it goes on with."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(run_of(tmp_path, "dpo"), world=World(), root=whole)
+    monkeypatch.setattr(StopRequest, "requested", lambda self, step: step == 3)
+    with pytest.raises(Exception, match="stopped after step 3"):
+        train(run_of(tmp_path, "dpo"), world=World(), root=stopped)
+    monkeypatch.undo()
+    train(run_of(tmp_path, "dpo", data={"cache": str(tmp_path / "cache")}), world=World(), root=stopped)
+    np.testing.assert_allclose(list(losses(stopped)[0].values()), list(losses(whole)[0].values()), rtol=1e-5)
+
+
+def test_notes_are_what_the_model_says_of_each_row(tmp_path):
+    config = run_of(tmp_path, "dpo")
+    program = build(config, make_mesh(config.mesh))
+    data = referenced(program, assemble.build(config.data, seed=0), samples=range(20))
+    assert isinstance(data.train, Noted)
+    rows = [data.train.row(index) for index in range(4)]
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    forward = target_logprobs(config, program.graph, partial(context, config, program.mesh))
+    with jax.set_mesh(program.mesh):
+        wanted = jax.jit(forward)(program.first_weights(), {}, to_devices(batch, config, program.mesh), None)
+    np.testing.assert_allclose(batch["reference_logprobs"], np.where(batch["places"] >= 0, wanted, 0), rtol=1e-5)

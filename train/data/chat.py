@@ -1,0 +1,184 @@
+"""Conversations as text: the chat template that comes with a tokenizer, and which of its output is learned.
+
+    template = find_template("plain", tokenizer=...)
+    template.part([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], origin="...")
+
+Templates are Jinja, read as transformers reads them. What stands between `{% generation %}` and `{% endgeneration %}`
+is learned. A template without these words is rendered once more for every turn of the assistant, up to it and with it,
+and what the turn adds is learned; this needs a template that never changes what it wrote before.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...configs.errors import UserError, first_line
+from .documents import digest
+from .examples import MARK, Part, unmarked
+
+Message = Mapping[str, Any]
+
+# For tokenizers without a template: needs no special token but the one that ends a document.
+PLAIN = """\
+{{ bos_token }}{% for message in messages %}### {{ message['role'] | capitalize }}:
+{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
+{% else %}{{ message['content'] }}
+
+{% endif %}{% endfor %}{% if add_generation_prompt %}### Assistant:
+{% endif %}"""
+TEMPLATES = {"plain": PLAIN}
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template and the special tokens it may name."""
+
+    source: str
+    tokens: Mapping[str, str]  # bos_token, eos_token, ... -> how the tokenizer spells them
+    origin: str  # for errors
+
+    @property
+    def fingerprint(self) -> str:
+        return digest("chat-1", self.source, json.dumps(dict(self.tokens), sort_keys=True))
+
+    def render(self, messages: Sequence[Message], *, tools: Any = None, reply: bool = False) -> str:
+        """The conversation as text, `MARK` around what its generation words enclose.
+
+        `reply`: up to where the assistant begins to write. Raises UserError where the template refuses.
+        """
+        import jinja2
+
+        try:
+            return self._compiled.render(messages=messages, tools=tools, add_generation_prompt=reply, **self.tokens)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise UserError(f"data.template: {self.origin} cannot render this conversation: {error}") from None
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """What the assistant's next turn follows."""
+        return self.render(messages, reply=True).replace(MARK, "")
+
+    def part(self, messages: Sequence[Message], *, first: int = 0, tools: Any = None, origin: str) -> Part:
+        """The conversation, of which the assistant's turns from message number `first` on are learned.
+
+        Raises UserError, showing what was rendered, where nothing is.
+        """
+        for message in messages:
+            unmarked(json.dumps(message, ensure_ascii=False, default=str), origin=origin)
+        if re.search(r"\{%-?\s*generation\s*-?%\}", self.source):
+            text = self.render(messages, tools=tools)
+            text = _read_only(text, self.render(messages[:first], tools=tools)) if first else text
+        else:
+            text = self._by_turns(messages, first=first, tools=tools, origin=origin)
+        part = Part(tuple(text.split(MARK)), rendered=True)
+        if not part.learned.strip():
+            raise UserError(
+                f"data.format: {origin}: nothing of this conversation would be learned: it has no turn of the "
+                f"assistant with content, or the template leaves it out. Rendered: {part.text[:400]!r}"
+            )
+        return part
+
+    def _by_turns(self, messages: Sequence[Message], *, first: int, tools: Any, origin: str) -> str:
+        text, done, spans = self.render(messages, tools=tools), 0, []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant" or number < first:
+                continue
+            before = self.render(messages[:number], tools=tools, reply=True)
+            after = self.render(messages[: number + 1], tools=tools)
+            if not (after.startswith(before) and text.startswith(after.rstrip())):
+                raise UserError(
+                    f"data.template: {self.origin} changes what it wrote of earlier turns when more follow ({origin}), "
+                    "so what is the assistant's cannot be told; put {% generation %} and {% endgeneration %} around "
+                    "what the assistant says in a copy of it, and set data.template to that file"
+                )
+            spans += [text[done : len(before)], text[len(before) : len(after.rstrip())]]
+            done = len(after.rstrip())
+        return MARK.join([*spans, text[done:]])
+
+    @cached_property
+    def _compiled(self) -> Any:
+        import jinja2
+
+        try:
+            return _environment().from_string(self.source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"data.template: {self.origin} is not a template: {first_line(error)}") from None
+
+
+def _read_only(text: str, head: str) -> str:
+    """`text` with the marks that it shares with `head`, a rendering of its first messages, taken out."""
+    count = head.count(MARK)
+    parts = text.split(MARK)
+    return MARK.join(["".join(parts[: count + 1]), *parts[count + 1 :]])
+
+
+def find_template(configured: str | None, *, tokenizer: str | None, tokens: Mapping[str, str]) -> Template | None:
+    """`data.template` (a name in TEMPLATES, or a file), else that of the directory `tokenizer`; None: there is none.
+
+    `tokens` are special tokens that the directory does not name itself.
+    """
+    directory = None if tokenizer is None else Path(tokenizer).expanduser()
+    directory = directory.parent if directory is not None and directory.is_file() else directory
+    own = {} if directory is None else _json(directory / "tokenizer_config.json")
+    named = dict(tokens) | _special_tokens(own)
+    if configured in TEMPLATES:
+        return Template(TEMPLATES[configured], named, configured)
+    if configured is not None:
+        file = Path(configured).expanduser()
+        if not file.is_file():
+            raise UserError.no_match("data.template", [configured], known=[*TEMPLATES, "a Jinja file"])
+        return Template(file.read_text(encoding="utf-8"), named, configured)
+    if directory is None:
+        return None
+    if (file := directory / "chat_template.jinja").is_file():
+        return Template(file.read_text(encoding="utf-8"), named, str(file))
+    found = own.get("chat_template") or _json(directory / "chat_template.json").get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
+    return None if found is None else Template(found, named, str(directory))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    named = {key: value for key, value in config.items() if key.endswith("_token")}
+    texts = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
+def _environment() -> Any:
+    """Jinja as transformers sets it up, with the generation words."""
+    from jinja2 import nodes
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("marked"), [], [], body).set_lineno(line)
+
+        def marked(self, caller: Any) -> str:
+            return MARK + caller() + MARK
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def as_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = as_json
+    environment.globals["raise_exception"] = refuse
+    # No `strftime_now`: templates that find none write a fixed date, and what is learned must not depend on the day.
+    return environment

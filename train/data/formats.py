@@ -1,0 +1,232 @@
+"""Formats: what a row of a table says, as a document. One table, by the word in `data.format`.
+
+    reader = reader_of(source, template)        reader.document({"messages": [...]}, origin="a.jsonl line 3")
+
+Conversations become text by a chat template; prompts and answers that are plain strings need none.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ...configs.data import FORMAT_COLUMNS, SourceConfig
+from ...configs.errors import UserError
+from .chat import Template
+from .documents import Documents, digest
+from .examples import Example, Part, parsed, prompted, unmarked, written
+
+Row = Mapping[str, Any]
+SPEAKERS = {  # of ShareGPT, in OpenAI's words
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "function_call": "assistant", "system": "system", "observation": "tool", "tool": "tool",
+}  # fmt: skip
+
+
+class Given(NamedTuple):
+    """A row as a format sees it."""
+
+    row: Row  # our name of a column -> value; optional columns that are absent or null are left out
+    template: Template | None
+    origin: str
+    names: Mapping[str, str]  # our name of a column -> the user's, for errors
+
+    def text(self, name: str) -> str:
+        """The text in a column."""
+        return text_of(self.row[name], field=self.names[name], origin=self.origin)
+
+    def chat(self, messages: Sequence[Row], *, first: int = 0) -> Part:
+        """The conversation as text."""
+        if self.template is None:
+            raise UserError(
+                "data.template: null, and the tokenizer has no chat template, but rows hold conversations; set it to "
+                "a Jinja file, or to plain, which needs no special tokens"
+            )
+        return self.template.part(
+            [message_of(one, origin=self.origin) for one in messages],
+            first=first,
+            tools=self.row.get("tools"),
+            origin=self.origin,
+        )
+
+    def answer(self, prompt: Any, answer: Any) -> Part:
+        """An answer to a prompt, both texts or both lists of messages."""
+        if isinstance(prompt, list) and isinstance(answer, list):
+            return self.chat([*prompt, *answer], first=len(prompt))
+        if not (isinstance(prompt, str) and isinstance(answer, str)):
+            raise UserError(
+                f"data.format: {self.origin}: prompt {prompt!r:.40} and answer {answer!r:.40} must be both texts or "
+                "both lists of messages; repair or remove the row"
+            )
+        return prompted(
+            *(text_of(text, field="text", origin=self.origin) for text in (prompt, answer)), origin=self.origin
+        )
+
+
+def text(given: Given) -> str:
+    """The whole document, or what follows a prompt."""
+    if "prompt" not in given.row:
+        return given.text("text")
+    return written([prompted(given.text("prompt"), given.text("text"), origin=given.origin)])
+
+
+def messages(given: Given) -> str:
+    """OpenAI's: [{role, content}, ...]."""
+    return written([given.chat(given.row["messages"])])
+
+
+def sharegpt(given: Given) -> str:
+    """[{from: human | gpt | system | observation, value}, ...], and a column `system`."""
+    turns = [{"role": "system", "content": given.row["system"]}] if given.row.get("system") else []
+    for turn in given.row["conversations"]:
+        if turn.get("from") not in SPEAKERS:
+            raise UserError.no_match(f"data.format ({given.origin}): from", [str(turn.get("from"))], known=SPEAKERS)
+        turns.append({"role": SPEAKERS[turn["from"]], "content": turn.get("value")})
+    return written([given.chat(turns)])
+
+
+def alpaca(given: Given) -> str:
+    """instruction, input, output; a column `system`, and earlier turns [[user, assistant], ...] in `history`."""
+    turns = [{"role": "system", "content": given.row["system"]}] if given.row.get("system") else []
+    for said, answered in given.row.get("history", []):
+        turns += [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
+    asked = "\n".join(filter(None, [given.text("instruction"), given.row.get("input")]))
+    turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": given.text("output")}]
+    return written([given.chat(turns)])
+
+
+def completion(given: Given) -> str:
+    """prompt and completion: texts, or lists of messages."""
+    return written([given.answer(given.row["prompt"], given.row["completion"])])
+
+
+def preference(given: Given) -> str:
+    """A pair: the answer that was chosen, and the one that was rejected; `margin` is how much better it is."""
+    chosen, rejected = given.row["chosen"], given.row["rejected"]
+    prompt = given.row.get("prompt")
+    if prompt is None:
+        if not (isinstance(chosen, list) and isinstance(rejected, list)):
+            raise UserError(
+                f"data.format: {given.origin}: no prompt; texts need one, only messages can share their beginning"
+            )
+        same = [one == other for one, other in zip(chosen, rejected, strict=False)]
+        shared = same.index(False) if False in same else len(same)
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    pair = [given.answer(prompt, answer) for answer in (chosen, rejected)]
+    return written(pair, label=float(given.row.get("margin", 0.0)))
+
+
+def unpaired(given: Given) -> str:
+    """prompt, completion, and a label: whether this is an answer to give."""
+    label = given.row["label"]
+    if label not in (True, False):
+        raise UserError(f"data.format: {given.origin}: label {label!r:.40} is neither true nor false; repair the row")
+    return written([given.answer(given.row["prompt"], given.row["completion"])], label=1.0 if label else -1.0)
+
+
+FORMATS: dict[str, Callable[[Given], str]] = {
+    "text": text,
+    "messages": messages,
+    "sharegpt": sharegpt,
+    "alpaca": alpaca,
+    "prompt-completion": completion,
+    "preference": preference,
+    "unpaired": unpaired,
+}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """From the rows of one source to documents."""
+
+    format: str
+    names: Mapping[str, str]  # our name of a column -> the user's
+    needed: tuple[str, ...]  # ours
+    template: Template | None
+
+    @property
+    def fingerprint(self) -> str:
+        named = [f"{ours}={theirs}" for ours, theirs in sorted(self.names.items())]
+        return digest(self.format, *named, "" if self.template is None else self.template.fingerprint)
+
+    def document(self, row: Row, *, origin: str) -> str:
+        """Raises UserError where a column is missing or holds something else."""
+        self.columns(row, where=f" ({origin})")
+        ours = {name: row[theirs] for name, theirs in self.names.items() if row.get(theirs) is not None}
+        # A needed column that is null is the format's to refuse; what it can do without is absent.
+        ours |= {name: None for name in self.needed if name not in ours}
+        return FORMATS[self.format](Given(ours, self.template, origin, self.names))
+
+    def columns(self, available: Iterable[str], *, where: str = "") -> list[str]:
+        """The columns of a table that are read. Raises UserError where one is missing."""
+        available = list(available)
+        for name in self.needed:
+            if self.names[name] not in available:
+                key = {"text": "data.field", "prompt": "data.prompt"} if self.format == "text" else {}
+                raise UserError.no_match(
+                    key.get(name, f"data.columns.{name}") + where, [self.names[name]], known=available
+                )
+        return [theirs for theirs in dict.fromkeys(self.names.values()) if theirs in available]
+
+
+def reader_of(source: SourceConfig, template: Template | None = None) -> Reader:
+    """What turns a row of `source` into a document."""
+    needed, optional = FORMAT_COLUMNS[source.format]
+    names = {name: source.columns.get(name, name) for name in (*needed, *optional)}
+    if source.format == "text":
+        names = {"text": source.field} | ({} if source.prompt is None else {"prompt": source.prompt})
+        needed = tuple(names)
+    return Reader(source.format, names, needed, template)
+
+
+def text_of(value: Any, *, field: str, origin: str) -> str:
+    """`value`, which must be Unicode text without marks."""
+    if not isinstance(value, str):
+        raise UserError(
+            f"data.field: {field} of {origin} is {value!r:.40}, not text; remove the row, or set data.field (or "
+            "data.columns) to a column of text"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no encoding can write
+        raise UserError(
+            f"data.field: {field} of {origin} is not Unicode text: character {error.start} is "
+            f"{value[error.start]!r}; repair or remove the row"
+        ) from None
+    return unmarked(value, origin=origin)
+
+
+def message_of(message: Any, *, origin: str) -> dict[str, Any]:
+    """One message: its role, and its content as one text where that is a list of texts."""
+    if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
+        raise UserError(f"data.format: {origin}: {message!r:.60} is no message; write {{role: user, content: ...}}")
+    content = message.get("content")
+    if isinstance(content, list):
+        if any(part.get("type", "text") != "text" for part in content):
+            raise UserError(f"data.format: {origin}: {content!r:.60} is not text only; remove the row")
+        content = "".join(part["text"] for part in content)
+    present = {key: value for key, value in message.items() if value is not None}
+    return present | {"content": "" if content is None else text_of(content, field="content", origin=origin)}
+
+
+@dataclass(frozen=True)
+class Mismatched:
+    """Each example of another collection paired with the next one's answer to its own prompt.
+
+    How likely the model finds answers to other questions is what KTO measures its rewards from.
+    """
+
+    documents: Documents
+
+    @property
+    def fingerprint(self) -> str:
+        return digest("mismatched", self.documents.fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> str:
+        own: Example = parsed(self.documents[index])
+        other = parsed(self.documents[(index + 1) % len(self.documents)])
+        (asked,), (answered,) = own.parts, other.parts
+        mixed = Part((*asked.spans[:1], *answered.spans[1:]), asked.rendered)
+        return written([asked, mixed], label=own.label)

@@ -1,0 +1,65 @@
+"""Notes: what a model says about every token of the training text, kept beside it and put into each row.
+
+A token has one place in the stores of a run, however often, and in whatever rows, it is seen. What depends on its own
+document alone, such as its probability by a fixed model, is therefore computed once and looked up ever after.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .batches import HasRows
+from .rows import NOWHERE, Row
+
+Notes = Mapping[str, np.ndarray]  # field -> [tokens of all stores, ...]
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Rows of a data set, with further fields looked up for each of their tokens; zeros in padding."""
+
+    dataset: Any
+    notes: Notes
+
+    def row(self, index: int) -> Row:
+        row = self.dataset.row(index)
+        return row | {field: looked_up(values, row["places"]) for field, values in self.notes.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dataset, name)  # how many rows there are, and what they are made of, is as it was
+
+
+def looked_up(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """`values` [tokens, ...] at `places` [sequence]; zeros where there is no token."""
+    found = values[np.maximum(places, 0)]
+    found[places == NOWHERE] = 0
+    return found
+
+
+def unseen(dataset: HasRows, rows: Iterable[int], *, seen: np.ndarray, size: int) -> Iterable[list[Row]]:
+    """Lists of at most `size` of `rows` that hold all their tokens whose `seen` [tokens] is not set; sets it."""
+    waiting: list[Row] = []
+    for index in rows:
+        row = dataset.row(index)
+        places = row["places"][row["places"] != NOWHERE]
+        if not seen[places].all():
+            seen[places] = True
+            waiting.append(row)
+        if len(waiting) == size:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+def fill(notes: Notes, rows: list[Row], values: Mapping[str, np.ndarray]) -> None:
+    """Put `values` [rows, sequence, ...] of some rows where they belong."""
+    for number, row in enumerate(rows):
+        real = row["places"] != NOWHERE
+        for field, array in notes.items():
+            array[row["places"][real]] = values[field][number][real]
+
+
+Annotate = Callable[[list[Row]], Mapping[str, np.ndarray]]  # rows -> field -> [rows, sequence, ...]

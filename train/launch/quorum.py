@@ -1,0 +1,226 @@
+"""Who counts: what the islands of a run ask the rendezvous, so that all of them act on the same answer. JAX-free.
+
+    enter     at the start: begin together, or bootstrap from islands that have begun
+    present   a meeting of all: who takes part. Waits for whoever is alive and not far behind, `patience` at most
+    voted     after the transfers: whose payloads count. Those that every voter has
+    roster    a meeting in pairs: who is there. Waits for nobody
+
+Each answer is decided once for a key and never changes: an island that comes late is told what the others did, and sees
+that it is behind. As in torchft, islands with an older history than most are left out and bootstrap from the others.
+
+The decisions are pure functions of what was asked and who is alive; `Arbiter` holds them and makes callers wait.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .rendezvous import Room, known
+
+SLICE = 0.05  # seconds between two looks at who is alive
+REMEMBERED = 512  # decisions
+
+
+@dataclass(frozen=True)
+class Alive:
+    """A member, as decisions see it."""
+
+    ticket: int
+    step: int
+    active: bool  # it has entered
+    finished: bool  # it makes no more updates
+    address: str
+
+
+@dataclass
+class Question:
+    """What was asked under one key, and when the first one asked."""
+
+    since: float
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> what it said
+    decided: dict[str, Any] | None = None
+
+
+def begun(
+    question: Question, alive: Mapping[str, Alive], *, count: int, gather: float, now: float
+) -> dict[str, Any] | None:
+    """How those who asked begin: from the sources, who need nothing. None: not yet.
+
+    Where somebody has begun already, from them. Else together, once `count` are there or `gather` is over: the source
+    is the farthest one, and all whose state is the same (`version`) are sources too.
+    """
+    if active := sorted(name for name, one in alive.items() if one.active):
+        return {"sources": active}
+    here = {name: said for name, said in question.asked.items() if same_life(name, said, alive)}
+    if not here or (len(here) < count and now - question.since < gather):
+        return None
+    first = min(here, key=lambda name: (-int(here[name]["step"]), name))
+    alike = [name for name, said in here.items() if said["version"] == here[first]["version"]]
+    return {"sources": sorted(alike), "together": True}
+
+
+def met(
+    question: Question, alive: Mapping[str, Alive], *, update: int, staleness: int, patience: float, minimum: int,
+    now: float,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Who takes part in a meeting after `update`: name -> [ticket, address]. None: not yet."""
+    here = {name: said for name, said in question.asked.items() if same_life(name, said, alive)}
+    awaited = [
+        name
+        for name, one in alive.items()
+        if one.active and not one.finished and name not in here and one.step >= update - staleness
+    ]
+    if awaited and now - question.since < patience:
+        return None
+    chosen = newest(here) if len(here) >= minimum else []
+    history = here[chosen[0]]["history"] if chosen else None
+    return {"members": {name: [alive[name].ticket, alive[name].address] for name in chosen}, "history": history}
+
+
+def newest(here: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Those whose history most have; the first by name decides a tie."""
+    if not here:
+        return []
+    counts = Counter(said["history"] for said in here.values())
+    chosen = min(counts, key=lambda one: (-counts[one], min(n for n in here if here[n]["history"] == one)))
+    return sorted(name for name in here if here[name]["history"] == chosen)
+
+
+def counted(
+    question: Question, members: Iterable[str], alive: Mapping[str, Alive], *, policy: str, minimum: int,
+    patience: float, now: float,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Whose payloads count: those that every voter has; [] where that are too few. None: not yet."""
+    members = sorted(members)
+    waiting = [name for name in members if name in alive and name not in question.asked]
+    if waiting and now - question.since < patience:
+        return None
+    held = [set(said["have"]) for said in question.asked.values()]
+    common = sorted(set.intersection(*held)) if held else []
+    reasons = {name: why for said in question.asked.values() for name, why in said["lost"].items()}
+    lost = {name: reasons.get(name, "it did not vote") for name in members if name not in common}
+    enough = len(common) >= minimum and (policy == "average" or not lost)
+    return {"count": common if enough else [], "lost": lost}
+
+
+def listed(alive: Mapping[str, Alive], asking: str, *, update: int, staleness: int) -> dict[str, Any]:
+    """Who can be met after `update`: name -> [ticket, address] of all that are not far behind, `asking` among them."""
+    near = [
+        name
+        for name, one in alive.items()
+        if name == asking or (one.active and not one.finished and one.step >= update - staleness)
+    ]
+    return {"members": {name: [alive[name].ticket, alive[name].address] for name in sorted(near)}}
+
+
+def same_life(name: str, said: Mapping[str, Any], alive: Mapping[str, Alive]) -> bool:
+    """Whether whoever asked is still there, and is the one that asked."""
+    return name in alive and alive[name].ticket == said["ticket"]
+
+
+class Arbiter:
+    """Answers of a rendezvous to the islands in `room`: `operations` for its server."""
+
+    def __init__(self, room: Room, clock: Callable[[], float] = time.monotonic) -> None:
+        self._room, self._clock = room, clock
+        self._changed = threading.Condition()
+        self._questions: dict[str, Question] = {}
+        self._finished: set[str] = set()  # those that made their last update are not waited for
+        self._began: set[tuple[str, int]] = set()  # lives that were told to begin together
+        self.operations: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+            "enter": self.enter,
+            "present": self.present,
+            "voted": self.voted,
+            "roster": self.roster,
+        }
+
+    def enter(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """See `begun`. Who is told to begin together is active from then on, before it says so itself."""
+        said = {key: asked[key] for key in ("ticket", "step", "version")}
+        count, gather = int(asked["count"]), float(asked["gather"])
+
+        def decide(question: Question, alive: Mapping[str, Alive], now: float) -> dict[str, Any] | None:
+            left = len(self._finished - alive.keys())
+            found = begun(question, alive, count=count - left, gather=gather, now=now)
+            if found and found.get("together"):
+                self._began.update((name, alive[name].ticket) for name in found["sources"])
+            return found
+
+        return self._decided("enter", asked, said, decide, keep=False)
+
+    def present(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """See `met`."""
+        rules = {
+            "update": int(asked["update"]), "staleness": int(asked["staleness"]),
+            "patience": float(asked["patience"]), "minimum": int(asked["minimum"]),
+        }  # fmt: skip
+        said = {"ticket": asked["ticket"], "history": asked["history"]}
+        return self._decided(
+            f"present {asked['key']}", asked, said, lambda q, alive, now: met(q, alive, **rules, now=now)
+        )
+
+    def voted(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """See `counted`. Who comes late asks too, with `have` null: it has no vote."""
+        rules = {"policy": asked["policy"], "minimum": int(asked["minimum"]), "patience": float(asked["patience"])}
+        said = None if asked["have"] is None else {"have": list(asked["have"]), "lost": dict(asked["lost"])}
+        return self._decided(
+            f"voted {asked['key']}",
+            asked,
+            said,
+            lambda q, alive, now: counted(q, asked["members"], alive, **rules, now=now),
+        )
+
+    def roster(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """See `listed`."""
+        rules = {"update": int(asked["update"]), "staleness": int(asked["staleness"])}
+        return self._decided(
+            f"roster {asked['key']}", asked, {}, lambda q, alive, now: listed(alive, asked["name"], **rules)
+        )
+
+    def _decided(
+        self,
+        key: str,
+        asked: Mapping[str, Any],
+        said: dict[str, Any] | None,
+        decide: Callable[[Question, Mapping[str, Alive], float], dict[str, Any] | None],
+        *,
+        keep: bool = True,
+    ) -> dict[str, Any]:
+        """The decision under `key`, once there is one; what is not kept is decided anew for whoever asks later.
+
+        Raises Refused where whoever asks is not a member, or ceases to be one while it waits.
+        """
+        with self._changed:
+            question = self._questions.get(key)
+            if question is None or (question.decided is not None and not keep):
+                question = self._questions[key] = Question(self._clock())
+                for old in list(self._questions)[:-REMEMBERED]:
+                    del self._questions[old]
+            if question.decided is None and said is not None:
+                question.asked[asked["name"]] = said
+                self._changed.notify_all()
+            while question.decided is None:
+                known(self._room.membership, asked["name"], int(asked["ticket"]))
+                question.decided = decide(question, self._alive(), self._clock())
+                if question.decided is None:
+                    self._changed.wait(SLICE)
+            self._changed.notify_all()
+            return question.decided
+
+    def _alive(self) -> dict[str, Alive]:
+        members = self._room.membership.members
+        self._finished.update(name for name, one in members.items() if one.info.get("finished"))
+        self._finished.difference_update(name for name, one in members.items() if not one.info.get("finished"))
+        return {
+            name: Alive(
+                one.ticket,
+                int(one.info.get("step", 0)),
+                (bool(one.info.get("active")) or (name, one.ticket) in self._began) and not one.info.get("catching_up"),
+                bool(one.info.get("finished")),
+                one.info.get("address", ""),
+            )
+            for name, one in members.items()
+        }

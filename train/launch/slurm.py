@@ -1,0 +1,201 @@
+"""Engine `slurm`: a batch job, sent by submitit, that supervises itself. JAX-free.
+
+    login node    meshwright launch  ->  submitit: sbatch  ->  prints the job's number and where its logs are
+    first node    the batch job's one step: `Allocation`, the supervisor
+    every node    srun, started by it  ->  agents  ->  trainers
+
+A restart is inside the allocation. When time runs out (SIGUSR2) or somebody cancels or preempts (SIGTERM), the trainers
+save and exit with 75 first; then submitit queues the job again, and it goes on where it was. A node that fails ends the
+job, and SLURM itself queues it again.
+"""
+
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from ...configs.errors import MeshwrightError, Preempted, UserError
+from ...configs.launch import SlurmConfig
+from . import engines
+from .job import Job, needed
+from .remote import run_on
+
+MARGIN = 60  # seconds of warning beyond elastic.grace: killing, queueing again
+# What the step of the supervisor inherited and its own srun must not: the shape of that step.
+OWN_STEP = ("SLURM_CPU_BIND", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NNODES", "SLURM_TASKS_PER_NODE", "SLURM_MEM_BIND")
+
+logger = logging.getLogger(__name__)
+
+
+def launch(job: Job) -> None:
+    """Send the job and say where it is; it runs, and returns to the queue, without this process."""
+    settings = job.settings.slurm
+    check(settings, processes=job.processes)
+    submitit = needed("submitit", "slurm")
+    folder = job.directory.parent / f"{job.name}-slurm"
+    try:
+        executor = submitit.AutoExecutor(folder, cluster=settings.executor, slurm_max_num_timeout=settings.requeues)
+    except RuntimeError as error:
+        raise UserError(
+            f"--engine: slurm: {error}; run this where sbatch is, or set launch.slurm.executor=local"
+        ) from error
+    executor.update_parameters(**parameters(settings, name=job.name, grace=job.elastic.grace))
+    try:
+        sent = executor.submit(Allocation(job))
+    except submitit.core.utils.FailedJobError as error:
+        raise MeshwrightError(f"sbatch: {error}") from error
+    print(f"job {sent.job_id}: {job.name}, {job.processes} processes on {settings.nodes} nodes")
+    print(f"logs    {sent.paths.stdout}\n        {sent.paths.stderr}")
+    if settings.executor == "slurm":
+        print(f"look    squeue --job {sent.job_id}\nstop    scancel {sent.job_id}   (saves first)")
+    else:
+        sent.wait()  # submitit's local executor ends with this process
+        sent.result()
+
+
+def check(settings: SlurmConfig, *, processes: int) -> None:
+    """Raise UserError where nodes do not share the processes evenly, or processes the GPUs of a node."""
+    if processes % settings.nodes:
+        raise UserError(f"launch.slurm.nodes: {processes} processes do not share {settings.nodes} nodes evenly")
+    each = processes // settings.nodes
+    if settings.gpus_per_node is not None and settings.gpus_per_node % each:
+        raise UserError(
+            f"launch.slurm.gpus_per_node: {each} processes do not share {settings.gpus_per_node} GPUs of a node evenly"
+        )
+    if settings.executor == "local" and settings.nodes > 1:
+        raise UserError(f"launch.slurm.nodes: {settings.nodes} with executor local, which is one machine; use 1")
+
+
+def parameters(settings: SlurmConfig, *, name: str, grace: float) -> dict[str, Any]:
+    """Of submitit's executor: the batch job is one step of one task on the first node, the supervisor."""
+    given = {
+        "name": name,
+        "timeout_min": settings.time,
+        "nodes": settings.nodes,
+        "gpus_per_node": settings.gpus_per_node,
+        "cpus_per_task": settings.cpus_per_task,
+        "mem_gb": settings.memory,
+        "slurm_partition": settings.partition,
+        "slurm_account": settings.account,
+        "slurm_qos": settings.qos,
+        "slurm_constraint": settings.constraint,
+        "slurm_setup": settings.setup or None,
+        "slurm_signal_delay_s": math.ceil(grace) + MARGIN,
+        "slurm_srun_args": ["--nodes=1", "--ntasks=1", "--overlap"],
+        "slurm_additional_parameters": {"requeue": True},
+    }
+    if settings.executor == "local":
+        given = {name: value for name, value in given.items() if not name.startswith("slurm_")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+class Asked:
+    """A request to stop that comes from submitit's signals."""
+
+    asked = False
+
+
+class Allocation:
+    """What the batch job runs. submitit calls it, and `checkpoint` when the job must go."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __call__(self) -> None:
+        """Supervise in a thread, so that signals are answered meanwhile. Exits with 75 where asked to stop."""
+        self._stop, self._error = Asked(), None
+        self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+        signal.signal(signal.SIGTERM, self._ask)  # submitit lets it pass
+        self._thread.start()
+        while self._thread.is_alive():
+            self._thread.join(0.2)
+        if isinstance(self._error, Preempted):
+            print(f"meshwright: {self._error}", file=sys.stderr)
+            sys.exit(Preempted.exit_code)
+        if self._error is not None:
+            print(f"meshwright: {self._error}", file=sys.stderr)
+            raise self._error
+
+    def checkpoint(self) -> Any:
+        """Stop, the state saved, and hand over what is to be queued again."""
+        import submitit
+
+        self._ask()
+        self._thread.join(self.job.elastic.grace + MARGIN / 2)
+        return submitit.helpers.DelayedSubmission(Allocation(self.job))
+
+    def _ask(self, *_: object) -> None:
+        self._stop.asked = True
+
+    def _supervise(self) -> None:
+        try:
+            if "SLURM_JOB_ID" in os.environ:
+                hosts = StepHosts(self.job.settings.slurm, processes=self.job.processes)
+                run_on(hosts, self.job, stop=self._stop)
+            else:
+                engines.launch_here(self.job, stop=self._stop)
+        except BaseException as error:
+            self._error = error
+
+
+class StepHosts:
+    """Agents as steps of the allocation that this process is in: one for all, or one for each that was lost."""
+
+    def __init__(self, settings: SlurmConfig, *, processes: int) -> None:
+        self.name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        self._settings, self._processes = settings, processes
+        self._steps: list[subprocess.Popen] = []
+
+    def start(self, places: Mapping[int, str], port: int) -> None:
+        """srun; one step for all agents where all are missing."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(OWN_STEP)}
+        agent = [sys.executable, "-m", "meshwright.train.launch.agent", f"{self.name}:{port}"]
+        if len(places) == self._processes:
+            self.close()
+            shapes = [(self.step(self._settings.nodes, self._processes), agent)]
+        else:
+            shapes = [
+                ([*self.step(1, 1), f"--nodelist={place}"], [*agent, str(number)]) for number, place in places.items()
+            ]
+        self._steps = [step for step in self._steps if step.poll() is None]
+        self._steps += [subprocess.Popen([*step, *command], env=environment) for step, command in shapes]
+
+    def step(self, nodes: int, tasks: int) -> list[str]:
+        """The srun of so many agents."""
+        settings, each = self._settings, self._processes // self._settings.nodes
+        words = ["srun", "--overlap", "--kill-on-bad-exit=0", "--wait=0", f"--nodes={nodes}", f"--ntasks={tasks}"]
+        words += [f"--ntasks-per-node={tasks // nodes}"]
+        if settings.cpus_per_task is not None:
+            words += [f"--cpus-per-task={settings.cpus_per_task}"]
+        if settings.gpus_per_node is not None:
+            words += [f"--gpus-per-task={settings.gpus_per_node // each}"]
+        return words
+
+    def trouble(self) -> str | None:
+        """A step that ended while agents are awaited."""
+        codes = [step.poll() for step in self._steps]
+        ended = [code for code in codes if code]
+        return f"srun ended with exit code {ended[0]}" if ended else None
+
+    def hint(self) -> str:
+        """What a reader can do."""
+        return "; is the partition busy, or a node down? see squeue --steps"
+
+    def discard(self, number: int) -> None:
+        """An agent that lost the supervisor kills its trainer by itself, and the fence keeps it from writing."""
+
+    def close(self) -> None:
+        """End the steps: SIGTERM to srun reaches the agents; what is left then, SLURM kills with the job."""
+        for step in self._steps:
+            if step.poll() is None:
+                try:
+                    step.wait(5)
+                except subprocess.TimeoutExpired:
+                    step.terminate()
+        self._steps = []

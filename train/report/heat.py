@@ -1,0 +1,114 @@
+"""Heat maps of what the launcher saw (`detection.json`): how long each process works by itself, how good each link is.
+
+In a synchronous step everybody is as slow as the slowest, so step times look alike. Seconds that a process did not wait
+tell them apart: a row that is darker than the others is a process the others wait for (MegaScale, NSDI'24).
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .markup import Html, element, joined, section, table
+
+ROW, LABEL, WIDTH = 20, 84, 640  # pixels
+MOST_ROWS = 256  # more processes are drawn every second, third, ...
+TONE = "var(--series-2)"
+
+
+def processes_section(detection: Mapping[str, Any]) -> Html | None:
+    """What was found, then the maps. None where no launcher looked on."""
+    heat, links, found = detection.get("heat") or [], detection.get("links"), detection.get("diagnoses") or []
+    if not heat and not links and not found:
+        return None
+    words = [(clock(one["time"]), one["step"], one["kind"], where(one), told(one)) for one in found]
+    parts = [
+        table(("when", "step", "what", "by", "who and why"), words) if words else None,
+        own_time(heat) if heat else None,
+        *(link_maps(links) if links else ()),
+    ]
+    note = None if found else "Nobody was slow and nothing hung."
+    return section("Processes and links", *parts, note=note)
+
+
+def clock(seconds: float) -> str:
+    """Seconds since 1970 as the reader's time of day."""
+    return time.strftime("%H:%M:%S", time.localtime(seconds))
+
+
+def where(diagnosis: Mapping[str, Any]) -> str:
+    """Which side of the four syndromes."""
+    return "communication" if diagnosis["communication"] else "not communication"
+
+
+def told(diagnosis: Mapping[str, Any]) -> str:
+    """Suspects and evidence."""
+    who = ", ".join(map(str, diagnosis["suspects"]))
+    return f"process {who}: {diagnosis['evidence']}" if who else diagnosis["evidence"]
+
+
+def own_time(heat: Sequence[Mapping[str, Any]]) -> Html:
+    """[process, step]: seconds a step without waiting. The step of a column is its last one."""
+    count = max(len(column["own"]) for column in heat)
+    rows = [[column["own"][row] if row < len(column["own"]) else None for column in heat] for row in range(count)]
+    caption = f"Seconds a step by itself, steps {heat[0]['step']} to {heat[-1]['step']}"
+    most = max((value for row in rows for value in row if value is not None), default=0.0)
+    return figure(caption, rows, most=most, words=lambda value: f"{value:.3f} s", side="process")
+
+
+def link_maps(links: Mapping[str, Sequence[Sequence[float | None]]]) -> list[Html]:
+    """[from, to]: delay, and seconds for a megabyte, so that dark is bad in both."""
+    delay = [[None if value is None else 1e3 * value for value in row] for row in links["delay"]]
+    width = [[None if not value else 1e6 / value for value in row] for row in links["bandwidth"]]
+    return [
+        figure(
+            "Delay of a link, from row to column", delay, most=largest(delay), words=lambda v: f"{v:.2f} ms", side=""
+        ),
+        figure(
+            "Bandwidth of a link, dark is slow",
+            width,
+            most=largest(width),
+            words=lambda v: f"{1 / v:.0f} MB/s",
+            side="",
+        ),
+    ]
+
+
+def largest(rows: Sequence[Sequence[float | None]]) -> float:
+    """The greatest number there is."""
+    return max((value for row in rows for value in row if value is not None), default=0.0)
+
+
+def figure(
+    caption: str, rows: Sequence[Sequence[float | None]], *, most: float, words: Callable[[float], str], side: str
+) -> Html:
+    """A grid of cells, the darker the nearer to `most`; a cell without a number is empty."""
+    stride = math.ceil(len(rows) / MOST_ROWS)
+    shown = [(number, row) for number, row in enumerate(rows) if number % stride == 0]
+    columns = max(len(row) for row in rows)
+    cell = min(WIDTH / columns, ROW * 2.2)
+    drawn = []
+    for place, (number, row) in enumerate(shown):
+        top = place * ROW
+        name = f"{side} {number}".strip()
+        drawn.append(element("text", name, x=LABEL - 8, y=top + ROW - 6, text_anchor="end", fill="var(--ink)"))
+        for column, value in enumerate(row):
+            if value is None:
+                continue
+            title = element("title", f"{name}, {column}: {words(value)}" if side == "" else f"{name}: {words(value)}")
+            drawn.append(
+                element(
+                    "rect",
+                    title,
+                    x=f"{LABEL + column * cell:.1f}",
+                    y=top + 1,
+                    width=f"{max(cell - 1, 0.5):.1f}",
+                    height=ROW - 2,
+                    fill=TONE,
+                    fill_opacity=f"{0.06 + 0.94 * value / most if most > 0 else 0.06:.3f}",
+                )
+            )
+    width, height = LABEL + columns * cell, len(shown) * ROW
+    text = f"{caption}; darkest: {words(most)}" if most > 0 else caption
+    picture = element("svg", joined(drawn), viewBox=f"0 0 {width:.0f} {height}", width=f"{width:.0f}", role="img")
+    return element("figure", element("figcaption", text), picture, class_="heat")
