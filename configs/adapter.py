@@ -13,7 +13,7 @@ METHOD_KEYS: dict[str, set[str]] = {
     "dora": LORA_KEYS,
     "vera": {"rank", "dropout"},
     "ia3": set(),
-    "oft": {"block", "dropout"},
+    "oft": {"block"},
     "shira": {"rank"},
     "bitfit": set(),
     "norms": set(),
@@ -25,9 +25,8 @@ class AdapterConfig(Section):
     """Train a few added or chosen weights and leave the rest of the model as it is."""
 
     method: Literal[tuple(METHOD_KEYS)] = "lora"  # type: ignore[valid-type]
-    """lora (arXiv:2106.09685), dora (2402.09353), vera (2310.11454), ia3 (2205.05638), oft
-    (2306.07280), shira (2406.13175) add weights; bitfit (2106.10199)
-    trains biases, norms the norms, selective whatever `targets` matches."""
+    """lora (arXiv:2106.09685), dora (2402.09353), vera (2310.11454), ia3 (2205.05638), oft (2306.07280) and shira
+    (2406.13175) add weights; bitfit (2106.10199) trains biases, norms the norms, selective what `targets` matches."""
     targets: list[str] | None = None
     """Patterns of module names: q is every layer's, layers/7/attn/* one layer's; selective: of weights. null: every
     linear map of the blocks (ia3: k, v, down; bitfit, norms: every bias, every norm; selective: every weight)."""

@@ -38,7 +38,7 @@ def rotations(leaves: Leaves) -> jax.Array:
 def oft(leaves: Leaves, x: jax.Array, inside: Inside, ctx: Context) -> jax.Array:
     """The adapted map of x [batch, sequence, inputs...]."""
     turns = rotations(leaves).astype(x.dtype)
-    parts = inside.dropped(x, ctx).reshape(*x.shape[:2], *turns.shape[:2])
+    parts = x.reshape(*x.shape[:2], *turns.shape[:2])
     return inside.biased(inside.product(jnp.einsum("bsrk,rkc->bsrc", parts, turns).reshape(x.shape), ctx))
 
 

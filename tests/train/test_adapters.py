@@ -51,10 +51,20 @@ def test_a_mesh_changes_nothing(settings, changes):
     assert_same(tiny(**settings), tiny(**settings, **changes), steps=3)
 
 
-@pytest.mark.parametrize("method", ["dora", pytest.param("vera", marks=pytest.mark.slow)])
-def test_an_adapter_needs_no_permute(method):
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"method": "dora", "rank": 4},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in ({"method": "vera"}, {"method": "oft", "block": 4}, {"method": "shira", "rank": 2})
+        ),
+    ],
+    ids=lambda settings: settings["method"],
+)
+def test_an_adapter_needs_no_permute(adapter):
     """Inside a pipeline's stage one would never return; the plain model has none on this mesh either."""
-    config = tiny(mesh=MESH, adapter={"method": method, "rank": 4})
+    config = tiny(mesh=MESH, adapter=adapter)
     mesh = make_mesh(config.mesh)
     found = collectives(build(config, mesh).compiled_step().as_text(), mesh)
     assert found and not [one for one in found if one.kind == "collective-permute"]
