@@ -19,10 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..checkpoint import huggingface
 from ..checkpoint.layouts import Layout, layout_of
+from ..configs.adapter import ELEMENTS
 from ..configs.errors import UserError
 from ..configs.names import BATCH_FIELDS, RECIPE_FIELDS
 from ..configs.run import RunConfig
 from ..models.adapters.selection import multipliers
+from ..models.adapters.sites import sites
 from ..models.quantized.attach import dequantized
 from ..parallel.hlo import refuse_permute_under_conditional
 from ..parallel.layout import rearranged, run_shapes
@@ -30,9 +32,11 @@ from ..parallel.lowcomm.bytes import Traffic, gathered_bytes, traffic
 from ..parallel.rules import batch_shardings, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState, combine
 from . import optimizers
+from .elements import elementwise
 from .engines import divided, fresh, pipelined, structure, whole
 from .gradients import Batch, Engine
 from .islands import Island, island_of
+from .ranks import allocated
 from .recipes.registry import RECIPES
 from .repair import without_teacher
 from .replicas import Meet, Replicas, replicas_of
@@ -266,13 +270,20 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
     staged = staging(config, pipe=mesh.shape["pipe"])
     engines = whole(config, mesh, model) if staged is None else pipelined(config, mesh, model, staged)
     schedule = optimizers.schedule(config.optimizer, steps=config.steps)
+    order = None if staged is None else staged.order
+    chosen = None if config.adapter is None else multipliers(config.model, config.adapter, order=order)
     make = partial(
         optimizers.build,
         config.optimizer,
         steps=config.steps,
         spike=config.logging.spike,
-        multiplied=None if config.adapter is None else multipliers(config.model, config.adapter),
+        multiplied=chosen,
     )
+    if config.adapter is not None and config.adapter.method == "adalora":
+        maps = sum(rank > 0 for site in sites(config.model, config.adapter) for rank in site.ranks)
+        make = wrapped(make, partial(allocated, adapter=config.adapter, maps=maps, steps=config.steps))
+    if config.adapter is not None and config.adapter.method in ELEMENTS:
+        make = wrapped(make, partial(elementwise, adapter=config.adapter, chosen=chosen))
     optimizer = make()
     update = guarded(optimizer)
     if staged is not None and config.pipeline.post_validation:
@@ -283,6 +294,13 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
     if several:
         step, evaluate = several.step(step), several.evaluate(evaluate)
     return Program(config, mesh, model, optimizer, engines.train, step, evaluate, staged, several)
+
+
+def wrapped(
+    make: Callable[..., optax.GradientTransformation], around: Callable[..., optax.GradientTransformation]
+) -> Callable[..., optax.GradientTransformation]:
+    """`make`, with `around` around what it makes."""
+    return lambda **given: around(make(**given))
 
 
 def drops(config: RunConfig) -> bool:

@@ -22,11 +22,20 @@ from ...configs.errors import UserError
 from ...configs.model import ModelConfig
 from ..hf.names import INPUTS_FIRST, MODULES
 from ..hf.places import siblings
+from . import peft_ahead
 from .sites import linear_maps
 
 Leaves = dict[str, np.ndarray]
 PREFIX = "base_model.model."
-KINDS = {"lora": "LORA", "dora": "LORA", "vera": "VERA", "ia3": "IA3", "oft": "OFT", "shira": "SHIRA"}
+KINDS = {
+    "lora": "LORA",
+    "dora": "LORA",
+    "adalora": "ADALORA",
+    "vera": "VERA",
+    "ia3": "IA3",
+    "oft": "OFT",
+    "shira": "SHIRA",
+}
 
 
 @dataclass(frozen=True)
@@ -67,9 +76,12 @@ def written(
     `lengths` gives |W| over the inputs of a module, for DoRA beside maps it does not adapt. `base` is the path of the
     model they belong to. Raises UserError for a method PEFT has no file for.
     """
+    if adapter.method in peft_ahead.KINDS:
+        return peft_ahead.written(adapter, model, kind=kind, leaves=leaves, base=base)
     if adapter.method not in KINDS:
         raise UserError(
-            f"adapter.method: {adapter.method} has no file in PEFT; use `meshwright checkpoint export`, which merges"
+            f"adapter.method: {adapter.method} has no file in PEFT; `meshwright checkpoint export` merges what can be "
+            "merged"
         )
     chosen = [module for module in modules(model, kind) if any(part in leaves for part in module.parts)]
     if adapter.method == "ia3":
@@ -78,6 +90,8 @@ def written(
         tensors, settings = written_vera(chosen, leaves, adapter)
     elif adapter.method == "oft":
         tensors, settings = written_oft(chosen, leaves, adapter)
+    elif adapter.method == "adalora":
+        tensors, settings = written_adalora(chosen, leaves, adapter)
     elif adapter.method == "shira":
         tensors, settings = written_shira(chosen, leaves, adapter)
     else:
@@ -223,6 +237,32 @@ def written_oft(
         "module_dropout": 0.0,
         "use_cayley_neumann": True,
         "num_cayley_neumann_terms": 5,
+        "bias": "none",
+    }
+
+
+def written_adalora(
+    chosen: list[Fused], leaves: Mapping[str, Leaves], adapter: AdapterConfig
+) -> tuple[Leaves, dict[str, Any]]:
+    """Tensors and settings of AdaLoRA; theirs multiplies by alpha / (rank + 1e-5), which e makes good."""
+    refuse_joined(chosen, adapter)
+    tensors = {}
+    for module in chosen:
+        own, name = leaves[module.parts[0]], f"{PREFIX}{module.name}"
+        tensors[f"{name}.lora_A"] = own["a"].reshape(module.inputs, -1).T
+        tensors[f"{name}.lora_B"] = own["b"].reshape(-1, module.widths[0]).T
+        tensors[f"{name}.lora_E"] = ((1 + 1e-5 / adapter.rank) * own["e"])[:, None].astype(np.float32)
+    return tensors, {
+        "init_r": adapter.rank,
+        "target_r": adapter.budget.rank,
+        "r": adapter.budget.rank,
+        "lora_alpha": whole(adapter.rank if adapter.alpha is None else adapter.alpha),
+        "lora_dropout": adapter.dropout,
+        "tinit": adapter.budget.after,
+        "tfinal": adapter.budget.settled,
+        "deltaT": adapter.budget.every,
+        "orth_reg_weight": adapter.budget.orthogonality,
+        "total_step": adapter.budget.after + adapter.budget.settled + 1,  # asked for, and read by training alone
         "bias": "none",
     }
 

@@ -39,11 +39,38 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vera", "ia3", "oft", "shira", "bitfit", "norms"])
+@pytest.mark.parametrize("method", ["vera", "ia3", "oft", "shira", "adalora", "bitfit", "norms"])
 def test_a_mesh_changes_nothing_for_any_method(method):
-    more = {"oft": {"block": 4}, "shira": {"rank": 2}}.get(method, {})
+    more = {"oft": {"block": 4}, "shira": {"rank": 2}, "adalora": {"rank": 4, "budget": {"rank": 2}}}.get(method, {})
     adapter, model = {"adapter": {"method": method, **more}}, {"model": {"qkv_bias": True, "scan": False}}
     assert_same(tiny(**adapter, **model), tiny(**adapter, **model, mesh=MESH), steps=3)
+
+
+AHEAD = {
+    "prefix": {"mesh": {"pipe": 2, "data": 2, "tensor": 2}, "microbatches": 2},
+    "prompt": {"mesh": MESH, "microbatches": 2, "memory": {"policy": "minimal"}},
+    "p-tuning": {"mesh": MESH},
+    "tokens": {"mesh": {"pipe": 2, "data": 2, "tensor": 2}, "microbatches": 2},
+    "serial": {"mesh": {"pipe": 2, "data": 2, "tensor": 2}, "microbatches": 2},
+    "mam": {"mesh": {"pipe": 2, "data": 2, "tensor": 2}, "microbatches": 2},
+}
+MORE = {"tokens": {"tokens": [1, 5, 9]}, "serial": {"rank": 4}, "mam": {"rank": 4, "length": 4}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "changes"), AHEAD.items(), ids=AHEAD)
+def test_a_mesh_changes_nothing_beside_linear_maps(method, changes):
+    adapter = {"method": method, **MORE.get(method, {"length": 4})}
+    assert_same(tiny(adapter=adapter), tiny(adapter=adapter, **changes), steps=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["selective", "lora"])
+def test_the_chosen_layers_are_the_same_in_any_order_of_a_pipeline(method):
+    """Layers stand as the schedule's stages do; one is chosen, and a shorter stage has a place that is empty."""
+    settings = {"model": {"layers": 5}, "adapter": {"method": method, "targets": ["layers/1/mlp/*"]}}
+    pipeline = {"mesh": {"pipe": 2, "data": 2}, "microbatches": 4, "pipeline": {"schedule": "v-half"}}
+    assert_same(tiny(**settings), tiny(**settings, **pipeline), steps=3)
 
 
 @pytest.mark.parametrize(("settings", "changes"), SAME.values(), ids=SAME)
