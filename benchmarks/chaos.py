@@ -10,12 +10,13 @@ samples, and the rules of the journals. The exit code is 0 only if every promise
 """
 
 import argparse
+import os
 import random
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,14 +84,14 @@ class Job:
     overrides: tuple[str, ...]
     processes: int
 
-    def launched(self, name: str, steps: int) -> subprocess.Popen:
-        """`meshwright launch` of it, begun; its output goes to NAME.log."""
+    def launched(self, name: str, steps: int, *, engine: str = "local", **variables: str) -> subprocess.Popen:
+        """`meshwright launch` of it, begun, with `variables` in its environment; its output goes to NAME.log."""
         command = [sys.executable, "-m", "meshwright.train.cli", "launch", self.config, *self.overrides]
         command += [f"name={name}", f"steps={steps}", "logging.ledger=true", "elastic.restarts=1000000"]
-        command += ["elastic.strikes=0", f"--processes={self.processes}", "--engine=local"]
+        command += ["elastic.strikes=0", f"--processes={self.processes}", f"--engine={engine}"]
         Path("runs").mkdir(exist_ok=True)
         with Path("runs", f"{name}.log").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log)
+            return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | variables)
 
     def run_through(self, name: str, steps: int) -> None:
         """Launch it and let it end by itself. Raises MeshwrightError where it does not end well."""
@@ -212,7 +213,7 @@ def newest(directory: Path) -> int:
     return max((event["step"] for event in read_events(directory) if event["event"] == "commit"), default=0)
 
 
-def closing_table(directory: Path, faults: Counter[str], verdicts: Sequence[Verdict]) -> str:
+def closing_table(directory: Path, faults: Mapping[str, int], verdicts: Sequence[Verdict]) -> str:
     """What was done to the run, what it did about it, and which promises it kept."""
     events = read_events(directory)
     answers = Counter(event["event"] for event in events)

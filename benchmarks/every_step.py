@@ -27,8 +27,10 @@ def slowdown(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
     from meshwright.checkpoint.mailbox import directory_of
     from meshwright.checkpoint.memory import Memory
     from meshwright.configs.training import CheckpointConfig
-    from meshwright.train.launch.keepers import Keepers, planned
+    from meshwright.train.launch.keepers import Keepers
+    from meshwright.train.launch.protection import planned
     from meshwright.train.launch.rendezvous import Server
+    from meshwright.train.launch.tending import Here
     from meshwright.train.report.journal import Journal
     from meshwright.train.snapshots import Snapshots
 
@@ -41,15 +43,16 @@ def slowdown(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
     stalls: list[float] = []
     with ExitStack() as stack:
         run = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
-        keepers = stack.enter_context(Keepers(plan, run=run, server=stack.enter_context(Server())))
-        keepers.recover()
-        memories = [Memory(directory_of(run, host=host), process=host) for host in range(HOSTS)]
+        server = stack.enter_context(Server())
+        here = Here(run, rendezvous=server.address)
+        stack.enter_context(Keepers(plan, run=run, room=server.room, tending=here)).recover()
+        memories = [Memory(directory_of(run, host=host), place=host) for host in range(HOSTS)]
         journal = Journal(run, enabled=False)
         snapshots = [stack.enter_context(closing(Snapshots(config, memory, journal))) for memory in memories]
         for one, state in zip(snapshots, states, strict=True):
             one.reserve(state)
         number = 0
-        guards = [psutil.Process(keepers.process(host).pid) for host in range(HOSTS)]
+        guards = [psutil.Process(here.pid(host)) for host in range(HOSTS)]
         for turn in range(2 * (turns + 1)):
             before = time.process_time()
             for _ in range(BLOCK):

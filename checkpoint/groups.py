@@ -62,16 +62,20 @@ class Holding:
     shares: Mapping[int, Mapping[int, str]] = field(default_factory=dict)  # step -> host -> seal of what it is made of
 
 
+def of(group: Sequence[int], holdings: Mapping[int, Holding]) -> dict[int, Holding]:
+    """The holdings of the hosts of a group; nothing where a host told nothing."""
+    return {host: holdings.get(host, Holding()) for host in group}
+
+
 def recoverable(holdings: Mapping[int, Holding], groups: Groups, *, losses: int) -> Recovery:
     """The newest step that every group has or can rebuild; step -1, with the reason, where there is none."""
     steps = {step for one in holdings.values() for step in (*one.held, *one.shares)}
-    nothing = Holding()
     failures: list[tuple[int, int, str]] = []  # (hosts that have it, step, why not)
     for step in sorted(steps, reverse=True):
         rebuilt: list[int] = []
         reasons = []
         for group in groups:
-            ours = {host: holdings.get(host, nothing) for host in group}
+            ours = of(group, holdings)
             lost = [host for host in group if step not in ours[host].held]
             if reason := hopeless(step, lost, ours, losses=losses):
                 reasons.append(reason)
@@ -110,5 +114,7 @@ def sharers(step: int, ours: Mapping[int, Holding]) -> list[int]:
     return [
         host
         for host, one in ours.items()
-        if step in one.shares and all(one.shares[step].get(other) == seal for other, seal in seals.items())
+        if step in one.shares
+        and one.shares[step].keys() == ours.keys()  # else it was made by another group, of other stripes
+        and all(one.shares[step][other] == seal for other, seal in seals.items())
     ]

@@ -27,52 +27,55 @@ import numpy as np
 
 from . import mailbox
 from .damage import DamagedCheckpoint
-from .groups import Holding, sharers
+from .groups import of, sharers
 from .mailbox import Protected
-from .parity import block_length, members, solve, weighted, xor
+from .parity import block_length, members, solve, stripes_of, weighted, xor
 from .slots import PIECE, Head, Pool, filling, head_of, header_of, verify
 from .snapshots import Piece, Snapshot, holding_of, scatter, snapshot_of
-from .wire import NotGiven, Peer
+from .wire import NotGiven, Peer, Peers
 
 Info = Mapping[str, Any]  # what a keeper tells the others: address, held, shares (keys of JSON are strings)
 
 
 class Keeper:
-    """The keeper of host number `host`, on which `processes` write their slots in `directory`.
+    """The keeper of host number `host`, on which the processes in `places` write their slots in `directory`.
 
-    `groups`: hosts that protect each other; `losses`: how many of a group its parity bears, 0: there is none.
+    `groups`: hosts that protect each other; `losses`: how many of a group its parity bears, 0: there is none. A host in
+    no group takes no part.
     """
 
     def __init__(
-        self, directory: Path, *, host: int, processes: Sequence[int], groups: Sequence[Sequence[int]], losses: int
+        self, directory: Path, *, host: int, places: Sequence[int], groups: Sequence[Sequence[int]], losses: int
     ) -> None:
-        self.directory, self.host, self.losses = directory, host, losses
-        self._processes, self._groups = list(processes), groups
-        self._group = next(group for group in groups if host in group)
+        self.directory, self.host = directory, host
+        self._part(places, groups, losses)
         self._pool = Pool()
-        self._peers: dict[int, Peer] = {}
+        self._peers = Peers()
         self._turn = threading.Lock()  # protecting and rebuilding take turns
         self._since: dict[int, float] = {}  # step -> when the group was first seen to have it
         self._threads = ThreadPoolExecutor(8, "fetch")
         self.trouble = ""  # why the last attempt to protect failed
 
+    def _part(self, places: Sequence[int], groups: Sequence[Sequence[int]], losses: int) -> None:
+        self.losses, self._places, self._groups = losses, list(places), groups
+        self._group: Sequence[int] = next((group for group in groups if self.host in group), ())
+
     def close(self) -> None:
         """Hang up and let go of the slots, which stay."""
         self._threads.shutdown()
         self._pool.close()
-        for peer in self._peers.values():
-            peer.close()
+        self._peers.close()
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
     def snapshots(self) -> dict[int, Snapshot]:
         """Step -> the snapshot, where every process of this host has a whole slot of it."""
         found: dict[int, list[Piece]] = {}
-        for process in self._processes:
-            heads = {head.step: head for slot in (0, 1) if (head := head_of(self._slot(process, slot))) is not None}
+        for place in self._places:
+            heads = {head.step: head for slot in (0, 1) if (head := head_of(self._slot(place, slot))) is not None}
             for step, head in heads.items():
-                found.setdefault(step, []).append(Piece(process, head.bytes, head.raw.hex()))
-        whole = len(self._processes)
+                found.setdefault(step, []).append(Piece(place, head.bytes, head.raw.hex()))
+        whole = len(self._places)
         return {step: Snapshot(step, tuple(pieces)) for step, pieces in found.items() if len(pieces) == whole}
 
     def shares(self) -> dict[int, dict[int, list[list[Any]]]]:
@@ -86,7 +89,7 @@ class Keeper:
 
     def heads(self) -> list[bytes]:
         """Changes whenever `info` does, and is cheap."""
-        slots = [self._slot(process, slot) for process in self._processes for slot in (0, 1)]
+        slots = [self._slot(place, slot) for place in self._places for slot in (0, 1)]
         slots += [self._share(slot) for slot in (0, 1)] if self.losses else []
         return [head.raw if (head := head_of(path)) is not None else b"" for path in slots]
 
@@ -109,9 +112,9 @@ class Keeper:
 
     def look(self, infos: Mapping[int, Info]) -> None:
         """Protect the newest step the group has, and note which one all groups protect. `infos`: of every keeper."""
-        if not self.losses:
-            return
         with self._turn:
+            if not self.losses or not self._group:
+                return
             theirs = {host: {int(step): made for step, made in info["held"].items()} for host, info in infos.items()}
             theirs[self.host] = {step: one.public() for step, one in self.snapshots().items()}
             if all(host in theirs for host in self._group):
@@ -246,8 +249,16 @@ class Keeper:
             case "settle":
                 mailbox.tell(self.directory, mailbox.word_of(request["word"]))
                 return {}, b""
+            case "form":
+                with self._turn:
+                    self._part(request["places"], request["groups"], request["losses"])
+                return {}, b""
+            case "sweep":
+                self.sweep(request["places"])
+                return {}, b""
             case other:
-                raise NotGiven(f"do: {other!r} is none of read, held, read-share, members, check, rebuild, settle")
+                known = "read, held, read-share, members, check, rebuild, settle, form, sweep"
+                raise NotGiven(f"do: {other!r} is none of {known}")
 
     # --- after a loss ------------------------------------------------------------------------------------------------
 
@@ -270,6 +281,15 @@ class Keeper:
                     damaged.append(str(error))
                     path.unlink(missing_ok=True)
         return damaged
+
+    def sweep(self, places: Sequence[int]) -> None:
+        """Delete the slots of other places: nobody wrote them in the last epoch, so another time line may have."""
+        with self._turn:
+            for path in self.directory.glob("[0-9]*.[01]"):
+                if int(path.stem) not in places:
+                    path.unlink(missing_ok=True)
+            for path in self.directory.glob(mailbox.SHARES) if not places else ():
+                path.unlink(missing_ok=True)
 
     def rebuild(self, step: int, infos: Mapping[int, Info]) -> None:
         """Bring back this host's snapshot of `step` from the others' and their parity.
@@ -360,15 +380,10 @@ class Keeper:
 
     def _peer(self, host: int, infos: Mapping[int, Info]) -> Peer:
         """The keeper of another host, at the address it tells now."""
-        address = infos[host]["address"]
-        if host not in self._peers or self._peers[host].address != address:
-            if host in self._peers:
-                self._peers[host].close()
-            self._peers[host] = Peer(address)
-        return self._peers[host]
+        return self._peers.at(host, infos[host]["address"])
 
-    def _slot(self, process: int, slot: int) -> Path:
-        return self.directory / f"{process}.{slot}"
+    def _slot(self, place: int, slot: int) -> Path:
+        return self.directory / f"{place}.{slot}"
 
     def _share(self, slot: int) -> Path:
         return self.directory / f"parity.{slot}"
@@ -383,13 +398,3 @@ class Keeper:
             if found is not None and found.raw.hex() == head:
                 return self._slot(process, slot)
         raise NotGiven(f"host {self.host}: process {process} overwrote its slot")
-
-
-def stripes_of(place: int, *, hosts: int, losses: int) -> list[int]:
-    """The stripes that the host at `place` gives a block to, in the order of its blocks."""
-    return [stripe for stripe in range(hosts) if place in members(stripe, hosts=hosts, losses=losses)[0]]
-
-
-def of(group: Sequence[int], holdings: Mapping[int, Holding]) -> dict[int, Holding]:
-    """The holdings of the hosts of a group; nothing where a host told nothing."""
-    return {host: holdings.get(host, Holding()) for host in group}

@@ -29,12 +29,13 @@ class Memory:
     """The slots of one run on this host. `directory` is in a file system that lives in memory.
 
     `layout` names the run's layout: snapshots are kept as the run holds its arrays, and another layout's are not
-    offered. `process`: whose slots these are; None: this process's.
+    offered. `place`: the number in the names of its files, which the next process in this place finds again; None: this
+    process's.
     """
 
-    def __init__(self, directory: Path, *, layout: str = "", process: int | None = None) -> None:
+    def __init__(self, directory: Path, *, layout: str = "", place: int | None = None) -> None:
         self.directory, self._layout = directory, layout
-        self._process = jax.process_index() if process is None else process
+        self._place = jax.process_index() if place is None else place
         self._pool = Pool()
 
     def reserve(self, state: TrainState) -> None:
@@ -81,6 +82,12 @@ class Memory:
         found = {header["step"] for _, header in self._headers()}
         return sorted(step for step in found if self._lacks(step, shardings, shapes) is None)
 
+    def wanting(self, step: int, shardings: Mapping[str, Any], shapes: Mapping[str, Any]) -> str:
+        """Why a snapshot here that is newer than `step` cannot be used; empty where there is none."""
+        newer = max((header["step"] for _, header in self._headers() if header["step"] > step), default=step)
+        lack = self._lacks(newer, shardings, shapes) if newer > step else None
+        return f"snapshot {newer} on this host is of another mesh or not whole, it lacks {lack}" if lack else ""
+
     def restore(self, step: int, *, shapes: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state of `step` placed by `shardings`, and what was saved beside it.
 
@@ -105,11 +112,13 @@ class Memory:
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves), data
 
     def forget(self, *, beyond: int) -> None:
-        """Delete this process's snapshots of later steps: the run goes on from `beyond`, on a time line of its own."""
-        for slot in (0, 1):
-            header = header_of(self._path(slot))
-            if header is not None and header["step"] > beyond:
-                self._path(slot).unlink(missing_ok=True)
+        """Delete this host's snapshots of later steps: the run goes on from `beyond`, on a time line of its own.
+
+        Those of places that nobody fills now, too: what they hold of a later step would be mixed with the new one.
+        """
+        for path, header in self._headers():
+            if header["step"] > beyond:
+                path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Delete everything: the run has ended, or another one begins under its name."""
@@ -120,7 +129,7 @@ class Memory:
         mailbox.sweep(self.directory)
 
     def _path(self, slot: int) -> Path:
-        return self.directory / f"{self._process}.{slot}"
+        return self.directory / f"{self._place}.{slot}"
 
     def _headers(self) -> list[tuple[Path, Header]]:
         """The slots that say they are whole, with their headers, which are."""
@@ -179,6 +188,6 @@ def _shard(parts: Mapping[Box, np.ndarray], index: Any, like: Any) -> np.ndarray
     return cut(list(parts.items()), box_of(index, like.shape), like.dtype)
 
 
-def memory_of(run: Path, *, layout: str, host: int = 0) -> Memory:
-    """The slots of the run in directory `run` on host number `host`."""
-    return Memory(mailbox.directory_of(run, host=host), layout=layout)
+def memory_of(run: Path, *, layout: str, host: int = 0, place: int | None = None) -> Memory:
+    """The slots of the run in directory `run` on host number `host`, those of `place` its own."""
+    return Memory(mailbox.directory_of(run, host=host), layout=layout, place=place)

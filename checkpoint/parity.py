@@ -37,6 +37,11 @@ def members(stripe: int, *, hosts: int, losses: int) -> tuple[list[int], list[in
     return [host for host in range(hosts) if host not in keepers], keepers
 
 
+def stripes_of(place: int, *, hosts: int, losses: int) -> list[int]:
+    """The stripes that the host at `place` gives a block to, in the order of its blocks."""
+    return [stripe for stripe in range(hosts) if place in members(stripe, hosts=hosts, losses=losses)[0]]
+
+
 def checked(hosts: int, losses: int) -> None:
     """Raise MeshwrightError where a group cannot be protected so."""
     if losses not in (1, 2) or hosts < losses + 1:

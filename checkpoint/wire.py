@@ -62,9 +62,12 @@ def _exactly(source: socket.socket, length: int) -> np.ndarray:
 
 
 class Listener:
-    """Answers requests on a port of its own, each connection in a thread."""
+    """Answers requests on a port of its own, each connection in a thread.
 
-    def __init__(self, answer: Answer, host: str = "127.0.0.1") -> None:
+    `host` is the name by which others reach it; it listens at `bind`, by default there.
+    """
+
+    def __init__(self, answer: Answer, host: str = "127.0.0.1", *, bind: str | None = None) -> None:
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
                 self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an answer is two short writes
@@ -78,7 +81,7 @@ class Listener:
             daemon_threads = True
             handle_error = staticmethod(lambda *_: None)  # a peer that hung up, or died
 
-        self._server = Server((host, 0), Handler)
+        self._server = Server((host if bind is None else bind, 0), Handler)
         self.address = f"{host}:{self._server.server_address[1]}"
 
     def __enter__(self) -> "Listener":
@@ -140,3 +143,24 @@ class Peer:
         """Hang up."""
         with self._turn:
             self._hang_up()
+
+
+class Peers:
+    """Connections to others by number, each at the address it tells now."""
+
+    def __init__(self) -> None:
+        self._peers: dict[int, Peer] = {}
+
+    def at(self, number: int, address: str) -> Peer:
+        """The peer of that number, which may have moved."""
+        known = self._peers.get(number)
+        if known is None or known.address != address:
+            if known is not None:
+                known.close()
+            known = self._peers[number] = Peer(address)
+        return known
+
+    def close(self) -> None:
+        """Hang up."""
+        for peer in self._peers.values():
+            peer.close()

@@ -81,8 +81,9 @@ class LaunchConfig(Section):
 
     processes: int = Field(1, ge=1)
     """Processes of the run."""
-    hosts: int = Field(1, ge=1)
-    """Hosts they are spread over, in order; engine local simulates them: each has snapshots and a keeper of its own."""
+    hosts: int | None = Field(None, ge=1)
+    """Hosts they are spread over, in order, each with snapshots and a keeper of its own; engine local simulates them.
+    null: one with engine local, launch.slurm.nodes with slurm, elsewhere each process has its own."""
     devices_per_process: int | None = Field(None, ge=1)
     """Simulated devices of each; null: mesh.devices / processes."""
     coordinator: str | None = None

@@ -8,7 +8,8 @@ import numpy as np
 from meshwright.checkpoint.keeper import Keeper
 from meshwright.checkpoint.slots import Pool, filling
 from meshwright.checkpoint.wire import Listener, Peer
-from meshwright.train.launch.keepers import Plan, recover
+from meshwright.train.launch.keepers import recover
+from meshwright.train.launch.protection import Plan
 
 
 def content(host, process, step, size):
@@ -46,7 +47,7 @@ class Hosts:
         self.keepers[host] = Keeper(
             self.directory(host),
             host=host,
-            processes=self.plan.processes_of(host),
+            places=self.plan.places_of(host),
             groups=self.plan.groups,
             losses=self.plan.losses,
         )
@@ -55,7 +56,7 @@ class Hosts:
     def snapshot(self, step, *, hosts=None, slot=None):
         """Every process (of `hosts`) writes `step` to its slot."""
         for host in self.keepers if hosts is None else hosts:
-            for process in self.plan.processes_of(host):
+            for process in self.plan.places_of(host):
                 self.write(host, process, step, slot=step % 2 if slot is None else slot)
 
     def write(self, host, process, step, *, slot):
@@ -84,10 +85,10 @@ class Hosts:
             self.pools[host] = Pool()
             self.start(host)
 
-    def recover(self):
+    def recover(self, plan=None, *, before=None):
         with ExitStack() as stack:
             peers = {host: stack.enter_context(Peer(one.address)) for host, one in self.listeners.items()}
-            return recover(peers, self.plan)
+            return recover(peers, plan or self.plan, before=before)
 
     def files(self, host):
         """Name -> content of the slots of a host."""

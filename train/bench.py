@@ -11,6 +11,7 @@ BENCHMARKS = (
     "checkpoint",
     "finetune",
     "interop",
+    "lost-node",
     "lowcomm",
     "lrec",
     "pipeline",

@@ -63,9 +63,10 @@ def validate(
 
         check_staging(loaded)
     if loaded.checkpoint.parity != "none":
-        from .launch.keepers import planned
+        from .launch.protection import planned
 
-        planned(loaded.checkpoint, hosts=loaded.launch.hosts, processes=loaded.launch.processes)
+        processes = loaded.launch.processes
+        planned(loaded.checkpoint, hosts=loaded.launch.hosts or processes, processes=processes)
     if deep:
         from .deep import check
 

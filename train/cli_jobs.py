@@ -28,10 +28,10 @@ def launch(
 
         launched(config, overrides or (), count=islands, processes=processes, devices=devices_per_process)
         return
-    from .launch.engines import ENGINES, start
+    from .launch.engines import ENGINES, hosts_of, start
     from .launch.formations import formations
     from .launch.job import Job
-    from .launch.keepers import planned
+    from .launch.protection import planned
 
     if engine not in ENGINES:
         raise UserError.no_match("--engine", [engine], known=ENGINES)
@@ -55,7 +55,7 @@ def launch(
         settings=settings,
         devices_per_process=devices,
         formations=formations(loaded, processes=shares, devices_per_process=devices),
-        keepers=planned(loaded.checkpoint, hosts=settings.hosts, processes=shares),
+        keepers=planned(loaded.checkpoint, hosts=hosts_of(engine, settings, processes=shares), processes=shares),
         document=loading.dump(loaded),
     )
     start(engine, job)

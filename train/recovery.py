@@ -55,12 +55,16 @@ def recovered(
         if not (holders := damaged_on(damage)):
             check_corpus(step, saved, corpus)
             spent = {**startup, "restore_seconds": time.monotonic() - began}
+            if level == "storage" and memory is not None:
+                if lack := memory.wanting(step, by_path(tree(program.shardings)), by_path(tree(program.shapes))):
+                    reason = f"{reason}; memory: {lack}"
+                memory.forget(beyond=step - 1)  # what it has of this step is another time line's
+            elif memory is not None:
+                memory.forget(beyond=step)
             if word is not None:
                 level, reason = told(word, step, level, reason)
                 spent["rebuild_seconds"] = word.seconds
             journal.record("restore", step=step, level=level, reason=reason, **spent)
-            if memory is not None:
-                memory.forget(beyond=step)
             return completed(program, state, shelf.directory.parent, origin=saved.get("origin")), step
         set_aside(step, level, shelf, journal, why=damage or f"process {holders[0]} found it damaged")
         if level == "memory":

@@ -86,7 +86,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
 
         memory = None
         if checkpoint.memory_every:
-            memory = memory_of(directory, layout=program.layout.name, host=world.host)
+            memory = memory_of(directory, layout=program.layout.name, host=world.host or 0, place=world.slot)
         state, start = recovered(program, storage, memory, journal, corpus=corpus)
         if start == 0:
             keep(program, state, directory, allowed=fence.check)
@@ -168,7 +168,7 @@ def programmed(config: RunConfig, world: World) -> Program:
 
 def check_keepers(checkpoint: CheckpointConfig, world: World) -> None:
     """Raise UserError where snapshots are to be protected and nobody is there to do it."""
-    if checkpoint.parity != "none" and world.hosts is None:
+    if checkpoint.parity != "none" and world.host is None:
         raise UserError(
             f"checkpoint.parity: {checkpoint.parity} needs a keeper on every host, which `meshwright launch` starts; "
             "launch the run, or set it to none"

@@ -73,6 +73,40 @@ def test_the_newest_step_that_all_have_is_used_and_the_protected_one_stays(tmp_p
         assert (word.step, word.rebuilt) == (2, (2,))
 
 
+def test_fewer_hosts_protect_each_other_and_what_the_others_left_is_no_more(tmp_path):
+    """Hosts 2 and 3 are left out at step 5; later, what they have of it is of another time line."""
+    with Hosts(tmp_path, hosts=4, losses=1) as hosts:
+        fewer = hosts.plan.among([0, 1])
+        hosts.snapshot(5)
+        hosts.protect()
+        word = hosts.recover(fewer, before=hosts.plan)
+        assert word.step == -1 and "step 5 were taken in slots [0, 1, 2, 3]; slots [0, 1] go on" in word.note
+        hosts.snapshot(4, hosts=[0, 1])
+        hosts.snapshot(5, hosts=[0, 1])
+        hosts.protect()
+        assert [mailbox.protected(hosts.directory(host)).step for host in (0, 1)] == [5, 5]
+        hosts.lose(1)
+        assert hosts.recover(fewer, before=fewer).rebuilt == (1,)
+        assert hosts.recover(before=fewer).step == -1 and not hosts.files(2) and not hosts.files(3)
+        hosts.snapshot(6)
+        hosts.protect()
+        assert protected(hosts) == {6}
+        hosts.lose(3)
+        assert hosts.recover(before=hosts.plan).rebuilt == (3,)
+
+
+def test_parity_of_four_is_not_read_as_parity_of_two(tmp_path):
+    """The epoch of two ended before it had a snapshot: what four protected is of other stripes."""
+    with Hosts(tmp_path, hosts=4, losses=1) as hosts:
+        fewer = hosts.plan.among([0, 1])
+        hosts.snapshot(5)
+        hosts.protect()
+        hosts.recover(fewer, before=hosts.plan)
+        hosts.lose(1)
+        word = hosts.recover(fewer, before=fewer)
+        assert word.step == -1 and "with the parity that hosts [] have they cannot be rebuilt" in word.note
+
+
 def test_parity_of_an_overwritten_time_line_is_not_mixed_in(tmp_path):
     """Step 2 was written anew after a restart and is not protected yet: the old parity of step 2 is of another seal."""
     with Hosts(tmp_path, hosts=3, losses=1) as hosts:

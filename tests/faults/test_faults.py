@@ -1,6 +1,7 @@
 """Processes that die, stop, sleep or flap, under the real supervisor: checked afterwards from their journals."""
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -152,6 +153,15 @@ class Unreachable(LocalEngine):
         if self.zombie is None and self._running:
             self.zombie = self._running.pop(1)
         super().kill()
+
+
+def test_a_clock_that_jumps_is_nobodys_failure(tmp_path, monkeypatch):
+    """An hour forth, two back, at every look: what is late is told by a clock that only goes forward."""
+    real, looks = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: real() + (3600, -7200)[next(looks) % 2])
+    run(tmp_path, (1, 1, "step", 5, "kill"))
+    check(tmp_path)
+    assert len([event for event in read_events(tmp_path) if event["event"] == "restart"]) == 1
 
 
 def test_a_zombie_of_an_old_epoch_writes_nothing_more(tmp_path):

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from meshwright.checkpoint import mailbox, manifest
+from meshwright.train.launch.drain import drain
 from meshwright.train.report.journal import read_events
 
 SMALL = (
@@ -25,11 +26,11 @@ SMALL = (
 )  # fmt: skip
 
 
-def launched(directory, *changes):
-    """`meshwright launch` of two processes on two hosts, begun."""
+def launched(directory, *changes, processes=2):
+    """`meshwright launch` of as many processes as hosts, begun."""
     environment = os.environ | {"MESHWRIGHT_CACHE": str(directory.parent / "cache"), "XLA_FLAGS": ""}
     command = [sys.executable, "-m", "meshwright.train.cli", "launch", "quickstart", *SMALL, *changes]
-    command += ["--processes", "2", "--devices-per-process", "1"]
+    command += ["--processes", str(processes), "--devices-per-process", "1"]
     directory.mkdir(exist_ok=True)
     return subprocess.Popen(command, cwd=directory, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
@@ -46,10 +47,10 @@ def children(launcher):
     return trainers, keepers
 
 
-def reached(launcher, directory, step):
-    """Wait until `step` is protected on both hosts."""
-    deadline = time.monotonic() + 180
-    slots = [mailbox.directory_of(directory / "runs" / "run", host=host) for host in (0, 1)]
+def reached(launcher, directory, step, *, hosts=range(2)):
+    """Wait until `step` is protected on all hosts."""
+    deadline = time.monotonic() + 240
+    slots = [mailbox.directory_of(directory / "runs" / "run", host=host) for host in hosts]
     while min(mailbox.protected(slot).step for slot in slots) < step:
         assert launcher.poll() is None and time.monotonic() < deadline, f"step {step} was never protected"
         time.sleep(0.01)
@@ -115,3 +116,41 @@ def test_a_lost_keeper_costs_nothing_and_a_killed_trainer_goes_on_from_memory(un
     assert restore["level"] == "memory" and restore["step"] >= 20 and blocks == undisturbed
     told = [json.loads(line) for line in (directory / "runs" / "run" / "keepers.jsonl").read_text().splitlines()]
     assert [event["event"] for event in told] == ["keeper-lost", "recovery"] and told[0]["host"] == 1
+
+
+FEWER = (
+    "steps=120", "mesh.devices=4", "mesh.fsdp=4", "launch.hosts=4",
+    "elastic={backoff: 2, hang_floor: 60, settle: 0.1, meshes: [{fsdp: 2}]}",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_fewer_hosts_go_on_from_storage_and_protect_each_other_until_all_are_back(tmp_path):
+    """Every process has a quarter of the state, which two processes cannot use: storage, and why is in the journal."""
+    directory = tmp_path / "job"
+    launcher = launched(directory, *FEWER, processes=4)
+    slots = reached(launcher, directory, 15, hosts=range(4))
+    run = directory / "runs" / "run"
+    lose(launcher, slots, [2])
+    drain(run, [2])
+    first = restored(launcher, run, 1)
+    reached(launcher, directory, first["step"] + 2, hosts=[0, 1])
+    drain(run, [2], undo=True)
+    second = restored(launcher, run, 2)
+    reached(launcher, directory, second["step"] + 2, hosts=range(4))
+    launcher.communicate(timeout=300)
+    assert launcher.returncode == 0 and (first["level"], second["level"]) == ("storage", "storage")
+    assert "taken in slots [0, 1, 2, 3]; slots [0, 1] go on" in first["reason"] and "of another mesh" in first["reason"]
+    kinds = [event["event"] for event in read_events(run) if event["event"] in ("shrink", "grow", "unprotected")]
+    assert kinds == ["shrink", "grow"] and not any(slot.exists() for slot in slots)
+
+
+def restored(launcher, run, count):
+    """The restore that is number `count` of the run, once it has happened."""
+    deadline = time.monotonic() + 240
+    while True:
+        told = [event for event in read_events(run) if event["event"] == "restore"]
+        if len(told) >= count:
+            return told[count - 1]
+        assert launcher.poll() is None and time.monotonic() < deadline, f"no restore {count}"
+        time.sleep(0.02)

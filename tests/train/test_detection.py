@@ -15,12 +15,12 @@ import pytest
 
 from meshwright.configs.elastic import ElasticConfig
 from meshwright.train.launch import links, local
+from meshwright.train.launch.decisions import Outcome
 from meshwright.train.launch.detection import WAIT, Observed, hanging, slow
 from meshwright.train.launch.engines import launch_here
 from meshwright.train.launch.job import Job
 from meshwright.train.launch.links import Links, collected, culprits, take_part
 from meshwright.train.launch.rendezvous import Server
-from meshwright.train.launch.supervisor import Outcome
 from meshwright.train.launch.telemetry import Telemetry
 from meshwright.train.report.heat import processes_section
 from meshwright.train.report.journal import read_events
@@ -216,9 +216,43 @@ def test_a_hang_in_which_all_wait_has_the_links_measured_and_names_the_worst(tmp
     telemetry = Telemetry(tmp_path, lambda: matrices((0, 1), count=3))
     info = {"step": 4, "phase": "step", "doing": WAIT, "beats": 1, "spent": {WAIT: 1.0}}
     members = {f"1/{number}": SimpleNamespace(info=info) for number in range(3)}
-    telemetry.look(SimpleNamespace(membership=SimpleNamespace(members=members)), 1, now=100.0)
+    room = SimpleNamespace(membership=SimpleNamespace(members=members))
+    telemetry.look(room, 1, slots=range(3), now=100.0)
     outcome = telemetry.explained(Outcome("failed", "no step for 9 s", 4, 2, 9.0), now=101.0)
     assert outcome.syndrome == "hang, communication" and outcome.suspect == 0
     assert "the link between 0 and 1: 10.00 ms and 100 MB/s" in outcome.reason
     page = processes_section(json.loads((tmp_path / "detection.json").read_text()))
     assert "Bandwidth of a link" in page and "the link between 0 and 1" in page
+
+
+def test_a_run_of_changing_processes_keeps_its_rows_and_measures_the_links_it_has(tmp_path):
+    """Three processes, then two of them in slots 0 and 2: process 1 is slow, and its row is that of slot 2."""
+    (tmp_path / "config.yaml").write_text("{}")
+    measured = []
+    telemetry = Telemetry(tmp_path, lambda: measured.append(len(measured)))
+    clock = iter(range(100, 1000, 3))
+
+    def steps(epoch, slots, first):
+        for step in range(first, first + 10):
+            members = {}
+            for number, slot in enumerate(slots):
+                spent = {"input": step * (0.5 if slot == 2 else 0.01), WAIT: step * (0.01 if slot == 2 else 0.5)}
+                info = {"step": step, "phase": "step", "doing": WAIT, "beats": step, "spent": spent}
+                members[f"{epoch}/{number}"] = SimpleNamespace(info=info)
+            room = SimpleNamespace(membership=SimpleNamespace(members=members))
+            telemetry.look(room, epoch, slots=slots, now=float(next(clock)))
+
+    steps(1, (0, 1, 2), 1)
+    telemetry.measure(130.0), telemetry.measure(131.0)
+    steps(2, (0, 2), 8)
+    telemetry.measure(132.0)
+    told = json.loads((tmp_path / "detection.json").read_text())
+    assert measured == [0, 1]
+    assert [None in column["own"] for column in told["heat"]].count(True) > 0 and told["heat"][-1]["own"][1] is None
+    assert told["heat"][-1]["own"][2] > 10 * told["heat"][-1]["own"][0]
+    assert [(one["epoch"], one["suspects"], one["slots"]) for one in told["diagnoses"]] == [
+        (1, [2], [2]),
+        (2, [1], [2]),
+    ]
+    page = processes_section(told)
+    assert "process 1 (slot 2)" in page and "slot 1" in page

@@ -35,11 +35,12 @@ class ProcessHosts:
     name = "127.0.0.1"
 
     def __init__(self):
-        self.agents, self.started = {}, []
+        self.agents, self.started, self.replaced = {}, [], []
 
     def start(self, places, port):
         for number in places:
             command = [sys.executable, "-m", "meshwright.train.launch.agent", f"127.0.0.1:{port}", str(number)]
+            self.replaced += [self.agents[number]] if number in self.agents else []
             self.agents[number] = subprocess.Popen(command)
             self.started.append(number)
 
@@ -57,6 +58,8 @@ class ProcessHosts:
     def close(self):
         for agent in self.agents.values():
             agent.wait(20)
+        for agent in self.replaced:
+            agent.poll()  # one that is frozen will be woken by its test
 
 
 def job(directory, *faults, processes=3, **settings):

@@ -125,7 +125,8 @@ def test_what_cannot_be_shared_is_refused(settings, processes, message):
 
 def test_steps_have_the_shape_of_the_job():
     hosts = slurm.StepHosts(SlurmConfig(nodes=2, gpus_per_node=8, cpus_per_task=6), processes=4)
-    assert hosts.step(2, 4)[4:] == ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=6",
+    assert hosts.step(2, 4)[4:] == ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2",
+                                    "--distribution=block", "--cpus-per-task=6",
                                     "--gpus-per-task=4"]  # fmt: skip
 
 

@@ -228,6 +228,30 @@ def test_a_lost_slot_without_replacement_leaves_fewer_and_comes_back(tmp_path):
     assert told[2]["reason"] == "4 processes fit again, on data 4"
 
 
+def test_a_drained_slot_is_not_waited_for(tmp_path):
+    world = elastic([WELL])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    drain(tmp_path / "run", [1])
+    world.run(tmp_path)
+    assert world.log[0] == ("start", 0) and world.teams[0] == ((0, 2), "mesh={data: 2}")
+
+
+def test_a_slot_that_comes_and_goes_disturbs_nobody_until_it_stays(tmp_path):
+    """Lost at 2, two go on at 23; it is there from 30 to 33 and from 35 to 38, never for 5 s; from 50 on it stays."""
+    alone = [*steps(0, (1, 1), (2, 2)), *steps(1, (1, 1), (2, 2)), (33.0, 0, 75), (33.0, 1, 75)]
+    slow = SETTINGS.model_copy(update={"hang_floor": 60.0})
+    flaps = {1: [(2.0, 30.0), (33.0, 35.0), (38.0, 50.0)]}
+    world = elastic([DIES, alone, [(3.0, n, 0) for n in range(4)]], lost=flaps, settings=slow)
+    assert [pair for pair in world.run(tmp_path) if pair[0] == "ask"] == [("ask", 55)]
+
+
+def test_a_slot_that_is_back_while_others_are_waited_for_is_taken_at_once(tmp_path):
+    """Two are lost at 2; one is back at 8, the other at 15: all four start, and nobody computes with fewer."""
+    world = elastic([DIES, [(3.0, n, 0) for n in range(4)]], lost={1: [(2.0, 8.0)], 2: [(2.0, 15.0)]})
+    assert world.run(tmp_path)[2] == ("start", 15) and world.teams == [((0, 1, 2, 3),)] * 2
+
+
 def test_a_drained_slot_is_not_used_where_there_is_a_spare(tmp_path):
     """Five slots for four processes: the same mesh, in other slots."""
     (tmp_path / "run").mkdir()

@@ -8,9 +8,11 @@ the same agent, on the same machine, in seconds. Where the supervisor is gone th
 
     supervisor -> agent     {"do": "start", "epoch", "command", "environment", "directory", "quiet"}
                             {"do": "stop"}   {"do": "kill"}   {"do": "probe", "session", "rendezvous", "processes"}
-                            {"do": "end"}
+                            {"do": "keep", "run", "rendezvous", "settings"}   {"do": "end"}
     agent -> supervisor     {"hello": NUMBER or null, "host"}   {"beat": true}   {"exit": CODE, "epoch"}
-                            {"killed": EPOCH}
+                            {"killed": EPOCH}   {"keeper": CODE}
+
+One agent of each host also starts the keeper of its snapshots, which outlives trainers and ends with the agent.
 
 NUMBER is the process's; without it, that of the scheduler's environment, else whichever is free. Nothing here is
 authenticated, as nothing in JAX's own coordination is: it belongs on a network that is trusted.
@@ -28,10 +30,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from . import links
 from .switchboard import BEAT, connected
+from .tending import Tended
 
 TICK = 0.05  # seconds between two looks at the trainer
 PATIENCE = 120.0  # seconds without a supervisor after which the agent ends
@@ -48,11 +52,22 @@ class Agent:
         self._trainer: subprocess.Popen | None = None
         self._epoch = 0
         self._told = True  # how the trainer ended
+        self._keeper: Tended | None = None
+        self._keeper_told = True  # how it ended
         self._ended = False
         self.leaving = False  # the machine is being taken away: no new trainer
 
     def run(self) -> int:
         """Dial, serve, dial again. 0: told to end; 143: the machine was taken away; 1: nobody answered any more."""
+        with contextlib.closing(self):
+            return self._run()
+
+    def close(self) -> None:
+        """End the keeper, and delete what it left where there is no snapshot."""
+        if self._keeper is not None:
+            self._keeper.end()
+
+    def _run(self) -> int:
         alone = time.monotonic()
         while not self._ended and time.monotonic() - alone < self._patience:
             with contextlib.suppress(OSError), connected(self._address) as line:
@@ -60,6 +75,8 @@ class Agent:
                 self._serve(line)
                 alone = time.monotonic()
             self._kill()  # nobody supervises it
+            if self._keeper is not None:
+                self._keeper.kill()
             if self.leaving:
                 break
             if not self._ended:
@@ -88,6 +105,10 @@ class Agent:
             if code is not None and not self._told:
                 self._told = True
                 line.sendall(message({"exit": code, "epoch": self._epoch}))
+            code = self._keeper.poll() if self._keeper is not None else None
+            if code is not None and not self._keeper_told:
+                self._keeper_told = True
+                line.sendall(message({"keeper": code}))
             if self.leaving and self._told:
                 return
             if time.monotonic() - spoken > BEAT:
@@ -105,6 +126,8 @@ class Agent:
                 line.sendall(message({"killed": self._epoch}))
             case "probe":
                 threading.Thread(target=links.take_part, kwargs=probe_arguments(asked), daemon=True).start()
+            case "keep" if not self.leaving:
+                self._keep(asked, line)
             case "end":
                 self._kill()
                 self._ended = True
@@ -125,6 +148,14 @@ class Agent:
             print(f"meshwright agent on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
             self._told = True
             line.sendall(message({"exit": 1, "epoch": self._epoch}))
+
+    def _keep(self, asked: Mapping[str, Any], line: socket.socket) -> None:
+        """Start the keeper of this host, in place of an earlier one."""
+        if self._keeper is not None:
+            self._keeper.kill()
+        name = links.own_name(line, dialled=self._address)
+        place = {"run": Path(asked["run"]), "rendezvous": asked["rendezvous"], "name": name, "bind": ""}
+        self._keeper, self._keeper_told = Tended(asked["settings"], **place), False
 
     def _kill(self) -> None:
         """SIGKILL to the trainer and all it started, stopped ones too."""

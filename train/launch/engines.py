@@ -7,7 +7,7 @@ for all. A new engine is a file with `launch(job)` and a line here; it is import
 import importlib
 from contextlib import ExitStack
 
-from ...configs.errors import UserError
+from ...configs.launch import LaunchConfig
 from .job import Job
 from .keepers import Keepers
 from .local import LocalEngine
@@ -15,17 +15,23 @@ from .rendezvous import Server
 from .signals import StopSignals
 from .supervisor import Stop, supervise
 from .telemetry import Telemetry
+from .tending import Here
 
 # Engine -> the file beside this one that launches on it; local is here.
 ENGINES = {"local": "", "slurm": "slurm", "ray": "ray_cluster", "k8s": "kubernetes", "agents": "by_hand"}
+
+
+def hosts_of(engine: str, settings: LaunchConfig, *, processes: int) -> int:
+    """Over how many hosts the processes of a run are spread, in order."""
+    if settings.hosts is not None:
+        return settings.hosts
+    return {"local": 1, "slurm": settings.slurm.nodes}.get(engine, processes)
 
 
 def start(engine: str, job: Job) -> None:
     """Launch on the engine of that name; see `supervise` for what it raises."""
     if engine == "local":
         launch_here(job)
-    elif job.keepers is not None and job.keepers.losses:
-        raise UserError(f"checkpoint.parity: engine {engine} starts no keepers; set it to none, or use --engine local")
     else:
         importlib.import_module(f".{ENGINES[engine]}", __package__).launch(job)
 
@@ -44,9 +50,12 @@ def launch_here(job: Job, *, stop: Stop | None = None) -> None:
             rendezvous=server.address,
             devices_per_process=job.devices_per_process,
             coordinator=job.settings.coordinator,
+            host_of=job.host_of,
         )
         if job.keepers is not None:
-            engine = stack.enter_context(Keepers(job.keepers, run=job.directory, server=server)).before(engine)
+            tending = Here(job.directory, rendezvous=server.address)
+            keepers = Keepers(job.keepers, run=job.directory, room=server.room, tending=tending)
+            engine = stack.enter_context(keepers).before(engine)
         supervise(
             engine,
             settings=job.elastic,

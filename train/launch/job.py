@@ -10,7 +10,7 @@ from ...configs.elastic import ElasticConfig
 from ...configs.errors import UserError
 from ...configs.launch import LaunchConfig
 from .formations import Formation
-from .keepers import Plan
+from .protection import Plan
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Job:
     formations: Sequence[Formation] = ()  # what it may go on as, where fewer processes are left
     keepers: Plan | None = None  # of its snapshots
     document: str = ""  # the resolved configuration as YAML, for engines that send it along
+
+    def host_of(self, slot: int) -> int | None:
+        """The host that a slot is on; None where no keeper looks after any."""
+        return None if self.keepers is None else self.keepers.host_of(slot)
 
 
 def needed(module: str, extra: str) -> ModuleType:

@@ -81,11 +81,11 @@ def main() -> None:
     keeper = Keeper(
         directory,
         host=settings["host"],
-        processes=settings["processes"],
+        places=settings["places"],
         groups=settings["groups"],
         losses=settings["losses"],
     )
-    with Listener(keeper.answer, settings["listen"]) as listener:
+    with Listener(keeper.answer, settings["name"], bind=settings["bind"]) as listener:
         telling = Telling(keeper, rendezvous=settings["rendezvous"], address=listener.address)
         while os.getppid() == parent and not telling.ended.is_set():
             telling.heard.wait(IDLE)

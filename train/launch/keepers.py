@@ -1,41 +1,37 @@
 """The keepers of a run's snapshots, one a host: started beside the trainers, asked what is left before each epoch.
 
-    with Keepers(plan, run=directory, server=server) as keepers:
+    with Keepers(plan, run=directory, room=server.room, tending=Here(...)) as keepers:
         supervise(keepers.before(engine), ...)
 
 Before the trainers of an epoch start, every keeper verifies what its host has; the newest step that every group of
-hosts has or can rebuild is chosen, lost snapshots are rebuilt from parity, and every host is told what was found. What
-keepers do and suffer is in `keepers.jsonl` of the run directory. JAX-free.
+hosts has or can rebuild is chosen, lost snapshots are rebuilt from parity, and every host is told what was found. Where
+the epoch is in other slots than the one before, nothing is rebuilt: trainers use what is left where it holds all they
+need, else storage; and the hosts of the new epoch protect each other. What keepers do and suffer is in `keepers.jsonl`
+of the run directory. JAX-free.
 """
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
+import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint import mailbox
-from ...checkpoint.groups import Holding, laid, recoverable
+from ...checkpoint.groups import Holding, recoverable
 from ...checkpoint.mailbox import Recovery
 from ...checkpoint.snapshots import holding_of
 from ...checkpoint.wire import NotGiven, Peer
 from ...configs.errors import MeshwrightError, UserError
-from ...configs.training import CheckpointConfig
-from ..report.lines import append
+from ..report.lines import append, mend, read
 from .keeper import PREFIX, keepers_in
-from .rendezvous import Server, left
-from .supervisor import Engine
-from .world import HOSTS
+from .protection import Plan
+from .rendezvous import Room, left
+from .supervisor import Engine, write
+from .tending import Tending, settings
 
-LOSSES = {"none": 0, "xor": 1, "p+q": 2}
-COMMAND = [sys.executable, "-m", "meshwright.train.launch.keeper"]
 START = 20.0  # seconds for a keeper to report
 HUNG = 30.0  # seconds without a word after which a keeper is replaced
 WORK = 600.0  # seconds for verifying or rebuilding a host's snapshots
@@ -44,162 +40,155 @@ FILE = "keepers.jsonl"
 
 Infos = dict[int, Mapping[str, Any]]
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Which hosts there are, and how they protect each other."""
-
-    hosts: int
-    processes: int  # of the run; the same number on each host, in order
-    groups: tuple[tuple[int, ...], ...]
-    losses: int  # of a group that its parity bears
-
-    def processes_of(self, host: int) -> list[int]:
-        """The numbers of the processes on a host."""
-        return [process for process in range(self.processes) if process * self.hosts // self.processes == host]
-
-
-def planned(checkpoint: CheckpointConfig, *, hosts: int, processes: int) -> Plan | None:
-    """The keepers that a configuration asks for; None where there are no snapshots to keep.
-
-    Raises UserError where its parity cannot be had on these hosts.
-    """
-    losses = LOSSES[checkpoint.parity]
-    if processes % hosts:
-        raise UserError(f"launch.hosts: {processes} processes cannot be spread evenly over {hosts} hosts; change one")
-    if not checkpoint.memory_every:
-        if losses:
-            raise UserError(
-                f"checkpoint.parity: {checkpoint.parity} protects snapshots in memory and checkpoint.memory_every is "
-                "0; set it, or parity to none"
-            )
-        return None
-    groups = laid(hosts, size=checkpoint.group, losses=losses, domains=checkpoint.domains)
-    return Plan(hosts, processes, tuple(map(tuple, groups)), losses)
+logger = logging.getLogger(__name__)
 
 
 class Keepers:
-    """The keepers of the run in directory `run`, as processes of this machine; `server` is where they meet."""
+    """The keepers of the run in directory `run`, which `tending` starts; `room` is where they meet."""
 
-    def __init__(self, plan: Plan, *, run: Path, server: Server, listen: str = "127.0.0.1") -> None:
-        self.plan, self._run, self._server, self._listen = plan, run, server, listen
-        self._running: dict[int, subprocess.Popen] = {}
+    def __init__(self, plan: Plan, *, run: Path, room: Room, tending: Tending) -> None:
+        self.plan, self.run, self._room, self._tending = plan, run, room, tending
+        self._now = plan  # of the epoch
+        self._before = last(run, plan)  # the one whose snapshots there are; None: nobody knows
+        self._running: set[int] = set()
         self._heard: dict[int, tuple[int, float]] = {}  # host -> (beats, when that was new)
-        self._turn, self._ended = threading.Lock(), threading.Event()
+        self._turn, self._over = threading.Lock(), threading.Event()
 
     def __enter__(self) -> "Keepers":
-        os.environ[HOSTS] = str(self.plan.hosts)  # the trainers', which inherit it
+        mend(self.run / FILE)
         with self._turn:
             self._restart_dead()
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.environ.pop(HOSTS, None)
-        self._ended.set()
+        self._over.set()
         with self._turn:
-            for process in self._running.values():
-                process.kill()  # it holds nothing that is not in the slots
-                process.wait()
-        for host in range(self.plan.hosts):
-            mailbox.sweep(self.directory(host))
+            self._tending.close()
 
     def before(self, engine: Engine) -> "Kept":
         """`engine`, whose epochs begin with a recovery."""
         return Kept(engine, self)
 
-    def directory(self, host: int) -> Path:
-        """Where a host's snapshots are."""
-        return mailbox.directory_of(self._run, host=host)
-
-    def process(self, host: int) -> subprocess.Popen:
-        """A host's keeper."""
-        return self._running[host]
-
     # --- keepers die too ---------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        while not self._ended.wait(TICK):
+        while not self._over.wait(TICK):
             with self._turn:
-                if not self._ended.is_set():
+                if not self._over.is_set():
                     self._restart_dead()
 
     def _restart_dead(self) -> None:
-        """Start the keepers that do not run; one that hangs is killed first."""
-        infos, now = keepers_in(self._server.room.membership.public()["members"]), time.monotonic()
+        """Start the keepers that do not run, where their machine is there; one that hangs is killed first."""
+        infos, now = keepers_in(self._room.membership.public()["members"]), time.monotonic()
         for host in range(self.plan.hosts):
-            process = self._running.get(host)
             beats = infos.get(host, {}).get("beats", -1)
             if beats != self._heard.get(host, (None, 0.0))[0]:
                 self._heard[host] = (beats, now)
-            hangs = now - self._heard[host][1] > HUNG
-            if process is not None and process.poll() is None and not hangs:
-                continue
-            if process is not None:
-                self._tell("keeper-lost", host=host, reason="hangs" if hangs else f"exit code {process.poll()}")
-                process.kill()
-                process.wait()
-            self._forget(host)
-            settings = {
-                "directory": str(self.directory(host)),
-                "host": host,
-                "processes": self.plan.processes_of(host),
-                "groups": self.plan.groups,
-                "losses": self.plan.losses,
-                "rendezvous": self._server.address,
-                "listen": self._listen,
-            }
-            self._running[host] = subprocess.Popen([*COMMAND, json.dumps(settings)], start_new_session=True)
-            self._heard[host] = (-1, now)
+            if host in self._running:
+                ended, hangs = self._tending.ended(host), now - self._heard[host][1] > HUNG
+                if ended is None and not hangs:
+                    continue
+                self._tell("keeper-lost", host=host, reason=ended or "hangs")
+                self._tending.kill(host)
+                self._running.discard(host)
+                self._forget(host)
+            if self._tending.start(host, self._now):
+                self._running.add(host)
+                self._heard[host] = (-1, now)
 
     def _forget(self, host: int) -> None:
         """What a keeper that is gone told: its address is not good any more."""
         name = f"{PREFIX}{host}"
         with contextlib.suppress(MeshwrightError, KeyError):
-            self._server.room.change(lambda m, _: left(m, name, m.members[name].ticket))
+            self._room.change(lambda m, _: left(m, name, m.members[name].ticket))
 
     # --- before an epoch ---------------------------------------------------------------------------------------------
 
-    def recover(self) -> Recovery:
-        """Verify what is left, rebuild what is lost, and tell every host. Returns once the trainers may start."""
+    def recover(self, slots: Sequence[int] | None = None) -> Plan:
+        """Verify what is left, rebuild what is lost, and tell every host; then the trainers may start in `slots`.
+
+        Returns the plan of the epoch. Raises MeshwrightError where the machines are not the hosts that the plan says.
+        """
+        plan = self.plan if slots is None else self.plan.among(slots)
+        self._tending.check(plan)
         with self._turn:
+            self._now = plan
             self._restart_dead()
         peers = self._reached()
-        word = recover(peers, self.plan)
+        word = recover(peers, plan, before=self._before)
         for peer in peers.values():
             peer.close()
-        self._tell("recovery", **asdict(word))
-        return word
+        self._before = plan
+        place = {"hosts": plan.hosts, "processes": plan.processes, "slots": plan.slots, "groups": plan.groups}
+        self._tell("recovery", **asdict(word), losses=plan.losses, **place)
+        return plan
 
     def _reached(self) -> dict[int, Peer]:
-        """The keepers that report within `START` seconds."""
+        """The keepers that report within `START` seconds, of those that run."""
         deadline = time.monotonic() + START
         while True:
-            infos = keepers_in(self._server.room.membership.public()["members"])
-            if len(infos) == self.plan.hosts or time.monotonic() > deadline:
+            infos = keepers_in(self._room.membership.public()["members"])
+            if infos.keys() >= self._running or time.monotonic() > deadline:
                 return {host: Peer(info["address"]) for host, info in sorted(infos.items())}
             time.sleep(0.02)
 
     def _tell(self, event: str, **fields: object) -> None:
-        if self._run.exists():  # else nothing has been trained yet
-            append(self._run / FILE, {"time": time.time(), "event": event, **fields}, sync=False)
+        if not self.run.exists():  # nothing has been trained yet
+            return
+        try:
+            append(self.run / FILE, {"time": time.time(), "event": event, **fields}, sync=False)
+        except UserError as error:  # a full disk must not stop the keepers
+            logger.warning("%s", error)
 
 
-def recover(peers: Mapping[int, Peer], plan: Plan) -> Recovery:
+def last(run: Path, plan: Plan) -> Plan | None:
+    """The plan of the last epoch of `run`, where it was of as many hosts and processes; None where none is known."""
+    for event in reversed(read(run / FILE)):
+        if event["event"] == "recovery" and "slots" in event:
+            same = (event["hosts"], event["processes"]) == (plan.hosts, plan.processes)
+            return plan.among(event["slots"]) if same else None
+    return None
+
+
+def recover(peers: Mapping[int, Peer], plan: Plan, *, before: Plan | None = None) -> Recovery:
     """What the hosts of `plan` can go on from: each verifies what it has, then the newest step that all have or can
     rebuild is rebuilt where it is lost. Every keeper in `peers` is told.
+
+    `before` is the plan of the epoch that made the snapshots; what others left is deleted. None: of this one, maybe.
     """
-    began = time.monotonic()
+    began, made = time.monotonic(), before or plan
     with ThreadPoolExecutor(max(len(peers), 1)) as threads:
-        asked = {host: threads.submit(peer.ask, {"do": "check"}, timeout=WORK) for host, peer in peers.items()}
-        checked = {host: told for host, one in asked.items() if (told := answer(one)) is not None}
+
+        def everyone(request: Mapping[str, Any], of: Plan) -> dict[int, Any]:
+            asked = {
+                host: threads.submit(peer.ask, {**settings(host, of), **request}, timeout=WORK)
+                for host, peer in peers.items()
+            }
+            return {host: told for host, one in asked.items() if (told := answer(one)) is not None}
+
+        everyone({"do": "form"}, made)
+        if before is not None:
+            everyone({"do": "sweep"}, made)
+        checked = everyone({"do": "check"}, made)
         infos = {host: {**told["info"], "address": peers[host].address} for host, told in checked.items()}
-        found = rebuilt(peers, infos, plan, threads)
+        if made.slots == plan.slots:
+            found = rebuilt(peers, infos, plan, threads)
+        else:
+            found = Recovery(-1, (), elsewhere(infos, made, plan))
+            everyone({"do": "form"}, plan)
         damaged = tuple(reason for told in checked.values() for reason in told["damaged"])
         word = replace(found, damaged=damaged, seconds=time.monotonic() - began)
-        for peer in peers.values():
-            threads.submit(peer.ask, {"do": "settle", "word": asdict(word)})
+        everyone({"do": "settle", "word": asdict(word)}, plan)
     return word
+
+
+def elsewhere(infos: Infos, before: Plan, plan: Plan) -> str:
+    """Why nothing is rebuilt where an epoch is in other slots than the one before; empty where there is nothing."""
+    steps = [int(step) for info in infos.values() for step in info["held"]]
+    if not steps:
+        return ""
+    return f"snapshots up to step {max(steps)} were taken in slots {list(before.slots)}; slots {list(plan.slots)} go on"
 
 
 def rebuilt(peers: Mapping[int, Peer], infos: Infos, plan: Plan, threads: ThreadPoolExecutor) -> Recovery:
@@ -241,10 +230,15 @@ class Kept:
     engine: Engine
     keepers: Keepers
 
-    def start(self, *arguments: Any, **settings: Any) -> None:
-        """Recover, then start."""
-        self.keepers.recover()
-        self.engine.start(*arguments, **settings)
+    def start(self, epoch: int, *, slots: Sequence[int], words: Sequence[str]) -> None:
+        """Recover, then start; without parity where too few hosts are left for it, which is journalled."""
+        self.engine.gather(slots)
+        plan, whole = self.keepers.recover(slots), self.keepers.plan
+        if whole.losses and not plan.losses:
+            reason = f"hosts {plan.present} of {plan.hosts} are too few for checkpoint.parity, until others are back"
+            write(self.keepers.run, "unprotected", reason=reason, slots=list(plan.slots))
+            words = (*words, "checkpoint.parity=none")
+        self.engine.start(epoch, slots=slots, words=words)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)

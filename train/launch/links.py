@@ -10,6 +10,7 @@ machine. Results meet in a rendezvous.
 Source: the delay matrix of C4 (arXiv:2406.04594); what is slow in a whole row and column is the machine, not a link.
 """
 
+import ipaddress
 import math
 import socket
 import struct
@@ -151,7 +152,16 @@ def own_address(rendezvous: str) -> str:
     """This machine's address on the way to the rendezvous."""
     host, _, port = rendezvous.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=10) as line:
-        return line.getsockname()[0]
+        return own_name(line, dialled=rendezvous)
+
+
+def own_name(line: socket.socket, *, dialled: str) -> str:
+    """The name by which the others reach this machine, told from a connection to `dialled` (HOST:PORT).
+
+    A connection by loopback is to this machine itself, and HOST is what the others call it.
+    """
+    address = line.getsockname()[0]
+    return dialled.rpartition(":")[0] if ipaddress.ip_address(address).is_loopback else address
 
 
 def awaited(client: Client, partner: str, meeting: int) -> list | None:

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from . import world
 
@@ -18,7 +18,10 @@ COORDINATOR_HOST = [sys.executable, "-m", "meshwright.train.launch.coordinator"]
 
 
 class LocalEngine:
-    """`command` in `processes` processes; the first one's output is shown. `rendezvous` is where they report."""
+    """`command` in `processes` processes; the first one's output is shown. `rendezvous` is where they report.
+
+    `host_of`: the number of the host that a slot is on, where keepers look after it.
+    """
 
     def __init__(
         self,
@@ -28,16 +31,21 @@ class LocalEngine:
         rendezvous: str,
         devices_per_process: int | None = None,
         coordinator: str | None = None,
+        host_of: Callable[[int], int | None] = lambda slot: None,
     ) -> None:
         self.processes = self._room = processes
         self._command, self._coordinator, self._rendezvous = list(command), coordinator, rendezvous
         self._devices = {world.DEVICES: str(devices_per_process)} if devices_per_process else {}
+        self._host_of = host_of
         self._running: list[subprocess.Popen] = []
         self._host: subprocess.Popen | None = None
 
     def slots(self) -> Sequence[int]:
         """One machine has room for as many as were asked for."""
         return range(self._room)
+
+    def gather(self, slots: Collection[int]) -> None:
+        """They are all here."""
 
     def start(self, epoch: int, *, slots: Sequence[int], words: Sequence[str]) -> None:
         """Start the coordination service on a port of this epoch's, and every process."""
@@ -53,9 +61,12 @@ class LocalEngine:
         if self.processes > 1:
             self._host = spawn([*COORDINATOR_HOST, address, str(self.processes)], os.environ)
         self._running = [
-            spawn(command, shared | {world.NUMBER: str(number), world.SLOT: str(slot)}, quiet=number > 0)
+            spawn(command, shared | {world.NUMBER: str(number)} | self._seat(slot), quiet=number > 0)
             for number, slot in enumerate(slots)
         ]
+
+    def _seat(self, slot: int) -> dict[str, str]:
+        return world.seat(slot, host=self._host_of(slot))
 
     def poll(self, number: int) -> int | None:
         """Exit code of a process; None while it runs."""

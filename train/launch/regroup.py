@@ -41,15 +41,18 @@ class Regroup:
     ) -> Team | None:
         """The team of the next epoch: as good as the one before, or what is left after `replace` seconds.
 
-        A slot that was struck out is not waited for. It waits no longer once `enough()`. None where nothing fits; what
-        fits nothing because hosts are missing is waited for as long as a start may take.
+        A slot that was struck out or drained is not waited for. It waits no longer once `enough()`. None where nothing
+        fits; what fits nothing because hosts are missing is waited for as long as a start may take.
         """
         began, wanted = clock(), self.rank(self.present) if self.present else 0
         while True:
-            found = self.found()
-            replaced = team(self.candidates, set(self.slots()) - set(self.drained()))
+            found, out = self.found(), set(self.drained())
+            everywhere = set(range(self.candidates[0].processes)) | set(self.slots())
+            possible = team(self.candidates, everywhere - out)  # drained slots do not come
+            enough_for_now = wanted if possible is None else max(wanted, self.rank(possible))
+            replaced = team(self.candidates, set(self.slots()) - out)
             patience = self.replace if found or team(self.candidates, self.slots()) else self.patience
-            if self.rank(replaced) <= wanted or clock() - began >= patience or enough():
+            if self.rank(replaced) <= enough_for_now or clock() - began >= patience or enough():
                 self.better = None
                 return found
             sleep(0.1)

@@ -11,17 +11,20 @@ import logging
 import os
 import signal
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Protocol
 
 from ...configs.errors import MeshwrightError
 from . import local, world
 from .job import Job
+from .keepers import Keepers
 from .links import Links, collected
 from .rendezvous import Room, Server
 from .supervisor import Stop, supervise
 from .switchboard import Switchboard
 from .telemetry import Telemetry
+from .tending import There
 
 FORWARDED = ("MESHWRIGHT_", "JAX_", "XLA_", "HF_", "NCCL_", "GLOO_")  # the launcher's environment that trainers get
 KILL_SECONDS = 10.0  # for an agent to say that its trainer is dead
@@ -32,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 def run_on(hosts: "Hosts", job: Job, *, stop: Stop, port: int = 0) -> None:
     """Supervise `job` on machines; see `supervise` for what it raises. Agents dial `port`, 0: any that is free."""
-    with Server("0.0.0.0") as server, Switchboard(job.processes, port=port) as board:
-        engine = RemoteEngine(
+    with Server("0.0.0.0") as server, Switchboard(job.processes, port=port) as board, ExitStack() as stack:
+        engine = remote = RemoteEngine(
             job.command,
             processes=job.processes,
             hosts=hosts,
@@ -41,22 +44,25 @@ def run_on(hosts: "Hosts", job: Job, *, stop: Stop, port: int = 0) -> None:
             port=int(server.address.rpartition(":")[2]),
             patience=job.elastic.start_timeout,
             shared={world.DEVICES: str(job.devices_per_process)} if job.devices_per_process else {},
+            host_of=job.host_of,
         )
-        telemetry = Telemetry(job.directory, lambda: engine.links(server.room))
-        try:
-            engine.gather(range(job.processes))
-            telemetry.begin()
-            supervise(
-                engine,
-                settings=job.elastic,
-                directory=job.directory,
-                room=server.room,
-                stop=stop,
-                formations=job.formations,
-                telemetry=telemetry,
-            )
-        finally:
-            engine.close()
+        telemetry = Telemetry(job.directory, lambda: remote.links(server.room))
+        stack.callback(remote.close)
+        remote.gather(range(job.processes))
+        telemetry.begin()
+        if job.keepers is not None:
+            tending = There(board, job.keepers, job.directory, rendezvous=remote.rendezvous)
+            keepers = Keepers(job.keepers, run=job.directory, room=server.room, tending=tending)
+            engine = stack.enter_context(keepers).before(remote)
+        supervise(
+            engine,
+            settings=job.elastic,
+            directory=job.directory,
+            room=server.room,
+            stop=stop,
+            formations=job.formations,
+            telemetry=telemetry,
+        )
 
 
 class Hosts(Protocol):
@@ -111,6 +117,7 @@ class RemoteEngine:
         port: int,
         patience: float,
         shared: Mapping[str, str] | None = None,
+        host_of: Callable[[int], int | None] = lambda slot: None,
     ) -> None:
         self.processes = self._room = processes
         self._slots: Sequence[int] = range(processes)  # slot of each process: the number of its agent
@@ -119,6 +126,7 @@ class RemoteEngine:
         self._command, self._hosts, self._board, self._patience = list(command), hosts, board, patience
         self.rendezvous = f"{hosts.name}:{port}"
         self._shared = dict(shared or {})  # what every trainer's environment says besides
+        self._host_of = host_of
         self._epoch, self._sessions = 0, 0
         self._coordinator: subprocess.Popen | None = None
 
@@ -167,7 +175,8 @@ class RemoteEngine:
         }  # fmt: skip
         said = {"do": "start", "epoch": epoch, "command": [*self._command, *words], "directory": os.getcwd()}
         for number, slot in enumerate(self._slots):
-            self._board.tell(slot, {**said, "environment": shared | {world.NUMBER: str(number)}, "quiet": number > 0})
+            own = {world.NUMBER: str(number)} | world.seat(slot, host=self._host_of(slot))
+            self._board.tell(slot, {**said, "environment": shared | own, "quiet": number > 0})
 
     def poll(self, number: int) -> int | None:
         """Exit code of a process; `Lost` where its machine is gone."""

@@ -170,7 +170,7 @@ class StepHosts:
         """The srun of so many agents."""
         settings, each = self._settings, self._processes // self._settings.nodes
         words = ["srun", "--overlap", "--kill-on-bad-exit=0", "--wait=0", f"--nodes={nodes}", f"--ntasks={tasks}"]
-        words += [f"--ntasks-per-node={tasks // nodes}"]
+        words += [f"--ntasks-per-node={tasks // nodes}", "--distribution=block"]  # as launch.hosts has it
         if settings.cpus_per_task is not None:
             words += [f"--cpus-per-task={settings.cpus_per_task}"]
         if settings.gpus_per_node is not None:

@@ -20,7 +20,7 @@ from typing import Protocol
 from ...configs.elastic import ElasticConfig
 from ...configs.errors import MeshwrightError, Preempted, UserError
 from ..report.journal import Journal
-from .decisions import Failure, Report, culprit, gives_up, patience, pause, struck, suspect
+from .decisions import Failure, Outcome, Report, culprit, gives_up, patience, pause, struck, suspect
 from .drain import drained
 from .fence import Fence, current
 from .formations import Formation, Team
@@ -38,6 +38,9 @@ class Engine(Protocol):
 
     def slots(self) -> Collection[int]:
         """The slots in which a process could be started now; a lost one is missing, a replacement has its number."""
+
+    def gather(self, slots: Collection[int]) -> None:
+        """Have a place for a process in each of `slots`. Raises MeshwrightError where machines do not come in time."""
 
     def start(self, epoch: int, *, slots: Sequence[int], words: Sequence[str]) -> None:
         """Start a process of `epoch` in each of `slots`, with `words` after the command, and what coordinates them."""
@@ -59,18 +62,6 @@ class Stop(Protocol):
     """Whether somebody asked the supervisor itself to stop."""
 
     asked: bool
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an epoch ended."""
-
-    kind: str  # done | preempted | regroup | refused | failed
-    reason: str
-    reached: int = 0  # the highest step reported
-    suspect: int | None = None
-    detected: float = 0.0  # seconds from the last news of the suspect to this outcome
-    syndrome: str = ""  # of a hang: `hang, communication` or `hang, not communication`
 
 
 @dataclass
@@ -268,7 +259,7 @@ def watched(
     while True:
         now = clock()
         watch.look(room, epoch, now=now)
-        telemetry.look(room, epoch, now=now)
+        telemetry.look(room, epoch, slots=regroup.present.slots, now=now)
         codes = {number: engine.poll(number) for number in range(engine.processes)}
         if (outcome := judged(codes, watch, now=now)) is not None:
             return replace(outcome, kind="regroup", reason=why) if why and outcome.kind == "preempted" else outcome

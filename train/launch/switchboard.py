@@ -30,6 +30,9 @@ class Line:
     codes: dict[int, int] = field(default_factory=dict)  # exit code of the trainer, by epoch
     killed: bool = True  # nothing it was told to start is left
     epoch: int = 0  # of the trainer it was told to start
+    kept: bool = False  # it was told to start a keeper
+    keeper: int | None = None  # how that one ended
+    turn: threading.Lock = field(default_factory=threading.Lock)  # several threads tell it things
 
 
 class Switchboard:
@@ -69,8 +72,11 @@ class Switchboard:
             return
         if words["do"] == "start":
             line.killed, line.epoch = False, int(words["epoch"])
+        if words["do"] == "keep":
+            line.kept, line.keeper = True, None
         try:
-            line.socket.sendall(json.dumps(words).encode() + b"\n")
+            with line.turn:
+                line.socket.sendall(json.dumps(words).encode() + b"\n")
         except OSError:
             self.drop(number)
 
@@ -82,6 +88,13 @@ class Switchboard:
     def serves(self, number: int, *, epoch: int) -> bool:
         """Whether the agent is there that started the trainer of an epoch, not one that came after it."""
         return number in self.present and self._lines[number].epoch == epoch
+
+    def keeper(self, number: int) -> str | None:
+        """How the keeper that an agent was told to start ended, in words; None while it runs."""
+        line = self._lines[number]
+        if number not in self.present or not line.kept:
+            return f"lost with its agent on {line.host}"
+        return None if line.keeper is None else f"exit code {line.keeper}"
 
     def wait(self, numbers: Collection[int], timeout: float) -> set[int]:
         """Those of `numbers` whose agent is not there after `timeout` seconds."""
@@ -152,6 +165,8 @@ class Switchboard:
             line.heard = self._clock()
             if "exit" in told:
                 line.codes[int(told["epoch"])] = int(told["exit"])
+            if "keeper" in told:
+                line.keeper = int(told["keeper"])
             line.killed = line.killed or "killed" in told
             self._changed.notify_all()
 

@@ -10,19 +10,17 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from .decisions import Outcome
 from .detection import WAIT, Diagnosis, Observed, hanging, slow, told
 from .links import Links, culprits
 from .rendezvous import Room
-
-if TYPE_CHECKING:
-    from .supervisor import Outcome
 
 FILE = "detection.json"
 RECENT, FEWEST = 16, 6  # steps that "recently" means; samples before anything is said
@@ -59,12 +57,13 @@ class Telemetry:
     def __init__(self, directory: Path | None = None, measure: Callable[[], Links | None] = lambda: None) -> None:
         self._directory, self._measure = directory, measure
         self._epoch = 0
+        self._slots: Sequence[int] = ()  # of the epoch's processes
         self._processes: dict[int, Process] = {}
         self._usual: float | None = None  # seconds of a step at the beginning
         self._judged, self._measured, self._links = 0.0, -MEASURE, None
         self._said: dict[tuple, float] = {}
         self.diagnoses: list[dict[str, Any]] = []
-        self._columns: list[dict[str, Any]] = []  # of the heat map: {step, own: [seconds a step, by process]}
+        self._columns: list[dict[str, Any]] = []  # of the heat map: {step, own: [seconds a step, by slot, if any]}
         self._width = 1  # steps of a column
 
     def measure(self, now: float) -> Links | None:
@@ -79,10 +78,12 @@ class Telemetry:
         for culprit in culprits(links) if links is not None else ():
             logger.warning("%s", told(culprit))
 
-    def look(self, room: Room, epoch: int, *, now: float) -> None:
-        """Take in what the processes told since the last look; now and then say what is slow."""
+    def look(self, room: Room, epoch: int, *, slots: Sequence[int], now: float) -> None:
+        """Take in what the processes, in `slots`, told since the last look; now and then say what is slow."""
         if epoch != self._epoch:
             self._epoch, self._processes, self._usual = epoch, {}, None
+        if tuple(slots) != tuple(self._slots):
+            self._slots, self._links, self._measured = slots, None, -MEASURE  # other machines, other links
         for name, one in room.membership.members.items():
             whose, _, number = name.partition("/")
             if whose == str(epoch) and number.isdigit() and "spent" in one.info:
@@ -116,7 +117,9 @@ class Telemetry:
         if step < (self._columns[-1]["step"] if self._columns else 0) + self._width:
             return
         if all(one.own for one in self._processes.values()):
-            own = [round(statistics.fmean(self._processes[number].own), 4) for number in sorted(self._processes)]
+            own: list[float | None] = [None] * (max(self._slots) + 1)
+            for number, one in self._processes.items():
+                own[self._slots[number]] = round(statistics.fmean(one.own), 4)
             self._columns.append({"step": step, "own": own})
         if len(self._columns) >= 2 * COLUMNS:
             self._columns, self._width = self._columns[1::2], 2 * self._width
@@ -128,8 +131,10 @@ class Telemetry:
         diagnosis = slow(seen, usual=self._usual)
         if diagnosis is not None and diagnosis.communication:
             diagnosis = slow(seen, usual=self._usual, links=self.measure(now))
-        key = (diagnosis.communication, diagnosis.suspects) if diagnosis is not None else None
-        if diagnosis is not None and now - self._said.get(key, -REPEAT) >= REPEAT:
+        if diagnosis is None:
+            return
+        key = (diagnosis.communication, tuple(self._slots[number] for number in diagnosis.suspects))
+        if now - self._said.get(key, -REPEAT) >= REPEAT:
             self._said[key] = now
             self.say(diagnosis)
 
@@ -141,9 +146,11 @@ class Telemetry:
         """Tell whoever reads, now and in the report."""
         logger.warning("epoch %d: %s", self._epoch, diagnosis)
         step = max((one.step for one in self._processes.values()), default=0)
-        self.diagnoses.append({"time": time.time(), "epoch": self._epoch, "step": step, **asdict(diagnosis)})
+        slots = [self._slots[number] for number in diagnosis.suspects]
+        told = {"time": time.time(), "epoch": self._epoch, "step": step, **asdict(diagnosis), "slots": slots}
+        self.diagnoses.append(told)
 
-    def explained(self, outcome: "Outcome", *, now: float) -> "Outcome":
+    def explained(self, outcome: Outcome, *, now: float) -> Outcome:
         """The outcome of a hang with its syndrome, and the suspect that it points to."""
         diagnosis = hanging(self.seen(now))
         if diagnosis is not None and diagnosis.communication:

@@ -10,7 +10,7 @@ COORDINATOR, COUNT, NUMBER = "MESHWRIGHT_COORDINATOR", "MESHWRIGHT_PROCESSES", "
 DEVICES = "MESHWRIGHT_DEVICES_PER_PROCESS"
 EPOCH, RENDEZVOUS, COORDINATED = "MESHWRIGHT_EPOCH", "MESHWRIGHT_RENDEZVOUS", "MESHWRIGHT_COORDINATION"
 SLOT = "MESHWRIGHT_SLOT"  # the launcher's name for the place of a process
-HOSTS = "MESHWRIGHT_HOSTS"  # over which the processes are spread, in order; set where keepers look after them
+HOST = "MESHWRIGHT_HOST"  # the number of its host; set where a keeper looks after the host's snapshots
 SLURM_PORT = 61_000  # plus the job's number modulo 4096: jobs on one node must not meet
 
 
@@ -25,13 +25,8 @@ class World:
     epoch: int | None = None  # of the run's memberships; None: no supervisor counts them
     rendezvous: str | None = None  # where the supervisor hears of steps
     outside: bool = False  # the coordination service runs in a process of its own, not in process 0
-
-    hosts: int | None = None  # that keepers look after; None: there are none
-
-    @property
-    def host(self) -> int:
-        """The number of this process's host among those that keepers look after."""
-        return self.process * (self.hosts or 1) // self.processes
+    slot: int | None = None  # its place, which keeps its number where a run goes on with fewer; None: no launcher
+    host: int | None = None  # the number of its host, whose snapshots a keeper looks after; None: there is none
 
     @property
     def first(self) -> bool:
@@ -51,7 +46,7 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
         if process >= processes:
             raise UserError(f"{NUMBER}: {process} must be below {COUNT} ({processes})")
         devices = environment.get(DEVICES)
-        epoch = environment.get(EPOCH)
+        epoch, slot, host = environment.get(EPOCH), environment.get(SLOT), environment.get(HOST)
         return World(
             process,
             processes,
@@ -60,13 +55,19 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
             int(epoch) if epoch else None,
             environment.get(RENDEZVOUS),
             environment.get(COORDINATED) == "outside",
-            int(environment[HOSTS]) if HOSTS in environment else None,
+            int(slot) if slot else None,
+            int(host) if host else None,
         )
     if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
         port = SLURM_PORT + int(environment["SLURM_JOB_ID"]) % 4096
         host = first_host(environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"])
         return World(int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"]), f"{host}:{port}")
     return World()
+
+
+def seat(slot: int, *, host: int | None) -> dict[str, str]:
+    """What the environment of the process in a slot says of its place."""
+    return {SLOT: str(slot)} | ({} if host is None else {HOST: str(host)})
 
 
 def first_host(nodes: str) -> str:

@@ -43,17 +43,22 @@ def where(diagnosis: Mapping[str, Any]) -> str:
 
 def told(diagnosis: Mapping[str, Any]) -> str:
     """Suspects and evidence."""
-    who = ", ".join(map(str, diagnosis["suspects"]))
+    slots = diagnosis.get("slots", diagnosis["suspects"])
+    pairs = zip(diagnosis["suspects"], slots, strict=True)
+    who = ", ".join(str(one) if one == slot else f"{one} (slot {slot})" for one, slot in pairs)
     return f"process {who}: {diagnosis['evidence']}" if who else diagnosis["evidence"]
 
 
 def own_time(heat: Sequence[Mapping[str, Any]]) -> Html:
-    """[process, step]: seconds a step without waiting. The step of a column is its last one."""
+    """[slot, step]: seconds a step without waiting. The step of a column is its last one.
+
+    With all of its processes a run has them in slots of their numbers; with fewer, rows of slots left out are empty.
+    """
     count = max(len(column["own"]) for column in heat)
     rows = [[column["own"][row] if row < len(column["own"]) else None for column in heat] for row in range(count)]
-    caption = f"Seconds a step by itself, steps {heat[0]['step']} to {heat[-1]['step']}"
+    caption = f"Seconds a step by itself, by slot, steps {heat[0]['step']} to {heat[-1]['step']}"
     most = max((value for row in rows for value in row if value is not None), default=0.0)
-    return figure(caption, rows, most=most, words=lambda value: f"{value:.3f} s", side="process")
+    return figure(caption, rows, most=most, words=lambda value: f"{value:.3f} s", side="slot")
 
 
 def link_maps(links: Mapping[str, Sequence[Sequence[float | None]]]) -> list[Html]:

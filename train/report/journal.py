@@ -8,7 +8,7 @@
     interval                       how many steps to the next save, and why (`checkpoint.every: auto`)
     save-failed  quarantine        one that did not (message); a damaged one is set aside (step, reason, place)
     save-skipped  save-dropped     one that back-pressure left out (step, reason)
-    unprotected                    a snapshot that keepers did not protect in time (step, reason)
+    unprotected                    a snapshot that keepers did not protect in time (step, reason), or too few hosts
     evaluation  sample             held-out numbers; a prompt and its continuation
     skip                           an update that was not applied (loss, grad_norm)
     failure  preempted  finish     how the sitting ended; a killed one has none of these
