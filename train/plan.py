@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ..configs.adapter import ELEMENTS
 from ..configs.parallel import MeshConfig, PipelineConfig
 from ..configs.quantization import BITS, QuantizationConfig
 from ..memory.trace import matmul_flops
@@ -28,6 +29,7 @@ from .program import Program, build
 from .replicas import Replicas
 
 LARGEST = 8  # arrays shown
+DENSE = (*ELEMENTS, "shira")  # adapters that make the gradient of whole weights
 
 
 def make_plan(program: Program, compiled: jax.stages.Compiled) -> dict[str, Any]:
@@ -58,13 +60,14 @@ def storage_plan(program: Program) -> dict[str, Any]:
     weights = [array for array in arrays if array not in state]
     data = program.config.data
     replicas = program.replicas.count if isinstance(program.replicas, Replicas) else 1
+    adapter = program.config.adapter
     return {
         "parameters": {"count": count(weights, program.config.quantization) // replicas, **totals(weights)},
         "optimizer": totals(state),
         "arrays": [{key: value for key, value in array.items() if key != "bytes"} for array in arrays],
         "mesh": dict(program.mesh.shape),
         "model_flops_per_token": flops_per_token(
-            program.config.model, data.sequence_length, frozen=program.config.adapter is not None
+            program.config.model, data.sequence_length, frozen=adapter is not None and adapter.method not in DENSE
         ),
     } | outer_plan(program)
 
