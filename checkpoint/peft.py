@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from ..configs.adapter import AdapterConfig
 from ..configs.errors import UserError, first_line
 from ..configs.model import ModelConfig
 from ..models.adapters import peft, peft_reader
-from ..models.adapters.attach import at, copied
+from ..models.adapters.attach import at, copied, fresh_addition
+from ..models.adapters.registry import ADDITIONS
+from ..models.adapters.selection import canonical_names
 from ..models.adapters.sites import sites
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -23,6 +26,13 @@ STARTED = ("pissa", "olora")  # what took its start out of the base model
 def leaves_of(tree: Any, model: ModelConfig, adapter: AdapterConfig) -> dict[str, peft.Leaves]:
     """The adapters in `tree` (the run's layout) by canonical module, each as wide as its own rank, on the host."""
     found = {}
+    for path, modules in added(model, adapter).items():
+        whole = jax.device_get(at(tree, path))
+        stacked = path.startswith("segments/")
+        for layer, module in enumerate(modules):
+            found[module] = {name: leaf[layer] if stacked else leaf for name, leaf in whole.items()}
+    if found:
+        return found
     for site in sites(model, adapter):
         stack = jax.device_get(at(tree, f"{site.path}/adapter"))
         for layer, (module, rank) in enumerate(zip(site.modules, site.ranks, strict=True)):
@@ -33,11 +43,19 @@ def leaves_of(tree: Any, model: ModelConfig, adapter: AdapterConfig) -> dict[str
     return found
 
 
+def added(model: ModelConfig, adapter: AdapterConfig) -> dict[str, list[str]]:
+    """Path in the run -> canonical names of the modules that a method adds elsewhere than to linear maps."""
+    paths: list[str] = []
+    for addition in ADDITIONS.get(adapter.method, ()):
+        paths += jax.eval_shape(partial(fresh_addition, addition, model, adapter))
+    return canonical_names(paths, model)
+
+
 def cut(name: str, leaf: np.ndarray, rank: int) -> np.ndarray:
     """A layer's leaf without the part that only wider layers of its stack use."""
     if name == "a":
         return leaf[..., :rank]
-    return leaf[:rank] if name in ("b", "scale", "vera_d") else leaf
+    return leaf[:rank] if name in ("b", "e", "scale", "vera_d") else leaf
 
 
 def since(start: dict[str, peft.Leaves], now: dict[str, peft.Leaves]) -> dict[str, peft.Leaves]:
@@ -99,10 +117,17 @@ def read(directory: Path, model: ModelConfig, *, kind: str) -> peft_reader.Read:
 def filled(tree: Any, found: peft_reader.Read, model: ModelConfig) -> Any:
     """`tree` (the run's layout, adapters started) with the leaves that were read in place of its own."""
     result = copied(tree)
+    for path, modules in added(model, found.adapter).items():
+        own = at(result, path)
+        for name in own:
+            layers = [found.leaves[module][name] for module in modules]
+            own[name] = jnp.asarray(np.stack(layers) if path.startswith("segments/") else layers[0])
+    if found.adapter.method in ADDITIONS:
+        return result
     for site in sites(model, found.adapter):
         stack = at(result, f"{site.path}/adapter")
         for name, leaf in stack.items():
-            layers = np.zeros(leaf.shape, np.float32)
+            layers = np.zeros(leaf.shape, leaf.dtype)
             for layer, module in enumerate(site.modules):
                 if module in found.leaves:
                     put(layers[layer], found.leaves[module][name], last=name == "a")

@@ -6,34 +6,84 @@ from pydantic import Field, model_validator
 
 from .base import Section
 
-# Method -> the keys it reads beside `method` and `targets`.
-LORA_KEYS = {"rank", "alpha", "rank_stabilized", "ranks", "alphas", "start", "ratio", "freeze_a", "dropout"}
+# Method -> the keys it reads beside `method`.
+SOME = {"targets", "layers"}  # of those that need not be everywhere
+LORA_KEYS = SOME | {"rank", "alpha", "rank_stabilized", "ranks", "alphas", "start", "ratio", "freeze_a", "dropout"}
 METHOD_KEYS: dict[str, set[str]] = {
     "lora": LORA_KEYS,
     "dora": LORA_KEYS,
-    "vera": {"rank", "dropout"},
-    "ia3": set(),
-    "bitfit": set(),
-    "norms": set(),
-    "selective": set(),
+    "adalora": SOME | {"rank", "alpha", "budget", "dropout"},
+    "vera": SOME | {"rank", "dropout"},
+    "ia3": SOME,
+    "oft": SOME | {"block"},
+    "shira": SOME | {"rank"},
+    "prefix": {"length"},
+    "prompt": {"length"},
+    "p-tuning": {"length"},
+    "tokens": {"tokens"},
+    "serial": SOME | {"rank", "alpha"},
+    "parallel": SOME | {"rank", "alpha"},
+    "mam": {"length", "rank", "alpha"},
+    "bitfit": SOME,
+    "norms": SOME,
+    "selective": SOME,
+    "fishmask": SOME | {"density", "scouting"},
+    "lottery": SOME | {"density", "scouting"},
 }
+ELEMENTS = ("fishmask", "lottery")  # choose among the elements of weights
+AHEAD = ("prefix", "prompt", "p-tuning", "mam")  # put keys in front of every document
+WHOLE = ("prompt", "p-tuning")  # need all layers at hand
+
+
+class BudgetConfig(Section):
+    """How ranks are shared out among maps while they are trained (adalora)."""
+
+    rank: int = Field(8, ge=1)
+    """Of a map in the end, on the average over all maps; adapter.rank is the first."""
+    after: int = Field(0, ge=0)
+    """Updates before the first map loses a rank."""
+    every: int = Field(1, ge=1)
+    """Updates from one decision to the next."""
+    settled: int = Field(0, ge=0)
+    """Updates at the end of the run in which every map keeps what it has."""
+    orthogonality: float = Field(0.5, ge=0)
+    """Weight of the penalty that keeps the factors orthogonal."""
 
 
 class AdapterConfig(Section):
     """Train a few added or chosen weights and leave the rest of the model as it is."""
 
     method: Literal[tuple(METHOD_KEYS)] = "lora"  # type: ignore[valid-type]
-    """lora (arXiv:2106.09685), dora (2402.09353), vera (2310.11454), ia3 (2205.05638) add weights; bitfit (2106.10199)
-    trains biases, norms the norms, selective whatever `targets` matches."""
+    """lora (arXiv:2106.09685), dora (2402.09353), adalora (2303.10512), vera (2310.11454), ia3 (2205.05638), oft
+    (2306.07280), shira (2406.13175) add to linear maps; prefix (2101.00190), prompt (2104.08691), p-tuning (2103.10385)
+    stand in front of documents; tokens replaces rows of the embedding; serial (1902.00751) and parallel (2110.04366)
+    are perceptrons behind or beside a block's parts, mam (2110.04366) is prefix and parallel; bitfit (2106.10199)
+    trains biases, norms the norms, selective what `targets` matches, and of that fishmask (2111.09839) and lottery
+    (LT-SFT, 2110.07560) single elements."""
     targets: list[str] | None = None
     """Patterns of module names: q is every layer's, layers/7/attn/* one layer's; selective: of weights. null: every
-    linear map of the blocks (ia3: k, v, down; bitfit, norms: every bias, every norm; selective: every weight)."""
+    linear map of the blocks (ia3: k, v, down; serial: attn, mlp; parallel: mlp; bitfit, norms: every bias, every norm;
+    selective: every weight)."""
     layers: int | None = Field(None, ge=1)
     """Only in so many of the last blocks: below them nothing is trained and no backward pass runs; null: in all."""
     rank: int = Field(16, ge=1)
-    """Width of the added maps (lora, dora, vera)."""
+    """Width of the added maps (lora, dora, adalora, vera) and perceptrons (serial, parallel, mam); shira trains as many
+    entries as lora of this rank has."""
+    block: int = Field(32, ge=2)
+    """Inputs of a map that turn together (oft); it divides the inputs."""
+    budget: BudgetConfig = BudgetConfig()
+    """How ranks are shared out (adalora)."""
+    length: int = Field(20, ge=1)
+    """Virtual tokens, or keys and values, in front of every document (prefix, prompt, p-tuning, mam)."""
+    tokens: list[int] = []
+    """Numbers of the tokens whose rows of the embedding are trained (tokens)."""
+    density: float = Field(0.005, gt=0, lt=1)
+    """Share of the elements of what `targets` matches that learn (fishmask, lottery)."""
+    scouting: int = Field(16, ge=1)
+    """Updates at the beginning that find these elements: fishmask adds up squared gradients and moves nothing, lottery
+    trains all of them and goes back."""
     alpha: float | None = Field(None, gt=0)
-    """The added map is multiplied by alpha / rank; null: alpha = rank."""
+    """The added map, or perceptron, is multiplied by alpha / rank; null: alpha = rank."""
     rank_stabilized: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)."""
     ranks: dict[str, int] = {}
@@ -54,7 +104,7 @@ class AdapterConfig(Section):
     def _everything_has_an_effect(self) -> "AdapterConfig":
         for name, field in type(self).model_fields.items():
             value: Any = getattr(self, name)
-            if name in METHOD_KEYS[self.method] | {"method", "targets", "layers"} or value == field.default:
+            if name in METHOD_KEYS[self.method] | {"method"} or value == field.default:
                 continue
             readers = [method for method, keys in METHOD_KEYS.items() if name in keys]
             raise ValueError(
@@ -66,6 +116,8 @@ class AdapterConfig(Section):
                 f"adapter.targets: {self.targets} leaves nothing to train; name modules, e.g. [q, v], or set "
                 "adapter.layers"
             )
+        if self.method == "tokens" and (min(self.tokens, default=-1) < 0 or len(set(self.tokens)) < len(self.tokens)):
+            raise ValueError(f"adapter.tokens: {self.tokens} must name some tokens, each once, e.g. [0, 7]")
         if min([self.rank, *self.ranks.values()]) < 1 or min([1.0, *self.alphas.values()]) <= 0:
             raise ValueError(f"adapter.ranks: {self.ranks} must be at least 1, adapter.alphas: {self.alphas} above 0")
         return self

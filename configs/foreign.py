@@ -82,6 +82,8 @@ FOREIGN_KEYS = {
     "lora_alpha": "adapter.alpha",
     "lora_target_modules": "adapter.targets",
     "target_modules": "adapter.targets",
+    "num_virtual_tokens": "adapter.length",
+    "token_indices": "adapter.tokens",
     "load_in_4bit": "quantization.format",
     "bnb_4bit_quant_type": "quantization.format",
     "bnb_4bit_use_double_quant": "quantization.double",

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from .adapter import AdapterConfig
+from .adapter import AHEAD, ELEMENTS, WHOLE, AdapterConfig
 from .base import Section
 from .cuts import cuts
 from .data import DataConfig
@@ -98,6 +98,21 @@ class RunConfig(Section):
         check_teacher(self.recipe, self.model, self.data)
         if self.adapter is not None and (self.adapter.layers or 0) > self.model.layers:
             raise ValueError(f"adapter.layers: {self.adapter.layers} exceeds model.layers ({self.model.layers})")
+        if self.adapter is not None:
+            check_blocks(self.adapter, self.model)
+            check_ahead(self.adapter, self.model, tokens=self.data.sequence_length)
+            if self.adapter.method == "tokens" and self.pipeline.vocab_parallel:
+                raise ValueError(
+                    f"pipeline.vocab_parallel: {self.pipeline.vocab_parallel} cuts the table that adapter.method "
+                    "tokens puts rows into; set it to 0"
+                )
+            check_scouting(self.adapter, steps=self.steps, average=self.optimizer.ema, spike=self.logging.spike)
+            check_budget(self.adapter, steps=self.steps, average=self.optimizer.ema)
+            if self.adapter.method == "adalora" and self.pipeline.post_validation:
+                raise ValueError(
+                    "pipeline.post_validation: true, but adapter.method adalora adds to the gradient behind the norm "
+                    "that validates it; set it to false"
+                )
         check_quantization(self.quantization, self.adapter, self.model, recipe=self.recipe.name)
         if self.evaluation.answers and any(one.format == "text" and one.prompt is None for one in self.data.sources):
             raise ValueError(
@@ -131,8 +146,71 @@ class RunConfig(Section):
         return self
 
 
+def check_blocks(adapter: AdapterConfig, model: ModelConfig) -> None:
+    """Raise ValueError where blocks of `oft` do not fit the maps' inputs."""
+    for key, size in (("embed", model.embed), ("heads x head_dim", model.heads * model.head_width), ("mlp", model.mlp)):
+        if adapter.method == "oft" and size % adapter.block:
+            raise ValueError(
+                f"adapter.block: {adapter.block} does not divide model.{key} ({size}); use a divisor of it"
+            )
+
+
+def check_budget(adapter: AdapterConfig, *, steps: int, average: float | None) -> None:
+    """Raise ValueError where `adalora` cannot share ranks out in a run of `steps`."""
+    budget = adapter.budget
+    if adapter.method != "adalora":
+        return
+    if budget.rank > adapter.rank:
+        raise ValueError(f"adapter.budget.rank: {budget.rank} exceeds adapter.rank ({adapter.rank}), where it starts")
+    if budget.after + budget.settled >= steps:
+        raise ValueError(
+            f"adapter.budget: after {budget.after} and settled {budget.settled} leave none of {steps} steps to share "
+            "ranks out; shorten one of them"
+        )
+    if average is not None:
+        raise ValueError(f"optimizer.ema: {average} would average ranks that were taken away; remove it with adalora")
+
+
+def check_scouting(adapter: AdapterConfig, *, steps: int, average: float | None, spike: float | None) -> None:
+    """Raise ValueError where the search for elements leaves nothing of a run of `steps`."""
+    if adapter.method not in ELEMENTS:
+        return
+    if adapter.scouting >= steps:
+        raise ValueError(f"adapter.scouting: {adapter.scouting} updates leave none of {steps} steps to train; lower it")
+    if average is not None:
+        raise ValueError(f"optimizer.ema: {average} would average over the search of {adapter.method}; remove it")
+    if spike is not None:
+        raise ValueError(f"logging.spike: {spike} compares the norm of all elements with that of few; set it to null")
+
+
+def check_ahead(adapter: AdapterConfig, model: ModelConfig, *, tokens: int) -> None:
+    """Raise ValueError where `adapter` cannot stand in front of documents, or names tokens that the model lacks."""
+    if adapter.method == "tokens" and max(adapter.tokens) >= model.vocab:
+        raise ValueError(f"adapter.tokens: {max(adapter.tokens)} is no token, model.vocab is {model.vocab}")
+    if adapter.method not in AHEAD:
+        return
+    if any(window is not None for window in model.windows):
+        raise ValueError(
+            f"adapter.method: {adapter.method} stands in front of documents, where windows (model.windows: "
+            f"{list(model.windows)}) do not reach; use lora"
+        )
+    if model.attention == "cudnn":
+        raise ValueError(f"model.attention: cudnn cannot show all documents the keys of {adapter.method}; use auto")
+    if model.position_encoding == "learned" and model.max_positions < adapter.length + tokens:
+        raise ValueError(
+            f"adapter.length: {adapter.length} and data.sequence_length ({tokens}) exceed model.max_positions "
+            f"({model.max_positions}); shorten one of them"
+        )
+
+
 def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
     """Raise ValueError where the models or the batch cannot be divided over mesh `axes` (axis -> size)."""
+    method = None if config.adapter is None else config.adapter.method
+    for axis, methods, need in (("seq", AHEAD, "whole rows"), ("pipe", WHOLE, "all layers")):
+        if method in methods and axes[axis] > 1:
+            raise ValueError(
+                f"mesh.{axis}: {axes[axis]}, but adapter.method {method} needs {need} on a device; set it to 1"
+            )
     model, data = config.model, config.data
     tensor, seq = axes["tensor"], axes["seq"]
     check_model_fits(model, axes, key="model")

@@ -17,6 +17,8 @@ NAMES = {
     "mlp/down/kernel": ("mlp", "embed"),
     "mlp/gate/bias": ("mlp",),
     "mlp/up/bias": ("mlp",),
+    "attn/prefix/k": (None, "kv_heads", "head_dim"),
+    "attn/prefix/v": (None, "kv_heads", "head_dim"),
 }
 
 
@@ -46,7 +48,7 @@ def adapter_names(linear: str, leaf: str) -> tuple[str | None, ...]:
     (('heads', 'head_dim', None), (None, None))
     """
     # Not cut over `fsdp`: thin matrices weigh little, and cut ones the partitioner moves by permutes, inside a block.
-    kernel = tuple(None if name == "embed" else name for name in NAMES[f"{linear}/kernel"])
+    kernel = tuple(None if name == "embed" else name for name in NAMES.get(f"{linear}/kernel", ()))
     inputs = 2 if linear == "attn/o" else 1
     shapes = {
         "a": (*kernel[:inputs], None),
@@ -55,6 +57,10 @@ def adapter_names(linear: str, leaf: str) -> tuple[str | None, ...]:
         "output_scale": kernel[inputs:],
         "vera_b": kernel[inputs:],
         "input_scale": kernel[:inputs],
+        "r": (None, None),
+        "indices": (None, None),
+        "down": (None, None),
+        "up": (None, None),
     }
     return shapes.get(leaf, (None,))
 

@@ -34,6 +34,9 @@ def norm(config: ModelConfig, width: int) -> RMSNorm | LayerNorm:
 class Attention(nnx.Module):
     """Grouped-query self-attention with optional biases, head norms, window and soft-cap."""
 
+    prefix = None  # keys and values of its own in front of every document (`adapters/prefix.py`)
+    adapter = None  # behind or beside it (`adapters/bottleneck.py`)
+
     def __init__(self, config: ModelConfig, *, window: int | None, rngs: nnx.Rngs):
         heads, kv_heads, width = config.heads, config.key_value_heads, config.head_width
         self.q = Linear((config.embed,), (heads, width), bias=config.qkv_bias, rngs=rngs)
@@ -59,13 +62,19 @@ class Attention(nnx.Module):
             q, k = rotate(q, turn), rotate(k, turn)
         q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
         mask = Mask(window=self.window, softcap=config.attention_softcap, scale=config.attention_scale)
-        k, v, where, entries = with_earlier(k, v, ctx)
+        prefix = ctx.prefix if self.prefix is None else self.prefix()
+        k, v, where, entries = with_earlier(k, v, ctx, prefix=prefix)
         out = ctx.constrain(ctx.attend(q, k, v, mask, where), ("batch", "sequence", "heads", None))
-        return checkpoint_name(ctx.constrain(self.o(out, ctx), RESIDUAL), "attn_proj"), entries
+        y = self.o(out, ctx)
+        if self.adapter is not None:
+            y = self.adapter(x, y, ctx)
+        return checkpoint_name(ctx.constrain(y, RESIDUAL), "attn_proj"), entries
 
 
 class MLP(nnx.Module):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
+
+    adapter = None  # behind or beside it (`adapters/bottleneck.py`)
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         def wide() -> Linear:
@@ -84,7 +93,10 @@ class MLP(nnx.Module):
         else:
             act = self.activation(checkpoint_name(ctx.constrain(self.gate(x, ctx), names), "mlp_gate")) * up
         act = checkpoint_name(act, "mlp_act")
-        return checkpoint_name(ctx.constrain(self.down(act, ctx), RESIDUAL), "mlp_out")
+        y = self.down(act, ctx)
+        if self.adapter is not None:
+            y = self.adapter(x, y, ctx)
+        return checkpoint_name(ctx.constrain(y, RESIDUAL), "mlp_out")
 
 
 class Block(nnx.Module):

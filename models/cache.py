@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ..configs.model import ModelConfig
-from .attention.interface import Where
+from .attention.interface import EVERY, Where
 from .context import Context
 
 LAYER = ("batch", None, "kv_heads", None)  # one layer's keys or values
@@ -49,15 +49,50 @@ def write(cache: Cache, entries: Cache, *, index: jax.Array) -> Cache:
 
 
 def with_earlier(
-    k: jax.Array, v: jax.Array, ctx: Context
+    k: jax.Array, v: jax.Array, ctx: Context, *, prefix: dict[str, jax.Array] | None = None
 ) -> tuple[jax.Array, jax.Array, Where, dict[str, jax.Array] | None]:
     """Keys and values [batch, keys, kv_heads, head_dim] that new tokens attend to, where they stand, and their entries.
 
     Without a cache these are the new tokens' own. With one they are all its slots: those not yet written lie after
-    every query, so the causal mask hides them.
+    every query, so the causal mask hides them. Every document sees a `prefix` in front of its own.
     """
     if ctx.cache is None:
-        return k, v, Where(ctx.index, ctx.index, ctx.segment_ids, ctx.segment_ids), None
+        where, entries = Where(ctx.index, ctx.index, ctx.segment_ids, ctx.segment_ids), None
+    else:
+        k, v, where, entries = with_slots(k, v, ctx)
+    return (k, v, where, entries) if prefix is None else (*behind(prefix, k, v, where, ctx), entries)
+
+
+def behind(
+    prefix: dict[str, jax.Array], k: jax.Array, v: jax.Array, where: Where, ctx: Context
+) -> tuple[jax.Array, jax.Array, Where]:
+    """Keys and values after those of `prefix`, {"k", "v"} [length, kv_heads, head_dim], which all documents share.
+
+    A token's keys depend on what stands before it, so those of a prefix are the same in front of every document.
+    """
+    rows, own = k.shape[:2]
+    length = prefix["k"].shape[0]
+
+    def joined(name: str, x: jax.Array) -> jax.Array:
+        same = jnp.broadcast_to(prefix[name].astype(x.dtype), (rows, *prefix[name].shape))
+        # Cut like the keys before they are joined: else the partitioner may move them by permutes, inside a block.
+        return ctx.constrain(jnp.concatenate([ctx.constrain(same, LAYER), x], axis=1), LAYER)
+
+    index = jnp.arange(own, dtype=jnp.int32) if where.key_index is None else where.key_index
+    segments = where.key_segments
+    if segments is not None:
+        segments = jnp.concatenate([jnp.full((rows, length), EVERY, segments.dtype), segments], axis=1)
+    where = Where(
+        query_index=index if where.query_index is None else where.query_index,
+        key_index=jnp.concatenate([jnp.arange(-length, 0, dtype=jnp.int32), index]),
+        query_segments=where.query_segments,
+        key_segments=segments,
+    )
+    return joined("k", k), joined("v", v), where
+
+
+def with_slots(k: jax.Array, v: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, Where, dict[str, jax.Array]]:
+    """`with_earlier` of a cache."""
     entries = {"k": k, "v": v}
     whole: Any = {
         name: ctx.constrain(

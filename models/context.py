@@ -57,6 +57,7 @@ class Context:
     cache: Any = None  # keys and values of earlier tokens (`cache.py`); a block is given its own layer's
     cache_segment_ids: jax.Array | None = None  # [batch, capacity]: segment of each slot of the cache
     shared: Any = None  # arrays that the adapters of all layers read (VeRA)
+    prefix: Any = None  # {"k", "v"} in front of every document, shaped like a cache without rows; a block gets its own
     attend: Callable[..., jax.Array] = dense  # (q, k, v, mask, where) -> out
     linear: Callable[..., jax.Array] = linear
     lookup: Callable[[jax.Array, jax.Array], jax.Array] = lookup

@@ -18,7 +18,7 @@ from flax import nnx
 
 from ..configs.model import ModelConfig
 from .block import RESIDUAL, Block, norm
-from .cache import Cache
+from .cache import Cache, empty
 from .context import Context
 from .rope import rotations
 
@@ -39,6 +39,8 @@ class Stack(nnx.Module):
 class Embed(nnx.Module):
     """Token embedding [padded_vocab, embed], and the learned positions where the model has them."""
 
+    adapter = None  # other rows for some tokens (`adapters/tokens.py`)
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         rows = jax.random.normal(rngs.params(), (config.padded_vocab, config.embed)) * 0.02
         self.embedding = nnx.Param(jnp.where(jnp.arange(config.padded_vocab)[:, None] < config.vocab, rows, 0))
@@ -50,11 +52,21 @@ class Embed(nnx.Module):
     def __call__(self, tokens: jax.Array, ctx: Context) -> jax.Array:
         # Rows are cast, not the table: a frequent token's gradient is a long sum, made in the table's own dtype.
         x = ctx.lookup(self.embedding[...], tokens).astype(ctx.compute)
+        if self.adapter is not None:
+            x = self.adapter(tokens, x)
+        return ctx.constrain(self.placed(x, ctx), RESIDUAL)
+
+    def placed(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """What the first block reads of the table's rows x [batch, sequence, embed]: scaled, with their positions."""
         if self.config.embedding_scale:
             x = x * jnp.asarray(self.config.embed**0.5, x.dtype)
         if self.config.position_encoding == "learned":
             x = x + jnp.take(self.positions[...], ctx.positions, axis=0).astype(ctx.compute)
-        return ctx.constrain(x, RESIDUAL)
+        return x
+
+    def table(self) -> jax.Array:
+        """[padded_vocab, embed]: the rows that tokens have."""
+        return self.embedding[...] if self.adapter is None else self.adapter.table(self.embedding[...])
 
 
 class Head(nnx.Module):
@@ -69,6 +81,8 @@ class Decoder(nnx.Module):
     """A decoder-only transformer. Weights are float32 here; `initialized` casts them."""
 
     adapter = None  # what the adapters of all layers share, where they share anything
+    prompt = None  # virtual tokens in front of every document (`adapters/prompt.py`)
+    ahead = 0  # how many tokens' keys stand in front of every document: their positions come first
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.embed = Embed(config, rngs=rngs)
@@ -92,44 +106,85 @@ class Decoder(nnx.Module):
 
         Entries are shaped like the cache, with these tokens only; None where `ctx` has no cache.
         """
-        x = self.embed(tokens, ctx)
-        ctx = dataclasses.replace(ctx, rotations=rotations(self.config, ctx.positions))
         if self.adapter is not None:
             ctx = dataclasses.replace(ctx, shared=self.adapter())
+        if self.prompt is not None and ctx.prefix is None:
+            ctx = dataclasses.replace(ctx, prefix=self.prefix(ctx))
+        ctx = dataclasses.replace(ctx, positions=ctx.positions + self.ahead)
+        x, entries = self._through(self.embed(tokens, ctx), ctx)
+        return self.final_norm(x), None if ctx.cache is None else entries
+
+    def prefix(self, ctx: Context) -> Cache:
+        """Keys and values of the prompt's virtual tokens in all layers: what `ctx.prefix` holds."""
+        return self.keys_and_values(self.prompt(), ctx)
+
+    def keys_and_values(self, rows: jax.Array, ctx: Context) -> Cache:
+        """Keys and values [repeats, tokens, kv_heads, head_dim] of a document that begins with table rows `rows`.
+
+        `rows` are [tokens, embed], whether the table has them or not. They are few: every device computes them all.
+        """
+        count = len(rows)
+        alone = Context(
+            positions=jnp.arange(count)[None],
+            index=jnp.arange(count, dtype=jnp.int32),
+            shared=ctx.shared,
+            remat=ctx.remat,
+            compute=ctx.compute,
+        )
+        alone = dataclasses.replace(alone, cache=empty(self.config, rows=1, capacity=count, ctx=alone))
+        x = self.embed.placed(rows[None].astype(ctx.compute), alone)
+        _, entries = self._through(x, alone)
+        return jax.tree.map(lambda leaf: leaf[:, 0], entries)
+
+    def _through(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Cache]:
+        """x [batch, sequence, embed] through all blocks, and their entries."""
+        ctx = dataclasses.replace(ctx, rotations=rotations(self.config, ctx.positions))
         loop = jax.lax.scan if self.config.scan else unrolled
         entries, first = {}, 0
         for number, (pattern, repeats) in enumerate(self.config.segments):
             stacks = [self.segments[str(number)][str(place)] for place in range(len(pattern))]
-            cache = [None] * len(pattern) if ctx.cache is None else ctx.cache[str(number)]
+            own = (part_of(whole, str(number), len(pattern)) for whole in (ctx.cache, ctx.prefix))
             layers = first + np.arange(repeats * len(pattern)).reshape(repeats, len(pattern))
-            x, entries[str(number)] = run_segment(stacks, x, ctx, cache=cache, layers=layers, loop=loop)
+            x, entries[str(number)] = run_segment(stacks, x, ctx, *own, layers=layers, loop=loop)
             first += layers.size
-        return self.final_norm(x), None if ctx.cache is None else entries
+        return x, entries
 
     def head_kernel(self, dtype: Any) -> jax.Array:
         """[embed, padded_vocab]; the transposed embedding of a tied model."""
-        weight = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        weight = self.embed.table().T if self.head is None else self.head.kernel[...]
         return weight.astype(dtype)
 
 
+def part_of(cache: Cache | None, segment: str, places: int) -> list[Any]:
+    """What `cache` has of a segment: one {"k", "v"} a place, or None."""
+    return [None] * places if cache is None else cache[segment]
+
+
 def run_segment(
-    stacks: list[Stack], x: jax.Array, ctx: Context, *, cache: list[Any], layers: np.ndarray, loop: Callable[..., Any]
+    stacks: list[Stack],
+    x: jax.Array,
+    ctx: Context,
+    cache: list[Any],
+    prefix: list[Any],
+    *,
+    layers: np.ndarray,
+    loop: Callable[..., Any],
 ) -> tuple[jax.Array, list[Any]]:
     """Run a pattern, one stack a place, over its repeats by `loop` (`jax.lax.scan`, or one like it).
 
-    `layers` [repeats, places] are the blocks' numbers in the model, which number dropout keys. `cache` has one
-    {"k", "v"} a place, stacked like the weights, or None; so have the entries that come back.
+    `layers` [repeats, places] are the blocks' numbers in the model, which number dropout keys. `cache` and `prefix`
+    have one {"k", "v"} a place, stacked like the weights, or None; so have the entries that come back.
     """
     graphs, weights = zip(*(nnx.split(stack.block) for stack in stacks), strict=True)
 
-    def pattern(x: jax.Array, this: tuple[Any, Any, jax.Array]) -> tuple[jax.Array, list[Any]]:
+    def pattern(x: jax.Array, this: tuple[Any, Any, Any, jax.Array]) -> tuple[jax.Array, list[Any]]:
         entries = []
-        for graph, part, own, layer in zip(graphs, *this, strict=True):
-            x, new = run_block(graph, part, x, layer_context(ctx, layer, own))
+        for graph, part, own, before, layer in zip(graphs, *this, strict=True):
+            x, new = run_block(graph, part, x, layer_context(ctx, layer, own, before))
             entries.append(new)
         return x, entries
 
-    return loop(pattern, x, (weights, cache, layers))
+    return loop(pattern, x, (weights, cache, prefix, layers))
 
 
 def unrolled(body: Callable[..., Any], carry: Any, inputs: Any) -> tuple[Any, Any]:
@@ -154,12 +209,12 @@ def run_block(graph: Any, weights: Any, x: jax.Array, ctx: Context) -> tuple[jax
     return ctx.remat(block)(weights, x)
 
 
-def layer_context(ctx: Context, layer: jax.Array, cache: Any) -> Context:
-    """The context as block number `layer` sees it: with its own dropout keys and its own part of the cache."""
+def layer_context(ctx: Context, layer: jax.Array, cache: Any = None, prefix: Any = None) -> Context:
+    """The context as block number `layer` sees it: with its own dropout keys and its own part of cache and prefix."""
     keys = ctx.dropout_keys
     if keys is not None:
         keys = jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys)
-    return dataclasses.replace(ctx, cache=cache, dropout_keys=keys)
+    return dataclasses.replace(ctx, cache=cache, prefix=prefix, dropout_keys=keys)
 
 
 def graph(config: ModelConfig, adapted: Callable[[Decoder], None] = lambda decoder: None) -> Any:

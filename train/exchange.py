@@ -26,6 +26,7 @@ from .use import opened, read
 
 # An imported run keeps weights and nothing else: this rule has no state.
 WEIGHTS_ONLY = {"name": "sgd", "b1": 0.0}
+SEEDED = ("vera", "shira")  # adapters with numbers that are neither trained nor the base model's
 
 
 def import_directory(source: Path, run: Path, *, adapter: Path | None = None) -> Path:
@@ -38,6 +39,11 @@ def import_directory(source: Path, run: Path, *, adapter: Path | None = None) ->
     model = ModelConfig.model_validate({"from": str(source.absolute())})
     length = min(256, made_for(model) or 256)
     found = None if adapter is None else peft.read(adapter, model, kind=huggingface.format_kind(model))
+    if found is not None and found.adapter.method in SEEDED:
+        raise UserError(
+            f"{adapter}: {found.adapter.method} needs the random numbers in its file, and a run makes its own by the "
+            "seed; merge the adapter in PEFT, and import the model"
+        )
     config = validated(
         {
             "name": run.name,

@@ -121,11 +121,12 @@ def generator(
 
     `keys` are key data. The token after i others is drawn with `fold_in(key, i)`; what a row holds after `eos` is void.
     """
-    ctx = inference(mesh, compute=jnp.dtype(compute))
+    told = inference(mesh, compute=jnp.dtype(compute))
 
     def run(params: Any, tokens: jax.Array, lengths: jax.Array, keys: jax.Array) -> jax.Array:
         (rows, width), keys = tokens.shape, jax.random.wrap_key_data(keys)
-        decoder = nnx.merge(graph, rounded(params, ctx.compute))
+        decoder = nnx.merge(graph, rounded(params, told.compute))
+        ctx = told if decoder.prompt is None else dataclasses.replace(told, prefix=decoder.prefix(told))
         first = width - lengths[:, None]
 
         def drawn(scores: jax.Array, written: Written) -> Written:

@@ -107,7 +107,7 @@ def decays(optimizer: OptimizerConfig) -> Callable[[Any], Any]:
         del leaf
         name = path_name(path)
         matrix = sum(axis is not None for axis in axis_names(name)) >= 2 and name.endswith("/kernel")
-        matrix = matrix or name.endswith(("/adapter/a", "/adapter/b"))
+        matrix = matrix or name.endswith(("/adapter/a", "/adapter/b", "/adapter/down", "/adapter/up"))
         return matrix or (optimizer.decay_embeddings and name.startswith("embed/"))
 
     return lambda params: jax.tree_util.tree_map_with_path(decayed, params)

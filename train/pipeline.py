@@ -59,12 +59,13 @@ def parts(
 
     `context(fields, keys)` is what blocks are told.
     """
-    places = len(model.segments[0][0])
+    places, ahead = len(model.segments[0][0]), nnx.merge(graph, shapes).ahead
 
     def arrays(frozen: Any, fields: Batch, keys: jax.Array | None) -> dict[str, Any]:
         shared = None
         if "adapter" in frozen:  # what the adapters of all layers read is one of the ends
             shared = nnx.merge(graph, shapes | {"adapter": frozen["adapter"]}).adapter()
+        fields = fields | {"positions": fields["positions"] + ahead}
         return {"fields": fields, "keys": keys, "rotations": rotations(model, fields["positions"]), "shared": shared}
 
     def told(given: dict[str, Any]) -> Context:
@@ -75,7 +76,7 @@ def parts(
         ctx, layers = told(given[0]), given[1] * places
         whole = combine(weights, frozen)
         for place in range(places):
-            x, _ = run_block(graphs[place], whole[str(place)], x, layer_context(ctx, layers + place, None))
+            x, _ = run_block(graphs[place], whole[str(place)], x, layer_context(ctx, layers + place))
         return x
 
     def decoder(ends: Any, frozen: Any) -> Decoder:

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ..configs.adapter import ELEMENTS
 from ..configs.parallel import MeshConfig, PipelineConfig
 from ..configs.quantization import BITS, QuantizationConfig
 from ..configs.run import RunConfig
@@ -30,6 +31,7 @@ from .replicas import Replicas
 from .teaching import teacher_of
 
 LARGEST = 8  # arrays shown
+DENSE = (*ELEMENTS, "shira")  # adapters that make the gradient of whole weights
 
 
 def make_plan(program: Program, compiled: jax.stages.Compiled) -> dict[str, Any]:
@@ -71,7 +73,8 @@ def storage_plan(program: Program) -> dict[str, Any]:
 def training_flops(config: RunConfig) -> float:
     """FLOPs of a token in a step, the forward pass of a teacher that stands beside the model included."""
     length, teacher = config.data.sequence_length, teacher_of(config)
-    own = flops_per_token(config.model, length, frozen=config.adapter is not None)
+    frozen = config.adapter is not None and config.adapter.method not in DENSE
+    own = flops_per_token(config.model, length, frozen=frozen)
     return own if teacher is None else own + flops_per_token(teacher, length) / 3
 
 

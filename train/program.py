@@ -23,7 +23,6 @@ from ..configs.errors import UserError
 from ..configs.model import ModelConfig
 from ..configs.names import BATCH_FIELDS, RECIPE_FIELDS, TOP_FIELDS
 from ..configs.run import RunConfig
-from ..models.adapters.selection import multipliers
 from ..models.quantized.attach import dequantized
 from ..parallel.hlo import refuse_permute_under_conditional
 from ..parallel.layout import rearranged, run_shapes
@@ -34,6 +33,7 @@ from . import optimizers
 from .engines import Evaluate, divided, fresh, pipelined, structure, whole
 from .gradients import Engine
 from .islands import Island, island_of
+from .optimizing import optimizer_maker
 from .pipeline import routes
 from .private import noised
 from .recipes import registry
@@ -315,13 +315,8 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
     staged = staging(config, pipe=mesh.shape["pipe"])
     engines = whole(config, mesh, model) if staged is None else pipelined(config, mesh, model, staged)
     schedule = optimizers.schedule(config.optimizer, steps=config.steps)
-    make = partial(
-        optimizers.build,
-        config.optimizer,
-        steps=config.steps,
-        spike=config.logging.spike,
-        multiplied=None if config.adapter is None else multipliers(config.model, config.adapter),
-    )
+    order = None if staged is None else staged.order
+    make = optimizer_maker(config, order=order)
     optimizer = make()
     update = guarded(optimizer)
     if staged is not None and config.pipeline.post_validation:

@@ -15,14 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ...configs.adapter import AdapterConfig
+from ...configs.errors import UserError
 from ...configs.model import ModelConfig
 from ..axes import axis_names
-from ..decoder import Decoder, Params
-from .interface import Adapter, Inside, Leaves, Setting
-from .registry import METHODS
+from ..decoder import Decoder, Params, initial_params
+from .interface import Adapter, Addition, Inside, Leaves, Setting
+from .registry import ADDITIONS, METHODS
 from .selection import trained
 from .sites import Site, linear_maps, sites
 from .vera import Shared, shared
@@ -45,8 +47,28 @@ def attached(model: ModelConfig, adapter: AdapterConfig | None) -> Callable[[Dec
             linear.adapter = Adapter(method, zeros, rate=adapter.dropout, number=site.number, names=names)
         if found and adapter.method == "vera":
             decoder.adapter = Shared(**pair(model, adapter, jax.random.key(0)))
+        for addition in () if adapter is None else ADDITIONS.get(adapter.method, ()):
+            add(decoder, addition, jax.eval_shape(partial(fresh_addition, addition, model, adapter)))
+            decoder.ahead += adapter.length if addition.ahead else 0
 
     return put
+
+
+def fresh_addition(addition: Addition, model: ModelConfig, adapter: AdapterConfig) -> dict[str, Leaves]:
+    """What is added to some weights of the model: paths and shapes are those for any."""
+    key = jax.random.key(0)
+    return addition.start(initial_params(model, key), model, adapter, key)
+
+
+def add(decoder: Decoder, addition: Addition, shapes: dict[str, Leaves]) -> None:
+    """Put modules with leaves of zeros into the decoder."""
+    for path, leaves in shapes.items():
+        *parents, last = path.split("/")
+        place = decoder
+        for name in parents:
+            place = place[name] if isinstance(place, nnx.Dict) else getattr(place, name)
+        zeros = {name: jnp.zeros(like.shape, like.dtype) for name, like in leaves.items()}
+        setattr(place, last, addition.module(zeros))
 
 
 Read = Callable[[jax.Array, tuple[int, ...], tuple[int, ...]], jax.Array]
@@ -66,9 +88,13 @@ def started(
     Pure, to be traced. Some starts take from the kernels what they put into the leaves. `read(kernel, inputs, outputs)`
     is a layer's kernel as it will be once it is quantized.
     """
-    if adapter.method not in METHODS:
-        return weights
     tree = copied(weights)
+    for addition in ADDITIONS.get(adapter.method, ()):
+        for path, leaves in addition.start(weights, model, adapter, key).items():
+            parent, _, last = path.rpartition("/")
+            (at(tree, parent) if parent else tree)[last] = leaves
+    if adapter.method not in METHODS:
+        return tree
     for number, site in enumerate(sites(model, adapter)):
         linear = at(tree, site.path)
         kernel, leaves = start_site(site, adapter, linear["kernel"], jax.random.fold_in(key, number), read=read)
@@ -86,7 +112,15 @@ def start_site(
     start = METHODS[adapter.method].starts[adapter.start]
 
     def layer(key: jax.Array, kernel: jax.Array, scale: jax.Array) -> tuple[jax.Array, Leaves]:
-        setting = Setting(site.inputs, site.outputs, scale, scales_input=site.path.endswith("mlp/down"), read=own)
+        setting = Setting(
+            site.inputs,
+            site.outputs,
+            scale,
+            scales_input=site.path.endswith("mlp/down"),
+            rank=adapter.rank,
+            block=adapter.block,
+            read=own,
+        )
         return start(key, kernel, setting)
 
     return jax.vmap(layer)(jax.random.split(key, len(site.modules)), kernels, jnp.asarray(site.scale))
@@ -112,7 +146,18 @@ def split(tree: Params, model: ModelConfig, adapter: AdapterConfig | None) -> tu
 
 
 def merged(tree: Params, model: ModelConfig, adapter: AdapterConfig | None) -> Params:
-    """The weights of the plain model that computes what `tree` does; `tree` itself where nothing was added to it."""
+    """The weights of the plain model that computes what `tree` does; `tree` itself where nothing was added to it.
+
+    Raises UserError where no plain model does.
+    """
+    if adapter is not None and adapter.method in ADDITIONS:
+        addition, *more = ADDITIONS[adapter.method]
+        if more or addition.merge is None:
+            raise UserError(
+                f"adapter.method: {adapter.method} cannot be merged, no weight of the model can hold what it adds; "
+                "keep the run, or, where PEFT has the method, use `meshwright adapter export`"
+            )
+        return addition.merge(tree, adapter)
     if adapter is None or adapter.method not in METHODS:
         return tree
     result = copied({name: part for name, part in tree.items() if name != "adapter"})

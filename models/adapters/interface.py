@@ -1,8 +1,10 @@
-"""What a method that adds weights to linear maps is: four pure functions of one layer, and which leaves it trains.
+"""What a method that adds weights is. To linear maps: pure functions of one layer, and which leaves it trains.
 
 start(key, kernel, setting) -> kernel, leaves        before the first step
 apply(leaves, x, inside, ctx) -> y                   the adapted map
 merge(leaves, inside) -> inside                      the plain map that computes the same
+
+Anywhere else: an `Addition`, modules at paths of their own in the decoder, which asks them.
 """
 
 import dataclasses
@@ -14,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ...configs.adapter import AdapterConfig
+from ...configs.model import ModelConfig
 from ..context import Context
 from ..layers import dropout
 from ..quantized.kernel import Quantized, product
@@ -29,6 +33,8 @@ class Setting:
     outputs: tuple[int, ...]
     scale: jax.Array  # [rank] float32; zeros: this layer has none, or is narrower
     scales_input: bool  # ia3: the map is scaled where it reads
+    rank: int = 1  # shira: how many entries
+    block: int = 1  # oft: inputs that turn together
     read: Callable[[jax.Array], jax.Array] = lambda kernel: kernel  # what the kernel will be once it is quantized
 
 
@@ -73,6 +79,18 @@ class Method:
     apply: Callable[[Leaves, jax.Array, Inside, Context], jax.Array]
     merge: Callable[[Leaves, Inside], Inside]
     trained: tuple[str, ...]  # names of the leaves that learn
+
+
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """One way to add elsewhere than to linear maps."""
+
+    start: Callable[[Any, ModelConfig, AdapterConfig, jax.Array], dict[str, Leaves]]
+    """(weights, model, adapter, key) -> path of a module in the run -> its leaves before the first step."""
+    module: Callable[[Leaves], nnx.Module]
+    trained: tuple[str, ...]  # ends of the paths of the leaves that learn
+    merge: Callable[[Any, AdapterConfig], Any] | None = None  # (tree, adapter) -> plain weights; None: there are none
+    ahead: bool = False  # puts the keys of `adapter.length` tokens in front of every document
 
 
 class Adapter(nnx.Module):

@@ -22,11 +22,20 @@ from ...configs.errors import UserError
 from ...configs.model import ModelConfig
 from ..hf.names import INPUTS_FIRST, MODULES
 from ..hf.places import siblings
+from . import peft_ahead
 from .sites import linear_maps
 
 Leaves = dict[str, np.ndarray]
 PREFIX = "base_model.model."
-KINDS = {"lora": "LORA", "dora": "LORA", "vera": "VERA", "ia3": "IA3"}
+KINDS = {
+    "lora": "LORA",
+    "dora": "LORA",
+    "adalora": "ADALORA",
+    "vera": "VERA",
+    "ia3": "IA3",
+    "oft": "OFT",
+    "shira": "SHIRA",
+}
 
 
 @dataclass(frozen=True)
@@ -67,15 +76,24 @@ def written(
     `lengths` gives |W| over the inputs of a module, for DoRA beside maps it does not adapt. `base` is the path of the
     model they belong to. Raises UserError for a method PEFT has no file for.
     """
+    if adapter.method in peft_ahead.KINDS:
+        return peft_ahead.written(adapter, model, kind=kind, leaves=leaves, base=base)
     if adapter.method not in KINDS:
         raise UserError(
-            f"adapter.method: {adapter.method} has no file in PEFT; use `meshwright checkpoint export`, which merges"
+            f"adapter.method: {adapter.method} has no file in PEFT; `meshwright checkpoint export` merges what can be "
+            "merged"
         )
     chosen = [module for module in modules(model, kind) if any(part in leaves for part in module.parts)]
     if adapter.method == "ia3":
         tensors, settings = written_ia3(chosen, leaves)
     elif adapter.method == "vera":
         tensors, settings = written_vera(chosen, leaves, adapter)
+    elif adapter.method == "oft":
+        tensors, settings = written_oft(chosen, leaves, adapter)
+    elif adapter.method == "adalora":
+        tensors, settings = written_adalora(chosen, leaves, adapter)
+    elif adapter.method == "shira":
+        tensors, settings = written_shira(chosen, leaves, adapter)
     else:
         tensors, settings = written_lora(chosen, leaves, adapter, lengths)
     targets = shortened([module.name for module in chosen], modules(model, kind))
@@ -180,11 +198,7 @@ def written_vera(
     chosen: list[Fused], leaves: Mapping[str, Leaves], adapter: AdapterConfig
 ) -> tuple[Leaves, dict[str, Any]]:
     """Tensors and settings of VeRA; the shared pair is under "" in `leaves`, and as wide as the chosen maps need."""
-    if joined := next((module.name for module in chosen if len(module.parts) > 1), None):
-        raise UserError(
-            f"adapter.method: vera on {joined}, which is one map in the file and several here; its shared "
-            "matrices fit only one of them: use `meshwright checkpoint export`, which merges"
-        )
+    refuse_joined(chosen, adapter)
     tensors = {}
     for module in chosen:
         tensors[f"{PREFIX}{module.name}.vera_lambda_b"] = leaves[module.parts[0]]["vera_b"].reshape(-1)
@@ -200,3 +214,67 @@ def written_vera(
         "save_projection": True,
         "bias": "none",
     }
+
+
+def refuse_joined(chosen: list[Fused], adapter: AdapterConfig) -> None:
+    """Raise UserError where maps that are one in the file would need one adapter for all of them."""
+    if joined := next((module.name for module in chosen if len(module.parts) > 1), None):
+        raise UserError(
+            f"adapter.method: {adapter.method} on {joined}, which is one map in the file and several here, with one "
+            "adapter each: use `meshwright checkpoint export`, which merges"
+        )
+
+
+def written_oft(
+    chosen: list[Fused], leaves: Mapping[str, Leaves], adapter: AdapterConfig
+) -> tuple[Leaves, dict[str, Any]]:
+    """Tensors and settings of OFT."""
+    refuse_joined(chosen, adapter)
+    tensors = {f"{PREFIX}{module.name}.oft_R.weight": leaves[module.parts[0]]["r"] for module in chosen}
+    return tensors, {
+        "r": 0,
+        "oft_block_size": adapter.block,
+        "module_dropout": 0.0,
+        "use_cayley_neumann": True,
+        "num_cayley_neumann_terms": 5,
+        "bias": "none",
+    }
+
+
+def written_adalora(
+    chosen: list[Fused], leaves: Mapping[str, Leaves], adapter: AdapterConfig
+) -> tuple[Leaves, dict[str, Any]]:
+    """Tensors and settings of AdaLoRA; theirs multiplies by alpha / (rank + 1e-5), which e makes good."""
+    refuse_joined(chosen, adapter)
+    tensors = {}
+    for module in chosen:
+        own, name = leaves[module.parts[0]], f"{PREFIX}{module.name}"
+        tensors[f"{name}.lora_A"] = own["a"].reshape(module.inputs, -1).T
+        tensors[f"{name}.lora_B"] = own["b"].reshape(-1, module.widths[0]).T
+        tensors[f"{name}.lora_E"] = ((1 + 1e-5 / adapter.rank) * own["e"])[:, None].astype(np.float32)
+    return tensors, {
+        "init_r": adapter.rank,
+        "target_r": adapter.budget.rank,
+        "r": adapter.budget.rank,
+        "lora_alpha": whole(adapter.rank if adapter.alpha is None else adapter.alpha),
+        "lora_dropout": adapter.dropout,
+        "tinit": adapter.budget.after,
+        "tfinal": adapter.budget.settled,
+        "deltaT": adapter.budget.every,
+        "orth_reg_weight": adapter.budget.orthogonality,
+        "total_step": adapter.budget.after + adapter.budget.settled + 1,  # asked for, and read by training alone
+        "bias": "none",
+    }
+
+
+def written_shira(
+    chosen: list[Fused], leaves: Mapping[str, Leaves], adapter: AdapterConfig
+) -> tuple[Leaves, dict[str, Any]]:
+    """Tensors and settings of SHiRA; places are [2, entries] of the weight [outputs, inputs]."""
+    refuse_joined(chosen, adapter)
+    tensors = {}
+    for module in chosen:
+        own = leaves[module.parts[0]]
+        tensors[f"{PREFIX}{module.name}.shira_weight"] = own["values"]
+        tensors[f"{PREFIX}{module.name}.shira_indices"] = own["indices"][::-1].astype(np.int32)
+    return tensors, {"r": adapter.rank, "mask_type": "random", "random_seed": 0}

@@ -14,6 +14,7 @@ import numpy as np
 from ...configs.adapter import AdapterConfig
 from ...configs.errors import UserError
 from ...configs.model import ModelConfig
+from . import peft_ahead
 from .peft import PREFIX, Fused, Leaves, modules
 
 # Keys with the only values that mean what we compute.
@@ -38,6 +39,8 @@ class Read(NamedTuple):
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: ModelConfig, *, kind: str) -> Read:
     """Settings and leaves for `model`, whose files are of format `kind`. Raises UserError for what we do not have."""
+    if config.get("peft_type") in peft_ahead.READ:
+        return Read(*peft_ahead.read(config, tensors, model, kind=kind))
     method = method_of(config)
     left = dict(tensors)
     leaves: dict[str, Leaves] = {}
@@ -58,9 +61,16 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: Mo
 def method_of(config: Mapping[str, Any]) -> str:
     """Our name of the method. Raises UserError for one we do not have, or a variant of it."""
     kind = str(config.get("peft_type"))
-    methods = {"LORA": "dora" if config.get("use_dora") else "lora", "VERA": "vera", "IA3": "ia3"}
+    methods = {
+        "LORA": "dora" if config.get("use_dora") else "lora",
+        "VERA": "vera",
+        "IA3": "ia3",
+        "ADALORA": "adalora",
+        "OFT": "oft",
+        "SHIRA": "shira",
+    }
     if kind not in methods:
-        raise UserError.no_match("adapter_config.json: peft_type", [kind], known=methods)
+        raise UserError.no_match("adapter_config.json: peft_type", [kind], known=methods | peft_ahead.READ)
     for key, choices in ONLY.items():
         if config.get(key) not in choices:
             raise UserError(
@@ -123,13 +133,61 @@ def read_ia3(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, 
 def read_vera(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
     """The two vectors of a map."""
     del config
+    scale = np.ones(len(own["vera_lambda_d"]), np.float32)
+    return {one_map(module): {"vera_d": own["vera_lambda_d"], "vera_b": own["vera_lambda_b"], "scale": scale}}
+
+
+def one_map(module: Fused) -> str:
+    """The map that a module of theirs is. Raises UserError where it is several."""
     if len(module.parts) > 1:
         raise UserError(f"adapter_model.safetensors: {module.name} is one map in the file and several here; merge it")
-    scale = np.ones(len(own["vera_lambda_d"]), np.float32)
-    return {module.parts[0]: {"vera_d": own["vera_lambda_d"], "vera_b": own["vera_lambda_b"], "scale": scale}}
+    return module.parts[0]
 
 
-READERS = {"lora": read_lora, "dora": read_lora, "vera": read_vera, "ia3": read_ia3}
+def read_oft(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
+    """The rotations of a map."""
+    for key, only in (("block_share", False), ("coft", False), ("use_cayley_neumann", True)):
+        if config.get(key, only) != only:
+            raise UserError(f"adapter_config.json: {key}: {config[key]!r} is not supported; only {only} is read")
+    if (terms := config.get("num_cayley_neumann_terms", 5)) != 5:
+        raise UserError(f"adapter_config.json: num_cayley_neumann_terms: {terms} is not supported; only 5 is read")
+    return {one_map(module): {"r": own["oft_R.weight"], "scale": np.ones(1, np.float32)}}
+
+
+def read_adalora(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
+    """The triplets of a map. Those that were taken away are not in the file: they become zeros."""
+    first = int(config["init_r"])
+    if len(own["lora_E"]) > first:
+        raise UserError(f"adapter_config.json: init_r: {first}, but {module.name} has {len(own['lora_E'])} ranks")
+    room = first - len(own["lora_E"])
+    e = own["lora_E"][:, 0] / (1 + 1e-5 / first)
+    scale = np.full(first, float(config["lora_alpha"]) / first, np.float32)
+    return {
+        one_map(module): {
+            "a": np.pad(own["lora_A"].T, ((0, 0), (0, room))),
+            "b": np.pad(own["lora_B"].T, ((0, room), (0, 0))),
+            "e": np.pad(e, (0, room)),
+            "scale": scale,
+        }
+    }
+
+
+def read_shira(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
+    """The entries of a map, and where they are."""
+    del config
+    indices = own["shira_indices"][::-1].astype(np.int32)
+    return {one_map(module): {"values": own["shira_weight"], "indices": indices, "scale": np.ones(1, np.float32)}}
+
+
+READERS = {
+    "lora": read_lora,
+    "dora": read_lora,
+    "vera": read_vera,
+    "ia3": read_ia3,
+    "adalora": read_adalora,
+    "oft": read_oft,
+    "shira": read_shira,
+}
 
 
 def pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -143,6 +201,19 @@ def settings(method: str, leaves: Mapping[str, Leaves], model: ModelConfig, conf
     given: dict[str, Any] = {"method": method, "targets": named(found, model)}
     if method == "ia3":
         return AdapterConfig(**given)
+    if method == "oft":
+        sizes = {math.isqrt(2 * leaves[name]["r"].shape[1]) + 1 for name in found}
+        if len(sizes) > 1:
+            raise UserError(
+                f"adapter_config.json: oft_block_size: blocks of {sorted(sizes)} in one file; only one size is read"
+            )
+        return AdapterConfig(**given, block=sizes.pop())
+    if method == "adalora":
+        first = int(config["init_r"])
+        budget = {"rank": min(int(config["target_r"]), first)}
+        return AdapterConfig(**given, rank=first, alpha=float(config["lora_alpha"]), budget=budget)
+    if method == "shira":
+        return AdapterConfig(**given, rank=int(config["r"]))
     ranks = {name: len(leaves[name]["scale"]) for name in found}
     usual = max(ranks.values())
     if method == "vera":

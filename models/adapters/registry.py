@@ -1,8 +1,32 @@
-"""Methods that add weights, by the name in `adapter.method`. The others choose among the weights there are."""
+"""The methods that add weights, by the name in `adapter.method`: to linear maps, or elsewhere."""
 
+from .adalora import ADALORA
+from .bottleneck import PARALLEL, SERIAL
 from .ia3 import IA3
-from .interface import Method
+from .interface import Addition, Method
 from .lora import DORA, LORA
+from .oft import OFT
+from .prefix import PREFIX
+from .prompt import P_TUNING, PROMPT
+from .shira import SHIRA
+from .tokens import TOKENS
 from .vera import VERA
 
-METHODS: dict[str, Method] = {"lora": LORA, "dora": DORA, "vera": VERA, "ia3": IA3}
+METHODS: dict[str, Method] = {
+    "lora": LORA,
+    "dora": DORA,
+    "adalora": ADALORA,
+    "vera": VERA,
+    "ia3": IA3,
+    "oft": OFT,
+    "shira": SHIRA,
+}
+ADDITIONS: dict[str, tuple[Addition, ...]] = {
+    "prefix": (PREFIX,),
+    "prompt": (PROMPT,),
+    "p-tuning": (P_TUNING,),
+    "tokens": (TOKENS,),
+    "serial": (SERIAL,),
+    "parallel": (PARALLEL,),
+    "mam": (PREFIX, PARALLEL),  # "mix and match" of arXiv:2110.04366
+}

@@ -4,7 +4,7 @@ A leaf of the run is trained where some layer of it is; layers of it that are no
 multiplies its updates by. Biases (BitFit), norms, the last layers, single matrices: all are patterns over weight names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from ...configs.adapter import AdapterConfig
 from ...configs.errors import UserError
 from ...configs.model import ModelConfig
-from .registry import METHODS
+from .registry import ADDITIONS, METHODS
 from .sites import DEFAULT_TARGETS, above, matches, picked, stacks
 
 Names = dict[str, list[str]]  # path in the run -> canonical name of each of its layers, or its own
@@ -40,8 +40,11 @@ def trained(paths: list[str], model: ModelConfig, adapter: AdapterConfig) -> dic
             for path, own in names.items()
             if "/block/" in path and path.split("/")[-2] == "adapter" and path.split("/")[-1] in leaves
         }
+    if adapter.method in ADDITIONS:
+        ends = tuple(end for addition in ADDITIONS[adapter.method] for end in addition.trained)
+        return {path: np.ones(len(own), bool) for path, own in names.items() if f"/{path}".endswith(ends)}
     every = [name for own in names.values() for name in own]
-    if adapter.method != "selective":
+    if adapter.method in ("bitfit", "norms"):
         patterns = DEFAULT_TARGETS[adapter.method]
         every = [name for name in every if any(matches(name, pattern) for pattern in patterns)]
         if not every:
@@ -51,18 +54,23 @@ def trained(paths: list[str], model: ModelConfig, adapter: AdapterConfig) -> dic
     return {path: own for path, own in flags.items() if own.any()}
 
 
-def multipliers(model: ModelConfig, adapter: AdapterConfig) -> Callable[[str, Any], Any] | None:
+def multipliers(
+    model: ModelConfig, adapter: AdapterConfig, *, order: Sequence[int] | None = None
+) -> Callable[[str, Any], Any] | None:
     """(path, update) -> the update as `adapter` wants it; None where nothing is to be done to any.
 
-    LoRA+ takes larger steps along the second factor; layers of a stack that are not chosen take none.
+    LoRA+ takes larger steps along the second factor; layers of a stack that are not chosen take none. `order` says
+    which repeat stands at each place of the stacks, -1: none; by default they stand in order.
     """
-    if adapter.method in METHODS:
+    if adapter.method in METHODS | ADDITIONS:
         if adapter.ratio == 1:
             return None
         return lambda path, update: update * adapter.ratio if path.endswith("/adapter/b") else update
 
     def masked(path: str, update: jax.Array) -> jax.Array:
         flags = trained_layers(path, model, adapter)
+        if order is not None and "/block/" in path:
+            flags = np.array([repeat >= 0 and flags[repeat] for repeat in order])
         return (
             update if flags.all() else update * jnp.asarray(flags, update.dtype).reshape(-1, *[1] * (update.ndim - 1))
         )

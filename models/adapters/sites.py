@@ -119,7 +119,7 @@ def sites(model: ModelConfig, adapter: AdapterConfig) -> list[Site]:
 
 def strength(module: str, adapter: AdapterConfig) -> tuple[int, float]:
     """(rank, what multiplies the added map) of one module; methods without a rank have 1 and 1."""
-    if adapter.method == "ia3":
+    if adapter.method in ("ia3", "oft", "shira"):
         return 1, 1.0
     if adapter.method == "vera":
         return adapter.rank, 1.0

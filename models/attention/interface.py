@@ -46,6 +46,9 @@ class Mask:
             raise UserError(f"model.attention_softcap: {self.softcap} must be positive; use none for no cap")
 
 
+EVERY = -1  # the segment of a key that every document sees
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Where:
@@ -58,7 +61,7 @@ class Where:
     query_index: jax.Array | None = None  # [queries]
     key_index: jax.Array | None = None  # [keys]; given if and only if query_index is
     query_segments: jax.Array | None = None  # [batch, queries]; None is one document
-    key_segments: jax.Array | None = None  # [batch, keys]; a pair of different documents is invisible
+    key_segments: jax.Array | None = None  # [batch, keys]; a pair of different documents is invisible, but see EVERY
 
 
 class Implementation(NamedTuple):

@@ -8,7 +8,7 @@ Statistics are float32; matrix products take the inputs' type and accumulate in 
 import jax
 import jax.numpy as jnp
 
-from .interface import Mask
+from .interface import EVERY, Mask
 
 # Index of a key that only pads a block: past every query, hence invisible wherever there is an order.
 PADDING = jnp.iinfo(jnp.int32).max
@@ -55,7 +55,8 @@ def visible(mask: Mask, query_index, key_index, query_segments, key_segments, *,
         seen = jnp.broadcast_to(key_index[None, :] != PADDING, age.shape)
     seen = None if seen is None else seen[None]
     if query_segments is not None:
-        same = query_segments[:, :, None] == key_segments[:, None, :]
+        keys = key_segments[:, None, :]
+        same = (query_segments[:, :, None] == keys) | (keys == EVERY)
         seen = same if seen is None else seen & same
     return seen
 

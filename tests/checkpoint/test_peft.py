@@ -32,8 +32,19 @@ CASES = {
     "dora on fused maps": ("phi3", {"method": "dora", "rank": 3, "targets": ["q", "gate", "o"]}),
     "vera": ("llama3", {"method": "vera", "rank": 6, "targets": ["q", "v"]}),
     "ia3": ("llama3", {"method": "ia3"}),
+    "adalora": (
+        "llama3",
+        {"method": "adalora", "rank": 9, "alpha": 6.0, "targets": ["o", "down"]},
+    ),
+    "oft": ("llama3", {"method": "oft", "block": 4, "targets": ["q", "o", "down"]}),
+    "shira": ("llama3", {"method": "shira", "rank": 2, "targets": ["layers/1/attn/q", "o", "down"]}),
     "ia3 on fused maps": ("gpt2", {"method": "ia3"}),
+    "prefix": ("llama3", {"method": "prefix", "length": 3}),
+    "prompt": ("gpt2", {"method": "prompt", "length": 3}),
+    "p-tuning": ("llama3", {"method": "p-tuning", "length": 3}),
+    "tokens": ("llama3", {"method": "tokens", "tokens": [3, 17]}),
 }
+ELSEWHERE = ("prefix", "prompt", "p-tuning", "tokens")
 each_case = pytest.mark.parametrize(("name", "settings"), CASES.values(), ids=CASES)
 
 
@@ -82,6 +93,11 @@ def assert_same(one, other):
 @each_case
 def test_what_is_written_reads_back_as_the_same_function(name, settings, tmp_path):
     model, kind, adapter, tree = written(name, settings, tmp_path)
+    if settings["method"] in ELSEWHERE:
+        found = peft.read(tmp_path, model, kind=kind)
+        fresh = attach.started(read(FIXTURES / name)[1], model, found.adapter, jax.random.key(2))
+        assert_same(logits(model, found.adapter, peft.filled(fresh, found, model)), logits(model, adapter, tree))
+        return
     wanted = plain(model, adapter, tree)
     found = peft.read(tmp_path, model, kind=kind)
     _, weights = read(FIXTURES / name)
@@ -119,7 +135,7 @@ def test_what_an_adapter_asks_for_beyond_this_is_refused(tmp_path):
     config = json.loads((tmp_path / peft.CONFIG).read_text())
     tensors = load_file(tmp_path / peft.WEIGHTS)
     for changes, words in [
-        ({"peft_type": "LOHA"}, "LOHA matches nothing; there are IA3, LORA, VERA"),
+        ({"peft_type": "LOHA"}, "LOHA matches nothing; there are ADALORA, IA3, LORA, OFT, "),
         ({"bias": "all"}, "bias: 'all' is not supported"),
         ({"init_lora_weights": "pissa"}, "changes the base model too"),
     ]:
@@ -145,6 +161,11 @@ def library(name):
     return torch, found, model.eval()
 
 
+def answers(torch, model):
+    """Logits of the tokens, without those of virtual ones."""
+    return model(torch.from_numpy(TOKENS).long()).logits.numpy()[:, -TOKENS.shape[1] :]
+
+
 @each_case
 def test_peft_computes_the_same_with_our_files(name, settings, tmp_path):
     torch, library_of, base = library(name)
@@ -152,7 +173,7 @@ def test_peft_computes_the_same_with_our_files(name, settings, tmp_path):
     wanted = logits(own, adapter, tree)
     model = library_of.PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.no_grad():
-        assert_same(model(torch.from_numpy(TOKENS).long()).logits.numpy(), wanted)
+        assert_same(answers(torch, model), wanted)
 
 
 THEIRS = {
@@ -165,6 +186,17 @@ THEIRS = {
     ),
     "dora": ("gpt2", "LoraConfig", {"r": 3, "use_dora": True, "target_modules": ["c_attn"], "fan_in_fan_out": True}),
     "vera": ("llama3", "VeraConfig", {"r": 6, "target_modules": ["q_proj", "o_proj"]}),
+    "prefix": ("llama3", "PrefixTuningConfig", {"num_virtual_tokens": 4}),
+    "prompt": ("gpt2", "PromptTuningConfig", {"num_virtual_tokens": 4}),
+    "p-tuning": ("llama3", "PromptEncoderConfig", {"num_virtual_tokens": 4, "encoder_hidden_size": 8}),
+    "tokens": ("llama3", "TrainableTokensConfig", {"token_indices": [2, 9], "target_modules": ["embed_tokens"]}),
+    "adalora": (
+        "llama3",
+        "AdaLoraConfig",
+        {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 9, "target_modules": ["q_proj", "down_proj"]},
+    ),
+    "oft": ("llama3", "OFTConfig", {"oft_block_size": 4, "target_modules": ["q_proj", "down_proj"]}),
+    "shira": ("llama3", "ShiraConfig", {"r": 2, "target_modules": ["q_proj", "o_proj"]}),
     "ia3": ("phi3", "IA3Config", {"target_modules": ["qkv_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
 }
 
@@ -178,7 +210,7 @@ def test_pefts_own_files_compute_the_same_here(name, config, settings, tmp_path)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        wanted = model(torch.from_numpy(TOKENS).long()).logits.numpy()
+        wanted = answers(torch, model)
     model.save_pretrained(tmp_path)
     own, weights = read(FIXTURES / name)
     found = peft.read(tmp_path, own, kind=huggingface.format_kind(own))

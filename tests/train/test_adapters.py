@@ -16,7 +16,7 @@ from meshwright.configs.huggingface import config_json
 from meshwright.configs.load import validated
 from meshwright.models.decoder import initial_params
 from meshwright.parallel.hlo import collectives
-from meshwright.parallel.layout import canonical, from_canonical
+from meshwright.parallel.layout import canonical, from_canonical, rearranged
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.data.tokenizer import byte_tokenizer
 from meshwright.train.engines import fresh
@@ -39,10 +39,29 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vera", "ia3", "bitfit", "norms"])
+@pytest.mark.parametrize("method", ["vera", "ia3", "oft", "shira", "adalora", "bitfit", "norms"])
 def test_a_mesh_changes_nothing_for_any_method(method):
-    adapter, model = {"adapter": {"method": method}}, {"model": {"qkv_bias": True, "scan": False}}
+    more = {"oft": {"block": 4}, "shira": {"rank": 2}, "adalora": {"rank": 4, "budget": {"rank": 2}}}.get(method, {})
+    adapter, model = {"adapter": {"method": method, **more}}, {"model": {"qkv_bias": True, "scan": False}}
     assert_same(tiny(**adapter, **model), tiny(**adapter, **model, mesh=MESH), steps=3)
+
+
+AHEAD = {
+    "prefix": {"mesh": {"pipe": 2, "data": 2, "tensor": 2}, "microbatches": 2},
+    "prompt": {"mesh": MESH, "microbatches": 2, "memory": {"policy": "minimal"}},
+    "p-tuning": {"mesh": MESH},
+    "tokens": {"mesh": {"pipe": 2, "data": 2, "tensor": 2}, "microbatches": 2},
+    "serial": {"mesh": {"pipe": 2, "data": 2, "tensor": 2}, "microbatches": 2},
+    "mam": {"mesh": {"pipe": 2, "data": 2, "tensor": 2}, "microbatches": 2},
+}
+MORE = {"tokens": {"tokens": [1, 5, 9]}, "serial": {"rank": 4}, "mam": {"rank": 4, "length": 4}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "changes"), AHEAD.items(), ids=AHEAD)
+def test_a_mesh_changes_nothing_beside_linear_maps(method, changes):
+    adapter = {"method": method, **MORE.get(method, {"length": 4})}
+    assert_same(tiny(adapter=adapter), tiny(adapter=adapter, **changes), steps=3)
 
 
 @pytest.mark.parametrize(("settings", "changes"), SAME.values(), ids=SAME)
@@ -50,10 +69,20 @@ def test_a_mesh_changes_nothing(settings, changes):
     assert_same(tiny(**settings), tiny(**settings, **changes), steps=3)
 
 
-@pytest.mark.parametrize("method", ["dora", pytest.param("vera", marks=pytest.mark.slow)])
-def test_an_adapter_needs_no_permute(method):
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"method": "dora", "rank": 4},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in ({"method": "vera"}, {"method": "oft", "block": 4}, {"method": "shira", "rank": 2})
+        ),
+    ],
+    ids=lambda settings: settings["method"],
+)
+def test_an_adapter_needs_no_permute(adapter):
     """Inside a pipeline's stage one would never return; the plain model has none on this mesh either."""
-    config = tiny(mesh=MESH, adapter={"method": method, "rank": 4})
+    config = tiny(mesh=MESH, adapter=adapter)
     mesh = make_mesh(config.mesh)
     found = collectives(build(config, mesh).compiled_step().as_text(), mesh)
     assert found and not [one for one in found if one.kind == "collective-permute"]
@@ -124,6 +153,30 @@ def test_only_what_learns_moves():
     chosen = {name for name in found if name.startswith(("layers/1/mlp", "layers/0/attn/"))}
     assert moved == chosen | {"final_norm/scale"}
     assert any(name.startswith("layers/0/mlp") for name in found) and not any("embed/" in name for name in found)
+
+
+def test_only_what_learns_moves_in_any_order_of_a_pipeline():
+    """Layers stand as the stages of a V do, one chunk has an empty place, and the one that was chosen moves."""
+    config = tiny(
+        model={"layers": 5},
+        mesh={"pipe": 2},
+        microbatches=4,
+        pipeline={"schedule": "v-half"},
+        adapter={"method": "selective", "targets": ["layers/1/mlp/*"]},
+    )
+    program = build(config, make_mesh(config.mesh))
+    assert list(program.order) != sorted(program.order) and -1 in program.order
+
+    @jax.jit
+    def update():
+        ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), program.shapes.params)
+        made = program.optimizer.update(ones, program.optimizer.init(ones), ones)[0]
+        return rearranged({"params": made}, before=program.order, after=None)["params"]
+
+    found = canonical(update(), config.model)
+    assert {name for name, update in found.items() if np.any(update)} == {
+        name for name in found if name.startswith("layers/1/mlp/")
+    }
 
 
 def test_the_second_factor_takes_larger_steps():

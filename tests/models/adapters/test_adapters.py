@@ -22,6 +22,7 @@ MODEL = ModelConfig(
 SMALL = MODEL.model_copy(update={"layers": 3, "windows": (None,)})
 CASES = [(name, start) for name, method in METHODS.items() for start in method.starts]
 PATTERNS = {"rank": 6, "ranks": {"layers/[01]/*": 2, "o": 4}, "alphas": {"q": 3.0}, "rank_stabilized": True}
+MORE = {"lora": PATTERNS, "dora": PATTERNS, "adalora": {"rank": 9, "alpha": 6.0}, "oft": {"block": 4}}
 TOKENS = jnp.arange(24).reshape(2, 12)
 
 
@@ -56,7 +57,7 @@ def assert_close(one, other, tolerance=2e-5):
 
 @pytest.mark.parametrize(("method", "start"), CASES)
 def test_a_fresh_adapter_changes_nothing_and_a_merged_one_computes_the_same(method, start, weights):
-    more = PATTERNS if method in ("lora", "dora") else {}
+    more = MORE.get(method, {})
     targets = [f"layers/[02]/{name}" for name in ("attn/q", "attn/o", "mlp/down")]
     adapter = settings(method, start, targets=targets, **more)
 

@@ -1,0 +1,45 @@
+"""Prefix tuning: every layer has learned keys and values in front of every document. Source: arXiv:2101.00190.
+
+    attention over [prefix k; k], [prefix v; v]      prefix k, v [length, kv_heads, head_dim] in every layer
+
+They start as what the model itself makes of `length` tokens, drawn at random (section 7.4: better than random numbers),
+and are learned without the paper's reparametrization. Rotations are in them: tokens count their positions after them.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ...configs.adapter import AdapterConfig
+from ...configs.model import ModelConfig
+from ..context import Context
+from ..decoder import Params, graph
+from .interface import Addition, Leaves
+from .prompt import sampled
+
+
+class Prefix(nnx.Module):
+    """Keys and values of one layer."""
+
+    def __init__(self, leaves: Leaves):
+        self.k, self.v = nnx.Param(leaves["k"]), nnx.Param(leaves["v"])
+
+    def __call__(self) -> Leaves:
+        """What attention puts in front of its own."""
+        return {"k": self.k[...], "v": self.v[...]}
+
+
+def start(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
+    """Leaves [layers, length, kv_heads, head_dim] of every stack."""
+    decoder = nnx.merge(graph(model), weights)
+    entries = decoder.keys_and_values(
+        sampled(weights, model, adapter, key), Context(positions=jnp.zeros((1, 1), jnp.int32))
+    )
+    return {
+        f"segments/{segment}/{place}/block/attn/prefix": own
+        for segment, places in entries.items()
+        for place, own in enumerate(places)
+    }
+
+
+PREFIX = Addition(start, Prefix, trained=("/attn/prefix/k", "/attn/prefix/v"), ahead=True)

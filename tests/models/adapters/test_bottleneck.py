@@ -1,0 +1,96 @@
+"""Bottleneck adapters: nothing at first, then the papers' equations in the places they say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from meshwright.configs.adapter import AdapterConfig
+from meshwright.configs.model import ModelConfig
+from meshwright.models.adapters import attach
+from meshwright.models.context import Context
+from meshwright.models.decoder import graph, initial_params
+
+MODEL = ModelConfig(vocab=61, vocab_multiple=8, layers=3, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20, scan=False)
+CTX = Context(positions=jnp.broadcast_to(jnp.arange(12), (2, 12)))
+
+
+def trees(**settings):
+    """(adapter, plain weights, fresh tree, tree with every leaf that learns moved)."""
+    adapter = AdapterConfig(**settings)
+
+    def both():
+        base = initial_params(MODEL, jax.random.key(0))
+        return base, attach.started(base, MODEL, adapter, jax.random.key(1))
+
+    base, tree = jax.jit(both)()
+    params, frozen = (attach.flat(part) for part in attach.split(tree, MODEL, adapter))
+    random = np.random.default_rng(1)
+    moved = {path: leaf + 0.3 * random.normal(size=leaf.shape).astype(np.float32) for path, leaf in params.items()}
+    return adapter, base, tree, attach.nested(moved | frozen)
+
+
+def hidden(adapter, tree):
+    structure = graph(MODEL, attach.attached(MODEL, adapter))
+    return jax.jit(lambda tree: nnx.merge(structure, tree).hidden(jnp.arange(24).reshape(2, 12), CTX)[0])(tree)
+
+
+def assert_close(one, other):
+    np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max(), rtol=0)
+
+
+def layer(tree, number):
+    """One layer's block, from a plain or an adapted tree."""
+    return jax.tree.map(lambda leaf: leaf[number], tree["segments"]["0"]["0"]["block"])
+
+
+def added(own, read, scale):
+    own = {name: np.asarray(leaf) for name, leaf in own.items()}
+    return scale * (np.maximum(read @ own["down"] + own["down_bias"], 0) @ own["up"] + own["up_bias"])
+
+
+@pytest.mark.parametrize("method", ["serial", "parallel"])
+def test_a_block_computes_the_papers_equations(method):
+    adapter, base, fresh, moved = trees(method=method, rank=3, alpha=12.0)
+    assert_close(hidden(adapter, fresh), hidden(None, base))
+
+    def block(own, tree):
+        structure = graph(MODEL, attach.attached(MODEL, own))
+        found = nnx.split(nnx.merge(structure, tree).segments["0"]["0"].block)[0]
+        return nnx.merge(found, layer(tree, 1))
+
+    plain, whole = block(None, base), layer(moved, 1)
+    x = jax.random.normal(jax.random.key(2), (2, 12, 16))
+    y = plain.attn(plain.attn_norm(x), CTX)[0]
+    if method == "serial":
+        y = y + added(whole["attn"]["adapter"], y, 4.0)
+    middle = x + y
+    normed = plain.mlp_norm(middle)
+    y = plain.mlp(normed, CTX)
+    y = y + added(whole["mlp"]["adapter"], y if method == "serial" else normed, 4.0)
+    assert_close(block(adapter, moved)(x, CTX)[0], middle + y)
+
+
+def test_only_the_last_layers_have_one():
+    adapter, base, _, moved = trees(method="serial", rank=3, layers=1, targets=["attn"])
+    own = moved["segments"]["0"]["0"]["block"]
+    assert "adapter" not in own["mlp"] and own["attn"]["adapter"]["scale"][:, 0].tolist() == [0, 0, 1]
+    off = jax.tree.map(lambda leaf: leaf, moved)
+    scale = own["attn"]["adapter"]["scale"]
+    off["segments"]["0"]["0"]["block"]["attn"]["adapter"]["scale"] = 0 * scale
+    assert_close(hidden(adapter, off), hidden(None, base))
+
+
+def test_mix_and_match_is_a_prefix_and_a_parallel_adapter():
+    adapter, _, fresh, moved = trees(method="mam", rank=3, length=4)
+    params = attach.flat(attach.split(fresh, MODEL, adapter)[0])
+    block = "segments/0/0/block"
+    ends = [f"{block}/attn/prefix/k", f"{block}/attn/prefix/v"]
+    ends += [f"{block}/mlp/adapter/{name}" for name in ("down", "down_bias", "up", "up_bias")]
+    assert sorted(params) == sorted(ends)
+    prefix = AdapterConfig(method="prefix", length=4)
+    alone = attach.flat(fresh)
+    alone = attach.nested({path: leaf for path, leaf in alone.items() if "/mlp/adapter/" not in path})
+    assert_close(hidden(adapter, fresh), hidden(prefix, alone))
+    assert np.abs(hidden(adapter, moved) - hidden(adapter, fresh)).max() > 0.01
