@@ -15,7 +15,7 @@ from .islands import IslandsConfig, check_islands
 from .launch import LaunchConfig
 from .meshes import check_deterministic, check_meshes
 from .model import ModelConfig
-from .outer import OuterConfig, check_replicas
+from .outer import OuterConfig, check_replicas, check_routing
 from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
 from .privacy import PrivacyConfig, check_privacy
 from .quantization import QuantizationConfig, check_groups, check_quantization
@@ -181,6 +181,8 @@ def check_model_fits(model: ModelConfig, axes: dict[str, int], *, key: str) -> N
 
 def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
     """Raise ValueError where what is asked for cannot run in a pipeline. `train/staging.py` counts the layers."""
+    if config.outer is not None and config.outer.routing:
+        check_routing(pipe=axes["pipe"], replicas=axes["replica"], vocab_parallel=config.pipeline.vocab_parallel)
     if axes["pipe"] == 1:
         return
     if axes["replica"] > 1 and config.outer is not None and config.outer.name == "streaming":

@@ -72,6 +72,8 @@ def folded(function: Callable[[Any], Sums], parts: Any, *, count: int) -> Sums:
         new = jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(part)))
         return jax.lax.switch(trailing_ones(number), [landing(level) for level in range(len(slots))], slots, new)
 
+    if count == 1:  # the compiler knows what an index into one is, and would compile a loop over nothing new otherwise
+        parts = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), parts)
     shapes = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], parts))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     # The compiler must not know the number of turns: it would unroll a loop of one, and compile another program.

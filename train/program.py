@@ -27,18 +27,19 @@ from ..models.adapters.selection import multipliers
 from ..models.quantized.attach import dequantized
 from ..parallel.hlo import refuse_permute_under_conditional
 from ..parallel.layout import rearranged, run_shapes
-from ..parallel.lowcomm.bytes import Traffic, gathered_bytes, traffic
+from ..parallel.lowcomm.bytes import Traffic, gathered_bytes, routed, traffic
 from ..parallel.rules import batch_shardings, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState, combine
 from . import optimizers
 from .engines import Evaluate, divided, fresh, pipelined, structure, whole
 from .gradients import Engine
 from .islands import Island, island_of
+from .pipeline import routes
 from .private import noised
 from .recipes import registry
 from .replicas import Meet, Replicas, replicas_of
 from .staging import Staging, staging
-from .step import Step, make_step
+from .step import Step, make_step, nothing
 from .teaching import fresh_weights, teacher_of, without_teacher
 from .update import guarded, post_validated
 
@@ -257,12 +258,28 @@ class Program:
         """What each replica sends, and when; nothing in a run of one."""
         if not self.replicas:
             return ()
-        return traffic(
+        meetings = traffic(
             self.config.outer,
             self.array_shapes,
             layers=self.config.model.layers,
             replicas=self.replicas.count,
             collected=gathered_bytes if isinstance(self.replicas, Island) else None,
+        )
+        return (*meetings, self._routed()) if self.config.outer.routing and self.staging else meetings
+
+    def _routed(self) -> Traffic:
+        """What microbatches carry from replica to replica."""
+        table, config = self.staging.table, self.config
+        tokens = config.data.global_batch * config.data.sequence_length // self.replicas.count
+        of_token = config.model.embed * jnp.dtype(config.precision.compute).itemsize
+        keys = 8 * config.data.global_batch // self.replicas.count if drops(config) else 0
+        return routed(
+            ticks=table.ticks,
+            pipe=table.devices,
+            chunks=table.chunks,
+            replicas=self.replicas.count,
+            message=tokens // table.microbatches * of_token,
+            fields=tokens * sum(shape.dtype.itemsize for shape in self.batch_shapes.values()) + keys,
         )
 
     @cached_property
@@ -311,7 +328,17 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
         update = post_validated(optimizer, make(clip=optimizers.unclipped), clip=config.optimizer.clip)
     if config.privacy is not None:
         update = noised(update, config.privacy, rows=config.data.global_batch)
-    step = make_step(engines.train, update, schedule=schedule, dropout=drops(config), spike=config.logging.spike)
+    told = nothing
+    if staged is not None and config.outer is not None and config.outer.routing:
+        told = routes(config.seed, staged.table, replicas=config.mesh.replica)
+    step = make_step(
+        engines.train,
+        update,
+        schedule=schedule,
+        dropout=drops(config),
+        spike=config.logging.spike,
+        told=told,
+    )
     evaluate, measures = engines.evaluate, engines.measures
     several = island_of(config, mesh) if config.islands else replicas_of(config, mesh, count=replica_count)
     if several:

@@ -74,6 +74,12 @@ def make_loss(
     return loss
 
 
+def nothing(state: TrainState) -> dict[str, Any]:
+    """What an engine is told of the state besides: no more than a batch."""
+    del state
+    return {}
+
+
 def make_step(
     engine: Engine,
     update: Update,
@@ -81,12 +87,16 @@ def make_step(
     schedule: optax.Schedule,
     dropout: bool,
     spike: float | None,
+    told: Callable[[TrainState], dict[str, Any]] = nothing,
 ) -> Step:
-    """A pure step. No update is healthy that is not finite, or whose norm exceeds `spike` times the mean so far."""
+    """A pure step. No update is healthy that is not finite, or whose norm exceeds `spike` times the mean so far.
+
+    `told(state)` is what else the engine takes, by name.
+    """
 
     def step(state: TrainState, batch: Batch, first_row: Any = 0) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = row_keys(state, rows=first_row + jnp.arange(batch["tokens"].shape[0])) if dropout else None
-        sums = engine(state.params, state.frozen, batch, keys)
+        sums = engine(state.params, state.frozen, batch, keys, **told(state))
         weight = jnp.maximum(sums.weight, 1e-9)
         gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / weight, sums.gradient)
         norm = optax.global_norm(gradient)

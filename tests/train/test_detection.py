@@ -15,12 +15,12 @@ import pytest
 
 from meshwright.configs.elastic import ElasticConfig
 from meshwright.train.launch import links, local
+from meshwright.train.launch.decisions import Outcome
 from meshwright.train.launch.detection import WAIT, Observed, hanging, slow
 from meshwright.train.launch.engines import launch_here
 from meshwright.train.launch.job import Job
 from meshwright.train.launch.links import Links, collected, culprits, take_part
 from meshwright.train.launch.rendezvous import Server
-from meshwright.train.launch.supervisor import Outcome
 from meshwright.train.launch.telemetry import Telemetry
 from meshwright.train.report.heat import processes_section
 from meshwright.train.report.journal import read_events

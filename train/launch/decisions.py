@@ -30,6 +30,18 @@ class Failure:
     slot: int | None = None  # where the suspect was
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How an epoch ended."""
+
+    kind: str  # done | preempted | regroup | refused | failed
+    reason: str
+    reached: int = 0  # the highest step reported
+    suspect: int | None = None
+    detected: float = 0.0  # seconds from the last news of the suspect to this outcome
+    syndrome: str = ""  # of a hang: `hang, communication` or `hang, not communication`
+
+
 def gives_up(failures: Sequence[Failure], settings: ElasticConfig, *, now: float) -> bool:
     """Whether there were more failures than `restarts` within the window."""
     return sum(failure.time > now - settings.window for failure in failures) > settings.restarts

@@ -20,7 +20,7 @@ from typing import Protocol
 from ...configs.elastic import ElasticConfig
 from ...configs.errors import MeshwrightError, Preempted, UserError
 from ..report.journal import Journal
-from .decisions import Failure, Report, culprit, gives_up, patience, pause, struck, suspect
+from .decisions import Failure, Outcome, Report, culprit, gives_up, patience, pause, struck, suspect
 from .drain import drained
 from .fence import Fence, current
 from .formations import Formation, Team
@@ -62,18 +62,6 @@ class Stop(Protocol):
     """Whether somebody asked the supervisor itself to stop."""
 
     asked: bool
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an epoch ended."""
-
-    kind: str  # done | preempted | regroup | refused | failed
-    reason: str
-    reached: int = 0  # the highest step reported
-    suspect: int | None = None
-    detected: float = 0.0  # seconds from the last news of the suspect to this outcome
-    syndrome: str = ""  # of a hang: `hang, communication` or `hang, not communication`
 
 
 @dataclass

@@ -13,16 +13,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from .decisions import Outcome
 from .detection import WAIT, Diagnosis, Observed, hanging, slow, told
 from .links import Links, culprits
 from .rendezvous import Room
-
-if TYPE_CHECKING:
-    from .supervisor import Outcome
 
 FILE = "detection.json"
 RECENT, FEWEST = 16, 6  # steps that "recently" means; samples before anything is said
@@ -152,7 +150,7 @@ class Telemetry:
         told = {"time": time.time(), "epoch": self._epoch, "step": step, **asdict(diagnosis), "slots": slots}
         self.diagnoses.append(told)
 
-    def explained(self, outcome: "Outcome", *, now: float) -> "Outcome":
+    def explained(self, outcome: Outcome, *, now: float) -> Outcome:
         """The outcome of a hang with its syndrome, and the suspect that it points to."""
         diagnosis = hanging(self.seen(now))
         if diagnosis is not None and diagnosis.communication:
