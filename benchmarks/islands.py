@@ -34,6 +34,7 @@ def words(options: argparse.Namespace, row: str) -> list[str]:
     return [
         f"name={row}",
         f"steps={steps}",
+        f"optimizer.warmup_steps={min(20, steps // 2)}",
         f"islands={{bandwidth: {options.bandwidth}, latency: {options.latency}}}",
         "elastic={restarts: 1000, backoff: 0}",
         "checkpoint.every=50",

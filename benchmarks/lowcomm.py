@@ -2,12 +2,13 @@
 
 Every row trains the same model on the same tokens of the standard library's source, from the same seeds, with the same
 inner optimizer and global batch; rows differ in who meets whom, when, and in what format. Each run is a process of its
-own, one after another.
+own, one after another. The loss is that of all held-out documents: the first few, in order of their names, are mostly
+tables of codecs.
 
     meshwright bench lowcomm                                1000 updates, one seed: about half an hour on 2 cores
     meshwright bench lowcomm --seeds 3 --steps 4000 --every 30      closer to what the papers report
-    meshwright bench lowcomm --only data-parallel noloco-4
-    meshwright bench lowcomm --size tiny                    a look
+    meshwright bench lowcomm --only data-parallel streaming-4bit-2 --outer learning_rate=0.7 momentum=0.5
+    meshwright bench lowcomm --size tiny --steps 500        a look
 """
 
 import argparse
@@ -23,9 +24,11 @@ from . import islands
 
 STREAMING = {"name": "streaming", "fragments": 4, "overlap": 1, "mix": 0.5, "wire": "e3m0"}
 
-# Row -> (replicas, the section outer without `every`). NoLoCo meets twice as often, as in its paper.
+# Row -> (replicas, the section outer without `every`), by the papers' settings. NoLoCo meets twice as often, as in its
+# paper. local-sgd goes on from the plain mean: what is lost before any outer step.
 ROWS: dict[str, tuple[int, dict[str, Any] | None]] = {
     "data-parallel": (1, None),
+    "local-sgd-2": (2, {"name": "local-sgd"}),
     "diloco-2": (2, {"name": "diloco"}),
     "streaming-4bit-2": (2, STREAMING),
     "diloco-4": (4, {"name": "diloco"}),
@@ -40,30 +43,35 @@ SIZES = {
     ),
     "tiny": (
         "model={vocab: 512, layers: 4, embed: 64, heads: 4, kv_heads: 2, mlp: 176}",
-        "data={tokenizer: {vocab: 512}, sequence_length: 64, global_batch: 16}",
+        "data={tokenizer: {vocab: 512}, sequence_length: 64, global_batch: 32}",
     ),
 }
 BASE = (
     "model.scan=false",
-    "optimizer={name: adamw, learning_rate: 3.0e-3, schedule: cosine, warmup_steps: 50, decay_steps: null, clip: 1.0}",
     "checkpoint.every=0",
     "logging={every: 50, tensorboard: false, peak_tflops: 1}",
 )
 
 
-def words(row: str, *, seed: int, steps: int, every: int, size: str) -> list[str]:
-    """The words after `meshwright train quickstart` that make a run of `row`, meeting after `every` updates."""
-    replicas, outer = ROWS[row]
-    if outer:
-        outer = outer | {"every": max(every // 2, 1) if outer["name"] == "noloco" else every}
-    axis = "replica" if replicas > 1 else "data"
-    mesh = dict.fromkeys(("data", "fsdp", "tensor", "replica"), 1) | {axis: max(replicas, 2)}
+def words(
+    row: str, *, seed: int, steps: int, every: int, size: str, learning_rate: float, outer: dict[str, Any]
+) -> list[str]:
+    """The words after `meshwright train quickstart` that make a run of `row`, meeting after `every` updates.
+
+    `learning_rate` is the inner optimizer's; `outer` is put over the row's own.
+    """
+    replicas, own = ROWS[row]
+    if own:
+        own = own | {"every": max(every // 2, 1) if own["name"] == "noloco" else every} | outer
+    inner = {"name": "adamw", "learning_rate": learning_rate, "schedule": "cosine", "decay_steps": None, "clip": 1.0}
+    mesh = dict.fromkeys(("data", "fsdp", "tensor"), 1) | {"replica": replicas, "devices": replicas}
     return [
         f"seed={seed}",
         f"steps={steps}",
-        f"mesh={json.dumps(mesh | {'devices': None})}",
-        f"outer={json.dumps(outer)}",
-        f"evaluation={{every: {max(steps // 6, 1)}, batches: 40, prompts: []}}",
+        f"mesh={json.dumps(mesh)}",
+        f"outer={json.dumps(own)}",
+        f"optimizer={json.dumps(inner | {'warmup_steps': min(50, steps // 10)})}",
+        f"evaluation={{every: {max(steps // 4, 1)}, batches: null, prompts: []}}",
         *SIZES[size],
         *BASE,
     ]
@@ -123,15 +131,26 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--every", type=int, default=10, help="updates between meetings; NoLoCo's are half")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of the inner optimizer, in all rows")
+    parser.add_argument("--outer", nargs="+", default=[], metavar="KEY=VALUE", help="over every row's section outer")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--directory", type=Path, default=Path("."), help="where runs/ is made")
     parser.add_argument("--picture", type=Path, help="write the curves as an image")
     options = parser.parse_args(arguments)
+    outer = {key: json.loads(value) for key, _, value in (word.partition("=") for word in options.outer)}
     options.directory.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, Any]]] = {}
     for row in options.only:
         for seed in range(options.seeds):
-            given = words(row, seed=seed, steps=options.steps, every=options.every, size=options.size)
+            given = words(
+                row,
+                seed=seed,
+                steps=options.steps,
+                every=options.every,
+                size=options.size,
+                learning_rate=options.learning_rate,
+                outer=outer,
+            )
             made = measure(given, name=f"{options.size}-{row}-{seed}", directory=options.directory)
             results.setdefault(row, []).append(made)
             print(f"{row} seed {seed}: {json.dumps(made)}", flush=True)

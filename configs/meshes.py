@@ -56,8 +56,10 @@ def check_deterministic(config: "RunConfig", axes: Axes) -> None:
             f"{', '.join(others)}: elastic.deterministic adds gradients in one order where `data` is the only axis "
             "above 1; set it to false (meshes then agree to rounding), or use data alone"
         )
-    if config.recipe.name == "lrec":
-        raise ValueError("recipe.name: lrec is not computed in a fixed order; set elastic.deterministic to false")
+    if config.recipe.compares_words:
+        raise ValueError(
+            f"recipe.name: {config.recipe.name} is not computed in a fixed order; set elastic.deterministic to false"
+        )
     count, data = config.microbatches, axes["data"]
     own = count // data
     if count % data or (data > 1 and own & (own - 1)):

@@ -14,5 +14,7 @@ POLICY_TENSORS = (
 
 # What every batch holds: global arrays of shape [global_batch, sequence].
 BATCH_FIELDS = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
-# What some recipes read besides: what a row says of its example, log p of each target by the model before step 0.
-RECIPE_FIELDS = ("labels", "reference_logprobs")
+# What some recipes read besides: what a row says of its example, log p of each target by the model before step 0, and
+# the words that a teacher finds likeliest, [global_batch, sequence, recipe.top_k].
+RECIPE_FIELDS = ("labels", "reference_logprobs", "teacher_logprobs", "teacher_tokens")
+TOP_FIELDS = RECIPE_FIELDS[2:]

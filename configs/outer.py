@@ -19,7 +19,7 @@ RULES: dict[str, dict[str, Any]] = {
     "streaming": {"learning_rate": 0.4, "momentum": 0.9, "wire": "float32"}
     | {"fragments": 4, "order": "strided", "overlap": 1, "mix": 0.5},
     # arXiv:2506.10911; the consensus is the released code's
-    "noloco": {"learning_rate": 0.7, "momentum": 0.5, "consensus": 0.7, "wire": "float32"},
+    "noloco": {"learning_rate": 0.7, "momentum": 0.5, "consensus": 0.7, "wire": "float32"} | {"routing": False},
     "local-sgd": {"wire": "float32"},
     # arXiv:2502.12996, with DiLoCo's numbers
     "eager": {"learning_rate": 0.7, "momentum": 0.9, "wire": "float32"},
@@ -43,6 +43,8 @@ class OuterConfig(Section):
     """Of the outer step: Nesterov's, or NoLoCo's heavy ball; null: the rule's own."""
     consensus: float | None = Field(None, gt=0)
     """noloco: pull of a pair toward its mean (gamma)."""
+    routing: bool | None = None
+    """noloco: whether microbatches pass from a pipeline's stage to the next one's in a random replica."""
     rate: float | None = Field(None, gt=0, lt=1)
     """peer-average: share of the partner's parameters."""
     fragments: int | None = Field(None, ge=1)
@@ -122,6 +124,25 @@ def check_replicas(outer: OuterConfig | None, *, replicas: int, steps: int, laye
         )
     if outer.consensus is not None:
         check_consensus(outer.consensus, momentum=outer.momentum, replicas=replicas)
+
+
+def check_routing(*, pipe: int, replicas: int, vocab_parallel: int | None) -> None:
+    """Raise ValueError where microbatches cannot pass from one replica's stage to another's."""
+    if pipe == 1:
+        raise ValueError(
+            "outer.routing: true needs stages to pass between, and mesh.pipe is 1; raise it, or set outer.routing to "
+            "false"
+        )
+    if replicas & (replicas - 1):
+        raise ValueError(
+            f"outer.routing: true swaps replicas in pairs, which {replicas} are not made of; set mesh.replica to a "
+            "power of two, or outer.routing to false"
+        )
+    if vocab_parallel:
+        raise ValueError(
+            f"outer.routing: true beside pipeline.vocab_parallel ({vocab_parallel}), whose passes know a microbatch by "
+            "its replica; set one of them to false or 0"
+        )
 
 
 def check_consensus(consensus: float, *, momentum: float, replicas: int) -> None:

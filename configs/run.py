@@ -15,10 +15,11 @@ from .islands import IslandsConfig, check_islands
 from .launch import LaunchConfig
 from .meshes import check_deterministic, check_meshes
 from .model import ModelConfig
-from .outer import OuterConfig, check_replicas
+from .outer import OuterConfig, check_replicas, check_routing
 from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
+from .privacy import PrivacyConfig, check_privacy
 from .quantization import QuantizationConfig, check_groups, check_quantization
-from .recipe import RecipeConfig, check_recipe
+from .recipe import RecipeConfig, check_recipe, check_teacher
 from .training import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig
 
 
@@ -49,6 +50,8 @@ class RunConfig(Section):
     islands: IslandsConfig | None = None
     """Replicas that are jobs of their own and meet over a network, instead of `mesh.replica`; null: none."""
     recipe: RecipeConfig = RecipeConfig()
+    privacy: PrivacyConfig | None = None
+    """Bound what the weights may tell of any one row; null: nothing is promised."""
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -59,11 +62,15 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _tokenizer_of_the_model(cls, values: Any) -> Any:
-        """A model that comes from a directory brings its tokenizer."""
-        model, data = (values.get(key, {}) for key in ("model", "data")) if isinstance(values, dict) else ({}, {})
-        if not (isinstance(model, dict) and isinstance(data, dict) and model.get("from")) or "tokenizer" in data:
+        """A model that comes from a directory brings its tokenizer; one that does not has its teacher's."""
+        data = values.get("data", {}) if isinstance(values, dict) else None
+        if not isinstance(data, dict) or "tokenizer" in data:
             return values
-        return values | {"data": data | {"tokenizer": {"file": model["from"]}}}
+        for parent in (values, values.get("recipe", {})):
+            model = parent.get("model" if parent is values else "teacher") if isinstance(parent, dict) else None
+            if isinstance(model, dict) and model.get("from"):
+                return values | {"data": data | {"tokenizer": {"file": model["from"]}}}
+        return values
 
     @model_validator(mode="after")
     def _layers_that_learn_stand_apart(self) -> "RunConfig":
@@ -88,6 +95,7 @@ class RunConfig(Section):
         if self.model.attention == "cudnn" and self.mesh.platform == "cpu":
             raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
         check_recipe(self.recipe, self.data)
+        check_teacher(self.recipe, self.model, self.data)
         if self.adapter is not None and (self.adapter.layers or 0) > self.model.layers:
             raise ValueError(f"adapter.layers: {self.adapter.layers} exceeds model.layers ({self.model.layers})")
         if self.adapter is not None:
@@ -109,6 +117,11 @@ class RunConfig(Section):
         if self.evaluation.answers and any(one.format == "text" and one.prompt is None for one in self.data.sources):
             raise ValueError(
                 f"evaluation.answers: {self.evaluation.answers}, but texts without data.prompt ask nothing; set it to 0"
+            )
+        if self.recipe.name == "reward" and (self.evaluation.answers or self.evaluation.prompts):
+            raise ValueError(
+                "evaluation.answers, evaluation.prompts: recipe.name reward learns to score and not to write; set them "
+                "to 0 and []"
             )
         if self.evaluation.answers and not self.data.held_out:
             raise ValueError(f"evaluation.answers: {self.evaluation.answers} of none, data.held_out is 0; raise it")
@@ -191,7 +204,7 @@ def check_ahead(adapter: AdapterConfig, model: ModelConfig, *, tokens: int) -> N
 
 
 def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
-    """Raise ValueError where the model or the batch cannot be divided over mesh `axes` (axis -> size)."""
+    """Raise ValueError where the models or the batch cannot be divided over mesh `axes` (axis -> size)."""
     method = None if config.adapter is None else config.adapter.method
     for axis, methods, need in (("seq", AHEAD, "whole rows"), ("pipe", WHOLE, "all layers")):
         if method in methods and axes[axis] > 1:
@@ -200,16 +213,9 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
             )
     model, data = config.model, config.data
     tensor, seq = axes["tensor"], axes["seq"]
-    for key, size in (("heads", model.heads), ("mlp", model.mlp), ("vocab_multiple", model.vocab_multiple)):
-        if size % tensor:
-            raise ValueError(f"model.{key}: {size} is not divisible by mesh.tensor ({tensor}); change one of them")
-    if model.key_value_heads % tensor and tensor % model.key_value_heads:
-        raise ValueError(
-            f"model.kv_heads: {model.key_value_heads} and mesh.tensor ({tensor}): one must divide the other "
-            "(fewer key-value heads than devices are repeated)"
-        )
-    if model.embed % axes["fsdp"]:
-        raise ValueError(f"model.embed: {model.embed} is not divisible by mesh.fsdp ({axes['fsdp']})")
+    check_model_fits(model, axes, key="model")
+    if config.recipe.teacher is not None:
+        check_model_fits(config.recipe.teacher, axes, key="recipe.teacher")
     if config.elastic.deterministic:
         check_deterministic(config, axes)
     rows = {axis: axes[axis] for axis in ("replica", "data", "fsdp")} | {"microbatches": config.microbatches}
@@ -222,19 +228,39 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
             f"data.global_batch: {data.global_batch} is not divisible by {' x '.join(rows)} "
             f"({' x '.join(map(str, rows.values()))} = {math.prod(rows.values())})"
         )
+    if config.privacy is not None:
+        check_privacy(config, axes)
     check_sequence(config, axes)
     check_pipeline(config, axes)
     if seq > 1 and config.sequence.parallel == "ulysses":
-        kv_heads = max(model.key_value_heads // tensor, 1)
-        if kv_heads % seq:
-            raise ValueError(
-                f"sequence.parallel: ulysses splits {kv_heads} key-value heads (model.kv_heads / mesh.tensor) over "
-                f"mesh.seq ({seq}), which does not divide them; use all-gather or ring"
-            )
+        for key, one in (("model", model), ("recipe.teacher", config.recipe.teacher or model)):
+            kv_heads = max(one.key_value_heads // tensor, 1)
+            if kv_heads % seq:
+                raise ValueError(
+                    f"sequence.parallel: ulysses splits {kv_heads} key-value heads ({key}.kv_heads / mesh.tensor) over "
+                    f"mesh.seq ({seq}), which does not divide them; use all-gather or ring"
+                )
+
+
+def check_model_fits(model: ModelConfig, axes: dict[str, int], *, key: str) -> None:
+    """Raise ValueError where the model in section `key` cannot be divided over mesh `axes` (axis -> size)."""
+    tensor = axes["tensor"]
+    for name, size in (("heads", model.heads), ("mlp", model.mlp), ("vocab_multiple", model.vocab_multiple)):
+        if size % tensor:
+            raise ValueError(f"{key}.{name}: {size} is not divisible by mesh.tensor ({tensor}); change one of them")
+    if model.key_value_heads % tensor and tensor % model.key_value_heads:
+        raise ValueError(
+            f"{key}.kv_heads: {model.key_value_heads} and mesh.tensor ({tensor}): one must divide the other "
+            "(fewer key-value heads than devices are repeated)"
+        )
+    if model.embed % axes["fsdp"]:
+        raise ValueError(f"{key}.embed: {model.embed} is not divisible by mesh.fsdp ({axes['fsdp']})")
 
 
 def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
     """Raise ValueError where what is asked for cannot run in a pipeline. `train/staging.py` counts the layers."""
+    if config.outer is not None and config.outer.routing:
+        check_routing(pipe=axes["pipe"], replicas=axes["replica"], vocab_parallel=config.pipeline.vocab_parallel)
     if axes["pipe"] == 1:
         return
     if axes["replica"] > 1 and config.outer is not None and config.outer.name == "streaming":
@@ -247,8 +273,15 @@ def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
             f"pipeline.post_validation: true would make the {axes['replica']} replicas wait for each other's norms in "
             "every step; set it to false, or mesh.replica to 1"
         )
-    if config.recipe.name == "lrec":
-        raise ValueError("recipe.name: lrec runs two models, which a pipeline has no place for; leave mesh.pipe at 1")
+    if config.recipe.compares_words:
+        raise ValueError(
+            f"recipe.name: {config.recipe.name} compares all words of two models, which no stage of a pipeline has; "
+            "leave mesh.pipe at 1"
+        )
+    if config.recipe.name == "reward":
+        raise ValueError(
+            "recipe.name: reward has a score in the head's place, which no stage has; leave mesh.pipe at 1"
+        )
     if len(config.model.segments) > 1:
         pattern = len(config.model.windows)
         raise ValueError(

@@ -4,6 +4,7 @@ NAMES = {
     "embed/embedding": ("vocab", "embed"),
     "embed/positions": (None, "embed"),
     "head/kernel": ("embed", "vocab"),
+    "score/kernel": ("embed", None),
     "attn/q/kernel": ("embed", "heads", "head_dim"),
     "attn/k/kernel": ("embed", "kv_heads", "head_dim"),
     "attn/v/kernel": ("embed", "kv_heads", "head_dim"),

@@ -7,7 +7,8 @@ float32. With several chunks logits exist for one slice of the sequence at a tim
 Source: Megatron-LM, arXiv:1909.08053, section 3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,26 +53,62 @@ def token_logprobs(
 
     Columns at and beyond `vocab` are padding. `chunks` must divide each device's part of the sequence.
     """
+    head = Head(hidden, kernel, softcap)
+    return over_tokens(target_logprobs, (head,), (targets,), vocab=vocab, chunks=chunks, constrain=constrain)
+
+
+def target_logprobs(scores: jax.Array, targets: jax.Array) -> jax.Array:
+    """log p(targets) [..., tokens], from scores [..., tokens, padded_vocab]."""
+    # Not take_along_axis: a gather along the sharded dimension would collect the logits first.
+    target = jnp.where(jnp.arange(scores.shape[-1]) == targets[..., None], scores, 0).sum(axis=-1)
+    return target - jax.nn.logsumexp(scores, axis=-1)
+
+
+class Head(NamedTuple):
+    """What a model's logits are made of."""
+
+    hidden: jax.Array  # [batch, sequence, embed]
+    kernel: jax.Array  # [embed, padded_vocab]
+    softcap: float | None = None
+
+
+def over_tokens(
+    function: Callable[..., Any],
+    heads: Sequence[Head],
+    fields: Sequence[jax.Array],
+    *,
+    vocab: int,
+    chunks: int,
+    constrain: Constrain,
+) -> Any:
+    """`function(*scores, *fields)` of every token, in as many `chunks`: [batch, sequence, ...].
+
+    It is given scores [..., tokens, padded_vocab] of each head and parts [..., tokens, ...] of `fields` [batch,
+    sequence, ...], and gives arrays [..., tokens, ...].
+    """
     shards = cuts("batch"), cuts("sequence")
-    # One copy of the kernel a shard: gathered once before the loop over chunks, its gradient reduced once after it.
+    names = ("batch", "sequence", None, "vocab")
+    # One copy of a kernel a shard: gathered once before the loop over chunks, its gradient reduced once after it.
     # With a single kernel the partitioner does both in every chunk.
-    copies = jnp.broadcast_to(kernel, (*shards, *kernel.shape))
-    copies = constrain(copies, ("batch", "sequence", None, "vocab"))
+    kernels = [constrain(jnp.broadcast_to(head.kernel, (*shards, *head.kernel.shape)), names) for head in heads]
 
-    def one(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        hidden = constrain(hidden, ("batch", "sequence", None, None, None))
-        tokens = hidden.reshape(*shards, -1, hidden.shape[-1])  # one flat product a device
-        scores = constrain(product(tokens, copies), ("batch", "sequence", None, "vocab"))
-        scores = finished(scores, vocab=vocab, softcap=softcap)
-        # Not take_along_axis: a gather along the sharded dimension would collect the logits first.
-        wanted = targets.reshape(*shards, -1, 1)
-        target = jnp.where(jnp.arange(scores.shape[-1]) == wanted, scores, 0).sum(axis=-1)
-        return (target - jax.nn.logsumexp(scores, axis=-1)).reshape(targets.shape)
+    def one(hiddens: list[jax.Array], fields: list[jax.Array]) -> Any:
+        scores = []
+        for hidden, head, copies in zip(hiddens, heads, kernels, strict=True):
+            hidden = constrain(hidden, ("batch", "sequence", None, None, None))
+            tokens = hidden.reshape(*shards, -1, hidden.shape[-1])  # one flat product a device
+            scores.append(finished(constrain(product(tokens, copies), names), vocab=vocab, softcap=head.softcap))
+        rows = hiddens[0].shape[:-1]
+        found = function(*scores, *(field.reshape(*shards, -1, *field.shape[4:]) for field in fields))
+        return jax.tree.map(lambda x: x.reshape(*rows, *x.shape[3:]), found)
 
-    parts = [cut(x, shards=shards, chunks=chunks) for x in (hidden, targets)]
+    parts = [[cut(x, shards=shards, chunks=chunks) for x in some] for some in ([h.hidden for h in heads], fields)]
+    shape = heads[0].hidden.shape[:2]
     if chunks == 1:
-        return joined(one(*(part[0] for part in parts))[None], shape=targets.shape)
-    return joined(jax.lax.map(lambda pair: jax.checkpoint(one)(*pair), tuple(parts)), shape=targets.shape)
+        found = jax.tree.map(lambda x: x[None], one(*([part[0] for part in some] for some in parts)))
+    else:
+        found = jax.lax.map(lambda pair: jax.checkpoint(one)(*pair), tuple(parts))
+    return jax.tree.map(lambda x: joined(x, shape=shape), found)
 
 
 def product(tokens: jax.Array, copies: jax.Array) -> jax.Array:
@@ -93,8 +130,8 @@ def cut(x: jax.Array, *, shards: tuple[int, int], chunks: int) -> jax.Array:
 
 
 def joined(parts: jax.Array, *, shape: tuple[int, int]) -> jax.Array:
-    """The inverse of `cut`: parts [chunks, batch shard, sequence shard, rows, tokens] -> `shape` [batch, sequence]."""
-    return parts.transpose(1, 3, 2, 4, 0).reshape(shape)
+    """The inverse of `cut`: parts [chunks, batch shard, sequence shard, rows, tokens, ...] -> [*shape, ...]."""
+    return parts.transpose(1, 3, 2, 4, 0, *range(5, parts.ndim)).reshape(*shape, *parts.shape[5:])
 
 
 def logits(

@@ -41,6 +41,7 @@ def batches(config: RunConfig, steps: int) -> list[dict[str, np.ndarray]]:
     """Random packed batches: documents of uneven length, padding, uneven weights; the same for every mesh."""
     random = np.random.default_rng(0)
     shape = (config.data.global_batch, config.data.sequence_length)
+    told = functools.partial(noted, vocab=config.model.vocab, top_k=config.recipe.top_k or 1)
     return [told(packed(random, shape, vocab=config.model.vocab)) for _ in range(steps)]
 
 
@@ -59,12 +60,15 @@ def packed(random: np.random.Generator, shape: tuple[int, int], *, vocab: int) -
     }
 
 
-def told(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def noted(batch: dict[str, np.ndarray], *, vocab: int, top_k: int) -> dict[str, np.ndarray]:
     """The batch with what some recipes read besides."""
     random, shape = np.random.default_rng(1), batch["tokens"].shape
     labels = np.where(random.random((shape[0], 1)) < 0.5, 1.0, -1.0) * (batch["segment_ids"] > 0)
     reference = -4.0 - random.random(shape)
-    return batch | {"labels": labels.astype(np.float32), "reference_logprobs": reference.astype(np.float32)}
+    words = np.argsort(random.random((*shape, vocab)), axis=-1)[..., :top_k].astype(np.int32)
+    likely = np.sort(random.dirichlet(np.ones(top_k + 1), shape)[..., :top_k])[..., ::-1]
+    fields = {"labels": labels, "reference_logprobs": reference, "teacher_logprobs": np.log(likely)}
+    return batch | {"teacher_tokens": words} | {name: field.astype(np.float32) for name, field in fields.items()}
 
 
 def trajectory(config: RunConfig, *, steps: int = 5) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:

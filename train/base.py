@@ -18,7 +18,7 @@ from ..checkpoint.storage import Storage
 from ..configs.errors import UserError
 from ..parallel.state import TrainState
 from .program import Program
-from .repair import without_teacher
+from .teaching import without_teacher
 
 DIRECTORY = "base"
 

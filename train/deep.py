@@ -9,9 +9,9 @@ from ..configs.run import RunConfig
 from ..parallel.mesh import make_mesh
 from . import environment
 from .data import assemble
-from .engines import fresh
 from .launch.world import World
 from .program import Program, build
+from .teaching import check_teacher, fresh_weights
 
 
 def prepared(config: RunConfig) -> Program:
@@ -22,10 +22,12 @@ def prepared(config: RunConfig) -> Program:
 
 def check(config: RunConfig) -> None:
     """Open the data, trace the step and shard every array. Raises UserError at the first thing wrong."""
-    assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
+    data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
+    check_teacher(config, data.tokenizer)
     program = prepared(config)
-    if config.model.origin is not None:
-        huggingface.check(config.model.origin, config.model, shapes=jax.eval_shape(partial(fresh, config)))
+    for model in (config.model, config.recipe.teacher or config.model):
+        if model.origin is not None:
+            huggingface.check(model.origin, model, shapes=jax.eval_shape(partial(fresh_weights, model, config)))
     with jax.set_mesh(program.mesh):
         jax.eval_shape(program.step, program.shapes, program.batch_shapes)
     jax.tree.leaves(program.shardings)

@@ -5,7 +5,7 @@ sums = engines.train(params, frozen, batch, keys)
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,8 +17,10 @@ from ..configs.run import RunConfig
 from ..memory import policy
 from ..models.adapters.attach import attached, split, started
 from ..models.context import Context, flat_linear, linear, unconstrained
-from ..models.decoder import Decoder, graph, initial_params
+from ..models.decoder import Decoder, graph
 from ..models.quantized.attach import put, quantized, reading
+from ..models.score import Score
+from ..models.score import started as score
 from ..parallel.attention import sharded_attention, token_order
 from ..parallel.pipeline.parts import Parts
 from ..parallel.pipeline.table import Table
@@ -29,46 +31,66 @@ from ..parallel.vocabulary import lookup
 from . import pipeline
 from .deterministic import in_fixed_order
 from .gradients import Batch, Engine, accumulated, plain
+from .private import make_norms, private
+from .recipes import interface as recipes
 from .recipes.registry import RECIPES
-from .repair import repair_loss, without_teacher
 from .staging import Staging
-from .step import make_logprobs, make_loss
+from .step import make_logprobs, make_loss, make_scores
+from .teaching import acceptance, fresh_weights, taught_loss, teacher_of, with_teacher, without_teacher
+
+Evaluate = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
 
 
 class Engines(NamedTuple):
     """What is computed of a batch: gradients to train, sums to evaluate."""
 
     train: Engine
-    evaluate: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
+    evaluate: Evaluate
+    measures: Mapping[str, Evaluate] = {}  # what else is told of held-out text
 
 
 def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     """Every device computes with all layers."""
-    recipe = RECIPES[config.recipe.name].loss(config.recipe)
+    kind = RECIPES[config.recipe.name]
+    recipe, measures = kind.loss(config.recipe), kind.measures
     told = partial(context, config, mesh)
-    loss = make_loss(target_logprobs(config, graph, told), recipe)
-    learned = loss
-    if config.recipe.name == "lrec":
-        learned = repair_loss(graph, model=config.model, memory=config.memory, context=told)
+    values = make_scores if kind.scored else partial(target_logprobs, config)
+    loss = make_loss(values(graph, context=told), recipe, measures)
+    learned = taught_loss(config, graph, told=told) if config.recipe.compares_words else loss
 
     def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         numerator, (weight, _) = loss(params, without_teacher(frozen), batch, None)
         return numerator, weight
 
+    further = {name: measured(values(graph, context=told), measure) for name, measure in measures.items()}
+    if teacher_of(config) is not None:
+        further["acceptance"] = acceptance(config, graph, told=told)
     dtype = jnp.dtype(config.precision.gradients)
+    if config.privacy is not None:
+        free = partial(context_alone, config, mesh)
+        norms = make_norms(graph, recipe, model=config.model, adapter=config.adapter, alone=free)
+        clipped = private(
+            values(graph, context=told), recipe, squared_norms=norms, clip=config.privacy.clip, dtype=dtype
+        )
+        return Engines(accumulated(clipped, microbatches=config.microbatches), evaluate, further)
     if config.elastic.deterministic:
-        alone = make_loss(target_logprobs(config, graph, partial(context_alone, config, mesh)), recipe)
+        alone = make_loss(values(graph, context=partial(context_alone, config, mesh)), recipe, measures)
         fixed = in_fixed_order(plain(alone, dtype=dtype), mesh=mesh, microbatches=config.microbatches)
-        return Engines(fixed, evaluate)
-    return Engines(accumulated(plain(learned, dtype=dtype), microbatches=config.microbatches), evaluate)
+        return Engines(fixed, evaluate, further)
+    return Engines(accumulated(plain(learned, dtype=dtype), microbatches=config.microbatches), evaluate, further)
 
 
-def target_logprobs(config: RunConfig, graph: Any, told: Callable[..., Context]) -> Callable[..., jax.Array]:
+def measured(values: Callable[..., jax.Array], measure: recipes.Loss) -> Evaluate:
+    """A measure of what `values` says, by parameters."""
+    return lambda params, frozen, batch: measure(values(params, frozen, batch, None), batch)
+
+
+def target_logprobs(config: RunConfig, graph: Any, context: Callable[..., Context]) -> Callable[..., jax.Array]:
     """(params, frozen, batch, keys) -> log p of each target [rows, sequence], where all layers are at hand.
 
-    `told(batch, keys)` is the context of the blocks.
+    `context(batch, keys)` is what the blocks are told.
     """
-    return make_logprobs(graph, model=config.model, memory=config.memory, context=told)
+    return make_logprobs(graph, model=config.model, memory=config.memory, context=context)
 
 
 def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> Engines:
@@ -114,7 +136,7 @@ def parts(config: RunConfig, mesh: Mesh, graph: Any) -> Parts:
 
 def fresh(config: RunConfig) -> Any:
     """Random weights of the whole model, by the seed."""
-    return initial_params(config.model, jax.random.key(config.seed), jnp.dtype(config.precision.parameters))
+    return fresh_weights(config.model, config)
 
 
 def structure(config: RunConfig) -> Any:
@@ -127,19 +149,26 @@ def structure(config: RunConfig) -> Any:
     def all_of_it(decoder: Decoder) -> None:
         adapters(decoder)
         kernels(decoder)
+        if RECIPES[config.recipe.name].scored:
+            decoder.score = Score(config.model.embed)
 
     return graph(config.model, all_of_it)
 
 
-def divided(config: RunConfig, weights: Any) -> tuple[Any, Any]:
-    """(what is trained, what is not) of the model that starts from `weights`: adapters added, the rest quantized."""
+def divided(config: RunConfig, weights: Any, teacher: Any = None) -> tuple[Any, Any]:
+    """(what is trained, what is not) of the model that starts from `weights`: adapters added, the rest quantized.
+
+    `teacher` are the weights of a teacher from elsewhere; None: for shapes alone, where there is one.
+    """
     given = weights
     if config.adapter is not None:
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
         given = started(weights, config.model, config.adapter, key, read=reading(config.quantization))
     params, frozen = split(given, config.model, config.adapter)
+    if RECIPES[config.recipe.name].scored:
+        params = params | {"score": score(config.model.embed, jax.random.fold_in(jax.random.key(config.seed), 3))}
     frozen = quantized(frozen, config.model, config.quantization)
-    return params, frozen | ({"teacher": weights} if config.recipe.name == "lrec" else {})
+    return params, with_teacher(frozen, config, own=weights, given=teacher)
 
 
 def context_alone(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:

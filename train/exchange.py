@@ -14,6 +14,7 @@ from ..configs.load import validated
 from ..configs.model import ModelConfig
 from ..models.adapters.attach import merged, split
 from ..models.hf.files import COMPANIONS, copy_companions
+from ..models.hf.names import SCORED
 from ..parallel.mesh import make_mesh
 from ..parallel.state import combine
 from . import environment
@@ -81,10 +82,22 @@ def export_run(run: Path, target: Path, *, limit: int) -> list[str]:
         config.model, positions=max(config.data.sequence_length, made_for(config.model) or 0), dtype=dtype
     )
     tree |= token_ids(run)
+    if "score" in params:
+        params = {name: part for name, part in params.items() if name != "head"}
+        tree |= scoring(tree["model_type"])
     target.mkdir(parents=True, exist_ok=True)
     files = huggingface.write(params, config.model, target, kind=tree["model_type"], limit=limit)
     (target / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     return ["config.json", *(file.name for file in files), *copy_companions(run, target, names=COMPANIONS)]
+
+
+def scoring(kind: str) -> dict[str, Any]:
+    """What config.json says of a model of `kind` that scores. Raises UserError where transformers has none."""
+    if kind not in SCORED:
+        raise UserError(
+            f"recipe.name: reward made a model of format {kind}, and transformers scores only with {', '.join(SCORED)}"
+        )
+    return {"architectures": [SCORED[kind]], "id2label": {"0": "score"}, "label2id": {"score": 0}}
 
 
 def export_adapter(run: Path, target: Path) -> list[str]:
@@ -97,6 +110,11 @@ def export_adapter(run: Path, target: Path) -> list[str]:
     config = read(run, [])
     if config.adapter is None:
         raise UserError(f"adapter: {run} has none, it trained the whole model; use `meshwright checkpoint export`")
+    if config.recipe.name == "reward":
+        raise UserError(
+            f"recipe.name: reward trained a score beside the adapter of {run}, and its file has no place for one; "
+            "use `meshwright checkpoint export`, which merges it"
+        )
     if config.quantization is not None and config.adapter.start != "zero":
         raise UserError(
             f"adapter.start: {config.adapter.start} with quantization: the adapter belongs to a base that only this "

@@ -12,7 +12,7 @@ from ..parallel.attention import token_order
 from ..parallel.rules import batch_shardings
 from .islands import Island
 from .program import Program
-from .recipes.registry import RECIPES
+from .recipes import registry
 
 
 def local_rows(config: RunConfig, mesh: Mesh) -> slice:
@@ -68,5 +68,5 @@ def to_devices(
 
         return jax.make_array_from_callback((*shape, *rows.shape[2:]), sharding, part)
 
-    wanted = batch_shardings(mesh, RECIPES[config.recipe.name].fields if fields is None else fields)
+    wanted = batch_shardings(mesh, registry.fields(config.recipe) if fields is None else fields)
     return {field: place(field, sharding) for field, sharding in wanted.items()}

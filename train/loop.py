@@ -7,7 +7,7 @@ The metrics of a step are read while the next one runs.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ class Loop:
     progress: Progress
     meter: Meter
     told: Telling
+    spent: Callable[[int], dict[str, float]]  # of a private run, after a step
 
     def run(self, state: TrainState, start: int) -> TrainState:
         """From update `start` to the last, saved and evaluated. Raises Preempted, the state saved, where asked to."""
@@ -168,7 +169,7 @@ class Loop:
         metrics = on_host(arrays)  # waits for the device
         self.ledger.applied(step)
         with self.meter.host():
-            metrics |= self.meter.lap() | self.saving.row()
+            metrics |= self.meter.lap() | self.saving.row() | self.spent(step)
             if self.meetings:
                 metrics |= self.meetings.measured(step)
             elif self.program.traffic:

@@ -19,10 +19,12 @@ from ..models.rope import rotations
 from ..parallel.pipeline.engine import pipelined
 from ..parallel.pipeline.equations import traced
 from ..parallel.pipeline.parts import Parts, Row, Weights
+from ..parallel.pipeline.routing import drawn
 from ..parallel.pipeline.split import depending_on
+from ..parallel.pipeline.table import Table
 from ..parallel.pipeline.wiring import Wiring, rows_of
 from ..parallel.rules import path_name
-from ..parallel.state import combine
+from ..parallel.state import TrainState, combine
 from ..parallel.vocabulary import Constrain, lookup, token_logprobs
 from .gradients import Batch, Engine, Sums
 from .recipes import interface as recipes
@@ -127,16 +129,29 @@ def make_engine(
 ) -> Engine:
     """The pipelined gradient engine: like the plain one, over parameters in the pipeline's layout.
 
-    `rows` are run instead of the table's where they are given (`op_times.py`).
+    `rows` are run instead of the table's where they are given (`op_times.py`); `shifts` send microbatches through
+    replicas (`parallel/pipeline/routing.py`).
     """
     run = pipelined(parts, wiring, repeats=repeats, mesh=mesh, zero=zero, dtype=dtype)
 
-    def engine(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None, rows: Row | None = None) -> Sums:
+    def engine(
+        params: Any, frozen: Any, batch: Batch, keys: jax.Array | None, rows: Row | None = None, shifts: Any = None
+    ) -> Sums:
         weights, fixed = (cut(cast(tree, compute)) for tree in (params, frozen))
-        loss, weight, gradient = run(weights, fixed, batch, keys, rows_of(wiring) if rows is None else rows)
+        loss, weight, gradient = run(weights, fixed, batch, keys, rows_of(wiring) if rows is None else rows, shifts)
         return Sums(loss, weight, joined(gradient) if wiring.trains else (), {})
 
     return engine
+
+
+def routes(seed: int, table: Table, *, replicas: int) -> Callable[[TrainState], dict[str, jax.Array]]:
+    """What the engine is told so that microbatches pass through all replicas: other ways in every update."""
+
+    def told(state: TrainState) -> dict[str, jax.Array]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 3), state.step)  # 1: dropout, 2: adapters
+        return {"shifts": drawn(key, microbatches=table.microbatches, stages=table.stages, replicas=replicas)}
+
+    return told
 
 
 def weighed(engine: Engine, recipe: recipes.Loss) -> Engine:

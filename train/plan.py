@@ -19,6 +19,7 @@ from rich.table import Table
 from ..configs.adapter import ELEMENTS
 from ..configs.parallel import MeshConfig, PipelineConfig
 from ..configs.quantization import BITS, QuantizationConfig
+from ..configs.run import RunConfig
 from ..memory.trace import matmul_flops
 from ..models.flops import flops_per_token
 from ..parallel.hlo import bytes_by_axes, collectives
@@ -27,6 +28,7 @@ from ..parallel.mesh import make_mesh
 from ..parallel.rules import path_name
 from .program import Program, build
 from .replicas import Replicas
+from .teaching import teacher_of
 
 LARGEST = 8  # arrays shown
 DENSE = (*ELEMENTS, "shira")  # adapters that make the gradient of whole weights
@@ -57,19 +59,23 @@ def storage_plan(program: Program) -> dict[str, Any]:
         )
     ]
     state = [array for array in arrays if array["name"].startswith(("opt_state/", "outer/"))]
-    weights = [array for array in arrays if array not in state]
-    data = program.config.data
+    weights = [array for array in arrays if array not in state and not array["name"].startswith("frozen/teacher/")]
     replicas = program.replicas.count if isinstance(program.replicas, Replicas) else 1
-    adapter = program.config.adapter
     return {
         "parameters": {"count": count(weights, program.config.quantization) // replicas, **totals(weights)},
         "optimizer": totals(state),
         "arrays": [{key: value for key, value in array.items() if key != "bytes"} for array in arrays],
         "mesh": dict(program.mesh.shape),
-        "model_flops_per_token": flops_per_token(
-            program.config.model, data.sequence_length, frozen=adapter is not None and adapter.method not in DENSE
-        ),
+        "model_flops_per_token": training_flops(program.config),
     } | outer_plan(program)
+
+
+def training_flops(config: RunConfig) -> float:
+    """FLOPs of a token in a step, the forward pass of a teacher that stands beside the model included."""
+    length, teacher = config.data.sequence_length, teacher_of(config)
+    frozen = config.adapter is not None and config.adapter.method not in DENSE
+    own = flops_per_token(config.model, length, frozen=frozen)
+    return own if teacher is None else own + flops_per_token(teacher, length) / 3
 
 
 def count(weights: list[dict[str, Any]], quantization: QuantizationConfig | None) -> int:

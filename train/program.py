@@ -7,7 +7,7 @@ state, metrics = step(state, batch)
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -19,33 +19,33 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..checkpoint import huggingface
 from ..checkpoint.layouts import Layout, layout_of
-from ..configs.adapter import ELEMENTS
 from ..configs.errors import UserError
-from ..configs.names import BATCH_FIELDS, RECIPE_FIELDS
+from ..configs.model import ModelConfig
+from ..configs.names import BATCH_FIELDS, RECIPE_FIELDS, TOP_FIELDS
 from ..configs.run import RunConfig
-from ..models.adapters.selection import multipliers
-from ..models.adapters.sites import sites
 from ..models.quantized.attach import dequantized
 from ..parallel.hlo import refuse_permute_under_conditional
 from ..parallel.layout import rearranged, run_shapes
-from ..parallel.lowcomm.bytes import Traffic, gathered_bytes, traffic
+from ..parallel.lowcomm.bytes import Traffic, gathered_bytes, routed, traffic
 from ..parallel.rules import batch_shardings, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState, combine
 from . import optimizers
-from .elements import elementwise
-from .engines import divided, fresh, pipelined, structure, whole
-from .gradients import Batch, Engine
+from .engines import Evaluate, divided, fresh, pipelined, structure, whole
+from .gradients import Engine
 from .islands import Island, island_of
-from .ranks import allocated
-from .recipes.registry import RECIPES
-from .repair import without_teacher
+from .optimizing import optimizer_maker
+from .pipeline import routes
+from .private import noised
+from .recipes import registry
 from .replicas import Meet, Replicas, replicas_of
 from .staging import Staging, staging
-from .step import Step, make_step
+from .step import Step, make_step, nothing
+from .teaching import fresh_weights, teacher_of, without_teacher
 from .update import guarded, post_validated
 
-# Dtypes of a batch's fields; all are [global_batch, sequence].
+# Dtypes of a batch's fields.
 BATCH_DTYPES = dict.fromkeys(BATCH_FIELDS, jnp.int32) | dict.fromkeys(("loss_weights", *RECIPE_FIELDS), jnp.float32)
+BATCH_DTYPES |= {"teacher_tokens": jnp.int32}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Program:
     optimizer: optax.GradientTransformation
     gradients: Engine  # (params, frozen, batch, keys) -> sums
     step: Step  # (state, batch) -> (state, metrics)
-    evaluate: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
+    evaluate: Evaluate
+    measures: Mapping[str, Evaluate]  # what else is told of held-out text, likewise
     staging: Staging | None = None  # where the layers stand in a pipeline; None without one
     replicas: Replicas | Island | None = None  # where several train by themselves: here, or one of them here
 
@@ -75,15 +76,15 @@ class Program:
         several = ("params", "opt_state", *(["outer"] if self.replicas.outer.per_replica else []))
         return layout_of(self.config.model, self.order, replicas=self.replicas.count, several=several)
 
-    def initial(self, weights: Any = None) -> TrainState:
-        """The state before step 0, as a pure function of the seed and of the `weights` it starts from, if any."""
-        one = self._one(weights)
+    def initial(self, weights: Any = None, teacher: Any = None) -> TrainState:
+        """The state before step 0, as a pure function of the seed, the `weights` it starts from and its teacher's."""
+        one = self._one(weights, teacher)
         return self.replicas.initial(one) if self.replicas else one
 
-    def _one(self, weights: Any = None) -> TrainState:
+    def _one(self, weights: Any = None, teacher: Any = None) -> TrainState:
         """`initial` of one replica."""
         key = jax.random.key(self.config.seed)
-        params, frozen = divided(self.config, fresh(self.config) if weights is None else weights)
+        params, frozen = divided(self.config, fresh(self.config) if weights is None else weights, teacher)
         parts = rearranged({"params": params, "frozen": frozen}, before=None, after=self.order)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -98,7 +99,8 @@ class Program:
         """All weights of the forward pass before step 0, their layers in order, born sharded."""
 
         def born(weights: Any) -> Any:
-            return combine(*divided(self.config, fresh(self.config) if weights is None else weights))
+            params, frozen = divided(self.config, fresh(self.config) if weights is None else weights)
+            return combine(params, without_teacher(frozen))
 
         shapes = jax.eval_shape(born, None)
         where = weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero)
@@ -107,11 +109,18 @@ class Program:
 
     def weights(self) -> Any:
         """The weights in the directory `model.from`, born sharded; None where there is none. Raises as `read`."""
-        if self.config.model.origin is None:
+        return self._read(self.config.model)
+
+    def teacher_weights(self) -> Any:
+        """The weights in the directory `recipe.teacher.from`, like `weights`."""
+        return None if self.config.recipe.teacher is None else self._read(self.config.recipe.teacher)
+
+    def _read(self, model: ModelConfig) -> Any:
+        if model.origin is None:
             return None
-        shapes = jax.eval_shape(partial(fresh, self.config))
+        shapes = jax.eval_shape(partial(fresh_weights, model, self.config))
         shardings = weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero)
-        return huggingface.read(self.config.model.origin, self.config.model, shapes=shapes, shardings=shardings)
+        return huggingface.read(model.origin, model, shapes=shapes, shardings=shardings)
 
     @cached_property
     def shapes(self) -> TrainState:
@@ -138,39 +147,51 @@ class Program:
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of one global batch."""
         shape = (self.config.data.global_batch, self.config.data.sequence_length)
-        shardings = batch_shardings(self.mesh, RECIPES[self.config.recipe.name].fields)
+        shardings = batch_shardings(self.mesh, registry.fields(self.config.recipe))
         return {
-            field: jax.ShapeDtypeStruct(shape, BATCH_DTYPES[field], sharding=sharding)
+            field: jax.ShapeDtypeStruct((*shape, *self.extra(field)), BATCH_DTYPES[field], sharding=sharding)
             for field, sharding in shardings.items()
         }
+
+    def extra(self, field: str) -> tuple[int, ...]:
+        """Dimensions of a batch's `field` beyond [global_batch, sequence]."""
+        return (self.config.recipe.top_k,) if field in TOP_FIELDS else ()
 
     def initialized(self) -> TrainState:
         """The state before step 0, born sharded."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.initial, out_shardings=self.shardings)(self.weights())
+            return jax.jit(self.initial, out_shardings=self.shardings)(*self._given())
+
+    def _given(self) -> tuple[Any, Any]:
+        """The weights that `initial` starts from; a teacher only where it stays."""
+        return self.weights(), None if teacher_of(self.config) is None else self.teacher_weights()
 
     @cached_property
     def origin(self) -> str | None:
-        """What tells the weights in `model.from` from others', where a run needs them again to go on."""
-        if self.config.adapter is None or self.config.model.origin is None:
-            return None
-        return huggingface.fingerprint(self.config.model.origin)
+        """What tells the weights that a run needs again to go on, an adapter's base and a teacher, from others'."""
+        return " ".join(map(huggingface.fingerprint, self._origins)) or None
+
+    @property
+    def _origins(self) -> list[str]:
+        teacher = self.config.recipe.teacher
+        needed = [self.config.model] * (self.config.adapter is not None) + ([teacher] if teacher else [])
+        return [model.origin for model in needed if model.origin is not None]
 
     def completed(self, state: TrainState, *, origin: str | None) -> TrainState:
         """`state`, as a checkpoint holds it, with what never changes: made again from the seed, or from `model.from`.
 
         `origin` is that of the weights the checkpoint was trained on. Raises UserError where they are others now.
         """
-        if self.config.adapter is None:
-            return state
-        if origin != self.origin:
+        if not set((self.origin or "").split()) <= set((origin or "").split()):
             raise UserError(
-                f"model.from: {self.config.model.origin} holds other weights than this run's adapter was trained on; "
-                "bring them back, or train under another name"
+                f"{' or '.join(self._origins)} holds other weights than this run was trained with; bring them back, or "
+                "train under another name"
             )
+        if not jax.tree.leaves(self.shapes.frozen):
+            return state
         with jax.set_mesh(self.mesh):
-            make = jax.jit(lambda weights: self.initial(weights).frozen, out_shardings=self.shardings.frozen)
-            return dataclasses.replace(state, frozen=make(self.weights()))
+            make = jax.jit(lambda *given: self.initial(*given).frozen, out_shardings=self.shardings.frozen)
+            return dataclasses.replace(state, frozen=make(*self._given()))
 
     def compiled_step(self) -> jax.stages.Compiled:
         """The training step, compiled; it consumes the state it is given."""
@@ -186,9 +207,17 @@ class Program:
 
     def compiled_evaluation(self) -> jax.stages.Compiled:
         """Loss sums of a batch, compiled, for parameters as `evaluated` gives them."""
+        return self._compiled(self.evaluate)
+
+    @cached_property
+    def compiled_measures(self) -> dict[str, jax.stages.Compiled]:
+        """The same of each of `measures`."""
+        return {name: self._compiled(measure) for name, measure in self.measures.items()}
+
+    def _compiled(self, evaluate: Evaluate) -> jax.stages.Compiled:
         frozen = self._abstract_state().frozen
         with jax.set_mesh(self.mesh):
-            jitted = jax.jit(self.evaluate)
+            jitted = jax.jit(evaluate)
             return self._safe(jitted.lower(self._abstract_params(), frozen, self.batch_shapes).compile())
 
     def _safe(self, compiled: jax.stages.Compiled) -> jax.stages.Compiled:
@@ -229,12 +258,28 @@ class Program:
         """What each replica sends, and when; nothing in a run of one."""
         if not self.replicas:
             return ()
-        return traffic(
+        meetings = traffic(
             self.config.outer,
             self.array_shapes,
             layers=self.config.model.layers,
             replicas=self.replicas.count,
             collected=gathered_bytes if isinstance(self.replicas, Island) else None,
+        )
+        return (*meetings, self._routed()) if self.config.outer.routing and self.staging else meetings
+
+    def _routed(self) -> Traffic:
+        """What microbatches carry from replica to replica."""
+        table, config = self.staging.table, self.config
+        tokens = config.data.global_batch * config.data.sequence_length // self.replicas.count
+        of_token = config.model.embed * jnp.dtype(config.precision.compute).itemsize
+        keys = 8 * config.data.global_batch // self.replicas.count if drops(config) else 0
+        return routed(
+            ticks=table.ticks,
+            pipe=table.devices,
+            chunks=table.chunks,
+            replicas=self.replicas.count,
+            message=tokens // table.microbatches * of_token,
+            fields=tokens * sum(shape.dtype.itemsize for shape in self.batch_shapes.values()) + keys,
         )
 
     @cached_property
@@ -271,36 +316,30 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
     engines = whole(config, mesh, model) if staged is None else pipelined(config, mesh, model, staged)
     schedule = optimizers.schedule(config.optimizer, steps=config.steps)
     order = None if staged is None else staged.order
-    chosen = None if config.adapter is None else multipliers(config.model, config.adapter, order=order)
-    make = partial(
-        optimizers.build,
-        config.optimizer,
-        steps=config.steps,
-        spike=config.logging.spike,
-        multiplied=chosen,
-    )
-    if config.adapter is not None and config.adapter.method == "adalora":
-        maps = sum(rank > 0 for site in sites(config.model, config.adapter) for rank in site.ranks)
-        make = wrapped(make, partial(allocated, adapter=config.adapter, maps=maps, steps=config.steps))
-    if config.adapter is not None and config.adapter.method in ELEMENTS:
-        make = wrapped(make, partial(elementwise, adapter=config.adapter, chosen=chosen))
+    make = optimizer_maker(config, order=order)
     optimizer = make()
     update = guarded(optimizer)
     if staged is not None and config.pipeline.post_validation:
         update = post_validated(optimizer, make(clip=optimizers.unclipped), clip=config.optimizer.clip)
-    step = make_step(engines.train, update, schedule=schedule, dropout=drops(config), spike=config.logging.spike)
-    evaluate = engines.evaluate
+    if config.privacy is not None:
+        update = noised(update, config.privacy, rows=config.data.global_batch)
+    told = nothing
+    if staged is not None and config.outer is not None and config.outer.routing:
+        told = routes(config.seed, staged.table, replicas=config.mesh.replica)
+    step = make_step(
+        engines.train,
+        update,
+        schedule=schedule,
+        dropout=drops(config),
+        spike=config.logging.spike,
+        told=told,
+    )
+    evaluate, measures = engines.evaluate, engines.measures
     several = island_of(config, mesh) if config.islands else replicas_of(config, mesh, count=replica_count)
     if several:
         step, evaluate = several.step(step), several.evaluate(evaluate)
-    return Program(config, mesh, model, optimizer, engines.train, step, evaluate, staged, several)
-
-
-def wrapped(
-    make: Callable[..., optax.GradientTransformation], around: Callable[..., optax.GradientTransformation]
-) -> Callable[..., optax.GradientTransformation]:
-    """`make`, with `around` around what it makes."""
-    return lambda **given: around(make(**given))
+        measures = {name: several.evaluate(measure) for name, measure in measures.items()}
+    return Program(config, mesh, model, optimizer, engines.train, step, evaluate, measures, staged, several)
 
 
 def drops(config: RunConfig) -> bool:

@@ -21,6 +21,7 @@ from ..memory.selfcheck import check_offload
 from ..models.hf.files import copy_companions
 from ..parallel.mesh import make_mesh
 from . import environment, plan
+from .accounting import budgeted, spending
 from .answering import Metric, metric_functions
 from .assessment import Assessment
 from .base import keep
@@ -49,6 +50,7 @@ from .saving import Saving
 from .snapshots import Snapshots
 from .staging import check_staging
 from .stop import StopRequest
+from .teaching import check_teacher
 from .telling import Telling
 
 
@@ -72,7 +74,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
     # Refuses another run's directory; nothing is written until all is checked.
     open_directory(config, root=parent, name=name, write=False)
     data, metrics = checked(config, world)
-    program = programmed(config, world)
+    program = programmed(budgeted(config, data), world)
     directory = open_directory(config, root=parent, name=name, write=world.first)
     fence = fence_of(directory, world)
     journal = Journal(directory, enabled=world.first, allowed=fence.check)
@@ -127,6 +129,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
                 progress=progress,
                 meter=Meter.of(program.config, made),
                 told=told,
+                spent=spending(program.config, data),
             )
             state = loop.run(state, start)
         saving.finish()
@@ -147,6 +150,7 @@ def checked(config: RunConfig, world: World) -> tuple[Data, Sequence[Metric]]:
     check_keepers(config.checkpoint, world)
     check_sinks(config.logging)
     data = assemble.build(own(config).data, seed=config.seed, model_vocab=config.model.vocab)
+    check_teacher(config, data.tokenizer)
     return data, metric_functions(config.evaluation.metrics)
 
 

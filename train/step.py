@@ -4,7 +4,7 @@ step(state, batch) -> (state, metrics)
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,16 +47,37 @@ def make_logprobs(
     return logprobs
 
 
-def make_loss(logprobs: Callable[..., jax.Array], recipe: recipes.Loss) -> Loss:
-    """The recipe's numerator and weight of a batch, by parameters; `logprobs` as `make_logprobs` gives them."""
+def make_scores(graph: Any, *, context: Callable[..., Context]) -> Callable[..., jax.Array]:
+    """(params, frozen, batch, keys) -> the score of each token, of a model that has one in the head's place."""
+
+    def scores(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
+        ctx = context(batch, keys)
+        decoder = nnx.merge(graph, combine(params, frozen))
+        hidden, _ = decoder.hidden(batch["tokens"], ctx)
+        return ctx.constrain(decoder.score(hidden), ("batch", "sequence"))
+
+    return scores
+
+
+def make_loss(
+    values: Callable[..., jax.Array], recipe: recipes.Loss, measures: Mapping[str, recipes.Loss] | None = None
+) -> Loss:
+    """The recipe's numerator and weight of a batch, by parameters; `values` as `make_logprobs` gives them."""
 
     def loss(
         params: Any, frozen: Any, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, tuple[jax.Array, dict]]:
-        numerator, weight = recipe(logprobs(params, frozen, batch, keys), batch)
-        return numerator, (weight, {})
+        found = values(params, frozen, batch, keys)
+        numerator, weight = recipe(found, batch)
+        return numerator, (weight, {name: measure(found, batch)[0] for name, measure in (measures or {}).items()})
 
     return loss
+
+
+def nothing(state: TrainState) -> dict[str, Any]:
+    """What an engine is told of the state besides: no more than a batch."""
+    del state
+    return {}
 
 
 def make_step(
@@ -66,12 +87,16 @@ def make_step(
     schedule: optax.Schedule,
     dropout: bool,
     spike: float | None,
+    told: Callable[[TrainState], dict[str, Any]] = nothing,
 ) -> Step:
-    """A pure step. No update is healthy that is not finite, or whose norm exceeds `spike` times the mean so far."""
+    """A pure step. No update is healthy that is not finite, or whose norm exceeds `spike` times the mean so far.
+
+    `told(state)` is what else the engine takes, by name.
+    """
 
     def step(state: TrainState, batch: Batch, first_row: Any = 0) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = row_keys(state, rows=first_row + jnp.arange(batch["tokens"].shape[0])) if dropout else None
-        sums = engine(state.params, state.frozen, batch, keys)
+        sums = engine(state.params, state.frozen, batch, keys, **told(state))
         weight = jnp.maximum(sums.weight, 1e-9)
         gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / weight, sums.gradient)
         norm = optax.global_norm(gradient)

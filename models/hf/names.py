@@ -11,6 +11,7 @@ LLAMA = {
     "embed": "model.embed_tokens",
     "final_norm": "model.norm",
     "head": "lm_head",
+    "score": "score",
     "layers/{}/attn_norm": "model.layers.{}.input_layernorm",
     "layers/{}/attn/q": "model.layers.{}.self_attn.q_proj",
     "layers/{}/attn/k": "model.layers.{}.self_attn.k_proj",
@@ -40,6 +41,7 @@ GPT2 = {
     "embed": "transformer.wte",
     "embed/positions": "transformer.wpe",
     "final_norm": "transformer.ln_f",
+    "score": "score",
     "layers/{}/attn_norm": "transformer.h.{}.ln_1",
     "layers/{}/attn/q": "transformer.h.{}.attn.c_attn",
     "layers/{}/attn/k": "transformer.h.{}.attn.c_attn",
@@ -62,6 +64,18 @@ MODULES: dict[str, Mapping[str, str]] = {
     "phi3": PHI3,
     "olmo2": GEMMA2,
     "gpt2": GPT2,
+}
+
+# model_type -> the class of transformers that has a score in the head's place, where there is one.
+SCORED = {
+    "llama": "LlamaForSequenceClassification",
+    "mistral": "MistralForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification",
+    "qwen3": "Qwen3ForSequenceClassification",
+    "gemma": "GemmaForSequenceClassification",
+    "gemma2": "Gemma2ForSequenceClassification",
+    "phi3": "Phi3ForSequenceClassification",
+    "gpt2": "GPT2ForSequenceClassification",
 }
 
 # Formats whose linear maps are stored [inputs, outputs]; the others' are [outputs, inputs].

@@ -110,7 +110,7 @@ def place_of(name: str, shapes: Shapes, *, kind: str) -> Place:
         tensor=f"{modules[key].format(layer)}.{'bias' if leaf == 'bias' else 'weight'}",
         shape=tuple(shapes[name]),
         inputs=inputs,
-        transposed=leaf == "kernel" and (kind not in INPUTS_FIRST or name.startswith("head/")),
+        transposed=leaf == "kernel" and (kind not in INPUTS_FIRST or name.startswith(("head/", "score/"))),
         first=sum(sizes[other] for other in order[: order.index(key)]),
         width=sum(sizes.values()),
     )

@@ -53,6 +53,16 @@ def traffic(
     return tuple(found)
 
 
+def routed(*, ticks: int, pipe: int, chunks: int, replicas: int, message: int, fields: int) -> Traffic:
+    """What one replica sends in every update because microbatches pass through all (`parallel/pipeline/routing.py`).
+
+    A device sends what it made, `message` bytes, in each of a table's `ticks`, once for each bit of a replica's number;
+    and before the first one what its chunks read of the batch, `fields` bytes of a replica.
+    """
+    payload = ticks * pipe * message + pipe * chunks * fields
+    return Traffic("routing", 1, 0, payload, (replicas - 1).bit_length() * payload)
+
+
 def payload_bytes(part: Fragment, shapes: Shapes, wire: str) -> int:
     """Bytes of the arrays in `part`, coded."""
     return sum(coded_bytes(wire, shape) for name, shape in shapes.items() if part.owns(name))

@@ -26,11 +26,13 @@ from ..rules import path_name, weight_spec
 from .device import PHASES, Device
 from .ends import WholeEnds
 from .parts import BATCH_AXES, MANUAL, RESIDUAL, Carry, Parts, Row, Weights, filed, when
+from .routing import exchanged, routed_batch, routed_rows
 from .shared import SharedEnds
 from .split import Saved, Split, split
 from .wiring import Wiring
 
-Run = Callable[[Weights, Weights, Any, Any, Row], tuple[jax.Array, jax.Array, Weights]]
+Run = Callable[..., tuple[jax.Array, jax.Array, Weights]]  # weights, frozen, batch, keys, rows, shifts
+Route = Callable[[jax.Array, jax.Array], jax.Array]  # what is made here, shift -> what the other replica made
 
 
 def pipelined(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: int, dtype: Any = jnp.float32) -> Run:
@@ -38,12 +40,12 @@ def pipelined(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: i
 
     Stacked weights are [pipe * chunks * `repeats`, ...] in the order of devices, chunks, repeats. `batch` is a dict of
     [global_batch, sequence]; `keys` [global_batch] or None. Gradients are `dtype`, sharded like their weights; of a
-    table that only goes forward there are none.
+    table that only goes forward there are none. `shifts`, if given, send microbatches through replicas (`routing.py`).
     """
     shared = wiring.meetings is not None
 
     def run(
-        weights: Weights, frozen: Weights, batch: Any, keys: Any, rows: Row
+        weights: Weights, frozen: Weights, batch: Any, keys: Any, rows: Row, shifts: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, Weights]:
         leaving = jax.tree_util.tree_map_with_path(partial(stacked_spec, mesh=mesh, zero=zero), weights.stacked)
         ends = jax.tree_util.tree_map_with_path(partial(end_spec, shared=shared), weights.ends)
@@ -52,14 +54,14 @@ def pipelined(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: i
         spread = PartitionSpec(BATCH_AXES)
         gradient = Weights(leaving, ends)
         mapped = jax.shard_map(
-            partial(on_device, parts, wiring, repeats=repeats, dtype=dtype, specs=gradient),
-            in_specs=(Weights(cut, ends), Weights(cut, frozen_ends), spread, spread, PartitionSpec()),
+            partial(on_device, parts, wiring, repeats=repeats, dtype=dtype, specs=gradient, mesh=mesh),
+            in_specs=(Weights(cut, ends), Weights(cut, frozen_ends), spread, spread, PartitionSpec(), PartitionSpec()),
             out_specs=(PartitionSpec(), PartitionSpec(), gradient if wiring.trains else PartitionSpec()),
             axis_names=MANUAL,
             mesh=mesh,
             check_vma=False,
         )
-        return mapped(weights, frozen, batch, keys, rows)
+        return mapped(weights, frozen, batch, keys, rows, shifts)
 
     return run
 
@@ -79,17 +81,21 @@ def end_spec(path: tuple[Any, ...], leaf: Any, *, shared: bool) -> PartitionSpec
 
 def on_device(
     parts: Parts, wiring: Wiring, weights: Weights, frozen: Weights, batch: Any, keys: Any, rows: Row,
-    *, repeats: int, dtype: Any, specs: Weights,
+    shifts: jax.Array | None, *, repeats: int, dtype: Any, specs: Weights, mesh: Mesh,
 ) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
     """One device's run through the table, and the reductions after it."""
     count = wiring.table.microbatches
     # Microbatch i takes rows i, i + count, ... like plain accumulation does: every device keeps the rows it has.
     cut = partial(jax.tree.map, lambda leaf: jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0))
     batch, keys = cut(batch), cut(keys)
+    route = None
+    if shifts is not None:
+        batch, keys = routed_batch((batch, keys), shifts, wiring.table, mesh=mesh)
+        rows, route = routed_rows(rows, shifts, wiring.table), partial(exchanged, mesh=mesh)
     block, x = traced_block(parts, weights, frozen, batch, keys)
     ends = WholeEnds() if wiring.meetings is None else SharedEnds(wiring.meetings, wiring.table)
     device = Device(parts, wiring, block, weights, frozen, batch, keys, ends, repeats)
-    carry, _ = jax.lax.scan(partial(tick, device), empty(device, x, dtype=dtype), rows)
+    carry, _ = jax.lax.scan(partial(tick, device, route), empty(device, x, dtype=dtype), rows)
     everywhere = ("pipe", *BATCH_AXES)
     sums = jax.lax.psum((carry.loss, carry.weight), everywhere)
     return *sums, jax.tree.map(reduced, carry.gradient, specs) if wiring.trains else ()
@@ -130,13 +136,15 @@ def empty(device: Device, x: jax.ShapeDtypeStruct, *, dtype: Any) -> Carry:
     )
 
 
-def tick(device: Device, carry: Carry, rows: Row) -> tuple[Carry, None]:
-    """Do this device's row of the table, then pass on what was made."""
+def tick(device: Device, route: Route | None, carry: Carry, rows: Row) -> tuple[Carry, None]:
+    """Do this device's row of the table, then pass on what was made; by way of another replica if there is `route`."""
     me = jax.lax.axis_index("pipe")
     row = {name: field if field.ndim == 0 else field[me] for name, field in rows.items()}
     carry = device.ends.before(device, row, carry)
     for op in sorted(device.wiring.ops & PHASES.keys()):
         carry = when(row["op"] == op, partial(PHASES[op], device), row, carry)
+    if route is not None:
+        carry = carry._replace(out=route(carry.out, row["shift"]))
     carry = carry._replace(messages=delivered(device.wiring, row, carry))
     return device.ends.after(device, row, carry), None
 

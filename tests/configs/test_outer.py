@@ -37,6 +37,21 @@ REFUSED = {
     ),
     "parameters in 4 bits": ({"outer": {"name": "peer-average", "wire": "e3m0"}}, "outer.wire: e3m0 is too narrow"),
     "two averages": ({"mesh": MESH, "outer": {}, "optimizer": {"ema": 0.9}}, "optimizer.ema: 0.9 beside outer"),
+    "routing of another rule": ({"outer": {"routing": True}}, "outer.routing: True means nothing to diloco"),
+    "routing without stages": (
+        {"mesh": MESH, "outer": {"name": "noloco", "routing": True}},
+        "outer.routing: true needs stages to pass between, and mesh.pipe is 1",
+    ),
+    "routing of three": (
+        {"mesh": {"replica": 3, "pipe": 2}, "outer": {"name": "noloco", "routing": True}, "microbatches": 2}
+        | {"data": {"global_batch": 12}},
+        "outer.routing: true swaps replicas in pairs, which 3 are not made of",
+    ),
+    "routing and a shared vocabulary": (
+        {"mesh": MESH | {"pipe": 2}, "outer": {"name": "noloco", "routing": True}, "microbatches": 2}
+        | {"pipeline": {"schedule": "1f1b", "vocab_parallel": 2}},
+        r"outer.routing: true beside pipeline.vocab_parallel \(2\)",
+    ),
     "rows": (
         {"mesh": {"replica": 3}, "outer": {}, "data": {"global_batch": 16}},
         r"global_batch: 16 is not divisible by replica x data x fsdp x microbatches \(3 x 1 x 1 x 1 = 3\)",

@@ -258,6 +258,6 @@ def test_another_base_is_refused(runs, tmp_path):
     (base / "model.safetensors").unlink()
     changed = jax.tree.map(lambda leaf: 1.01 * leaf, weights)
     huggingface.write(changed, other.model, base, kind="qwen3", limit=10**9)
-    with pytest.raises(UserError, match="holds other weights than this run's adapter was trained on"):
+    with pytest.raises(UserError, match="holds other weights than this run was trained with"):
         train(other, world=World(), root=root)
     shutil.copyfile(tmp_path / "kept/model.safetensors", base / "model.safetensors")

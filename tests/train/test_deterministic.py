@@ -1,11 +1,16 @@
 """One order of additions on every mesh: parameters are equal bit for bit, and equal the plain sums to rounding."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from equivalence import assert_same, tiny, trajectory
+from meshwright.checkpoint import manifest
 from meshwright.configs.elastic import ElasticConfig
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train import deterministic
@@ -65,3 +70,24 @@ def test_another_order_of_additions_is_seen(monkeypatch):
     """The test of the bits can fail: here devices' sums are added from left to right."""
     monkeypatch.setattr(deterministic, "pairwise", lambda nodes: sum(nodes[1:], nodes[0]))
     assert differing(state_of(1)[1], state_of(4, name="from-left-to-right")[1])
+
+
+SMALL = (
+    "steps=20", "microbatches=4", "elastic.deterministic=true", "optimizer={name: adamw, clip: null, warmup_steps: 0}",
+    "model={layers: 1, embed: 32, heads: 2, kv_heads: 2, mlp: 32, vocab: 384}", "data.source=synthetic",
+    "data.tokenizer={bytes: true, train: null, vocab: null}", "data.held_out=0", "data.sequence_length=32",
+    "data.global_batch=8", "evaluation.prompts=[]", "logging.tensorboard=false", "checkpoint.every=20",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_device_of_one_microbatch_computes_the_bits_of_a_device_of_two(tmp_path):
+    """With all of the compiler's passes, which know what an index into one is."""
+    environment, blocks = os.environ | {"XLA_FLAGS": "", "MESHWRIGHT_CACHE": str(tmp_path / "cache")}, []
+    for devices in (4, 2):
+        command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart", *SMALL, f"name=on-{devices}"]
+        command.append(f"mesh={{devices: {devices}, data: {devices}, fsdp: 1, tensor: 1}}")
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+        arrays = manifest.read(tmp_path / "runs" / f"on-{devices}" / "checkpoints" / "20").arrays
+        blocks.append({name: one.blocks for name, one in arrays.items()})
+    assert blocks[0] == blocks[1]

@@ -134,7 +134,7 @@ def test_a_comparison_is_its_papers_equation(case, batch, logprobs):
 
 
 def test_every_comparison_has_an_equation():
-    assert {case.split(",")[0] for case in EQUATIONS} == set(PAIRED)
+    assert {case.split(",")[0] for case in EQUATIONS} | {"reward"} == set(PAIRED)
 
 
 # A model that has not moved cannot prefer anything: what each loss is then.
@@ -147,7 +147,7 @@ def test_before_the_first_step_the_loss_is_known(name, batch):
     np.testing.assert_allclose(numerator / weight, UNMOVED[name], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in PAIRED if name != "kto"])
+@pytest.mark.parametrize("name", [name for name in PAIRED if name not in ("kto", "reward")])
 def test_a_step_down_the_gradient_moves_the_answers_apart(name, batch, logprobs):
     gradient = jax.grad(lambda x: loss(name)(x, batch)[0])(logprobs)
     learned = (batch["loss_weights"] > 0) & (batch["segment_ids"].max(axis=1, keepdims=True) == 2)
@@ -167,6 +167,14 @@ MISTAKES = {
         {"data": {"source": "jsonl", "path": "x", "format": "unpaired", "packing": {"method": "single"}}},
         "recipe.name: pretrain does not compare answers.*set it to kto",
     ),
+    "a score, written": (
+        {
+            "recipe": {"name": "reward"},
+            "data": {"source": "docstrings", "format": "preference"},
+            "evaluation": {"prompts": ["a"]},
+        },
+        "evaluation.prompts: recipe.name reward learns to score|data.packing.method",
+    ),
     "no answers": ({"recipe": {"name": "sft"}}, "data.format: text without data.prompt"),
 }
 
@@ -175,3 +183,21 @@ MISTAKES = {
 def test_recipe_and_data_that_do_not_fit_are_refused(tree, message):
     with pytest.raises(UserError, match=message):
         validated(tree)
+
+
+def test_a_reward_is_read_at_the_last_token_that_is_learned(batch, logprobs):
+    """Whatever order a mesh holds the tokens in."""
+    scores, fields = np.asarray(logprobs, np.float64), {name: np.asarray(field) for name, field in batch.items()}
+    found, right = [], 0
+    for row in range(6):
+        ends = [np.flatnonzero((fields["segment_ids"][row] == n) & (fields["loss_weights"][row] > 0)) for n in (1, 2)]
+        if all(map(len, ends)):
+            ahead = scores[row, ends[0][-1]] - scores[row, ends[1][-1]]
+            found.append(-np.log(sigmoid(ahead - fields["labels"][row, 0])))
+            right += ahead > 0
+    np.testing.assert_allclose(loss("reward")(logprobs, batch), [sum(found), len(found)], rtol=1e-5)
+    measure = RECIPES["reward"].measures["accuracy"]
+    np.testing.assert_allclose(measure(logprobs, batch), [right, len(found)])
+    order = np.random.default_rng(0).permutation(12)
+    moved = jax.tree.map(lambda x: x[:, order], batch)
+    np.testing.assert_allclose(loss("reward")(logprobs[:, order], moved), loss("reward")(logprobs, batch), rtol=1e-6)

@@ -73,6 +73,23 @@ def test_no_inner_step_of_a_pipeline_sends_anything_to_another_replica(pipeline)
     assert collectives(compiled.as_text(), program.mesh) and not crossing(compiled, program.mesh)
 
 
+@pytest.mark.slow
+def test_routed_microbatches_and_their_dropout_are_the_same_on_every_mesh():
+    """The path itself is in `tests/parallel/pipeline/test_routing.py`; no meeting hides what one stage makes."""
+    base = {
+        "outer": {"name": "noloco", "every": 3, "routing": True},
+        "optimizer": SGD,
+        "microbatches": 2,
+        "model": {"layers": 4} | DROPOUT,
+        "pipeline": {"schedule": "zb-v"},
+    }
+    small, large = ({"replica": 2, "pipe": 2} | more for more in ({}, {"fsdp": 2}))
+    assert_same(tiny(**base, mesh=small), tiny(**base, mesh=large), steps=2)
+    unrouted = tiny(**base | {"outer": base["outer"] | {"routing": False}}, mesh=small)
+    with pytest.raises(AssertionError, match="grad_norm of step 0"):  # of each replica; equal ones have equal losses
+        assert_same(tiny(**base, mesh=small), unrouted, steps=2)
+
+
 @pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"seq": 2, "data": 2}])
 def test_no_inner_step_sends_anything_to_another_replica(axes):
     program = program_of("diloco", replica=2, **axes)

@@ -116,6 +116,23 @@ def load(path: str | Path) -> Tokenizer:
     return _finished(library, bos=eos if bos is None else bos, eos=eos, pad=eos if pad is None else pad)
 
 
+def check_same(tokenizer: Tokenizer, directory: str | Path, *, key: str) -> None:
+    """Raise UserError where the tokenizer in `directory`, which the configuration's `key` names, has other ids."""
+    other = load(directory)
+    if (tokenizer.bos, tokenizer.eos) != (other.bos, other.eos):
+        raise UserError(
+            f"{key}: {directory} begins and ends a document with ids {other.bos} and {other.eos}, and the data with "
+            f"{tokenizer.bos} and {tokenizer.eos}; set data.tokenizer.file to {directory}"
+        )
+    ours, theirs = (one.library.get_vocab(with_added_tokens=True) for one in (tokenizer, other))
+    if apart := sorted(word for word in ours.keys() | theirs.keys() if ours.get(word) != theirs.get(word)):
+        word = apart[0]
+        raise UserError(
+            f"{key}: {directory} has another tokenizer: {len(apart)} words differ, e.g. {word!r} is id "
+            f"{theirs.get(word)} there and {ours.get(word)} here; set data.tokenizer.file to {directory}"
+        )
+
+
 def train(texts: Iterable[str], *, vocab: int) -> Tokenizer:
     """A byte-level BPE of at most `vocab` ids, special tokens and all 256 bytes included. Equal texts, equal tokenizer.
 

@@ -5,12 +5,11 @@
 Both are sums over rows, so that they add up over microbatches, devices and stages however the batch was cut.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import jax
 
-from ...configs.names import BATCH_FIELDS
 from ...configs.recipe import RecipeConfig
 
 Loss = Callable[[jax.Array, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
@@ -23,8 +22,5 @@ class Recipe:
     loss: Callable[[RecipeConfig], Loss]
     unit: str  # what the weight counts: token, pair, answer
     reads: tuple[str, ...] = ()  # fields of the batch beyond BATCH_FIELDS
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """All fields its batches have."""
-        return (*BATCH_FIELDS, *self.reads)
+    scored: bool = False  # the loss is of scores [rows, sequence], by weights of its own, in place of log p
+    measures: Mapping[str, Loss] = field(default_factory=dict)  # further sums of the same, with the weight of the loss

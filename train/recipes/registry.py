@@ -1,9 +1,12 @@
 """Recipes by the name used in `recipe.name`."""
 
+from ...configs.names import BATCH_FIELDS, TOP_FIELDS
+from ...configs.recipe import RecipeConfig
 from .interface import Recipe
 from .kto import KTO
 from .next_token import NEXT_TOKEN
 from .preference import DPO, IPO, ORPO, SIMPO
+from .reward import REWARD
 
 RECIPES: dict[str, Recipe] = {
     "pretrain": NEXT_TOKEN,
@@ -13,5 +16,12 @@ RECIPES: dict[str, Recipe] = {
     "orpo": ORPO,
     "simpo": SIMPO,
     "kto": KTO,
-    "lrec": NEXT_TOKEN,  # of its held-out loss; what it learns is in `train/repair.py`
+    "reward": REWARD,
+    "lrec": NEXT_TOKEN,  # of their held-out loss; what they learn is in `train/teaching.py`
+    "distill": NEXT_TOKEN,
 }
+
+
+def fields(config: RecipeConfig) -> tuple[str, ...]:
+    """All fields that batches of a recipe have."""
+    return (*BATCH_FIELDS, *RECIPES[config.name].reads, *(() if config.top_k is None else TOP_FIELDS))

@@ -46,6 +46,24 @@ def test_predicted_bytes_are_those_of_the_compiled_meetings(outer, mesh):
         assert (one.every, one.offset) == sending[one.name][1:3]
 
 
+def test_predicted_bytes_of_routing_are_those_of_the_compiled_step():
+    outer = {"name": "noloco", "every": 2, "routing": True}
+    config = tiny(
+        outer=outer,
+        mesh={"replica": 2, "pipe": 2, "fsdp": 2},
+        microbatches=2,
+        pipeline={"schedule": "zb-v"},
+        model={"layers": 4},
+    )
+    program = build(config, make_mesh(config.mesh))
+    meeting, routing = program.traffic
+    assert meeting.name == "meet" and routing.every == 1
+    crossing = [one for one in collectives(program.compiled_step().as_text(), program.mesh) if "replica" in one.axes]
+    assert {one.kind for one in crossing} == {"collective-permute"}
+    devices = program.mesh.size // 2
+    assert routing.bytes == pytest.approx(sum(devices * one.bytes * one.count for one in crossing), rel=0.02)
+
+
 # A decoder of 24 layers of 1024, as canonical shapes.
 SHAPES = {f"layers/{layer}/mlp/{part}/kernel": (1024, 4096) for layer in range(24) for part in ("up", "down", "gate")}
 

@@ -1,0 +1,71 @@
+"""A reward model: the same on every mesh, better at telling answers apart after training, and one that others load."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from equivalence import assert_same, tiny
+from meshwright.configs.errors import UserError
+from meshwright.configs.load import merged
+from meshwright.train.exchange import export_adapter, export_run
+from meshwright.train.launch.world import World
+from meshwright.train.run import train
+
+PAIRS = {"source": "docstrings", "format": "preference", "packing": {"method": "best-fit"}}
+REWARD = {"recipe": {"name": "reward"}, "data": PAIRS, "optimizer": {"name": "sgd"}}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing():
+    assert_same(tiny(**REWARD), tiny(**REWARD, mesh={"fsdp": 2, "seq": 2, "tensor": 2}), steps=2)
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing_of_an_adapter_in_microbatches():
+    settings = REWARD | {"adapter": {"rank": 2}}
+    assert_same(tiny(**settings), tiny(**settings, mesh={"data": 2, "tensor": 2}, microbatches=2), steps=2)
+
+
+def run_of(directory, **changes):
+    """Better answers say yes."""
+    pairs = [{"prompt": f"{n}?", "chosen": " yes" * (1 + n % 3), "rejected": " no" * (1 + n % 4)} for n in range(80)]
+    (directory / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    data = {"source": "jsonl", "path": str(directory / "pairs.jsonl"), "format": "preference"}
+    data |= {"packing": {"method": "best-fit"}, "sequence_length": 48, "global_batch": 4, "held_out": 0.2}
+    base = {"recipe": {"name": "reward"}, "steps": 30, "model": {"vocab": 264}, "data": data}
+    learning = {"learning_rate": 0.02, "schedule": "constant", "weight_decay": 0.0}
+    return tiny(**merged(base | {"optimizer": learning, "logging": {"every": 1, "tensorboard": False}}, changes))
+
+
+def test_it_learns_which_answer_is_better_and_goes_out_as_transformers_has_it(tmp_path):
+    summary = train(run_of(tmp_path, evaluation={"start": True}), world=World(), root=tmp_path)
+    assert summary.first["held_out_accuracy"] < 0.9 < summary.metrics["held_out_accuracy"]
+    assert summary.metrics["loss"] < 0.5 * np.log(2)
+    export_run(tmp_path / "run", tmp_path / "out", limit=10**9)
+    tree, weights = (
+        json.loads((tmp_path / "out/config.json").read_text()),
+        load_file(tmp_path / "out/model.safetensors"),
+    )
+    assert tree["architectures"] == ["LlamaForSequenceClassification"] and len(tree["id2label"]) == 1
+    assert weights["score.weight"].shape == (1, 16) and "lm_head.weight" not in weights
+
+
+@pytest.mark.slow
+def test_an_adapter_with_a_score_goes_out_merged_only(tmp_path):
+    train(run_of(tmp_path, steps=2, adapter={"rank": 2}), world=World(), root=tmp_path)
+    with pytest.raises(UserError, match="a score beside the adapter"):
+        export_adapter(tmp_path / "run", tmp_path / "adapter")
+    export_run(tmp_path / "run", tmp_path / "out", limit=10**9)
+    assert "score.weight" in load_file(tmp_path / "out/model.safetensors")
+
+
+def test_a_pipeline_is_refused():
+    with pytest.raises(UserError, match="reward has a score in the head's place"):
+        tiny(**merged(REWARD, {"mesh": {"pipe": 2}, "microbatches": 2}))

@@ -1,0 +1,37 @@
+"""The optimizer of a run: what `optimizer` asks for, and around it what the adapter's method does to an update."""
+
+from collections.abc import Callable
+from functools import partial
+
+import optax
+
+from ..configs.adapter import ELEMENTS
+from ..configs.run import RunConfig
+from ..models.adapters.selection import multipliers
+from ..models.adapters.sites import sites
+from ..parallel.layout import Order
+from . import optimizers
+from .elements import elementwise
+from .ranks import allocated
+
+Make = Callable[..., optax.GradientTransformation]
+
+
+def optimizer_maker(config: RunConfig, *, order: Order) -> Make:
+    """`make()` gives the transformation; `make(clip=...)` the same with another clipping. `order`: of the layers."""
+    adapter = config.adapter
+    chosen = None if adapter is None else multipliers(config.model, adapter, order=order)
+    make = partial(
+        optimizers.build, config.optimizer, steps=config.steps, spike=config.logging.spike, multiplied=chosen
+    )
+    if adapter is not None and adapter.method == "adalora":
+        maps = sum(rank > 0 for site in sites(config.model, adapter) for rank in site.ranks)
+        return wrapped(make, partial(allocated, adapter=adapter, maps=maps, steps=config.steps))
+    if adapter is not None and adapter.method in ELEMENTS:
+        return wrapped(make, partial(elementwise, adapter=adapter, chosen=chosen))
+    return make
+
+
+def wrapped(make: Make, around: Callable[..., optax.GradientTransformation]) -> Make:
+    """`make`, with `around` around what it makes."""
+    return lambda **given: around(make(**given))
