@@ -67,7 +67,7 @@ def test_dropout_follows_a_rows_key_and_a_layers_number():
 
 def test_layers_are_numbered_through_all_segments(monkeypatch):
     numbers = []
-    monkeypatch.setattr(decoder, "layer_context", lambda ctx, layer, cache: numbers.append(int(layer)) or ctx)
+    monkeypatch.setattr(decoder, "layer_context", lambda ctx, layer, *parts: numbers.append(int(layer)) or ctx)
     monkeypatch.setattr(decoder, "run_block", lambda graph, weights, x, ctx: (x, None))
     model = ModelConfig(**TINY | {"layers": 5}, windows=[2, None], scan=False)
     tokens = jnp.zeros((1, 2), jnp.int32)
