@@ -136,3 +136,27 @@ def test_updates_made_before_an_island_took_anothers_state_are_told_and_judged(t
     Told().to_the_end("state", 0)
     assert told == [1, 2, 3, 5]
     assert [line.get("step", -1) for line in read_ledger(tmp_path)[0]] == [-1, 1, 2, 3, -1, 5]
+
+
+def test_an_island_that_goes_back_takes_its_checkpoints_and_notes_along(tmp_path):
+    went, fed = [], []
+    others = Some(begin=lambda state, step: ("theirs", 2), finish=lambda state, step: None)
+    saving = Some(
+        go_back=lambda state, step, samples: went.append((state, step, samples)),
+        last=lambda *state, samples: None,
+        storage=Some(steps=[]),
+    )
+
+    class Back(Loop):
+        def __init__(self):
+            self.program = Some(config=Some(steps=5, data=Some(global_batch=4)))
+            self.assess, self.meetings, self.saving = None, others, saving
+            self.data, self.reread = "noted from 4", lambda step: f"noted from {step}"
+            self.progress = Some(report=lambda step, phase: None)
+
+        def steps(self, state, start):
+            fed.append((self.data, start))
+            return state
+
+    assert Back().run("own", 4) == "theirs"
+    assert went == [("theirs", 2, 8)] and fed == [("noted from 2", 2)]
