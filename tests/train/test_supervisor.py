@@ -79,6 +79,13 @@ def test_who_was_killed_is_the_suspect_not_who_then_missed_it():
     assert outcome.suspect == 1
 
 
+def test_who_was_asked_to_stop_while_it_started_has_not_failed():
+    codes = {0: -15, 1: 75, 2: 143}
+    assert judged(codes, Watch(0.0), now=1.0, asked=True).kind == "preempted"
+    assert judged(codes, Watch(0.0), now=1.0).kind == "failed"
+    assert judged({0: -15, 1: None}, Watch(0.0), now=1.0, asked=True) is None, "the other one still saves"
+
+
 def test_a_later_epoch_shuts_the_fence(tmp_path):
     old, new, nobody = Fence(tmp_path, 1), Fence(tmp_path, 2), Fence(tmp_path, None)
     old.claim()

@@ -11,6 +11,7 @@ and a fence against processes of earlier ones. JAX-free.
     regroup     asked by the supervisor itself to stop: slots were drained, or a larger mesh fits again
 """
 
+import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from .rendezvous import Room
 from .telemetry import Telemetry
 
 TICK = 0.1  # seconds between two looks
+TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of a process that SIGTERM ended
 
 
 class Engine(Protocol):
@@ -261,7 +263,7 @@ def watched(
         watch.look(room, epoch, now=now)
         telemetry.look(room, epoch, slots=regroup.present.slots, now=now)
         codes = {number: engine.poll(number) for number in range(engine.processes)}
-        if (outcome := judged(codes, watch, now=now)) is not None:
+        if (outcome := judged(codes, watch, now=now, asked=told)) is not None:
             return replace(outcome, kind="regroup", reason=why) if why and outcome.kind == "preempted" else outcome
         if (broke := engine.broken()) is not None:
             return Outcome("failed", broke, watch.reached)
@@ -280,8 +282,13 @@ def watched(
         sleep(TICK)
 
 
-def judged(codes: Mapping[int, int | None], watch: Watch, *, now: float) -> Outcome | None:
-    """What the exit codes amount to; None while processes run and none has failed."""
+def judged(codes: Mapping[int, int | None], watch: Watch, *, now: float, asked: bool = False) -> Outcome | None:
+    """What the exit codes amount to; None while processes run and none has failed.
+
+    Where they were `asked` to stop, one that SIGTERM ended had nothing to save yet: it was still starting.
+    """
+    if asked:
+        codes = {number: Preempted.exit_code if code in TERMINATED else code for number, code in codes.items()}
     if UserError.exit_code in codes.values():
         refused = next(number for number, code in codes.items() if code == UserError.exit_code)
         return Outcome("refused", f"process {refused} refused the configuration (see above)", watch.reached, refused)
