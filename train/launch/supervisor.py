@@ -102,6 +102,11 @@ class Watch:
         return any(report.phase == "step" for report in self.reports.values())
 
     @property
+    def compiling(self) -> bool:
+        """Whether all of them do what needs another program than a step's, as at the start."""
+        return all(report.phase in ("start", "measure") for report in self.reports.values())
+
+    @property
     def reached(self) -> int:
         """The highest step any process reported."""
         return max((report.step for report in self.reports.values()), default=0)
@@ -315,6 +320,8 @@ def hung(
 ) -> Outcome | None:
     """The outcome where no step was made for too long; None where all is well."""
     limit, silence = patience(watch.durations, settings), watch.silence(running, now=now)
+    if watch.compiling:
+        limit = max(limit, settings.start_timeout)
     if silence <= limit:
         return None
     who = suspect(watch.reports, processes=engine.processes)
