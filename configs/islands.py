@@ -64,6 +64,11 @@ class IslandsConfig(Section):
     gather: Seconds = Field(300.0, gt=0)
     """Seconds the first islands wait at the start until all `count` are there."""
 
+    def rows(self, global_batch: int) -> range:
+        """Which of the `global_batch` rows of an update are this island's; without a number it is the first one."""
+        size, number = global_batch // self.count, self.number or 0
+        return range(number * size, (number + 1) * size)
+
 
 def check_islands(islands: IslandsConfig, *, rule: str | None, replicas: int, global_batch: int, pipe: int) -> None:
     """Raise ValueError where the section islands does not go with the rest of the run."""

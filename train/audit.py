@@ -7,6 +7,7 @@ knows nothing of how a run recovers; it holds the history to five rules, in the 
     no step was committed twice       committed steps only grow, but behind a checkpoint that was set aside
     no step was left out or repeated  in every epoch each process did the steps after the restored one, in order
     every sample was consumed once    by the steps that stayed: none missing, none twice, the same rows when made again
+                                      (of an island: its own; steps that it took from another one are not missing)
     one epoch at a time               no process wrote for an epoch after a later one had begun
 
 and, against another run: the same samples, and equal fingerprints of every array of the state.
@@ -14,7 +15,7 @@ and, against another run: the same samples, and equal fingerprints of every arra
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -46,12 +47,15 @@ def audit(directory: Path, *, against: Path | None = None) -> list[Verdict]:
     restores = sum(event["event"] == "restore" for event in events)
     commits = sum(event["event"] == "commit" for event in events)
     stayed = timeline(lines)
-    size = config.data.global_batch
+    every = config.data.global_batch
+    job = config.islands.rows(every) if config.islands else range(every)
+    taken = {event["step"] for event in events if event["event"] == "bootstrap"}
+    misfits = misfed(lines, stayed, every=every, job=job, taken=taken)
     found = [
         verdict("no committed step was lost", lost(events), f"{commits} commits, {restores} restores"),
         verdict("no step was committed twice", committed_twice(events), f"{commits} commits"),
         verdict("no step was left out or repeated", disordered(lines), f"{len(stayed)} steps"),
-        verdict("every sample was consumed once", misfed(lines, stayed, size=size), f"{len(stayed) * size} samples"),
+        verdict("every sample was consumed once", misfits, f"{len(stayed) * len(job)} samples"),
         verdict("one epoch at a time", overlapping(lines), f"{len(epochs(lines))} epochs"),
     ]
     if against is not None:
@@ -68,23 +72,27 @@ def verdict(promise: str, breaches: Iterator[str], looked_at: str) -> Verdict:
 
 def lost(events: Sequence[Event]) -> Iterator[str]:
     """Restarts that went back behind a committed step which nobody had set aside."""
-    newest, aside = 0, set[int]()
+    committed, aside = [0], set[int]()
     for event in events:
         if event["event"] == "commit":
-            newest = max(newest, event["step"])
+            committed.append(event["step"])
+            aside.discard(event["step"])
         elif event["event"] == "quarantine":
             aside.add(event["step"])
+        elif event["event"] == "bootstrap":
+            committed = [0, *(step for step in committed if step <= event["step"])]
         elif event["event"] in ("start", "restore"):
+            newest = max(committed)
             if event["step"] < newest and newest not in aside:
                 yield f"step {newest} was committed, and the run went on from {event['step']}"
-            newest = event["step"]
+            committed = [event["step"]]
 
 
 def committed_twice(events: Sequence[Event]) -> Iterator[str]:
-    """Steps that were committed again."""
+    """Steps that were committed again; an island may take an earlier state, and sets aside what is beyond it."""
     newest = -1
     for event in events:
-        if event["event"] == "quarantine":
+        if event["event"] in ("quarantine", "bootstrap"):
             newest = min(newest, event["step"] - 1)
         elif event["event"] == "commit":
             if event["step"] <= newest:
@@ -133,15 +141,20 @@ def samples(lines: Lines, stayed: Mapping[int, int]) -> Iterator[tuple[int, int,
                     yield line["step"], line["first"] + offset, row
 
 
-def misfed(lines: Lines, stayed: Mapping[int, int], *, size: int) -> Iterator[str]:
-    """Steps that stayed and were not fed each of their `size` samples once, or that a process of their epoch lacks."""
-    if missing := sorted(set(range(1, max(stayed, default=0) + 1)) - stayed.keys()):
-        yield f"step {missing[0]} is nobody's"
+def misfed(lines: Lines, stayed: Mapping[int, int], *, every: int, job: range, taken: Collection[int]) -> Iterator[str]:
+    """Steps that stayed and were not fed each of their samples once, or that a process of their epoch lacks.
+
+    `job`: the samples to be fed, of each `every`. `taken`: steps that were taken from another island, which made them
+    and those before them that this one did not.
+    """
+    for before, after in pairwise([0, *sorted(stayed)]):
+        if after > before + 1 and after - 1 not in taken:
+            yield f"step {before + 1} is nobody's"
     fed: dict[int, Counter[int]] = {step: Counter() for step in stayed}
     for step, sample, _ in samples(lines, stayed):
         fed[step][sample] += 1
     for step, counts in sorted(fed.items()):
-        wanted = set(range((step - 1) * size, step * size))
+        wanted = {(step - 1) * every + row for row in job}
         # Processes that share rows (a tensor axis across hosts) feed them all equally often.
         if counts.keys() != wanted or len(set(counts.values())) != 1:
             odd = sorted(

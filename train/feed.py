@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 from ..configs.run import RunConfig
 from ..parallel.attention import token_order
 from ..parallel.rules import batch_shardings
-from .islands import Island
 from .program import Program
 from .recipes import registry
 
@@ -42,10 +41,10 @@ class Share:
 
 def share_of(program: Program) -> Share:
     """This process's share of what the run reads."""
-    size, island = program.config.data.global_batch, program.replicas
-    number, count = (island.number, island.count) if isinstance(island, Island) else (0, 1)
-    rows, first = local_rows(program.config, program.mesh), number * size
-    return Share(count * size, range(first, first + size), slice(first + rows.start, first + rows.stop))
+    size, islands = program.config.data.global_batch, program.config.islands
+    every = size * (islands.count if islands else 1)
+    rows, job = local_rows(program.config, program.mesh), islands.rows(every) if islands else range(every)
+    return Share(every, job, slice(job.start + rows.start, job.start + rows.stop))
 
 
 def to_devices(

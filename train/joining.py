@@ -21,9 +21,17 @@ from .report.journal import Journal
 
 @contextmanager
 def joined(
-    config: RunConfig, program: Program, journal: Journal, *, corpus: str, alive: Callable[[str], None]
+    config: RunConfig,
+    program: Program,
+    journal: Journal,
+    *,
+    corpus: str,
+    alive: Callable[[str], None],
+    stop: Callable[[int], bool],
 ) -> Iterator[Meetings]:
     """The meetings of the island of `config`, a member until the end. `corpus` is the data's fingerprint.
+
+    `alive` is told what is waited for, `stop` asked whether to wait no more: see Meetings.
 
     Raises UserError where the others are of another run, or nobody answers at `islands.meet`.
     """
@@ -38,7 +46,7 @@ def joined(
             stack.callback(group.leave)
             group.check_same_run()
             mail = Correspondence(group, office.counters, office.publish, wanted)
-        found.append(Meetings(program, mail, journal, alive=alive))
+        found.append(Meetings(program, mail, journal, alive=alive, stop=stop))
         yield stack.enter_context(closing(found[0]))
 
 

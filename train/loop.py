@@ -43,6 +43,7 @@ class Loop:
 
     program: Program
     data: Data
+    reread: Callable[[int], Data]  # `data`, with what is noted beforehand of what is read after an update
     share: Share
     directory: Path
     step: Step
@@ -65,7 +66,10 @@ class Loop:
             self.evaluate(state, 0)
             self.meter.restart()
         if self.meetings and start < config.steps:
-            state, start = self.meetings.begin(state, start)
+            state, begun = self.meetings.begin(state, start)
+            if begun < start:
+                self.gone_back(state, begun)
+            start = begun
         state = self.to_the_end(state, start)
         self.progress.report(config.steps, "finish")
         if config.steps > start or config.steps not in self.saving.storage.steps:
@@ -75,6 +79,11 @@ class Loop:
         if self.meetings:
             self.meetings.finish(state, config.steps)
         return state
+
+    def gone_back(self, state: TrainState, step: int) -> None:
+        """The others are at `step`, and this island was further: what it is about to read again is noted too."""
+        self.saving.go_back(state, step, samples=step * self.program.config.data.global_batch)
+        self.data = self.reread(step)
 
     def to_the_end(self, state: TrainState, start: int) -> TrainState:
         """`steps` from wherever the other islands are."""
@@ -101,7 +110,12 @@ class Loop:
                         batch = to_devices(rows, config, self.program.mesh)
                     self.progress.enters(WAIT)
                     state, metrics = self.step(state, batch)
-                    state = self.meet(state, number)
+                    try:
+                        state = self.meet(state, number)
+                    except Moved:  # the updates up to here were made, whatever comes of them
+                        self.read(pending)
+                        self.read((number, metrics))
+                        raise
                     self.read(pending)
                     pending = (number, metrics)
                 self.progress.report(number - 1)  # whose metrics have been read: it is done

@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,22 +24,22 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import xxhash
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..configs.errors import MeshwrightError
+from ..configs.errors import MeshwrightError, Preempted
 from ..configs.outer import PAIRED
 from ..parallel.lowcomm.apart import packed, trouble, unpacked
 from ..parallel.lowcomm.bytes import sent
 from ..parallel.lowcomm.office import Counters, Peer
 from ..parallel.lowcomm.optimizer import Meeting
 from ..parallel.state import TrainState
+from .agreement import firsts_bytes
 from .launch.group import Group, Met
 from .parcels import Parcels, added, divided, parcels, placed
 from .program import Program
 from .report.journal import Journal
+from .waiting import GivenUp, Waiting, agreed
 
-NEWS = 1.0  # seconds between two signs of life while an exchange is under way
 OTHERS = ("state", "handshake")  # traffic that is no meeting's
 
 
@@ -71,7 +71,10 @@ class Correspondence:
 
 
 class Meetings:
-    """See above. `correspondence` is None in other processes than the first; `alive` is told what is waited for."""
+    """See above. `correspondence` is None in other processes than the first; `alive` is told what is waited for.
+
+    `stop(update)` says whether the island was asked to stop, the same in every process: it waits no more then.
+    """
 
     def __init__(
         self,
@@ -80,9 +83,11 @@ class Meetings:
         journal: Journal,
         *,
         alive: Callable[[str], None] = lambda phase: None,
+        stop: Callable[[int], bool] = lambda update: False,
     ) -> None:
         self.program, self.island = program, program.replicas
-        self._mail, self._journal, self._alive = correspondence, journal, alive
+        self._mail, self._journal, self._stop = correspondence, journal, stop
+        self._waiting = Waiting(alive, lambda: stop(self._update), self._arrived)
         self._paired = program.config.outer.name in PAIRED
         self._pending: dict[str, Pending] = {}
         self._programs: dict[str, Parcels] = {}
@@ -95,7 +100,16 @@ class Meetings:
     # ---- the course of a run
 
     def begin(self, state: TrainState, step: int) -> tuple[TrainState, int]:
-        """The state and step to go on from. Raises MeshwrightError where no other island gives its state."""
+        """The state and step to go on from: maybe earlier ones, where the others are behind.
+
+        Raises MeshwrightError where no other island gives its state, Preempted where asked to stop meanwhile.
+        """
+        try:
+            return self._entered(state, step)
+        except GivenUp:
+            raise Preempted("stopped before the islands began; run the same command to go on") from None
+
+    def _entered(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         params = self.program.evaluated(state)
         version = xxhash.xxh3_64_hexdigest(packed(self._held(params)))
         islands = self.program.config.islands
@@ -142,9 +156,9 @@ class Meetings:
         self._journal.record("traffic", step=step, **traffic)
         if self._mail:
             self._mail.group.tell_now(finished=True)
-        end = time.monotonic() + self.program.config.islands.patience
-        while self._agreed(self._somebody_trains() and time.monotonic() < end):
-            self._alive("finished, others are not")
+        began, patience = time.monotonic(), self.program.config.islands.patience
+        while agreed(self._somebody_trains() and time.monotonic() - began < patience) and not self._stop(step):
+            self._waiting.alive(f"finished, others are not, {time.monotonic() - began:.0f} s")
             self._served(state, step)
             time.sleep(0.1)
 
@@ -192,14 +206,19 @@ class Meetings:
         pending = self._pending.pop(name, None)
         if pending is None:
             return state
-        met = self._shared(self._waited(pending.future, name) if pending.future else None)
+        try:
+            met = self._shared(self._waiting.result(pending.future, name))
+        except GivenUp:
+            met = Met("skipped", lost={"all": "asked to stop"})
         self._noted(met, pending)
         if met.kind == "skipped":
             self._skipped.add(name)
             return state
         if met.kind == "behind":
             self._skipped.add(name)
-            found = self._bootstrapped(state, met.sources, at_least=self._update)
+            found = None
+            with suppress(GivenUp):
+                found = self._bootstrapped(state, met.sources, at_least=self._update)
             if found is None:
                 return state  # nobody gave its state; the next meeting asks again
             raise Moved(*found)
@@ -248,7 +267,7 @@ class Meetings:
         """A source's state, and the update it is after; None where none gave it. Exchanges under way are forgotten."""
         began = time.monotonic()
         coming = self._submitted(lambda group: group.state(sources))
-        payload = self._shared_bytes(self._waited(coming, "another's state"))
+        payload = firsts_bytes(self._waiting.result(coming, "another's state"))
         if payload is None:
             return None
         self._pending.clear()
@@ -274,7 +293,7 @@ class Meetings:
 
     def _served(self, state: TrainState, update: int) -> TrainState:
         """Give this island's state to whoever asked for it."""
-        if not self._agreed(bool(self._mail and self._mail.wanted)):
+        if not agreed(bool(self._mail and self._mail.wanted)):
             return state
         state = self.settled(state)
         parts = self._shipped(dataclasses.replace(state, params=self.program.evaluated(state)))
@@ -295,21 +314,15 @@ class Meetings:
     def _submitted(self, work: Callable[[Group], Any]) -> Future | None:
         return self._threads.submit(work, self._mail.group) if self._mail else None
 
-    def _waited(self, future: Future | None, what: str) -> Any:
-        """The result of a future; whoever watches this process hears that it waits. None without one."""
-        if future is None:
-            return None
-        while True:
-            try:
-                return future.result(timeout=NEWS)
-            except NotYet:
-                self._alive(f"waits for {what}, {self._mail.counters.received} bytes so far")
+    def _arrived(self) -> str:
+        """What to say of it while it is waited for."""
+        return f", {self._mail.counters.received} bytes so far" if self._mail else ""
 
     def _asked(self, work: Callable[[Group], tuple[bool, list[Peer]]]) -> tuple[bool, list[Peer]]:
         """An answer of the rendezvous, in every process."""
-        found = self._waited(self._submitted(work), "the others")
+        found = self._waiting.result(self._submitted(work), "the others")
         text = None if found is None else json.dumps(found).encode()
-        first, peers = json.loads(self._shared_bytes(text))
+        first, peers = json.loads(firsts_bytes(text))
         return first, [Peer(*peer) for peer in peers]
 
     def _shared(self, met: Met | None) -> Met:
@@ -321,23 +334,9 @@ class Meetings:
             head = json.dumps(
                 {"kind": met.kind, "lost": dict(met.lost), "sources": met.sources, "names": list(met.payloads)}
             ).encode()
-        told = json.loads(self._shared_bytes(head))
-        payloads = {name: self._shared_bytes(met.payloads[name] if met else None) for name in told["names"]}
+        told = json.loads(firsts_bytes(head))
+        payloads = {name: firsts_bytes(met.payloads[name] if met else None) for name in told["names"]}
         return Met(told["kind"], payloads, told["lost"], [Peer(*peer) for peer in told["sources"]])
-
-    def _shared_bytes(self, value: bytes | None) -> bytes | None:
-        """The first process's bytes, in every process."""
-        if jax.process_count() == 1:
-            return value
-        size = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if value is None else len(value))))
-        if size < 0:
-            return None
-        buffer = np.zeros(size, np.uint8) if value is None else np.frombuffer(value, np.uint8)
-        return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes()
-
-    def _agreed(self, value: bool) -> bool:
-        """The first process's word, in every process."""
-        return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
     def _held(self, tree: Any) -> Iterator[np.ndarray]:
         """Every array of `tree`, whole, on this host."""

@@ -18,6 +18,7 @@ from ..checkpoint.shelf import QUARANTINE, Shelf
 from ..checkpoint.storage import Storage, by_path, tree
 from ..configs.errors import MeshwrightError
 from ..parallel.state import TrainState
+from .agreement import firsts
 from .base import completed
 from .program import Program
 from .report.journal import Journal, read_events
@@ -70,7 +71,7 @@ def recovered(
         if level == "memory":
             refused.add(step)
         reason = f"{step} in {level} is damaged"
-    if agreed(len(shelf.quarantined)):
+    if firsts(len(shelf.quarantined)):
         raise MeshwrightError(
             f"every checkpoint in {shelf.directory} is damaged and was set aside in {QUARANTINE}/ (why: events.jsonl); "
             f"bring a good copy back, delete {QUARANTINE}/ to start from step 0, or train under another name"
@@ -98,7 +99,7 @@ def set_aside(step: int, level: str, shelf: Shelf, journal: Journal, *, why: str
 
 def newest(shelf: Shelf, memory: Memory | None, program: Program, *, without: set[int]) -> tuple[int, str]:
     """(step, level) of the newest that every process can have, the same on all; memory where both have it; -1: none."""
-    stored = agreed(max(shelf.steps, default=-1))
+    stored = firsts(max(shelf.steps, default=-1))
     if memory is None:
         return stored, "storage"
     own = memory.steps(by_path(tree(program.shardings)), by_path(tree(program.shapes)))
@@ -124,11 +125,6 @@ def check_corpus(step: int, saved: dict, corpus: str) -> None:
             f"checkpoint {step} was trained on corpus {saved.get('corpus')}, and the data are {corpus} now; "
             "bring back the documents, or train under another name"
         )
-
-
-def agreed(value: int) -> int:
-    """The first process's value, on every process."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else value
 
 
 def damaged_on(damage: str) -> list[int]:

@@ -51,8 +51,8 @@ def referenced(program: Program, data: Data, *, samples: Iterable[int]) -> Data:
     for dataset, rows in parts:
         for some in unseen(dataset, rows, seen=seen, size=config.data.global_batch):
             fill(notes, some, annotate(some))
-    held_out = None if data.held_out is None else Noted(data.held_out, notes)
-    return dataclasses.replace(data, train=Noted(data.train, notes), held_out=held_out)
+    held_out = None if data.held_out is None else Noted(data.held_out, notes, seen)
+    return dataclasses.replace(data, train=Noted(data.train, notes, seen), held_out=held_out)
 
 
 def by_first_weights(program: Program) -> Annotate:

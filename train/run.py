@@ -23,6 +23,7 @@ from ..models.hf.files import copy_companions
 from ..parallel.mesh import make_mesh
 from . import environment, plan
 from .accounting import budgeted, spending
+from .agreement import firsts
 from .answering import Metric, metric_functions
 from .assessment import Assessment
 from .base import keep
@@ -41,7 +42,7 @@ from .op_times import time_ops
 from .pacing import Pace
 from .places import place
 from .program import Program, build
-from .recovery import agreed, recovered
+from .recovery import recovered
 from .reference import referenced
 from .report.html import write_report
 from .report.journal import Journal
@@ -96,7 +97,11 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         if start == 0:
             keep(program, state, directory, allowed=fence.check)
         share = share_of(program)
-        data = referenced(program, data, samples=share.samples(start, config.steps))
+
+        def reread(first: int, data: Data = data) -> Data:
+            return referenced(program, data, samples=share.samples(first, config.steps))
+
+        data = reread(start)
         snapshots = None
         if memory is not None:
             snapshots = Snapshots(checkpoint, memory, journal, fence.check)
@@ -105,7 +110,9 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         saving = Saving(checkpoint, storage, journal, {"corpus": corpus, "origin": program.origin}, snapshots)
         meetings = None
         if config.islands:
-            meetings = stack.enter_context(joined(config, program, journal, corpus=corpus, alive=progress.waits))
+            meetings = stack.enter_context(
+                joined(config, program, journal, corpus=corpus, alive=progress.waits, stop=stop.requested)
+            )
 
         began = time.monotonic()
         step, meet = program.compiled_step(), meetings or program.compiled_meetings()
@@ -119,6 +126,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
             loop = Loop(
                 program=program,
                 data=data,
+                reread=reread,
                 share=share,
                 directory=directory,
                 step=step,
@@ -126,7 +134,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
                 meetings=meetings,
                 assess=assess,
                 saving=saving,
-                pace=Pace(checkpoint.every, directory, journal, agreed),
+                pace=Pace(checkpoint.every, directory, journal, firsts),
                 ledger=ledger_of(directory, world, fence, kept=config.logging.ledger),
                 stop=stop,
                 progress=progress,

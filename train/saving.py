@@ -21,7 +21,7 @@ from ..checkpoint.storage import Storage
 from ..configs.errors import MeshwrightError
 from ..configs.training import CheckpointConfig
 from ..parallel.state import TrainState
-from .agreement import anyone
+from .agreement import anyone, firsts
 from .report.journal import Journal, read_events
 from .snapshots import Snapshots
 
@@ -136,6 +136,24 @@ class Saving:
             self.journal.record("save-dropped", step=self.waiting.step, reason=f"step {step} is the last")
             self.waiting = None
         self.begin(state, step, samples=samples)
+
+    def go_back(self, state: TrainState, step: int, *, samples: int) -> None:
+        """A sitting begins with `state` after `step` updates, though the run has saved later ones of its own.
+
+        Nobody is on their time line any more: their checkpoints are set aside, journalled, and their snapshots
+        forgotten; `state` is saved in their place.
+        """
+        shelf = self.storage.shelf
+        for later in shelf.steps if self.journal.enabled else ():
+            if later > step:
+                place = shelf.quarantine(later).relative_to(shelf.directory)
+                reason = f"the run went back to {step}, where the others are"
+                self.journal.record("quarantine", step=later, level="storage", reason=reason, place=str(place))
+        if self.snapshots is not None:
+            self.snapshots.forget(beyond=step)
+        if firsts(int(step not in shelf.steps)):
+            self.begin(state, step, samples=samples)
+            self.settle()  # until then a restart would find nothing but what was set aside
 
     def finish(self) -> None:
         """Wait for the last save, of all processes. Raises MeshwrightError where it failed on any."""

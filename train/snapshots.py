@@ -142,6 +142,10 @@ class Snapshots:
     def _fail(self, why: str) -> None:
         self._journal.record("save-failed", step=self._offered, level="memory", message=why[:500])
 
+    def forget(self, *, beyond: int) -> None:
+        """Delete the snapshots of later steps than `beyond`, once what is under way has ended."""
+        self._worker.submit(self._memory.forget, beyond=beyond).result()
+
     def clear(self) -> None:
         """Delete the snapshots: storage has the state."""
         self.close()

@@ -48,7 +48,7 @@ class Counters:
     """What an office has done since it opened, in bytes and events."""
 
     sent: int = 0  # written to other islands: payloads, their frames, and requests
-    received: int = 0  # of payloads
+    received: int = 0  # of payloads, frame by frame
     resumed: int = 0  # transfers that went on after a cut
     refused: int = 0  # frames and payloads that were damaged
     by_kind: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # sent, by the first word of the key
@@ -225,7 +225,6 @@ class Office:
                     before = len(arrived.data)
                     try:
                         if await self._attempt(key, peer, arrived):
-                            self.counters.received += len(arrived.data)
                             return bytes(arrived.data)
                         if not alive(peer):
                             return Failed(f"{peer.name} has gone")
@@ -259,7 +258,9 @@ class Office:
                 return False
             arrived.expect(int(told["size"]), str(told["digest"]))
             while len(arrived.data) < arrived.size:
-                arrived.data += await self._within(read_frame(reader))
+                frame = await self._within(read_frame(reader))
+                arrived.data += frame
+                self.counters.received += len(frame)
             arrived.check()
             return True
         finally:

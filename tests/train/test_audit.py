@@ -112,6 +112,56 @@ def test_a_damaged_checkpoint_that_was_set_aside_may_be_gone_back_behind(run):
     assert not broken(run)
 
 
+ISLAND = f"data: {{global_batch: {SIZE}}}\nouter: {{name: diloco, every: 3}}\nislands: {{count: 2, number: 1}}"
+
+
+def fed(ledger, steps, *, number=1):
+    """Steps of an island: its half of every global batch."""
+    for step in steps:
+        first = (step - 1) * SIZE + number * SIZE // 2
+        rows = [row(first + offset) for offset in range(SIZE // 2)]
+        ledger.fed(step, {key: np.concatenate([one[key] for one in rows]) for key in rows[0]}, first=first)
+        ledger.applied(step)
+
+
+@pytest.fixture
+def island(tmp_path):
+    """Island 1 of 2: steps 1 to 4, then another island's state of step 6; restored at 8, where the others were at 7."""
+    (tmp_path / "config.yaml").write_text(ISLAND)
+    for epoch, told in ((1, {0: range(1, 5), 6: range(7, 10)}), (2, {7: range(8, 10)})):
+        ledger = Ledger(tmp_path, epoch=epoch, process=0, processes=1, enabled=True)
+        for start, steps in told.items():
+            ledger.began(start)
+            fed(ledger, steps)
+    journal(tmp_path, *ISLANDS_COURSE)
+    return tmp_path
+
+
+ISLANDS_COURSE = [
+    ("start", 0), ("commit", 3), ("bootstrap", 6), ("commit", 8), ("restart", 9),
+    ("restore", 8), ("bootstrap", 7), ("quarantine", 8), ("commit", 7), ("commit", 8),
+]  # fmt: skip
+
+
+def test_an_island_is_held_to_its_own_samples_and_not_to_steps_that_others_made_for_it(island):
+    assert not broken(island)
+
+
+def test_a_gap_that_no_other_island_filled_is_a_breach(island):
+    journal(island, *(one for one in ISLANDS_COURSE if one != ("bootstrap", 6)))
+    assert broken(island) == {ONCE: "step 5 is nobody's"}
+
+
+def test_another_islands_samples_are_foreign(island):
+    edit(island, 0, lambda lines: [{**line, "first": line["first"] - 2} if "first" in line else line for line in lines])
+    assert re.search(r"step 1: samples", broken(island)[ONCE])
+
+
+def test_what_an_island_committed_after_it_went_back_may_not_be_lost(island):
+    journal(island, *ISLANDS_COURSE[:-1], ("restore", 3))
+    assert broken(island) == {"no committed step was lost": "step 7 was committed, and the run went on from 3"}
+
+
 def test_a_run_without_a_ledger_cannot_be_audited(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(UserError, match=r"train with logging\.ledger=true"):

@@ -57,6 +57,18 @@ def average(members, payloads, key="meet 3", histories=None):
     return at_once(work, members)
 
 
+def test_one_who_leaves_while_it_waits_is_answered_and_does_not_come_back(opened):
+    one, other = opened(0, 1, patience=30, deadline=30)
+    waits = threading.Thread(target=lambda: average([one], {one.name: b"1"}))
+    waits.start()
+    time.sleep(0.3)
+    one.leave()
+    waits.join(timeout=5)
+    assert not waits.is_alive()
+    time.sleep(0.5)
+    assert one.name not in other.others()
+
+
 def letters(members):
     return {one.name: one.name.encode() for one in members}
 

@@ -152,3 +152,21 @@ def test_a_protected_snapshot_is_not_overwritten_before_a_newer_one_is(tmp_path,
     snapshots.close()
     assert sorted(header["step"] for _, header in memory._headers()) == [1, 5]
     assert [(event["event"], event["step"]) for event in read_events(tmp_path)] == [("unprotected", 2)]
+
+
+def test_a_run_that_goes_back_sets_aside_what_it_saved_beyond(tmp_path):
+    taken = Snapshots(CheckpointConfig(memory_every=1), Memory(tmp_path / "memory"), Journal(tmp_path))
+    saves = saving(tmp_path, "wait", taken)
+    for step in (2, 4, 6):
+        saves.begin(state(step), step, samples=step, memory=True)
+    saves.settle()
+    saves.storage.close()
+    saves = saving(tmp_path, "wait", taken)  # the next sitting, which finds the others behind
+    saves.go_back(state(3), 3, samples=3)
+    assert saves.storage.steps == [2, 3] and saves.storage.shelf.quarantined == ["4", "6"]
+    assert events(tmp_path)[-4:] == [("quarantine", 4), ("quarantine", 6), ("save", 3), ("commit", 3)]
+    assert Memory(tmp_path / "memory").newest < 4
+    saves.begin(state(4), 4, samples=4)
+    saves.finish()
+    assert saves.storage.steps == [2, 3, 4]
+    saves.storage.close()

@@ -18,13 +18,19 @@ Notes = Mapping[str, np.ndarray]  # field -> [tokens of all stores, ...]
 
 @dataclass(frozen=True)
 class Noted:
-    """Rows of a data set, with further fields looked up for each of their tokens; zeros in padding."""
+    """Rows of a data set, with further fields looked up for each of their tokens; zeros in padding.
+
+    A row with a token that was not `seen` [tokens] when notes were taken raises LookupError: zeros would be believed.
+    """
 
     dataset: Any
     notes: Notes
+    seen: np.ndarray
 
     def row(self, index: int) -> Row:
         row = self.dataset.row(index)
+        if not self.seen[row["places"][row["places"] != NOWHERE]].all():
+            raise LookupError(f"row {index} was not among those that notes were taken of, and its tokens have none")
         return row | {field: looked_up(values, row["places"]) for field, values in self.notes.items()}
 
     def __getattr__(self, name: str) -> Any:

@@ -265,6 +265,8 @@ class Group:
                     # The server ends its wait by `patience`; what is on top is for its answer.
                     return client.ask(do, within=patience + 5.0, **fields, **timed(do, patience))
             except Refused:
+                if self._ended.is_set():
+                    raise  # it left while it waited
                 self._rejoin()
             except OSError:
                 if time.monotonic() > end or self._ended.is_set():

@@ -35,7 +35,7 @@ def meeting_place(host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
 def launch_islands(command: Callable[[int, str], Sequence[str]], *, count: int, directory: Path) -> None:
     """Run `command(number, rendezvous)` for each of `count` islands until all end well.
 
-    What the first one says is shown, the others write to `directory`/island-K/launch.log. Raises Preempted where all
+    What the first one says is shown, the others write to `directory`/launch/island-K.log. Raises Preempted where all
     stopped on request, UserError where one refused its configuration, MeshwrightError where one failed: the others
     trained on to their end.
     """

@@ -161,3 +161,15 @@ def test_a_slow_link_is_slow(opened):
     began = time.monotonic()
     fetched(receiver, peer(sender))
     assert time.monotonic() - began >= 0.4
+
+
+def test_what_has_arrived_of_a_payload_is_counted_before_all_of_it_has(opened):
+    one, other = opened("a", settings=Settings(throttle=Throttle(bandwidth=8e6))), opened("b")
+    one.publish("meet 3", bytes(2_000_000), ticket=1)
+    fetching = threading.Thread(target=lambda: fetched(other, peer(one)))
+    fetching.start()
+    seen = set()
+    while fetching.is_alive():
+        seen.add(other.counters.received)
+        time.sleep(0.02)
+    assert len(seen - {0, 2_000_000}) > 2 and other.counters.received == 2_000_000

@@ -1,0 +1,138 @@
+"""What an island does while it waits for others: it says so, and it stops when asked to. Nothing is compiled here."""
+
+import threading
+import time
+from concurrent.futures import Future
+from types import SimpleNamespace as Some
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from meshwright.configs.errors import Preempted
+from meshwright.parallel.lowcomm.office import Counters
+from meshwright.train import loop as loops
+from meshwright.train import meetings as module
+from meshwright.train import waiting
+from meshwright.train.loop import Loop
+from meshwright.train.meetings import Meetings, Moved, Pending
+from meshwright.train.report.journal import Journal, read_events
+from meshwright.train.report.ledger import Ledger, read_ledger
+from meshwright.train.stop import StopRequest
+
+
+class Group:
+    """Of two islands; the other one trains and answers nothing."""
+
+    def others(self):
+        return {"island-1": {}}
+
+    def tell_now(self, **info):
+        pass
+
+    def enter(self, **said):
+        threading.Event().wait(0.2)
+        raise OSError("nobody answers")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(waiting, "NEWS", 0.01)
+    monkeypatch.setattr(waiting, "HURRY", 0.05)
+
+
+def meetings(directory, *, alive=lambda phase: None, stop=lambda update: False, patience=60.0):
+    island = Some(outer=Some(meetings=[Some(name="meet", needs=None)]))
+    config = Some(outer=Some(name="diloco"), islands=Some(patience=patience, gather=60.0, deadline=60.0))
+    program = Some(replicas=island, config=config, traffic=None, evaluated=lambda state: state)
+    mail = Some(group=Group(), counters=Counters(), wanted=set())
+    made = Meetings(program, mail, Journal(directory), alive=alive, stop=stop)
+    made.measured = lambda step: {}
+    return made
+
+
+def test_each_sign_of_life_of_one_who_waits_is_news_though_nothing_arrives(tmp_path, quick, monkeypatch):
+    """A supervisor takes what it has heard already for a hang."""
+    seconds = iter(range(1000))
+    for one in (module, waiting):
+        monkeypatch.setattr(one, "time", Some(monotonic=lambda: float(next(seconds)), sleep=lambda seconds: None))
+    future, heard = Future(), []
+
+    def alive(phase):
+        heard.append(phase)
+        if len(heard) == 4:
+            future.set_result("payload")
+
+    assert meetings(tmp_path, alive=alive)._waiting.result(future, "meet") == "payload"
+    assert len(set(heard)) == 4
+    heard.clear()
+    meetings(tmp_path, alive=heard.append, patience=9.0).finish({}, 7)
+    assert len(set(heard)) == len(heard) > 2
+
+
+def test_one_who_is_asked_to_stop_gives_a_meeting_up_and_keeps_its_state(tmp_path, quick):
+    asked = []
+    one = meetings(tmp_path, stop=lambda update: asked.append(update) or len(asked) > 2)
+    one._pending["meet"] = Pending(Some(name="meet"), 3, Future(), [])  # never ends
+    began = time.monotonic()
+    assert one.settled("state") == "state" and time.monotonic() - began < 5
+    assert [(event["event"], event["lost"]) for event in read_events(tmp_path)] == [
+        ("meeting-skipped", {"all": "asked to stop"})
+    ]
+
+
+def test_one_who_is_asked_to_stop_before_the_others_are_there_is_preempted(tmp_path, quick):
+    with pytest.raises(Preempted):
+        meetings(tmp_path, stop=lambda update: True).begin({"w": jax.numpy.zeros(2)}, 0)
+
+
+def test_one_who_is_asked_to_stop_at_the_end_waits_for_nobody(tmp_path):
+    began = time.monotonic()
+    meetings(tmp_path, stop=lambda update: True).finish({}, 7)
+    assert time.monotonic() - began < 5
+
+
+def test_several_processes_stop_at_one_question_and_for_good(monkeypatch):
+    """JAX says yes to one question only; the questions are numbered, whatever step they are asked after."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda number: number == 3)
+    stop = StopRequest()
+    assert [stop.requested(step) for step in (7, 7, 7, 9, 10)] == [False, False, True, True, True]
+
+
+def test_updates_made_before_an_island_took_anothers_state_are_told_and_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr(loops, "to_devices", lambda rows, config, mesh: rows)
+    config = Some(steps=5, logging=Some(profile=Some(start=0, steps=0), on_nan="stop"))
+    ledger, told = Ledger(tmp_path, epoch=1, process=0, processes=1, enabled=True), []
+    nothing = lambda *words: None
+    quiet = Some(enters=nothing, report=nothing, poll=nothing, began=nothing)
+
+    def meet(state, number):
+        if number == 3:
+            raise Moved(state, 4)
+        return state
+
+    class Told(Loop):
+        def __init__(self):
+            self.program, self.directory, self.ledger = Some(config=config, mesh=None), tmp_path, ledger
+            self.share, self.progress, self.saving, self.pace = Some(first=lambda update: update), quiet, quiet, quiet
+            self.meter = Some(host=lambda: threading.Lock())
+            self.step, self.meet, self.meetings = lambda state, batch: (state, {}), meet, None
+            self.stop = Some(requested=lambda number: False)
+
+        def batches(self, start):
+            for number in range(start, 5):
+                yield {"tokens": np.full((1, 2), number), "targets": np.full((1, 2), number)}
+
+        def pauses(self, number):
+            return False
+
+        def read(self, pending):
+            if pending is not None:
+                self.ledger.applied(pending[0])
+                told.append(pending[0])
+
+    Told().to_the_end("state", 0)
+    assert told == [1, 2, 3, 5]
+    assert [line.get("step", -1) for line in read_ledger(tmp_path)[0]] == [-1, 1, 2, 3, -1, 5]
