@@ -33,6 +33,7 @@ from . import optimizers
 from .engines import Evaluate, divided, fresh, pipelined, structure, whole
 from .gradients import Engine
 from .islands import Island, island_of
+from .keys import of_steps
 from .optimizing import optimizer_maker
 from .pipeline import routes
 from .private import noised
@@ -83,7 +84,6 @@ class Program:
 
     def _one(self, weights: Any = None, teacher: Any = None) -> TrainState:
         """`initial` of one replica."""
-        key = jax.random.key(self.config.seed)
         params, frozen = divided(self.config, fresh(self.config) if weights is None else weights, teacher)
         parts = rearranged({"params": params, "frozen": frozen}, before=None, after=self.order)
         return TrainState(
@@ -92,7 +92,7 @@ class Program:
             frozen=parts["frozen"],
             opt_state=self.optimizer.init(parts["params"]),
             outer=(),
-            rng=jax.random.key_data(jax.random.fold_in(key, 1)),
+            rng=jax.random.key_data(of_steps(self.config)),
         )
 
     def first_weights(self) -> Any:

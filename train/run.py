@@ -22,7 +22,7 @@ from ..memory.selfcheck import check_offload
 from ..models.hf.files import copy_companions
 from ..parallel.mesh import make_mesh
 from . import environment, plan
-from .accounting import budgeted, spending
+from .accounting import budgeted, dealt, spending
 from .agreement import firsts
 from .answering import Metric, metric_functions
 from .assessment import Assessment
@@ -162,7 +162,7 @@ def checked(config: RunConfig, world: World) -> tuple[Data, Sequence[Metric]]:
     check_sinks(config.logging)
     data = assemble.build(own(config).data, seed=config.seed, model_vocab=config.model.vocab)
     check_teacher(config, data.tokenizer)
-    return data, metric_functions(config.evaluation.metrics)
+    return dealt(config, data), metric_functions(config.evaluation.metrics)
 
 
 def programmed(config: RunConfig, world: World) -> Program:
