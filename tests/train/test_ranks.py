@@ -110,7 +110,8 @@ def test_a_layer_of_a_stack_without_an_adapter_has_no_part():
             params = optax.apply_updates(params, updates)
         return {name: np.asarray(own["adapter"]["e"]) for name, own in params.items()}
 
-    alone = entries(*steps[:1], steps[1:], EVERY)
+    assert float(distance(wider(steps[0]), present=present)) == pytest.approx(float(distance(steps[0], present=EVERY)))
+    alone = entries(steps[0], steps[1:], EVERY)
     among = entries(wider(steps[0]), [wider(gradient) for gradient in steps[1:]], present)
     assert np.count_nonzero(alone["q"]) + np.count_nonzero(alone["o"]) == MAPS * 2
     assert not among["q"][1].any()
