@@ -27,6 +27,7 @@ ONE_DEVICE = {
     "mesh": dict.fromkeys(("replica", "pipe", "data", "fsdp", "expert", "seq", "tensor"), 1) | {"devices": None},
     "outer": None,
     "islands": None,
+    "elastic": {"meshes": [], "deterministic": False},
 }
 
 

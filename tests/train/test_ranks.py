@@ -170,3 +170,10 @@ MISTAKES = {
 def test_a_budget_that_cannot_be_kept_is_refused(given, words):
     with pytest.raises(UserError, match=words):
         tiny(adapter={"method": "adalora"} | given)
+
+
+@pytest.mark.parametrize("method", ["adalora", "fishmask", "lottery"])
+def test_replicas_that_would_choose_differently_are_refused(method):
+    adapter = {"method": method} | ({"budget": {"settled": 1}} if method == "adalora" else {"scouting": 1})
+    with pytest.raises(UserError, match=f"adapter.method: {method} chooses what learns while it trains"):
+        tiny(adapter=adapter, mesh={"replica": 2}, outer={"name": "diloco", "every": 2})
