@@ -68,8 +68,10 @@ def check_deterministic(config: "RunConfig", axes: Axes) -> None:
             f"microbatches: {count} cannot be added in one order by mesh.data ({data}) devices: under "
             f"elastic.deterministic each computes a power of two of them; use {', '.join(fitting)}, ..."
         )
-    if config.data.global_batch % count:
+    islands = 1 if config.islands is None else config.islands.count
+    if config.data.global_batch // islands % count:
         raise ValueError(
-            f"data.global_batch: {config.data.global_batch} is not divisible by microbatches ({count}); under "
+            f"data.global_batch: {config.data.global_batch} is not divisible by microbatches ({count})"
+            f"{f' on each of {islands} islands' if islands > 1 else ''}; under "
             "elastic.deterministic each is computed by one device, all of one shape"
         )

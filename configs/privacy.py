@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 PRIVATE_RECIPES = ("pretrain", "sft", "dpo", "ipo", "orpo", "simpo")
 # Methods whose weights are read by the linear maps that norms are made of, or are small; each is tested to be so.
 PRIVATE_ADAPTERS = ("lora", "dora", "ia3", "bitfit", "norms", "selective")
+BESIDE = ("lora", "dora", "ia3")  # of these: whose weights are new, and float32 whatever `precision.parameters` says
+LEAST_SEED = 2**32  # those below are few enough to try them all
 
 
 class PrivacyConfig(Section):
@@ -69,6 +71,14 @@ def check_privacy(config: "RunConfig", axes: dict[str, int]) -> None:
             config.precision.compute != "float32",
             "norms must not depend on how they are rounded: use float32",
         ),
+        f"precision.gradients: {config.precision.gradients}": (
+            config.precision.gradients != "float32",
+            "sums that are rounded after they were clipped move by more than the clip: use float32",
+        ),
+        f"precision.parameters: {config.precision.parameters}": (
+            config.precision.parameters != "float32" and method not in BESIDE,
+            f"gradients of the model's own weights would be rounded like them: use float32, or {', '.join(BESIDE)}",
+        ),
         f"memory.loss_chunks: {config.memory.loss_chunks}": (
             config.memory.loss_chunks > 1,
             "the norm of the head's gradient needs a whole row at once: use 1",
@@ -91,7 +101,11 @@ def check_secret(config: "RunConfig") -> None:
                 trained,
                 "a tokenizer trained on the rows tells of them: set data.tokenizer.file, or bytes",
             ),
-            "seed: 0": (config.seed == 0, "whoever knows the seed can take the noise away: set a number nobody knows"),
+            f"seed: {config.seed}": (
+                config.seed < LEAST_SEED,
+                "whoever knows or guesses the seed can take the noise away: set a number of your own, as "
+                '`python -c "import secrets; print(secrets.randbits(63))"` draws it, and tell nobody',
+            ),
         }
     )
 

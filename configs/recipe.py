@@ -53,7 +53,8 @@ class RecipeConfig(Section):
     """distill: weight of the divergence; the rest is that of the next token's loss. null: 1."""
     top_k: int | None = Field(None, ge=1)
     """distill: keep the teacher's so many likeliest words of each token, made before the first step, and not the
-    teacher. null: the teacher stands beside the model and is asked in every step."""
+    teacher; data.packing.method is then best-fit or single. null: the teacher stands beside the model and is asked in
+    every step."""
 
     @model_validator(mode="after")
     def _everything_has_an_effect(self) -> "RecipeConfig":
@@ -86,6 +87,11 @@ class RecipeConfig(Section):
         return self.compares_words and self.top_k is None
 
     @property
+    def reads_itself(self) -> bool:
+        """Whether the model as it was before the first step is read again where a run goes on."""
+        return self.name in REFERENCED or (self.two_models and self.teacher is None)
+
+    @property
     def reads_ahead(self) -> bool:
         """Whether a fixed model reads every document before the first step."""
         return self.name in REFERENCED or self.top_k is not None
@@ -98,6 +104,11 @@ class RecipeConfig(Section):
 
 def check_recipe(recipe: RecipeConfig, data: DataConfig) -> None:
     """Raise ValueError where the recipe cannot read the documents."""
+    if recipe.top_k is not None and data.packing.method == "concat":
+        raise ValueError(
+            "data.packing.method: concat cuts documents elsewhere in every epoch, so the teacher's words that "
+            "recipe.top_k keeps would be those after other words; set it to best-fit or single, or remove recipe.top_k"
+        )
     wanted = RECIPE_FORMATS.get(recipe.name)
     for source in data.sources:
         if wanted is not None and source.format != wanted:

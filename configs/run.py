@@ -108,6 +108,11 @@ class RunConfig(Section):
                 )
             check_scouting(self.adapter, steps=self.steps, average=self.optimizer.ema, spike=self.logging.spike)
             check_budget(self.adapter, steps=self.steps, average=self.optimizer.ema)
+            if self.outer is not None and self.adapter.method in (*ELEMENTS, "adalora"):
+                raise ValueError(
+                    f"adapter.method: {self.adapter.method} chooses what learns while it trains, and replicas would "
+                    "choose differently; use lora, or set outer to null"
+                )
             if self.adapter.method == "adalora" and self.pipeline.post_validation:
                 raise ValueError(
                     "pipeline.post_validation: true, but adapter.method adalora adds to the gradient behind the norm "

@@ -2,21 +2,24 @@
 
     spent(privacy, step=, rows=, batch=) -> epsilon
 
-A row is read once an epoch, so after `epochs` (rounded up) it has been in as many batches, each hidden by noise of
-`privacy.noise` times what it can add: together one Gaussian mechanism with noise / sqrt(epochs), whose epsilon is exact
-(arXiv:1805.06530). That is `shuffled`, and holds for what happens here: a row against an empty one in its place.
+An epoch is whole batches (`dealt`), so a row is in at most one batch of each, and after `epochs` (rounded up) in at
+most as many, each hidden by noise of `privacy.noise` times what it can add: together one Gaussian mechanism with
+noise / sqrt(epochs), whose epsilon is exact (arXiv:1805.06530). That is `shuffled`, and holds for what happens here: a
+row against an empty one in its place.
 `poisson` is what is usually reported: as if each batch drew each row with probability batch / rows, by Renyi
 divergences (arXiv:1908.10530). Batches here are not drawn so; read it beside others' numbers, not as a guarantee.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 from ..configs.errors import UserError
 from ..configs.privacy import PrivacyConfig, check_secret
 from ..configs.run import RunConfig
 from .data.assemble import Data
+from .data.dataset import WholeBatches
 
 MOST_NOISE = 1e4
 
@@ -38,6 +41,19 @@ def budgeted(config: RunConfig, data: Data) -> RunConfig:
     return config.model_copy(update={"privacy": privacy})
 
 
+def dealt(config: RunConfig, data: Data) -> Data:
+    """`data` as the run reads it: a private one leaves out the rows of an epoch that fill no batch. UserError."""
+    if config.privacy is None:
+        return data
+    batch, rows = config.data.global_batch, data.train.rows_per_epoch()
+    if batch > rows:
+        raise UserError(
+            f"data.global_batch: {batch} with privacy: there are {rows} rows to train on, so that one would be in a "
+            f"batch twice; use at most {rows}"
+        )
+    return replace(data, train=WholeBatches(data.train, batch))
+
+
 def spending(config: RunConfig, data: Data) -> Callable[[int], dict[str, float]]:
     """A function from a step to what is spent by then; to nothing where nothing is promised."""
     privacy, batch = config.privacy, config.data.global_batch
@@ -48,11 +64,11 @@ def spending(config: RunConfig, data: Data) -> Callable[[int], dict[str, float]]
 
 
 def spent(privacy: PrivacyConfig, *, step: int, rows: int, batch: int) -> float:
-    """Epsilon after `step` updates of `batch` rows, of data of `rows`."""
+    """Epsilon after `step` updates of `batch` rows, of epochs of `rows`: at least `batch`, in whole batches."""
     if step == 0:
         return 0.0
     if privacy.sampling == "poisson":
-        return sampled(privacy.noise, privacy.delta, step=step, share=min(batch / rows, 1.0))
+        return sampled(privacy.noise, privacy.delta, step=step, share=batch / rows)
     return composed(privacy.noise, privacy.delta, count=math.ceil(step * batch / rows))
 
 

@@ -47,7 +47,7 @@ class Assessment:
             template=self.data.template if everything.data.chats else None,
             max_tokens=config.sample_tokens,
             sampling=Sampling(temperature=config.temperature),
-            seed=everything.seed,
+            seed=everything.seed if everything.privacy is None else 0,  # samples would tell of a secret
         )
         values = answered(self.program, weights, self.data, config, self.metrics)
         return values, list(zip(config.prompts, texts, strict=True))

@@ -3,8 +3,9 @@
     fishmask   their squared gradients, added up over these updates, in which nothing moves      arXiv:2111.09839
     lottery    how far training all of them moved each; then all go back to where they were      arXiv:2110.07560
 
-The `adapter.density` largest of all elements together learn. Which, is part of the optimizer's state, so a run that
-goes on keeps them. Departs: FishMask squares the gradient of every example, here it is that of a whole batch.
+The `adapter.density` largest of all elements together learn, and all of what a recipe adds of its own. Which, is part
+of the optimizer's state, so a run that goes on keeps them. Departs: FishMask squares the gradient of every example,
+here it is that of a whole batch.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from ..configs.adapter import AdapterConfig
+from ..models.adapters.selection import BESIDE
 from ..parallel.rules import path_name
 
 
@@ -40,17 +42,18 @@ def elementwise(
 
     def init(params: Any) -> dict[str, Any]:
         score = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * (1.0 if goes_back else 0.0), params)
-        kept = jax.tree.map(lambda leaf: jnp.full(leaf.shape, goes_back, jnp.float32), params)
+        kept = with_path(lambda path, leaf: jnp.full(leaf.shape, goes_back or beside(path), jnp.float32), params)
         return optimizer.init(params) | {"elements": ElementsState(jnp.zeros((), jnp.int32), score, kept)}
 
     def found(score: Any) -> Any:
-        def own(tree: Any) -> Any:
-            if chosen is None:
-                return tree
-            return jax.tree_util.tree_map_with_path(lambda path, leaf: chosen(path_name(path), leaf), tree)
+        def own(path: str, leaf: jax.Array) -> jax.Array:
+            if beside(path):
+                return jnp.zeros_like(leaf)
+            return leaf if chosen is None else chosen(path, leaf)
 
-        total = sum(leaf.sum() for leaf in jax.tree.leaves(own(jax.tree.map(jnp.ones_like, score))))
-        return largest(own(score), count=jnp.maximum(1, jnp.round(adapter.density * total)))
+        total = counted(with_path(lambda path, leaf: own(path, jnp.ones_like(leaf)) > 0, score))
+        best = largest(with_path(own, score), count=jnp.maximum(1, jnp.round(adapter.density * total)))
+        return with_path(lambda path, leaf: jnp.ones_like(leaf) if beside(path) else leaf, best)
 
     def update(gradient: Any, state: dict[str, Any], params: Any) -> tuple[Any, dict[str, Any]]:
         elements, old = state["elements"], {name: part for name, part in state.items() if name != "elements"}
@@ -76,6 +79,21 @@ def elementwise(
     return optax.GradientTransformation(init, update)
 
 
+def with_path(change: Callable[[str, jax.Array], jax.Array], tree: Any) -> Any:
+    """`change(path, leaf)` of each leaf of `tree`."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: change(path_name(path), leaf), tree)
+
+
+def beside(path: str) -> bool:
+    """Whether the weight at `path` is none of the model's, so that it is not chosen among but learns."""
+    return path.startswith(BESIDE)
+
+
+def counted(flags: Any) -> jax.Array:
+    """How many elements of all leaves of `flags` are true, float32: rows in int32, which holds no larger sum."""
+    return sum(leaf.sum(-1, dtype=jnp.int32).astype(jnp.float32).sum() for leaf in jax.tree.leaves(flags))
+
+
 def largest(scores: Any, *, count: jax.Array | int) -> Any:
     """1 for the `count` largest of all scores, which are not negative, and 0 for the others; equal ones stay together.
 
@@ -85,7 +103,7 @@ def largest(scores: Any, *, count: jax.Array | int) -> Any:
 
     def narrower(number: jax.Array, limit: jax.Array) -> jax.Array:
         higher = limit | (1 << (30 - number))
-        there = sum((leaf >= higher).sum() for leaf in jax.tree.leaves(bits))
+        there = counted(jax.tree.map(lambda leaf: leaf >= higher, bits))
         return jnp.where(there >= count, higher, limit)
 
     limit = jax.lax.fori_loop(0, 31, narrower, jnp.int32(0))

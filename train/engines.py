@@ -31,6 +31,7 @@ from ..parallel.vocabulary import lookup
 from . import pipeline
 from .deterministic import in_fixed_order
 from .gradients import Batch, Engine, accumulated, plain
+from .keys import of_weights
 from .private import make_norms, private
 from .recipes import interface as recipes
 from .recipes.registry import RECIPES
@@ -162,11 +163,11 @@ def divided(config: RunConfig, weights: Any, teacher: Any = None) -> tuple[Any, 
     """
     given = weights
     if config.adapter is not None:
-        key = jax.random.fold_in(jax.random.key(config.seed), 2)
+        key = jax.random.fold_in(of_weights(config), 2)
         given = started(weights, config.model, config.adapter, key, read=reading(config.quantization))
     params, frozen = split(given, config.model, config.adapter)
     if RECIPES[config.recipe.name].scored:
-        params = params | {"score": score(config.model.embed, jax.random.fold_in(jax.random.key(config.seed), 3))}
+        params = params | {"score": score(config.model.embed, jax.random.fold_in(of_weights(config), 3))}
     frozen = quantized(frozen, config.model, config.quantization)
     return params, with_teacher(frozen, config, own=weights, given=teacher)
 

@@ -96,11 +96,11 @@ class Loop:
     def steps(self, state: TrainState, start: int) -> TrainState:
         """From update `start` to the last; metrics are read one step behind."""
         config = self.program.config
-        profile = Profile(config.logging.profile, self.directory)
         pending = None
         self.ledger.began(start)
         self.pace.began(start)
-        with closing(self.batches(start)) as feed:
+        profile = Profile(config.logging.profile, self.directory)
+        with closing(profile), closing(self.batches(start)) as feed:
             for number in range(start + 1, config.steps + 1):
                 with profile.step(number):
                     self.progress.enters("input")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import optax
 
 from ..configs.adapter import ELEMENTS
@@ -12,7 +13,7 @@ from ..models.adapters.sites import sites
 from ..parallel.layout import Order
 from . import optimizers
 from .elements import elementwise
-from .ranks import allocated
+from .ranks import Present, allocated
 
 Make = Callable[..., optax.GradientTransformation]
 
@@ -25,11 +26,19 @@ def optimizer_maker(config: RunConfig, *, order: Order) -> Make:
         optimizers.build, config.optimizer, steps=config.steps, spike=config.logging.spike, multiplied=chosen
     )
     if adapter is not None and adapter.method == "adalora":
-        maps = sum(rank > 0 for site in sites(config.model, adapter) for rank in site.ranks)
-        return wrapped(make, partial(allocated, adapter=adapter, maps=maps, steps=config.steps))
+        return wrapped(make, partial(allocated, adapter=adapter, present=present(config, order), steps=config.steps))
     if adapter is not None and adapter.method in ELEMENTS:
         return wrapped(make, partial(elementwise, adapter=adapter, chosen=chosen))
     return make
+
+
+def present(config: RunConfig, order: Order) -> Present:
+    """Which layers of each stack of adapted maps have an adapter, as they stand in the run."""
+    found = {}
+    for site in sites(config.model, config.adapter):
+        places = range(len(site.ranks)) if order is None else order
+        found[f"{site.path}/adapter/e"] = np.array([repeat >= 0 and site.ranks[repeat] > 0 for repeat in places])
+    return found
 
 
 def wrapped(make: Make, around: Callable[..., optax.GradientTransformation]) -> Make:

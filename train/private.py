@@ -4,8 +4,9 @@
 
 g_i is the gradient of the mean loss of row i. Its norm comes from a first pass that makes no such gradient
 (`ghost.py`); the second pass is the usual one, of losses scaled down where the norm asks for it. The divisor is the
-number of rows of a batch, whatever is in them. Noise is drawn from the run's key and the step, so that a run that goes
-on draws what it would have drawn, and what is spent follows from the step (`accounting.py`).
+number of rows of a batch, whatever is in them. A row without a finite norm counts as an empty one: it must not undo the
+step of the others. Noise is drawn from the run's key and the step, so that a run that goes on draws what it would have
+drawn, and what is spent follows from the step (`accounting.py`).
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from .update import Update, Updated
 
 Values = Callable[[Any, Any, Batch, jax.Array | None], jax.Array]  # (params, frozen, batch, keys) -> log p of targets
 Told = Callable[..., Context]  # (batch, keys) -> what the blocks are told
-NOISE = 1  # what tells the key of a step's noise from those of its rows
+NOISE = 2**32 - 1  # in the place of a row's number: no row has it, so no row's key is that of the noise
 
 
 def private(values: Values, recipe: recipes.Loss, *, squared_norms: Values, clip: float, dtype: Any) -> Engine:
@@ -40,18 +41,33 @@ def private(values: Values, recipe: recipes.Loss, *, squared_norms: Values, clip
 
     def engine(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> Sums:
         norms = jnp.sqrt(squared_norms(params, frozen, batch, keys))  # [rows]
-        scale = jnp.minimum(1, clip / jnp.maximum(norms, 1e-30))
+        finite = jnp.isfinite(norms)
+        scale = jnp.where(finite, jnp.minimum(1, clip / jnp.maximum(norms, 1e-30)), 0)
+        kept = emptied(batch, keep=finite)
 
         def scaled(params: Any) -> tuple[jax.Array, jax.Array]:
-            losses = row_losses(recipe, values(params, frozen, batch, keys), batch)
+            losses = row_losses(recipe, values(params, frozen, kept, keys), kept)
             return (scale * losses).sum(), losses
 
         gradient, losses = jax.grad(scaled, has_aux=True)(params)
-        metrics = {"clipped": (norms > clip).sum().astype(jnp.float32), "row_norm": norms.sum()}
+        clipped = ~finite | (norms > clip)
+        metrics = {"clipped": clipped.sum().astype(jnp.float32), "row_norm": jnp.where(finite, norms, 0).sum()}
         weight = jnp.asarray(losses.shape[0], jnp.float32)
         return Sums(losses.sum(), weight, jax.tree.map(lambda leaf: leaf.astype(dtype), gradient), metrics)
 
     return engine
+
+
+def emptied(batch: Batch, *, keep: jax.Array) -> Batch:
+    """`batch`, of its rows only those to `keep` [rows]; the others are padding.
+
+    To multiply their gradients by 0 would not do: 0 times infinity is not 0.
+    """
+
+    def field(values: jax.Array) -> jax.Array:
+        return jnp.where(keep.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
+
+    return jax.tree.map(field, batch)
 
 
 def row_losses(recipe: recipes.Loss, values: jax.Array, batch: Batch) -> jax.Array:
@@ -121,7 +137,7 @@ def noised(update: Update, privacy: PrivacyConfig, *, rows: int) -> Update:
 
     def run(gradient: Any, state: TrainState, norm: jax.Array, healthy: jax.Array) -> Updated:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        drawn = gaussian_privatizer(stddev=deviation, prng_key=jax.random.fold_in(jax.random.fold_in(key, NOISE), 0))
+        drawn = gaussian_privatizer(stddev=deviation, prng_key=jax.random.fold_in(key, NOISE))
         return update(drawn.update(gradient, drawn.init(gradient))[0], state, norm, healthy)
 
     return run

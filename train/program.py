@@ -33,6 +33,7 @@ from . import optimizers
 from .engines import Evaluate, divided, fresh, pipelined, structure, whole
 from .gradients import Engine
 from .islands import Island, island_of
+from .keys import of_steps
 from .optimizing import optimizer_maker
 from .pipeline import routes
 from .private import noised
@@ -83,7 +84,6 @@ class Program:
 
     def _one(self, weights: Any = None, teacher: Any = None) -> TrainState:
         """`initial` of one replica."""
-        key = jax.random.key(self.config.seed)
         params, frozen = divided(self.config, fresh(self.config) if weights is None else weights, teacher)
         parts = rearranged({"params": params, "frozen": frozen}, before=None, after=self.order)
         return TrainState(
@@ -92,7 +92,7 @@ class Program:
             frozen=parts["frozen"],
             opt_state=self.optimizer.init(parts["params"]),
             outer=(),
-            rng=jax.random.key_data(jax.random.fold_in(key, 1)),
+            rng=jax.random.key_data(of_steps(self.config)),
         )
 
     def first_weights(self) -> Any:
@@ -168,13 +168,14 @@ class Program:
 
     @cached_property
     def origin(self) -> str | None:
-        """What tells the weights that a run needs again to go on, an adapter's base and a teacher, from others'."""
+        """What tells the weights that a run needs again to go on from others': of a base, a reference and a teacher."""
         return " ".join(map(huggingface.fingerprint, self._origins)) or None
 
     @property
     def _origins(self) -> list[str]:
-        teacher = self.config.recipe.teacher
-        needed = [self.config.model] * (self.config.adapter is not None) + ([teacher] if teacher else [])
+        config, teacher = self.config, self.config.recipe.teacher
+        based = config.adapter is not None and config.quantization is None  # a quantized base is kept with the run
+        needed = [config.model] * (based or config.recipe.reads_itself) + ([teacher] if teacher else [])
         return [model.origin for model in needed if model.origin is not None]
 
     def completed(self, state: TrainState, *, origin: str | None) -> TrainState:
@@ -182,16 +183,20 @@ class Program:
 
         `origin` is that of the weights the checkpoint was trained on. Raises UserError where they are others now.
         """
+        if not jax.tree.leaves(self.shapes.frozen):
+            return state
+        self.check_origin(origin)
+        with jax.set_mesh(self.mesh):
+            make = jax.jit(lambda *given: self.initial(*given).frozen, out_shardings=self.shardings.frozen)
+            return dataclasses.replace(state, frozen=make(*self._given()))
+
+    def check_origin(self, origin: str | None) -> None:
+        """Raise UserError where the weights a run needs again to go on are not those of `origin`, a checkpoint's."""
         if not set((self.origin or "").split()) <= set((origin or "").split()):
             raise UserError(
                 f"{' or '.join(self._origins)} holds other weights than this run was trained with; bring them back, or "
                 "train under another name"
             )
-        if not jax.tree.leaves(self.shapes.frozen):
-            return state
-        with jax.set_mesh(self.mesh):
-            make = jax.jit(lambda *given: self.initial(*given).frozen, out_shardings=self.shardings.frozen)
-            return dataclasses.replace(state, frozen=make(*self._given()))
 
     def compiled_step(self) -> jax.stages.Compiled:
         """The training step, compiled; it consumes the state it is given."""

@@ -10,14 +10,18 @@ The budget falls as a cubic from adapter.rank to adapter.budget.rank a map, on t
 arXiv:2303.10512, equations 5 and 7 to 12, algorithm 1. PEFT looks at the weights one step later than at the gradient.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ..configs.adapter import AdapterConfig, BudgetConfig
 from ..models.adapters.attach import flat, nested
+
+Present = Mapping[str, np.ndarray]  # path of each e -> [layers] bool: which layers of the stack have an adapter
 
 SMOOTHING = 0.85  # of both moving averages, the paper's beta 1 and 2
 
@@ -32,21 +36,24 @@ class RanksState(NamedTuple):
 
 
 def allocated(
-    optimizer: optax.GradientTransformation, adapter: AdapterConfig, *, maps: int, steps: int
+    optimizer: optax.GradientTransformation, adapter: AdapterConfig, *, present: Present, steps: int
 ) -> optax.GradientTransformation:
-    """`optimizer` of the leaves of `maps` adapted maps, in a run of `steps`; its state gets an entry `ranks`."""
-    budget, end = adapter.budget, steps - adapter.budget.settled
+    """`optimizer` of the leaves of the adapted maps, in a run of `steps`; its state gets an entry `ranks`."""
+    budget, end, maps = adapter.budget, steps - adapter.budget.settled, count(present)
 
     def init(params: Any) -> dict[str, Any]:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
         # Made twice: every array of a state is donated.
         again = jax.tree.map(jnp.zeros_like, zeros)
-        kept = nested({path: jnp.ones(leaf.shape, jnp.float32) for path, leaf in values(params).items()})
-        return optimizer.init(params) | {"ranks": RanksState(jnp.zeros((), jnp.int32), zeros, again, kept)}
+        kept = {
+            path: jnp.broadcast_to(jnp.asarray(present[path], jnp.float32)[:, None], leaf.shape)
+            for path, leaf in values(params).items()
+        }
+        return optimizer.init(params) | {"ranks": RanksState(jnp.zeros((), jnp.int32), zeros, again, nested(kept))}
 
     def update(gradient: Any, state: dict[str, Any], params: Any) -> tuple[Any, dict[str, Any]]:
         ranks, own = state["ranks"], {name: part for name, part in state.items() if name != "ranks"}
-        pull = jax.grad(distance)(params, maps=maps)
+        pull = jax.grad(distance)(params, present=present)
         gradient = jax.tree.map(lambda g, p: g + budget.orthogonality * p, gradient, pull)
         updates, own = optimizer.update(gradient, own, params)
         step = ranks.count + 1
@@ -55,7 +62,7 @@ def allocated(
         apart = jax.tree.map(lambda one, mean: jnp.abs(one - mean), now, importance)
         uncertainty = optax.incremental_update(apart, ranks.uncertainty, 1 - SMOOTHING)
         left = jnp.round(maps * mean_rank(step, adapter.rank, budget, end=end)).astype(jnp.int32)
-        best = most_important(jax.tree.map(jnp.multiply, importance, uncertainty), left=left)
+        best = most_important(jax.tree.map(jnp.multiply, importance, uncertainty), present=present, left=left)
         due = ((step > budget.after) & (step % budget.every == 0) & (step <= end)) | (step == end)
         kept = jax.tree.map(lambda new, old: jnp.where(due, new, old), best, ranks.kept)
         cutting, stays, whole = due | (step > end), flat(kept), flat(params)
@@ -74,8 +81,13 @@ def values(tree: Any) -> dict[str, jax.Array]:
     return {path: leaf for path, leaf in flat(tree).items() if path.endswith("/e")}
 
 
-def distance(params: Any, *, maps: int) -> jax.Array:
-    """How far A and B of `maps` maps are from orthogonal: the mean of |A^T A - 1| and |B B^T - 1|."""
+def count(present: Present) -> int:
+    """Maps that have an adapter."""
+    return sum(int(own.sum()) for own in present.values())
+
+
+def distance(params: Any, *, present: Present) -> jax.Array:
+    """How far A and B of the adapted maps are from orthogonal: the mean of |A^T A - 1| and |B B^T - 1|."""
     total, leaves = jnp.zeros(()), flat(params)
     for path, e in values(params).items():
         layers, rank = e.shape
@@ -83,8 +95,8 @@ def distance(params: Any, *, maps: int) -> jax.Array:
         b = leaves[f"{path[:-1]}b"].reshape(layers, rank, -1)
         for gram in (jnp.einsum("lir,lis->lrs", a, a), jnp.einsum("lro,lso->lrs", b, b)):
             squares = jnp.square(gram - jnp.eye(rank)).sum(axis=(1, 2))
-            total += jnp.sqrt(jnp.maximum(squares, 1e-12)).sum()
-    return total / (2 * maps)
+            total += (jnp.sqrt(jnp.maximum(squares, 1e-12)) * present[path]).sum()
+    return total / (2 * count(present))
 
 
 def mean_rank(step: jax.Array, first: int, budget: BudgetConfig, *, end: int) -> jax.Array:
@@ -93,12 +105,13 @@ def mean_rank(step: jax.Array, first: int, budget: BudgetConfig, *, end: int) ->
     return budget.rank + (first - budget.rank) * (1 - done) ** 3
 
 
-def most_important(scores: Any, *, left: jax.Array) -> Any:
+def most_important(scores: Any, *, present: Present, left: jax.Array) -> Any:
     """Of each e, 1 for its entries that are among the `left` best triplets of all maps. `scores` has all leaves."""
     leaves, every = flat(scores), {}
     for path, e in values(scores).items():
         a, b = leaves[f"{path[:-1]}a"], leaves[f"{path[:-1]}b"]
         every[path] = e + a.mean(axis=tuple(range(1, a.ndim - 1))) + b.mean(axis=tuple(range(2, b.ndim)))
+        every[path] = jnp.where(present[path][:, None], every[path], -1)  # behind all that are there
     joined = jnp.concatenate([score.reshape(-1) for score in every.values()])
     place = jnp.argsort(jnp.argsort(-joined, stable=True), stable=True)
     found, start = {}, 0

@@ -55,6 +55,7 @@ def recovered(
             damage = str(error)
         if not (holders := damaged_on(damage)):
             check_corpus(step, saved, corpus)
+            program.check_origin(saved.get("origin"))
             spent = {**startup, "restore_seconds": time.monotonic() - began}
             if level == "storage" and memory is not None:
                 if lack := memory.wanting(step, by_path(tree(program.shardings)), by_path(tree(program.shapes))):

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from ..checkpoint.memory import memory_of
+from ..checkpoint.shelf import Shelf
 from ..checkpoint.storage import Storage
 from ..configs.errors import Preempted, UserError
 from ..configs.run import RunConfig, check_fits
@@ -21,7 +22,7 @@ from ..memory.selfcheck import check_offload
 from ..models.hf.files import copy_companions
 from ..parallel.mesh import make_mesh
 from . import environment, plan
-from .accounting import budgeted, spending
+from .accounting import budgeted, dealt, spending
 from .agreement import firsts
 from .answering import Metric, metric_functions
 from .assessment import Assessment
@@ -73,7 +74,8 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
     """
     parent, name = place(config, root)
     # Refuses another run's directory; nothing is written until all is checked.
-    open_directory(config, root=parent, name=name, write=False)
+    found = open_directory(config, root=parent, name=name, write=False)
+    check_ahead(config.steps, max(Shelf(found / "checkpoints").steps, default=0), found)
     data, metrics = checked(config, world)
     program = programmed(budgeted(config, data), world)
     directory = open_directory(config, root=parent, name=name, write=world.first)
@@ -91,6 +93,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         if checkpoint.memory_every:
             memory = memory_of(directory, layout=program.layout.name, host=world.host or 0, place=world.slot)
         state, start = recovered(program, storage, memory, journal, corpus=corpus)
+        check_ahead(config.steps, start, directory)
         if start == 0:
             keep(program, state, directory, allowed=fence.check)
         share = share_of(program)
@@ -159,7 +162,7 @@ def checked(config: RunConfig, world: World) -> tuple[Data, Sequence[Metric]]:
     check_sinks(config.logging)
     data = assemble.build(own(config).data, seed=config.seed, model_vocab=config.model.vocab)
     check_teacher(config, data.tokenizer)
-    return data, metric_functions(config.evaluation.metrics)
+    return dealt(config, data), metric_functions(config.evaluation.metrics)
 
 
 def programmed(config: RunConfig, world: World) -> Program:
@@ -167,7 +170,10 @@ def programmed(config: RunConfig, world: World) -> Program:
     mine = own(config)
     environment.start(mine, world)
     mesh = make_mesh(mine.mesh)
-    check_fits(config, dict(mesh.shape))
+    try:
+        check_fits(config, dict(mesh.shape))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     program = build(mine, mesh)
     check_offload(
         mine.model,
@@ -176,6 +182,14 @@ def programmed(config: RunConfig, world: World) -> Program:
         compute=jnp.dtype(mine.precision.compute),
     )
     return program
+
+
+def check_ahead(steps: int, reached: int, directory: Path) -> None:
+    """Raise UserError where the run has gone further than it is asked to: nothing goes back."""
+    if reached > steps:
+        raise UserError(
+            f"steps: {steps}, but {directory} has reached {reached}; use {reached} or more, or another name"
+        )
 
 
 def check_keepers(checkpoint: CheckpointConfig, world: World) -> None:

@@ -11,6 +11,7 @@ the copy a snapshot is written to the host's memory (`snapshots.py`), a checkpoi
 import dataclasses
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,10 +156,11 @@ class Saving:
             self.settle()  # until then a restart would find nothing but what was set aside
 
     def finish(self) -> None:
-        """Wait for the last save. Raises MeshwrightError where it failed."""
-        self.settle()
-        if self.failure is not None:
-            raise self.failure
+        """Wait for the last save, of all processes. Raises MeshwrightError where it failed on any."""
+        with suppress(MeshwrightError):  # it is in `failure`
+            self.settle()
+        if anyone(self.failure is not None):
+            raise self.failure or MeshwrightError("the last save failed on another process, which says why")
         if self.snapshots is not None:
             self.snapshots.clear()  # storage has the state: the memory is the host's again
 

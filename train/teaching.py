@@ -33,6 +33,7 @@ from ..parallel.state import combine
 from ..parallel.vocabulary import Head
 from .data.tokenizer import Tokenizer, check_same
 from .gradients import Batch, Loss
+from .keys import of_weights
 
 Told = Callable[..., Context]  # (batch, keys) -> what the blocks are told
 Compare = Callable[[Head, Any, Batch, Context], Apart]  # (the model's head, frozen, batch, context)
@@ -72,7 +73,7 @@ def without_teacher(frozen: Any) -> Any:
 
 def fresh_weights(model: ModelConfig, config: RunConfig) -> Any:
     """Random weights of `model`, by the seed."""
-    return initial_params(model, jax.random.key(config.seed), jnp.dtype(config.precision.parameters))
+    return initial_params(model, of_weights(config), jnp.dtype(config.precision.parameters))
 
 
 def taught_loss(config: RunConfig, structure: Any, *, told: Told) -> Loss:

@@ -38,7 +38,7 @@ class Telling:
                 self._directory,
                 run_name=config.name,
                 resume_step=self._start,
-                config=config.model_dump(mode="json"),
+                config=config.model_dump(mode="json", exclude={"seed"} if config.privacy else None),
             )
         for sink in self._sinks:
             self._held.enter_context(closing(sink))

@@ -27,6 +27,7 @@ ONE_DEVICE = {
     "mesh": dict.fromkeys(("replica", "pipe", "data", "fsdp", "expert", "seq", "tensor"), 1) | {"devices": None},
     "outer": None,
     "islands": None,
+    "elastic": {"meshes": [], "deterministic": False},
 }
 
 
@@ -72,7 +73,8 @@ def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
     if data.held_out is None:
         raise UserError(f"data.held_out: 0 in {run}: nothing to evaluate on; pass data.held_out=0.02")
-    program, state = opened(config, run)
+    program, state, origin = restored(config, run)
+    program.check_origin(origin)  # held-out text is compared with them again
     data = referenced(program, data, samples=range(0))
     values = held_out(program, program.compiled_evaluation(), program.evaluated(state), state.frozen, data)
     weights, metrics = program.whole(state), metric_functions(config.evaluation.metrics)
@@ -92,7 +94,13 @@ def read(run: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
-    """The program and the newest state. Raises UserError where the run has no checkpoint.
+    """The program and the newest state. Raises UserError where the run has no checkpoint."""
+    program, state, _ = restored(config, run)
+    return program, state
+
+
+def restored(config: RunConfig, run: Path) -> tuple[Program, TrainState, str | None]:
+    """As `opened`, and the origin of the weights that the run needed again.
 
     Replicas that trained on devices of their own are all on this one.
     """
@@ -107,5 +115,6 @@ def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
             except DamagedCheckpoint as error:
                 logging.getLogger("meshwright").warning("%s; using an older one", error)
             else:
-                return program, completed(program, state, run, origin=saved.get("origin"))
+                origin = saved.get("origin")
+                return program, completed(program, state, run, origin=origin), origin
     raise UserError(f"{run}: no whole checkpoint; train it with `meshwright train {run / 'config.yaml'}`")

@@ -64,7 +64,8 @@ class Inside:
 
     def dropped(self, x: jax.Array, ctx: Context) -> jax.Array:
         """x with elements zeroed, in training."""
-        return dropout(x, ctx.dropout_keys, rate=self.rate, salt=2 + self.number)  # the block itself has 0 and 1
+        salt = 2 + self.number  # the block itself has 0 and 1
+        return dropout(x, ctx.dropout_keys, rate=self.rate, salt=salt, index=ctx.index)
 
     def replaced(self, **changes: Any) -> "Inside":
         """With another kernel or bias."""

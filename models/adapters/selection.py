@@ -17,6 +17,8 @@ from ...configs.model import ModelConfig
 from .registry import ADDITIONS, METHODS
 from .sites import DEFAULT_TARGETS, above, matches, picked, stacks
 
+BESIDE = "score/"  # a recipe's own weights: whatever the method chooses among the model's, they learn
+
 Names = dict[str, list[str]]  # path in the run -> canonical name of each of its layers, or its own
 
 
@@ -59,8 +61,9 @@ def multipliers(
 ) -> Callable[[str, Any], Any] | None:
     """(path, update) -> the update as `adapter` wants it; None where nothing is to be done to any.
 
-    LoRA+ takes larger steps along the second factor; layers of a stack that are not chosen take none. `order` says
-    which repeat stands at each place of the stacks, -1: none; by default they stand in order.
+    LoRA+ takes larger steps along the second factor; layers of a stack that are not chosen take none, and what a recipe
+    adds of its own takes all. `order` says which repeat stands at each place of the stacks, -1: none; by default they
+    stand in order.
     """
     if adapter.method in METHODS | ADDITIONS:
         if adapter.ratio == 1:
@@ -68,6 +71,8 @@ def multipliers(
         return lambda path, update: update * adapter.ratio if path.endswith("/adapter/b") else update
 
     def masked(path: str, update: jax.Array) -> jax.Array:
+        if path.startswith(BESIDE):
+            return update
         flags = trained_layers(path, model, adapter)
         if order is not None and "/block/" in path:
             flags = np.array([repeat >= 0 and flags[repeat] for repeat in order])

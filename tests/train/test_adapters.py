@@ -29,6 +29,7 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 LORA = {"method": "lora", "rank": 4, "ranks": {"layers/0/*": 2}, "ratio": 4.0, "dropout": 0.1}
 SAME = {
     "lora, all of it": ({"adapter": LORA}, {"mesh": MESH, "microbatches": 2, "memory": {"policy": "minimal"}}),
+    "dropout, tokens in a zigzag": ({"adapter": LORA}, {"mesh": {"seq": 2}}),
     "dora": ({"adapter": {"method": "dora", "rank": 4, "start": "pissa"}}, {"mesh": MESH}),
 }
 

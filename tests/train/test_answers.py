@@ -1,6 +1,7 @@
 """Recipes on real rows: packing changes no example, a mesh nothing, and the reference is the model at step 0."""
 
 import json
+import shutil
 from functools import partial
 
 import jax
@@ -8,12 +9,16 @@ import numpy as np
 import pytest
 
 from equivalence import assert_same, tiny
+from meshwright.checkpoint import huggingface
 from meshwright.configs.data import DataConfig
+from meshwright.configs.errors import UserError
+from meshwright.configs.huggingface import config_json
 from meshwright.configs.load import merged
 from meshwright.parallel.mesh import make_mesh
+from meshwright.train import use
 from meshwright.train.data import assemble
 from meshwright.train.data.notes import Noted, fill, unseen
-from meshwright.train.engines import context, target_logprobs
+from meshwright.train.engines import context, fresh, target_logprobs
 from meshwright.train.feed import to_devices
 from meshwright.train.launch.world import World
 from meshwright.train.program import build
@@ -71,6 +76,16 @@ def run_of(directory, name, **changes):
         "logging": {"every": 1, "tensorboard": False},
     }
     return tiny(**merged(base, changes))
+
+
+def written_base(directory, *, scale):
+    """A Hugging Face directory of the runs' model, its weights multiplied."""
+    config = tiny(model={"vocab": 264})
+    directory.mkdir(exist_ok=True)
+    (directory / "model.safetensors").unlink(missing_ok=True)
+    weights = jax.tree.map(lambda leaf: scale * leaf, jax.jit(lambda: fresh(config))())
+    huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
+    (directory / "config.json").write_text(json.dumps(config_json(config.model, positions=64, dtype="float32")))
 
 
 def every_token(config, method):
@@ -136,6 +151,34 @@ def test_going_on_has_the_same_reference(tmp_path, monkeypatch):
     monkeypatch.undo()
     train(run_of(tmp_path, "dpo", data={"cache": str(tmp_path / "cache")}), world=World(), root=stopped)
     np.testing.assert_allclose(list(losses(stopped)[0].values()), list(losses(whole)[0].values()), rtol=1e-5)
+
+
+def test_another_reference_is_refused(tmp_path):
+    """All weights are in the checkpoint, and yet the ones it began with are compared with again."""
+    base = tmp_path / "base"
+    settings = {"model": {"from": str(base)}, "data": {"tokenizer": {"bytes": True}}}
+    written_base(base, scale=1.0)
+    config = run_of(tmp_path, "dpo", steps=2, **settings)
+    train(config, world=World(), root=tmp_path)
+    written_base(base, scale=1.01)
+    with pytest.raises(UserError, match="base holds other weights than this run was trained with"):
+        train(run_of(tmp_path, "dpo", steps=3, **settings), world=World(), root=tmp_path)
+    with pytest.raises(UserError, match="base holds other weights than this run was trained with"):
+        use.evaluate(tmp_path / "run", [])
+    shutil.rmtree(base)
+    use.generate(tmp_path / "run", ["Yes"], tokens=1, temperature=0.0, top_k=None, top_p=None, seed=0)
+
+
+def test_who_reads_the_first_weights_again(tmp_path):
+    """A recipe that compares with them, or is taught by them; one that only started from them does not."""
+    written_base(tmp_path / "base", scale=1.0)
+    origins = {}
+    for name in ("dpo", "kto", "simpo", "distill"):
+        data = {"data": {"format": "text"}} if name == "distill" else {}
+        config = run_of(tmp_path, name, **merged({"model": {"from": str(tmp_path / "base")}}, data))
+        origins[name] = build(config, make_mesh(config.mesh)).origin
+    assert origins["simpo"] is None
+    assert origins["dpo"] is not None and origins["dpo"] == origins["kto"] == origins["distill"]
 
 
 def test_notes_are_what_the_model_says_of_each_row(tmp_path):

@@ -10,7 +10,7 @@ from equivalence import assert_same, tiny
 from meshwright.configs.adapter import AdapterConfig
 from meshwright.configs.errors import UserError
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.elements import elementwise, largest
+from meshwright.train.elements import counted, elementwise, largest
 from meshwright.train.feed import to_devices
 from meshwright.train.program import build
 
@@ -34,6 +34,12 @@ def test_the_largest_of_all():
         np.testing.assert_array_equal(found[name], wanted)
     nothing = largest({"one": jnp.zeros(10)}, count=5)
     assert not nothing["one"].any()  # what never had a gradient is never chosen
+
+
+def test_more_elements_than_an_integer_counts():
+    """What is seen as [2**17, 2**15] has 2**32 elements, and 32 bits would call them none."""
+    row = jnp.arange(2**15) >= 0
+    assert float(jax.jit(lambda row: counted({"wide": jnp.broadcast_to(row, (2**17, 2**15))}))(row)) == 2.0**32
 
 
 @pytest.mark.parametrize("method", ["fishmask", "lottery"])

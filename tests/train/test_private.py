@@ -15,18 +15,22 @@ from meshwright.configs.errors import UserError
 from meshwright.configs.load import merged
 from meshwright.configs.privacy import PrivacyConfig
 from meshwright.parallel.mesh import make_mesh
+from meshwright.train import telling
 from meshwright.train.engines import context, context_alone, target_logprobs
 from meshwright.train.feed import to_devices
+from meshwright.train.keys import of_steps, of_weights
 from meshwright.train.launch.world import World
 from meshwright.train.private import make_norms, row_losses
 from meshwright.train.program import build
 from meshwright.train.recipes.registry import RECIPES
-from meshwright.train.run import train
+from meshwright.train.report.journal import Journal
+from meshwright.train.run import checked, train
 
 pytest.importorskip("jax_privacy")
 
 SINGLE = {"packing": {"method": "single"}}
-PRIVATE = {"seed": 7, "privacy": {"clip": 0.5, "noise": 1.0}, "data": SINGLE, "optimizer": {"name": "sgd"}}
+SEED = 5077342164932151
+PRIVATE = {"seed": SEED, "privacy": {"clip": 0.5, "noise": 1.0}, "data": SINGLE, "optimizer": {"name": "sgd"}}
 MODELS = {
     "llama, all of it": {},
     "biases, norms, windows": {
@@ -127,6 +131,41 @@ def test_no_row_counts_for_more_than_the_clip():
     assert float(sums.metrics["row_norm"]) == pytest.approx(norms.sum(), rel=1e-5)
 
 
+def test_a_row_without_a_finite_norm_counts_as_an_empty_one():
+    """A word that no other row reads has an embedding that is not a number: the others' gradients are as without it."""
+    config = private()
+    program = build(config, make_mesh(config.mesh))
+    params, batch = program.initialized().params, batches(config, 1)[0]
+    word = config.model.vocab - 1
+    batch["tokens"][batch["tokens"] == word] = 1
+    without = batch | {"loss_weights": batch["loss_weights"] * (np.arange(8) > 0)[:, None]}
+    batch["tokens"][0, 0] = word
+    broken = jax.tree.map(jnp.asarray, params)
+    broken["embed"]["embedding"] = params["embed"]["embedding"].at[word].set(jnp.nan)
+    with jax.set_mesh(program.mesh):
+        engine = jax.jit(program.gradients)
+        found = engine(broken, {}, to_devices(batch, config, program.mesh), None)
+        wanted = engine(params, {}, to_devices(without, config, program.mesh), None)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), found.gradient, wanted.gradient)
+    assert np.abs(found.gradient["head"]["kernel"]).max() > 0.001
+    np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-5)
+    assert float(found.weight) == 8
+    assert float(found.metrics["clipped"]) == float(wanted.metrics["clipped"]) + 1
+
+
+def test_all_of_the_seed_is_in_the_noise_and_what_is_released_tells_nothing_of_it():
+    """`jax.random.key` reads the lower half of a seed: the keys are of all of it, and none is another's."""
+    keys = {}
+    for seed in (SEED, SEED + 2**32):
+        config = private(seed=seed)
+        keys |= {(seed, key): tuple(np.asarray(jax.random.key_data(key(config)))) for key in (of_weights, of_steps)}
+    low = jax.random.key(SEED)
+    seen = {*keys.values(), *(tuple(np.asarray(jax.random.key_data(key))) for key in (low, jax.random.fold_in(low, 1)))}
+    assert len(seen) == 6
+    state = build(config, make_mesh(config.mesh)).initialized()
+    assert tuple(np.asarray(state.rng)) == keys[SEED + 2**32, of_steps]
+
+
 def stepping(noise):
     """A step of plain descent with `noise`, its state and its batch."""
     sgd = {"name": "sgd", "learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "clip": None}
@@ -186,6 +225,9 @@ MISTAKES = {
     "packed": ({"data": {"packing": {"method": "concat"}}}, "must hold one document: use single"),
     "tied": ({"model": {"tied_embeddings": True}}, "used twice"),
     "not a map": ({"adapter": {"method": "vera"}}, "adapter.method: vera with privacy"),
+    "rounded sums": ({"precision": {"gradients": "bfloat16"}}, "precision.gradients: bfloat16 with privacy"),
+    "rounded weights": ({"precision": {"parameters": "bfloat16"}}, "precision.parameters: bfloat16 with privacy"),
+    "rounded norms": ({"precision": {"parameters": "bfloat16"}, "adapter": {"method": "norms"}}, "or lora, dora, ia3"),
     "cut": ({"mesh": {"tensor": 2}}, "mesh.tensor: 2 with privacy"),
     "another's": ({"recipe": {"name": "reward"}, "data": {"source": "docstrings", "format": "preference"}},
                   "recipe.name: reward with privacy"),
@@ -196,6 +238,12 @@ MISTAKES = {
 def test_what_would_break_the_promise_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         private(**changes)
+
+
+def test_a_base_of_another_format_trains_adapters_of_float32():
+    config = private(precision={"parameters": "bfloat16"}, adapter={"rank": 3})
+    shapes = build(config, make_mesh(config.mesh)).shapes
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes.params)} == {np.dtype("float32")}
 
 
 def run_of(directory, **changes):
@@ -224,11 +272,31 @@ def test_a_run_tells_what_it_has_spent_and_goes_on_counting(tmp_path, monkeypatc
 
 def test_what_a_run_begins_with_must_not_tell(tmp_path, monkeypatch):
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match="seed: 0 with privacy: whoever knows the seed"):
-        train(run_of(tmp_path, seed=0), world=World(), root=tmp_path)
+    with pytest.raises(UserError, match="seed: 4294967295 with privacy: whoever knows or guesses the seed"):
+        train(run_of(tmp_path, seed=2**32 - 1), world=World(), root=tmp_path)
     words = {"tokenizer": {"bytes": False, "train": "bpe", "vocab": 260}}
     with pytest.raises(UserError, match="a tokenizer trained on the rows tells of them"):
         train(run_of(tmp_path, data=words), world=World(), root=tmp_path)
+
+
+def test_no_batch_has_a_row_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
+    config = run_of(tmp_path, data={"global_batch": 16})
+    data, _ = checked(config, World())
+    assert data.summary["rows"] % 16 and data.train.rows_per_epoch() == data.summary["rows"] // 16 * 16
+    for first in range(0, 10 * 16, 16):
+        assert len({data.train.row(index)["tokens"].tobytes() for index in range(first, first + 16)}) == 16
+    with pytest.raises(UserError, match=r"data\.global_batch: 64 with privacy: there are"):
+        train(run_of(tmp_path, data={"global_batch": 64}), world=World(), root=tmp_path)
+
+
+def test_other_machines_are_not_told_the_seed(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(telling, "open_sinks", lambda *given, config, **settings: told.append(config) or [])
+    for config in (private(), private(privacy=None)):
+        with telling.Telling(config, tmp_path, Journal(tmp_path, enabled=True), start=0):
+            pass
+    assert "seed" not in told[0] and told[1]["seed"] == SEED
 
 
 def test_either_noise_or_epsilon():

@@ -2,15 +2,20 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
 from equivalence import assert_same, tiny
 from meshwright.configs.errors import UserError
 from meshwright.configs.load import merged
+from meshwright.parallel.mesh import make_mesh
 from meshwright.train.exchange import export_adapter, export_run
 from meshwright.train.launch.world import World
+from meshwright.train.program import build
 from meshwright.train.run import train
 
 PAIRS = {"source": "docstrings", "format": "preference", "packing": {"method": "best-fit"}}
@@ -64,6 +69,36 @@ def test_an_adapter_with_a_score_goes_out_merged_only(tmp_path):
         export_adapter(tmp_path / "run", tmp_path / "adapter")
     export_run(tmp_path / "run", tmp_path / "out", limit=10**9)
     assert "score.weight" in load_file(tmp_path / "out/model.safetensors")
+
+
+CHOICES = {
+    "selective": {"method": "selective", "layers": 1},
+    "norms": {"method": "norms", "targets": ["layers/*"]},
+    "fishmask": {"method": "fishmask", "density": 0.05, "scouting": 1},
+    "fishmask of some": {"method": "fishmask", "density": 0.05, "scouting": 1, "targets": ["mlp/*"]},
+    "lottery": {"method": "lottery", "density": 0.05, "scouting": 1},
+}
+
+
+@pytest.mark.parametrize("adapter", CHOICES.values(), ids=CHOICES)
+def test_the_score_learns_whatever_else_is_chosen(adapter):
+    """All of it, though its gradient is the smallest, and in no element's place."""
+    config = tiny(**merged(REWARD, {"adapter": adapter, "optimizer": {"warmup_steps": 0}}), steps=4)
+    program = build(config, make_mesh(config.mesh))
+
+    @jax.jit
+    def second():
+        params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), program.shapes.params)
+        gradient = optax.tree.random_like(jax.random.key(0), params)
+        gradient["score"]["kernel"] = jnp.full((16, 1), 1e-6)
+        _, state = program.optimizer.update(gradient, program.optimizer.init(params), params)
+        return program.optimizer.update(gradient, state, params)[0]
+
+    updates = jax.device_get(second())
+    assert np.all(updates.pop("score")["kernel"])
+    if "density" in adapter:
+        others = jax.tree.leaves(updates)
+        assert sum(map(np.count_nonzero, others)) == round(0.05 * sum(map(np.size, others)))
 
 
 def test_a_pipeline_is_refused():

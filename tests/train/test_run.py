@@ -12,6 +12,7 @@ import pytest
 from equivalence import tiny
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
 from meshwright.configs.load import dump
+from meshwright.train.directory import open_directory
 from meshwright.train.launch.world import World
 from meshwright.train.loop import Loop
 from meshwright.train.report.journal import read_events
@@ -108,6 +109,23 @@ def test_a_directory_of_another_run_is_refused_and_left_alone(whole):
     with pytest.raises(UserError, match=r"name: .*run holds a run with another optimizer.learning_rate \(0.01 there"):
         go(small(mesh=MESH, optimizer={"learning_rate": 0.02}), root)
     assert (root / "run" / "config.yaml").read_text() == before
+
+
+def test_fewer_steps_than_were_made_are_refused_and_nothing_is_relabelled(whole):
+    root, _ = whole
+    before = (root / "run" / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"steps: 3, but .*run has reached 6; use 6 or more"):
+        go(small(mesh=MESH, steps=3), root)
+    assert (root / "run" / "config.yaml").read_text() == before
+
+
+def test_more_steps_of_a_run_with_a_budget_of_privacy_are_another_run(tmp_path):
+    private = {"privacy": {"epsilon": 8.0}, "data": {"packing": {"method": "single"}}, "model": {}, "mesh": {}}
+    open_directory(small(**private), root=tmp_path)
+    with pytest.raises(UserError, match=r"another steps \(6 there, 60 here\)"):
+        open_directory(small(**private, steps=60), root=tmp_path)
+    open_directory(small(steps=6), root=tmp_path, name="open")
+    open_directory(small(steps=60), root=tmp_path, name="open")
 
 
 def test_numbers_that_are_not_stop_the_run_before_they_are_applied(tmp_path, monkeypatch):

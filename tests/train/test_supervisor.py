@@ -12,7 +12,7 @@ from meshwright.train.launch.drain import drain
 from meshwright.train.launch.fence import Fence, Fenced, current
 from meshwright.train.launch.formations import Formation
 from meshwright.train.launch.rendezvous import Room, joined
-from meshwright.train.launch.supervisor import Watch, judged, supervise
+from meshwright.train.launch.supervisor import Watch, hung, judged, supervise
 from meshwright.train.report.journal import read_events
 
 SETTINGS = ElasticConfig(
@@ -77,6 +77,23 @@ def test_a_slot_is_struck_out_by_failures_of_the_window():
 def test_who_was_killed_is_the_suspect_not_who_then_missed_it():
     outcome = judged({0: 1, 1: -9, 2: None}, Watch(0.0), now=1.0)
     assert outcome.suspect == 1
+
+
+def test_programs_compiled_behind_the_last_step_have_the_time_of_a_start():
+    watch = Watch(0.0, durations=[0.1] * 9)
+    for phase, hangs in (("measure", False), ("step", True)):
+        watch.reports = {number: Report(9, phase, 1.0, 1.0) for number in (0, 1)}
+        outcome = hung([0, 1], SimpleNamespace(processes=2), watch, settings=SETTINGS, now=30.0)
+        assert (outcome is not None) is hangs, phase
+    watch.reports = {0: Report(9, "measure", 1.0, 1.0)}
+    assert hung([0], SimpleNamespace(processes=1), watch, settings=SETTINGS, now=90.0).kind == "failed"
+
+
+def test_who_was_asked_to_stop_while_it_started_has_not_failed():
+    codes = {0: -15, 1: 75, 2: 143}
+    assert judged(codes, Watch(0.0), now=1.0, asked=True).kind == "preempted"
+    assert judged(codes, Watch(0.0), now=1.0).kind == "failed"
+    assert judged({0: -15, 1: None}, Watch(0.0), now=1.0, asked=True) is None, "the other one still saves"
 
 
 def test_a_later_epoch_shuts_the_fence(tmp_path):

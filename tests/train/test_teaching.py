@@ -56,7 +56,8 @@ def taught(teachers, *, vocab=61, recipe=None, **changes):
     """A run that distills the larger model."""
     teacher = {"from": str(teachers / str(vocab)), "vocab_multiple": 8}
     own = {"name": "distill", "teacher": teacher, "temperature": 2.0, "mix": 0.7}
-    return tiny(**merged({"recipe": own | (recipe or {}), "model": {"vocab": vocab}}, changes))
+    base = {"recipe": own | (recipe or {}), "model": {"vocab": vocab}, "data": {"packing": {"method": "best-fit"}}}
+    return tiny(**merged(base, changes))
 
 
 def words(model, weights, batch, temperature):
@@ -206,6 +207,10 @@ UNFIT = {
     "padded otherwise": ({"model": {"vocab_multiple": 128, "vocab": 61}, "recipe": {}}, "vocab_multiple"),
     "a pipeline": ({"mesh": {"pipe": 2}}, "distill compares all words of two models"),
     "in order": ({"elastic": {"deterministic": True}}, "distill is not computed in a fixed order"),
+    "cut elsewhere": (
+        {"recipe": {"top_k": 4}, "data": {"packing": {"method": "concat"}}},
+        "data.packing.method: concat cuts documents elsewhere in every epoch.*best-fit or single",
+    ),
     "too many": ({"recipe": {"top_k": 100}}, r"recipe.top_k: 100 exceeds model.vocab \(61\)"),
 }
 

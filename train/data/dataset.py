@@ -76,6 +76,25 @@ class Shuffled:
 
 
 @dataclass(frozen=True)
+class WholeBatches:
+    """`dataset`, of each epoch only the rows that fill batches of `batch` <= its rows: none is in a batch twice.
+
+    Which rows an epoch leaves out is as random as its order.
+    """
+
+    dataset: Dataset
+    batch: int
+
+    def rows_per_epoch(self, epoch: int = 0) -> int:
+        rows = self.dataset.rows_per_epoch(epoch)
+        return rows - rows % self.batch
+
+    def row(self, index: int) -> Row:
+        epoch, place = divmod(index, self.rows_per_epoch())
+        return self.dataset.row(epoch * self.dataset.rows_per_epoch() + place)
+
+
+@dataclass(frozen=True)
 class HeldOutPart:
     """The held-out documents of one source: which they are in its store."""
 

@@ -11,6 +11,7 @@ and a fence against processes of earlier ones. JAX-free.
     regroup     asked by the supervisor itself to stop: slots were drained, or a larger mesh fits again
 """
 
+import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from .rendezvous import Room
 from .telemetry import Telemetry
 
 TICK = 0.1  # seconds between two looks
+TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of a process that SIGTERM ended
 
 
 class Engine(Protocol):
@@ -98,6 +100,11 @@ class Watch:
     def stepping(self) -> bool:
         """Whether steps are being made: a process that still starts would not answer a request to stop."""
         return any(report.phase == "step" for report in self.reports.values())
+
+    @property
+    def compiling(self) -> bool:
+        """Whether all of them do what needs another program than a step's, as at the start."""
+        return all(report.phase in ("start", "measure") for report in self.reports.values())
 
     @property
     def reached(self) -> int:
@@ -261,7 +268,7 @@ def watched(
         watch.look(room, epoch, now=now)
         telemetry.look(room, epoch, slots=regroup.present.slots, now=now)
         codes = {number: engine.poll(number) for number in range(engine.processes)}
-        if (outcome := judged(codes, watch, now=now)) is not None:
+        if (outcome := judged(codes, watch, now=now, asked=told)) is not None:
             return replace(outcome, kind="regroup", reason=why) if why and outcome.kind == "preempted" else outcome
         if (broke := engine.broken()) is not None:
             return Outcome("failed", broke, watch.reached)
@@ -280,8 +287,13 @@ def watched(
         sleep(TICK)
 
 
-def judged(codes: Mapping[int, int | None], watch: Watch, *, now: float) -> Outcome | None:
-    """What the exit codes amount to; None while processes run and none has failed."""
+def judged(codes: Mapping[int, int | None], watch: Watch, *, now: float, asked: bool = False) -> Outcome | None:
+    """What the exit codes amount to; None while processes run and none has failed.
+
+    Where they were `asked` to stop, one that SIGTERM ended had nothing to save yet: it was still starting.
+    """
+    if asked:
+        codes = {number: Preempted.exit_code if code in TERMINATED else code for number, code in codes.items()}
     if UserError.exit_code in codes.values():
         refused = next(number for number, code in codes.items() if code == UserError.exit_code)
         return Outcome("refused", f"process {refused} refused the configuration (see above)", watch.reached, refused)
@@ -308,6 +320,8 @@ def hung(
 ) -> Outcome | None:
     """The outcome where no step was made for too long; None where all is well."""
     limit, silence = patience(watch.durations, settings), watch.silence(running, now=now)
+    if watch.compiling:
+        limit = max(limit, settings.start_timeout)
     if silence <= limit:
         return None
     who = suspect(watch.reports, processes=engine.processes)

@@ -81,7 +81,7 @@ class Telemetry:
     def look(self, room: Room, epoch: int, *, slots: Sequence[int], now: float) -> None:
         """Take in what the processes, in `slots`, told since the last look; now and then say what is slow."""
         if epoch != self._epoch:
-            self._epoch, self._processes, self._usual = epoch, {}, None
+            self._epoch, self._processes, self._usual, self._said = epoch, {}, None, {}
         if tuple(slots) != tuple(self._slots):
             self._slots, self._links, self._measured = slots, None, -MEASURE  # other machines, other links
         for name, one in room.membership.members.items():
