@@ -58,7 +58,7 @@ def average(members, payloads, key="meet 3", histories=None):
 
 
 def test_one_who_leaves_while_it_waits_is_answered_and_does_not_come_back(opened):
-    one, other = opened(0, 1, patience=30, deadline=30)
+    one, other = opened(0, 1, patience=30, deadline=30, ttl=30)  # it does not merely expire
     waits = threading.Thread(target=lambda: average([one], {one.name: b"1"}))
     waits.start()
     time.sleep(0.3)

@@ -137,6 +137,7 @@ class Group:
         self._beats.join()
         try:
             with self._client() as client:
+                client.ticket = self.ticket
                 client.leave()
         except (OSError, Refused):
             pass  # it is gone either way
