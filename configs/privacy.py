@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from .base import Section
+from .errors import UserError
 
 if TYPE_CHECKING:
     from .run import RunConfig
@@ -93,21 +94,23 @@ def check_privacy(config: "RunConfig", axes: dict[str, int]) -> None:
 
 
 def check_secret(config: "RunConfig") -> None:
-    """Raise ValueError where a run that is about to train would tell of its rows by what it begins with."""
+    """Raise UserError where a run that is about to train would tell of its rows by what it begins with."""
     trained = config.data.tokenizer.train is not None
-    refuse(
-        {
-            "data.tokenizer.train: bpe": (
-                trained,
-                "a tokenizer trained on the rows tells of them: set data.tokenizer.file, or bytes",
-            ),
-            f"seed: {config.seed}": (
-                config.seed < LEAST_SEED,
-                "whoever knows or guesses the seed can take the noise away: set a number of your own, as "
-                '`python -c "import secrets; print(secrets.randbits(63))"` draws it, and tell nobody',
-            ),
-        }
-    )
+    wrong = {
+        "data.tokenizer.train: bpe": (
+            trained,
+            "a tokenizer trained on the rows tells of them: set data.tokenizer.file, or bytes",
+        ),
+        f"seed: {config.seed}": (
+            config.seed < LEAST_SEED,
+            "whoever knows or guesses the seed can take the noise away: set a number of your own, as "
+            '`python -c "import secrets; print(secrets.randbits(63))"` draws it, and tell nobody',
+        ),
+    }
+    try:
+        refuse(wrong)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def refuse(wrong: dict[str, tuple[bool, str]]) -> None:

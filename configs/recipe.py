@@ -2,10 +2,11 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from .base import Section
 from .data import PAIRED, DataConfig
+from .errors import UserError
 from .model import ModelConfig
 
 # Recipe -> the keys it reads beside `name`, with their defaults; None: there is none.
@@ -55,6 +56,15 @@ class RecipeConfig(Section):
     """distill: keep the teacher's so many likeliest words of each token, made before the first step, and not the
     teacher; data.packing.method is then best-fit or single. null: the teacher stands beside the model and is asked in
     every step."""
+
+    @field_validator("teacher", mode="wrap")
+    @classmethod
+    def _says_its_own_key(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        """What is wrong with a teacher's directory is told of the key that names it."""
+        try:
+            return handler(value)
+        except UserError as error:
+            raise UserError(str(error).replace("model.from", "recipe.teacher.from", 1)) from None
 
     @model_validator(mode="after")
     def _everything_has_an_effect(self) -> "RecipeConfig":

@@ -28,10 +28,7 @@ def budgeted(config: RunConfig, data: Data) -> RunConfig:
     """`config` with the noise that the data and the run's epsilon ask for. UserError where it cannot be counted."""
     if config.privacy is None:
         return config
-    try:
-        check_secret(config)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    check_secret(config)
     try:
         import dp_accounting  # noqa: F401
     except ImportError:

@@ -15,6 +15,7 @@ import typer
 from ..configs import load as loading
 from ..configs.errors import MeshwrightError, UserError
 from ..configs.parallel import PipelineConfig
+from ..configs.privacy import check_secret
 from ..configs.run import RunConfig
 from . import cli_jobs
 from .cli_arguments import Config, Json, Overrides, RunPath
@@ -62,6 +63,8 @@ def validate(
         from .staging import check_staging
 
         check_staging(loaded)
+    if loaded.privacy is not None:
+        check_secret(loaded)
     if loaded.checkpoint.parity != "none":
         from .launch.protection import planned
 

@@ -27,12 +27,21 @@ def test_every_recipe_validates_without_jax():
     assert "quickstart" in recipes()
     for name in recipes():
         done = meshwright("validate", name)
+        if name == "finetune/private":  # what makes it private is the user's
+            assert done.returncode == 2 and "data.tokenizer.train" in done.stderr
+            done = meshwright(
+                "validate", name, f"seed={2**40 + 1}", "data.tokenizer={bytes: true, train: null, vocab: null}"
+            )
         assert done.returncode == 0, done.stderr
 
 
 MISTAKES = {
     "no such file": (["validate", "quickstrat"], r"CONFIG: quickstrat matches nothing.*Did you mean quickstart\?"),
     "no such engine": (["launch", "quickstart", "--engine", "mesos"], "--engine: mesos matches nothing"),
+    "no such teacher": (
+        ["validate", "finetune/distill", "recipe.teacher.from=nowhere"],
+        "recipe.teacher.from: nowhere has no",
+    ),
     "not a run": (["report", "."], "not a run directory"),
     "not an override": (["validate", "quickstart", "steps"], "'steps' is not of the form key.sub=value"),
 }

@@ -23,6 +23,7 @@ import numpy as np
 
 from ...parallel.lowcomm.pairs import matchings
 from .rendezvous import Client, Room
+from .switchboard import accepted
 
 SMALL, PINGS = 64, 20  # bytes and number of the messages that measure delay; the quickest counts
 LARGE, BURSTS = 4 << 20, 3  # of those that measure bandwidth
@@ -68,11 +69,7 @@ class Echo:
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                dialled, _ = self._listener.accept()
-            except OSError:
-                return
+        for dialled in accepted(self._listener):
             threading.Thread(target=answer, args=(dialled,), daemon=True).start()
 
 

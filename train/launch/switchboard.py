@@ -9,7 +9,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,11 +126,7 @@ class Switchboard:
         return {n for n in set(numbers) - self._absent(numbers) if not self._lines[n].killed}
 
     def _accept(self) -> None:
-        while True:
-            try:
-                dialled, _ = self._listener.accept()
-            except OSError:
-                return
+        for dialled in accepted(self._listener):
             threading.Thread(target=self._read, args=(dialled,), daemon=True).start()
 
     def _read(self, dialled: socket.socket) -> None:
@@ -169,6 +165,16 @@ class Switchboard:
                 line.keeper = int(told["keeper"])
             line.killed = line.killed or "killed" in told
             self._changed.notify_all()
+
+
+def accepted(listener: socket.socket) -> Iterator[socket.socket]:
+    """Connections as they come, until `listener` is closed."""
+    while True:
+        try:
+            dialled, _ = listener.accept()
+        except OSError:
+            return
+        yield dialled
 
 
 def connected(address: str) -> socket.socket:
