@@ -46,7 +46,8 @@ class IslandsConfig(Section):
     latency: Seconds = Field(0.0, ge=0)
     """Seconds added to every message, so that a slow link can be tried on one machine."""
     patience: Seconds = Field(60.0, gt=0)
-    """Seconds a meeting waits for islands that are alive and not far behind; then it goes on without them."""
+    """Seconds a meeting waits for islands that are alive and not far behind, and an island that has finished for those
+    that have not; then it goes on without them."""
     staleness: int | None = Field(None, ge=0)
     """Updates an island may be behind and still be waited for; null: three times `outer.every`."""
     timeout: Seconds = Field(30.0, gt=0)

@@ -157,7 +157,7 @@ class Meetings:
         if self._mail:
             self._mail.group.tell_now(finished=True)
         began, patience = time.monotonic(), self.program.config.islands.patience
-        while agreed(self._somebody_trains() and time.monotonic() - began < patience) and not self._stop(step):
+        while agreed(self._somebody_is_missing() and time.monotonic() - began < patience) and not self._stop(step):
             self._waiting.alive(f"finished, others are not, {time.monotonic() - began:.0f} s")
             self._served(state, step)
             time.sleep(0.1)
@@ -359,8 +359,8 @@ class Meetings:
         self._peak = (max(self._peak[0], total - before), max(self._peak[1], (total - before) / max(now - then, 1e-3)))
         self._last = (total, now)
 
-    def _somebody_trains(self) -> bool:
-        return bool(self._mail) and any(not info.get("finished") for info in self._mail.group.others().values())
+    def _somebody_is_missing(self) -> bool:
+        return bool(self._mail) and self._mail.group.unfinished()
 
     # ---- compiled once
 

@@ -65,6 +65,16 @@ class Group:
         file = self.root / "runs" / "run" / f"island-{number}" / "events.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
+    def await_step(self, number, step, *, timeout=120):
+        """Wait until island `number` has made update `step`."""
+        file = self.root / "runs" / "run" / f"island-{number}" / "metrics.jsonl"
+        end = time.monotonic() + timeout
+        while not (
+            file.exists() and any(json.loads(row)["step"] >= step for row in file.read_text().splitlines()[-2:])
+        ):
+            assert time.monotonic() < end, f"island {number} makes no update {step}: {self.log(number)}"
+            time.sleep(0.1)
+
     def await_event(self, number, event, *, step=0, timeout=120):
         end = time.monotonic() + timeout
         while not any(one["event"] == event and one.get("step", 0) >= step for one in self.events(number)):
@@ -147,16 +157,15 @@ def test_four_islands_are_four_replicas(tmp_path, rule):
 def test_one_of_three_is_killed_and_another_stopped_and_all_end_together(tmp_path, rule):
     """The killed one returns with others' state; the stopped one is given up, and finds its place when it wakes."""
     quick = {**QUICK, "patience": 6, "ttl": 2}
-    with group(tmp_path, steps=400, outer=RULES[rule], islands={"count": 3, **quick}, data={"global_batch": 6},
-               checkpoint={"every": 100}) as islands:  # fmt: skip
+    with group(tmp_path, steps=3000, outer=RULES[rule], islands={"count": 3, **quick}, data={"global_batch": 6},
+               checkpoint={"every": 500}) as islands:  # fmt: skip
         jobs = [islands.start(number) for number in range(3)]
         for number in range(3):
-            islands.await_event(number, "enter")
-        time.sleep(2)
+            islands.await_step(number, 20)
         jobs[2].kill()
         jobs[2].wait()
         jobs[1].send_signal(signal.SIGSTOP)
-        time.sleep(4)
+        islands.await_step(0, 1000)  # farther than the rendezvous remembers who met
         jobs[2] = islands.start(2)
         jobs[1].send_signal(signal.SIGCONT)
         for number, job in enumerate(jobs):
