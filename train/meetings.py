@@ -111,7 +111,7 @@ class Meetings:
 
     def _entered(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         params = self.program.evaluated(state)
-        version = xxhash.xxh3_64_hexdigest(packed(self._held(params)))
+        version = xxhash.xxh3_64_hexdigest(self._in_order(params))
         islands = self.program.config.islands
         end = time.monotonic() + islands.gather + islands.deadline
         while True:
@@ -277,12 +277,9 @@ class Meetings:
         step = max(int(head["step"]), at_least)
         self._history = dict(head["history"])
         shapes, where = self._shipped(self.program.shapes), self._shipped(self.program.shardings)
-        leaves, structure = jax.tree.flatten(shapes)
-        arrays = unpacked(payload[8 + length :], leaves)
-        parts = jax.tree.unflatten(
-            structure,
-            [placed(array, sharding) for array, sharding in zip(arrays, jax.tree.leaves(where), strict=True)],
-        )
+        leaves, structure = jax.tree.flatten(jax.eval_shape(self.island.in_order, shapes))
+        arrays = jax.tree.unflatten(structure, unpacked(payload[8 + length :], leaves))
+        parts = jax.tree.map(placed, self.island.in_own_order(arrays), where)
         if self._mail:
             self._mail.group.tell_now(active=True, catching_up=False, step=step)
         self._journal.record(
@@ -297,7 +294,7 @@ class Meetings:
             return state
         state = self.settled(state)
         parts = self._shipped(dataclasses.replace(state, params=self.program.evaluated(state)))
-        body = packed(self._held(parts))
+        body = self._in_order(parts)
         if self._mail:
             head = json.dumps({"step": update, "history": self._history, "name": self._mail.group.name}).encode()
             for key in list(self._mail.wanted):
@@ -337,6 +334,11 @@ class Meetings:
         told = json.loads(firsts_bytes(head))
         payloads = {name: firsts_bytes(met.payloads[name] if met else None) for name in told["names"]}
         return Met(told["kind"], payloads, told["lost"], [Peer(*peer) for peer in told["sources"]])
+
+    def _in_order(self, tree: Any) -> bytes:
+        """`tree` as it travels to islands whose stacks have their layers in another order."""
+        whole = jax.tree.unflatten(jax.tree.structure(tree), list(self._held(tree)))
+        return packed(jax.tree.leaves(self.island.in_order(whole)))
 
     def _held(self, tree: Any) -> Iterator[np.ndarray]:
         """Every array of `tree`, whole, on this host."""

@@ -340,7 +340,10 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
         told=told,
     )
     evaluate, measures = engines.evaluate, engines.measures
-    several = island_of(config, mesh) if config.islands else replicas_of(config, mesh, count=replica_count)
+    if config.islands:
+        several = island_of(config, mesh, order=order)
+    else:
+        several = replicas_of(config, mesh, count=replica_count, order=order)
     if several:
         step, evaluate = several.step(step), several.evaluate(evaluate)
         measures = {name: several.evaluate(measure) for name, measure in measures.items()}

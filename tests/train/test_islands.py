@@ -32,6 +32,7 @@ BASE = merged(
     },
 )
 QUICK = {"patience": 20, "timeout": 5, "ttl": 3, "gather": 60}
+DEEP = {"model": {"layers": 6}}  # over 2 x 2 stages they are not in order, and two stages have an empty place
 RULES = {
     "streaming": {"name": "streaming", "every": 3, "fragments": 3, "overlap": 1},
     "diloco": {"name": "diloco", "every": 3},
@@ -109,24 +110,24 @@ def distance(one, other):
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, other)))
 
 
-def on_a_mesh(root, rule, count):
+def on_a_mesh(root, rule, count, **more):
     """The same run on a mesh of replicas: what is evaluated, and every replica's parameters."""
     changes = {"mesh": {"replica": count}, "outer": RULES[rule], "name": "mesh"}
-    train(validated(merged(BASE, changes)), world=World(), root=root)
+    train(validated(merged(merged(BASE, changes), more)), world=World(), root=root)
     return state_of(root / "mesh")
 
 
 def test_islands_of_unlike_shape_are_the_replicas_of_a_mesh_and_refuse_a_stranger(tmp_path):
-    with group(tmp_path, outer=RULES["streaming"], islands={"count": 2, **QUICK}) as islands:
+    with group(tmp_path, outer=RULES["streaming"], islands={"count": 2, **QUICK}, **DEEP) as islands:
         first = islands.start(0)
         islands.await_event(0, "start")
         stranger = islands.start(1, "optimizer.learning_rate=0.02", "name=other")
         islands.ended(1, stranger, code=2)
         assert "another run: optimizer.learning_rate (0.01 there, 0.02 here)" in islands.log(1).replace("\n", " ")
-        second = islands.start(1, "mesh.fsdp=2")
+        second = islands.start(1, "mesh={fsdp: 2, pipe: 2}", "microbatches=2", "pipeline.schedule=zb-v")
         islands.ended(0, first)
         islands.ended(1, second)
-    wanted, _ = on_a_mesh(tmp_path, "streaming", 2)
+    wanted, _ = on_a_mesh(tmp_path, "streaming", 2, **DEEP)
     run = tmp_path / "runs" / "run"
     for number in range(2):
         assert distance(state_of(run / f"island-{number}")[0], wanted) < 1e-6
