@@ -43,7 +43,7 @@ def quick(monkeypatch):
 
 
 def meetings(directory, *, alive=lambda phase: None, stop=lambda update: False, patience=60.0):
-    island = Some(outer=Some(meetings=[Some(name="meet", needs=None)]))
+    island = Some(outer=Some(meetings=[Some(name="meet", needs=None)]), in_order=lambda tree: tree)
     config = Some(outer=Some(name="diloco"), islands=Some(patience=patience, gather=60.0, deadline=60.0))
     program = Some(replicas=island, config=config, traffic=None, evaluated=lambda state: state)
     mail = Some(group=Group(), counters=Counters(), wanted=set())
