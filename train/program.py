@@ -32,7 +32,7 @@ from ..parallel.state import TrainState, combine
 from . import optimizers
 from .engines import Evaluate, divided, fresh, pipelined, structure, whole
 from .gradients import Engine
-from .islands import Island, island_of
+from .island import Island, island_of
 from .keys import of_steps
 from .optimizing import optimizer_maker
 from .pipeline import routes

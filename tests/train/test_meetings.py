@@ -13,10 +13,10 @@ from jax.experimental import multihost_utils
 from meshwright.configs.errors import Preempted
 from meshwright.parallel.lowcomm.office import Counters
 from meshwright.train import loop as loops
-from meshwright.train import meetings as module
-from meshwright.train import waiting
+from meshwright.train.islands import meetings as module
+from meshwright.train.islands import waiting
+from meshwright.train.islands.meetings import Meetings, Moved, Pending
 from meshwright.train.loop import Loop
-from meshwright.train.meetings import Meetings, Moved, Pending
 from meshwright.train.report.journal import Journal, read_events
 from meshwright.train.report.ledger import Ledger, read_ledger
 from meshwright.train.stop import StopRequest

@@ -26,18 +26,18 @@ import numpy as np
 import xxhash
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..configs.errors import MeshwrightError, Preempted
-from ..configs.outer import PAIRED
-from ..parallel.lowcomm.apart import packed, trouble, unpacked
-from ..parallel.lowcomm.bytes import sent
-from ..parallel.lowcomm.office import Counters, Peer
-from ..parallel.lowcomm.optimizer import Meeting
-from ..parallel.state import TrainState
-from .agreement import firsts_bytes
-from .launch.group import Group, Met
+from ...configs.errors import MeshwrightError, Preempted
+from ...configs.outer import PAIRED
+from ...parallel.lowcomm.apart import packed, trouble, unpacked
+from ...parallel.lowcomm.bytes import sent
+from ...parallel.lowcomm.office import Counters, Peer
+from ...parallel.lowcomm.optimizer import Meeting
+from ...parallel.state import TrainState
+from ..agreement import firsts_bytes
+from ..launch.group import Group, Met
+from ..program import Program
+from ..report.journal import Journal
 from .parcels import Parcels, added, divided, parcels, placed
-from .program import Program
-from .report.journal import Journal
 from .waiting import GivenUp, Waiting, agreed
 
 OTHERS = ("state", "handshake")  # traffic that is no meeting's
