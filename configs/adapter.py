@@ -32,6 +32,7 @@ METHOD_KEYS: dict[str, set[str]] = {
     "lottery": SOME | {"density", "scouting"},
 }
 ELEMENTS = ("fishmask", "lottery")  # choose among the elements of weights
+FISHER = ("fishmask",)  # of these: by the gradients of single examples
 AHEAD = ("prefix", "prompt", "p-tuning", "mam", "unipelt")  # put keys in front of every document
 WHOLE = ("prompt", "p-tuning")  # need all layers at hand
 
@@ -81,8 +82,8 @@ class AdapterConfig(Section):
     density: float = Field(0.005, gt=0, lt=1)
     """Share of the elements of what `targets` matches that learn (fishmask, lottery)."""
     scouting: int = Field(16, ge=1)
-    """Updates at the beginning that find these elements: fishmask adds up squared gradients and moves nothing, lottery
-    trains all of them and goes back."""
+    """Updates at the beginning that find these elements: fishmask adds up the squared gradients of their examples and
+    moves nothing, lottery trains all of them and goes back."""
     alpha: float | None = Field(None, gt=0)
     """The added map, or perceptron, is multiplied by alpha / rank; null: alpha = rank."""
     rank_stabilized: bool = False

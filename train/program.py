@@ -30,7 +30,9 @@ from ..parallel.lowcomm.bytes import Traffic, gathered_bytes, routed, traffic
 from ..parallel.rules import batch_shardings, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState, combine
 from . import optimizers
+from .elements import searched
 from .engines import Evaluate, divided, fresh, pipelined, structure, whole
+from .examples import until
 from .gradients import Engine
 from .islands import Island, island_of
 from .keys import of_steps
@@ -328,11 +330,13 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
         update = post_validated(optimizer, make(clip=optimizers.unclipped), clip=config.optimizer.clip)
     if config.privacy is not None:
         update = noised(update, config.privacy, rows=config.data.global_batch)
-    told = nothing
+    train, told = engines.train, nothing
+    if engines.squares is not None:
+        train, told = until(partial(searched, adapter=config.adapter), engines.squares, engines.train)
     if staged is not None and config.outer is not None and config.outer.routing:
         told = routes(config.seed, staged.table, replicas=config.mesh.replica)
     step = make_step(
-        engines.train,
+        train,
         update,
         schedule=schedule,
         dropout=drops(config),
