@@ -18,7 +18,7 @@ from .model import ModelConfig
 from .outer import OuterConfig, check_replicas, check_routing
 from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
 from .privacy import PrivacyConfig, check_privacy
-from .quantization import QuantizationConfig, check_groups, check_quantization
+from .quantization import QuantizationConfig, check_codes, check_groups, check_quantization
 from .recipe import RecipeConfig, check_recipe, check_teacher
 from .training import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig
 
@@ -124,6 +124,7 @@ class RunConfig(Section):
                     "that validates it; set it to false"
                 )
         check_quantization(self.quantization, self.adapter, self.model, recipe=self.recipe.name)
+        check_codes(self.quantization, average=self.optimizer.ema, replicated=self.outer is not None)
         if self.evaluation.answers and any(one.format == "text" and one.prompt is None for one in self.data.sources):
             raise ValueError(
                 f"evaluation.answers: {self.evaluation.answers}, but texts without data.prompt ask nothing; set it to 0"
