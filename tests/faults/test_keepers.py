@@ -52,7 +52,8 @@ def reached(launcher, directory, step, *, hosts=range(2)):
     deadline = time.monotonic() + 240
     slots = [mailbox.directory_of(directory / "runs" / "run", host=host) for host in hosts]
     while min(mailbox.protected(slot).step for slot in slots) < step:
-        assert launcher.poll() is None and time.monotonic() < deadline, f"step {step} was never protected"
+        assert launcher.poll() is None, launcher.communicate()[1].decode()[-3000:]
+        assert time.monotonic() < deadline, f"step {step} was never protected"
         time.sleep(0.01)
     return slots
 

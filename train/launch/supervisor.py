@@ -11,6 +11,7 @@ and a fence against processes of earlier ones. JAX-free.
     regroup     asked by the supervisor itself to stop: slots were drained, or a larger mesh fits again
 """
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,6 +31,8 @@ from .rendezvous import Room
 from .telemetry import Telemetry
 
 TICK = 0.1  # seconds between two looks
+logger = logging.getLogger(__name__)
+
 TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of a process that SIGTERM ended
 
 
@@ -243,7 +246,10 @@ def tell(directory: Path, event: str, outcome: Outcome, **fields: object) -> Non
 def write(directory: Path, event: str, **fields: object) -> None:
     """One line of the journal, between two epochs: nobody else writes then."""
     if (directory / "config.yaml").exists():  # else they failed before the run had a directory
-        Journal(directory).record(event, **fields)
+        try:
+            Journal(directory).record(event, **fields)
+        except UserError as error:  # a disk that takes no line must not hide what happened
+            logger.warning("%s: %s (%s)", event, fields.get("reason"), error)
 
 
 def watched(
