@@ -54,6 +54,7 @@ from .staging import check_staging
 from .stop import StopRequest
 from .teaching import check_teacher
 from .telling import Telling
+from .vouching import vouching
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
             stack.callback(snapshots.close)
             snapshots.reserve(state)
         stamp = {"corpus": corpus, "origin": program.origin}
-        saving = Saving(checkpoint, storage, journal, stamp, snapshots, progress.waits)
+        saving = Saving(checkpoint, storage, journal, stamp, snapshots, progress.waits, vouching(program))
         meetings = None
         if config.islands:
             meetings = stack.enter_context(

@@ -25,6 +25,7 @@ from ..parallel.state import TrainState
 from .agreement import anyone, firsts
 from .report.journal import Journal, read_events
 from .snapshots import Snapshots
+from .vouching import Vouch
 
 NOW, LATER, NEVER = "now", "later", "never"
 NEWS = 1.0  # seconds between two words while a save is waited for
@@ -55,6 +56,7 @@ class Saving:
     stamp: Mapping[str, Any]  # what is written into every checkpoint beside the state
     snapshots: Snapshots | None = None  # in the host's memory
     alive: Callable[[str], None] = lambda _: None
+    vouch: Vouch = lambda state, step: None  # raises where a state is not to be saved
     failure: MeshwrightError | None = None  # of the newest save; None where it became whole
     failed_at: int = -1  # the step of that save
     waiting: Waiting | None = None  # when_busy: drop-oldest
@@ -68,6 +70,7 @@ class Saving:
         when = self.when(step) if storage else NEVER
         if when == NEVER and not memory:
             return
+        self.vouch(state, step)
         copied = independent(dataclasses.replace(state, frozen={}))  # what never changes is not saved
         stall = time.monotonic() - began
         if memory:

@@ -1,0 +1,54 @@
+"""No state is saved that a device has damaged: with `checkpoint.compare`, what several devices hold is compared before.
+
+vouch = vouching(program)
+vouch(state, 12)            raises Corrupted, naming array and device
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+import jax
+
+from ..configs.errors import MeshwrightError
+from ..parallel.duplicates import Difference, Duplicates
+from ..parallel.state import TrainState
+from .program import Program
+
+HEAD_START = 5.0  # seconds by which the process to blame ends first: the launcher blames the first to fail
+
+Vouch = Callable[[TrainState, int], None]
+
+logger = logging.getLogger(__name__)
+
+
+class Corrupted(MeshwrightError):
+    """Devices hold different bits of what should be the same: one of them computes or remembers wrongly."""
+
+
+def vouching(program: Program) -> Vouch:
+    """Raises where `checkpoint.compare` is set and a state is not the same on all devices that hold it. Collective."""
+    if not program.config.checkpoint.compare:
+        return lambda state, step: None
+    duplicates = Duplicates(program.shapes, program.shardings, program.mesh)
+    if not duplicates.any:
+        logger.warning(
+            "checkpoint.compare: true, but every device holds a part of its own: there is nothing to compare"
+        )
+
+    def vouch(state: TrainState, step: int) -> None:
+        if found := duplicates.differing(state):
+            if jax.process_index() not in blamed(found):
+                time.sleep(HEAD_START)
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise Corrupted(
+                f"step {step} is not saved: {found[0]}{more}; a device computes or remembers wrongly, which "
+                "`meshwright doctor` may find. Run the same command to go on from the save before"
+            )
+
+    return vouch
+
+
+def blamed(found: list[Difference]) -> set[int]:
+    """The processes whose devices hold what most do not."""
+    return {device.process_index for one in found for device in one.devices}
