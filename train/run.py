@@ -111,7 +111,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
             stack.callback(snapshots.close)
             snapshots.reserve(state)
         stamp = {"corpus": corpus, "origin": program.origin}
-        saving = Saving(checkpoint, storage, journal, stamp, snapshots, progress.waits, vouching(program))
+        saving = Saving(checkpoint, storage, journal, stamp, snapshots, progress.waits, vouching(program, progress))
         meetings = None
         if config.islands:
             meetings = stack.enter_context(

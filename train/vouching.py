@@ -13,9 +13,10 @@ import jax
 from ..configs.errors import MeshwrightError
 from ..parallel.duplicates import Difference, Duplicates
 from ..parallel.state import TrainState
+from .launch.progress import ERRS, Progress
 from .program import Program
 
-HEAD_START = 5.0  # seconds by which the process to blame ends first: the launcher blames the first to fail
+CONFESSION = 1.0  # seconds for the launcher to hear from the process to blame, before any ends
 
 Vouch = Callable[[TrainState, int], None]
 
@@ -26,8 +27,11 @@ class Corrupted(MeshwrightError):
     """Devices hold different bits of what should be the same: one of them computes or remembers wrongly."""
 
 
-def vouching(program: Program) -> Vouch:
-    """Raises where `checkpoint.compare` is set and a state is not the same on all devices that hold it. Collective."""
+def vouching(program: Program, progress: Progress) -> Vouch:
+    """Raises where `checkpoint.compare` is set and a state is not the same on all devices that hold it. Collective.
+
+    The process to blame tells `progress`.
+    """
     if not program.config.checkpoint.compare:
         return lambda state, step: None
     duplicates = Duplicates(program.shapes, program.shardings, program.mesh)
@@ -38,8 +42,9 @@ def vouching(program: Program) -> Vouch:
 
     def vouch(state: TrainState, step: int) -> None:
         if found := duplicates.differing(state):
-            if jax.process_index() not in blamed(found):
-                time.sleep(HEAD_START)
+            if jax.process_index() in blamed(found):
+                progress.report(step, ERRS)
+            time.sleep(CONFESSION)
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise Corrupted(
                 f"step {step} is not saved: {found[0]}{more}; a device computes or remembers wrongly, which "
@@ -50,5 +55,5 @@ def vouching(program: Program) -> Vouch:
 
 
 def blamed(found: list[Difference]) -> set[int]:
-    """The processes whose devices hold what most do not."""
-    return {device.process_index for one in found for device in one.devices}
+    """The processes whose devices hold what most do not; none where there is no most."""
+    return {device.process_index for one in found if one.others for device in one.devices}

@@ -27,6 +27,7 @@ from .drain import drained
 from .fence import Fence, current
 from .formations import Formation, Team
 from .regroup import Regroup, change
+from .progress import ERRS
 from .rendezvous import Room
 from .telemetry import Telemetry
 
@@ -304,7 +305,8 @@ def judged(codes: Mapping[int, int | None], watch: Watch, *, now: float, asked: 
         refused = next(number for number, code in codes.items() if code == UserError.exit_code)
         return Outcome("refused", f"process {refused} refused the configuration (see above)", watch.reached, refused)
     if failed := {number: code for number, code in codes.items() if code not in (None, 0, Preempted.exit_code)}:
-        first = culprit(failed)
+        errs = [number for number in failed if number in watch.reports and watch.reports[number].phase == ERRS]
+        first = min(errs, default=culprit(failed))
         last = watch.reports[first].time if first in watch.reports else watch.started
         reason = f"processes failed with these exit codes: {failed}"
         return Outcome("failed", reason, watch.reached, first, now - last)
