@@ -26,8 +26,8 @@ from .decisions import Failure, Outcome, Report, culprit, gives_up, patience, pa
 from .drain import drained
 from .fence import Fence, current
 from .formations import Formation, Team
-from .regroup import Regroup, change
 from .progress import ERRS
+from .regroup import Regroup, change
 from .rendezvous import Room
 from .telemetry import Telemetry
 
