@@ -111,10 +111,12 @@ class Storage:
 
         def ended() -> None:
             hashing = time.monotonic()
-            part = describe()
-            hashed = time.monotonic() - hashing
-            self.shelf.put_part(part, process=jax.process_index())
-            response.result()
+            try:
+                part = describe()
+                hashed = time.monotonic() - hashing
+                self.shelf.put_part(part, process=jax.process_index())
+            finally:
+                response.result()  # whatever has failed, nobody writes any more when it is cleared away
             self._allowed()
             if jax.process_index() == 0:
                 self.shelf.commit(step, patience=PATIENCE)
@@ -214,7 +216,7 @@ class Storage:
         with suppress(MeshwrightError):  # one of an older membership: what is unfinished there is another's
             self._allowed()
             if jax.process_index() == 0:
-                self.shelf.clear_unfinished()
+                self.shelf.abandon(step)
         return failed(step, self.shelf.directory, error)
 
 

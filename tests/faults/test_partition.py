@@ -171,21 +171,21 @@ def test_a_machine_that_cannot_be_reached_is_replaced_and_kills_its_trainer(tmp_
     job = Job("run", [*WORKER, str(directory)], 2, directory, ElasticConfig(**SETTINGS), LaunchConfig())
     run_on(machines, job, stop=SimpleNamespace(asked=False))
     assert ended_as_ever(directory, 2) and not machines.left
-    (told,) = restarts(directory)
-    assert told["suspect"] == 1 and "lost with" in told["reason"]
+    told = restarts(directory)  # one that is heard and hears nothing may dial again, and be lost again
+    assert told and all(one["suspect"] == 1 and "lost with" in one["reason"] for one in told)
 
 
 @pytest.mark.parametrize(("fail", "again"), [("swallows", 1), ("swallows answers", 1), ("resets", 0)])
 def test_trainers_cut_off_from_the_launcher(tmp_path, coordination, monkeypatch, fail, again):
     """They are heard of no more, and started again; a connection that is reset is dialled anew, and nothing is lost."""
-    monkeypatch.setenv("WORKER_STEPS", "60")
+    monkeypatch.setenv("WORKER_STEPS", "120")
     directory, settings = prepared(tmp_path / "run"), ElasticConfig(**{**SETTINGS, "hang_floor": 1.0})
     with Server() as server, Partition(server.address) as between:
         engine = LocalEngine([*WORKER, str(directory)], processes=2, rendezvous=between.address)
-        when(directory / "met/1/6", lambda: FAILURES[fail](between))
-        when(directory / ("met/2" if again else "met/1/12"), between.heal)
+        when(directory / "met/1/30", lambda: FAILURES[fail](between))
+        when(directory / ("met/2" if again else "met/1/40"), between.heal)
         supervise(engine, settings=settings, directory=directory, room=server.room, stop=SimpleNamespace(asked=False))
-    assert ended_as_ever(directory, 2, steps=60) and len(restarts(directory)) == again
+    assert ended_as_ever(directory, 2, steps=120) and len(restarts(directory)) == again
 
 
 SMALL = (
