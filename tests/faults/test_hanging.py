@@ -82,6 +82,7 @@ def test_a_save_that_never_ends_is_told_and_later_ones_with_it_and_memory_goes_o
     monkeypatch.setattr(module, "NEWS", 0.1)
     for step in (1, 2, 3):
         saving.begin(state(step), step, samples=step, memory=True)
+        saving.snapshots._worker.submit(int).result()  # it is in memory
         if step == 2:
             saving.storage._began -= 2.0  # it has been under way for so much longer
         saving.poll()
