@@ -81,11 +81,10 @@ def sweep(directory: Path) -> None:
 
 
 def directory_of(run: Path, *, host: int) -> Path:
-    """Where the slots of a host are: in the directory that this machine's environment names, else in /dev/shm where
-    the system has it. Hosts simulated on one machine differ.
+    """Where the slots of a host are: where this machine's environment says (`PLACE`), else in /dev/shm where the system
+    has it. Hosts simulated on one machine differ.
     """
-    base = Path("/dev/shm") if Path("/dev/shm").is_dir() else run / "memory"
-    base = Path(os.environ.get(PLACE, base))
+    base = Path(os.environ.get(PLACE) or ("/dev/shm" if Path("/dev/shm").is_dir() else run / "memory"))
     return base / f"meshwright-{os.getuid()}" / xxhash.xxh3_64_hexdigest(str(run.absolute()).encode()) / f"host-{host}"
 
 

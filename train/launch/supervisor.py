@@ -32,9 +32,9 @@ from .rendezvous import Room
 from .telemetry import Telemetry
 
 TICK = 0.1  # seconds between two looks
-logger = logging.getLogger(__name__)
-
 TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of a process that SIGTERM ended
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):

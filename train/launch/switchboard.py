@@ -19,7 +19,7 @@ LOST = 15.0  # seconds without one after which it is gone with its machine
 logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
+@dataclass
 class Line:
     """The connection to one agent."""
 
@@ -142,8 +142,6 @@ class Switchboard:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError), dialled, dialled.makefile("rb") as words:
             line = self._seat(json.loads(next(words, b"{}")), dialled)
             for text in words if line is not None else ():
-                if line not in self._lines.values():
-                    break  # another agent has its place: it was lost, and is back
                 told = json.loads(text)
                 self._hear(line, told)
                 if "beat" in told:
@@ -163,6 +161,8 @@ class Switchboard:
                 return None
             before = self._lines.get(number)
             codes = before.codes if before is not None else {}
+            if before is not None:
+                before.drop()  # it was lost; should it be back, it is not the one
             line = self._lines[number] = Line(str(hello["host"]), dialled, self._clock(), codes=codes)
             self._changed.notify_all()
         logger.debug("process %d: agent on %s", number, hello["host"])

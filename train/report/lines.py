@@ -85,18 +85,24 @@ def replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def mend(path: Path) -> None:
-    """Cut off a torn last line; give a whole one that lacks its newline what it lacks. A missing file is whole."""
+    """Cut off a torn last line; give a whole one that lacks its newline what it lacks. A missing file is whole.
+
+    Raises UserError where the file would have to be written and cannot be.
+    """
     if not path.exists():
         return
-    with path.open("rb+") as file:
-        content = file.read()
-        tail = content[content.rfind(b"\n") + 1 :]
-        if not tail:
+    try:
+        content = path.read_bytes()
+        if not (tail := content[content.rfind(b"\n") + 1 :]):
             return
-        if decoded(tail) is None:
-            file.truncate(len(content) - len(tail))
-        else:
-            file.write(b"\n")
+        with path.open("rb+") as file:
+            if decoded(tail) is None:
+                file.truncate(len(content) - len(tail))
+            else:
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def read(path: Path) -> list[dict[str, Any]]:
