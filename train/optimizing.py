@@ -14,6 +14,7 @@ from ..parallel.layout import Order
 from . import optimizers
 from .elements import elementwise
 from .ranks import Present, allocated
+from .several import learning_rates, scaled
 
 Make = Callable[..., optax.GradientTransformation]
 
@@ -22,6 +23,7 @@ def optimizer_maker(config: RunConfig, *, order: Order) -> Make:
     """`make()` gives the transformation; `make(clip=...)` the same with another clipping. `order`: of the layers."""
     adapter = config.adapter
     chosen = None if adapter is None else multipliers(config.model, adapter, order=order)
+    chosen = scaled(chosen, learning_rates(config))
     make = partial(
         optimizers.build, config.optimizer, steps=config.steps, spike=config.logging.spike, multiplied=chosen
     )
