@@ -7,7 +7,7 @@ Training them together makes the updates that these runs would make.
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -25,7 +25,7 @@ class NamedAdapterConfig(Section):
     """One of several adapters: where it differs from the section adapter."""
 
     data: SourceConfig | None = None
-    """Documents it learns, as in the section data; null: those of that section."""
+    """Documents it learns, where they are others than in the section data: keys of that section."""
     rows: int | None = Field(None, ge=1)
     """Rows of every global batch that are its own; null, for all of them: equal shares."""
     rank: int | None = Field(None, ge=1)
@@ -62,6 +62,26 @@ def widest(adapters: Mapping[str, AdapterConfig]) -> AdapterConfig:
     for one in more:
         targets = None if targets is None or one.targets is None else list(dict.fromkeys([*targets, *one.targets]))
     return first.model_copy(update={"rank": max(one.rank for one in adapters.values()), "targets": targets})
+
+
+def inherited(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's tree of settings in which each of several adapters has all settings of its source, and data none.
+
+    What is not of the right type is left to be refused where it is.
+    """
+    adapters, data = values.get("adapters"), values.get("data", {})
+    if not adapters or not isinstance(adapters, Mapping) or not isinstance(data, Mapping):
+        return dict(values)
+    common = {key: value for key, value in data.items() if key in SourceConfig.model_fields}
+
+    def whole(one: Any) -> Any:
+        own = one.get("data") or {} if isinstance(one, Mapping) else None
+        return one | {"data": common | own} if isinstance(own, Mapping) else one
+
+    return values | {
+        "adapters": {name: whole({} if one is None else one) for name, one in adapters.items()},
+        "data": {key: value for key, value in data.items() if key not in common},
+    }
 
 
 def source_of(config: "RunConfig", name: str) -> SourceConfig:
@@ -112,8 +132,8 @@ def check_adapters(config: "RunConfig") -> None:
     refused = {
         "adapter.method": (config.adapter.method, config.adapter.method == "lora", "lora"),
         "adapter.start": (config.adapter.start, config.adapter.start == "zero", "zero: others change the base"),
-        "islands": ("there", config.islands is None, "null"),
-        "privacy": ("there", config.privacy is None, "null, or train one adapter a run"),
+        "islands": ("set", config.islands is None, "null"),
+        "privacy": ("set", config.privacy is None, "null, or train one adapter a run"),
         "elastic.deterministic": (True, not config.elastic.deterministic, "false"),
         "data.mixture": (len(config.data.mixture), not config.data.mixture, "[]: each adapter reads one source"),
         "recipe.name": (config.recipe.name, config.recipe.name not in WITHOUT, "sft or dpo, or train one a run"),
@@ -152,14 +172,8 @@ def check_rows(config: "RunConfig") -> None:
 
 
 def check_sources(config: "RunConfig") -> None:
-    """Raise ValueError where an adapter's source is not one, or nobody reads that of the section data."""
+    """Raise ValueError where what an adapter reads is no source."""
     for name, one in config.adapters.items():
         if one.data is not None:
             check_source(one.data, key=f"adapters.{name}.data")
     check_packing(together(config))
-    idle = all(one.data is not None for one in config.adapters.values())
-    for key, field in SourceConfig.model_fields.items():
-        if idle and getattr(config.data, key) != field.default:
-            raise ValueError(
-                f"data.{key}: {getattr(config.data, key)!r} is read by no adapter, each has data of its own; remove it"
-            )

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from .adapter import AHEAD, ELEMENTS, WHOLE, AdapterConfig
-from .adapters import NamedAdapterConfig, adapters_of, check_adapters, together, widest
+from .adapters import NamedAdapterConfig, adapters_of, check_adapters, inherited, together, widest
 from .base import Section
 from .cuts import cuts
 from .data import DataConfig
@@ -79,6 +79,11 @@ class RunConfig(Section):
             if isinstance(model, dict) and model.get("from"):
                 return values | {"data": data | {"tokenizer": {"file": model["from"]}}}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapters_read_the_data(cls, values: Any) -> Any:
+        return inherited(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _layers_that_learn_stand_apart(self) -> "RunConfig":
