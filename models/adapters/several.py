@@ -43,9 +43,8 @@ def gathered(x: jax.Array, weights: jax.Array, own: jax.Array, *, inputs: int) -
 def ragged(x: jax.Array, weights: jax.Array, own: jax.Array, *, inputs: int) -> jax.Array:
     """The same for rows in the order of their adapters (`own` is sorted), as a grouped product of tokens.
 
-    Where `jax.lax.ragged_dot` has no kernel (CPU, GPU) it is a product with every adapter's matrix, tokens of others
-    being zeros: adapters times the FLOPs and the memory. Not a number times zero is not a number: there an adapter that
-    went wrong spoils all.
+    On a CPU `jax.lax.ragged_dot` is a product with every adapter's matrix, tokens of others being zeros: adapters times
+    the FLOPs and the memory. Not a number times zero is not a number: there an adapter that went wrong spoils all.
     """
     batch, sequence = x.shape[:2]
     count = weights.shape[0]

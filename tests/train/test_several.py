@@ -219,3 +219,29 @@ def test_one_of_two_is_used_by_its_name(root, tmp_path):
         export_run(root / "two", tmp_path / "none", limit=10**9)
     with pytest.raises(UserError, match=r"--adapter: digit matches nothing; .* Did you mean digits\?"):
         export_run(root / "two", tmp_path / "none", limit=10**9, adapter="digit")
+
+
+@pytest.mark.slow
+def test_each_prefers_by_a_reference_of_its_own_rows(root):
+    """DPO before the first update: every pair's loss is log 2, which it is by nobody else's numbers."""
+    pairs = [{"prompt": f"{n}", "chosen": f"{n + 1}", "rejected": f"{7 * n % 91}"} for n in range(60)]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    data = {"source": "jsonl", "path": str(root / "pairs.jsonl"), "format": "preference"}
+    several = {"first": {"rows": 3, "data": {"documents": 40}}, "second": {"rows": 5, "rank": 2}}
+    config = tiny(
+        name="pairs",
+        model={"vocab": 384},
+        steps=2,
+        adapter={"rank": 4},
+        adapters=several,
+        recipe={"name": "dpo"},
+        data=data | {"packing": {"method": "best-fit"}, "held_out": 0.2, "sequence_length": 32},
+        logging={"every": 1, "tensorboard": False},
+    )
+    found = train(config, world=World(), root=root)
+    rows = [json.loads(line) for line in (root / "pairs/metrics.jsonl").read_text().splitlines()]
+    for name in several:
+        assert rows[0][f"{name}/loss"] == pytest.approx(np.log(2), rel=1e-5)
+        one = train(alone(config, name), world=World(), root=root)
+        assert found.metrics[f"{name}/held_out_loss"] == pytest.approx(one.metrics["held_out_loss"], rel=1e-5)
+        assert found.metrics[f"{name}/loss"] == pytest.approx(one.metrics["loss"], rel=1e-5)

@@ -191,17 +191,16 @@ def stream_windows(
 
 
 def trained_tokenizer(sources: list[Source], data: DataConfig, *, cache: Path) -> Tokenizer:
-    """A BPE of the training documents of all sources, each read twice: to split, and to count."""
+    """A BPE of the training documents of all sources, each counted once; read twice: to split, and to count."""
     import tokenizers
 
     vocab = data.tokenizer.vocab
-    fingerprints = [source.documents.fingerprint for source in sources]
-    key = digest("bpe-1", tokenizers.__version__, str(vocab), str(data.held_out), *fingerprints)
+    once = {source.documents.fingerprint: source.documents for source in sources}
+    key = digest("bpe-1", tokenizers.__version__, str(vocab), str(data.held_out), *once)
 
     def write(directory: Path) -> None:
         logger.info("training a tokenizer of %d ids", vocab)
-        documents = [source.documents for source in sources]
-        train(training_texts(documents, fraction=data.held_out), vocab=vocab).save(directory)
+        train(training_texts(list(once.values()), fraction=data.held_out), vocab=vocab).save(directory)
 
     return cached(cache / "tokenizers" / key, read=load, write=write)
 
