@@ -1,6 +1,6 @@
 """`meshwright bench pipeline`: the pipeline engine beside the same model without one, and beside its own simulator.
 
-All on simulated CPU devices, in one process, in turns:
+All on simulated CPU devices; each part is a process of its own, whose cases take turns:
 
     step     a pipelined step over plain FSDP with as many microbatches, on 8 devices (target: at most 1.25)
     order    pipe 2 on 2 cores: measured seconds of each schedule beside the simulator's, from measured ops
@@ -13,6 +13,8 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +31,9 @@ BASE = {
 }
 Clock = Callable[[], float]
 PARTS = ("step", "order", "memory", "compile")
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+# A device is a core: where an op spreads over the cores that idle devices leave, no schedule has a bubble.
+OWN_FLAGS = {"order": "--xla_cpu_multi_thread_eigen=false"}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "1f1b": {"schedule": "1f1b"},
     "1f1b, fused": {"schedule": "1f1b", "backward": "fused"},
@@ -203,7 +208,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args(arguments)
-    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
-    for part in options.parts or PARTS:
-        print(json.dumps({part: globals()[part](options.rounds)}, indent=1), flush=True)
+    parts = options.parts or PARTS
+    if len(parts) > 1:
+        for part in parts:
+            words = ["bench", "pipeline", part, "--rounds", str(options.rounds)]
+            subprocess.run([sys.executable, "-m", "meshwright.train.cli", *words], check=True)
+        return
+    (part,) = parts
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {OWN_FLAGS.get(part, '')} {os.environ.get('XLA_FLAGS', '')}"
+    print(json.dumps({part: globals()[part](options.rounds)}, indent=1), flush=True)

@@ -46,7 +46,8 @@ class IslandsConfig(Section):
     latency: Seconds = Field(0.0, ge=0)
     """Seconds added to every message, so that a slow link can be tried on one machine."""
     patience: Seconds = Field(60.0, gt=0)
-    """Seconds a meeting waits for islands that are alive and not far behind; then it goes on without them."""
+    """Seconds a meeting waits for islands that are alive and not far behind, and an island that has finished for those
+    that have not; then it goes on without them."""
     staleness: int | None = Field(None, ge=0)
     """Updates an island may be behind and still be waited for; null: three times `outer.every`."""
     timeout: Seconds = Field(30.0, gt=0)
@@ -70,7 +71,7 @@ class IslandsConfig(Section):
         return range(number * size, (number + 1) * size)
 
 
-def check_islands(islands: IslandsConfig, *, rule: str | None, replicas: int, global_batch: int, pipe: int) -> None:
+def check_islands(islands: IslandsConfig, *, rule: str | None, replicas: int, global_batch: int) -> None:
     """Raise ValueError where the section islands does not go with the rest of the run."""
     if rule is None:
         raise ValueError(
@@ -86,8 +87,6 @@ def check_islands(islands: IslandsConfig, *, rule: str | None, replicas: int, gl
         raise ValueError(f"islands.minimum: {islands.minimum} exceeds islands.count ({islands.count})")
     if global_batch % islands.count:
         raise ValueError(f"data.global_batch: {global_batch} is not divisible by islands.count ({islands.count})")
-    if pipe != 1:
-        raise ValueError(f"mesh.pipe: {pipe}: islands that are pipelines are not built yet; leave it at 1")
     for key in ("meet", "address"):
         value = getattr(islands, key)
         if value is not None and not re.fullmatch(r".+:\d+", value):

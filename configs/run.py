@@ -158,7 +158,6 @@ class RunConfig(Section):
                 rule=None if self.outer is None else self.outer.name,
                 replicas=self.mesh.replica,
                 global_batch=self.data.global_batch,
-                pipe=self.mesh.pipe,
             )
         if (count := self.mesh.count) is not None:
             check_fits(self, own := self.mesh.resolved(count))
@@ -289,11 +288,6 @@ def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
         check_routing(pipe=axes["pipe"], replicas=axes["replica"], vocab_parallel=config.pipeline.vocab_parallel)
     if axes["pipe"] == 1:
         return
-    if axes["replica"] > 1 and config.outer is not None and config.outer.name == "streaming":
-        raise ValueError(
-            f"outer.name: {config.outer.name} cuts fragments out of layers in their plain order, and mesh.pipe "
-            f"({axes['pipe']}) stacks them in the schedule's; use diloco, or leave mesh.pipe at 1"
-        )
     if axes["replica"] > 1 and config.pipeline.post_validation:
         raise ValueError(
             f"pipeline.post_validation: true would make the {axes['replica']} replicas wait for each other's norms in "

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..configs.model import ModelConfig
 from .rules import path_name
@@ -100,7 +101,7 @@ def places(
 
 
 def rearranged(tree: Any, *, before: Order, after: Order) -> Any:
-    """`tree` with stacked arrays in the order `after` instead of `before`; empty places are zeros.
+    """`tree` (arrays of JAX or numpy) with stacks in the order `after` instead of `before`; empty places are zeros.
 
     None is the plain order, of as many repeats as the other one has.
     """
@@ -108,13 +109,14 @@ def rearranged(tree: Any, *, before: Order, after: Order) -> Any:
         return tree
     count = max(*(before or ()), *(after or ()), -1, -1) + 1
     before, after = (tuple(range(count)) if order is None else tuple(order) for order in (before, after))
-    source = jnp.array([before.index(repeat) if repeat >= 0 else 0 for repeat in after])
-    filled = jnp.array([repeat >= 0 for repeat in after])
+    source = np.array([before.index(repeat) if repeat >= 0 else 0 for repeat in after])
+    filled = np.array([repeat >= 0 for repeat in after])
 
     def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         if not STACKED.fullmatch(path_name(path)) or jnp.shape(leaf)[:1] != (len(before),):
             return leaf
-        return jnp.where(filled.reshape(-1, *[1] * (leaf.ndim - 1)), leaf[source], jnp.zeros((), leaf.dtype))
+        where = np.where if isinstance(leaf, np.ndarray) else jnp.where
+        return where(filled.reshape(-1, *[1] * (leaf.ndim - 1)), leaf[source], np.zeros((), leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

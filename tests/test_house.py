@@ -16,7 +16,7 @@ JAX_FREE = (
     "meshwright.configs.load",
     "meshwright.parallel.lowcomm.pairs",
     "meshwright.parallel.pipeline.draw",
-    "meshwright.train.archipelago",
+    "meshwright.train.islands.archipelago",
     "meshwright.train.cli",
     "meshwright.train.data.assemble",
     "meshwright.train.launch.coordinator",

@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 
+PART = 1 << 30  # bytes told at once: sizes and indices on devices have 32 bits
+
 
 def everyones(value: int) -> list[int]:
     """The value of each process."""
@@ -23,16 +25,21 @@ def firsts(value: int) -> int:
 
 
 def firsts_bytes(value: bytes | None) -> bytes | None:
-    """The first process's bytes."""
+    """The first process's bytes, in parts of `PART` where they are many."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
 
-    size = firsts(-1 if value is None else len(value))
-    if size < 0:
+    whole, rest = (-1, 0) if value is None else divmod(len(value), PART)
+    whole, rest = firsts(whole), firsts(rest)
+    if whole < 0:
         return None
-    buffer = np.zeros(size, np.uint8) if value is None else np.frombuffer(value, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes()
+    parts = []
+    for number, size in enumerate([PART] * whole + [rest]):
+        part = None if value is None else value[number * PART : number * PART + size]
+        buffer = np.zeros(size, np.uint8) if part is None else np.frombuffer(part, np.uint8)
+        parts.append(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
+    return b"".join(parts)
 
 
 def anyone(yes: bool) -> bool:

@@ -24,7 +24,7 @@ def launch(
 ) -> None:
     """Train in several processes, and start them again when one dies or hangs."""
     if islands is not None:
-        from .archipelago import launched
+        from .islands.archipelago import launched
 
         launched(config, overrides or (), count=islands, processes=processes, devices=devices_per_process)
         return

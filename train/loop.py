@@ -22,9 +22,9 @@ from .assessment import Assessment
 from .data.assemble import Data
 from .data.batches import batches
 from .feed import Share, to_devices
+from .islands.meetings import Meetings, Moved
 from .launch.detection import WAIT
 from .launch.progress import Progress
-from .meetings import Meetings, Moved
 from .meter import Meter
 from .pacing import Pace
 from .profiling import Profile

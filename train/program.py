@@ -32,7 +32,7 @@ from ..parallel.state import TrainState, combine
 from . import optimizers
 from .engines import Evaluate, divided, fresh, pipelined, structure, whole
 from .gradients import Engine
-from .islands import Island, island_of
+from .island import Island, island_of
 from .keys import of_steps
 from .optimizing import optimizer_maker
 from .pipeline import routes
@@ -341,7 +341,10 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
         optimizer, applied, numbers = lift.optimizer(optimizer), lift.applied(applied), lift.numbers
     step = make_step(engines.train, applied, dropout=drops(config), told=told, numbers=numbers)
     evaluate, measures = engines.evaluate, engines.measures
-    several = island_of(config, mesh) if config.islands else replicas_of(config, mesh, count=replica_count)
+    if config.islands:
+        several = island_of(config, mesh, order=order)
+    else:
+        several = replicas_of(config, mesh, count=replica_count, order=order)
     if several:
         step, evaluate = several.step(step), several.evaluate(evaluate)
         measures = {name: several.evaluate(measure) for name, measure in measures.items()}

@@ -166,8 +166,13 @@ class Replicas:
             return jitted.lower(*given, row).compile()
 
 
-def replicas_of(config: RunConfig, mesh: Mesh, *, count: int | None = None) -> Replicas | None:
-    """The replicas of `config` on `mesh`; `count` where the mesh is smaller than the run's. None: a run of one."""
+def replicas_of(
+    config: RunConfig, mesh: Mesh, *, count: int | None = None, order: layout.Order = None
+) -> Replicas | None:
+    """The replicas of `config` on `mesh`; `count` where the mesh is smaller than the run's. None: a run of one.
+
+    `order` is that of the layers in the run's stacks.
+    """
     count = count or mesh.shape[AXIS]
     if count == 1:
         return None
@@ -175,7 +180,7 @@ def replicas_of(config: RunConfig, mesh: Mesh, *, count: int | None = None) -> R
     def travel(wire: str):
         return exchange(wire, replicas=count, mesh=mesh)
 
-    outer = registry.build(config.outer, model=config.model, travel=travel, replicas=count)
+    outer = registry.build(config.outer, model=config.model, travel=travel, replicas=count, order=order)
     return Replicas(count, outer, mesh, config.seed, config.outer.memory == "host")
 
 

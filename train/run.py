@@ -31,8 +31,8 @@ from .data import assemble
 from .data.assemble import Data
 from .directory import open_directory, write_json
 from .feed import share_of
-from .islands import own
-from .joining import joined
+from .island import own
+from .islands.joining import joined
 from .launch.fence import Fence, Fenced
 from .launch.progress import Progress
 from .launch.world import World

@@ -82,7 +82,7 @@ class Office:
         wanted: Callable[[str], None] = lambda key: None,
     ) -> None:
         self.name, self.counters = name, Counters()
-        self._fingerprint, self._description, self._settings = fingerprint, dict(description), settings
+        self.fingerprint, self._description, self._settings = fingerprint, dict(description), settings
         self._throttle = settings.throttle or Throttle()
         self._wanted, self._ticket = wanted, -1
         self._shelf: dict[str, tuple[int, bytes]] = {}  # key -> (ticket, payload)
@@ -168,7 +168,7 @@ class Office:
             writer.close()
 
     async def _answer(self, asked: Mapping[str, Any], writer: asyncio.StreamWriter) -> None:
-        if asked["protocol"] != PROTOCOL or asked["fingerprint"] != self._fingerprint:
+        if asked["protocol"] != PROTOCOL or asked["fingerprint"] != self.fingerprint:
             await self._say(writer, "handshake", refused=True, protocol=PROTOCOL, settings=self._description)
             return
         if "key" not in asked:
@@ -275,7 +275,7 @@ class Office:
         return await asyncio.open_connection(host, int(port))
 
     async def _ask(self, writer: asyncio.StreamWriter, what: str, **fields: Any) -> None:
-        head = {"protocol": PROTOCOL, "name": self.name, "fingerprint": self._fingerprint}
+        head = {"protocol": PROTOCOL, "name": self.name, "fingerprint": self.fingerprint}
         await self._say(writer, what, **head, **fields)
 
     async def _compare(self, peer: Peer) -> dict[str, tuple[Any, Any]] | None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ...configs.model import ModelConfig
-from ..layout import places
+from ..layout import Order, places
 from ..rules import path_name
 from .fragments import Fragment
 
@@ -24,11 +24,14 @@ class Cut(NamedTuple):
     put: Callable[..., Any]  # (tree, piece, leading) -> tree
 
 
-def cut(fragment: Fragment, model: ModelConfig) -> Cut:
-    """How to take `fragment` out of a tree of `model`'s parameters and put it back."""
+def cut(fragment: Fragment, model: ModelConfig, layers_order: Order = None) -> Cut:
+    """How to take `fragment` out of a tree of `model`'s parameters and put it back.
+
+    `layers_order` is that of the run's stacks (`parallel/layout.py`).
+    """
 
     def where(path: str, leaf: jax.Array, leading: int) -> tuple[Any, ...] | None:
-        index = rows(path, leaf.shape[leading:], fragment, model)
+        index = rows(path, leaf.shape[leading:], fragment, model, layers_order)
         return None if index is None else (slice(None),) * leading + index
 
     def take(tree: Any, leading: int = 0) -> Piece:
@@ -49,9 +52,11 @@ def cut(fragment: Fragment, model: ModelConfig) -> Cut:
     return Cut(take, put)
 
 
-def rows(path: str, shape: tuple[int, ...], fragment: Fragment, model: ModelConfig) -> tuple[Any, ...] | None:
+def rows(
+    path: str, shape: tuple[int, ...], fragment: Fragment, model: ModelConfig, layers_order: Order = None
+) -> tuple[Any, ...] | None:
     """Index of the fragment's part of the array at `path`: () for all of it, None for nothing."""
-    held = places(path, shape, model)
+    held = places(path, shape, model, layers_order)
     indices = [index for name, index in held if fragment.owns(name)]
     if len(indices) == len(held):
         return () if held else None
@@ -59,7 +64,7 @@ def rows(path: str, shape: tuple[int, ...], fragment: Fragment, model: ModelConf
         return None
     columns = np.array(indices).T  # only stacks hold several arrays, and those are indexed by integers
     steps = np.diff(columns[0])
-    if len(columns) == 1 and (steps == steps[:1]).all():
+    if len(columns) == 1 and (steps == steps[:1]).all() and (steps > 0).all():
         first, step = int(columns[0][0]), int(steps[0]) if len(steps) else 1
         return (slice(first, first + step * len(indices), step),)
     return tuple(columns)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ...configs.model import ModelConfig
 from ...configs.outer import OuterConfig
+from ..layout import Order
 from .diloco import diloco
 from .eager import eager
 from .fragments import fragments
@@ -17,14 +18,14 @@ from .streaming import streaming
 Travel = Callable[[str], Exchange]  # wire format -> how it travels here
 
 
-def _diloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int) -> OuterOptimizer:
+def _diloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: Order) -> OuterOptimizer:
     return diloco(travel(outer.wire), every=outer.every, learning_rate=outer.learning_rate, momentum=outer.momentum)
 
 
-def _streaming(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int) -> OuterOptimizer:
+def _streaming(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: Order) -> OuterOptimizer:
     return streaming(
         travel(outer.wire),
-        cuts=[cut(part, model) for part in fragments(model.layers, count=outer.fragments, order=outer.order)],
+        cuts=[cut(part, model, order) for part in fragments(model.layers, count=outer.fragments, order=outer.order)],
         every=outer.every,
         learning_rate=outer.learning_rate,
         momentum=outer.momentum,
@@ -33,7 +34,7 @@ def _streaming(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas:
     )
 
 
-def _noloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int) -> OuterOptimizer:
+def _noloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: Order) -> OuterOptimizer:
     return noloco(
         travel(outer.wire),
         travel("float32"),
@@ -44,7 +45,7 @@ def _noloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: in
     )
 
 
-def _eager(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int) -> OuterOptimizer:
+def _eager(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: Order) -> OuterOptimizer:
     return eager(
         travel(outer.wire),
         replicas=replicas,
@@ -54,18 +55,23 @@ def _eager(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int
     )
 
 
-OUTER: dict[str, Callable[[OuterConfig, ModelConfig, Travel, int], OuterOptimizer]] = {
+OUTER: dict[str, Callable[[OuterConfig, ModelConfig, Travel, int, Order], OuterOptimizer]] = {
     "diloco": _diloco,
     "streaming": _streaming,
     "noloco": _noloco,
-    "local-sgd": lambda outer, model, travel, replicas: local_sgd(travel(outer.wire), every=outer.every),
+    "local-sgd": lambda outer, model, travel, replicas, order: local_sgd(travel(outer.wire), every=outer.every),
     "eager": _eager,
-    "peer-average": lambda outer, model, travel, replicas: peer_average(
+    "peer-average": lambda outer, model, travel, replicas, order: peer_average(
         travel(outer.wire), every=outer.every, rate=outer.rate
     ),
 }
 
 
-def build(outer: OuterConfig, *, model: ModelConfig, travel: Travel, replicas: int) -> OuterOptimizer:
-    """The outer optimizer of the section `outer` for `replicas` replicas of `model`."""
-    return OUTER[outer.name](outer, model, travel, replicas)
+def build(
+    outer: OuterConfig, *, model: ModelConfig, travel: Travel, replicas: int, order: Order = None
+) -> OuterOptimizer:
+    """The outer optimizer of the section `outer` for `replicas` replicas of `model`.
+
+    `order` is that of the layers in the run's stacks (`parallel/layout.py`).
+    """
+    return OUTER[outer.name](outer, model, travel, replicas, order)

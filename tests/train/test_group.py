@@ -2,15 +2,17 @@
 
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.islands import IslandsConfig
 from meshwright.parallel.lowcomm.office import Office, Settings
+from meshwright.train.launch import quorum
 from meshwright.train.launch.group import Group
 from meshwright.train.launch.islands import meeting_place
+from meshwright.train.launch.rendezvous import Client, Refused
 
 QUICK = {"patience": 2, "timeout": 2, "deadline": 5, "retries": 1, "ttl": 1, "gather": 5, "staleness": 9, "count": 3}
 
@@ -108,6 +110,40 @@ def test_an_exchange_that_was_decided_has_one_result_however_often_it_is_asked_f
     islands = opened(0, 1)
     once, again = average(islands, letters(islands)), average(islands, letters(islands))
     assert [dict(met.payloads) for met in once] == [dict(met.payloads) for met in again]
+
+
+def test_what_the_others_did_long_ago_is_not_decided_anew(opened, monkeypatch):
+    monkeypatch.setattr(quorum, "REMEMBERED", 4)
+    first, asleep = opened(0, 1, patience=0.1)
+    meet = lambda one, update: one.average(f"send-0 {update}", b"1", update=update, history="")
+    swap = lambda one, update: one.pair(f"meet {update}", b"1", update=update, seed=0)
+    for way in (meet, swap):
+        assert [way(first, update).kind for update in range(3, 9)] == ["applied"] * 6
+        late = way(asleep, 3)
+        assert (late.kind, [peer.name for peer in late.sources]) == ("behind", ["island-0"])
+    assert swap(asleep, 8).kind == "applied"  # the newest are remembered
+
+
+def test_one_that_was_given_up_comes_back_under_its_name_at_whichever_of_its_threads(opened):
+    (one,) = opened(0)
+    with Client(one._islands.meet, one.name) as client:
+        for _ in range(20):
+            client.ticket = one.ticket
+            with suppress(Refused):
+                client.leave()
+            assert at_once(lambda one: one._rejoin(), [one] * 4) == [None] * 4
+    one.tell(step=1)
+
+
+def test_the_last_updates_of_islands_that_left_are_known_to_the_others_of_their_run(opened):
+    one, other = opened(0, 1)
+    other.tell_now(finished=True)
+    other.leave()
+    assert one.unfinished()
+    one.tell_now(finished=True)
+    assert not one.unfinished()
+    with Client(one._islands.meet, "stranger") as client:
+        assert client.ask("ended", run="two") == {"names": []}
 
 
 def test_pairs_swap_and_a_partner_that_has_gone_leaves_one_alone(opened):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from meshwright.configs.load import load
-from meshwright.train.archipelago import island_words
+from meshwright.train.islands.archipelago import island_words
 
 RECIPES = {"lowcomm/diloco": 2, "lowcomm/streaming": 2, "lowcomm/noloco": 4}
 SHORT = ("steps=8", "outer.every=4", "optimizer.warmup_steps=2", "evaluation={every: 8, batches: 1, prompts: []}")

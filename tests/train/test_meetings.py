@@ -13,10 +13,10 @@ from jax.experimental import multihost_utils
 from meshwright.configs.errors import Preempted
 from meshwright.parallel.lowcomm.office import Counters
 from meshwright.train import loop as loops
-from meshwright.train import meetings as module
-from meshwright.train import waiting
+from meshwright.train.islands import meetings as module
+from meshwright.train.islands import waiting
+from meshwright.train.islands.meetings import Meetings, Moved, Pending
 from meshwright.train.loop import Loop
-from meshwright.train.meetings import Meetings, Moved, Pending
 from meshwright.train.report.journal import Journal, read_events
 from meshwright.train.report.ledger import Ledger, read_ledger
 from meshwright.train.stop import StopRequest
@@ -25,8 +25,8 @@ from meshwright.train.stop import StopRequest
 class Group:
     """Of two islands; the other one trains and answers nothing."""
 
-    def others(self):
-        return {"island-1": {}}
+    def unfinished(self):
+        return True
 
     def tell_now(self, **info):
         pass
@@ -43,7 +43,7 @@ def quick(monkeypatch):
 
 
 def meetings(directory, *, alive=lambda phase: None, stop=lambda update: False, patience=60.0):
-    island = Some(outer=Some(meetings=[Some(name="meet", needs=None)]))
+    island = Some(outer=Some(meetings=[Some(name="meet", needs=None)]), in_order=lambda tree: tree)
     config = Some(outer=Some(name="diloco"), islands=Some(patience=patience, gather=60.0, deadline=60.0))
     program = Some(replicas=island, config=config, traffic=None, evaluated=lambda state: state)
     mail = Some(group=Group(), counters=Counters(), wanted=set())

@@ -83,12 +83,13 @@ def test_waiting_ends_with_the_epoch_or_the_time():
 
 def test_members_meet_over_a_socket():
     with Server() as server, Client(server.address, "a") as a, Client(server.address, "b") as b:
-        assert a.join({"port": 1})["members"] == {"a": {"port": 1}}
+        one = {"port": 1, "ticket": 1}
+        assert a.join({"port": 1})["members"] == {"a": one}
         b.join()
-        assert b.beat({"step": 7}) == {"epoch": 2, "members": {"a": {"port": 1}, "b": {"step": 7}}}
+        assert b.beat({"step": 7}) == {"epoch": 2, "members": {"a": one, "b": {"step": 7, "ticket": 2}}}
         gone = threading.Timer(0.05, b.leave)
         gone.start()
-        assert a.wait(beyond=2, timeout=10.0) == {"epoch": 3, "members": {"a": {"port": 1}}}
+        assert a.wait(beyond=2, timeout=10.0) == {"epoch": 3, "members": {"a": one}}
         gone.join()
         with pytest.raises(Refused):
             b.beat()

@@ -14,6 +14,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,14 @@ class Met:
     seconds: float = 0.0
 
 
+class Forgotten(Exception):
+    """The rendezvous knows no more what the others did at a meeting: that was long ago."""
+
+    def __init__(self, others: Sequence[Peer]) -> None:
+        super().__init__(f"long ago; there are {[peer.name for peer in others]}")
+        self.others = others
+
+
 class Group:
     """Membership of one island. `problem(meeting, payload)` says what is wrong with a payload, if anything."""
 
@@ -51,7 +60,7 @@ class Group:
     ) -> None:
         self._office, self._islands, self.name = office, islands, office.name
         self._problem = problem
-        self._info: dict[str, Any] = {"address": address, "step": 0, "active": False}
+        self._info: dict[str, Any] = {"address": address, "run": office.fingerprint, "step": 0, "active": False}
         self._members: dict[str, dict[str, Any]] = {}
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._asked = itertools.count()
@@ -81,7 +90,8 @@ class Group:
     def tell_now(self, **info: Any) -> None:
         """`tell`, heard before this returns, if the rendezvous answers."""
         self.tell(**info)
-        self._ask_or_none("roster", key=f"heard {self.name} {next(self._asked)}", update=0, staleness=0)
+        with suppress(OSError):
+            self._ask("ended", run=self._info["run"])
 
     def enter(self, *, step: int, version: str) -> tuple[bool, list[Peer]]:
         """Whether this island begins with what it has, and otherwise whom it bootstraps from. `version` is its state's.
@@ -89,8 +99,8 @@ class Group:
         Raises MeshwrightError where the rendezvous does not answer.
         """
         found = self._ask(
-            "enter", patience=self._islands.gather + 10, step=step, version=version, count=self._islands.count,
-            gather=self._islands.gather,
+            "enter", patience=self._islands.gather + 10, run=self._info["run"], step=step, version=version,
+            count=self._islands.count, gather=self._islands.gather,
         )  # fmt: skip
         sources = found["sources"]
         if self.name in sources:
@@ -118,6 +128,15 @@ class Group:
             if not isinstance(found, Failed):
                 return found
         return None
+
+    def unfinished(self) -> bool:
+        """Whether an island of the run has updates to make, be it here or not; False where the rendezvous is silent."""
+        try:
+            with self._client() as client:
+                ended = client.ask("ended", run=self._info["run"])["names"]
+        except OSError:
+            return False
+        return len(ended) < self._islands.count
 
     def others(self) -> dict[str, Mapping[str, Any]]:
         """What the other members last told."""
@@ -149,11 +168,13 @@ class Group:
         if not members:
             return Met("skipped", lost={"all": "too few"})
         if self.name not in members:
-            return self._late(key, members) if told == history else Met("behind", sources=list(members.values()))
+            return (
+                self._late(key, members, update) if told == history else Met("behind", sources=list(members.values()))
+            )
         found = self._judged(key, {self.name: payload} | self._collect(key, others_than(self.name, members)))
         have = [name for name, one in found.items() if not isinstance(one, Failed)]
         lost = {name: one.why for name, one in found.items() if isinstance(one, Failed)}
-        count, lost = self._voted(key, members, have=have, lost=lost)
+        count, lost = self._voted(key, members, update, have=have, lost=lost)
         if not count:
             return Met("skipped", lost=lost)
         if self.name not in have or not set(count) <= set(have):
@@ -161,9 +182,9 @@ class Group:
             return Met("behind", lost=lost, sources=[members[name] for name in count if name != self.name])
         return Met("applied", {name: found[name] for name in sorted(count)}, lost)
 
-    def _late(self, key: str, members: Mapping[str, Peer]) -> Met:
+    def _late(self, key: str, members: Mapping[str, Peer], update: int) -> Met:
         """A meeting that took place without this island, which was with the others before: it takes what they took."""
-        count, lost = self._voted(key, members, have=None, lost={})
+        count, lost = self._voted(key, members, update, have=None, lost={})
         found = self._judged(key, self._collect(key, [members[name] for name in count]))
         if not count:
             return Met("skipped", lost=lost)
@@ -172,12 +193,12 @@ class Group:
         return Met("applied", {name: found[name] for name in sorted(count)}, lost | {self.name: "it came late"})
 
     def _voted(
-        self, key: str, members: Mapping[str, Peer], *, have: list[str] | None, lost: Mapping[str, str]
+        self, key: str, members: Mapping[str, Peer], update: int, *, have: list[str] | None, lost: Mapping[str, str]
     ) -> tuple[list[str], dict[str, str]]:
         """Whose payloads count, and why the others' do not; `have` None: this island has no vote."""
         rules = self._islands
         told = self._ask(
-            "voted", patience=rules.deadline, key=key, members=list(members), have=have, lost=lost,
+            "voted", patience=rules.deadline, key=key, update=update, members=list(members), have=have, lost=lost,
             policy=rules.on_failure, minimum=rules.minimum,
         )  # fmt: skip
         return told["count"], told["lost"]
@@ -240,6 +261,8 @@ class Group:
         began = time.monotonic()
         try:
             met = meeting()
+        except Forgotten as error:
+            met = Met("behind", lost={self.name: "it came long after"}, sources=error.others)
         except (OSError, Refused) as error:
             met = Met("skipped", lost={"rendezvous": str(error)})
         return Met(met.kind, met.payloads, met.lost, met.sources, time.monotonic() - began)
@@ -254,17 +277,21 @@ class Group:
     ) -> dict[str, Any]:
         """The rendezvous' answer, which may take `patience` seconds; `before` runs before each attempt.
 
-        Raises OSError where there is none within `deadline`, UserError where another island took this one's name.
+        Raises OSError where there is none within `deadline`, UserError where another island took this one's name,
+        Forgotten where it was asked about a meeting of long ago.
         """
         end = time.monotonic() + self._islands.deadline
         while True:
             try:
                 with self._client() as client:
                     client.ticket = self.ticket
-                    client.beat(self._info | {"ticket": self.ticket})
+                    client.beat(self._info)
                     before()
                     # The server ends its wait by `patience`; what is on top is for its answer.
-                    return client.ask(do, within=patience + 5.0, **fields, **timed(do, patience))
+                    told = client.ask(do, within=patience + 5.0, **fields, **timed(do, patience))
+                    if "forgotten" in told:
+                        raise Forgotten([Peer(name, *whose) for name, whose in told["forgotten"].items()])
+                    return told
             except Refused:
                 if self._ended.is_set():
                     raise  # it left while it waited
@@ -273,12 +300,6 @@ class Group:
                 if time.monotonic() > end or self._ended.is_set():
                     raise
                 time.sleep(PAUSE)
-
-    def _ask_or_none(self, do: str, **fields: Any) -> dict[str, Any] | None:
-        try:
-            return self._ask(do, **fields)
-        except OSError:
-            return None
 
     def _rejoin(self) -> None:
         """Come back after having been given up. Raises UserError where another process has this island's name."""
@@ -302,7 +323,7 @@ class Group:
             while not self._ended.wait(often):
                 try:
                     client.ticket = self.ticket
-                    self._members = client.beat(self._info | {"ticket": self.ticket})["members"]
+                    self._members = client.beat(self._info)["members"]
                 except Refused:
                     try:
                         self._rejoin()
@@ -315,11 +336,7 @@ class Group:
         """The others that have said where they are reached and in which life they are."""
         with self._client() as client:
             members = client.wait(beyond=-1, timeout=0.0)["members"]
-        return [
-            Peer(name, info["ticket"], info["address"])
-            for name, info in members.items()
-            if name != self.name and "ticket" in info
-        ]
+        return [Peer(name, info["ticket"], info["address"]) for name, info in members.items() if name != self.name]
 
     def _is_alive(self, peer: Peer) -> bool:
         info = self._members.get(peer.name)

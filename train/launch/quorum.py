@@ -4,9 +4,11 @@
     present   a meeting of all: who takes part. Waits for whoever is alive and not far behind, `patience` at most
     voted     after the transfers: whose payloads count. Those that every voter has
     roster    a meeting in pairs: who is there. Waits for nobody
+    ended     which islands have made their last update
 
 Each answer is decided once for a key and never changes: an island that comes late is told what the others did, and sees
-that it is behind. As in torchft, islands with an older history than most are left out and bootstrap from the others.
+that it is behind. Where the decision is so old that it is forgotten, it is told that, and who is there. As in torchft,
+islands with an older history than most are left out and bootstrap from the others.
 
 The decisions are pure functions of what was asked and who is alive; `Arbiter` holds them and makes callers wait.
 """
@@ -16,8 +18,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from ...parallel.lowcomm.office import kind
 from .rendezvous import Room, known
 
 SLICE = 0.05  # seconds between two looks at who is alive
@@ -33,6 +36,13 @@ class Alive:
     active: bool  # it has entered
     finished: bool  # it makes no more updates
     address: str
+
+
+class Topic(NamedTuple):
+    """What a decision is about: `what` happens again and again, `update` tells one time from another."""
+
+    what: str
+    update: int
 
 
 @dataclass
@@ -121,20 +131,27 @@ def same_life(name: str, said: Mapping[str, Any], alive: Mapping[str, Alive]) ->
     return name in alive and alive[name].ticket == said["ticket"]
 
 
+def topic(do: str, asked: Mapping[str, Any]) -> Topic:
+    """What a question of a meeting is about."""
+    return Topic(f"{do} {kind(asked['key'])}", int(asked["update"]))
+
+
 class Arbiter:
     """Answers of a rendezvous to the islands in `room`: `operations` for its server."""
 
     def __init__(self, room: Room, clock: Callable[[], float] = time.monotonic) -> None:
         self._room, self._clock = room, clock
         self._changed = threading.Condition()
-        self._questions: dict[str, Question] = {}
-        self._finished: set[str] = set()  # those that made their last update are not waited for
+        self._questions: dict[Topic, Question] = {}
+        self._forgotten: dict[str, int] = {}  # what was asked, and of which meeting -> its newest update not known now
+        self._finished: set[tuple[str, str]] = set()  # (run, name) of those that made their last update
         self._began: set[tuple[str, int]] = set()  # lives that were told to begin together
         self.operations: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
             "enter": self.enter,
             "present": self.present,
             "voted": self.voted,
             "roster": self.roster,
+            "ended": self.ended,
         }
 
     def enter(self, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,13 +160,13 @@ class Arbiter:
         count, gather = int(asked["count"]), float(asked["gather"])
 
         def decide(question: Question, alive: Mapping[str, Alive], now: float) -> dict[str, Any] | None:
-            left = len(self._finished - alive.keys())
+            left = sum(name not in alive for name in self._finished_of(asked["run"]))
             found = begun(question, alive, count=count - left, gather=gather, now=now)
             if found and found.get("together"):
                 self._began.update((name, alive[name].ticket) for name in found["sources"])
             return found
 
-        return self._decided("enter", asked, said, decide, keep=False)
+        return self._decided(Topic("enter", 0), asked, said, decide, keep=False)
 
     def present(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """See `met`."""
@@ -159,7 +176,7 @@ class Arbiter:
         }  # fmt: skip
         said = {"ticket": asked["ticket"], "history": asked["history"]}
         return self._decided(
-            f"present {asked['key']}", asked, said, lambda q, alive, now: met(q, alive, **rules, now=now)
+            topic("present", asked), asked, said, lambda q, alive, now: met(q, alive, **rules, now=now)
         )
 
     def voted(self, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +184,7 @@ class Arbiter:
         rules = {"policy": asked["policy"], "minimum": int(asked["minimum"]), "patience": float(asked["patience"])}
         said = None if asked["have"] is None else {"have": list(asked["have"]), "lost": dict(asked["lost"])}
         return self._decided(
-            f"voted {asked['key']}",
+            topic("voted", asked),
             asked,
             said,
             lambda q, alive, now: counted(q, asked["members"], alive, **rules, now=now),
@@ -177,12 +194,21 @@ class Arbiter:
         """See `listed`."""
         rules = {"update": int(asked["update"]), "staleness": int(asked["staleness"])}
         return self._decided(
-            f"roster {asked['key']}", asked, {}, lambda q, alive, now: listed(alive, asked["name"], **rules)
+            topic("roster", asked), asked, {}, lambda q, alive, now: listed(alive, asked["name"], **rules)
         )
+
+    def ended(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The names of those of a run that have finished, also of those that have left since."""
+        with self._changed:
+            self._alive()
+            return {"names": self._finished_of(asked["run"])}
+
+    def _finished_of(self, run: str) -> list[str]:
+        return sorted(name for of, name in self._finished if of == run)
 
     def _decided(
         self,
-        key: str,
+        key: Topic,
         asked: Mapping[str, Any],
         said: dict[str, Any] | None,
         decide: Callable[[Question, Mapping[str, Alive], float], dict[str, Any] | None],
@@ -194,11 +220,13 @@ class Arbiter:
         Raises Refused where whoever asks is not a member, or ceases to be one while it waits.
         """
         with self._changed:
+            known(self._room.membership, asked["name"], int(asked["ticket"]))
             question = self._questions.get(key)
+            if question is None and keep and key.update <= self._forgotten.get(key.what, -1):
+                return {"forgotten": self._others(asked["name"])}
             if question is None or (question.decided is not None and not keep):
                 question = self._questions[key] = Question(self._clock())
-                for old in list(self._questions)[:-REMEMBERED]:
-                    del self._questions[old]
+                self._forget()
             if question.decided is None and said is not None:
                 question.asked[asked["name"]] = said
                 self._changed.notify_all()
@@ -210,10 +238,23 @@ class Arbiter:
             self._changed.notify_all()
             return question.decided
 
+    def _forget(self) -> None:
+        """Let go of the oldest decisions; who asks for them again must not be given others."""
+        decided = [key for key, question in self._questions.items() if question.decided is not None]
+        for key in decided[:-REMEMBERED]:
+            self._forgotten[key.what] = max(key.update, self._forgotten.get(key.what, -1))
+            del self._questions[key]
+
+    def _others(self, asking: str) -> dict[str, Any]:
+        """Name -> [ticket, address] of all that have begun, but `asking`."""
+        there = self._alive().items()
+        return {name: [one.ticket, one.address] for name, one in there if one.active and name != asking}
+
     def _alive(self) -> dict[str, Alive]:
         members = self._room.membership.members
-        self._finished.update(name for name, one in members.items() if one.info.get("finished"))
-        self._finished.difference_update(name for name, one in members.items() if not one.info.get("finished"))
+        for name, one in members.items():
+            change = self._finished.add if one.info.get("finished") else self._finished.discard
+            change((one.info.get("run", ""), name))
         return {
             name: Alive(
                 one.ticket,

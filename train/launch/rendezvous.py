@@ -50,8 +50,9 @@ class Membership:
     members: Mapping[str, Member] = field(default_factory=dict)
 
     def public(self) -> dict[str, Any]:
-        """What members are told."""
-        return {"epoch": self.epoch, "members": {name: dict(one.info) for name, one in sorted(self.members.items())}}
+        """What members are told: of each one its ticket, and what it told."""
+        told = {name: {**one.info, "ticket": one.ticket} for name, one in sorted(self.members.items())}
+        return {"epoch": self.epoch, "members": told}
 
 
 def joined(

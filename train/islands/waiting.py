@@ -10,7 +10,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
-from .agreement import firsts
+from ..agreement import firsts
 
 NEWS = 1.0  # seconds between two signs of life
 HURRY = 3.0  # seconds that what is under way still has once this island is asked to stop

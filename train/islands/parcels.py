@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..parallel.lowcomm.apart import Letter, decoded
-from ..parallel.state import TrainState
-from .islands import Island
+from ...parallel.lowcomm.apart import Letter, decoded
+from ...parallel.state import TrainState
+from ..island import Island
 
 
 class Parcels(NamedTuple):

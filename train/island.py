@@ -18,6 +18,7 @@ import xxhash
 from jax.sharding import Mesh
 
 from ..configs.run import RunConfig
+from ..parallel.layout import Order, rearranged
 from ..parallel.lowcomm import registry
 from ..parallel.lowcomm.apart import Halves, Travel, apart, several
 from ..parallel.lowcomm.optimizer import Exchange, OuterOptimizer
@@ -75,6 +76,7 @@ class Island:
     build: Callable[[Travel], OuterOptimizer]  # the outer optimizer over any exchange
     mesh: Mesh
     on_host: bool  # whether the outer state waits in the host's memory
+    order: Order = None  # of the layers in this island's stacks; what is sent has them in order
 
     @cached_property
     def outer(self) -> OuterOptimizer:
@@ -119,17 +121,32 @@ class Island:
     def halves(self, name: str) -> Halves:
         """What the meeting `name` sends, and what it makes of what came."""
         made = apart(self.build, name)
+
+        def at_hand(params: Any, outer: Any) -> Any:
+            return self.in_order((params, self.at_hand(outer)))
+
         return Halves(
-            lambda params, outer: made.outgoing(params, self.at_hand(outer)),
-            lambda params, outer, arrived: made.incoming(params, self.at_hand(outer), arrived),
-            made.letters,
+            lambda params, outer: made.outgoing(*at_hand(params, outer)),
+            lambda params, outer, arrived: self.in_own_order(made.incoming(*at_hand(params, outer), arrived)),
+            lambda params, outer: made.letters(*jax.eval_shape(at_hand, params, outer)),
         )
 
+    def in_order(self, tree: Any) -> Any:
+        """Any tree like the parameters (arrays of JAX or numpy) with the layers of its stacks in order."""
+        return rearranged(tree, before=self.order, after=None)
 
-def island_of(config: RunConfig, mesh: Mesh) -> Island:
-    """The island of `config` on `mesh`; without a number it is the first one, for plans."""
+    def in_own_order(self, tree: Any) -> Any:
+        """The inverse."""
+        return rearranged(tree, before=None, after=self.order)
+
+
+def island_of(config: RunConfig, mesh: Mesh, *, order: Order = None) -> Island:
+    """The island of `config` on `mesh`; without a number it is the first one, for plans.
+
+    `order` is that of the layers in its stacks.
+    """
 
     def build(travel: Travel) -> OuterOptimizer:
         return registry.build(config.outer, model=config.model, travel=travel, replicas=config.islands.count)
 
-    return Island(config.islands.count, config.islands.number or 0, build, mesh, on_host=config.outer.memory == "host")
+    return Island(config.islands.count, config.islands.number or 0, build, mesh, config.outer.memory == "host", order)

@@ -26,18 +26,18 @@ import numpy as np
 import xxhash
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..configs.errors import MeshwrightError, Preempted
-from ..configs.outer import PAIRED
-from ..parallel.lowcomm.apart import packed, trouble, unpacked
-from ..parallel.lowcomm.bytes import sent
-from ..parallel.lowcomm.office import Counters, Peer
-from ..parallel.lowcomm.optimizer import Meeting
-from ..parallel.state import TrainState
-from .agreement import firsts_bytes
-from .launch.group import Group, Met
+from ...configs.errors import MeshwrightError, Preempted
+from ...configs.outer import PAIRED
+from ...parallel.lowcomm.apart import packed, trouble, unpacked
+from ...parallel.lowcomm.bytes import sent
+from ...parallel.lowcomm.office import Counters, Peer
+from ...parallel.lowcomm.optimizer import Meeting
+from ...parallel.state import TrainState
+from ..agreement import firsts_bytes
+from ..launch.group import Group, Met
+from ..program import Program
+from ..report.journal import Journal
 from .parcels import Parcels, added, divided, parcels, placed
-from .program import Program
-from .report.journal import Journal
 from .waiting import GivenUp, Waiting, agreed
 
 OTHERS = ("state", "handshake")  # traffic that is no meeting's
@@ -111,7 +111,7 @@ class Meetings:
 
     def _entered(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         params = self.program.evaluated(state)
-        version = xxhash.xxh3_64_hexdigest(packed(self._held(params)))
+        version = xxhash.xxh3_64_hexdigest(self._in_order(params))
         islands = self.program.config.islands
         end = time.monotonic() + islands.gather + islands.deadline
         while True:
@@ -157,7 +157,7 @@ class Meetings:
         if self._mail:
             self._mail.group.tell_now(finished=True)
         began, patience = time.monotonic(), self.program.config.islands.patience
-        while agreed(self._somebody_trains() and time.monotonic() - began < patience) and not self._stop(step):
+        while agreed(self._somebody_is_missing() and time.monotonic() - began < patience) and not self._stop(step):
             self._waiting.alive(f"finished, others are not, {time.monotonic() - began:.0f} s")
             self._served(state, step)
             time.sleep(0.1)
@@ -277,12 +277,9 @@ class Meetings:
         step = max(int(head["step"]), at_least)
         self._history = dict(head["history"])
         shapes, where = self._shipped(self.program.shapes), self._shipped(self.program.shardings)
-        leaves, structure = jax.tree.flatten(shapes)
-        arrays = unpacked(payload[8 + length :], leaves)
-        parts = jax.tree.unflatten(
-            structure,
-            [placed(array, sharding) for array, sharding in zip(arrays, jax.tree.leaves(where), strict=True)],
-        )
+        leaves, structure = jax.tree.flatten(jax.eval_shape(self.island.in_order, shapes))
+        arrays = jax.tree.unflatten(structure, unpacked(payload[8 + length :], leaves))
+        parts = jax.tree.map(placed, self.island.in_own_order(arrays), where)
         if self._mail:
             self._mail.group.tell_now(active=True, catching_up=False, step=step)
         self._journal.record(
@@ -297,7 +294,7 @@ class Meetings:
             return state
         state = self.settled(state)
         parts = self._shipped(dataclasses.replace(state, params=self.program.evaluated(state)))
-        body = packed(self._held(parts))
+        body = self._in_order(parts)
         if self._mail:
             head = json.dumps({"step": update, "history": self._history, "name": self._mail.group.name}).encode()
             for key in list(self._mail.wanted):
@@ -338,6 +335,11 @@ class Meetings:
         payloads = {name: firsts_bytes(met.payloads[name] if met else None) for name in told["names"]}
         return Met(told["kind"], payloads, told["lost"], [Peer(*peer) for peer in told["sources"]])
 
+    def _in_order(self, tree: Any) -> bytes:
+        """`tree` as it travels to islands whose stacks have their layers in another order."""
+        whole = jax.tree.unflatten(jax.tree.structure(tree), list(self._held(tree)))
+        return packed(jax.tree.leaves(self.island.in_order(whole)))
+
     def _held(self, tree: Any) -> Iterator[np.ndarray]:
         """Every array of `tree`, whole, on this host."""
         for leaf in jax.tree.leaves(tree):
@@ -359,8 +361,8 @@ class Meetings:
         self._peak = (max(self._peak[0], total - before), max(self._peak[1], (total - before) / max(now - then, 1e-3)))
         self._last = (total, now)
 
-    def _somebody_trains(self) -> bool:
-        return bool(self._mail) and any(not info.get("finished") for info in self._mail.group.others().values())
+    def _somebody_is_missing(self) -> bool:
+        return bool(self._mail) and self._mail.group.unfinished()
 
     # ---- compiled once
 

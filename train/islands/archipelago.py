@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..configs.errors import UserError
-from ..configs.load import load
-from ..configs.run import RunConfig
-from .directory import open_directory
-from .launch.islands import launch_islands
-from .report.islands import merge
+from ...configs.errors import UserError
+from ...configs.load import load
+from ...configs.run import RunConfig
+from ..directory import open_directory
+from ..launch.islands import launch_islands
+from ..report.islands import merge
 
 
 def launched(

@@ -7,16 +7,16 @@ from typing import Any
 
 import jax
 
-from ..configs.errors import UserError
-from ..configs.islands import IslandsConfig
-from ..configs.run import RunConfig
-from ..parallel.lowcomm.office import Office, Settings
-from ..parallel.lowcomm.throttle import Throttle
-from .islands import description, fingerprint
-from .launch.group import Group
+from ...configs.errors import UserError
+from ...configs.islands import IslandsConfig
+from ...configs.run import RunConfig
+from ...parallel.lowcomm.office import Office, Settings
+from ...parallel.lowcomm.throttle import Throttle
+from ..island import description, fingerprint
+from ..launch.group import Group
+from ..program import Program
+from ..report.journal import Journal
 from .meetings import Correspondence, Meetings
-from .program import Program
-from .report.journal import Journal
 
 
 @contextmanager
