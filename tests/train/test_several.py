@@ -117,14 +117,17 @@ def test_together_each_is_the_run_it_is_alone(name, changes):
         assert_close(a, b, tolerance=2e-5 if "optimizer" in changes else 2e-6)
 
 
+RAGGED = {"adapter": {"product": "ragged"}}
 SAME = {
     "cut over data, fsdp and tensor, in parts": {"mesh": MESH, "microbatches": 2},
-    "ragged": {"adapter": {"product": "ragged"}},
-    "ragged, on shards": {"adapter": {"product": "ragged"}, "mesh": {"data": 2, "fsdp": 2, "seq": 2}},
+    "ragged": RAGGED,
+    "ragged, on shards": RAGGED | {"mesh": {"data": 2, "fsdp": 2, "seq": 2}},
 }
 
 
-@pytest.mark.parametrize("changes", SAME.values(), ids=SAME)
+@pytest.mark.parametrize(
+    "changes", [pytest.param(one, id=key, marks=[pytest.mark.slow] * (key == "ragged")) for key, one in SAME.items()]
+)
 def test_neither_a_mesh_nor_how_rows_are_multiplied_changes_anything(changes):
     """On four shards one has rows of two adapters, and a microbatch of it of others than the next."""
     (plain, state), (other, moved) = together(three()), together(three(**changes))
