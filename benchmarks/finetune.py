@@ -2,11 +2,14 @@
 
     meshwright bench finetune --peer PYTHON        an interpreter that has torch, transformers and peft
     meshwright bench finetune --methods lora sparse --size small
+    meshwright bench finetune --methods lora several ragged alone
 
 One step of each method on one model and batch, in turns with a step of the peer, medians; float32, AdamW, one device.
 `speed` is full training's seconds over the method's; `peak_bytes` and `temporary_bytes` (activations and gradients) are
 the compiler's analysis of the step; `ratio` is PEFT's LoRA seconds over ours. `sparse` trains the last quarter of the
-layers. Neither recomputes anything.
+layers. Neither recomputes anything. `several` trains four LoRAs in one step, each on a quarter of the rows, `ragged`
+the same with `adapter.product: ragged`; `alone` is one of them on its quarter by itself, and `together` is the seconds
+of four such steps over those of the one.
 """
 
 import argparse
@@ -32,11 +35,19 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def methods(layers: int, rank: int) -> dict[str, dict[str, Any]]:
+SEVERAL = 4  # adapters that are trained together
+
+
+def methods(layers: int, rank: int, batch: int) -> dict[str, dict[str, Any]]:
     """Name -> what a run of it says."""
+    lora = {"method": "lora", "rank": rank}
+    each = {f"number{number}": {} for number in range(SEVERAL)}
     return {
         "full": {},
-        "lora": {"adapter": {"method": "lora", "rank": rank}},
+        "lora": {"adapter": lora},
+        "several": {"adapter": lora, "adapters": each},
+        "ragged": {"adapter": lora | {"product": "ragged"}, "adapters": each},
+        "alone": {"adapter": lora, "data": {"global_batch": batch // SEVERAL}},
         "qlora": {"adapter": {"method": "lora", "rank": rank}, "quantization": {"format": "nf4", "double": True}},
         "sparse": {"adapter": {"method": "selective", "layers": layers // 4}},
         "int8": {
@@ -93,14 +104,19 @@ def measure(configs: dict[str, RunConfig], *, rounds: int, python: str | None) -
         for _ in range(rounds):
             for name, run in runs.items():
                 seconds[name].append(run())
-    tokens = next(iter(configs.values())).data
-    tokens = tokens.global_batch * tokens.sequence_length
+    whole = configs["full"].data.global_batch
+    rows = {name: configs[name].data.global_batch if name in configs else whole for name in runs}
+    # Of as many rows: where a step has fewer, as many steps as make them up.
+    even = {name: [whole / rows[name] * one for one in values] for name, values in seconds.items()}
+    tokens = whole * configs["full"].data.sequence_length
     result: dict[str, Any] = {
-        name: {"tokens_per_second": tokens / statistics.median(values), "speed": over(seconds["full"], values)}
-        for name, values in seconds.items()
+        name: {"tokens_per_second": tokens / statistics.median(values), "speed": over(even["full"], values)}
+        for name, values in even.items()
     }
     for name, config in configs.items():
         result[name] |= memory_of(config)
+        if name in ("several", "ragged") and "alone" in even:
+            result[name]["together"] = over(even["alone"], even[name])
     if python:
         result["ratio"] = over(seconds["peft"], seconds["lora"])
     return result
@@ -115,7 +131,9 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(prog="meshwright bench finetune")
     parser.add_argument("--size", choices=SIZES, default="34m")
-    parser.add_argument("--methods", nargs="+", choices=methods(4, 1), default=["full", "lora", "sparse", "qlora"])
+    parser.add_argument(
+        "--methods", nargs="+", choices=methods(4, 1, SEVERAL), default=["full", "lora", "sparse", "qlora"]
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--peer", metavar="PYTHON", help="an interpreter with torch, transformers and peft")
@@ -124,8 +142,8 @@ def main(arguments: Sequence[str]) -> None:
     from meshwright.parallel.mesh import prepare_devices
 
     base = SIZES[options.size]
-    layers = configuration("34m", "cpu", base).model.layers
-    every = methods(layers, options.rank)
+    usual = configuration("34m", "cpu", base)
+    every = methods(usual.model.layers, options.rank, usual.data.global_batch)
     chosen = ["full", *(name for name in options.methods if name != "full")]
     if options.peer and "lora" not in chosen:
         chosen.append("lora")

@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from meshwright.configs.adapters import rows_of
 from meshwright.configs.load import merged, validated
+from meshwright.configs.names import ADAPTER_FIELD
 from meshwright.configs.run import RunConfig
 
 # Sizes by name: what a configuration says of the model, the batch and the numbers.
@@ -58,6 +60,7 @@ def ours(config: RunConfig) -> Callable[[], float]:
     step = program.compiled_step()
     shape = (config.data.global_batch, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape, dtype=np.int32)
+    own = np.repeat(np.arange(max(len(config.adapters), 1), dtype=np.int32), list(rows_of(config).values()) or shape[0])
     batch = to_devices(
         {
             "tokens": tokens,
@@ -65,6 +68,7 @@ def ours(config: RunConfig) -> Callable[[], float]:
             "loss_weights": np.ones(shape, np.float32),
             "segment_ids": np.ones(shape, np.int32),
             "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+            ADAPTER_FIELD: np.broadcast_to(own[:, None], shape),
         },
         config,
         mesh,

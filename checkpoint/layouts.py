@@ -27,21 +27,24 @@ class Layout(NamedTuple):
     places: Places
 
 
-def layout_of(model: ModelConfig, order: Order = None, *, replicas: int = 1, several: Sequence[str] = ()) -> Layout:
+def layout_of(
+    model: ModelConfig, order: Order = None, *, owners: Sequence[str] = (), several: Sequence[str] = ()
+) -> Layout:
     """The layout of a run: layers stacked by segment, in a pipeline's `order`, vocabulary padded.
 
-    With `replicas` above 1 the arrays under the names `several` have a leading [replica].
+    The arrays under the names `several` have a leading dimension, one for each of `owners`: what stands before the
+    canonical names of its own (`replica/3`).
     """
     named = partial(places, model=model, order=order)
 
-    def of_replicas(path: str, shape: tuple[int, ...]) -> list[tuple[str, Index]]:
+    def of_owners(path: str, shape: tuple[int, ...]) -> list[tuple[str, Index]]:
         if path.split("/")[0] not in several:
             return named(path, shape)
         one = named(path, shape[1:])
-        return [(f"replica/{replica}/{name}", (replica, *index)) for replica in range(replicas) for name, index in one]
+        return [(f"{owner}/{name}", (number, *index)) for number, owner in enumerate(owners) for name, index in one]
 
     stages = "" if order is None else f" as {','.join(map(str, order))}"
-    return Layout(f"stacked{stages}", named if replicas == 1 else of_replicas)
+    return Layout(f"stacked{stages}", of_owners if owners else named)
 
 
 def whole(shape: Sequence[int], indices: Sequence[Index]) -> bool:

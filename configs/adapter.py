@@ -10,7 +10,7 @@ from .base import Section
 SOME = {"targets", "layers"}  # of those that need not be everywhere
 LORA_KEYS = SOME | {"rank", "alpha", "rank_stabilized", "ranks", "alphas", "start", "ratio", "freeze_a", "dropout"}
 METHOD_KEYS: dict[str, set[str]] = {
-    "lora": LORA_KEYS,
+    "lora": LORA_KEYS | {"product"},
     "dora": LORA_KEYS,
     "adalora": SOME | {"rank", "alpha", "budget", "dropout"},
     "vera": SOME | {"rank", "dropout"},
@@ -101,6 +101,8 @@ class AdapterConfig(Section):
     """Train the second factor only (LoRA-FA, arXiv:2308.03303)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of zeroing an element of what the added map reads, in training."""
+    product: Literal["gathered", "ragged"] = "gathered"
+    """Of several adapters: each row times the pair it belongs to, or rows sorted by adapter in `jax.lax.ragged_dot`."""
 
     @model_validator(mode="after")
     def _everything_has_an_effect(self) -> "AdapterConfig":

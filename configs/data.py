@@ -146,11 +146,7 @@ class DataConfig(SourceConfig):
             )
         for number, entry in enumerate(self.mixture):
             check_source(entry, key=f"data.mixture.{number}")
-        if self.examples and self.packing.method == "concat":
-            raise ValueError(
-                f"data.packing.method: concat cuts documents anywhere, and {' and '.join(sorted(self.examples))} must "
-                "stay whole; set it to best-fit, or to single for one example a row"
-            )
+        check_packing(self)
         return self
 
     @property
@@ -166,6 +162,15 @@ class DataConfig(SourceConfig):
 
 def _differs(section: SourceConfig, name: str) -> bool:
     return getattr(section, name) != SourceConfig.model_fields[name].default
+
+
+def check_packing(data: DataConfig) -> None:
+    """Raise ValueError where documents would be cut that must not be."""
+    if data.examples and data.packing.method == "concat":
+        raise ValueError(
+            f"data.packing.method: concat cuts documents anywhere, and {' and '.join(sorted(data.examples))} must "
+            "stay whole; set it to best-fit, or to single for one example a row"
+        )
 
 
 def check_source(source: SourceConfig, *, key: str) -> None:

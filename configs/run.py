@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from .adapter import AHEAD, ELEMENTS, FISHER, WHOLE, AdapterConfig
+from .adapters import NamedAdapterConfig, adapters_of, check_adapters, inherited, together, widest
 from .base import Section
 from .cuts import cuts
 from .data import DataConfig
@@ -43,6 +44,8 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     adapter: AdapterConfig | None = None
     """Train a few weights instead of all; null: all."""
+    adapters: dict[str, NamedAdapterConfig] = {}
+    """Several adapters by name, trained in one step on one base, each on rows of its own; {}: one, or none."""
     quantization: QuantizationConfig | None = None
     """Keep the weights that are not trained in few bits; null: as `precision.parameters` says."""
     outer: OuterConfig | None = None
@@ -59,6 +62,11 @@ class RunConfig(Section):
     launch: LaunchConfig = LaunchConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @property
+    def reads(self) -> DataConfig:
+        """The section data; of several adapters with the sources of all."""
+        return together(self) if self.adapters else self.data
+
     @model_validator(mode="before")
     @classmethod
     def _tokenizer_of_the_model(cls, values: Any) -> Any:
@@ -72,9 +80,15 @@ class RunConfig(Section):
                 return values | {"data": data | {"tokenizer": {"file": model["from"]}}}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _adapters_read_the_data(cls, values: Any) -> Any:
+        return inherited(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _layers_that_learn_stand_apart(self) -> "RunConfig":
-        found = () if self.mesh.pipe != 1 else cuts(self.model, self.adapter)  # a pipeline cuts elsewhere
+        adapter = widest(adapters_of(self)) if self.adapters and self.adapter else self.adapter
+        found = () if self.mesh.pipe != 1 else cuts(self.model, adapter)  # a pipeline cuts elsewhere
         if found != self.model._cuts:
             model = self.model.model_copy()
             model._cuts = found
@@ -94,7 +108,8 @@ class RunConfig(Section):
             )
         if self.model.attention == "cudnn" and self.mesh.platform == "cpu":
             raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
-        check_recipe(self.recipe, self.data)
+        check_adapters(self)
+        check_recipe(self.recipe, self.reads)
         check_teacher(self.recipe, self.model, self.data)
         if self.adapter is not None and (self.adapter.layers or 0) > self.model.layers:
             raise ValueError(f"adapter.layers: {self.adapter.layers} exceeds model.layers ({self.model.layers})")
@@ -125,7 +140,7 @@ class RunConfig(Section):
                 )
         check_quantization(self.quantization, self.adapter, self.model, recipe=self.recipe.name)
         check_codes(self.quantization, average=self.optimizer.ema, replicated=self.outer is not None)
-        if self.evaluation.answers and any(one.format == "text" and one.prompt is None for one in self.data.sources):
+        if self.evaluation.answers and any(one.format == "text" and one.prompt is None for one in self.reads.sources):
             raise ValueError(
                 f"evaluation.answers: {self.evaluation.answers}, but texts without data.prompt ask nothing; set it to 0"
             )
@@ -221,6 +236,12 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
         if method in methods and axes[axis] > 1:
             raise ValueError(
                 f"mesh.{axis}: {axes[axis]}, but adapter.method {method} needs {need} on a device; set it to 1"
+            )
+    for axis in ("pipe", "replica"):
+        if config.adapters and axes[axis] > 1:
+            raise ValueError(
+                f"mesh.{axis}: {axes[axis]} beside several adapters ({', '.join(config.adapters)}); set it to 1, and "
+                "use data, fsdp, seq or tensor"
             )
     model, data = config.model, config.data
     tensor, seq = axes["tensor"], axes["seq"]

@@ -56,6 +56,8 @@ class Context:
     dropout_keys: jax.Array | None = None  # [batch] keys, one a row of the global batch; None: no dropout
     cache: Any = None  # keys and values of earlier tokens (`cache.py`); a block is given its own layer's
     cache_segment_ids: jax.Array | None = None  # [batch, capacity]: segment of each slot of the cache
+    adapters: jax.Array | None = None  # [batch] int32: which of several adapters each row belongs to
+    product: Callable[..., jax.Array] | None = None  # of rows and their own adapters' matrices (adapters/several.py)
     shared: Any = None  # arrays that the adapters of all layers read (VeRA)
     prefix: Any = None  # {"k", "v"} in front of every document, shaped like a cache without rows; a block gets its own
     attend: Callable[..., jax.Array] = dense  # (q, k, v, mask, where) -> out

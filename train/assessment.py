@@ -10,6 +10,7 @@ from ..parallel.state import TrainState
 from .answering import Metric, answered, complete
 from .data.assemble import Data
 from .evaluation import evaluate
+from .parting import each
 from .program import Program
 from .replicas import Replicas
 from .sampling import Sampling
@@ -38,16 +39,20 @@ class Assessment:
         config, everything = self.program.config.evaluation, self.program.config
         if not (config.prompts or config.answers) or jax.process_count() > 1:
             return {}, []
-        weights = self.program.in_order(self.program.whole(state))
-        texts = complete(
-            self.program,
-            weights,
-            self.data.tokenizer,
-            config.prompts,
-            template=self.data.template if everything.data.chats else None,
-            max_tokens=config.sample_tokens,
-            sampling=Sampling(temperature=config.temperature),
-            seed=everything.seed if everything.privacy is None else 0,  # samples would tell of a secret
-        )
-        values = answered(self.program, weights, self.data, config, self.metrics)
-        return values, list(zip(config.prompts, texts, strict=True))
+        values, samples = {}, []
+        for prefix, program, own, data in each(self.program, state, self.data):
+            weights = program.in_order(program.whole(own))
+            texts = complete(
+                program,
+                weights,
+                data.tokenizer,
+                config.prompts,
+                template=data.template if everything.reads.chats else None,
+                max_tokens=config.sample_tokens,
+                sampling=Sampling(temperature=config.temperature),
+                seed=everything.seed if everything.privacy is None else 0,  # samples would tell of a secret
+            )
+            found = answered(program, weights, data, config, self.metrics)
+            values |= {f"{prefix}{name}": value for name, value in found.items()}
+            samples += [(f"{prefix}{prompt}", text) for prompt, text in zip(config.prompts, texts, strict=True)]
+        return values, samples

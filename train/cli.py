@@ -21,7 +21,7 @@ from ..configs.parallel import PipelineConfig
 from ..configs.privacy import check_secret
 from ..configs.run import RunConfig
 from . import cli_jobs
-from .cli_arguments import Config, Json, Overrides, RunPath
+from .cli_arguments import Config, Json, OfSeveral, Overrides, RunPath
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 recipes_app = typer.Typer(no_args_is_help=True, help="The shipped configurations.")
@@ -124,10 +124,10 @@ def data_preview(config: Config, overrides: Overrides = None, rows: int = 2) -> 
     loaded = loading.load(config, overrides=overrides or ())
     from rich.console import Console
 
-    from .data.assemble import build
+    from .data.assemble import of_run
     from .data.preview import render
 
-    Console().print(render(build(loaded.data, seed=loaded.seed, model_vocab=loaded.model.vocab), rows=rows))
+    Console().print(render(of_run(loaded), rows=rows))
 
 
 @checkpoint_app.command("import")
@@ -145,11 +145,12 @@ def checkpoint_export(
     run: RunPath,
     target: Path,
     shard_bytes: Annotated[int, typer.Option(help="Largest file.")] = SHARD_BYTES,
+    adapter: OfSeveral = None,
 ) -> None:
     """Write a run's newest checkpoint as a Hugging Face directory, adapters merged."""
     from .exchange import export_run
 
-    typer.echo(f"{target}: {', '.join(export_run(Path(run), target, limit=shard_bytes))}")
+    typer.echo(f"{target}: {', '.join(export_run(Path(run), target, limit=shard_bytes, adapter=adapter))}")
 
 
 @adapter_app.command("import")
@@ -165,17 +166,17 @@ def adapter_import(
 
 
 @adapter_app.command("export")
-def adapter_export(run: RunPath, target: Path) -> None:
-    """Write a run's adapter as PEFT keeps it, beside the tokenizer."""
+def adapter_export(run: RunPath, target: Path, adapter: OfSeveral = None) -> None:
+    """Write a run's adapter as PEFT keeps it, beside the tokenizer; of several each to a directory of its name."""
     from .exchange import export_adapter
 
-    typer.echo(f"{target}: {', '.join(export_adapter(Path(run), target))}")
+    typer.echo(f"{target}: {', '.join(export_adapter(Path(run), target, adapter=adapter))}")
 
 
 @adapter_app.command("merge")
-def adapter_merge(run: RunPath, target: Path) -> None:
+def adapter_merge(run: RunPath, target: Path, adapter: OfSeveral = None) -> None:
     """Write the model with the run's adapter merged into it, as a Hugging Face directory (`checkpoint export`)."""
-    checkpoint_export(run, target, SHARD_BYTES)
+    checkpoint_export(run, target, SHARD_BYTES, adapter)
 
 
 @checkpoint_app.command("ls")
@@ -270,6 +271,7 @@ def schedule(
 def generate(
     run: RunPath,
     prompts: Annotated[list[str], typer.Argument(help="Texts to continue.")],
+    adapter: OfSeveral = None,
     tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
@@ -280,7 +282,8 @@ def generate(
     """Continue texts with a trained model."""
     from .use import generate as continued
 
-    texts = continued(Path(run), prompts, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    texts = continued(Path(run), prompts, adapter=adapter, tokens=tokens, **sampling)
     if as_json:
         typer.echo(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)], indent=1))
     else:

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from .directory import read_config
 from .run import Summary
 
 
@@ -17,16 +18,16 @@ def closing_words(summary: Summary) -> str:
         gzip = json.loads((directory / "environment.json").read_text())["corpus"]["gzip_bits_per_byte"]
         lines.append(f"held-out text: {bits:.3f} bits per byte; gzip -9 on the same bytes: {gzip:.3f}")
     for name, before in summary.first.items():
-        if name in metrics and name != "held_out_perplexity":
+        if name in metrics and not name.endswith("held_out_perplexity"):
             lines.append(
                 f"{name.replace('_', ' ')}: {before:.3f} before the first step, {metrics[name]:.3f} after the last"
             )
-    command = typed()
+    command, named = typed(), [f"--adapter {name} " for name in read_config(directory).adapters]
     lines += [
         f"report:   {directory / 'report.html'}",
         "",
         "Try next:",
-        f"  {command} generate {directory} 'def '",
+        f"  {command} generate {directory} {''.join(named[:1])}'def '",
         f"  {command} evaluate {directory}",
         f"  {command} train {directory / 'config.yaml'} steps={2 * summary.steps}  # goes on",
         f"  {command} train {directory / 'config.yaml'} name=mine mesh.tensor=1 mesh.fsdp=4",

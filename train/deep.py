@@ -22,7 +22,7 @@ def prepared(config: RunConfig) -> Program:
 
 def check(config: RunConfig) -> None:
     """Open the data, trace the step and shard every array. Raises UserError at the first thing wrong."""
-    data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
+    data = assemble.of_run(config)
     check_teacher(config, data.tokenizer)
     program = prepared(config)
     for model in (config.model, config.recipe.teacher or config.model):

@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ..configs.adapters import adapters_of
+from ..configs.names import ADAPTER_FIELD
 from ..configs.run import RunConfig
 from ..memory import policy
+from ..models.adapters import several
 from ..models.adapters.attach import attached, split, started
 from ..models.context import Context, flat_linear, linear, unconstrained
 from ..models.decoder import Decoder, graph
@@ -35,6 +38,7 @@ from .keys import of_weights
 from .private import make_norms, private
 from .recipes import interface as recipes
 from .recipes.registry import RECIPES
+from .several import product_on, several_of
 from .staging import Staging
 from .step import make_logprobs, make_loss, make_scores
 from .teaching import acceptance, fresh_weights, taught_loss, teacher_of, with_teacher, without_teacher
@@ -57,6 +61,9 @@ def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     recipe, measures = kind.loss(config.recipe), kind.measures
     told = partial(context, config, mesh)
     values = make_scores if kind.scored else partial(target_logprobs, config)
+    if lift := several_of(config):
+        values, recipe = lift.values(values), lift.loss(recipe)
+        measures = {name: lift.loss(measure) for name, measure in measures.items()}
     loss = make_loss(values(graph, context=told), recipe, measures)
     learned = taught_loss(config, graph, told=told) if config.recipe.compares_words else loss
 
@@ -154,7 +161,10 @@ def fresh(config: RunConfig) -> Any:
 
 def structure(config: RunConfig) -> Any:
     """The model's structure, with adapters beside its kernels and quantized kernels in the place of others."""
-    adapters = attached(config.model, config.adapter)
+    if config.adapters:
+        adapters = several.attached(config.model, adapters_of(config))
+    else:
+        adapters = attached(config.model, config.adapter)
     kernels = put(
         config.model, config.quantization, without_teacher(jax.eval_shape(lambda: divided(config, fresh(config)))[1])
     )
@@ -173,11 +183,14 @@ def divided(config: RunConfig, weights: Any, teacher: Any = None) -> tuple[Any, 
 
     `teacher` are the weights of a teacher from elsewhere; None: for shapes alone, where there is one.
     """
-    given = weights
-    if config.adapter is not None:
-        key = jax.random.fold_in(of_weights(config), 2)
-        given = started(weights, config.model, config.adapter, key, read=reading(config.quantization))
-    params, frozen = split(given, config.model, config.adapter)
+    given, key = weights, jax.random.fold_in(of_weights(config), 2)
+    if config.adapters:
+        given = several.started(weights, config.model, adapters_of(config), key)
+        params, frozen = several.split(given, config.model, adapters_of(config))
+    else:
+        if config.adapter is not None:
+            given = started(weights, config.model, config.adapter, key, read=reading(config.quantization))
+        params, frozen = split(given, config.model, config.adapter)
     if RECIPES[config.recipe.name].scored:
         params = params | {"score": score(config.model.embed, jax.random.fold_in(of_weights(config), 3))}
     frozen = quantized(frozen, config.model, config.quantization)
@@ -201,6 +214,8 @@ def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None)
         segment_ids=batch["segment_ids"],
         index=None if order is None else jnp.asarray(order),
         dropout_keys=keys,
+        adapters=batch[ADAPTER_FIELD][:, 0] if config.adapters else None,
+        product=product_on(config.adapter.product, mesh) if config.adapters else None,
         attend=sharded_attention(config.model.attention, mesh=mesh, strategy=config.sequence.parallel),
         linear=flat_linear if mesh.shape["seq"] == 1 else linear,
         lookup=partial(lookup, constrain=constrain),

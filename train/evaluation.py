@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from ..configs.run import RunConfig
 from .data.assemble import Data
 from .data.batches import batches
 from .data.dataset import HeldOut
+from .data.dealt import DealtHeldOut
 from .feed import local_rows, to_devices
 from .program import Program
 from .recipes.registry import RECIPES
@@ -24,26 +26,45 @@ def evaluate(program: Program, compiled: Callable[..., Any], params: Any, frozen
     """
     if data.held_out is None:
         return {}
-    loss = mean(program, compiled, params, frozen, data.held_out)
-    values = {"held_out_loss": loss}
-    for name, measure in program.compiled_measures.items():
-        values[f"held_out_{name}"] = mean(program, measure, params, frozen, data.held_out)
-    if RECIPES[program.config.recipe.name].unit != "token":
+    measures = {"loss": compiled, **program.compiled_measures}
+    sums = {name: added(program, measure, params, frozen, data.held_out) for name, measure in measures.items()}
+    if not program.config.adapters:
+        return numbers(program.config, sums, data.held_out)
+    values = {"held_out_loss": mean(*sums["loss"].sum(axis=1))}
+    for number, (name, held_out) in enumerate(data.held_out.each.items()):
+        own = numbers(program.config, {key: both[:, number] for key, both in sums.items()}, held_out)
+        values |= {f"{name}/{key}": value for key, value in own.items()}
+    return values
+
+
+def numbers(config: RunConfig, sums: dict[str, np.ndarray], held_out: HeldOut) -> dict[str, float]:
+    """What is told of `held_out` by the (numerator, weight) of the loss and of other measures."""
+    values = {f"held_out_{name}": mean(*both) for name, both in sums.items()}
+    if RECIPES[config.recipe.name].unit != "token":
         return values
-    bits = loss / math.log(2) * data.held_out.tokens / data.held_out.bytes
+    loss = values["held_out_loss"]
+    bits = loss / math.log(2) * held_out.tokens / held_out.bytes
     return values | {"held_out_perplexity": math.exp(min(loss, 700.0)), "held_out_bits_per_byte": bits}
 
 
-def mean(program: Program, compiled: Callable[..., Any], params: Any, frozen: Any, held_out: HeldOut) -> float:
-    """The sums that `compiled` gives of a batch, added up over what is held out and divided."""
-    numerator = weight = 0.0
+def mean(numerator: float, weight: float) -> float:
+    """Their ratio."""
+    return float(numerator / max(weight, 1e-9))
+
+
+def added(
+    program: Program, compiled: Callable[..., Any], params: Any, frozen: Any, held_out: HeldOut | DealtHeldOut
+) -> np.ndarray:
+    """[2], numerator and weight that `compiled` gives of batches, added up; [2, adapters] of several."""
+    total = np.zeros(())
     for batch in held_out_batches(program, held_out, program.config):
-        part = jax.device_get(compiled(params, frozen, batch))
-        numerator, weight = numerator + float(part[0]), weight + float(part[1])
-    return numerator / max(weight, 1e-9)
+        total = total + np.stack(jax.device_get(compiled(params, frozen, batch))).astype(np.float64)
+    return total
 
 
-def held_out_batches(program: Program, held_out: HeldOut, config: RunConfig) -> Iterable[dict[str, jax.Array]]:
+def held_out_batches(
+    program: Program, held_out: HeldOut | DealtHeldOut, config: RunConfig
+) -> Iterable[dict[str, jax.Array]]:
     """The first `evaluation.batches` global batches of held-out rows, or all."""
     size = config.data.global_batch
     stop = held_out.padded_rows(size)

@@ -67,15 +67,17 @@ def import_directory(source: Path, run: Path, *, adapter: Path | None = None) ->
     return run
 
 
-def export_run(run: Path, target: Path, *, limit: int) -> list[str]:
+def export_run(run: Path, target: Path, *, limit: int, adapter: str | None = None) -> list[str]:
     """Write the newest checkpoint of `run` to `target`, files of at most `limit` bytes; the names written.
+
+    `adapter` is which of several is merged.
 
     Raises UserError where no format of transformers holds the model exactly, or `target` exists.
     """
     absent_or_empty(target)
     run = newest(run)
-    config = read(run, [])
-    program, state = opened(config, run)
+    program, state = opened(read(run, []), run, adapter=adapter)
+    config = program.config
     params = merged(program.plain(state), config.model, config.adapter)
     dtype = str(params["embed"]["embedding"].dtype)
     tree = config_json(
@@ -100,8 +102,10 @@ def scoring(kind: str) -> dict[str, Any]:
     return {"architectures": [SCORED[kind]], "id2label": {"0": "score"}, "label2id": {"score": 0}}
 
 
-def export_adapter(run: Path, target: Path) -> list[str]:
+def export_adapter(run: Path, target: Path, *, adapter: str | None = None) -> list[str]:
     """Write the adapter of the newest checkpoint of `run` to `target` as PEFT keeps it; the names written.
+
+    `adapter` is which of several; None: each, to a directory of its name in `target`.
 
     Raises UserError where the run has no adapter, PEFT has no file for its method, or `target` exists.
     """
@@ -121,7 +125,10 @@ def export_adapter(run: Path, target: Path) -> list[str]:
             "run has; use `meshwright checkpoint export`, which merges it"
         )
     kind = config_json(config.model, positions=config.data.sequence_length, dtype="float32")["model_type"]
-    program, state = opened(config, run)
+    if config.adapters and adapter is None:
+        return [f"{one}/{file}" for one in config.adapters for file in export_adapter(run, target / one, adapter=one)]
+    program, state = opened(config, run, adapter=adapter)
+    config = program.config
 
     def started() -> Any:
         first = program.initialized()

@@ -67,5 +67,5 @@ def to_devices(
 
         return jax.make_array_from_callback((*shape, *rows.shape[2:]), sharding, part)
 
-    wanted = batch_shardings(mesh, registry.fields(config.recipe) if fields is None else fields)
+    wanted = batch_shardings(mesh, registry.fields(config) if fields is None else fields)
     return {field: place(field, sharding) for field, sharding in wanted.items()}

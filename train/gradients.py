@@ -29,10 +29,19 @@ Engine = Callable[[Any, Any, Batch, jax.Array | None], Sums]
 
 
 def plain(loss: Loss, *, dtype: Any = jnp.float32) -> Engine:
-    """Loss and gradient of the whole batch at once; gradients are `dtype`. `loss` is (numerator, (weight, metrics))."""
+    """Loss and gradient of the whole batch at once; gradients are `dtype`. `loss` is (numerator, (weight, metrics)).
+
+    Where these are of several adapters, the gradient of all together is that of each: none reads another's parameters.
+    """
+
+    def total(*given: Any) -> tuple[jax.Array, tuple]:
+        numerator, rest = loss(*given)
+        return jnp.sum(numerator), (numerator, *rest)
 
     def engine(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> Sums:
-        (numerator, (weight, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(params, frozen, batch, keys)
+        (_, (numerator, weight, metrics)), gradient = jax.value_and_grad(total, has_aux=True)(
+            params, frozen, batch, keys
+        )
         return Sums(numerator, weight, jax.tree.map(lambda leaf: leaf.astype(dtype), gradient), metrics)
 
     return engine

@@ -15,6 +15,7 @@ from . import optimizers
 from .codes import quantization_aware, trains_codes
 from .elements import elementwise
 from .ranks import Present, allocated
+from .several import learning_rates, scaled
 
 Make = Callable[..., optax.GradientTransformation]
 
@@ -23,6 +24,7 @@ def optimizer_maker(config: RunConfig, *, order: Order) -> Make:
     """`make()` gives the transformation; `make(clip=...)` the same with another clipping. `order`: of the layers."""
     adapter = config.adapter
     chosen = None if adapter is None else multipliers(config.model, adapter, order=order)
+    chosen = scaled(chosen, learning_rates(config))
     make = partial(
         optimizers.build, config.optimizer, steps=config.steps, spike=config.logging.spike, multiplied=chosen
     )

@@ -21,7 +21,7 @@ from ..checkpoint import huggingface
 from ..checkpoint.layouts import Layout, layout_of
 from ..configs.errors import UserError
 from ..configs.model import ModelConfig
-from ..configs.names import BATCH_FIELDS, RECIPE_FIELDS, TOP_FIELDS
+from ..configs.names import ADAPTER_FIELD, BATCH_FIELDS, RECIPE_FIELDS, TOP_FIELDS
 from ..configs.run import RunConfig
 from ..models.quantized.attach import dequantized, held
 from ..parallel.hlo import refuse_permute_under_conditional
@@ -39,16 +39,17 @@ from .keys import of_steps
 from .optimizing import optimizer_maker
 from .pipeline import routes
 from .private import noised
-from .recipes import registry
+from .recipes.registry import fields
 from .replicas import Meet, Replicas, replicas_of
+from .several import several_of
 from .staging import Staging, staging
-from .step import Step, make_step, nothing
+from .step import Step, make_applied, make_step, nothing
 from .teaching import fresh_weights, teacher_of, without_teacher
 from .update import guarded, post_validated
 
 # Dtypes of a batch's fields.
 BATCH_DTYPES = dict.fromkeys(BATCH_FIELDS, jnp.int32) | dict.fromkeys(("loss_weights", *RECIPE_FIELDS), jnp.float32)
-BATCH_DTYPES |= {"teacher_tokens": jnp.int32}
+BATCH_DTYPES |= {"teacher_tokens": jnp.int32, ADAPTER_FIELD: jnp.int32}
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,14 @@ class Program:
     @property
     def layout(self) -> Layout:
         """How the run's arrays hold the canonical ones."""
+        if self.config.adapters:
+            owners = [f"adapters/{name}" for name in self.config.adapters]
+            return layout_of(self.config.model, self.order, owners=owners, several=("params", "opt_state"))
         if not isinstance(self.replicas, Replicas):
             return layout_of(self.config.model, self.order)
         several = ("params", "opt_state", *(["outer"] if self.replicas.outer.per_replica else []))
-        return layout_of(self.config.model, self.order, replicas=self.replicas.count, several=several)
+        owners = [f"replica/{replica}" for replica in range(self.replicas.count)]
+        return layout_of(self.config.model, self.order, owners=owners, several=several)
 
     def initial(self, weights: Any = None, teacher: Any = None) -> TrainState:
         """The state before step 0, as a pure function of the seed, the `weights` it starts from and its teacher's."""
@@ -154,7 +159,7 @@ class Program:
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of one global batch."""
         shape = (self.config.data.global_batch, self.config.data.sequence_length)
-        shardings = batch_shardings(self.mesh, registry.fields(self.config.recipe))
+        shardings = batch_shardings(self.mesh, fields(self.config))
         return {
             field: jax.ShapeDtypeStruct((*shape, *self.extra(field)), BATCH_DTYPES[field], sharding=sharding)
             for field, sharding in shardings.items()
@@ -229,7 +234,7 @@ class Program:
     def _compiled(self, evaluate: Evaluate) -> jax.stages.Compiled:
         frozen = self._abstract_state().frozen
         with jax.set_mesh(self.mesh):
-            jitted = jax.jit(evaluate)
+            jitted = jax.jit(evaluate, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
             return self._safe(jitted.lower(self._abstract_params(), frozen, self.batch_shapes).compile())
 
     def _safe(self, compiled: jax.stages.Compiled) -> jax.stages.Compiled:
@@ -335,7 +340,7 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
     schedule = optimizers.schedule(config.optimizer, steps=config.steps)
     order = None if staged is None else staged.order
     make = optimizer_maker(config, order=order)
-    optimizer = make()
+    optimizer, lift = make(), several_of(config)
     update = guarded(optimizer)
     if staged is not None and config.pipeline.post_validation:
         update = post_validated(optimizer, make(clip=optimizers.unclipped), clip=config.optimizer.clip)
@@ -347,14 +352,10 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
         train, told = until(partial(searched, adapter=config.adapter), engines.squares, gradients)
     if staged is not None and config.outer is not None and config.outer.routing:
         told = routes(config.seed, staged.table, replicas=config.mesh.replica)
-    step = make_step(
-        train,
-        update,
-        schedule=schedule,
-        dropout=drops(config),
-        spike=config.logging.spike,
-        told=told,
-    )
+    applied, numbers = make_applied(update, schedule=schedule, spike=config.logging.spike), None
+    if lift is not None:
+        optimizer, applied, numbers = lift.optimizer(optimizer), lift.applied(applied), lift.numbers
+    step = make_step(train, applied, dropout=drops(config), told=told, numbers=numbers)
     evaluate, measures = engines.evaluate, engines.measures
     if config.islands:
         several = island_of(config, mesh, order=order)

@@ -27,7 +27,7 @@ from .data.rows import Row
 from .engines import context, target_logprobs
 from .feed import local_rows, to_devices
 from .gradients import Batch
-from .program import BATCH_DTYPES, Program
+from .program import BATCH_DTYPES, Program, build
 from .recipes.registry import fields
 from .teaching import noted_words
 
@@ -40,7 +40,7 @@ def referenced(program: Program, data: Data, *, samples: Iterable[int]) -> Data:
     config = program.config
     if not config.recipe.reads_ahead:
         return data
-    noted = [field for field in fields(config.recipe) if field == REFERENCE or program.extra(field)]
+    noted = [field for field in fields(config) if field == REFERENCE or program.extra(field)]
     logger.info("%s, once over what will be read", " and ".join(noted))
     notes = {field: np.zeros((data.tokens, *program.extra(field)), BATCH_DTYPES[field]) for field in noted}
     seen = np.zeros(data.tokens, bool)
@@ -57,6 +57,8 @@ def referenced(program: Program, data: Data, *, samples: Iterable[int]) -> Data:
 
 def by_first_weights(program: Program) -> Annotate:
     """A function from at most `global_batch` rows to log p of their targets by the weights before step 0."""
+    if program.config.adapters:  # which are nothing yet: one is as good as several
+        program = build(program.config.model_copy(update={"adapters": {}}), program.mesh)
     forward = target_logprobs(program.config, program.graph, partial(context, program.config, program.mesh))
     return by(program.first_weights(), lambda weights, batch: {REFERENCE: forward(weights, {}, batch, None)}, program)
 

@@ -164,7 +164,7 @@ def checked(config: RunConfig, world: World) -> tuple[Data, Sequence[Metric]]:
     check_staging(config)
     check_keepers(config.checkpoint, world)
     check_sinks(config.logging)
-    data = assemble.build(own(config).data, seed=config.seed, model_vocab=config.model.vocab)
+    data = assemble.of_run(own(config))
     check_teacher(config, data.tokenizer)
     return dealt(config, data), metric_functions(config.evaluation.metrics)
 
@@ -244,7 +244,7 @@ def describe(program: Program, data: Data, made: dict, directory: Path) -> None:
     data.tokenizer.save(directory)
     if config.model.origin is not None and config.data.tokenizer.file == config.model.origin:
         copy_companions(config.model.origin, directory)
-    if config.data.chats and data.template is not None:
+    if config.reads.chats and data.template is not None:
         (directory / "chat_template.jinja").write_text(data.template.source, encoding="utf-8")
     write_json(directory / "plan.json", made)
     write_json(directory / "environment.json", environment.describe(config, data, program.mesh))

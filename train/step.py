@@ -17,12 +17,13 @@ from ..configs.parallel import MemoryConfig
 from ..models.context import Context
 from ..parallel.state import TrainState, combine
 from ..parallel.vocabulary import token_logprobs
-from .gradients import Batch, Engine, Loss
+from .gradients import Batch, Engine, Loss, Sums
 from .optimizers import mean_norm
 from .recipes import interface as recipes
 from .update import Update
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch), and the number of its first row
+Applied = Callable[[Sums, TrainState], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_logprobs(
@@ -82,21 +83,32 @@ def nothing(state: TrainState) -> dict[str, Any]:
 
 def make_step(
     engine: Engine,
-    update: Update,
+    applied: Applied,
     *,
-    schedule: optax.Schedule,
     dropout: bool,
-    spike: float | None,
     told: Callable[[TrainState], dict[str, Any]] = nothing,
+    numbers: Callable[[], jax.Array] | None = None,
 ) -> Step:
-    """A pure step. No update is healthy that is not finite, or whose norm exceeds `spike` times the mean so far.
+    """A pure step: the sums of a batch, and what `applied` makes of them.
 
-    `told(state)` is what else the engine takes, by name.
+    `told(state)` is what else the engine takes, by name. `numbers()` are those of a batch's rows, None: as they stand.
     """
 
     def step(state: TrainState, batch: Batch, first_row: Any = 0) -> tuple[TrainState, dict[str, jax.Array]]:
-        keys = row_keys(state, rows=first_row + jnp.arange(batch["tokens"].shape[0])) if dropout else None
-        sums = engine(state.params, state.frozen, batch, keys, **told(state))
+        rows = jnp.arange(batch["tokens"].shape[0]) if numbers is None else numbers()
+        keys = row_keys(state, rows=first_row + rows) if dropout else None
+        return applied(engine(state.params, state.frozen, batch, keys, **told(state)), state)
+
+    return step
+
+
+def make_applied(update: Update, *, schedule: optax.Schedule, spike: float | None) -> Applied:
+    """The update by what a batch added up to.
+
+    None is healthy that is not finite, or whose norm exceeds `spike` times the mean so far.
+    """
+
+    def applied(sums: Sums, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
         weight = jnp.maximum(sums.weight, 1e-9)
         gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / weight, sums.gradient)
         norm = optax.global_norm(gradient)
@@ -116,7 +128,7 @@ def make_step(
         # An update that is not applied still counts as a step, so that the data goes on.
         return dataclasses.replace(state, step=state.step + 1, params=new.params, opt_state=new.opt_state), metrics
 
-    return step
+    return applied
 
 
 def row_keys(state: TrainState, *, rows: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from .base import completed
 from .directory import read_config
 from .evaluation import evaluate as held_out
 from .launch.world import World
+from .parting import each, parted
 from .places import newest
 from .program import Program, build
 from .reference import referenced
@@ -35,21 +36,25 @@ def generate(
     run: Path,
     prompts: Sequence[str],
     *,
+    adapter: str | None = None,
     tokens: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     seed: int,
 ) -> list[str]:
-    """What the run's model continues each prompt with; one that learned conversations answers it."""
+    """What the run's model continues each prompt with; one that learned conversations answers it.
+
+    `adapter` is which of several.
+    """
     from .answering import complete
     from .data.chat import find_template
     from .data.tokenizer import load
     from .sampling import Sampling
 
     run = newest(run)
-    config = read(run, [])
-    program, state = opened(config, run)
+    program, state = opened(read(run, []), run, adapter=adapter)
+    config = program.config
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return complete(
         program,
@@ -70,15 +75,18 @@ def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
 
     run = newest(run)
     config = read(run, overrides)
-    data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
+    data = assemble.of_run(config)
     if data.held_out is None:
         raise UserError(f"data.held_out: 0 in {run}: nothing to evaluate on; pass data.held_out=0.02")
     program, state, origin = restored(config, run)
     program.check_origin(origin)  # held-out text is compared with them again
     data = referenced(program, data, samples=range(0))
     values = held_out(program, program.compiled_evaluation(), program.evaluated(state), state.frozen, data)
-    weights, metrics = program.whole(state), metric_functions(config.evaluation.metrics)
-    return values | answered(program, weights, data, config.evaluation, metrics)
+    metrics = metric_functions(config.evaluation.metrics)
+    for prefix, one, own, its in each(program, state, data):
+        found = answered(one, one.whole(own), its, config.evaluation, metrics)
+        values |= {f"{prefix}{name}": value for name, value in found.items()}
+    return values
 
 
 def read(run: Path, overrides: Sequence[str]) -> RunConfig:
@@ -93,10 +101,24 @@ def read(run: Path, overrides: Sequence[str]) -> RunConfig:
     return validated(tree)
 
 
-def opened(config: RunConfig, run: Path) -> tuple[Program, TrainState]:
-    """The program and the newest state. Raises UserError where the run has no checkpoint."""
+def opened(config: RunConfig, run: Path, *, adapter: str | None = None) -> tuple[Program, TrainState]:
+    """The program and the newest state, of several adapters those of `adapter` alone.
+
+    Raises UserError where the run has no checkpoint, or no such adapter.
+    """
+    check_named(config, run, adapter)
     program, state, _ = restored(config, run)
-    return program, state
+    return (program, state) if adapter is None else parted(program, state, adapter)
+
+
+def check_named(config: RunConfig, run: Path, adapter: str | None) -> None:
+    """Raise UserError where `adapter` is not one of several that `run` has, or it has several and none is named."""
+    if adapter is None and config.adapters:
+        raise UserError(f"{run} has several adapters, {', '.join(config.adapters)}; choose one with --adapter")
+    if adapter is not None and adapter not in config.adapters:
+        if not config.adapters:
+            raise UserError(f"--adapter: {adapter}, but {run} has not several; leave it out")
+        raise UserError.no_match("--adapter", [adapter], known=config.adapters)
 
 
 def restored(config: RunConfig, run: Path) -> tuple[Program, TrainState, str | None]:

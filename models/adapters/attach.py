@@ -23,7 +23,7 @@ from ...configs.errors import UserError
 from ...configs.model import ModelConfig
 from ..axes import axis_names
 from ..decoder import Decoder, Params, initial_params
-from .interface import Adapter, Addition, Inside, Leaves, Setting
+from .interface import Adapter, Addition, Inside, Leaves, Method, Setting
 from .registry import ADDITIONS, METHODS
 from .selection import trained
 from .sites import Site, linear_maps, sites
@@ -38,13 +38,10 @@ def attached(model: ModelConfig, adapter: AdapterConfig | None) -> Callable[[Dec
 
     def put(decoder: Decoder) -> None:
         for site in found:
-            _, segment, place, _, part, name = site.path.split("/")
-            linear = getattr(getattr(decoder.segments[segment][place].block, part), name)
-            method = METHODS[adapter.method]
+            linear = linear_at(decoder, site)
             leaves = jax.eval_shape(partial(start_site, site, adapter), linear.kernel[...], jax.random.key(0))[1]
             zeros = {leaf: jnp.zeros(like.shape, like.dtype) for leaf, like in leaves.items()}
-            names = tuple(axis if axis in CUT_BY_TENSOR else None for axis in axis_names(f"{site.path}/kernel"))
-            linear.adapter = Adapter(method, zeros, rate=adapter.dropout, number=site.number, names=names)
+            linear.adapter = beside(site, METHODS[adapter.method], zeros, rate=adapter.dropout)
         if found and adapter.method == "vera":
             decoder.adapter = Shared(**pair(model, adapter, jax.random.key(0)))
         for addition in () if adapter is None else ADDITIONS.get(adapter.method, ()):
@@ -52,6 +49,18 @@ def attached(model: ModelConfig, adapter: AdapterConfig | None) -> Callable[[Dec
             decoder.ahead += adapter.length if addition.ahead else 0
 
     return put
+
+
+def linear_at(decoder: Decoder, site: Site) -> Any:
+    """The stack of linear maps in the decoder."""
+    _, segment, place, _, part, name = site.path.split("/")
+    return getattr(getattr(decoder.segments[segment][place].block, part), name)
+
+
+def beside(site: Site, method: Method, leaves: Leaves, *, rate: float) -> Adapter:
+    """The module of `leaves` beside the kernels of a stack."""
+    names = tuple(axis if axis in CUT_BY_TENSOR else None for axis in axis_names(f"{site.path}/kernel"))
+    return Adapter(method, leaves, rate=rate, number=site.number, names=names)
 
 
 def fresh_addition(addition: Addition, model: ModelConfig, adapter: AdapterConfig) -> dict[str, Leaves]:

@@ -15,7 +15,7 @@ from meshwright.parallel.state import TrainState
 from meshwright.train import optimizers
 from meshwright.train.gradients import Sums
 from meshwright.train.program import build
-from meshwright.train.step import make_step
+from meshwright.train.step import make_applied, make_step
 from meshwright.train.update import guarded
 
 NAN, INF = float("nan"), float("inf")
@@ -35,7 +35,7 @@ def run(*batches, spike=None, weight=2.0):
     rng = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.int32(0), params, {}, optimizer.init(params), (), rng)
     schedule = optimizers.schedule(section, steps=10)
-    step = jax.jit(make_step(given, guarded(optimizer), schedule=schedule, dropout=False, spike=spike))
+    step = jax.jit(make_step(given, make_applied(guarded(optimizer), schedule=schedule, spike=spike), dropout=False))
     seen = [(state, None)]
     for loss, gradient in batches:
         numbers = {"loss": loss, "gradient": gradient, "weight": weight}

@@ -1,17 +1,20 @@
 """The whole data path in order: open the sources, split, tokenize, pack, mix."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from ...configs.adapters import rows_of
 from ...configs.data import DataConfig, MixtureSource
 from ...configs.errors import UserError
+from ...configs.run import RunConfig
 from .cache import cache_directory, cached
 from .chat import Template, find_template
 from .dataset import Dataset, HeldOut, HeldOutPart, Packing, Shuffled
+from .dealt import DealtHeldOut, DealtTraining
 from .documents import Documents, digest, texts
 from .examples import whole
 from .mixture import Mixture
@@ -32,7 +35,7 @@ class Data:
 
     tokenizer: Tokenizer
     train: Dataset
-    held_out: HeldOut | None  # None where data.held_out is 0
+    held_out: HeldOut | DealtHeldOut | None  # None where data.held_out is 0
     template: Template | None  # of conversations; None where there is none
     tokens: int  # of all stores: places that a row may name; of a stream those of its first window
     fingerprint: str  # of everything but the seed that decides what sample i holds
@@ -53,22 +56,30 @@ class Source:
         return self.stream.fingerprint if self.stream else self.documents.fingerprint
 
 
-def build(data: DataConfig, *, seed: int, model_vocab: int | None = None) -> Data:
+def of_run(config: RunConfig) -> Data:
+    """`build` for all that a run reads, checked against its model."""
+    return build(config.reads, seed=config.seed, model_vocab=config.model.vocab, adapters=rows_of(config))
+
+
+def build(
+    data: DataConfig, *, seed: int, model_vocab: int | None = None, adapters: Mapping[str, int] | None = None
+) -> Data:
     """Read, split, tokenize and pack what `data` describes; all that takes time is cached.
 
-    `model_vocab` is checked against the tokenizer (default: not). Raises UserError where the data cannot be used.
+    `model_vocab` is checked against the tokenizer (default: not). With several `adapters` (name -> rows of a batch) the
+    sources of the mixture are theirs. Raises UserError where the data cannot be used.
     """
     cache = cache_directory(data.cache)
     template = template_of(data)
     sources = [
         opened(
             source,
-            key=f"data.mixture.{number}" if data.mixture else "data",
+            key=key,
             window=data.packing.window,
             cache=cache,
             template=template,
         )
-        for number, source in enumerate(data.sources)
+        for source, key in zip(data.sources, keys(data, adapters or {}), strict=True)
     ]
     tokenizer = tokenizer_for(data.tokenizer) or trained_tokenizer(sources, data, cache=cache)
     if model_vocab is not None:
@@ -86,19 +97,31 @@ def build(data: DataConfig, *, seed: int, model_vocab: int | None = None) -> Dat
 
     training = []
     for number, (source, part, documents) in enumerate(zip(sources, parts, kept, strict=True), start=1):
-        key = (seed, number)
+        key = (seed, 1 if adapters else number)  # an adapter reads as it would alone
         if source.stream:
             window = stream_windows(source, tokenizer, evaluated=evaluated, packing=packing, key=key, cache=cache)
             training.append(Streamed(window, key=key))
         else:
             training.append(Shuffled(part.store, documents, packing=packing, key=key))
-    weights = [source.weight for source in data.sources]
-    mixed = Mixture(training, weights=weights, key=(seed, MIXING)) if data.mixture else training[0]
-    evaluation = HeldOut(parts, packing=packing) if data.held_out else None
+    if adapters:
+        mixed = DealtTraining(dict(zip(adapters, training, strict=True)), rows=adapters)
+        held = {name: HeldOut([part], packing=packing) for name, part in zip(adapters, parts, strict=True)}
+        evaluation = DealtHeldOut(held, rows=adapters) if data.held_out else None
+    else:
+        weights = [source.weight for source in data.sources]
+        mixed = Mixture(training, weights=weights, key=(seed, MIXING)) if data.mixture else training[0]
+        evaluation = HeldOut(parts, packing=packing) if data.held_out else None
     counted = summary(parts, mixed)
     tokens = sum(len(part.store.tokens) for part in parts)
     known = fingerprint(data, sources, tokenizer=tokenizer)
     return Data(tokenizer, mixed, evaluation, template, tokens, known, counted)
+
+
+def keys(data: DataConfig, adapters: Mapping[str, int]) -> list[str]:
+    """Where the settings of each source stand, for errors."""
+    if adapters:
+        return [f"adapters.{name}.data" for name in adapters]
+    return [f"data.mixture.{number}" for number in range(len(data.mixture))] or ["data"]
 
 
 def template_of(data: DataConfig) -> Template | None:
@@ -168,17 +191,16 @@ def stream_windows(
 
 
 def trained_tokenizer(sources: list[Source], data: DataConfig, *, cache: Path) -> Tokenizer:
-    """A BPE of the training documents of all sources, each read twice: to split, and to count."""
+    """A BPE of the training documents of all sources, each counted once; read twice: to split, and to count."""
     import tokenizers
 
     vocab = data.tokenizer.vocab
-    fingerprints = [source.documents.fingerprint for source in sources]
-    key = digest("bpe-1", tokenizers.__version__, str(vocab), str(data.held_out), *fingerprints)
+    once = {source.documents.fingerprint: source.documents for source in sources}
+    key = digest("bpe-1", tokenizers.__version__, str(vocab), str(data.held_out), *once)
 
     def write(directory: Path) -> None:
         logger.info("training a tokenizer of %d ids", vocab)
-        documents = [source.documents for source in sources]
-        train(training_texts(documents, fraction=data.held_out), vocab=vocab).save(directory)
+        train(training_texts(list(once.values()), fraction=data.held_out), vocab=vocab).save(directory)
 
     return cached(cache / "tokenizers" / key, read=load, write=write)
 

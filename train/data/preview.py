@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .assemble import Data
+from .dealt import DealtTraining
 from .rows import Row
 from .tokenizer import Tokenizer
 
@@ -23,19 +24,29 @@ FULL, PARTLY, NOT_AT_ALL, MARK = "green", "yellow", "dim", "bold cyan"
 
 
 def render(data: Data, rows: int = 2) -> "Text":
-    """The first `rows` training rows."""
+    """The first `rows` training rows; of several adapters those of each."""
     from rich.text import Text
 
-    return Text("\n").join(render_row(data.train.row(index), data.tokenizer, number=index) for index in range(rows))
+    parts = {f"{name}, ": one for name, one in data.train.each.items()} if several(data) else {"": data.train}
+    return Text("\n").join(
+        render_row(part.row(index), data.tokenizer, name=f"{prefix}row {index}")
+        for prefix, part in parts.items()
+        for index in range(rows)
+    )
 
 
-def render_row(row: Row, tokenizer: Tokenizer, *, number: int) -> "Text":
+def several(data: Data) -> bool:
+    """Whether several adapters read, each rows of its own."""
+    return isinstance(data.train, DealtTraining)
+
+
+def render_row(row: Row, tokenizer: Tokenizer, *, name: str) -> "Text":
     """The targets of a row: a headline, then their text."""
     from rich.text import Text
 
     segments, weights = row["segment_ids"], row["loss_weights"]
     predicted, padding = int(np.count_nonzero(weights)), int(np.count_nonzero(segments == 0))
-    text = Text(f"row {number}: {segments.max()} documents, {predicted} tokens to predict, {padding} of padding\n")
+    text = Text(f"{name}: {segments.max()} documents, {predicted} tokens to predict, {padding} of padding\n")
     for start, stop in runs(segments, weights):
         if segments[start] == 0:
             continue

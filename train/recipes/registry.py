@@ -1,7 +1,7 @@
 """Recipes by the name used in `recipe.name`."""
 
-from ...configs.names import BATCH_FIELDS, TOP_FIELDS
-from ...configs.recipe import RecipeConfig
+from ...configs.names import ADAPTER_FIELD, BATCH_FIELDS, TOP_FIELDS
+from ...configs.run import RunConfig
 from .interface import Recipe
 from .kto import KTO
 from .next_token import NEXT_TOKEN
@@ -22,6 +22,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def fields(config: RecipeConfig) -> tuple[str, ...]:
-    """All fields that batches of a recipe have."""
-    return (*BATCH_FIELDS, *RECIPES[config.name].reads, *(() if config.top_k is None else TOP_FIELDS))
+def fields(config: RunConfig) -> tuple[str, ...]:
+    """All fields that batches of a run have."""
+    recipe, own = config.recipe, (ADAPTER_FIELD,) if config.adapters else ()
+    return (*BATCH_FIELDS, *RECIPES[recipe.name].reads, *(() if recipe.top_k is None else TOP_FIELDS), *own)
