@@ -50,6 +50,11 @@ def methods(layers: int, rank: int, batch: int) -> dict[str, dict[str, Any]]:
         "alone": {"adapter": lora, "data": {"global_batch": batch // SEVERAL}},
         "qlora": {"adapter": {"method": "lora", "rank": rank}, "quantization": {"format": "nf4", "double": True}},
         "sparse": {"adapter": {"method": "selective", "layers": layers // 4}},
+        "int8": {
+            "adapter": {"method": "selective", "targets": ["layers/*"], "layers": layers // 4},
+            "quantization": {"format": "int8", "trained": True},
+            "optimizer": {"name": "sgd", "b1": 0.0},
+        },
     }
 
 

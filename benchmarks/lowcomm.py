@@ -6,7 +6,7 @@ own, one after another. The loss is that of all held-out documents: the first fe
 tables of codecs.
 
     meshwright bench lowcomm                                1000 updates, one seed: about half an hour on 2 cores
-    meshwright bench lowcomm --seeds 3 --steps 4000 --every 30      closer to what the papers report
+    meshwright bench lowcomm --size tiny --seeds 3 --steps 4000 --every 30       the table of docs/lowcomm.md
     meshwright bench lowcomm --only data-parallel streaming-4bit-2 --outer learning_rate=0.7 momentum=0.5
     meshwright bench lowcomm --size tiny --steps 500        a look
 """
@@ -109,13 +109,14 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def picture(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Held-out loss by update, a line a row."""
+    """Held-out loss by update, the mean over seeds, a line a row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for row, runs in results.items():
-        axes.plot(list(runs[0]["curve"]), list(runs[0]["curve"].values()), marker=".", label=row)
+        means = [statistics.mean(values) for values in zip(*(one["curve"].values() for one in runs), strict=True)]
+        axes.plot(list(runs[0]["curve"]), means, marker=".", label=row)
     axes.set(xlabel="update", ylabel="held-out loss, nats a token")
     axes.legend()
     figure.savefig(file, dpi=110)

@@ -14,6 +14,7 @@ import xxhash
 
 PROTECTED, RECOVERY = "protected.json", "recovery.json"
 SHARES = "parity.[01]"
+PLACE = "MESHWRIGHT_MEMORY"  # of the environment: a directory in a file system that lives in memory
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,10 @@ def sweep(directory: Path) -> None:
 
 
 def directory_of(run: Path, *, host: int) -> Path:
-    """Where the slots of a host are: in /dev/shm where the system has it. Hosts simulated on one machine differ."""
-    base = Path("/dev/shm") if Path("/dev/shm").is_dir() else run / "memory"
+    """Where the slots of a host are: where this machine's environment says (`PLACE`), else in /dev/shm where the system
+    has it. Hosts simulated on one machine differ.
+    """
+    base = Path(os.environ.get(PLACE) or ("/dev/shm" if Path("/dev/shm").is_dir() else run / "memory"))
     return base / f"meshwright-{os.getuid()}" / xxhash.xxh3_64_hexdigest(str(run.absolute()).encode()) / f"host-{host}"
 
 

@@ -74,7 +74,7 @@ class Shelf:
                 raise DamagedCheckpoint(f"checkpoint {step}: {place} is not whole")
             time.sleep(0.01)
         manifest.write(self.path(step), manifest.merged(parts))
-        shutil.rmtree(place)
+        shutil.rmtree(place, ignore_errors=True)  # it is committed; what stays is tidied up
 
     def _found(self, place: Path) -> list[Manifest] | None:
         """What each process saw; None where one has not said it yet."""
@@ -116,8 +116,14 @@ class Shelf:
                     self.quarantine(step)
         self.clear_unfinished()
 
+    def abandon(self, step: int) -> None:
+        """Delete what a save of `step` left behind that did not end well, unless it was committed before it failed."""
+        if step not in self.steps:
+            shutil.rmtree(self.path(step), ignore_errors=True)
+        self.clear_unfinished()
+
     def clear_unfinished(self) -> None:
-        """Delete what a save that did not end well left behind: it was never a checkpoint."""
+        """Delete what saves that were begun and not finished left behind: they were never checkpoints."""
         if not self.directory.is_dir():
             return
         for path in self.directory.iterdir():

@@ -12,8 +12,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,12 +30,14 @@ from ..configs.errors import MeshwrightError, UserError, first_line
 from ..parallel.rules import path_name
 from ..parallel.state import TrainState
 from . import manifest as manifests
+from .hanging import WRITER, StorageHangs
 from .integrity import described, describing, verify
 from .layouts import Layout, converted
 from .manifest import DamagedCheckpoint, Manifest
 from .shelf import Shelf
 
 PATIENCE = 300.0  # seconds for the other processes to finish hashing
+TIMEOUT = 600.0  # seconds for a save
 SAVED = ("step", "params", "opt_state", "outer", "rng")  # `frozen` never changes
 
 
@@ -52,17 +55,21 @@ class Storage:
     """Checkpoints of one run under `directory`, in the run's `layout`.
 
     `allowed` is asked before anything is written and raises where this process may not: one of an older membership.
+    `timeout`: seconds after which a save that has not ended is waited for no longer.
     """
 
-    def __init__(self, directory: Path, *, layout: Layout, allowed: Callable[[], None] = lambda: None):
+    def __init__(
+        self, directory: Path, *, layout: Layout, allowed: Callable[[], None] = lambda: None, timeout: float = TIMEOUT
+    ):
         for narrator in ("absl", "asyncio"):  # Orbax narrates every save, and every array of a failed read
             logging.getLogger(narrator).setLevel(logging.CRITICAL)
         self.shelf = Shelf(directory.absolute())
         self._layout = layout
-        self._allowed = allowed
+        self._allowed, self._timeout = allowed, timeout
         self._pending: tuple[int, Future] | None = None
+        self._began = 0.0  # when the save under way did
         self._saved: set[int] = set()  # in this sitting
-        self._waiter = ThreadPoolExecutor(1, "checkpoint")
+        self._waiter = ThreadPoolExecutor(1, WRITER)
         self.spent = Spent()  # on the last save, beside training
 
     @property
@@ -74,13 +81,15 @@ class Storage:
         """Begin to save `state` after `step` updates. `data` is JSON.
 
         The arrays must stay as they are until the save has ended: where training goes on, save a copy (`copies.py`).
-        Waits for the save before it. Raises MeshwrightError where that one or the beginning of this one failed.
+        Waits for the save before it. Raises MeshwrightError where that one or the beginning of this one failed,
+        StorageHangs where that one does not end.
         """
         self.wait()
         if step in self._saved:  # not `steps`: only the first process writes manifests, and all must answer alike
             return
         self._allowed()
         self._saved.add(step)
+        self._began = time.monotonic()
         begin = partial(self._begun, tree(state), step, data)
         if jax.process_count() == 1:
             self._pending = (step, self._waiter.submit(lambda: begin()()))
@@ -102,10 +111,15 @@ class Storage:
 
         def ended() -> None:
             hashing = time.monotonic()
-            part = describe()
-            hashed = time.monotonic() - hashing
-            self.shelf.put_part(part, process=jax.process_index())
-            response.result()
+            try:
+                part = describe()
+                hashed = time.monotonic() - hashing
+                self.shelf.put_part(part, process=jax.process_index())
+            finally:
+                response.result()  # whatever has failed, nobody writes any more when it is cleared away
+            self._allowed()
+            if jax.process_index() == 0:
+                self.shelf.commit(step, patience=PATIENCE)
             self.spent = Spent(copied, hashed, time.monotonic() - began, size)
 
         return ended
@@ -120,16 +134,42 @@ class Storage:
         """Whether the save under way has ended, well or not: `wait` will not."""
         return self._pending is not None and self._pending[1].done()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._pending is not None and not self.ended
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the save under way should have ended."""
+        return self.busy and time.monotonic() > self._began + self._timeout
+
+    def under_way(self, seconds: float) -> bool:
+        """Whether a save will still be under way in so many seconds, and in time; waits to see."""
+        if not self.busy or self.hangs:
+            return False
+        futures.wait([self._pending[1]], min(seconds, self._began + self._timeout - time.monotonic()))
+        return self.busy and not self.hangs
+
     def wait(self) -> int | None:
-        """Wait for the save under way; its step, or None. Raises MeshwrightError where it failed."""
+        """Wait for the save under way; its step, or None. Raises MeshwrightError where it failed.
+
+        Raises StorageHangs where it has not ended in time. It stays under way: where the storage answers again after
+        all, it ends as any other.
+        """
         if self._pending is None:
             return None
-        (step, future), self._pending = self._pending, None
+        step, future = self._pending
+        while self.under_way(self._timeout):
+            pass
+        if not future.done():
+            raise StorageHangs(
+                f"checkpoint {step} has not been written to {self.shelf.directory} within {self._timeout:g} s "
+                "(checkpoint.timeout): the storage hangs"
+            )
+        self._pending = None
         try:
             future.result()
-            self._allowed()
-            if jax.process_index() == 0:
-                self.shelf.commit(step, patience=PATIENCE)
         except Exception as error:
             raise self._failed(step, error) from error
         return step
@@ -164,17 +204,19 @@ class Storage:
             self.shelf.remove(step)
 
     def close(self) -> None:
-        """Wait for what is under way, and let go."""
+        """Wait for what is under way, and let go; of a thread that hangs, too (`hanging.py`)."""
         try:
             self.wait()
         finally:
-            self._waiter.shutdown()
+            self._waiter.shutdown(wait=not self.busy)
 
     def _failed(self, step: int, error: Exception) -> MeshwrightError:
         """What to raise for a save that did not happen; what it left is deleted, so that its space is free again."""
         self._saved.discard(step)
-        if jax.process_index() == 0:
-            self.shelf.clear_unfinished()
+        with suppress(MeshwrightError):  # one of an older membership: what is unfinished there is another's
+            self._allowed()
+            if jax.process_index() == 0:
+                self.shelf.abandon(step)
         return failed(step, self.shelf.directory, error)
 
 
@@ -264,4 +306,6 @@ def failed(step: int, directory: Path, error: Exception) -> MeshwrightError:
     message = f"checkpoint {step} could not be written to {directory}: {first_line(error)}"
     if "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
         return UserError(f"{message}; free some space and run again: earlier checkpoints are whole")
+    if "Read-only file system" in str(error) or getattr(error, "errno", None) == errno.EROFS:
+        return UserError(f"{message}; make it writable and run again: earlier checkpoints are whole")
     return MeshwrightError(message)

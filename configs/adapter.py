@@ -24,6 +24,7 @@ METHOD_KEYS: dict[str, set[str]] = {
     "serial": SOME | {"rank", "alpha"},
     "parallel": SOME | {"rank", "alpha"},
     "mam": {"length", "rank", "alpha"},
+    "unipelt": {"length", "rank", "ranks"},
     "bitfit": SOME,
     "norms": SOME,
     "selective": SOME,
@@ -31,7 +32,8 @@ METHOD_KEYS: dict[str, set[str]] = {
     "lottery": SOME | {"density", "scouting"},
 }
 ELEMENTS = ("fishmask", "lottery")  # choose among the elements of weights
-AHEAD = ("prefix", "prompt", "p-tuning", "mam")  # put keys in front of every document
+FISHER = ("fishmask",)  # of these: by the gradients of single examples
+AHEAD = ("prefix", "prompt", "p-tuning", "mam", "unipelt")  # put keys in front of every document
 WHOLE = ("prompt", "p-tuning")  # need all layers at hand
 
 
@@ -57,9 +59,9 @@ class AdapterConfig(Section):
     """lora (arXiv:2106.09685), dora (2402.09353), adalora (2303.10512), vera (2310.11454), ia3 (2205.05638), oft
     (2306.07280), shira (2406.13175) add to linear maps; prefix (2101.00190), prompt (2104.08691), p-tuning (2103.10385)
     stand in front of documents; tokens replaces rows of the embedding; serial (1902.00751) and parallel (2110.04366)
-    are perceptrons behind or beside a block's parts, mam (2110.04366) is prefix and parallel; bitfit (2106.10199)
-    trains biases, norms the norms, selective what `targets` matches, and of that fishmask (2111.09839) and lottery
-    (LT-SFT, 2110.07560) single elements."""
+    are perceptrons behind or beside a block's parts, mam (2110.04366) is prefix and parallel, unipelt (2110.07577) lora
+    of q and v, prefix and serial of the MLP behind gates; bitfit (2106.10199) trains biases, norms the norms, selective
+    what `targets` matches, and of that fishmask (2111.09839) and lottery (LT-SFT, 2110.07560) single elements."""
     targets: list[str] | None = None
     """Patterns of module names: q is every layer's, layers/7/attn/* one layer's; selective: of weights. null: every
     linear map of the blocks (ia3: k, v, down; serial: attn, mlp; parallel: mlp; bitfit, norms: every bias, every norm;
@@ -67,27 +69,27 @@ class AdapterConfig(Section):
     layers: int | None = Field(None, ge=1)
     """Only in so many of the last blocks: below them nothing is trained and no backward pass runs; null: in all."""
     rank: int = Field(16, ge=1)
-    """Width of the added maps (lora, dora, adalora, vera) and perceptrons (serial, parallel, mam); shira trains as many
-    entries as lora of this rank has."""
+    """Width of the added maps (lora, dora, adalora, vera, unipelt) and perceptrons (serial, parallel, mam, unipelt);
+    shira trains as many entries as lora of this rank has."""
     block: int = Field(32, ge=2)
     """Inputs of a map that turn together (oft); it divides the inputs."""
     budget: BudgetConfig = BudgetConfig()
     """How ranks are shared out (adalora)."""
     length: int = Field(20, ge=1)
-    """Virtual tokens, or keys and values, in front of every document (prefix, prompt, p-tuning, mam)."""
+    """Virtual tokens, or keys and values, in front of every document (prefix, prompt, p-tuning, mam, unipelt)."""
     tokens: list[int] = []
     """Numbers of the tokens whose rows of the embedding are trained (tokens)."""
     density: float = Field(0.005, gt=0, lt=1)
     """Share of the elements of what `targets` matches that learn (fishmask, lottery)."""
     scouting: int = Field(16, ge=1)
-    """Updates at the beginning that find these elements: fishmask adds up squared gradients and moves nothing, lottery
-    trains all of them and goes back."""
+    """Updates at the beginning that find these elements: fishmask adds up the squared gradients of their examples and
+    moves nothing, lottery trains all of them and goes back."""
     alpha: float | None = Field(None, gt=0)
     """The added map, or perceptron, is multiplied by alpha / rank; null: alpha = rank."""
     rank_stabilized: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)."""
     ranks: dict[str, int] = {}
-    """Pattern -> rank of the modules it matches, the first match wins; others have `rank`."""
+    """Pattern -> rank of the modules it matches, the first match wins; others have `rank`. unipelt: of q, v, mlp."""
     alphas: dict[str, float] = {}
     """Pattern -> alpha of the modules it matches; others have `alpha`."""
     start: Literal["zero", "pissa", "olora", "loftq"] = "zero"

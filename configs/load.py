@@ -18,7 +18,7 @@ RECIPES = Path(__file__).parent
 def load(config: str | Path, *, overrides: Iterable[str] = ()) -> RunConfig:
     """The run that `config` (a YAML file, or a shipped recipe's name) describes, with `key.sub=value` words on top.
 
-    `extends: other.yaml` (relative to the file) is read first. Raises UserError with one line per mistake.
+    `extends: other.yaml` (relative to the file, or a recipe) is read first. Raises UserError with one line per mistake.
     """
     tree = read(find(config))
     for word in overrides:
@@ -56,7 +56,13 @@ def read(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path.name}: {tree!r} is not a mapping of keys to values")
     base = tree.pop("extends", None)
-    return tree if base is None else merged(read(path.parent / base, seen=(*seen, path)), tree)
+    return tree if base is None else merged(read(extended(path.parent, base), seen=(*seen, path)), tree)
+
+
+def extended(directory: Path, base: str) -> Path:
+    """The file that one in `directory` extends: there, or a recipe, `finetune/lora.yaml` or `finetune/lora`."""
+    places = (directory / base, RECIPES / base, RECIPES / f"{base}.yaml")
+    return next((path for path in places if path.is_file()), places[0])
 
 
 def parse(text: str, *, origin: str) -> Any:

@@ -25,9 +25,17 @@ class QuantizationConfig(Section):
     """Weights along a map's inputs that share a scale."""
     double: bool = False
     """Quantize the scales too: 0.127 in place of 0.5 bits a weight at group 64 (nf4)."""
+    trained: bool = False
+    """Keep the linear maps that adapter.method selective trains in codes too, and train these: no copy in full is kept,
+    scales stay (int8; quantization-aware scaling, arXiv:2206.15472)."""
 
     @model_validator(mode="after")
     def _everything_has_an_effect(self) -> "QuantizationConfig":
+        if self.trained and self.format != "int8":
+            raise ValueError(
+                f"quantization.trained: true, but a step of {self.format} is too long to learn by; use int8, or set it "
+                "to false"
+            )
         if self.double and self.format != "nf4":
             raise ValueError(f"quantization.double: true means nothing to format {self.format}; remove it, or use nf4")
         return self
@@ -50,7 +58,24 @@ def check_quantization(
             f"quantization: {quantization.format} weights cannot be trained; add an adapter, e.g. adapter: {{method: "
             "lora}, or remove quantization"
         )
+    if quantization.trained and adapter.method != "selective":
+        raise ValueError(
+            f"quantization.trained: true, but adapter.method {adapter.method} trains no linear map as it is; use "
+            "selective, or set it to false"
+        )
     check_groups(quantization, model, {"fsdp": 1, "tensor": 1})
+
+
+def check_codes(quantization: QuantizationConfig | None, *, average: float | None, replicated: bool) -> None:
+    """Raise ValueError where something would be made of codes that is none."""
+    if quantization is None or not quantization.trained:
+        return
+    if average is not None:
+        raise ValueError(f"optimizer.ema: {average} of codes is no code; remove it with quantization.trained")
+    if replicated:
+        raise ValueError(
+            "outer: what replicas agree on is no code; set quantization.trained to false, or outer to null"
+        )
 
 
 def check_groups(quantization: QuantizationConfig, model: ModelConfig, axes: dict[str, int]) -> None:

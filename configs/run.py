@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from .adapter import AHEAD, ELEMENTS, WHOLE, AdapterConfig
+from .adapter import AHEAD, ELEMENTS, FISHER, WHOLE, AdapterConfig
 from .adapters import NamedAdapterConfig, adapters_of, check_adapters, inherited, together, widest
 from .base import Section
 from .cuts import cuts
@@ -19,7 +19,7 @@ from .model import ModelConfig
 from .outer import OuterConfig, check_replicas, check_routing
 from .parallel import MemoryConfig, MeshConfig, PipelineConfig, PrecisionConfig, SequenceConfig
 from .privacy import PrivacyConfig, check_privacy
-from .quantization import QuantizationConfig, check_groups, check_quantization
+from .quantization import QuantizationConfig, check_codes, check_groups, check_quantization
 from .recipe import RecipeConfig, check_recipe, check_teacher
 from .training import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig
 
@@ -122,6 +122,11 @@ class RunConfig(Section):
                     "tokens puts rows into; set it to 0"
                 )
             check_scouting(self.adapter, steps=self.steps, average=self.optimizer.ema, spike=self.logging.spike)
+            if self.adapter.method in FISHER and self.recipe.name == "kto":
+                raise ValueError(
+                    f"recipe.name: kto measures an answer by the others of its row, and adapter.method "
+                    f"{self.adapter.method} looks at each alone; use lottery, or dpo"
+                )
             check_budget(self.adapter, steps=self.steps, average=self.optimizer.ema)
             if self.outer is not None and self.adapter.method in (*ELEMENTS, "adalora"):
                 raise ValueError(
@@ -134,6 +139,7 @@ class RunConfig(Section):
                     "that validates it; set it to false"
                 )
         check_quantization(self.quantization, self.adapter, self.model, recipe=self.recipe.name)
+        check_codes(self.quantization, average=self.optimizer.ema, replicated=self.outer is not None)
         if self.evaluation.answers and any(one.format == "text" and one.prompt is None for one in self.reads.sources):
             raise ValueError(
                 f"evaluation.answers: {self.evaluation.answers}, but texts without data.prompt ask nothing; set it to 0"
@@ -225,7 +231,8 @@ def check_ahead(adapter: AdapterConfig, model: ModelConfig, *, tokens: int) -> N
 def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
     """Raise ValueError where the models or the batch cannot be divided over mesh `axes` (axis -> size)."""
     method = None if config.adapter is None else config.adapter.method
-    for axis, methods, need in (("seq", AHEAD, "whole rows"), ("pipe", WHOLE, "all layers")):
+    needs = (("seq", AHEAD, "whole rows"), ("pipe", WHOLE, "all layers"), ("pipe", FISHER, "gradients of one example"))
+    for axis, methods, need in needs:
         if method in methods and axes[axis] > 1:
             raise ValueError(
                 f"mesh.{axis}: {axes[axis]}, but adapter.method {method} needs {need} on a device; set it to 1"

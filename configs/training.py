@@ -94,6 +94,10 @@ class CheckpointConfig(Section):
     """Failure domain (rack, switch, power supply) of each host, dealt to different groups; []: each its own."""
     on_failure: Literal["continue", "stop"] = "continue"
     """A save that failed (a full disk): journal it and train on, or stop. A run whose last save failed fails."""
+    timeout: float = Field(600, gt=0)
+    """Seconds for a save to storage; one that takes longer (storage that hangs) has failed and is not waited for."""
+    compare: bool = False
+    """Before each save, whether what several devices hold of the state is the same bits; stop where it is not."""
 
 
 class ProfileConfig(Section):

@@ -62,9 +62,9 @@ class Attention(nnx.Module):
             q, k = rotate(q, turn), rotate(k, turn)
         q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
         mask = Mask(window=self.window, softcap=config.attention_softcap, scale=config.attention_scale)
-        prefix = ctx.prefix if self.prefix is None else self.prefix()
+        prefix, attend = (ctx.prefix, ctx.attend) if self.prefix is None else self.prefix(x, ctx)
         k, v, where, entries = with_earlier(k, v, ctx, prefix=prefix)
-        out = ctx.constrain(ctx.attend(q, k, v, mask, where), ("batch", "sequence", "heads", None))
+        out = ctx.constrain(attend(q, k, v, mask, where), ("batch", "sequence", "heads", None))
         y = self.o(out, ctx)
         if self.adapter is not None:
             y = self.adapter(x, y, ctx)

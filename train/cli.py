@@ -5,13 +5,16 @@ Exit codes: 0 done, 2 the user's mistake (one clear line), 75 stopped on request
 
 import json
 import logging
+import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..checkpoint.hanging import left_behind
 from ..configs import load as loading
 from ..configs.errors import MeshwrightError, UserError
 from ..configs.parallel import PipelineConfig
@@ -346,11 +349,26 @@ def main() -> None:
     narrator.addHandler(logging.StreamHandler())
     narrator.setLevel(logging.INFO)
     narrator.propagate = False
+    code = exit_code()
+    if left_behind():  # storage hangs, and the interpreter would wait for it
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def exit_code() -> int:
+    """Of the verb that was typed."""
     try:
         app(standalone_mode=True)
     except MeshwrightError as error:
         print(f"meshwright: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

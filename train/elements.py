@@ -4,8 +4,8 @@
     lottery    how far training all of them moved each; then all go back to where they were      arXiv:2110.07560
 
 The `adapter.density` largest of all elements together learn, and all of what a recipe adds of its own. Which, is part
-of the optimizer's state, so a run that goes on keeps them. Departs: FishMask squares the gradient of every example,
-here it is that of a whole batch.
+of the optimizer's state, so a run that goes on keeps them. In these updates fishmask's gradient is the root of what the
+squares of its examples' gradients add up to (`examples.py`).
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ import optax
 from ..configs.adapter import AdapterConfig
 from ..models.adapters.selection import BESIDE
 from ..parallel.rules import path_name
+from ..parallel.state import TrainState
 
 
 class ElementsState(NamedTuple):
@@ -77,6 +78,11 @@ def elementwise(
         return updates, own | {"elements": ElementsState(step, score, kept)}
 
     return optax.GradientTransformation(init, update)
+
+
+def searched(state: TrainState, *, adapter: AdapterConfig) -> jax.Array:
+    """Whether the elements that learn are found."""
+    return state.opt_state["elements"].count >= adapter.scouting
 
 
 def with_path(change: Callable[[str, jax.Array], jax.Array], tree: Any) -> Any:

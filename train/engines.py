@@ -31,9 +31,9 @@ from ..parallel.pipeline.wiring import wired
 from ..parallel.rules import constrainer
 from ..parallel.state import combine
 from ..parallel.vocabulary import lookup
-from . import pipeline
+from . import examples, pipeline
 from .deterministic import in_fixed_order
-from .gradients import Batch, Engine, accumulated, plain
+from .gradients import Batch, Engine, Loss, accumulated, plain
 from .keys import of_weights
 from .private import make_norms, private
 from .recipes import interface as recipes
@@ -52,6 +52,7 @@ class Engines(NamedTuple):
     train: Engine
     evaluate: Evaluate
     measures: Mapping[str, Evaluate] = {}  # what else is told of held-out text
+    squares: Engine | None = None  # of single examples' gradients, where an adapter chooses by them
 
 
 def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
@@ -83,9 +84,20 @@ def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
         return Engines(accumulated(clipped, microbatches=config.microbatches), evaluate, further)
     if config.elastic.deterministic:
         alone = make_loss(values(graph, context=partial(context_alone, config, mesh)), recipe, measures)
-        fixed = in_fixed_order(plain(alone, dtype=dtype), mesh=mesh, microbatches=config.microbatches)
-        return Engines(fixed, evaluate, further)
-    return Engines(accumulated(plain(learned, dtype=dtype), microbatches=config.microbatches), evaluate, further)
+        fixed = partial(in_fixed_order, mesh=mesh, microbatches=config.microbatches)
+        squares = by_example(config, alone, lambda found, segments: fixed(examples.whole(found, segments=segments)))
+        return Engines(fixed(plain(alone, dtype=dtype)), evaluate, further, squares)
+    squares = by_example(config, learned, partial(examples.spread, mesh=mesh))
+    engine = accumulated(plain(learned, dtype=dtype), microbatches=config.microbatches)
+    return Engines(engine, evaluate, further, squares)
+
+
+def by_example(config: RunConfig, loss: Loss, spread: Callable[..., Engine]) -> Engine | None:
+    """Squares of the gradients of single examples, where the adapter chooses by them. An answer is one of a pair."""
+    if config.adapter is None or config.adapter.method != "fishmask":
+        return None
+    segments = 1 if RECIPES[config.recipe.name].unit == "token" else 2
+    return spread(examples.squared(loss, segments=segments), segments=segments)
 
 
 def measured(values: Callable[..., jax.Array], measure: recipes.Loss) -> Evaluate:

@@ -12,6 +12,7 @@ from ..models.adapters.selection import multipliers
 from ..models.adapters.sites import sites
 from ..parallel.layout import Order
 from . import optimizers
+from .codes import quantization_aware, trains_codes
 from .elements import elementwise
 from .ranks import Present, allocated
 from .several import learning_rates, scaled
@@ -31,6 +32,8 @@ def optimizer_maker(config: RunConfig, *, order: Order) -> Make:
         return wrapped(make, partial(allocated, adapter=adapter, present=present(config, order), steps=config.steps))
     if adapter is not None and adapter.method in ELEMENTS:
         return wrapped(make, partial(elementwise, adapter=adapter, chosen=chosen))
+    if trains_codes(config):
+        return wrapped(make, partial(quantization_aware, config=config, order=order))
     return make
 
 

@@ -23,14 +23,16 @@ from ..configs.errors import UserError
 from ..configs.model import ModelConfig
 from ..configs.names import ADAPTER_FIELD, BATCH_FIELDS, RECIPE_FIELDS, TOP_FIELDS
 from ..configs.run import RunConfig
-from ..models.quantized.attach import dequantized
+from ..models.quantized.attach import dequantized, held
 from ..parallel.hlo import refuse_permute_under_conditional
 from ..parallel.layout import rearranged, run_shapes
 from ..parallel.lowcomm.bytes import Traffic, gathered_bytes, routed, traffic
 from ..parallel.rules import batch_shardings, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState, combine
-from . import optimizers
+from . import codes, optimizers
+from .elements import searched
 from .engines import Evaluate, divided, fresh, pipelined, structure, whole
+from .examples import until
 from .gradients import Engine
 from .island import Island, island_of
 from .keys import of_steps
@@ -91,21 +93,26 @@ class Program:
         """`initial` of one replica."""
         params, frozen = divided(self.config, fresh(self.config) if weights is None else weights, teacher)
         parts = rearranged({"params": params, "frozen": frozen}, before=None, after=self.order)
+        params = self._held(parts["params"])
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=parts["params"],
+            params=params,
             frozen=parts["frozen"],
-            opt_state=self.optimizer.init(parts["params"]),
+            opt_state=self.optimizer.init(params),
             outer=(),
             rng=jax.random.key_data(of_steps(self.config)),
         )
+
+    def _held(self, params: Any) -> Any:
+        """`params` as the state has them."""
+        return held(params, self.config.model, self.config.quantization)
 
     def first_weights(self) -> Any:
         """All weights of the forward pass before step 0, their layers in order, born sharded."""
 
         def born(weights: Any) -> Any:
             params, frozen = divided(self.config, fresh(self.config) if weights is None else weights)
-            return combine(params, without_teacher(frozen))
+            return combine(codes.weights(self._held(params), self.config), without_teacher(frozen))
 
         shapes = jax.eval_shape(born, None)
         where = weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero)
@@ -142,7 +149,7 @@ class Program:
             step=repeated,
             params=weight_shardings(shapes.params, mesh=self.mesh, zero=zero),
             frozen=weight_shardings(shapes.frozen, mesh=self.mesh, zero=zero),
-            opt_state=optimizer_shardings(shapes.opt_state, shapes.params, mesh=self.mesh),
+            opt_state=optimizer_shardings(shapes.opt_state, self._weight_shapes, mesh=self.mesh),
             outer=(),
             rng=repeated,
         )
@@ -258,10 +265,12 @@ class Program:
 
     @cached_property
     def _evaluated(self) -> Callable[[TrainState], Any] | None:
-        if not self.replicas and "average" not in self.shapes.opt_state:
+        averages = "average" in self.shapes.opt_state
+        if not (self.replicas or averages or codes.trains_codes(self.config)):
             return None
         where = jax.tree.map(lambda leaf: leaf.sharding, self._abstract_params())
-        return jax.jit(self.replicas.parameters if self.replicas else averaged, out_shardings=where)
+        own = averaged if averages else lambda state: codes.weights(state.params, self.config)
+        return jax.jit(self.replicas.parameters if self.replicas else own, out_shardings=where)
 
     @cached_property
     def traffic(self) -> tuple[Traffic, ...]:
@@ -298,9 +307,13 @@ class Program:
         return run_shapes(self._abstract_params(), self.config.model, self.order)
 
     def _abstract_params(self) -> Any:
-        """One replica's parameters, and where they live."""
-        shapes = jax.eval_shape(self._one).params
+        """One replica's parameters as the model reads them, and where they live."""
+        shapes = self._weight_shapes
         return jax.tree.map(placed, shapes, weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero))
+
+    @cached_property
+    def _weight_shapes(self) -> Any:
+        return jax.eval_shape(lambda: codes.weights(self._one().params, self.config))
 
     def _abstract_state(self) -> TrainState:
         return jax.tree.map(placed, self.shapes, self.shardings)
@@ -333,13 +346,16 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
         update = post_validated(optimizer, make(clip=optimizers.unclipped), clip=config.optimizer.clip)
     if config.privacy is not None:
         update = noised(update, config.privacy, rows=config.data.global_batch)
-    told = nothing
+    gradients = codes.of_weights(engines.train, config)
+    train, told = gradients, nothing
+    if engines.squares is not None:
+        train, told = until(partial(searched, adapter=config.adapter), engines.squares, gradients)
     if staged is not None and config.outer is not None and config.outer.routing:
         told = routes(config.seed, staged.table, replicas=config.mesh.replica)
     applied, numbers = make_applied(update, schedule=schedule, spike=config.logging.spike), None
     if lift is not None:
         optimizer, applied, numbers = lift.optimizer(optimizer), lift.applied(applied), lift.numbers
-    step = make_step(engines.train, applied, dropout=drops(config), told=told, numbers=numbers)
+    step = make_step(train, applied, dropout=drops(config), told=told, numbers=numbers)
     evaluate, measures = engines.evaluate, engines.measures
     if config.islands:
         several = island_of(config, mesh, order=order)
@@ -348,7 +364,7 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
     if several:
         step, evaluate = several.step(step), several.evaluate(evaluate)
         measures = {name: several.evaluate(measure) for name, measure in measures.items()}
-    return Program(config, mesh, model, optimizer, engines.train, step, evaluate, measures, staged, several)
+    return Program(config, mesh, model, optimizer, gradients, step, evaluate, measures, staged, several)
 
 
 def drops(config: RunConfig) -> bool:

@@ -54,6 +54,7 @@ from .staging import check_staging
 from .stop import StopRequest
 from .teaching import check_teacher
 from .telling import Telling
+from .vouching import vouching
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
     checkpoint, corpus = program.config.checkpoint, data.fingerprint
     with ExitStack() as stack:
         progress = stack.enter_context(closing(Progress(world, fence)))
-        storage = Storage(directory / "checkpoints", layout=program.layout, allowed=fence.check)
+        storage = Storage(
+            directory / "checkpoints", layout=program.layout, allowed=fence.check, timeout=checkpoint.timeout
+        )
         stack.enter_context(closing(storage))
         stop = stack.enter_context(StopRequest())
         stack.enter_context(failures_told(journal))
@@ -107,7 +110,8 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
             snapshots = Snapshots(checkpoint, memory, journal, fence.check)
             stack.callback(snapshots.close)
             snapshots.reserve(state)
-        saving = Saving(checkpoint, storage, journal, {"corpus": corpus, "origin": program.origin}, snapshots)
+        stamp = {"corpus": corpus, "origin": program.origin}
+        saving = Saving(checkpoint, storage, journal, stamp, snapshots, progress.waits, vouching(program, progress))
         meetings = None
         if config.islands:
             meetings = stack.enter_context(

@@ -9,13 +9,14 @@ the copy a snapshot is written to the host's memory (`snapshots.py`), a checkpoi
 """
 
 import dataclasses
+import logging
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint.copies import independent
+from ..checkpoint.hanging import StorageHangs
 from ..checkpoint.retention import retained
 from ..checkpoint.storage import Storage
 from ..configs.errors import MeshwrightError
@@ -24,8 +25,12 @@ from ..parallel.state import TrainState
 from .agreement import anyone, firsts
 from .report.journal import Journal, read_events
 from .snapshots import Snapshots
+from .vouching import Vouch
 
 NOW, LATER, NEVER = "now", "later", "never"
+NEWS = 1.0  # seconds between two words while a save is waited for
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,20 @@ class Waiting:
 
 @dataclass
 class Saving:
-    """Saves of one run by `config`. Every process of the run begins the same ones; the first one journals."""
+    """Saves of one run by `config`. Every process of the run begins the same ones; the first one journals.
+
+    `alive` is told what is waited for, so that waiting for storage is not taken for a hang: that has its own time-out.
+    """
 
     config: CheckpointConfig
     storage: Storage
     journal: Journal
     stamp: Mapping[str, Any]  # what is written into every checkpoint beside the state
     snapshots: Snapshots | None = None  # in the host's memory
+    alive: Callable[[str], None] = lambda _: None
+    vouch: Vouch = lambda state, step: None  # raises where a state is not to be saved
     failure: MeshwrightError | None = None  # of the newest save; None where it became whole
+    failed_at: int = -1  # the step of that save
     waiting: Waiting | None = None  # when_busy: drop-oldest
     began: dict[int, float] = field(default_factory=dict)  # step -> when its save began
     numbers: dict[str, float] = field(default_factory=dict)  # for the next row of metrics
@@ -59,6 +70,7 @@ class Saving:
         when = self.when(step) if storage else NEVER
         if when == NEVER and not memory:
             return
+        self.vouch(state, step)
         copied = independent(dataclasses.replace(state, frozen={}))  # what never changes is not saved
         stall = time.monotonic() - began
         if memory:
@@ -73,13 +85,18 @@ class Saving:
 
     def when(self, step: int) -> str:
         """When storage takes a save of `step`: back-pressure, the same on every process."""
-        busy = self.config.when_busy != "wait" and anyone(self.storage.pending is not None and not self.storage.ended)
-        if not busy:
+        if self.config.when_busy == "wait":
             self.settle()
+        if not anyone(self.storage.busy):
+            self.note()
             return NOW
         if self.config.when_busy == "drop-oldest":
             return LATER
-        self.journal.record("save-skipped", step=step, reason="the save before it is still being written")
+        if anyone(self.storage.hangs):
+            self.note()
+            self.failed(StorageHangs(f"step {step} is not saved: the save before it hangs"), step)
+        else:
+            self.journal.record("save-skipped", step=step, reason="the save before it is still being written")
         return NEVER
 
     def write(self) -> None:
@@ -101,11 +118,11 @@ class Saving:
         if self.snapshots is not None:
             self.snapshots.poll()
             self.numbers |= self.snapshots.numbers()
-        if self.waiting is not None and not anyone(self.storage.pending is not None and not self.storage.ended):
-            self.settle()
+        if self.waiting is not None and not anyone(self.storage.busy):
+            self.note()
             self.write()
-        elif self.storage.ended:
-            self.settle()
+        elif self.storage.ended or self.storage.hangs:
+            self.note()
 
     def row(self) -> dict[str, float]:
         """What saves took since the last row of metrics."""
@@ -113,16 +130,24 @@ class Saving:
         return numbers
 
     def settle(self) -> None:
-        """Wait for the save under way and note how it ended."""
+        """Wait for the save under way, on all processes, and note how it ended."""
+        step, began = self.storage.pending, time.monotonic()
+        while anyone(self.storage.under_way(NEWS)):
+            self.alive(f"waits for the save of step {step}, {time.monotonic() - began:.0f} s")
+        self.note()
+
+    def note(self) -> None:
+        """How the save ended that is not under way any more, or has been for too long."""
         step = self.storage.pending
+        if step is None or (self.storage.hangs and step <= self.failed_at):
+            return  # nothing new
         try:
             committed = self.storage.wait()
         except MeshwrightError as error:
             self.failed(error, step)
             return
-        if committed is None:
-            return
-        self.failure = None
+        if committed >= self.failed_at:
+            self.failure = None
         spent = {name if name == "bytes" else f"{name}_seconds": one for name, one in vars(self.storage.spent).items()}
         self.numbers |= {f"save_{name}": float(value) for name, value in spent.items()}
         self.journal.record("commit", step=committed, seconds=time.monotonic() - self.began[committed], **spent)
@@ -157,8 +182,14 @@ class Saving:
 
     def finish(self) -> None:
         """Wait for the last save, of all processes. Raises MeshwrightError where it failed on any."""
-        with suppress(MeshwrightError):  # it is in `failure`
+        try:
             self.settle()
+            if self.waiting is not None and not anyone(self.storage.busy):
+                self.write()
+                self.settle()
+        except MeshwrightError:
+            if self.failure is None:
+                raise
         if anyone(self.failure is not None):
             raise self.failure or MeshwrightError("the last save failed on another process, which says why")
         if self.snapshots is not None:
@@ -166,7 +197,8 @@ class Saving:
 
     def failed(self, error: MeshwrightError, step: int | None) -> None:
         """Journal a save that failed; raise where the policy says stop."""
-        self.failure = error
+        self.failure, self.failed_at = error, -1 if step is None else step
+        logger.warning("%s", error)
         self.journal.record("save-failed", step=step, message=str(error)[:500])
         if self.config.on_failure == "stop":
             raise error
@@ -181,7 +213,10 @@ class Saving:
             best=self.config.keep_best,
             scores=scores(self.journal) if self.config.keep_best else None,
         )
-        self.storage.keep_only(kept)
+        try:
+            self.storage.keep_only(kept)
+        except OSError as error:  # the next commit tries again
+            logger.warning("old checkpoints cannot be deleted: %s", error)
 
 
 def scores(journal: Journal) -> dict[int, float]:

@@ -34,12 +34,15 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x: jax.Array, y: jax.Array, ctx: Context) -> jax.Array:
         """x is what the part reads, y what it makes, both [batch, sequence, embed]."""
-        read = ctx.constrain(y, GATHERED) if self.behind else x
+        return y + self.added(ctx.constrain(y, GATHERED) if self.behind else x, ctx)
+
+    def added(self, read: jax.Array, ctx: Context) -> jax.Array:
+        """What is added to y [batch, sequence, embed]."""
         down, up, bias, last = (
             leaf[...].astype(ctx.compute) for leaf in (self.down, self.up, self.down_bias, self.up_bias)
         )
-        added = ctx.linear(jax.nn.relu(ctx.linear(read, down, inputs=1) + bias), up, inputs=1) + last
-        return y + self.scale[...].astype(ctx.compute) * added
+        made = ctx.linear(jax.nn.relu(ctx.linear(read, down, inputs=1) + bias), up, inputs=1) + last
+        return self.scale[...].astype(ctx.compute) * made
 
 
 def serial(leaves: Leaves) -> Bottleneck:

@@ -6,6 +6,8 @@ They start as what the model itself makes of `length` tokens, drawn at random (s
 and are learned without the paper's reparametrization. Rotations are in them: tokens count their positions after them.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -24,9 +26,10 @@ class Prefix(nnx.Module):
     def __init__(self, leaves: Leaves):
         self.k, self.v = nnx.Param(leaves["k"]), nnx.Param(leaves["v"])
 
-    def __call__(self) -> Leaves:
-        """What attention puts in front of its own."""
-        return {"k": self.k[...], "v": self.v[...]}
+    def __call__(self, x: jax.Array, ctx: Context) -> tuple[Leaves, Callable[..., jax.Array]]:
+        """What attention, which reads x [batch, sequence, embed], puts in front of its own, and how it attends then."""
+        del x
+        return {"k": self.k[...], "v": self.v[...]}, ctx.attend
 
 
 def start(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:

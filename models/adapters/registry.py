@@ -10,6 +10,7 @@ from .prefix import PREFIX
 from .prompt import P_TUNING, PROMPT
 from .shira import SHIRA
 from .tokens import TOKENS
+from .unipelt import UNIPELT
 from .vera import VERA
 
 METHODS: dict[str, Method] = {
@@ -29,4 +30,5 @@ ADDITIONS: dict[str, tuple[Addition, ...]] = {
     "serial": (SERIAL,),
     "parallel": (PARALLEL,),
     "mam": (PREFIX, PARALLEL),  # "mix and match" of arXiv:2110.04366
+    "unipelt": UNIPELT,
 }

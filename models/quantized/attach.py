@@ -47,18 +47,40 @@ def put(model: ModelConfig, quantization: QuantizationConfig | None, frozen: Any
 
 
 def quantized(frozen: Params, model: ModelConfig, quantization: QuantizationConfig | None) -> Params:
-    """`frozen` with leaves in the place of the blocks' kernels; itself without a `quantization`. Pure."""
+    """`frozen` with leaves in the place of the blocks' kernels; itself without a `quantization`. Pure.
+
+    Raises UserError where there is no kernel, unless those that are trained are in codes too.
+    """
     if quantization is None:
         return frozen
-    result, there = copied(frozen), [path for path, _ in forms(model, quantization) if found(frozen, path) is not None]
-    if not there:
+    if not quantization.trained and not any(found(frozen, path) is not None for path, _ in forms(model, quantization)):
         raise UserError(
             f"quantization: {quantization.format} has nothing to keep: every linear map is trained; remove it, or "
             "narrow adapter.targets"
         )
+    return coded(frozen, model, quantization)
+
+
+def held(params: Params, model: ModelConfig, quantization: QuantizationConfig | None) -> Params:
+    """`params` with leaves in the place of the blocks' kernels where `quantization.trained`; else themselves. Pure.
+
+    Raises UserError where there is no kernel.
+    """
+    if quantization is None or not quantization.trained:
+        return params
+    if not any(found(params, path) is not None for path, _ in forms(model, quantization)):
+        raise UserError(
+            "quantization.trained: true, but no linear map is trained; name some in adapter.targets, or set it to false"
+        )
+    return coded(params, model, quantization)
+
+
+def coded(tree: Params, model: ModelConfig, quantization: QuantizationConfig) -> Params:
+    """`tree` with leaves in the place of every kernel of the blocks that is there. Pure."""
+    result = copied(tree)
     for path, form in forms(model, quantization):
         linear, _, leaf = path.rpartition("/")
-        if (kernels := found(frozen, path)) is not None:
+        if (kernels := found(tree, path)) is not None:
             at(result, linear)[leaf] = jax.vmap(partial(encoded, form=form))(kernels)
     return result
 

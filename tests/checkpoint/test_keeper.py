@@ -146,6 +146,25 @@ def test_a_keeper_that_died_is_followed_by_one_that_knows_as_much(tmp_path):
         }
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_keeper_that_dies_while_it_rebuilds_is_followed_by_one_that_does(tmp_path, monkeypatch):
+    """What it had put together is not taken for a snapshot, and the next one begins anew."""
+    with Hosts(tmp_path, hosts=3, losses=1) as hosts:
+        hosts.snapshot(1)
+        hosts.protect()
+        before = hosts.files(1)
+        hosts.lose(1)
+        with monkeypatch.context() as patched:
+            patched.setattr(hosts.keepers[1], "_accept", lambda *_: (_ for _ in ()).throw(SystemExit))
+            word = hosts.recover()
+        assert (word.step, word.rebuilt) == (-1, ()) and not hosts.files(1)
+        hosts.start(1)
+        word = hosts.recover()
+        assert (word.step, word.rebuilt) == (1, (1,))
+        (found,) = hosts.files(1).values()
+        assert before["1.1"][: len(found)] == found
+
+
 def test_no_flipped_bit_of_memory_or_parity_is_returned(tmp_path):
     """Each flip: a slot or a share is damaged, seen, and rebuilt; with a host lost too, all or nothing comes back."""
     draw, repaired, refused = random.Random(0), 0, 0

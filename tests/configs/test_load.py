@@ -41,6 +41,19 @@ def test_extends_and_overrides_compose(tmp_path):
     assert config.optimizer.learning_rate == 0.01
 
 
+@pytest.mark.parametrize("base", ["finetune/lora.yaml", "finetune/lora"])
+def test_a_recipe_is_extended_from_anywhere(tmp_path, base):
+    """As every page of the documentation writes it; a file beside the one that extends comes first."""
+    (tmp_path / "mine.yaml").write_text(f"extends: {base}\nadapter: {{rank: 5}}\n")
+    assert load(tmp_path / "mine.yaml").adapter.model_dump() == load("finetune/lora").adapter.model_dump() | {"rank": 5}
+    (tmp_path / "finetune").mkdir()
+    (tmp_path / base).write_text("steps: 7\n")
+    assert load(tmp_path / "mine.yaml").steps == 7
+    (tmp_path / "other.yaml").write_text("extends: nowhere.yaml\n")
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read"):
+        load(tmp_path / "other.yaml")
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_the_resolved_configuration_reads_back_equal(family):
     config = validated({"model": {"family": family, "layers": 6}})

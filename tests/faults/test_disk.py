@@ -1,6 +1,7 @@
 """A disk or a memory that is full, errs, or is slow: real ones where the test may mount, else limits of files."""
 
 import errno
+import os
 import resource
 import signal
 import subprocess
@@ -18,7 +19,11 @@ from meshwright.checkpoint.storage import Storage
 from meshwright.configs.errors import MeshwrightError, UserError
 from meshwright.configs.training import CheckpointConfig
 from meshwright.parallel.state import TrainState
+from meshwright.train.launch.fence import Fence
+from meshwright.train.report import sinks
 from meshwright.train.report.journal import Journal, read_events
+from meshwright.train.report.lines import read
+from meshwright.train.report.sinks import JsonLines, TensorBoard
 from meshwright.train.saving import Saving
 from meshwright.train.snapshots import Snapshots
 
@@ -54,6 +59,83 @@ def small(tmp_path):
     yield place
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A directory, and what makes it read-only and writable again: a mount, or its modes where that is not allowed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True).returncode == 0
+
+    def remount(how):
+        if mounted:
+            subprocess.run(["mount", "-o", f"remount,{how}", place], check=True)
+        else:
+            subprocess.run(["chmod", "-R", "a-w" if how == "ro" else "u+w", place], check=True)
+
+    yield place, remount
+    subprocess.run(["umount", "-l", place] if mounted else ["chmod", "-R", "u+w", place], check=True)
+
+
+def test_storage_that_becomes_read_only_stops_nobody_and_no_line_is_lost(disk, tmp_path):
+    place, remount = disk
+    config = CheckpointConfig(every=1, keep=1, memory_every=1)
+    memory, journal, metrics = Memory(tmp_path / "slots"), Journal(place), JsonLines(place / "metrics.jsonl")
+    storage, snapshots = Storage(place / "checkpoints", layout=PLAIN), Snapshots(config, memory, journal)
+    saving = Saving(config, storage, journal, {}, snapshots)
+    for step, how in ((1, "rw"), (2, "rw"), (3, "ro"), (4, "ro"), (5, "rw")):
+        remount(how)
+        saving.begin(state(1000), step, samples=step, memory=True)
+        metrics.write(step, {"loss": 1.0})
+        saving.settle()
+        assert (saving.failure is not None) == (how == "ro")
+        if how == "ro":
+            assert "make it writable and run again" in str(saving.failure) or os.geteuid() != 0
+            assert storage.steps == [2] and [row["step"] for row in read(metrics.path)] == [1, 2]
+    assert memory.newest >= 4
+    saving.finish()
+    storage.close()
+    told = [(event["event"], event["step"]) for event in read_events(place) if event["event"] != "save"]
+    assert told == [("commit", 1), ("commit", 2), ("save-failed", 3), ("save-failed", 4), ("commit", 5)]
+    assert [row["step"] for row in read(metrics.path)] == [1, 2, 3, 4, 5]
+    assert sorted(path.name for path in (place / "checkpoints").iterdir()) == ["5"]
+
+
+def test_a_run_whose_storage_is_read_only_at_its_end_fails_and_leaves_its_snapshots(disk, tmp_path):
+    place, remount = disk
+    config = CheckpointConfig(memory_every=1)
+    memory, journal, storage = Memory(tmp_path / "slots"), Journal(place), Storage(place / "checkpoints", layout=PLAIN)
+    saving = Saving(config, storage, journal, {}, Snapshots(config, memory, journal))
+    saving.begin(state(1000), 1, samples=8)
+    saving.settle()
+    remount("ro")
+    saving.begin(state(1000), 2, samples=16, storage=False, memory=True)
+    saving.last(state(1000), 3, samples=24)
+    with pytest.raises(UserError, match="checkpoint 3 could not be written"):
+        saving.finish()
+    saving.snapshots.close()
+    storage.close()
+    assert storage.steps == [1] and memory.newest == 2
+    with pytest.raises(UserError, match="cannot be written"):  # a restart says what is wrong
+        Fence(place, 2).claim()
+
+
+def test_a_directory_that_cannot_be_written_from_the_start_is_the_users_mistake(disk):
+    place, remount = disk
+    remount("ro")
+    with pytest.raises(UserError, match=r"events.jsonl: cannot be written: (Read-only|Permission)"):
+        Journal(place).record("start", step=0)
+
+
+def test_charts_end_where_their_file_cannot_be_written_and_nobody_waits_for_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sinks, "FLUSH", 0.0)
+    charts = TensorBoard(tmp_path)
+    with charts._events._py_recordio_writer._writer, open("/dev/full", "wb", buffering=0) as full:
+        charts._events._py_recordio_writer._writer = full
+        for step in range(50):
+            charts.write(step, {"loss": 1.0})
+        charts.close()
 
 
 def test_a_full_disk_fails_the_save_and_leaves_the_one_before(small):

@@ -100,6 +100,8 @@ FAULTS = {
     "killed between draft and commit": ([(0, 1, "commit", 6, "kill")], [(0, "-9")]),
     "stopped": ([(1, 1, "step", 5, "stop")], [(1, "process 1 hangs, at step")]),
     "asleep": ([(2, 1, "step", 8, "sleep")], [(2, "process 2 hangs, at step 6")]),
+    "an endless loop": ([(2, 1, "step", 8, "spin")], [(2, "process 2 hangs, at step")]),
+    "the interpreter's lock held": ([(1, 1, "step", 5, "hold")], [(1, "process 1 hangs, at step")]),
     "crash at start": ([(1, 1, "start", 0, "crash")], [(1, "{1: 1}")]),
     "failure during recovery": ([(1, 1, "step", 5, "kill"), (0, 2, "start", 0, "kill")], [(1, "-9"), (0, "-9")]),
     "killed at the end": ([(1, 1, "end", 12, "kill")], [(1, "-9")]),
@@ -114,6 +116,23 @@ def test_the_run_ends_as_if_nothing_had_happened(tmp_path, faults, restarts):
     assert len(told) == len(restarts)
     for event, (number, word) in zip(told, restarts, strict=True):
         assert number in (None, event["suspect"]) and word in event["reason"]
+
+
+COORDINATORS = {
+    "its port is taken": ("sys.exit(1)", "exit code 1"),
+    "it dies": ("time.sleep(1); os.kill(os.getpid(), 9)", "exit code -9"),
+}
+
+
+@pytest.mark.parametrize(("does", "word"), COORDINATORS.values(), ids=COORDINATORS)
+def test_a_lost_coordination_service_is_started_again_with_all(tmp_path, monkeypatch, does, word):
+    code = f"import os, pathlib, sys, time; first = pathlib.Path({str(tmp_path)!r}, 'first')\n"
+    code += f"if not first.exists(): first.touch(); {does}\ntime.sleep(600)"
+    monkeypatch.setattr(local, "COORDINATOR_HOST", [sys.executable, "-c", code])
+    run(tmp_path, (1, 1, "step", 5, "sleep"))
+    check(tmp_path)
+    (told,) = [event for event in read_events(tmp_path) if event["event"] == "restart"]
+    assert told["reason"] == f"the coordination service ended with {word}"
 
 
 def test_a_process_that_always_dies_is_given_up(tmp_path):
@@ -133,7 +152,9 @@ def test_sigterm_saves_and_the_next_launch_goes_on(tmp_path):
     def ask():
         while not (tmp_path / "met" / "1" / "5").exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2):  # some schedulers say it twice
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
 
     threading.Thread(target=ask).start()
     with pytest.raises(Preempted):

@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -52,7 +54,8 @@ def reached(launcher, directory, step, *, hosts=range(2)):
     deadline = time.monotonic() + 240
     slots = [mailbox.directory_of(directory / "runs" / "run", host=host) for host in hosts]
     while min(mailbox.protected(slot).step for slot in slots) < step:
-        assert launcher.poll() is None and time.monotonic() < deadline, f"step {step} was never protected"
+        assert launcher.poll() is None, launcher.communicate()[1].decode()[-3000:]
+        assert time.monotonic() < deadline, f"step {step} was never protected"
         time.sleep(0.01)
     return slots
 
@@ -116,6 +119,44 @@ def test_a_lost_keeper_costs_nothing_and_a_killed_trainer_goes_on_from_memory(un
     assert restore["level"] == "memory" and restore["step"] >= 20 and blocks == undisturbed
     told = [json.loads(line) for line in (directory / "runs" / "run" / "keepers.jsonl").read_text().splitlines()]
     assert [event["event"] for event in told] == ["keeper-lost", "recovery"] and told[0]["host"] == 1
+
+
+@pytest.mark.slow
+def test_a_lost_node_of_a_ray_cluster_is_rebuilt_from_parity(undisturbed, tmp_path, monkeypatch):
+    """Three nodes, each with a memory of its own; one that has a trainer and a keeper is lost with all three."""
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    from ray.cluster_utils import Cluster
+
+    directory, memory = tmp_path / "job", tempfile.TemporaryDirectory(dir="/dev/shm")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = {cluster.add_node(num_cpus=1, env_vars={mailbox.PLACE: f"{memory.name}/{one}"}): one for one in "abc"}
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        launcher = launched(directory, "--engine", "ray")
+        deadline = time.monotonic() + 240
+        while sum(step >= 15 for step in memories(memory.name).values()) < 2:
+            assert launcher.poll() is None, launcher.communicate()[1].decode()[-3000:]
+            assert time.monotonic() < deadline, "never protected on both"
+            time.sleep(0.01)
+        (gone,) = [where.relative_to(memory.name).parts[0] for where in memories(memory.name) if where.name == "host-1"]
+        lost = next(node for node, one in nodes.items() if one == gone)
+        raylet = psutil.Process(lost.all_processes["raylet"][0].process.pid)
+        for process in [raylet, *raylet.children(recursive=True)]:
+            process.kill()
+        shutil.rmtree(f"{memory.name}/{gone}")
+        cluster.remove_node(lost, allow_graceful=False)
+        (restore,), blocks = finished(launcher, directory)
+    finally:
+        cluster.shutdown()
+        memory.cleanup()
+    assert restore["level"] == "parity" and restore["step"] >= 15 and "host 1 lost" in restore["reason"]
+    assert blocks == undisturbed
+
+
+def memories(place):
+    """Directory of each host's slots -> the step that its keeper says is protected."""
+    found = [word.parent for word in Path(place).glob("*/*/*/host-*/protected.json")]
+    return {where: mailbox.protected(where).step for where in found}
 
 
 FEWER = (

@@ -3,6 +3,7 @@
 `faults.json` of the run directory lists {process, epoch, point, step, kind}; a worker that comes to one commits it.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -22,6 +23,8 @@ KINDS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "sleep": lambda: time.sleep(600),
+    "spin": lambda: any(iter(int, 1)),  # never ends, and lets other threads run
+    "hold": lambda: ctypes.PyDLL(None).sleep(600),  # with the interpreter's lock: no thread says a word
     "slow": lambda: time.sleep(0.15),
     "crash": lambda: sys.exit(1),
     "refuse": lambda: sys.exit(2),

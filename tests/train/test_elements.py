@@ -88,11 +88,13 @@ def test_in_a_run_only_so_many_elements_move(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fishmask", "lottery"])
-def test_a_mesh_changes_nothing(method):
+@pytest.mark.parametrize(
+    ("method", "mesh"), [("fishmask", MESH), ("fishmask", {"data": 2, "seq": 2, "tensor": 2}), ("lottery", MESH)]
+)
+def test_a_mesh_changes_nothing(method, mesh):
     adapter = {"method": method, "density": 0.1, "scouting": 2}
     sgd = {"name": "sgd", "b1": 0.0}
-    assert_same(tiny(adapter=adapter, optimizer=sgd), tiny(adapter=adapter, optimizer=sgd, mesh=MESH), steps=4)
+    assert_same(tiny(adapter=adapter, optimizer=sgd), tiny(adapter=adapter, optimizer=sgd, mesh=mesh), steps=4)
 
 
 def test_a_search_that_takes_the_whole_run_is_refused():

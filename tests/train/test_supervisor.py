@@ -11,8 +11,9 @@ from meshwright.train.launch.decisions import Failure, Report, culprit, gives_up
 from meshwright.train.launch.drain import drain
 from meshwright.train.launch.fence import Fence, Fenced, current
 from meshwright.train.launch.formations import Formation
+from meshwright.train.launch.progress import ERRS
 from meshwright.train.launch.rendezvous import Room, joined
-from meshwright.train.launch.supervisor import Watch, hung, judged, supervise
+from meshwright.train.launch.supervisor import Watch, hung, judged, supervise, write
 from meshwright.train.report.journal import read_events
 
 SETTINGS = ElasticConfig(
@@ -77,6 +78,18 @@ def test_a_slot_is_struck_out_by_failures_of_the_window():
 def test_who_was_killed_is_the_suspect_not_who_then_missed_it():
     outcome = judged({0: 1, 1: -9, 2: None}, Watch(0.0), now=1.0)
     assert outcome.suspect == 1
+
+
+def test_whose_device_was_found_out_is_the_suspect_not_who_ended_with_it():
+    reports = {0: Report(9, "save or evaluate", 1.0, 1.0), 1: Report(9, ERRS, 1.0, 1.0)}
+    assert judged({0: 1, 1: 1}, Watch(0.0, reports=reports), now=2.0).suspect == 1
+
+
+def test_a_journal_that_takes_no_line_does_not_hide_what_happened(tmp_path, caplog):
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "events.jsonl").mkdir()
+    write(tmp_path, "restart", reason="process 1 hangs")
+    assert "process 1 hangs" in caplog.text
 
 
 def test_programs_compiled_behind_the_last_step_have_the_time_of_a_start():

@@ -9,6 +9,7 @@ the same agent, on the same machine, in seconds. Where the supervisor is gone th
     supervisor -> agent     {"do": "start", "epoch", "command", "environment", "directory", "quiet"}
                             {"do": "stop"}   {"do": "kill"}   {"do": "probe", "session", "rendezvous", "processes"}
                             {"do": "keep", "run", "rendezvous", "settings"}   {"do": "end"}
+                            {"beat": true}, in answer to the agent's
     agent -> supervisor     {"hello": NUMBER or null, "host"}   {"beat": true}   {"exit": CODE, "epoch"}
                             {"killed": EPOCH}   {"keeper": CODE}
 
@@ -38,6 +39,7 @@ from .switchboard import BEAT, connected
 from .tending import Tended
 
 TICK = 0.05  # seconds between two looks at the trainer
+SILENCE = 30.0  # seconds without an answer after which the supervisor, or the way to it, is gone
 PATIENCE = 120.0  # seconds without a supervisor after which the agent ends
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -91,13 +93,14 @@ class Agent:
             self._trainer.send_signal(signal.SIGTERM)
 
     def _serve(self, line: socket.socket) -> None:
-        text, spoken = b"", 0.0
-        while not self._ended:
+        text, spoken, heard = b"", 0.0, time.monotonic()
+        while not self._ended and time.monotonic() - heard < SILENCE:
             ready, _, _ = select.select([line], [], [], TICK)
             if ready:
                 part = line.recv(65536)
                 if not part:
                     return
+                heard = time.monotonic()
                 *whole, text = (text + part).split(b"\n")
                 for words in whole:
                     self._obey(json.loads(words), line)
@@ -116,7 +119,7 @@ class Agent:
                 line.sendall(message({"beat": True}))
 
     def _obey(self, asked: Mapping[str, Any], line: socket.socket) -> None:
-        match asked["do"]:
+        match asked.get("do"):
             case "start" if not self.leaving:
                 self._start(asked, line)
             case "stop":

@@ -8,7 +8,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from ...configs.errors import MeshwrightError
+from ...configs.errors import MeshwrightError, UserError
 
 FILE = "epoch"
 
@@ -24,13 +24,21 @@ class Fence:
         self.directory, self.epoch = directory, epoch
 
     def claim(self) -> None:
-        """Take the directory for this epoch; the next one where none was assigned. Raises Fenced where it is taken."""
+        """Take the directory for this epoch; the next one where none was assigned.
+
+        Raises Fenced where it is taken, UserError where it cannot be written.
+        """
         if self.epoch is None:
             self.epoch = current(self.directory) + 1
         self.check()
         draft = self.directory / f".{FILE}.{os.getpid()}"
-        draft.write_text(f"{self.epoch}\n")
-        os.replace(draft, self.directory / FILE)
+        try:
+            draft.write_text(f"{self.epoch}\n")
+            os.replace(draft, self.directory / FILE)
+        except OSError as error:
+            raise UserError(
+                f"{self.directory}: cannot be written: {error.strerror}; make it writable and run the same command"
+            ) from error
 
     def check(self) -> None:
         """Raise Fenced where a later epoch has the directory."""

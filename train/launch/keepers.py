@@ -34,6 +34,7 @@ from .tending import Tending, settings
 
 START = 20.0  # seconds for a keeper to report
 HUNG = 30.0  # seconds without a word after which a keeper is replaced
+REACH = 30.0  # seconds for an answer that needs no work: a keeper may be waiting for that of another itself
 WORK = 600.0  # seconds for verifying or rebuilding a host's snapshots
 TICK = 0.25
 FILE = "keepers.jsonl"
@@ -156,21 +157,25 @@ def recover(peers: Mapping[int, Peer], plan: Plan, *, before: Plan | None = None
     rebuild is rebuilt where it is lost. Every keeper in `peers` is told.
 
     `before` is the plan of the epoch that made the snapshots; what others left is deleted. None: of this one, maybe.
+    A keeper that does not answer the first question is lost: the network between may be.
     """
     began, made = time.monotonic(), before or plan
     with ThreadPoolExecutor(max(len(peers), 1)) as threads:
 
-        def everyone(request: Mapping[str, Any], of: Plan) -> dict[int, Any]:
+        def everyone(request: Mapping[str, Any], of: Plan, *, within: float = REACH) -> dict[int, Any]:
             asked = {
-                host: threads.submit(peer.ask, {**settings(host, of), **request}, timeout=WORK)
+                host: threads.submit(peer.ask, {**settings(host, of), **request}, timeout=within)
                 for host, peer in peers.items()
             }
             return {host: told for host, one in asked.items() if (told := answer(one)) is not None}
 
-        everyone({"do": "form"}, made)
+        reached = everyone({"do": "form"}, made)
+        if silent := sorted(peers.keys() - reached.keys()):
+            logger.warning("the keepers of hosts %s do not answer: their snapshots are taken as lost", silent)
+        peers = {host: peers[host] for host in reached}
         if before is not None:
             everyone({"do": "sweep"}, made)
-        checked = everyone({"do": "check"}, made)
+        checked = everyone({"do": "check"}, made, within=WORK)
         infos = {host: {**told["info"], "address": peers[host].address} for host, told in checked.items()}
         if made.slots == plan.slots:
             found = rebuilt(peers, infos, plan, threads)

@@ -16,6 +16,7 @@ from .world import World
 
 OFTEN = 0.1  # seconds between two words: short steps need not tell each
 HEARTBEAT = 0.5  # seconds between two words that say nothing new
+ERRS = "errs"  # what comes next, of a process whose device was found out: it ends
 PATIENCE = 60.0  # seconds without an answer after which the supervisor is gone
 
 

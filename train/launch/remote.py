@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
+from ...checkpoint import mailbox
 from ...configs.errors import MeshwrightError
 from . import local, world
 from .job import Job
@@ -166,6 +167,7 @@ class RemoteEngine:
         if self.processes > 1:
             self._coordinator = local.spawn([*local.COORDINATOR_HOST, address, str(self.processes)], os.environ)
         forwarded = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+        forwarded.pop(mailbox.PLACE, None)  # each machine has its own
         shared = forwarded | self._shared | {
             world.COORDINATOR: address,
             world.COUNT: str(self.processes),

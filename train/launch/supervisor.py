@@ -11,6 +11,7 @@ and a fence against processes of earlier ones. JAX-free.
     regroup     asked by the supervisor itself to stop: slots were drained, or a larger mesh fits again
 """
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -25,12 +26,15 @@ from .decisions import Failure, Outcome, Report, culprit, gives_up, patience, pa
 from .drain import drained
 from .fence import Fence, current
 from .formations import Formation, Team
+from .progress import ERRS
 from .regroup import Regroup, change
 from .rendezvous import Room
 from .telemetry import Telemetry
 
 TICK = 0.1  # seconds between two looks
 TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of a process that SIGTERM ended
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -243,7 +247,10 @@ def tell(directory: Path, event: str, outcome: Outcome, **fields: object) -> Non
 def write(directory: Path, event: str, **fields: object) -> None:
     """One line of the journal, between two epochs: nobody else writes then."""
     if (directory / "config.yaml").exists():  # else they failed before the run had a directory
-        Journal(directory).record(event, **fields)
+        try:
+            Journal(directory).record(event, **fields)
+        except UserError as error:  # a disk that takes no line must not hide what happened
+            logger.warning("%s: %s (%s)", event, fields.get("reason"), error)
 
 
 def watched(
@@ -298,7 +305,8 @@ def judged(codes: Mapping[int, int | None], watch: Watch, *, now: float, asked: 
         refused = next(number for number, code in codes.items() if code == UserError.exit_code)
         return Outcome("refused", f"process {refused} refused the configuration (see above)", watch.reached, refused)
     if failed := {number: code for number, code in codes.items() if code not in (None, 0, Preempted.exit_code)}:
-        first = culprit(failed)
+        errs = [number for number in failed if number in watch.reports and watch.reports[number].phase == ERRS]
+        first = min(errs, default=culprit(failed))
         last = watch.reports[first].time if first in watch.reports else watch.started
         reason = f"processes failed with these exit codes: {failed}"
         return Outcome("failed", reason, watch.reached, first, now - last)

@@ -34,6 +34,20 @@ class Line:
     keeper: int | None = None  # how that one ended
     turn: threading.Lock = field(default_factory=threading.Lock)  # several threads tell it things
 
+    def send(self, words: Mapping[str, Any]) -> None:
+        """One line; hangs up where it cannot be sent."""
+        try:
+            with self.turn:
+                self.socket.sendall(json.dumps(words).encode() + b"\n")
+        except OSError:
+            self.drop()
+
+    def drop(self) -> None:
+        """Hang up: an agent that still lives kills its trainer."""
+        self.open = False
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
 
 class Switchboard:
     """Agents dial `port`. All methods may be called from one thread while readers run in theirs."""
@@ -74,11 +88,7 @@ class Switchboard:
             line.killed, line.epoch = False, int(words["epoch"])
         if words["do"] == "keep":
             line.kept, line.keeper = True, None
-        try:
-            with line.turn:
-                line.socket.sendall(json.dumps(words).encode() + b"\n")
-        except OSError:
-            self.drop(number)
+        line.send(words)
 
     def code(self, number: int, *, epoch: int) -> int | None:
         """Exit code of the trainer of an epoch; None while it runs."""
@@ -110,11 +120,8 @@ class Switchboard:
 
     def drop(self, number: int) -> None:
         """Hang up: an agent that still lives kills its trainer."""
-        line = self._lines.get(number)
-        if line is not None:
-            line.open = False
-            with contextlib.suppress(OSError):
-                line.socket.shutdown(socket.SHUT_RDWR)
+        if number in self._lines:
+            self._lines[number].drop()
 
     def _alive(self, line: Line) -> bool:
         return line.open and self._clock() - line.heard < LOST
@@ -131,18 +138,21 @@ class Switchboard:
 
     def _read(self, dialled: socket.socket) -> None:
         patient(dialled)
-        number = None
+        line = None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError), dialled, dialled.makefile("rb") as words:
-            number = self._seat(json.loads(next(words, b"{}")), dialled)
-            for text in words if number is not None else ():
-                self._hear(self._lines[number], json.loads(text))
+            line = self._seat(json.loads(next(words, b"{}")), dialled)
+            for text in words if line is not None else ():
+                told = json.loads(text)
+                self._hear(line, told)
+                if "beat" in told:
+                    line.send({"beat": True})
         with self._changed:
-            if number is not None and self._lines[number].socket is dialled:
-                self._lines[number].open = False
+            if line is not None:
+                line.open = False
             self._changed.notify_all()
 
-    def _seat(self, hello: Mapping[str, Any], dialled: socket.socket) -> int | None:
-        """The number of who dials; None where it has no place: that of another that lives, or none is free."""
+    def _seat(self, hello: Mapping[str, Any], dialled: socket.socket) -> Line | None:
+        """The line of who dials; None where it has no place: that of another that lives, or none is free."""
         with self._changed:
             free = [n for n in range(self._processes) if n in self._absent(range(self._processes))]
             wanted = hello["hello"]
@@ -151,10 +161,12 @@ class Switchboard:
                 return None
             before = self._lines.get(number)
             codes = before.codes if before is not None else {}
-            self._lines[number] = Line(str(hello["host"]), dialled, self._clock(), codes=codes)
+            if before is not None:
+                before.drop()  # it was lost; should it be back, it is not the one
+            line = self._lines[number] = Line(str(hello["host"]), dialled, self._clock(), codes=codes)
             self._changed.notify_all()
         logger.debug("process %d: agent on %s", number, hello["host"])
-        return number
+        return line
 
     def _hear(self, line: Line, told: Mapping[str, Any]) -> None:
         with self._changed:

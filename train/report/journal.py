@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .lines import append, mend, read
+from .lines import Lines, mend, read
 
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
@@ -41,15 +41,15 @@ class Journal:
 
     def __init__(self, directory: Path, *, enabled: bool = True, allowed: Callable[[], None] = lambda: None) -> None:
         self.path = directory / EVENTS
-        self.enabled, self._allowed = enabled, allowed
+        self.enabled, self._allowed, self._lines = enabled, allowed, Lines(self.path)
         if enabled:
             mend(self.path)
 
     def record(self, event: str, **fields: Any) -> None:
-        """Append one event; when this returns, it is on the disk. Raises UserError where the disk is full."""
+        """Append one event; when this returns, it is on the disk, where that takes it. See `Lines` for where not."""
         if self.enabled:
             self._allowed()
-            append(self.path, {"time": time.time(), "event": event, **fields}, sync=True)
+            self._lines.append({"time": time.time(), "event": event, **fields}, sync=True)
 
 
 def read_events(directory: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from .lines import append, mend, read
+from .lines import Lines, mend, read
 
 FOLDER = "ledger"
 
@@ -37,6 +37,7 @@ class Ledger:
         self._path = directory / FOLDER / f"{process}.jsonl"
         self._head = {"epoch": epoch, "processes": processes}
         self._enabled, self._allowed = enabled, allowed
+        self._lines = Lines(self._path)
         self._fed: dict[int, dict[str, Any]] = {}  # steps on their way
         if enabled:
             self._path.parent.mkdir(exist_ok=True)
@@ -60,7 +61,7 @@ class Ledger:
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._enabled:
             self._allowed()
-            append(self._path, {**self._head, **row}, sync=False)
+            self._lines.append({**self._head, **row}, sync=False)
 
 
 def fingerprint(tokens: np.ndarray, targets: np.ndarray) -> str:

@@ -5,17 +5,50 @@ next line is appended, and `read` skips it. JSON has no NaN and no infinity, and
 "NaN", "Infinity" and "-Infinity" (as in protobuf's JSON mapping), which `float` reads back.
 """
 
+import errno
 import json
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ...configs.errors import UserError
 
+KEPT = 100_000  # lines that wait for a disk
+
 logger = logging.getLogger(__name__)
+
+
+class Lines:
+    """A file of lines that are appended as they come.
+
+    A disk that refuses a later one (it is full, errs, or has become read-only) stops nobody: lines are kept, and
+    written before the next one that it takes. The oldest of more than `KEPT` are lost.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._good = False  # a line has been written
+        self._kept: deque[bytes] = deque(maxlen=KEPT)
+
+    def append(self, row: Mapping[str, Any], *, sync: bool) -> None:
+        """Add `row` as the last line; `sync` waits until it is on the disk. Raises UserError where the first is not."""
+        told = bool(self._kept)
+        self._kept.append(encoded(row))
+        try:
+            write(self.path, b"".join(self._kept), sync=sync)
+        except OSError as error:
+            if not self._good:
+                raise unwritable(self.path, error) from error
+            if not told:
+                logger.warning("%s: cannot be written: %s; its lines wait until it can be", self.path, error.strerror)
+            return
+        self._good = True
+        self._kept.clear()
 
 
 def append(path: Path, row: Mapping[str, Any], *, sync: bool) -> None:
@@ -23,14 +56,22 @@ def append(path: Path, row: Mapping[str, Any], *, sync: bool) -> None:
 
     Raises UserError where the file cannot be written (a full disk, a directory that is read-only).
     """
-    try:
-        with path.open("ab") as file:
-            file.write(encoded(row))
-            file.flush()
+    Lines(path).append(row, sync=sync)
+
+
+def write(path: Path, text: bytes, *, sync: bool) -> None:
+    """Append `text`, all of it or nothing. Raises OSError."""
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if sync:
                 os.fsync(file.fileno())
-    except OSError as error:
-        raise unwritable(path, error) from error
+        except OSError:
+            with suppress(OSError):
+                file.truncate(before)
+            raise
 
 
 def replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -44,18 +85,24 @@ def replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def mend(path: Path) -> None:
-    """Cut off a torn last line; give a whole one that lacks its newline what it lacks. A missing file is whole."""
+    """Cut off a torn last line; give a whole one that lacks its newline what it lacks. A missing file is whole.
+
+    Raises UserError where the file would have to be written and cannot be.
+    """
     if not path.exists():
         return
-    with path.open("rb+") as file:
-        content = file.read()
-        tail = content[content.rfind(b"\n") + 1 :]
-        if not tail:
+    try:
+        content = path.read_bytes()
+        if not (tail := content[content.rfind(b"\n") + 1 :]):
             return
-        if decoded(tail) is None:
-            file.truncate(len(content) - len(tail))
-        else:
-            file.write(b"\n")
+        with path.open("rb+") as file:
+            if decoded(tail) is None:
+                file.truncate(len(content) - len(tail))
+            else:
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -4,8 +4,11 @@ A run may be killed after it logged steps that its newest checkpoint does not ha
 again, so every sink forgets what lies behind s: no step is told twice.
 """
 
+import contextlib
 import importlib.util
+import logging
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +19,11 @@ from . import lines
 from .journal import METRICS
 
 # Chart groups of TensorBoard and Weights & Biases; what is not named here is under train/.
+FLUSH = 20.0  # seconds between two writings of TensorBoard's records
 SPEED = ("tokens_per_second", "step_seconds", "host_seconds", "mfu")
+
+
+logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -61,31 +68,57 @@ class JsonLines:
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
         self.path = path
         lines.replace(path, [row for row in lines.read(path) if row.get("step", 0) <= resume_step])
+        self._lines = lines.Lines(path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a row. Raises UserError where the disk is full."""
-        lines.append(self.path, {"step": step, **values}, sync=False)
+        """Append a row. See `Lines` for where the disk does not take it."""
+        self._lines.append({"step": step, **values}, sync=False)
 
     def close(self) -> None:
         """Nothing is open between two rows."""
 
 
 class TensorBoard:
-    """Event files under `directory`. TensorBoard hides steps after `resume_step` that an older file there has."""
+    """Event files under `directory`. TensorBoard hides steps after `resume_step` that an older file there has.
+
+    Written on the caller's thread: `SummaryWriter`'s own dies of a disk that refuses a record, and the queue to it then
+    holds whoever writes for ever. Here the charts end, with a warning, and the run goes on.
+    """
 
     def __init__(self, directory: Path, *, resume_step: int = 0) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
-        self.writer = SummaryWriter(str(directory), purge_step=resume_step + 1, flush_secs=20)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._events, self._flushed = EventsWriter(str(directory / "events")), 0.0
+        self._add(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One scalar a metric."""
-        for name, value in values.items():
-            self.writer.add_scalar(tag(name), value, step)
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        told = [Summary.Value(tag=tag(name), simple_value=value) for name, value in values.items()]
+        self._add(step, summary=Summary(value=told))
+
+    def _add(self, step: int, **what: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        if self._events is None:
+            return
+        try:
+            self._events.write_event(Event(wall_time=time.time(), step=step, **what))
+            if time.monotonic() - self._flushed > FLUSH:
+                self._events.flush()
+                self._flushed = time.monotonic()
+        except OSError as error:
+            logger.warning("TensorBoard's files cannot be written any more: %s", error.strerror)
+            self._events = None
 
     def close(self) -> None:
-        """Flush and end the writer's thread."""
-        self.writer.close()
+        """Flush."""
+        if self._events is not None:
+            with contextlib.suppress(OSError):
+                self._events.close()
 
 
 class WeightsAndBiases:

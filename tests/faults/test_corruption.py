@@ -1,0 +1,91 @@
+"""A device that remembers wrongly: one bit of a parameter flips in its memory, in the middle of a run."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from corruption import flips
+
+from equivalence import tiny
+from meshwright.checkpoint import manifest
+from meshwright.configs.elastic import ElasticConfig
+from meshwright.train.launch.engines import launch_here
+from meshwright.train.launch.job import Job
+from meshwright.train.launch.world import World
+from meshwright.train.loop import Loop
+from meshwright.train.report.journal import read_events
+from meshwright.train.run import train
+from meshwright.train.vouching import Corrupted
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def small(**changes):
+    base = {"steps": 5, "checkpoint": {"every": 1, "keep": 9, "compare": True}, "mesh": {"data": 4, "devices": 4},
+            "logging": {"every": 1, "tensorboard": False}, "model": {"vocab": 384, "layers": 1},
+            "data": {"held_out": 0}, "optimizer": {"name": "sgd"}}  # fmt: skip
+    return tiny(**{**base, **changes})
+
+
+def blocks(run, step):
+    return {name: one.blocks for name, one in manifest.read(run / "checkpoints" / str(step)).arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("undisturbed")
+    train(small(), world=World(), root=root)
+    return blocks(root / "run", 5)
+
+
+def test_a_run_stops_before_it_saves_what_a_device_has_damaged(undisturbed, tmp_path, monkeypatch):
+    """The array and the device are named, and the run goes on from before, to the end it would have had."""
+    monkeypatch.setattr(Loop, "settled", flips(Loop.settled, step=3, device=2))
+    blame = r"step 3 is not saved: params/\S+ is other bits on devices 2 \(process 0\) than on devices 0, 1, 3"
+    with pytest.raises(Corrupted, match=blame):
+        train(small(), world=World(), root=tmp_path)
+    assert max(int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == 2
+    monkeypatch.undo()
+    train(small(), world=World(), root=tmp_path)
+    assert blocks(tmp_path / "run", 5) == undisturbed
+
+
+def test_without_comparing_nobody_notices(undisturbed, tmp_path, monkeypatch):
+    """Why there is something to ask for: the run ends well, with other parameters."""
+    monkeypatch.setattr(Loop, "settled", flips(Loop.settled, step=3, device=0))
+    train(small(checkpoint={"every": 1, "keep": 9, "compare": False}), world=World(), root=tmp_path)
+    assert blocks(tmp_path / "run", 5) != undisturbed
+
+
+SMALL = (
+    "steps=30", "logging.every=1", "model.layers=1", "model.embed=32", "model.heads=2", "model.kv_heads=2",
+    "model.mlp=32", "model.vocab=384", "data.source=synthetic",
+    "data.tokenizer={bytes: true, train: null, vocab: null}", "data.held_out=0", "data.sequence_length=32",
+    "data.global_batch=8", "evaluation.prompts=[]", "logging.tensorboard=false", "optimizer.warmup_steps=0",
+    "mesh={devices: 4, data: 4, fsdp: 1, tensor: 1}", "checkpoint={every: 5, keep: 99, compare: true}", "name=run",
+)  # fmt: skip
+PATCHED = """
+import os
+from corruption import flips
+from meshwright.train.loop import Loop
+if (os.environ["MESHWRIGHT_EPOCH"], os.environ["MESHWRIGHT_PROCESS"]) == ("1", "1"):
+    Loop.settled = flips(Loop.settled, step=15, device=1)
+from meshwright.train.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_the_launcher_blames_the_process_of_the_device_and_starts_again_from_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-c", PATCHED, "train", "quickstart", *SMALL]
+    run = tmp_path / "runs" / "run"
+    launch_here(Job("run", command, 2, run, ElasticConfig(backoff=0.1, hang_floor=60), devices_per_process=2))
+    told = [event for event in read_events(run) if event["event"] in ("failure", "restart", "restore", "finish")]
+    assert [event["event"] for event in told] == ["failure", "restart", "restore", "finish"]
+    assert told[1]["suspect"] == 1 and told[2]["step"] == 10 and "(process 1) than on" in told[0]["message"]

@@ -1,0 +1,178 @@
+"""Storage that hangs: a write or an fsync that does not return, for a while or for ever."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from meshwright.checkpoint import manifest
+from meshwright.checkpoint.hanging import StorageHangs, left_behind
+from meshwright.checkpoint.layouts import Layout
+from meshwright.checkpoint.memory import Memory
+from meshwright.checkpoint.storage import Storage
+from meshwright.configs.training import CheckpointConfig
+from meshwright.parallel.state import TrainState
+from meshwright.train import saving as module
+from meshwright.train.report.journal import Journal, read_events
+from meshwright.train.saving import Saving
+from meshwright.train.snapshots import Snapshots
+
+PLAIN = Layout("plain", lambda path, shape: [(path, ())])
+
+
+def state(step):
+    whole = TrainState(np.int32(step), {"a": np.full(64, step, np.float32)}, {}, (), (), np.zeros(2, np.uint32))
+    return jax.device_put(whole, jax.devices()[0])
+
+
+def events(root):
+    told = [event for event in read_events(root) if event["event"] != "save" and event.get("level") != "memory"]
+    return [(event["event"], event["step"]) for event in told]
+
+
+@pytest.fixture(params=["arrays", "fsync"])
+def stuck(request, monkeypatch):
+    """Nothing reaches the disk before `stuck.set()`: neither arrays, or no fsync returns."""
+    gate = threading.Event()
+    if request.param == "fsync":
+        real = os.fsync
+        monkeypatch.setattr(manifest.os, "fsync", lambda file: (here(gate), real(file)))
+    else:
+        real = ocp.save_async
+        monkeypatch.setattr(ocp, "save_async", lambda *args: (gate.wait(60), real(*args))[1])
+    yield gate
+    gate.set()
+
+
+def here(gate):
+    """The journal's fsync, on the training thread, is another file's."""
+    if threading.current_thread() is not threading.main_thread():
+        gate.wait(60)
+
+
+@pytest.fixture
+def saves(tmp_path, request):
+    """(saves by the policy that the test names, their memory)."""
+    config = CheckpointConfig(every=1, keep=99, memory_every=1, when_busy=request.param, timeout=2)
+    memory = Memory(tmp_path / "slots")
+    storage = Storage(tmp_path / "checkpoints", layout=PLAIN, timeout=config.timeout)
+    journal = Journal(tmp_path)
+    saving = Saving(config, storage, journal, {}, Snapshots(config, memory, journal), alive=(told := []).append)
+    yield saving, memory, told
+    saving.snapshots.close()
+
+
+HUNG = {
+    "wait": [("save-failed", 1), ("save-failed", 2), ("save-failed", 3), ("save-failed", 4)],
+    "skip": [("save-skipped", 2), ("save-failed", 1), ("save-failed", 3), ("save-failed", 4)],
+    "drop-oldest": [("save-failed", 1), ("save-dropped", 2), ("save-dropped", 3)],
+}
+
+
+@pytest.mark.parametrize("saves", HUNG, indirect=True)
+def test_a_save_that_never_ends_is_told_and_later_ones_with_it_and_memory_goes_on(tmp_path, saves, stuck, monkeypatch):
+    saving, memory, told = saves
+    monkeypatch.setattr(module, "NEWS", 0.1)
+    for step in (1, 2, 3):
+        saving.begin(state(step), step, samples=step, memory=True)
+        saving.snapshots._worker.submit(int).result()  # it is in memory
+        if step == 2:
+            saving.storage._began -= 2.0  # it has been under way for so much longer
+        saving.poll()
+    saving.last(state(4), 4, samples=4)
+    began = time.monotonic()
+    with pytest.raises(StorageHangs, match="hangs"):
+        saving.finish()
+    with pytest.raises(StorageHangs, match=r"checkpoint 1 .* within 2 s \(checkpoint.timeout\)"):
+        saving.storage.close()
+    assert time.monotonic() - began < 5 and left_behind()
+    policy = saving.config.when_busy
+    assert events(tmp_path) == HUNG[policy] and bool(told) == (policy == "wait")  # the launcher hears why it waits
+    assert memory.newest == 3  # a restart goes on from there
+    stuck.set()
+    saving.storage._waiter.shutdown()
+    assert not left_behind()
+
+
+@pytest.mark.parametrize("saves", ["wait"], indirect=True)
+def test_storage_that_answers_again_commits_what_hung_and_what_comes_after(tmp_path, saves, stuck):
+    saving, _, _ = saves
+    saving.begin(state(1), 1, samples=1)
+    saving.begin(state(2), 2, samples=2)
+    stuck.set()
+    saving.storage._timeout = 60.0
+    while saving.storage.busy:
+        time.sleep(0.01)
+    saving.poll()
+    assert saving.failure is not None  # of step 2, which is nowhere
+    saving.last(state(3), 3, samples=3)
+    saving.finish()
+    saving.storage.close()
+    assert events(tmp_path) == [("save-failed", 1), ("save-failed", 2), ("commit", 1), ("commit", 3)]
+    assert saving.storage.steps == [1, 3] and not left_behind()
+
+
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static void hang(int file) {
+  char name[64], path[PATH_MAX] = {0};
+  snprintf(name, sizeof name, "/proc/self/fd/%d", file);
+  if (readlink(name, path, sizeof path - 1) > 0 && strstr(path, "checkpoints"))
+    while (access(getenv("HANGS"), F_OK) == 0) usleep(10000);
+}
+
+int fsync(int file) { hang(file); return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(file); }
+int fdatasync(int file) { hang(file); return ((int (*)(int))dlsym(RTLD_NEXT, "fdatasync"))(file); }
+"""
+SMALL = (
+    "steps=20", "logging.every=1", "model.layers=1", "model.embed=32", "model.heads=2", "model.kv_heads=2",
+    "model.mlp=32", "model.vocab=384", "data.source=synthetic",
+    "data.tokenizer={bytes: true, train: null, vocab: null}", "data.held_out=0", "data.sequence_length=32",
+    "data.global_batch=8", "evaluation.prompts=[]", "logging.tensorboard=false", "optimizer.warmup_steps=0",
+    "mesh={devices: 1, data: 1, fsdp: 1, tensor: 1}", "name=run",
+    "checkpoint={every: 5, keep: 99, memory_every: 1, timeout: 3, when_busy: skip}",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler, to make fsync hang")
+def test_a_trainer_whose_fsync_never_returns_ends_and_goes_on_from_memory(tmp_path):
+    """The program a user runs, every fsync below checkpoints/ caught in the system after the first commit."""
+    (tmp_path / "shim.c").write_text(SHIM)
+    library, hangs, run = tmp_path / "shim.so", tmp_path / "hangs", tmp_path / "runs" / "run"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "shim.c", "-ldl"], check=True)
+    told = {
+        "MESHWRIGHT_CACHE": str(tmp_path / "cache"),
+        "XLA_FLAGS": "",
+        "LD_PRELOAD": str(library),
+        "HANGS": str(hangs),
+    }
+    command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart", *SMALL]
+    started = {"cwd": tmp_path, "env": os.environ | told, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    trainer = subprocess.Popen(command, **started)
+    while not any(event["event"] == "commit" for event in read_events(run)):
+        assert trainer.poll() is None, trainer.communicate()[1].decode()[-3000:]
+        time.sleep(0.01)
+    hangs.touch()
+    said = trainer.communicate(timeout=120)[1].decode()
+    assert trainer.returncode == 1 and "(checkpoint.timeout): the storage hangs" in said
+    failed = [event["step"] for event in read_events(run) if event["event"] == "save-failed"]
+    assert failed and failed[-1] == 20
+    hangs.unlink()
+    assert subprocess.run(command, **started, timeout=300, check=False).returncode == 0
+    (restore,) = [event for event in read_events(run) if event["event"] == "restore"]
+    assert (restore["level"], restore["step"]) == ("memory", 19)

@@ -1,0 +1,189 @@
+"""UniPELT: three parts behind gates that are each token's own, so that nothing is told of what follows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from meshwright.configs.adapter import AdapterConfig
+from meshwright.configs.errors import UserError
+from meshwright.configs.model import ModelConfig
+from meshwright.models import cache as caches
+from meshwright.models.adapters import attach
+from meshwright.models.attention.blockwise import BLOCKWISE
+from meshwright.models.attention.dense import DENSE
+from meshwright.models.attention.interface import attend
+from meshwright.models.context import Context
+from meshwright.models.decoder import graph, initial_params
+from meshwright.train.generate import standing
+
+MODEL = ModelConfig(vocab=61, vocab_multiple=8, layers=3, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20)
+ADAPTER = AdapterConfig(method="unipelt", length=3, rank=4, ranks={"layers/0/attn/q": 2, "layers/1/mlp": 5, "mlp": 6})
+SECOND, LENGTH = 5, 12  # where the second document of a row begins, and the row ends
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, LENGTH))
+PACKED = {
+    "positions": jnp.asarray([[*range(SECOND), *range(LENGTH - SECOND)]] * 2),
+    "segment_ids": jnp.asarray([[1] * SECOND + [2] * (LENGTH - SECOND)] * 2),
+}
+BLOCK = "segments/0/0/block"
+
+
+@pytest.fixture(scope="module")
+def trees():
+    """(plain weights, fresh tree, tree with every leaf that learns moved)."""
+
+    def born():
+        base = initial_params(MODEL, jax.random.key(0))
+        return base, attach.started(base, MODEL, ADAPTER, jax.random.key(1))
+
+    base, tree = jax.jit(born)()
+    params, frozen = (attach.flat(part) for part in attach.split(tree, MODEL, ADAPTER))
+    random = np.random.default_rng(1)
+    moved = {path: leaf + 0.5 * random.normal(size=leaf.shape).astype(np.float32) for path, leaf in params.items()}
+    return base, tree, attach.nested(moved | frozen)
+
+
+def decoder_of(adapter, tree):
+    return nnx.merge(graph(MODEL, attach.attached(MODEL, adapter)), tree)
+
+
+def hidden(adapter, tree, tokens, **told):
+    """What the head reads."""
+    tokens = jnp.asarray(tokens)
+    told = {"positions": jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)} | told
+    return jax.jit(lambda tree: decoder_of(adapter, tree).hidden(tokens, Context(**told))[0])(tree)
+
+
+def assert_close(one, other):
+    np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max(), rtol=0)
+
+
+def part(tree, path):
+    """The leaves of one part of layer 1, in numpy."""
+    return {name: np.asarray(leaf[1]) for name, leaf in attach.at(tree, f"{BLOCK}/{path}").items()}
+
+
+def opened(own, x):
+    return 1 / (1 + np.exp(-(x @ own["gate"] + own["gate_bias"])))
+
+
+def test_a_block_computes_the_papers_equations(trees):
+    """With one gate a token: a query attends as the method `prefix` does to a prefix times that query's gate."""
+    base, _, tree = trees
+    plain, whole = (
+        decoder_of(adapter, own).segments["0"]["0"].block for adapter, own in ((None, base), (ADAPTER, tree))
+    )
+    graphs, states = zip(*(nnx.split(block) for block in (plain, whole)), strict=True)
+    plain, whole = (nnx.merge(g, jax.tree.map(lambda leaf: leaf[1], s)) for g, s in zip(graphs, states, strict=True))
+    ctx = Context(positions=jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH)))
+    x = jax.random.normal(jax.random.key(2), (2, LENGTH, 16))
+    normed = np.asarray(plain.attn_norm(x))
+
+    def with_lora(name):
+        linear, own = getattr(plain.attn, name), part(tree, f"attn/{name}/adapter")
+        added = np.einsum("bse,er,rhd->bshd", normed, own["a"] * own["scale"], own["b"])
+        gate = opened(own, normed)[..., None, None]
+        return lambda x, ctx: linear(x, ctx) + gate * added
+
+    plain.attn.q, plain.attn.v = with_lora("q"), with_lora("v")
+    prefix = part(tree, "attn/prefix")
+
+    own = {}
+    plain.attn.prefix = lambda x, ctx: (own, ctx.attend)
+
+    def seen(gate):
+        own.update({name: gate * prefix[name] for name in ("k", "v")})
+        return plain.attn(jnp.asarray(normed), ctx)[0]
+
+    every = jax.jit(jax.vmap(seen))(opened(prefix, normed).reshape(-1)).reshape(2, LENGTH, *x.shape)
+    middle = x + jnp.einsum("rtrte->rte", every)  # of each token, what it sees through its own gate
+    made, own = np.asarray(plain.mlp(plain.mlp_norm(middle), ctx)), part(tree, "mlp/adapter")
+    added = np.maximum(made @ own["down"] + own["down_bias"], 0) @ own["up"] + own["up_bias"]
+    assert_close(whole(x, ctx)[0], middle + made + opened(own, made)[..., None] * added)
+
+
+def test_a_token_is_told_nothing_of_those_behind_it(trees):
+    _, _, tree = trees
+    other = TOKENS.copy()
+    other[:, 8] = (other[:, 8] + 7) % 61
+    one, changed = (hidden(ADAPTER, tree, tokens) for tokens in (TOKENS, other))
+    np.testing.assert_array_equal(one[:, :8], changed[:, :8])
+    assert np.abs(one - changed)[:, 8:].max(axis=(0, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("implementation", [DENSE, BLOCKWISE], ids=lambda one: one.name)
+def test_documents_of_one_row_are_as_alone(trees, implementation):
+    _, _, tree = trees
+    told = {"attend": lambda *given: attend(implementation, *given)}
+    found = hidden(ADAPTER, tree, TOKENS, **PACKED, **told)
+    for own in (slice(0, SECOND), slice(SECOND, LENGTH)):
+        assert_close(found[:, own], hidden(ADAPTER, tree, TOKENS[:, own], **told))
+
+
+def test_generating_opens_the_gates_of_new_tokens_alone(trees):
+    """Ten tokens and then one more through a cache: what the head reads is that of all eleven at once."""
+    _, _, tree = trees
+    tokens = jnp.asarray(TOKENS[:, :11])
+    whole = hidden(ADAPTER, tree, tokens)
+    ctx = Context(positions=jnp.zeros((1, 1), jnp.int32))
+    cache = caches.empty(MODEL, rows=2, capacity=11, ctx=ctx)
+    for own in (slice(0, 10), slice(10, 11)):
+        index = jnp.arange(11)[own]
+        here = standing(ctx, attention=DENSE, index=index, first=jnp.zeros((2, 1), jnp.int32), cache=cache)
+        found, entries = jax.jit(
+            lambda tree, here=here, own=own: decoder_of(ADAPTER, tree).hidden(tokens[:, own], here)
+        )(tree)
+        assert_close(found, whole[:, own])
+        cache = caches.write(cache, entries, index=index[0])
+
+
+def test_it_starts_as_a_prefix_that_is_half_there(trees):
+    """Gates are near one half, LoRA and the perceptron add nothing yet, and narrower layers are as narrow as asked."""
+    base, tree, _ = trees
+    leaves = attach.flat(tree)
+    even = {path: 0 * leaf if path.endswith("/gate") else leaf for path, leaf in leaves.items()}
+    half = attach.flat(base) | {
+        f"{BLOCK}/attn/prefix/{name}": 0.5 * leaves[f"{BLOCK}/attn/prefix/{name}"] for name in ("k", "v")
+    }
+    alone = hidden(AdapterConfig(method="prefix", length=3), attach.nested(half), TOKENS)
+    assert_close(hidden(ADAPTER, attach.nested(even), TOKENS), alone)
+    gates = [np.asarray(leaf) for path, leaf in leaves.items() if path.endswith("/gate")]
+    assert len(gates) == 4 and all(0.01 < gate.std() < 0.03 for gate in gates)
+    widths = {
+        path: (leaves[f"{BLOCK}/{path}"] != 0).any(-2).sum(-1).tolist()
+        for path in ("attn/q/adapter/a", "mlp/adapter/down")
+    }
+    assert widths == {"attn/q/adapter/a": [4, 4, 4], "mlp/adapter/down": [6, 5, 6]}
+    assert leaves[f"{BLOCK}/attn/q/adapter/scale"].sum(-1).tolist() == [2, 4, 4]
+
+
+def test_everything_that_learns_has_a_gradient_and_nothing_else_is_there(trees):
+    base, _, tree = trees
+    params, frozen = attach.split(tree, MODEL, ADAPTER)
+
+    def loss(params):
+        whole = attach.nested(attach.flat(params) | attach.flat(frozen))
+        ctx = Context(positions=jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH)))
+        return jnp.square(decoder_of(ADAPTER, whole).hidden(jnp.asarray(TOKENS), ctx)[0]).mean(where=jnp.arange(16) < 9)
+
+    gradient = attach.flat(jax.jit(jax.grad(loss))(params))
+    factors = {"a", "b"}, {"k", "v"}, {"down", "down_bias", "up", "up_bias"}
+    places = "attn/q/adapter", "attn/v/adapter", "attn/prefix", "mlp/adapter"
+    own = {
+        f"{BLOCK}/{place}/{leaf}"
+        for place, leaves in zip(places, factors[:1] + factors, strict=True)
+        for leaf in leaves
+    }
+    assert gradient.keys() == own | {f"{BLOCK}/{place}/{leaf}" for place in places for leaf in ("gate", "gate_bias")}
+    assert all(np.abs(leaf).max(axis=tuple(range(1, leaf.ndim))).min() > 0 for leaf in gradient.values())
+    assert attach.flat(frozen).keys() - attach.flat(base).keys() == {
+        f"{BLOCK}/{place}/scale" for place in places if place != "attn/prefix"
+    }
+
+
+def test_what_cannot_be_is_refused(trees):
+    with pytest.raises(UserError, match=r"adapter\.ranks: k matches nothing; there are attn/q, attn/v, mlp"):
+        attach.started(trees[0], MODEL, AdapterConfig(method="unipelt", ranks={"k": 3}), jax.random.key(1))
+    with pytest.raises(UserError, match=r"adapter\.method: unipelt cannot be merged"):
+        attach.merged(trees[1], MODEL, ADAPTER)
