@@ -16,7 +16,6 @@ alone are integers, with a scale for each group, and activations are what they a
 """
 
 import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +31,6 @@ from ..parallel.layout import Order
 from .gradients import Batch, Engine, Sums
 from .keys import of_steps
 
-Rounded = Callable[[jax.Array, jax.Array], jax.Array]  # (codes that are none, keys of their layers) -> codes
 ROUNDING = 2**32 - 2  # in the place of a row's number, beside that of a private run's noise: no row has it
 
 
@@ -70,7 +68,7 @@ def by_chance(codes: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def quantization_aware(
-    optimizer: optax.GradientTransformation, *, config: RunConfig, order: Order, rounded: Rounded = by_chance
+    optimizer: optax.GradientTransformation, *, config: RunConfig, order: Order
 ) -> optax.GradientTransformation:
     """`optimizer`, which is given weights, of the codes that stand for them; its state gets an entry `codes`.
 
@@ -90,7 +88,7 @@ def quantization_aware(
                 linear, _, leaf = path.rpartition("/")
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(key, names[path])
                 moved = in_codes(found(moves, path), leaves, group=form.group)
-                at(updates, linear)[leaf] = towards(jnp.clip(rounded(moved, keys), 0, 255), leaves)
+                at(updates, linear)[leaf] = towards(jnp.clip(by_chance(moved, keys), 0, 255), leaves)
         return updates, own | {"codes": CodesState(count + 1)}
 
     return optax.GradientTransformation(init, update)

@@ -31,7 +31,7 @@ from .interface import Addition, Inside, Leaves, Setting
 from .sites import linear_maps, picked, stacks, strength
 
 MAPS = ("attn/q", "attn/v")  # that have LoRA
-GATE_DEVIATION = 0.02  # of the authors' code, https://github.com/morningmoni/UniPELT, as everything of theirs starts
+GATE_DEVIATION = 0.02  # of the perceptron's gate in the authors' code, https://github.com/morningmoni/UniPELT
 SALT = 1 << 21  # of the gates' and factors' keys: the parts are started by the same key
 
 
