@@ -3,7 +3,8 @@
 All on simulated CPU devices; each part is a process of its own, whose cases take turns:
 
     step     a pipelined step over plain FSDP with as many microbatches, on 8 devices (target: at most 1.25)
-    order    pipe 2 on 2 cores: measured seconds of each schedule beside the simulator's, from measured ops
+    order    pipe 2 on 2 cores: measured seconds of each schedule beside the simulator's, from measured ops. Two
+             processes, a core each: in one process, ops of a device spread over the cores that idle devices leave
     memory   compiled temporaries of a device at 8 and at 64 microbatches (target: under 3 % apart), and those of each
              schedule over 8 devices beside what the simulator makes of one activation's bytes (target: within 15 %)
     compile  seconds to compile the step, over the plain step's, and at 8 and 64 microbatches
@@ -12,6 +13,7 @@ All on simulated CPU devices; each part is a process of its own, whose cases tak
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -32,8 +34,6 @@ BASE = {
 Clock = Callable[[], float]
 PARTS = ("step", "order", "memory", "compile")
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
-# A device is a core: where an op spreads over the cores that idle devices leave, no schedule has a bubble.
-OWN_FLAGS = {"order": "--xla_cpu_multi_thread_eigen=false"}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "1f1b": {"schedule": "1f1b"},
     "1f1b, fused": {"schedule": "1f1b", "backward": "fused"},
@@ -118,22 +118,54 @@ def step(rounds: int) -> dict[str, Any]:
 
 
 def order(rounds: int) -> dict[str, Any]:
-    """Two devices on two cores: seconds of the loop of each schedule, and what the simulator makes of measured ops."""
-    from meshwright.parallel.pipeline.simulate import simulate
-    from meshwright.train.op_times import op_times
+    """Two devices, each a process on its own core: seconds of a step, and what the simulator makes of measured ops.
 
-    cases = {name: Case(configuration({"pipe": 2}, pipeline=of)) for name, of in SCHEDULES.items()}
-    measured = {name: statistics.median(values) for name, values in paired(cases, rounds=rounds).items()}
+    All schedules are priced alike: an op is the median of what it took in those that have it.
+    """
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        raise SystemExit("bench pipeline order: needs 2 cores")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    words = [sys.executable, "-m", "meshwright.benchmarks.pipeline_order", address, str(rounds)]
+    jobs = [subprocess.Popen([*words, str(number), str(core)], stdout=subprocess.PIPE, text=True)
+            for number, core in enumerate(cores)]  # fmt: skip
+    told, _ = (job.communicate()[0] for job in jobs)
+    if any(job.returncode for job in jobs):
+        raise SystemExit("bench pipeline order: a process failed; see above")
+    return compared(json.loads(told.splitlines()[-1]))  # Gloo tells of its connections before
+
+
+def compared(told: dict[str, Any]) -> dict[str, Any]:
+    """Measured and simulated seconds by schedule, from what `pipeline_order` tells, and which pairs agree."""
+    from meshwright.parallel.pipeline.costs import Costs
+    from meshwright.parallel.pipeline.simulate import simulate
+    from meshwright.train.staging import staging
+
+    prices = common(told["costs"])
     rows = {}
-    for name, case in cases.items():
-        costs = op_times(case.program, case.state.params, case.state.frozen, case.batch)
-        table = case.program.staging.table
-        rows[name] = {"measured": measured[name], "simulated": simulate(table, costs, cores=2).lockstep,
-                      "ticks": table.ticks, "idle_tick_ms": round(1000 * costs.tick, 3)}  # fmt: skip
+    for name, of in SCHEDULES.items():
+        stages = staging(configuration({"pipe": 2}, pipeline=of), pipe=2)
+        own = {op: prices[op] for op, price in told["costs"][name].items() if price is not None and op in prices}
+        if of.get("backward") == "fused":
+            own |= {"input_gradient": told["costs"][name]["input_gradient"], "weight_gradient": 0.0}
+        costs = Costs(**own, stages=tuple(one / stages.most for one in stages.repeats))
+        rows[name] = {"measured": told["seconds"][name], "simulated": simulate(stages.table, costs).lockstep,
+                      "ticks": stages.table.ticks}  # fmt: skip
     names = list(rows)
     agree = [(rows[a]["measured"] - rows[b]["measured"]) * (rows[a]["simulated"] - rows[b]["simulated"]) > 0
              for i, a in enumerate(names) for b in names[:i]]  # fmt: skip
-    return {"schedules": rows, "pairs_in_the_same_order": f"{sum(agree)} of {len(agree)}"}
+    return {"ops": prices, "schedules": rows, "pairs_in_the_same_order": f"{sum(agree)} of {len(agree)}"}
+
+
+def common(costs: dict[str, dict[str, float | None]]) -> dict[str, float]:
+    """Seconds of each op: the median over the schedules that have it."""
+    split = [one for name, one in costs.items() if SCHEDULES[name].get("backward") != "fused"]
+    return {
+        op: statistics.median(seen)
+        for op, price in split[0].items()
+        if isinstance(price, float | None) and (seen := [one[op] for one in split if one[op]])
+    }
 
 
 def memory(rounds: int) -> dict[str, Any]:
@@ -215,5 +247,5 @@ def main(arguments: Sequence[str]) -> None:
             subprocess.run([sys.executable, "-m", "meshwright.train.cli", *words], check=True)
         return
     (part,) = parts
-    os.environ["XLA_FLAGS"] = f"{FLAGS} {OWN_FLAGS.get(part, '')} {os.environ.get('XLA_FLAGS', '')}"
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
     print(json.dumps({part: globals()[part](options.rounds)}, indent=1), flush=True)

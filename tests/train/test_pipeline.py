@@ -116,9 +116,6 @@ UNFIT = {
     "chunks of a loss that is shared": (
         {"pipeline": {"vocab_parallel": 1}, "memory": {"loss_chunks": 2}}, "memory.loss_chunks: 2 has no effect"
     ),
-    "fragments of layers in another order": (
-        {"mesh": {"replica": 2}, "outer": {"name": "streaming", "every": 4}}, "outer.name: streaming cuts fragments"
-    ),
     "replicas that would wait for each other": (
         {"mesh": {"replica": 2}, "outer": {"name": "diloco", "every": 2}, "pipeline": {"post_validation": True}},
         "pipeline.post_validation: true would make the 2 replicas wait",
