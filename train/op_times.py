@@ -8,6 +8,7 @@ nothing else, take the time of idle rows and of as many F. What comes out is wor
 
 import statistics
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -68,7 +69,8 @@ def op_times(program: Program, params: Any, frozen: Any, batch: Any) -> Costs:
     def cost(op: Op, **fields: int) -> float:
         if op not in wiring.ops:
             return 0.0
-        return max(seconds(compiled, doing(idle, op, repeats=staging.most, **fields)) - base, 0.0) / TICKS
+        rows = doing(idle, op, repeats=staging.most, slots=wiring.slots, **fields)
+        return max(seconds(compiled, rows) - base, 0.0) / TICKS
 
     times = {op: cost(op) for op in Op if op is not Op.IDLE}
     whole = wiring.meetings is None
@@ -97,9 +99,17 @@ def idle_rows(wiring: Wiring, *, ticks: int) -> dict[str, np.ndarray]:
     }
 
 
-def doing(idle: dict[str, np.ndarray], op: Op, *, repeats: int, last: int = 0) -> dict[str, np.ndarray]:
-    """`idle` rows in which every device does `op` over `repeats` repeats, as the last stage or not."""
-    wanted = {"op": op, "repeats": repeats, "last": last} | dict.fromkeys(("input", "weight", "stash", "read"), 0)
+def doing(
+    idle: dict[str, np.ndarray], op: Op, *, repeats: int, slots: Mapping[str, int], last: int = 0
+) -> dict[str, np.ndarray]:
+    """`idle` rows in which every device does `op` over `repeats` repeats, as the last stage or not.
+
+    Each tick has the next slot of every pool, as in a schedule: a slot that is used again stays in a cache.
+    """
+    turn = np.arange(len(idle["op"]))[:, None]
+    pools = {"input": "input", "weight": "weight", "stash": "stash", "read": "messages"}
+    wanted = {"op": op, "repeats": repeats, "last": last}
+    wanted |= {name: turn % max(slots[pool], 1) for name, pool in pools.items()}
     return idle | {name: np.full_like(idle[name], value) for name, value in wanted.items()}
 
 
