@@ -101,7 +101,8 @@ def explain(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key.{suggestion(key)}"
     if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
+        told = str(item["ctx"]["error"])  # a check of sections names its key; one of a kind of value knows none
+        return told if not key or told.partition(":")[0] in set(keys()) else f"{key}: {told}"
     return f"{key}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
@@ -111,7 +112,12 @@ def suggestion(key: str) -> str:
     parent, _, leaf = key.rpartition(".")
     if (ours := FOREIGN_KEYS.get(leaf)) in known:
         return f" Did you mean {ours}?"
-    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
+    kind = ""  # of the section it is in: its key without the names and numbers of several of a kind
+    for part in parent.split("."):
+        longer = f"{kind}.{part}".lstrip(".")
+        kind = longer if longer in known else kind
+    leaves = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == kind]
+    siblings = {name: f"{parent}.{name}".lstrip(".") for name in leaves}
     near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
     elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)

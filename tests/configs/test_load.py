@@ -7,6 +7,11 @@ from meshwright.configs.load import dump, load, parse, validated
 
 MISTAKES = {
     "misspelt section": ({"meshh": {}}, r"meshh: unknown key. Did you mean mesh\?"),
+    "misspelt key of one of several": (
+        {"adapters": {"one": {"data": {"pth": "x"}}}},
+        r"adapters.one.data.pth: unknown key. Did you mean adapters.one.data.path\?",
+    ),
+    "a quantity that is none": ({"islands": {"patience": "abc"}}, r"islands.patience: 'abc' is no number with one of"),
     "misspelt key": ({"mesh": {"tensr": 2}}, r"mesh.tensr: unknown key. Did you mean mesh.tensor\?"),
     "another tool's key": ({"ici_fsdp_parallelism": 2}, r"Did you mean mesh.fsdp\?"),
     "right key, wrong place": ({"optimizer": {"sequence_length": 2}}, r"Did you mean data.sequence_length\?"),
