@@ -11,16 +11,12 @@ import time
 
 import psutil
 import pytest
+from words import SMALL
 
 from meshwright.checkpoint import mailbox, manifest
 from meshwright.train.report.journal import read_events
 
-SMALL = (
-    "logging.every=1", "model.layers=1", "model.embed=32", "model.heads=2", "model.kv_heads=2", "model.mlp=32",
-    "model.vocab=384", "data.source=synthetic", "data.tokenizer={bytes: true, train: null, vocab: null}",
-    "data.held_out=0", "data.sequence_length=32", "data.global_batch=8", "evaluation.prompts=[]",
-    "logging.tensorboard=false", "optimizer.warmup_steps=0", "name=run",
-)  # fmt: skip
+WORDS = (*SMALL, "name=run")
 TWO = ("steps=60", "mesh={devices: 2, data: 1, fsdp: 2, tensor: 1}", "elastic={backoff: 0.1, hang_floor: 30}")
 KEPT = ("checkpoint={every: 10, keep: 99, memory_every: 1, parity: xor}",)
 FOUR = (
@@ -35,7 +31,7 @@ class Machines:
     """A launcher, and agents that are machines for the test. `with Machines(path, 2, "steps=60") as machines: ...`."""
 
     def __init__(self, directory, processes, *changes):
-        self.directory, self.processes, self.changes = directory, processes, (*SMALL, *changes)
+        self.directory, self.processes, self.changes = directory, processes, (*WORDS, *changes)
         self.run = directory / "runs" / "run"
         self.environment = os.environ | {"MESHWRIGHT_CACHE": str(directory.parent / "cache"), "XLA_FLAGS": ""}
         self.agents, self.said = {}, directory / "said"

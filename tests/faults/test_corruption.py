@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from corruption import flips
+from words import SMALL
 
 from equivalence import tiny
 from meshwright.checkpoint import manifest
@@ -60,13 +61,13 @@ def test_without_comparing_nobody_notices(undisturbed, tmp_path, monkeypatch):
     assert blocks(tmp_path / "run", 5) != undisturbed
 
 
-SMALL = (
-    "steps=30", "logging.every=1", "model.layers=1", "model.embed=32", "model.heads=2", "model.kv_heads=2",
-    "model.mlp=32", "model.vocab=384", "data.source=synthetic",
-    "data.tokenizer={bytes: true, train: null, vocab: null}", "data.held_out=0", "data.sequence_length=32",
-    "data.global_batch=8", "evaluation.prompts=[]", "logging.tensorboard=false", "optimizer.warmup_steps=0",
-    "mesh={devices: 4, data: 4, fsdp: 1, tensor: 1}", "checkpoint={every: 5, keep: 99, compare: true}", "name=run",
-)  # fmt: skip
+WORDS = (
+    *SMALL,
+    "steps=30",
+    "mesh={devices: 4, data: 4, fsdp: 1, tensor: 1}",
+    "checkpoint={every: 5, keep: 99, compare: true}",
+    "name=run",
+)
 PATCHED = """
 import os
 from corruption import flips
@@ -83,7 +84,7 @@ def test_the_launcher_blames_the_process_of_the_device_and_starts_again_from_bef
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     monkeypatch.chdir(tmp_path)
-    command = [sys.executable, "-c", PATCHED, "train", "quickstart", *SMALL]
+    command = [sys.executable, "-c", PATCHED, "train", "quickstart", *WORDS]
     run = tmp_path / "runs" / "run"
     launch_here(Job("run", command, 2, run, ElasticConfig(backoff=0.1, hang_floor=60), devices_per_process=2))
     told = [event for event in read_events(run) if event["event"] in ("failure", "restart", "restore", "finish")]

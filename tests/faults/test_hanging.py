@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from words import SMALL
 
 from meshwright.checkpoint import manifest
 from meshwright.checkpoint.hanging import StorageHangs, left_behind
@@ -138,14 +139,13 @@ static void hang(int file) {
 int fsync(int file) { hang(file); return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(file); }
 int fdatasync(int file) { hang(file); return ((int (*)(int))dlsym(RTLD_NEXT, "fdatasync"))(file); }
 """
-SMALL = (
-    "steps=20", "logging.every=1", "model.layers=1", "model.embed=32", "model.heads=2", "model.kv_heads=2",
-    "model.mlp=32", "model.vocab=384", "data.source=synthetic",
-    "data.tokenizer={bytes: true, train: null, vocab: null}", "data.held_out=0", "data.sequence_length=32",
-    "data.global_batch=8", "evaluation.prompts=[]", "logging.tensorboard=false", "optimizer.warmup_steps=0",
-    "mesh={devices: 1, data: 1, fsdp: 1, tensor: 1}", "name=run",
+WORDS = (
+    *SMALL,
+    "steps=20",
+    "mesh={devices: 1, data: 1, fsdp: 1, tensor: 1}",
+    "name=run",
     "checkpoint={every: 5, keep: 99, memory_every: 1, timeout: 3, when_busy: skip}",
-)  # fmt: skip
+)
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_a_trainer_whose_fsync_never_returns_ends_and_goes_on_from_memory(tmp_pa
         "LD_PRELOAD": str(library),
         "HANGS": str(hangs),
     }
-    command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart", *SMALL]
+    command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart", *WORDS]
     started = {"cwd": tmp_path, "env": os.environ | told, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     trainer = subprocess.Popen(command, **started)
     while not any(event["event"] == "commit" for event in read_events(run)):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from hosts import Hosts
 from partition import Partition
+from words import SMALL
 
 from meshwright.checkpoint import mailbox
 from meshwright.checkpoint.wire import Peer
@@ -188,14 +189,14 @@ def test_trainers_cut_off_from_the_launcher(tmp_path, coordination, monkeypatch,
     assert ended_as_ever(directory, 2, steps=120) and len(restarts(directory)) == again
 
 
-SMALL = (
-    "steps=60", "logging.every=1", "model.layers=1", "model.embed=32", "model.heads=2", "model.kv_heads=2",
-    "model.mlp=32", "model.vocab=384", "data.source=synthetic",
-    "data.tokenizer={bytes: true, train: null, vocab: null}", "data.held_out=0", "data.sequence_length=32",
-    "data.global_batch=8", "evaluation.prompts=[]", "logging.tensorboard=false", "optimizer.warmup_steps=0",
-    "mesh={devices: 2, data: 2, fsdp: 1, tensor: 1}", "checkpoint={every: 10, keep: 99}", "logging.ledger=true",
+WORDS = (
+    *SMALL,
+    "steps=60",
+    "mesh={devices: 2, data: 2, fsdp: 1, tensor: 1}",
+    "checkpoint={every: 10, keep: 99}",
+    "logging.ledger=true",
     "name=run",
-)  # fmt: skip
+)
 
 
 @pytest.mark.slow
@@ -211,7 +212,7 @@ def test_trainers_cut_off_from_the_coordination_service(tmp_path, monkeypatch):
         directory / "checkpoints" / "10" / "manifest.json", lambda: (cut.touch(), when(Epoch(directory, 2), cut.unlink))
     )
     elastic = ElasticConfig(backoff=0.1, hang_floor=15, grace=10)
-    command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart", *SMALL]
+    command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart", *WORDS]
     launch_here(Job("run", command, 2, directory, elastic, devices_per_process=1))
     (told,) = restarts(directory)
     assert "no step for" in told["reason"]

@@ -10,24 +10,27 @@ import time
 
 import psutil
 import pytest
+from words import SMALL
 
 from meshwright.checkpoint import manifest
 from meshwright.train.report.journal import read_events
 
-SMALL = (
-    "steps=60", "logging.every=1", "model.layers=1", "model.embed=32", "model.heads=2", "model.kv_heads=2",
-    "model.mlp=32", "model.vocab=384", "data.source=synthetic",
-    "data.tokenizer={bytes: true, train: null, vocab: null}", "data.held_out=0",
-    "data.sequence_length=32", "data.global_batch=8", "evaluation.prompts=[]", "logging.tensorboard=false",
-    "optimizer.warmup_steps=0", "mesh.devices=2", "mesh.data=2", "mesh.fsdp=1", "mesh.tensor=1",
-    "checkpoint={every: 10, keep: 99}", "elastic={backoff: 0.1, hang_floor: 20}",
-)  # fmt: skip
+WORDS = (
+    *SMALL,
+    "steps=60",
+    "mesh.devices=2",
+    "mesh.data=2",
+    "mesh.fsdp=1",
+    "mesh.tensor=1",
+    "checkpoint={every: 10, keep: 99}",
+    "elastic={backoff: 0.1, hang_floor: 20}",
+)
 
 
 def launched(directory, name, *options, **variables):
     """`meshwright launch` of two processes, begun."""
     environment = os.environ | {"MESHWRIGHT_CACHE": str(directory / "cache"), "XLA_FLAGS": ""} | variables
-    command = [sys.executable, "-m", "meshwright.train.cli", "launch", "quickstart", *SMALL, f"name={name}"]
+    command = [sys.executable, "-m", "meshwright.train.cli", "launch", "quickstart", *WORDS, f"name={name}"]
     command += ["--processes", "2", "--devices-per-process", "1", *options]
     return subprocess.Popen(command, cwd=directory, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 

@@ -1,5 +1,6 @@
 """Bottleneck adapters: nothing at first, then the papers' equations in the places they say."""
 
+import adapted
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,25 +11,15 @@ from meshwright.configs.adapter import AdapterConfig
 from meshwright.configs.model import ModelConfig
 from meshwright.models.adapters import attach
 from meshwright.models.context import Context
-from meshwright.models.decoder import graph, initial_params
+from meshwright.models.decoder import graph
 
 MODEL = ModelConfig(vocab=61, vocab_multiple=8, layers=3, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20, scan=False)
 CTX = Context(positions=jnp.broadcast_to(jnp.arange(12), (2, 12)))
 
 
 def trees(**settings):
-    """(adapter, plain weights, fresh tree, tree with every leaf that learns moved)."""
     adapter = AdapterConfig(**settings)
-
-    def both():
-        base = initial_params(MODEL, jax.random.key(0))
-        return base, attach.started(base, MODEL, adapter, jax.random.key(1))
-
-    base, tree = jax.jit(both)()
-    params, frozen = (attach.flat(part) for part in attach.split(tree, MODEL, adapter))
-    random = np.random.default_rng(1)
-    moved = {path: leaf + 0.3 * random.normal(size=leaf.shape).astype(np.float32) for path, leaf in params.items()}
-    return adapter, base, tree, attach.nested(moved | frozen)
+    return adapter, *adapted.trees(MODEL, adapter, scale=0.3)
 
 
 def hidden(adapter, tree):

@@ -1,5 +1,6 @@
 """UniPELT: three parts behind gates that are each token's own, so that nothing is told of what follows."""
 
+import adapted
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from meshwright.models.attention.blockwise import BLOCKWISE
 from meshwright.models.attention.dense import DENSE
 from meshwright.models.attention.interface import attend
 from meshwright.models.context import Context
-from meshwright.models.decoder import graph, initial_params
+from meshwright.models.decoder import graph
 from meshwright.train.generate import standing
 
 MODEL = ModelConfig(vocab=61, vocab_multiple=8, layers=3, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20)
@@ -31,17 +32,7 @@ BLOCK = "segments/0/0/block"
 
 @pytest.fixture(scope="module")
 def trees():
-    """(plain weights, fresh tree, tree with every leaf that learns moved)."""
-
-    def born():
-        base = initial_params(MODEL, jax.random.key(0))
-        return base, attach.started(base, MODEL, ADAPTER, jax.random.key(1))
-
-    base, tree = jax.jit(born)()
-    params, frozen = (attach.flat(part) for part in attach.split(tree, MODEL, ADAPTER))
-    random = np.random.default_rng(1)
-    moved = {path: leaf + 0.5 * random.normal(size=leaf.shape).astype(np.float32) for path, leaf in params.items()}
-    return base, tree, attach.nested(moved | frozen)
+    return adapted.trees(MODEL, ADAPTER, scale=0.5)
 
 
 def decoder_of(adapter, tree):
