@@ -320,10 +320,6 @@ def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
             "sequence.parallel: ring passes keys around inside a stage, while other stages do something else, and "
             "would never end; use all-gather or ulysses with mesh.pipe"
         )
-    if "offload" in config.memory.names.values() or config.memory.policy == "offload-block-in":
-        raise ValueError(
-            "memory: offload is not supported inside a pipeline, whose pools stay on the device; keep or recompute"
-        )
     if config.pipeline.vocab_parallel and config.memory.loss_chunks > 1:
         raise ValueError(
             f"memory.loss_chunks: {config.memory.loss_chunks} has no effect with pipeline.vocab_parallel; leave it at 1"

@@ -2,7 +2,8 @@
 
 Some compilers returned silently wrong gradients for scan residuals offloaded to the host (openxla/xla#46231), and a
 policy that changes numbers is worse than no policy. So before a run trusts a GPU with an `offload` decision, a small
-scanned stack of the run's kind of block is differentiated both ways, and the run is refused where they differ.
+stack of the run's kind of block is differentiated both ways, in the loop that the run will have, and the run is refused
+where they differ.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from ..models.decoder import graph, initial_params
 from .policy import rematerialized
 
 Remat = Callable[..., Callable[[Callable], Callable]]
+Gradient = Callable[[ModelConfig, Mapping[str, Decision] | None], Any]  # under these decisions, by all parameters
 
 BATCH, SEQUENCE = 2, 64
 REPEATS = 4  # a residual that another layer's overwrote shows only in a loop of several
@@ -28,24 +30,18 @@ TOLERANCE = 0.02  # of a gradient's norm: far above what rounding in bfloat16 do
 
 
 def check_offload(
-    model: ModelConfig,
-    chosen: Mapping[str, Decision] | None,
-    *,
-    platform: str,
-    compute: Any,
-    remat: Remat = rematerialized,
+    model: ModelConfig, chosen: Mapping[str, Decision] | None, *, platform: str, gradient: Gradient
 ) -> None:
     """Raise MeshwrightError if offloading as `chosen` says changes gradients on this machine's first device.
 
-    `chosen` comes from `policy.decisions`. Does nothing where nothing is offloaded, and on a CPU (`platform`), which
-    has one kind of memory. `remat` is what turns decisions into a wrapper, to be replaced by a test.
+    `chosen` comes from `policy.decisions`; `gradient` is `scanned_gradient`, or that of another loop over layers. Does
+    nothing where nothing is offloaded, and on a CPU (`platform`), which has one kind of memory.
     """
     offloaded = sorted(name for name, decision in (chosen or {}).items() if decision == "offload")
     if not offloaded or platform == "cpu":
         return
     small = shrunk(model)
-    plain = gradient(small, None, compute=compute, remat=remat)
-    moved = gradient(small, chosen, compute=compute, remat=remat)
+    plain, moved = gradient(small, None), gradient(small, chosen)
     wrong = {name: error for name, error in errors(plain, moved).items() if not error <= TOLERANCE}
     if wrong:
         name, error = max(wrong.items(), key=lambda item: item[1])
@@ -63,13 +59,12 @@ def shrunk(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update=sizes | {"layers": layers, "max_positions": SEQUENCE, "dropout": 0.0, "scan": True})
 
 
-def gradient(model: ModelConfig, chosen: Mapping[str, Decision] | None, *, compute: Any, remat: Remat) -> Any:
-    """Of a fixed function of the last hidden state, by every parameter."""
-    random = np.random.default_rng(0)
-    tokens = random.integers(0, model.vocab, (BATCH, SEQUENCE))
-    weights = random.standard_normal((BATCH, SEQUENCE, model.embed), np.float32)
-    shapes = jax.eval_shape(lambda: initial_params(model, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32) * model.embed**-0.5, shapes)
+def scanned_gradient(
+    model: ModelConfig, chosen: Mapping[str, Decision] | None, *, compute: Any, remat: Remat = rematerialized
+) -> Any:
+    """Of a fixed function of the last hidden state. `remat` turns decisions into a wrapper; a test has another."""
+    tokens, params = tokens_and_params(model)
+    weights = np.random.default_rng(1).standard_normal((*tokens.shape, model.embed), np.float32)
     structure = graph(model)
     ctx = Context(
         positions=jnp.broadcast_to(jnp.arange(SEQUENCE), (BATCH, SEQUENCE)),
@@ -82,6 +77,14 @@ def gradient(model: ModelConfig, chosen: Mapping[str, Decision] | None, *, compu
         return (hidden.astype(jnp.float32) * weights).mean()
 
     return jax.jit(jax.grad(loss))(params)
+
+
+def tokens_and_params(model: ModelConfig) -> tuple[np.ndarray, Any]:
+    """Tokens [batch, sequence] and weights to differentiate by, the same every time."""
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: initial_params(model, jax.random.key(0)))
+    tokens = random.integers(0, model.vocab, (BATCH, SEQUENCE))
+    return tokens, jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32) * model.embed**-0.5, shapes)
 
 
 def errors(expected: Any, found: Any) -> dict[str, float]:

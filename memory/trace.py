@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from jax.extend import core
 
 
@@ -42,6 +43,29 @@ def repeats(equation: core.JaxprEqn) -> int:
         mesh = equation.params["mesh"]
         return math.prod(mesh.shape[axis] for axis in equation.params["newly_manual_axes"])
     return 1
+
+
+def host_bytes(jaxpr: Any) -> int:
+    """Bytes in host memory, of all devices together: every array that is made there.
+
+    An array that a loop fills piece by piece counts once, as a whole; its pieces, and whatever else an equation that
+    already holds one makes of it, do not.
+    """
+    total = 0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if any(hosted(var.aval) for var in equation.invars):
+            continue
+        made = [var.aval for var in equation.outvars if hosted(var.aval)]
+        total += sum(math.prod(one.shape) * one.dtype.itemsize for one in made)
+        if not made:  # the rounds of a loop follow each other, the devices of a shard_map do not
+            times = repeats(equation) if equation.primitive.name == "shard_map" else 1
+            total += times * sum(map(host_bytes, called(equation)))
+    return total
+
+
+def hosted(aval: Any) -> bool:
+    """Whether an array lives in host memory."""
+    return getattr(aval, "memory_space", None) == jax.memory.Space.Host
 
 
 def names(jaxpr: Any) -> list[str]:

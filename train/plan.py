@@ -5,6 +5,8 @@ plan = make_plan(program, program.compiled_step())     # a dict, ready for JSON;
 Bytes are exact: `..._per_device` is the largest share of a device. `compiled` is the compiler's word about one device,
 `flops_per_step` the matrix products of the traced step on all devices, recomputation included, and `collectives` what a
 device receives per step, by kind and the mesh axes it crosses. `count` is the parameters of one replica.
+`offloaded_bytes`, of all devices together, is what the traced step keeps in host memory. The compiler for a CPU, which
+has one kind of memory, counts it among the temporaries; that for a GPU says `host_bytes` of a device.
 """
 
 import math
@@ -20,7 +22,8 @@ from ..configs.adapter import ELEMENTS
 from ..configs.parallel import MeshConfig, PipelineConfig
 from ..configs.quantization import BITS, QuantizationConfig
 from ..configs.run import RunConfig
-from ..memory.trace import matmul_flops
+from ..memory.policy import decisions, emitted
+from ..memory.trace import host_bytes, matmul_flops
 from ..models.flops import flops_per_token
 from ..parallel.hlo import bytes_by_axes, collectives
 from ..parallel.lowcomm.bytes import summary
@@ -38,7 +41,7 @@ def make_plan(program: Program, compiled: jax.stages.Compiled) -> dict[str, Any]
     """Everything known about the step of `program` before it runs; `compiled` is its `compiled_step()`."""
     found = collectives(compiled.as_text(), program.mesh)
     return storage_plan(program) | {
-        "compiled": memory(compiled) | {"flops_per_step": step_flops(program)},
+        "compiled": memory(compiled) | {"flops_per_step": step_flops(program)} | offload_plan(program),
         "collectives": {kind: dict(sorted(axes.items())) for kind, axes in sorted(bytes_by_axes(found).items())},
         "devices": [
             {"id": device.id, "kind": device.device_kind, "platform": device.platform, "process": device.process_index}
@@ -121,6 +124,7 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
         "output_bytes": stats.output_size_in_bytes,
         "temporary_bytes": stats.temp_size_in_bytes,
         "alias_bytes": stats.alias_size_in_bytes,
+        "host_bytes": stats.host_temp_size_in_bytes,
     }
     peak = sizes["argument_bytes"] + sizes["output_bytes"] + sizes["temporary_bytes"] - sizes["alias_bytes"]
     return sizes | {"peak_bytes": peak}
@@ -136,6 +140,16 @@ def step_flops(program: Program) -> int:
         program = alone(program)
     with jax.set_mesh(program.mesh):
         return matmul_flops(jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes))
+
+
+def offload_plan(program: Program) -> dict[str, int]:
+    """Bytes in host memory while the step runs; nothing where no policy offloads."""
+    model = program.config.model
+    chosen = decisions(program.config.memory, tensors=emitted(model)) or {}
+    if "offload" not in chosen.values():
+        return {}
+    with jax.set_mesh(program.mesh):
+        return {"offloaded_bytes": host_bytes(jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes))}
 
 
 def alone(program: Program) -> Program:
@@ -155,6 +169,8 @@ def render(plan: dict[str, Any]) -> RenderableType:
     table.add_row("parameters", f"{parameters['count']:,}", f"{size(parameters['bytes_per_device'])} a device")
     table.add_row("optimizer", size(optimizer["bytes"]), f"{size(optimizer['bytes_per_device'])} a device")
     table.add_row("temporaries", "activations, gradients", f"{size(compiled['temporary_bytes'])} a device")
+    if "offloaded_bytes" in compiled:
+        table.add_row("offloaded", "in host memory", f"{size(compiled['offloaded_bytes'])} of all devices")
     table.add_row("peak", "with arguments", f"{size(compiled['peak_bytes'])} a device")
     table.add_row("step", "matrix products", f"{compiled['flops_per_step'] / 1e12:.3g} TFLOP")
     for kind, by_axes in plan["collectives"].items():

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from ..configs.errors import Preempted, UserError
 from ..configs.run import RunConfig, check_fits
 from ..configs.training import CheckpointConfig
 from ..memory.policy import decisions, emitted
-from ..memory.selfcheck import check_offload
+from ..memory.selfcheck import check_offload, scanned_gradient
 from ..models.hf.files import copy_companions
 from ..parallel.mesh import make_mesh
 from . import environment, plan
@@ -38,6 +39,7 @@ from .launch.progress import Progress
 from .launch.world import World
 from .loop import Loop
 from .meter import Meter
+from .offloading import pooled_gradient
 from .op_times import time_ops
 from .pacing import Pace
 from .places import place
@@ -183,7 +185,9 @@ def programmed(config: RunConfig, world: World) -> Program:
         mine.model,
         decisions(mine.memory, tensors=emitted(mine.model)),
         platform=mesh.devices.flat[0].platform,
-        compute=jnp.dtype(mine.precision.compute),
+        gradient=partial(
+            scanned_gradient if program.staging is None else pooled_gradient, compute=jnp.dtype(mine.precision.compute)
+        ),
     )
     return program
 

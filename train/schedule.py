@@ -65,7 +65,11 @@ def examine(wanted: Wanted) -> Examination:
 
 def _table(wanted: Wanted) -> Table:
     if wanted.name.endswith(".csv"):
-        return read_csv(Path(wanted.name))
+        path = Path(wanted.name)
+        own = read_csv(path)
+        return make("file", path=path, devices=wanted.stages or own.devices,
+                    microbatches=wanted.microbatches or own.microbatches, chunks=wanted.chunks,
+                    vocabulary=wanted.vocabulary or own.algorithm, memory_limit=wanted.memory_limit)  # fmt: skip
     if wanted.name not in SCHEDULES or wanted.name == "file":
         known = sorted(SCHEDULES.keys() - {"file"})
         raise UserError.no_match("schedule", [wanted.name], known=[*known, "best", "PATH.csv"])

@@ -16,6 +16,7 @@ from ..parallel.pipeline.fused import fused
 from ..parallel.pipeline.layers import even, redistributed
 from ..parallel.pipeline.schedules.registry import SCHEDULES, make
 from ..parallel.pipeline.table import Op, Table
+from ..parallel.pipeline.wiring import direction
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def staging(config: RunConfig, *, pipe: int) -> Staging | None:
             f"microbatches: {table.microbatches} leave most of {pipe} pipeline devices idle at any time; use at least "
             f"{pipe}, which must divide data.global_batch ({config.data.global_batch}) over the batch axes"
         )
+    for stage in range(table.stages - 1):
+        direction(table.device_of(stage), table.device_of(stage + 1), pipe)  # raises where they are no neighbours
     if not table_trains(table):
         raise UserError(f"pipeline.schedule: {settings.schedule} has no backward pass; {pipe} devices would not train")
     return Staging(table, forward, repeats)

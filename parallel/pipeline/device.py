@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from . import pools
 from .parts import Carry, Parts, Row, Weights, when
 from .split import Saved, Split
 from .table import Op
@@ -47,8 +48,8 @@ class Device:
             if not self.wiring.trains:
                 return x, saved
             return x, saved._replace(
-                input=put(saved.input, row["input"], number, inputs),
-                weight=put(saved.weight, row["weight"], number, weight),
+                input=pools.put(saved.input, row["input"], number, inputs),
+                weight=pools.put(saved.weight, row["weight"], number, weight),
             )
 
         x = when(row["first"], partial(self.ends.enter, self), row, carry.messages[row["read"]])
@@ -66,7 +67,7 @@ class Device:
             dx, new = self.block.input_gradient(
                 *self.layer(row, number), self.numbered(row, context, number), saved, dy
             )
-            return dx, put(stash, row["stash"], number, new)
+            return dx, pools.put(stash, row["stash"], number, new)
 
         carry = self.begin_backward(row, carry)
         _, context = self.fields(row["microbatch"])
@@ -119,14 +120,9 @@ class Device:
         return jax.tree.map(lambda total, part: total.at[place].add(part.astype(total.dtype)), gradient, new)
 
 
-def put(pool: list[jax.Array], slot: jax.Array, number: jax.Array, new: list[jax.Array]) -> list[jax.Array]:
-    """Each of `pool` [slots, repeats, ...] with its part of `new` at (slot, repeat `number`)."""
-    return [whole.at[slot, number].set(part) for whole, part in zip(pool, new, strict=True)]
-
-
 def taken(saved: Saved, row: Row, number: jax.Array, *, of: tuple[str, ...]) -> Saved:
     """What was saved for repeat `number` in the row's slots of the pools `of`; the others are left empty."""
-    found = {name: [pool[row[name], number] for pool in getattr(saved, name)] for name in of}
+    found = {name: pools.taken(getattr(saved, name), row[name], number) for name in of}
     return Saved([], [], [])._replace(**found)
 
 

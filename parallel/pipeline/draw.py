@@ -15,6 +15,7 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from ...configs.errors import UserError
 from .simulate import Timeline
@@ -64,6 +65,8 @@ def figure(table: Table, *, timeline: Timeline | None = None, title: str | None 
         bottom = (BELOW + (lines - 1 - line) * (strip + BETWEEN)) / height
         axis = drawn.add_axes((0.06, bottom, 0.93, strip / height))
         _draw_line(axis, table, start, end, window=(line * per_line, (line + 1) * per_line))
+        if timeline is None:
+            axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     axis.set_xlabel("tick" if timeline is None else "time", color=INK, fontsize=8, labelpad=1)
     drawn.legend(handles=_legend(table), loc="lower center", ncols=8, frameon=False, fontsize=8, labelcolor=INK,
                   columnspacing=1.4, handlelength=1.0, handleheight=1.0)  # fmt: skip
@@ -119,7 +122,7 @@ def ink_on(face: tuple[float, float, float]) -> str:
 
 
 def _legend(table: Table) -> list[Patch]:
-    """A patch for each op of the table, and for each of its chunks where a device has several."""
+    """A patch for each op of the table; two, for its first and its last chunk, where a device has several."""
     used = [op for op in NAMES if (table.op == op).any()]
     patches = []
     for op in used:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from ..rules import path_name, weight_spec
+from . import pools
 from .device import PHASES, Device
 from .ends import WholeEnds
 from .parts import BATCH_AXES, MANUAL, RESIDUAL, Carry, Parts, Row, Weights, filed, when
@@ -119,9 +120,10 @@ def empty(device: Device, x: jax.ShapeDtypeStruct, *, dtype: Any) -> Carry:
     """What the first tick begins with; `x` is the shape of what passes between stages."""
     constrain, slots = device.parts.constrain, device.wiring.slots
     messages = jnp.zeros((slots["messages"] + 1, *x.shape), x.dtype)
+    kept = device.block.shapes if device.wiring.trains else Saved([], [], [])
     saved = [
-        [jnp.zeros((slots[name], device.repeats, *one.shape), one.dtype) for one in shapes]
-        for name, shapes in device.block.shapes._asdict().items()
+        [pools.empty(one, slots=slots[name], repeats=device.repeats) for one in shapes]
+        for name, shapes in kept._asdict().items()
     ]
     trained = device.weights if device.wiring.trains else ()
     sums = jnp.promote_types(dtype, jnp.float32)

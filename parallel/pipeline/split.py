@@ -16,14 +16,14 @@ made again. Split a single block, never a stage: a scanned stage's backward pass
 Source: Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 2.
 """
 
-import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 
 from .equations import Equation, Trace, Value, read, run, traced
+from .pools import on_host, size
 
 # Equations that never move from W to I.
 HEAVY = {"dot_general", "conv_general_dilated", "scan", "while", "cond", "shard_map", "custom_vjp_call"}
@@ -32,7 +32,7 @@ SHAPING = {"reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim",
 
 
 class Saved(NamedTuple):
-    """Lists of arrays (or of their shapes) between the parts of a block, by how long they live."""
+    """Lists of arrays (or pools, or shapes) between the parts of a block, by how long they live."""
 
     input: list[Any]
     weight: list[Any]
@@ -81,7 +81,7 @@ def split(block: Callable[[Any, Any, Any, Any], Any], weights: Any, frozen: Any,
 
     y, *residuals = ahead.outputs
     dy = Value(y.aval)
-    back = traced(backward, *(aval(value) for value in (dy, *residuals)), inputs=[dy, *residuals])
+    back = traced(backward, *(value.aval for value in (dy, *residuals)), inputs=[dy, *residuals])
     return assembled(ahead, back, given=(weights, frozen, context, x))
 
 
@@ -124,7 +124,7 @@ def assembled(ahead: Trace, back: Trace, *, given: tuple[Any, Any, Any, Any]) ->
         arrays = run(both.equations, again(weights, frozen, context, saved) | {dy: dy_array})
         return read(dx, arrays), jax.tree.unflatten(dw_tree, [read(value, arrays) for value in dw])
 
-    shapes = Saved(*([aval(value) for value in values] for values in (only_input, weight, stash)))
+    shapes = Saved(*([value.aval for value in values] for values in (only_input, weight, stash)))
     return Split(forward, input_gradient, weight_gradient, backward, shapes)
 
 
@@ -144,10 +144,16 @@ def halves(
         if equation.name in HEAVY:
             continue
         other = cut([*early, *equation.outputs])
-        lighter = size(map(aval, other[1].reads)) < size(map(aval, best[1].reads))
-        if lighter and heavy(other[0]) == heavy(best[0]):
+        if burden(other[1]) < burden(best[1]) and heavy(other[0]) == heavy(best[0]):
             early, best = [*early, *equation.outputs], other
     return best
+
+
+def burden(part: Part) -> tuple[int, int]:
+    """Bytes that wait for the part: on the device, which count first, and in host memory."""
+    shapes = [value.aval for value in part.reads]
+    on_device, hosted = ([one for one in shapes if on_host(one) == host] for host in (False, True))
+    return size(on_device), size(hosted)
 
 
 def heavy(part: Part) -> int:
@@ -201,18 +207,13 @@ def needed(
 
 
 def free(equation: Equation) -> bool:
-    """Whether to make its output again rather than keep it: it moves numbers, or writes them in a wider type."""
+    """Whether to make its output again rather than keep it: it moves numbers, or writes them in a wider type.
+
+    Moves from host memory too: every part fetches for itself what it reads.
+    """
+    if equation.name == "device_put":
+        return on_host(equation.inputs[0].aval)
     if equation.name == "convert_element_type":
         before, after = (value.aval.dtype.itemsize for value in (equation.inputs[0], equation.outputs[0]))
         return after >= before
     return equation.name in SHAPING and len(equation.inputs) == 1
-
-
-def aval(value: Value) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a value."""
-    return jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype)
-
-
-def size(shapes: Iterable[jax.ShapeDtypeStruct]) -> int:
-    """Bytes of arrays of these shapes."""
-    return sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in shapes)

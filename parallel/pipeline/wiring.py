@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...configs.errors import UserError
 from .meetings import Meetings, meetings
 from .occurrences import BACKWARD, Ticks, backward_of, occurrences
 from .slots import colour
@@ -138,13 +139,16 @@ def mail(table: Table, ticks: Ticks, met: Meetings | None) -> tuple[dict[str, np
 
 
 def direction(source: int, target: int, devices: int) -> str:
-    """The field in which `target` finds the slot for what `source` sends. ValueError if they are not neighbours."""
+    """The field in which `target` finds the slot for what `source` sends. UserError if they are not neighbours."""
     if source == target:
         return "own"
     for name, step in (("from_before", 1), ("from_after", -1)):
         if (source + step) % devices == target:
             return name
-    raise ValueError(f"placement: consecutive stages on devices {source} and {target} of {devices}, not neighbours")
+    raise UserError(
+        f"pipeline.schedule: consecutive stages on devices {source} and {target} of {devices}, which are no neighbours "
+        "in a ring; a device sends to the one before and the one behind it, so place stages like that"
+    )
 
 
 def rows_of(wiring: Wiring) -> Mapping[str, np.ndarray]:

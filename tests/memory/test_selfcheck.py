@@ -1,15 +1,17 @@
 """A device that offloads wrongly is refused before it trains."""
 
+import functools
+
 import jax
 import pytest
 
 from equivalence import tiny
 from meshwright.configs.errors import MeshwrightError
-from meshwright.memory.policy import rematerialized
-from meshwright.memory.selfcheck import check_offload
+from meshwright.memory.selfcheck import check_offload, scanned_gradient
+from meshwright.train.offloading import pooled_gradient
 
 OFFLOAD = {"block_in": "offload", "q": "keep"}
-COMPUTE = {"platform": "gpu", "compute": "float32"}
+GRADIENTS = {"scanned": scanned_gradient, "in a pipeline's pools": pooled_gradient}
 
 
 def broken(chosen, *, scanned):
@@ -23,25 +25,31 @@ def broken(chosen, *, scanned):
     return lambda block: block if chosen is None else lambda weights, x: block(weights, fetched(x))
 
 
-def test_right_gradients_pass():
-    check_offload(tiny().model, OFFLOAD, **COMPUTE)
+@pytest.fixture(params=GRADIENTS.values(), ids=GRADIENTS)
+def gradient(request):
+    return request.param
 
 
-def test_wrong_gradients_are_refused_by_name():
+def test_right_gradients_pass(gradient):
+    check_offload(tiny().model, OFFLOAD, platform="gpu", gradient=functools.partial(gradient, compute="float32"))
+
+
+def test_wrong_gradients_are_refused_by_name(gradient):
+    wrong = functools.partial(gradient, compute="float32", remat=broken)
     with pytest.raises(MeshwrightError, match=r"offloading block_in gives wrong gradients .*#46231"):
-        check_offload(tiny().model, OFFLOAD, **COMPUTE, remat=broken)
+        check_offload(tiny().model, OFFLOAD, platform="gpu", gradient=wrong)
 
 
 @pytest.mark.parametrize(("chosen", "platform"), [(OFFLOAD, "cpu"), ({"q": "keep"}, "gpu"), (None, "gpu")])
 def test_nothing_runs_where_nothing_is_offloaded(chosen, platform):
-    def never(chosen, *, scanned):
+    def never(model, chosen):
         raise RuntimeError(f"ran with {chosen}")
 
-    check_offload(tiny().model, chosen, platform=platform, compute="float32", remat=never)
+    check_offload(tiny().model, chosen, platform=platform, gradient=never)
 
 
 @pytest.mark.gpu
-def test_this_gpu_offloads_rightly():
+def test_this_gpu_offloads_rightly(gradient):
     if jax.default_backend() != "gpu":
         pytest.skip("no GPU")
-    check_offload(tiny().model, OFFLOAD, platform="gpu", compute="bfloat16", remat=rematerialized)
+    check_offload(tiny().model, OFFLOAD, platform="gpu", gradient=functools.partial(gradient, compute="bfloat16"))

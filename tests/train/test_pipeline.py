@@ -1,5 +1,6 @@
 """Training through a pipeline is training on one device; what cannot run in one is refused with what would work."""
 
+import numpy as np
 import pytest
 
 from equivalence import assert_same, tiny
@@ -7,6 +8,9 @@ from meshwright.configs.errors import UserError
 from meshwright.configs.load import merged
 from meshwright.parallel.hlo import parse
 from meshwright.parallel.mesh import make_mesh
+from meshwright.parallel.pipeline.csvfile import write_csv
+from meshwright.parallel.pipeline.listing import orders_of, tabulate
+from meshwright.parallel.pipeline.schedules.registry import make
 from meshwright.train.launch.world import World
 from meshwright.train.plan import step_flops
 from meshwright.train.program import build
@@ -38,6 +42,20 @@ CASES = {
         {"model": {"family": "gpt2", "max_positions": 16, "dropout": 0.1, "qkv_bias": False},
          "optimizer": {"name": "sgd"}},
         {"mesh": {"pipe": 2, "seq": 2}, "pipeline": {"backward": "fused"}, "memory": {"policy": "minimal"}},
+    ),
+    "inputs of blocks on the host, over fsdp": (
+        {"optimizer": {"name": "sgd"}},
+        {"mesh": {"pipe": 2, "fsdp": 2}, "memory": {"policy": "offload-block-in"}},
+    ),
+    "some tensors on the host, W far from I": (
+        {"optimizer": {"name": "sgd"}},
+        {"mesh": {"pipe": 2, "fsdp": 2}, "pipeline": {"schedule": "zb-h1"}, "memory": {"policy": "minimal", "names": {
+            "attn_norm": "offload", "q": "offload", "mlp_up": "offload"}}},
+    ),
+    "some tensors on the host, a fused backward": (
+        {"optimizer": {"name": "sgd"}},
+        {"mesh": {"pipe": 2, "fsdp": 2}, "pipeline": {"backward": "fused"}, "memory": {"policy": "full", "names": {
+            "block_in": "offload", "mlp_norm": "offload"}}},
     ),
 }  # fmt: skip
 
@@ -109,10 +127,19 @@ def test_what_has_no_table_is_refused_before_jax_is_needed(changes, words):
         staging(config, pipe=config.mesh.pipe)
 
 
+def test_a_file_whose_stages_are_no_neighbours_is_refused_before_jax_is_needed(tmp_path):
+    """GPipe's orders, the two middle stages on each other's devices: a schedule, but nobody sends that far."""
+    table = make("gpipe", devices=4, microbatches=4)
+    apart = tmp_path / "apart.csv"
+    write_csv(tabulate(orders_of(table), np.array([[0], [2], [1], [3]]), algorithm=0, name="apart"), apart)
+    config = tiny(**merged(merged(BASE, STAGED), {"mesh": {"pipe": 4}, "pipeline": {"schedule": str(apart)}}))
+    with pytest.raises(UserError, match="consecutive stages on devices 0 and 2 of 4"):
+        staging(config, pipe=4)
+
+
 UNFIT = {
     "ring attention": ({"mesh": {"seq": 2}, "sequence": {"parallel": "ring"}}, "sequence.parallel: ring"),
     "half a pattern": ({"model": {"layers": 5, "windows": [4, None]}}, "model.layers: 5 is not a multiple"),
-    "offload": ({"memory": {"policy": "offload-block-in"}}, "offload is not supported inside a pipeline"),
     "chunks of a loss that is shared": (
         {"pipeline": {"vocab_parallel": 1}, "memory": {"loss_chunks": 2}}, "memory.loss_chunks: 2 has no effect"
     ),

@@ -69,6 +69,18 @@ def test_mistakes_are_said_before_anything_is_written(arguments, message, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("option", "other"),
+    {"--stages": 8, "--microbatches": 4, "--chunks": 1, "--vocab-parallel": 1, "--memory-limit": 3}.items(),
+)
+def test_a_file_knows_its_own_size_and_takes_no_other(option, other, tmp_path):
+    file = tmp_path / "mine.csv"
+    schedule("v-half", *SIZE, "--vocab-parallel", 2, "--csv", file)
+    assert schedule(file, *SIZE, "--chunks", 2, "--vocab-parallel", 2) == schedule(file)
+    with pytest.raises(UserError):
+        schedule(file, option, other)
+
+
 @pytest.mark.parametrize("option", ["--csv", "--draw"])
 def test_nothing_is_written_over(option, tmp_path):
     target = tmp_path / f"out{'.csv' if option == '--csv' else '.svg'}"

@@ -60,6 +60,8 @@ def make(
     request = Request(devices, microbatches, chunks or family.chunks[0], vocabulary, memory_limit, placement, path)
     _check_request(name, family, request)
     table = family.make(request)
+    if chunks is not None and table.chunks != chunks:  # a file knows its own
+        raise UserError(f"pipeline.chunks: {chunks}, and {path} has {table.chunks}; change one of them")
     check(table)
     return table
 

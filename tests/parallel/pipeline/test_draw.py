@@ -7,7 +7,7 @@ import pytest
 
 from meshwright.configs.errors import UserError
 from meshwright.parallel.pipeline.costs import Costs
-from meshwright.parallel.pipeline.draw import draw, ink_on, shade
+from meshwright.parallel.pipeline.draw import draw, figure, ink_on, shade
 from meshwright.parallel.pipeline.schedules.registry import make
 from meshwright.parallel.pipeline.simulate import simulate
 from meshwright.parallel.pipeline.table import Op
@@ -35,6 +35,11 @@ def test_every_pass_is_in_the_picture_once(microbatches, tmp_path):
     draw(table, tmp_path / "table.svg")
     found = numbers(tmp_path / "table.svg")
     assert found == dict.fromkeys(range(microbatches), 2 * (2 * 3 + 2))
+
+
+def test_ticks_are_counted_in_whole_numbers():
+    found = figure(make("zb-h1", devices=1, microbatches=1)).axes[0]
+    assert found.get_xticks().tolist() == [0, 1, 2, 3]
 
 
 def test_the_same_table_gives_the_same_file(tmp_path):

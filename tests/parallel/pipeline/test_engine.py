@@ -1,14 +1,18 @@
 """The engine: every schedule is the same computation as all layers one after another, in float64."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 
+from meshwright.memory.trace import host_bytes
 from meshwright.parallel.pipeline.fused import fused
 from meshwright.parallel.pipeline.schedules.registry import SCHEDULES, make
+from meshwright.parallel.pipeline.simulate import pool_bytes
 from meshwright.parallel.pipeline.wiring import wired
 
-from .toy import problem, reference, run
+from .toy import EMBED, LENGTH, OFFLOADED, PARTS, ROWS, engine, problem, reference, run
 
 PIPE = 4
 TRAINED = [name for name, family in SCHEDULES.items() if family.trains and "path" not in family.options]
@@ -24,11 +28,11 @@ def table_of(name, **wishes):
     return make(name, devices=PIPE, microbatches=8, **wishes)
 
 
-def compare(table, *, repeats=None, tied=False, mesh=None):
+def compare(table, *, repeats=None, tied=False, mesh=None, parts=PARTS):
     """Loss, weight and every gradient of the engine equal the reference's to 1e-10."""
     repeats = repeats or (1,) * table.stages
     given = problem(layers=sum(repeats), tied=tied)
-    found = run(table, repeats, *given, mesh=mesh or {"pipe": PIPE})
+    found = run(table, repeats, *given, mesh=mesh or {"pipe": PIPE}, parts=parts)
     expected = jax.tree_util.tree_leaves_with_path(reference(*given)[: len(found)])
     for (path, wanted), one in zip(expected, jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(one, wanted, rtol=1e-10, atol=1e-10, err_msg=str(path))
@@ -64,6 +68,38 @@ def test_evaluation_gives_the_same_loss_without_a_backward_pass(vocabulary):
 def test_rows_may_be_cut_over_data_and_fsdp_too(vocabulary):
     table = make("1f1b", devices=2, microbatches=4, vocabulary=vocabulary)
     compare(table, tied=True, mesh={"pipe": 2, "data": 2, "fsdp": 2})
+
+
+OFFLOADING = {
+    "halves": make("1f1b", devices=2, microbatches=4),
+    "halves far apart": make("zb-h1", devices=2, microbatches=4),
+    "fused": fused(make("1f1b", devices=2, microbatches=4)),
+    "two chunks, a shared vocabulary": make("v-half", devices=2, microbatches=4, vocabulary=2),
+}
+
+
+@pytest.mark.parametrize("table", OFFLOADING.values(), ids=OFFLOADING)
+def test_what_waits_in_host_memory_is_what_was_put_there(table):
+    compare(table, repeats=(2, 1) * (table.stages // 2), mesh={"pipe": 2, "fsdp": 2}, parts=OFFLOADED)
+
+
+@pytest.mark.parametrize("table", OFFLOADING.values(), ids=OFFLOADING)
+def test_pools_of_offloaded_values_are_in_host_memory(table):
+    """Two values of each layer and microbatch in flight, and nothing else; so the program tells a GPU's compiler."""
+    repeats = (2, 1) * (table.stages // 2)
+    made, arguments, devices = engine(
+        table, repeats, *problem(layers=sum(repeats), tied=False), mesh={"pipe": 2, "fsdp": 2}, parts=OFFLOADED
+    )
+    with jax.set_mesh(devices):
+        traced = made.trace(*arguments)
+    value = ROWS // 4 // 2 * LENGTH * EMBED * 8
+    held = pool_bytes(table, input=0, weight=2 * 2 * value, stash=0)
+    assert host_bytes(traced.jaxpr) == held * devices.size
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    slots = wired(table, repeats=repeats).slots["weight"]
+    pool = f"tensor<{slots}x2x{ROWS // 8}x{LENGTH}x{EMBED}xf64>"
+    placed = re.findall(r"annotate_device_placement.*pinned_host.* -> (\S+)", text)
+    assert placed.count(pool) == 2
 
 
 @pytest.mark.parametrize("name", ["1f1b", "v-half"])

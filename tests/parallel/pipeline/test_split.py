@@ -17,7 +17,8 @@ from meshwright.models.attention.interface import attend
 from meshwright.models.block import Block
 from meshwright.models.context import Context, flat_linear
 from meshwright.models.rope import rotations
-from meshwright.parallel.pipeline.split import Saved, size, split
+from meshwright.parallel.pipeline.pools import on_host, size
+from meshwright.parallel.pipeline.split import Saved, split
 
 MODEL = ModelConfig(vocab=64, layers=1, embed=16, heads=4, kv_heads=2, mlp=32)
 ROWS, LENGTH = 2, 32
@@ -27,9 +28,9 @@ SHAPE = (ROWS, LENGTH, MODEL.embed)
 class Case:
     """A block under a memory policy, split; and arrays to try it on."""
 
-    def __init__(self, name):
+    def __init__(self, name, **names):
         graph, state = nnx.split(Block(MODEL, kind=None, rngs=nnx.Rngs(0)))
-        chosen = policy.decisions(MemoryConfig(policy=name), tensors=policy.emitted(MODEL))
+        chosen = policy.decisions(MemoryConfig(policy=name, names=names), tensors=policy.emitted(MODEL))
         remat = policy.rematerialized(chosen, scanned=True)
 
         def block(weights, frozen, context, x):
@@ -58,7 +59,7 @@ class Case:
         return y, Saved(inputs, weight, [])
 
 
-@pytest.fixture(scope="module", params=["none", "full", "minimal", "attention-out"])
+@pytest.fixture(scope="module", params=["none", "full", "minimal", "attention-out", "offload-block-in"])
 def case(request):
     return Case(request.param)
 
@@ -109,6 +110,20 @@ def test_what_is_saved_is_what_the_policy_keeps():
     kept = {name: size([*shapes.input, *shapes.weight]) for name in ("none", "minimal", "attention-out", "full")
             if (shapes := Case(name).split.shapes)}  # fmt: skip
     assert kept["none"] > kept["minimal"] > kept["attention-out"] > kept["full"]
+
+
+def test_what_is_offloaded_waits_in_host_memory_and_nothing_else_does():
+    """Where the same value would be kept, so that W fetches for itself what I fetched too."""
+    names = ("block_in", "q", "mlp_gate", "mlp_up")
+    kept, moved = (
+        Case("attention-out", **dict.fromkeys(names, decision)).split.shapes for decision in ("keep", "offload")
+    )
+    hosted = Saved(*([one.shape for one in shapes if on_host(one)] for shapes in moved))
+    wide, queries = (ROWS, LENGTH, MODEL.mlp), (ROWS, LENGTH, MODEL.heads, MODEL.head_width)
+    assert sorted(hosted.input + hosted.weight) == sorted([SHAPE, queries, wide, wide]) and not hosted.stash
+    on_device = {name: sum(size([one]) for shapes in saved for one in shapes if not on_host(one))
+                 for name, saved in {"kept": kept, "moved": moved}.items()}  # fmt: skip
+    assert on_device["moved"] < on_device["kept"]
 
 
 def test_frozen_weights_have_no_gradient_and_are_read():

@@ -1,12 +1,15 @@
 """A model small enough to try every schedule on: blocks x + tanh(x w) v, an embedding, a norm, a head. Any dtype."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from meshwright.configs.parallel import MeshConfig
+from meshwright.memory.policy import rematerialized
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.pipeline.engine import pipelined
 from meshwright.parallel.pipeline.parts import Parts, Weights
@@ -18,8 +21,9 @@ PADDED = 16
 
 def block(weights, frozen, given, x):
     context, repeat = given
+    x = checkpoint_name(x, "block_in")
     mixed = jnp.tanh(x @ weights["w"] + context["shift"][..., None] + repeat) * frozen["scale"]
-    return x + mixed @ weights["v"]
+    return x + checkpoint_name(mixed, "mixed") @ weights["v"]
 
 
 def enter(ends, frozen, fields, context, lookup):
@@ -60,6 +64,11 @@ PARTS = Parts(
     lookup=lambda table, places: table[places],
     vocab=VOCAB,
     softcap=3.0,
+)
+
+# What the backward pass reads waits in host memory.
+OFFLOADED = dataclasses.replace(
+    PARTS, block=rematerialized(dict.fromkeys(("block_in", "mixed"), "offload"), scanned=True)(block)
 )
 
 
@@ -110,16 +119,23 @@ def order(table, repeats):
     )
 
 
-def run(table, repeats, weights, frozen, batch, *, mesh):
-    """What the engine makes of it: loss, weight, and gradients with the layers in order where it trains."""
+def engine(table, repeats, weights, frozen, batch, *, mesh, parts=PARTS):
+    """(the engine, its arguments, the mesh to run it on)."""
     places = order(table, repeats)
     spread = functools.partial(jax.tree.map, lambda leaf: leaf[np.maximum(places, 0)])
     devices = make_mesh(MeshConfig(platform="cpu", **mesh))
     wiring = wired(table, repeats=repeats)
-    engine = pipelined(PARTS, wiring, repeats=max(repeats), mesh=devices, zero=1, dtype=jnp.float64)
+    made = pipelined(parts, wiring, repeats=max(repeats), mesh=devices, zero=1, dtype=jnp.float64)
     own, fixed = weights._replace(stacked=spread(weights.stacked)), frozen._replace(stacked=spread(frozen.stacked))
+    return jax.jit(made), (own, fixed, batch, None, rows_of(wiring)), devices
+
+
+def run(table, repeats, *given, **how):
+    """What the engine makes of it: loss, weight, and gradients with the layers in order where it trains."""
+    made, arguments, devices = engine(table, repeats, *given, **how)
     with jax.set_mesh(devices):
-        loss, weight, gradient = jax.device_get(jax.jit(engine)(own, fixed, batch, None, rows_of(wiring)))
+        loss, weight, gradient = jax.device_get(made(*arguments))
+    wiring, places = wired(table, repeats=repeats), order(table, repeats)
     if not wiring.trains:
         return loss, weight
     empty = [np.abs(leaf[places < 0]).max(initial=0) for leaf in gradient.stacked.values()]
