@@ -133,6 +133,12 @@ class MemoryConfig(Section):
     loss_chunks: int = 1
     """The head and its loss run over this many slices of the sequence, so that logits exist for one slice at a time."""
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything is fetched from the host."""
+        preset: dict[str, Decision] = {"block_in": "offload"} if self.policy == "offload-block-in" else {}
+        return "offload" in (preset | self.names).values()
+
 
 class PrecisionConfig(Section):
     """Number formats."""

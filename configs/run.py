@@ -320,6 +320,11 @@ def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
             "sequence.parallel: ring passes keys around inside a stage, while other stages do something else, and "
             "would never end; use all-gather or ulysses with mesh.pipe"
         )
+    if axes["replica"] > 1 and config.memory.offloads:
+        raise ValueError(
+            f"memory: offload in a pipeline that is one of {axes['replica']} replicas is not supported: what is lifted "
+            "over replicas cannot be sliced in host memory; keep or recompute, or leave mesh.replica or mesh.pipe at 1"
+        )
     if config.pipeline.vocab_parallel and config.memory.loss_chunks > 1:
         raise ValueError(
             f"memory.loss_chunks: {config.memory.loss_chunks} has no effect with pipeline.vocab_parallel; leave it at 1"

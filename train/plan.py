@@ -22,7 +22,6 @@ from ..configs.adapter import ELEMENTS
 from ..configs.parallel import MeshConfig, PipelineConfig
 from ..configs.quantization import BITS, QuantizationConfig
 from ..configs.run import RunConfig
-from ..memory.policy import decisions, emitted
 from ..memory.trace import host_bytes, matmul_flops
 from ..models.flops import flops_per_token
 from ..parallel.hlo import bytes_by_axes, collectives
@@ -144,9 +143,7 @@ def step_flops(program: Program) -> int:
 
 def offload_plan(program: Program) -> dict[str, int]:
     """Bytes in host memory while the step runs; nothing where no policy offloads."""
-    model = program.config.model
-    chosen = decisions(program.config.memory, tensors=emitted(model)) or {}
-    if "offload" not in chosen.values():
+    if not program.config.memory.offloads:
         return {}
     with jax.set_mesh(program.mesh):
         return {"offloaded_bytes": host_bytes(jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes))}

@@ -40,9 +40,7 @@ def put(pool: list[jax.Array], slot: jax.Array, number: jax.Array, new: list[jax
 
 def taken(pool: list[jax.Array], slot: jax.Array, number: jax.Array) -> list[jax.Array]:
     """What was put into each of `pool` [slots, repeats, ...] at (slot, repeat `number`)."""
-    return [
-        jax.lax.dynamic_slice(whole, place(whole, slot, number), (1, 1, *whole.shape[2:]))[0, 0] for whole in pool
-    ]
+    return [jax.lax.dynamic_slice(whole, place(whole, slot, number), (1, 1, *whole.shape[2:]))[0, 0] for whole in pool]
 
 
 def place(whole: jax.Array, slot: jax.Array, number: jax.Array) -> tuple[Any, ...]:

@@ -118,6 +118,8 @@ def stash_bytes(table: Table, *, input: float = 0.0, weight: float = 0.0, stash:
 def pool_bytes(table: Table, *, input: float, weight: float, stash: float) -> float:
     """Bytes every device sets aside in one program: each pool as large as the device that needs most of it.
 
+    What waits in host memory is in pools of its own there: ask for them with its bytes, and for the others with theirs.
+
     Arguments as in `stash_bytes`. The three are pools of their own, which are not at their fullest in the same tick.
     """
     return sum(float(held.max()) for held in _held(table, input=input, weight=weight, stash=stash).values())

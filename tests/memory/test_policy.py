@@ -57,3 +57,13 @@ def test_names_come_on_top_of_a_preset_and_nothing_wraps_nothing():
     assert policy.decisions(tiny().memory, tensors=policy.emitted(tiny().model)) is None
     block = object()
     assert policy.rematerialized(None, scanned=True)(block) is block
+
+
+@pytest.mark.parametrize("preset", policy.PRESETS)
+def test_a_preset_is_known_to_offload_before_jax_is_needed(preset):
+    plain, moved, kept = (
+        tiny(memory={"policy": preset, "names": names}).memory.offloads
+        for names in ({}, {"q": "offload"}, {"block_in": "keep"})
+    )
+    assert plain == ("offload" in policy.PRESETS[preset].values())
+    assert moved and not kept

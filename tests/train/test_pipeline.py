@@ -147,6 +147,10 @@ UNFIT = {
         {"mesh": {"replica": 2}, "outer": {"name": "diloco", "every": 2}, "pipeline": {"post_validation": True}},
         "pipeline.post_validation: true would make the 2 replicas wait",
     ),
+    "offload in replicas": (
+        {"mesh": {"replica": 2}, "outer": {"name": "diloco", "every": 2}, "memory": {"policy": "offload-block-in"}},
+        "memory: offload in a pipeline that is one of 2 replicas",
+    ),
     "rows that cannot be dealt out": (
         {"mesh": {"pipe": 3}, "microbatches": 4}, "model.vocab_multiple: 64"
     ),

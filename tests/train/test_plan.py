@@ -98,6 +98,24 @@ def test_each_axis_causes_its_collectives(made):
     assert "tensor" in found["all-reduce"] and any("data" in axes for axes in found["all-reduce"])
 
 
+@pytest.mark.parametrize(
+    ("layout", "held"),
+    [({}, 4), ({"data": 2}, 4), ({"pipe": 2}, 2 * 2 * 2), ({"pipe": 2, "fsdp": 2}, 2 * 2 * 2)],
+    ids=["whole", "data", "pipeline", "pipeline and fsdp"],
+)
+def test_offloaded_bytes_are_those_of_every_layer_in_flight(layout, held):
+    """`held` layers' inputs of a microbatch: in a pipeline of two, two slots of two layers on each device."""
+    config = tiny(
+        model={"layers": 4},
+        mesh=layout,
+        microbatches=4,
+        data={"global_batch": 16},
+        memory={"policy": "offload-block-in"},
+    )
+    value = 16 // 4 * config.data.sequence_length * config.model.embed * 4
+    assert plan.offload_plan(build(config, make_mesh(config.mesh))) == {"offloaded_bytes": held * value}
+
+
 def test_flops_of_a_step_are_the_models_and_recomputation_costs_more(made):
     """The reference attention does masked scores too: between one and two times the model's own count."""
     program, found = made
