@@ -144,16 +144,14 @@ def halves(
         if equation.name in HEAVY:
             continue
         other = cut([*early, *equation.outputs])
-        if burden(other[1]) < burden(best[1]) and heavy(other[0]) == heavy(best[0]):
+        if waiting(other[1]) < waiting(best[1]) and heavy(other[0]) == heavy(best[0]):
             early, best = [*early, *equation.outputs], other
     return best
 
 
-def burden(part: Part) -> tuple[int, int]:
-    """Bytes that wait for the part: on the device, which count first, and in host memory."""
-    shapes = [value.aval for value in part.reads]
-    on_device, hosted = ([one for one in shapes if on_host(one) == host] for host in (False, True))
-    return size(on_device), size(hosted)
+def waiting(part: Part) -> int:
+    """Bytes that wait for the part, on the device or in host memory."""
+    return size(value.aval for value in part.reads)
 
 
 def heavy(part: Part) -> int:
