@@ -65,6 +65,7 @@ class Group:
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._asked = itertools.count()
         self._taken: str | None = None  # why this island may not go on
+        self._silent = False  # the rendezvous was waited for in vain, and has not been heard since
         with self._client() as client:
             self._members = client.join(self._info)["members"]
             self.ticket = client.ticket
@@ -277,7 +278,8 @@ class Group:
     ) -> dict[str, Any]:
         """The rendezvous' answer, which may take `patience` seconds; `before` runs before each attempt.
 
-        Raises OSError where there is none within `deadline`, UserError where another island took this one's name,
+        Raises OSError where there is none within `deadline`, which is waited once and not for each question until the
+        rendezvous is heard again, UserError where another island took this one's name,
         Forgotten where it was asked about a meeting of long ago.
         """
         end = time.monotonic() + self._islands.deadline
@@ -289,6 +291,7 @@ class Group:
                     before()
                     # The server ends its wait by `patience`; what is on top is for its answer.
                     told = client.ask(do, within=patience + 5.0, **fields, **timed(do, patience))
+                    self._silent = False
                     if "forgotten" in told:
                         raise Forgotten([Peer(name, *whose) for name, whose in told["forgotten"].items()])
                     return told
@@ -297,7 +300,8 @@ class Group:
                     raise  # it left while it waited
                 self._rejoin()
             except OSError:
-                if time.monotonic() > end or self._ended.is_set():
+                if time.monotonic() > end or self._silent or self._ended.is_set():
+                    self._silent = True
                     raise
                 time.sleep(PAUSE)
 
