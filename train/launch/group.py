@@ -13,7 +13,7 @@ Every wait is bounded by the section `islands`. Without an answer from the rende
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,14 +142,6 @@ class Group:
     def others(self) -> dict[str, Mapping[str, Any]]:
         """What the other members last told."""
         return {name: info for name, info in self._members.items() if name != self.name}
-
-    def wait_fetched(self, key: str, names: Iterable[str]) -> None:
-        """Wait until those of `names` that are alive have fetched `key`, no longer than `patience`."""
-        end = time.monotonic() + self._islands.patience
-        while time.monotonic() < end:
-            there = [name for name in names if name in self._members]
-            if not there or self._office.wait_fetched(key, there, timeout=0.2):
-                return
 
     def leave(self) -> None:
         """Take part no longer; the others do not wait for this island."""
