@@ -42,6 +42,7 @@ class Held(NamedTuple):
 
     ticket: int  # of the life whose payload it is
     payload: bytes
+    digest: str  # XXH3 of it, 128 bits
     reader: str | None  # the only one who will ask for it
 
 
@@ -122,7 +123,7 @@ class Office:
 
         One that is for `reader` alone goes when that one has it.
         """
-        self._call(self._put(key, Held(ticket, payload, reader)))
+        self._call(self._put(key, Held(ticket, payload, xxhash.xxh3_128_hexdigest(payload), reader)))
 
     def collect(
         self,
@@ -198,8 +199,7 @@ class Office:
             self.giving -= 1
 
     async def _give(self, what: str, held: Held, offset: int, writer: asyncio.StreamWriter) -> None:
-        digest, confirm = xxhash.xxh3_128_hexdigest(held.payload), held.reader is not None
-        await self._say(writer, what, size=len(held.payload), digest=digest, confirm=confirm)
+        await self._say(writer, what, size=len(held.payload), digest=held.digest, confirm=held.reader is not None)
         view = memoryview(held.payload)
         for start in range(offset, len(view), CHUNK):
             await self._write(writer, what, framed(view[start : start + CHUNK]))

@@ -147,6 +147,27 @@ def test_one_that_was_given_up_comes_back_under_its_name_at_whichever_of_its_thr
     one.tell(step=1)
 
 
+def test_one_that_was_given_up_while_the_rendezvous_was_away_comes_back_with_its_question(opened, monkeypatch):
+    (one,) = opened(0, ttl=30)  # no heartbeat gets ahead of the question
+    join, failed = Client.join, []
+
+    def first_lost(client, info=None):
+        if not failed:
+            failed.append(client)
+            raise OSError("nobody answers")
+        return join(client, info)
+
+    monkeypatch.setattr(Client, "join", first_lost)
+    one._ended.set()
+    one._beats.join()
+    one._ended.clear()
+    with Client(one._islands.meet, one.name) as client:
+        client.ticket = one.ticket
+        client.leave()
+    (met,) = average([one], {one.name: b"1"})
+    assert failed and (met.kind, dict(met.payloads)) == ("applied", {one.name: b"1"})
+
+
 def test_the_last_updates_of_islands_that_left_are_known_to_the_others_of_their_run(opened):
     one, other = opened(0, 1)
     other.tell_now(finished=True)

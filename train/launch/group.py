@@ -274,9 +274,12 @@ class Group:
         rendezvous is heard again, UserError where another island took this one's name,
         Forgotten where it was asked about a meeting of long ago.
         """
-        end = time.monotonic() + self._islands.deadline
+        end, lost = time.monotonic() + self._islands.deadline, False
         while True:
             try:
+                if lost:
+                    self._rejoin()
+                    lost = False
                 with self._client() as client:
                     client.ticket = self.ticket
                     client.beat(self._info)
@@ -290,7 +293,7 @@ class Group:
             except Refused:
                 if self._ended.is_set():
                     raise  # it left while it waited
-                self._rejoin()
+                lost = True
             except OSError:
                 if time.monotonic() > end or self._silent or self._ended.is_set():
                     self._silent = True
