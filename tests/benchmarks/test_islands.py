@@ -1,4 +1,4 @@
-"""What `meshwright bench lowcomm islands` compares: its rows differ in what they are named for, whatever else is typed."""
+"""What `meshwright bench lowcomm islands` compares: rows differ in what they are named for, whatever else is typed."""
 
 from argparse import Namespace
 
