@@ -68,7 +68,12 @@ def pair(model, pipeline):
     return tiny(**plain), tiny(**merged(plain, merged(STAGED, pipeline)))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+SLOW = {"some tensors on the host, a fused backward"}  # `test_engine.py` has it in small
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in CASES.items()]
+)
 def test_a_pipeline_trains_like_one_device(case):
     assert_same(*pair(*case), tolerance=4e-5)
 
