@@ -45,7 +45,7 @@ class Carry(NamedTuple):
 
     out: jax.Array  # x or its gradient, as made in this tick
     messages: jax.Array  # [slots + 1, rows, sequence, embed], the last one for letters that nobody reads
-    saved: Saved  # each [slots, repeats, ...]
+    saved: Saved  # each [slots, repeats, ...], on the device or in host memory (`pools.py`)
     gradient: Weights
     loss: jax.Array
     weight: jax.Array

@@ -12,7 +12,9 @@ when it may be forgotten differs:
     saved.stash    made by I, read by W                             lives from I to W
 
 What costs nothing (reshapes, casts to a wider type) or does not depend on x (masks, casts of weights) is not saved but
-made again. Split a single block, never a stage: a scanned stage's backward pass is a single equation.
+made again. What the memory policy offloads is saved in host memory, and each part that reads it fetches it.
+
+Split a single block, never a stage: a scanned stage's backward pass is a single equation.
 Source: Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 2.
 """
 
@@ -47,7 +49,7 @@ class Split:
     input_gradient: Callable[..., tuple[Any, list[Any]]]  # w, frozen, context, saved, dy -> dx, saved.stash
     weight_gradient: Callable[..., Any]  # w, frozen, context, saved -> dw, like w
     backward: Callable[..., tuple[Any, Any]]  # w, frozen, context, saved, dy -> dx, dw: both parts at once
-    shapes: Saved
+    shapes: Saved  # with dtypes, and in which memory
 
 
 @dataclass(frozen=True)
