@@ -3,6 +3,7 @@
 config.yaml  environment.json  plan.json  metrics.jsonl  events.jsonl  tensorboard/  checkpoints/  report.html
 """
 
+import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -58,8 +59,17 @@ def read_config(directory: Path) -> RunConfig:
     """The configuration of the run in `directory`. Raises UserError where there is none."""
     file = directory / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{directory}: not a run directory (no config.yaml)")
+        raise UserError(f"{directory}: not a run directory (no config.yaml); {runs_beside(directory)}")
     return validated(parse(file.read_text(encoding="utf-8"), origin=str(file)))
+
+
+def runs_beside(directory: Path) -> str:
+    """What to name instead of `directory`: the runs there are where it would be, or in `runs/`."""
+    for root in dict.fromkeys((directory.parent, Path("runs"))):
+        if found := sorted(str(file.parent) for file in root.glob("*/config.yaml")):
+            near = difflib.get_close_matches(directory.name, [Path(run).name for run in found], n=1)
+            return f"there are {', '.join(found)}" if not near else f"did you mean {root / near[0]}?"
+    return f"`meshwright train` makes one ({Path.cwd()} has no runs)"
 
 
 def check_same(old: RunConfig, new: RunConfig, *, directory: Path) -> None:
