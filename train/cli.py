@@ -267,7 +267,10 @@ def schedule(
     if as_json:
         typer.echo(json.dumps(facts(examined), indent=1))
     else:
-        Console().print(render(examined))
+        console = Console()
+        console.print(render(examined, width=console.width, limit=memory_limit))
+        for file in filter(None, (draw, csv)):
+            typer.echo(f"{file}: written")
 
 
 @app.command()
