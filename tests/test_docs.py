@@ -22,6 +22,7 @@ from meshwright.train import optimizers
 from meshwright.train.cli import app
 from meshwright.train.data.packing import PACKERS
 from meshwright.train.data.sources import SOURCES
+from meshwright.train.directory import MAY_CHANGE
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -147,6 +148,28 @@ def test_every_command_parses_and_says_what_is_printed(page):
                 assert printed == f"meshwright: {mistake.value}"
             else:
                 load.load(parsed["config"], overrides=parsed["overrides"] or ())
+
+
+@each_page
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(page):
+    for rows in re.findall(r"(?:^\|.*\|$\n?)+", FENCE.sub("", PAGES[page]), re.MULTILINE):
+        head, *others = rows.splitlines()
+        assert not [row for row in others if row.count("|") != head.count("|")]
+
+
+def test_every_section_has_its_page():
+    rows = table("docs/configuration.md", "section")
+    assert {name for row in rows for name in row[0]} == {
+        key.partition(".")[0] for key in list(load.keys()) if "." in key
+    }
+
+
+def test_what_may_change_under_one_name_is_what_the_page_says():
+    told = PAGES["docs/configuration.md"].partition("## What may change under one name")[2]
+    fixed, free = (set(CODE.findall(part)) for part in told.partition("These may change")[::2])
+    sections = {name for name in run.RunConfig.model_fields if name != "name"}
+    assert free & sections == set(MAY_CHANGE)
+    assert fixed & sections == sections - set(MAY_CHANGE)
 
 
 @each_page

@@ -1,4 +1,4 @@
-"""A schedule as text: time to the right, a line for each device, an op's letter and the microbatch's number in each tick.
+"""A schedule as text: time to the right, a line a device, an op's letter and the microbatch's number in each tick.
 
     device 0  F0 F1 .  .  I0 W0 I1 W1
     device 1  .  F0 I0 W0 F1 I1 W1 .
