@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from ..configs.run import RunConfig
+from ..models.adapters import peft, peft_ahead
 from .directory import read_config
 from .run import Summary
 
@@ -22,18 +24,32 @@ def closing_words(summary: Summary) -> str:
             lines.append(
                 f"{name.replace('_', ' ')}: {before:.3f} before the first step, {metrics[name]:.3f} after the last"
             )
-    command, named = typed(), [f"--adapter {name} " for name in read_config(directory).adapters]
-    lines += [
-        f"report:   {directory / 'report.html'}",
-        "",
-        "Try next:",
-        f"  {command} generate {directory} {''.join(named[:1])}'def '",
-        f"  {command} evaluate {directory}",
-        f"  {command} train {directory / 'config.yaml'} steps={2 * summary.steps}  # goes on",
-        f"  {command} train {directory / 'config.yaml'} name=mine mesh.tensor=1 mesh.fsdp=4",
-        f"  {command} recipes ls",
-    ]
+    lines += [f"report:   {directory / 'report.html'}", "", "Try next:"]
+    lines += [f"  {typed()} {words}" for words in nexts(read_config(directory), directory)]
     return "\n".join(lines)
+
+
+def nexts(config: RunConfig, directory: Path) -> list[str]:
+    """What one can do with the run in `directory`, as it is typed."""
+    named = f"--adapter {next(iter(config.adapters))} " if config.adapters else ""
+    away = f"{directory / 'config.yaml'} name={directory.name}-elsewhere mesh.tensor=1 mesh.fsdp=4"
+    words = [
+        f"generate {directory} {named}'def '",
+        f"evaluate {directory}",
+        f"train {directory / 'config.yaml'} steps={2 * config.steps}  # goes on",
+    ]
+    if on_quickstarts_mesh(config):
+        words.append(f"train {away}  # the same run on another mesh")
+    if config.adapter is None or config.recipe.name == "reward":  # a file of PEFT's has no place for a score
+        words.append(f"checkpoint export {directory} {directory / 'exported'}  # as transformers loads it")
+    elif config.adapter.method in (*peft.KINDS, *peft_ahead.KINDS) and config.quantization is None:
+        words.append(f"adapter export {directory} {directory / 'adapter'}  # as PEFT loads it")
+    return words if config.recipe.name != "reward" else words[1:]
+
+
+def on_quickstarts_mesh(config: RunConfig) -> bool:
+    """Whether data 2 x fsdp 2 x tensor 2 of simulated devices, which can as well be data 2 x fsdp 4."""
+    return config.mesh.platform == "cpu" and config.mesh.sizes.items() >= {"data": 2, "fsdp": 2, "tensor": 2}.items()
 
 
 def typed() -> str:
