@@ -14,6 +14,9 @@ from .foreign import FOREIGN_KEYS
 from .run import RunConfig
 
 RECIPES = Path(__file__).parent
+A_KIND = re.compile(
+    r"(constrained|function)-.*|literal\[.*\]|(int|float|str|bool)"
+)  # pydantic's word for one of a union
 
 
 def load(config: str | Path, *, overrides: Iterable[str] = ()) -> RunConfig:
@@ -135,12 +138,17 @@ def validated(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(explain(item) for item in error.errors())) from None
+        told: dict[str, str] = {}  # where one of several kinds of value would do, what each of them says
+        for item in error.errors():
+            line = explain(item)
+            start = line[: len(line) - len(item["msg"])]
+            told[start] = f"{told[start]}; or {line[len(start) :]}" if start in told else line
+        raise UserError("\n".join(told.values())) from None
 
 
 def explain(item: Mapping[str, Any]) -> str:
     """One mistake in a line. `item` is one of pydantic's error records."""
-    key = ".".join(str(part) for part in item["loc"])
+    key = ".".join(str(part) for part in item["loc"] if not A_KIND.fullmatch(str(part)))
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key.{suggestion(key)}"
     if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
@@ -149,6 +157,8 @@ def explain(item: Mapping[str, Any]) -> str:
     if item["type"] == "value_error":
         told = str(item["ctx"]["error"])  # a check of sections names its key; one of a kind of value knows none
         return told if not key or told.partition(":")[0] in set(keys()) else f"{key}: {told}"
+    if item["type"] in ("list_type", "tuple_type"):
+        return f"{key}: {item['input']!r}: input should be a list, such as [{item['input']}]"
     return f"{key}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
@@ -166,7 +176,7 @@ def suggestion(key: str) -> str:
     siblings = {name: f"{parent}.{name}".lstrip(".") for name in leaves}
     near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
     elsewhere = sorted((name for name in known if name.rpartition(".")[2] == leaf), key=len)
-    others = [name for name in known if name != parent and name.rpartition(".")[0] != (kind or None)]
+    others = [name for name in known if name != parent and not (kind and name.startswith(f"{kind}."))]
     close = difflib.get_close_matches(key, others, n=1, cutoff=0.6)
     found = [siblings[near[0]]] if near else elsewhere[:1] or close
     if found:

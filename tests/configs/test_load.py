@@ -23,6 +23,8 @@ MISTAKES = {
     "PEFT's shortest key": ({"adapter": {"r": 4}}, r"adapter.r: unknown key. Did you mean adapter.rank\?"),
     "a key of no likeness": ({"memory": {"zz": 4}}, r"memory.zz: unknown key. There are loss_chunks, names, policy"),
     "a key of several sections": ({"model": {"path": "x"}}, r"Did you mean data.path\?"),
+    "neither of two kinds": ({"checkpoint": {"every": 0.5}}, r"^checkpoint.every: 0.5: .*integer.*; or .* 'auto'$"),
+    "a word for a list": ({"evaluation": {"prompts": "def"}}, r"evaluation.prompts: 'def': .* such as \[def\]"),
     "two open axes": ({"mesh": {"data": -1, "fsdp": -1}}, r"data, fsdp are all -1"),
     "an implementation elsewhere": (
         {"model": {"attention": "cudnn"}, "mesh": {"platform": "cpu"}},
