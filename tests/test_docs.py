@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
 from meshwright.configs import adapter, data, load, model, names, outer, parallel, recipe, run, training
 from meshwright.configs.errors import UserError
@@ -170,6 +171,17 @@ def test_what_may_change_under_one_name_is_what_the_page_says():
     sections = {name for name in run.RunConfig.model_fields if name != "name"}
     assert free & sections == set(MAY_CHANGE)
     assert fixed & sections == sections - set(MAY_CHANGE)
+
+
+def test_a_schedule_that_is_printed_is_the_one_that_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where pictures go
+    shown = [block for block in blocks("docs/pipeline.md", "console") if "\ndevice 0" in block]
+    assert shown
+    for block in shown:
+        command, _, printed = block.removeprefix("$ meshwright ").partition("\n")
+        made = CliRunner(env={"COLUMNS": "120"}).invoke(app, shlex.split(command)).output
+        lines = [line.rstrip() for line in made.splitlines() if not line.endswith(": written")]
+        assert lines == printed.splitlines()
 
 
 @each_page
