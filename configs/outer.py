@@ -112,7 +112,7 @@ def check_replicas(outer: OuterConfig | None, *, replicas: int, steps: int, laye
             "null"
         )
     if outer.every > steps:
-        raise ValueError(f"outer.every: {outer.every} exceeds steps ({steps}): the replicas would never meet")
+        raise ValueError(f"outer.every: {outer.every} exceeds steps ({steps}): the replicas would never meet; lower it")
     if average is not None:
         raise ValueError(
             f"optimizer.ema: {average} beside outer: the outer parameters are what is evaluated; set it to null"

@@ -100,7 +100,10 @@ class RunConfig(Section):
         if not re.fullmatch(r"[\w.-]+", self.name) or self.name.startswith("."):
             raise ValueError(f"name: {self.name!r} must be letters, digits, '.', '_' or '-'")
         if self.optimizer.warmup_steps > self.steps:
-            raise ValueError(f"optimizer.warmup_steps: {self.optimizer.warmup_steps} exceeds steps ({self.steps})")
+            raise ValueError(
+                f"optimizer.warmup_steps: {self.optimizer.warmup_steps} exceeds steps ({self.steps}); "
+                f"lower it too, e.g. optimizer.warmup_steps={self.steps // 10}"
+            )
         if self.model.position_encoding == "learned" and self.model.max_positions < self.data.sequence_length:
             raise ValueError(
                 f"model.max_positions: {self.model.max_positions} is below data.sequence_length "

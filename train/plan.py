@@ -172,10 +172,19 @@ def render(plan: dict[str, Any]) -> RenderableType:
 def largest(arrays: list[dict[str, Any]]) -> Table:
     """The largest arrays of a device, with the mesh axis of each dimension."""
     table = Table("array", "shape", "sharding", "a device", title="Largest arrays", title_justify="left")
-    for array in sorted(arrays, key=lambda array: (-array["bytes_per_device"], array["name"]))[:LARGEST]:
+    # Of equal ones the weights first.
+    ranked = sorted(arrays, key=lambda one: (-one["bytes_per_device"], "params/" not in one["name"], one["name"]))
+    for array in ranked[:LARGEST]:
         spec = ", ".join("+".join(axes) if isinstance(axes, list) else axes or "·" for axes in array["spec"])
-        table.add_row(array["name"], " x ".join(map(str, array["shape"])), spec, size(array["bytes_per_device"]))
+        table.add_row(
+            ending(array["name"]), " x ".join(map(str, array["shape"])), spec, size(array["bytes_per_device"])
+        )
     return table
+
+
+def ending(name: str, length: int = 32) -> str:
+    """A long path's last `length` characters, which tell it from others: `ending('a/b/c', 3)` is '…/c'."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def size(count: float) -> str:

@@ -123,6 +123,8 @@ def test_a_plan_is_shown_short_with_its_sharding(made):
     assert "data 2 x fsdp 2 x tensor 2" in text and "all-gather" in text
     assert "params/embed/embedding" in text and "tensor, fsdp" in text
     assert len(text.splitlines()) < 40
+    names = [line.split()[1] for line in text.partition("Largest")[2].splitlines()[4:-1]]
+    assert names[0].startswith("params/") and len(set(names)) == len(names), "each is told from the others"
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (3 * 2**30, "3 GiB"), (2**50, "1024 TiB")])
