@@ -110,6 +110,19 @@ class OneOfEach(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 without its numbers of base 60, in which 24:00:00 is 86400 and would be taken for that many minutes.
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)",
+    "tag:yaml.org,2002:float": (
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+][0-9]+)?|\.[0-9][0-9_]*([eE][-+][0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
+    ),
+}
+OneOfEach.yaml_implicit_resolvers = {
+    first: [(tag, re.compile(f"(?:{NUMBERS[tag]})$") if tag in NUMBERS else form) for tag, form in forms]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def parse(text: str, *, origin: str) -> Any:
     """YAML -> Python. Raises UserError with the line where it breaks."""
     try:

@@ -17,6 +17,7 @@ import typer
 from ..checkpoint.hanging import left_behind
 from ..configs import load as loading
 from ..configs.errors import MeshwrightError, UserError
+from ..configs.launch import SlurmConfig
 from ..configs.parallel import PipelineConfig
 from ..configs.privacy import check_secret
 from ..configs.run import RunConfig
@@ -97,6 +98,10 @@ def validate(
 
         processes = loaded.launch.processes
         planned(loaded.checkpoint, hosts=loaded.launch.hosts or processes, processes=processes)
+    if loaded.launch.processes > 1 and loaded.launch.slurm != SlurmConfig():  # with one, the number is yet to be said
+        from .launch.slurm import check as check_nodes
+
+        check_nodes(loaded.launch.slurm, processes=loaded.launch.processes)
     if deep:
         from .deep import check
 

@@ -1,6 +1,7 @@
 """Configuration: composed, typed, and helpful about mistakes."""
 
 import pytest
+import yaml
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.load import copy, dump, find, load, parse, read, recipes, validated
@@ -23,6 +24,10 @@ MISTAKES = {
     "PEFT's shortest key": ({"adapter": {"r": 4}}, r"adapter.r: unknown key. Did you mean adapter.rank\?"),
     "a key of no likeness": ({"memory": {"zz": 4}}, r"memory.zz: unknown key. There are loss_chunks, names, policy"),
     "a key of several sections": ({"model": {"path": "x"}}, r"Did you mean data.path\?"),
+    "hours for minutes": (
+        parse("launch: {slurm: {time: 24:00:00}}", origin=""),
+        r"launch.slurm.time: '24:00:00': input",
+    ),
     "neither of two kinds": ({"checkpoint": {"every": 0.5}}, r"^checkpoint.every: 0.5: .*integer.*; or .* 'auto'$"),
     "a word for a list": ({"evaluation": {"prompts": "def"}}, r"evaluation.prompts: 'def': .* such as \[def\]"),
     "two open axes": ({"mesh": {"data": -1, "fsdp": -1}}, r"data, fsdp are all -1"),
@@ -87,6 +92,12 @@ def test_the_same_key_in_two_mappings_is_not_twice():
         "other": {"path": "b"},
         "third": {"path": "c"},
     }
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "007", "0x1F", "1_000", ".5", "1.0e-3", "-.inf", "1e-3", "true", "null"])
+def test_all_but_base_60_is_read_as_yaml(text):
+    assert parse(text, origin="") == yaml.safe_load(text)
+    assert yaml.safe_load("24:00:00") == 86400 and parse("24:00:00", origin="") == "24:00:00"
 
 
 def test_what_is_no_configuration_is_told_apart(tmp_path, monkeypatch):

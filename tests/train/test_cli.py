@@ -49,6 +49,10 @@ MISTAKES = {
         "recipe.teacher.from: nowhere has no",
     ),
     "not a run": (["report", "."], "not a run directory"),
+    "processes that nodes do not share": (
+        ["validate", "quickstart", "launch.processes=8", "launch.slurm.nodes=3"],
+        r"8 .*3|3 .*8",
+    ),
     "no such benchmark": (["bench", "steps"], r"bench: steps matches nothing.*Did you mean step\?"),
     "a model of the hub": (
         ["validate", "finetune/lora", "model.from=someone/model"],

@@ -43,7 +43,7 @@ def launch(job: Job) -> None:
         executor = submitit.AutoExecutor(folder, cluster=settings.executor, slurm_max_num_timeout=settings.requeues)
     except RuntimeError as error:
         raise UserError(
-            f"--engine: slurm: {error}; run this where sbatch is, or set launch.slurm.executor=local"
+            f"--engine: slurm: {str(error).rstrip('.?')}; run this where sbatch is, or set launch.slurm.executor=local"
         ) from error
     executor.update_parameters(**parameters(settings, name=job.name, grace=job.elastic.grace))
     try:
