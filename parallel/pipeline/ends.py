@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
-from .device import Device
+from .device import Device, Phase
 from .parts import Carry, Row, grown, summed
+from .table import Op
 
 
 class WholeEnds:
@@ -19,6 +20,10 @@ class WholeEnds:
         """Nothing is kept between ticks."""
         del device, x, dtype
         return ()
+
+    def phases(self) -> dict[Op, Phase]:
+        """No op but the blocks' is needed."""
+        return {}
 
     def before(self, device: Device, row: Row, carry: Carry) -> Carry:
         """Nothing happens between devices at the start of a tick,"""
