@@ -69,8 +69,8 @@ def check(settings: SlurmConfig, *, processes: int) -> None:
     each = processes // settings.nodes
     if settings.gpus_per_node is not None and settings.gpus_per_node % each:
         raise UserError(
-            f"launch.slurm.gpus_per_node: {each} processes do not share {settings.gpus_per_node} GPUs of a node evenly; "
-            "launch fewer a node, or one"
+            f"launch.slurm.gpus_per_node: {each} processes do not share {settings.gpus_per_node} GPUs of a node "
+            f"evenly; launch a divisor of {settings.gpus_per_node} on each"
         )
     if settings.executor == "local" and settings.nodes > 1:
         raise UserError(f"launch.slurm.nodes: {settings.nodes} with executor local, which is one machine; use 1")
