@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def nexts(config: RunConfig, directory: Path) -> list[str]:
     named = f"--adapter {next(iter(config.adapters))} " if config.adapters else ""
     away = f"{directory / 'config.yaml'} name={directory.name}-elsewhere mesh.tensor=1 mesh.fsdp=4"
     words = [
-        f"generate {directory} {named}'def '",
+        f"generate {directory} {named}{shlex.quote(prompt_of(config))}",
         f"evaluate {directory}",
         f"train {directory / 'config.yaml'} steps={2 * config.steps}  # goes on",
     ]
@@ -45,6 +46,13 @@ def nexts(config: RunConfig, directory: Path) -> list[str]:
     elif config.adapter.method in (*peft.KINDS, *peft_ahead.KINDS) and config.quantization is None:
         words.append(f"adapter export {directory} {directory / 'adapter'}  # as PEFT loads it")
     return words if config.recipe.name != "reward" else words[1:]
+
+
+def prompt_of(config: RunConfig) -> str:
+    """The beginning of a text such as the run has read."""
+    if config.evaluation.prompts:
+        return config.evaluation.prompts[0].splitlines()[0]
+    return "def " if config.data.source in ("stdlib", "docstrings") else "Once upon a time"
 
 
 def on_quickstarts_mesh(config: RunConfig) -> bool:

@@ -153,6 +153,8 @@ def render(plan: dict[str, Any]) -> RenderableType:
     parameters, optimizer, compiled = plan["parameters"], plan["optimizer"], plan["compiled"]
     table = Table(title=f"Plan: {axes}", title_justify="left", show_header=False)
     table.add_row("parameters", f"{parameters['count']:,}", f"{size(parameters['bytes_per_device'])} a device")
+    if (learns := trained(plan)) != parameters["count"]:
+        table.add_row("trained", f"{learns:,}", f"{learns / parameters['count']:.2%} of them")
     table.add_row("optimizer", size(optimizer["bytes"]), f"{size(optimizer['bytes_per_device'])} a device")
     table.add_row("temporaries", "activations, gradients", f"{size(compiled['temporary_bytes'])} a device")
     table.add_row("peak", "with arguments", f"{size(compiled['peak_bytes'])} a device")
@@ -169,11 +171,20 @@ def render(plan: dict[str, Any]) -> RenderableType:
     return Group(table, largest(plan["arrays"]))
 
 
+def trained(plan: dict[str, Any]) -> int:
+    """Weights that learn, of one replica."""
+    sizes = (math.prod(array["shape"]) for array in plan["arrays"] if array["name"].startswith("params/"))
+    return sum(sizes) // plan["mesh"].get("replica", 1)
+
+
 def largest(arrays: list[dict[str, Any]]) -> Table:
     """The largest arrays of a device, with the mesh axis of each dimension."""
     table = Table("array", "shape", "sharding", "a device", title="Largest arrays", title_justify="left")
     # Of equal ones the weights first.
-    ranked = sorted(arrays, key=lambda one: (-one["bytes_per_device"], "params/" not in one["name"], one["name"]))
+    ranked = sorted(
+        arrays,
+        key=lambda one: (-one["bytes_per_device"], not one["name"].startswith(("params/", "frozen/")), one["name"]),
+    )
     for array in ranked[:LARGEST]:
         spec = ", ".join("+".join(axes) if isinstance(axes, list) else axes or "·" for axes in array["spec"])
         table.add_row(

@@ -40,6 +40,11 @@ def test_what_is_advised_can_be_typed(recipe, verbs):
     assert [parsed(words) for words in found] == verbs
 
 
+def test_the_prompt_is_one_of_the_runs_own():
+    assert nexts(load("quickstart"), RUN)[0] == "generate runs/mine 'def '"
+    assert nexts(load("finetune/docstrings"), RUN)[0] == "generate runs/mine '# Return True if the name is valid.'"
+
+
 def test_only_a_run_on_the_quickstarts_mesh_is_told_of_another():
     assert any("mesh.fsdp=4" in words for words in nexts(load("quickstart"), RUN))
     assert not any("mesh.fsdp=4" in words for words in nexts(load("pretrain/pipeline-1f1b"), RUN))

@@ -131,6 +131,17 @@ def test_a_plan_is_shown_short_with_its_sharding(made):
     assert names[0].startswith("params/") and len(set(names)) == len(names), "each is told from the others"
 
 
+def test_an_adapters_plan_says_how_much_of_the_model_learns(made):
+    assert plan.trained(made[1]) == made[1]["parameters"]["count"]
+    config = tiny(adapter={"method": "lora", "rank": 2, "targets": ["q"]}, mesh={})
+    tuned = made[1] | plan.storage_plan(build(config, make_mesh(config.mesh)))
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(plan.render(tuned))
+    inputs, outputs = config.model.embed, config.model.heads * config.model.head_width
+    learns = config.model.layers * 2 * (inputs + outputs)
+    assert f"trained {learns:,} " in " ".join(console.export_text().replace("│", " ").split())
+
+
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (3 * 2**30, "3 GiB"), (2**50, "1024 TiB")])
 def test_sizes_are_for_people(count, text):
     assert plan.size(count) == text
