@@ -70,7 +70,8 @@ def rendezvous(
     from .launch.signals import StopSignals
 
     with StopSignals() as stop, meeting_place(host, port) as address:
-        typer.echo(f"islands.meet={address}")
+        typer.echo(f"listening at {address}")
+        typer.echo(f"sites say islands.meet=HOST:{address.rpartition(':')[2]}, HOST being this machine seen from there")
         while not stop.asked:
             time.sleep(0.2)
 
