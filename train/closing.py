@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -62,5 +63,7 @@ def on_quickstarts_mesh(config: RunConfig) -> bool:
 
 def typed() -> str:
     """What to type for `meshwright` here: the name, or its path where it was called by one."""
-    called = Path(sys.argv[0])
-    return os.path.relpath(called) if called.name == "meshwright" and os.sep in sys.argv[0] else "meshwright"
+    called, found = Path(sys.argv[0]), shutil.which("meshwright")
+    if called.name != "meshwright" or (found is not None and Path(found).resolve() == called.resolve()):
+        return "meshwright"
+    return os.path.relpath(called)

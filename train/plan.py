@@ -161,7 +161,8 @@ def render(plan: dict[str, Any]) -> RenderableType:
     table.add_row("step", "matrix products", f"{compiled['flops_per_step'] / 1e12:.3g} TFLOP")
     for kind, by_axes in plan["collectives"].items():
         for crossed, count in by_axes.items():
-            table.add_row(kind, f"over {crossed}", f"{size(count)} a device and step")
+            if crossed != "none":  # between no two devices
+                table.add_row(kind, f"over {crossed}", f"{size(count)} a device and step")
     if outer := plan.get("outer"):
         table.add_row(
             "replicas",

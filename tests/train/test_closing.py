@@ -8,7 +8,7 @@ import typer
 
 from meshwright.configs.load import load
 from meshwright.train.cli import app
-from meshwright.train.closing import nexts
+from meshwright.train.closing import nexts, typed
 
 RUN = Path("runs/mine")
 
@@ -43,6 +43,18 @@ def test_what_is_advised_can_be_typed(recipe, verbs):
 def test_the_prompt_is_one_of_the_runs_own():
     assert nexts(load("quickstart"), RUN)[0] == "generate runs/mine 'def '"
     assert nexts(load("finetune/docstrings"), RUN)[0] == "generate runs/mine '# Return True if the name is valid.'"
+
+
+def test_the_command_is_a_name_where_the_shell_knows_it_and_else_a_path(tmp_path, monkeypatch):
+    program = tmp_path / ".venv" / "bin" / "meshwright"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(program)])
+    monkeypatch.setenv("PATH", "")
+    assert typed() == ".venv/bin/meshwright"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert typed() == "meshwright"
 
 
 def test_only_a_run_on_the_quickstarts_mesh_is_told_of_another():
