@@ -44,7 +44,7 @@ def open_directory(config: RunConfig, *, root: Path, name: str | None = None, wr
     file = directory / "config.yaml"
     if file.exists():
         check_same(read_config(directory), config, directory=directory)
-    elif directory.exists() and any(directory.iterdir()):
+    elif directory.exists() and any(not item.name.startswith("island-") for item in directory.iterdir()):
         raise UserError(f"name: {directory} exists and is not a run (no config.yaml); choose another name")
     if write:
         try:
@@ -64,8 +64,8 @@ def read_config(directory: Path) -> RunConfig:
 
 
 def runs_beside(directory: Path) -> str:
-    """What to name instead of `directory`: the runs there are where it would be, or in `runs/`."""
-    for root in dict.fromkeys((directory.parent, Path("runs"))):
+    """What to name instead of `directory`: the runs there are in it (islands), where it would be, or in `runs/`."""
+    for root in dict.fromkeys((directory, directory.parent, Path("runs"))):
         if found := sorted(str(file.parent) for file in root.glob("*/config.yaml")):
             near = difflib.get_close_matches(directory.name, [Path(run).name for run in found], n=1)
             return f"there are {', '.join(found)}" if not near else f"did you mean {root / near[0]}?"

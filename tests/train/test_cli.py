@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.load import recipes
+from meshwright.configs.load import load, recipes
 from meshwright.train.bench import BENCHMARKS
 from meshwright.train.cli import app
-from meshwright.train.directory import read_config
+from meshwright.train.directory import open_directory, read_config
 
 FIXTURES = Path(__file__).parent.parent / "models" / "hf" / "fixtures"
 
@@ -87,6 +87,20 @@ def test_a_run_that_is_not_there_names_those_that_are(tmp_path, monkeypatch):
         (tmp_path / "runs" / "mine" / "config.yaml").touch()
     with pytest.raises(UserError, match="there are runs/mine"):
         read_config(Path("runs/zzz"))
+    (tmp_path / "runs" / "far" / "island-1").mkdir(parents=True)
+    (tmp_path / "runs" / "far" / "island-1" / "config.yaml").touch()
+    with pytest.raises(UserError, match="there are runs/far/island-1"):
+        read_config(Path("runs/far"))
+
+
+def test_one_island_that_was_here_before_is_in_nobodys_way(tmp_path):
+    """A site of its own leaves runs/NAME/island-0 alone; all of them here then share runs/NAME."""
+    (tmp_path / "islands" / "island-0").mkdir(parents=True)
+    assert open_directory(load("lowcomm/islands"), root=tmp_path) == tmp_path / "islands"
+    (tmp_path / "diloco").mkdir()
+    (tmp_path / "diloco" / "notes.txt").touch()
+    with pytest.raises(UserError, match="exists and is not a run"):
+        open_directory(load("lowcomm/diloco"), root=tmp_path)
 
 
 def test_files_that_are_not_here_are_told_and_are_no_mistake(tmp_path, monkeypatch):
