@@ -123,7 +123,10 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
 
         if world.first:
             logger.info(
-                "%s: %s to step %d; compiling", directory, f"from step {start}" if start else "new", config.steps
+                "%s: %s to step %d; compiling",
+                directory,
+                f"from step {start}" if start else "from the start",
+                config.steps,
             )
         began = time.monotonic()
         step, meet = program.compiled_step(), meetings or program.compiled_meetings()
