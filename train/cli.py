@@ -283,7 +283,7 @@ def generate(
     run: RunPath,
     prompts: Annotated[list[str], typer.Argument(help="Texts to continue.")],
     adapter: OfSeveral = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens of this total probability.")] = None,
