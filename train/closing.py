@@ -38,8 +38,9 @@ def nexts(config: RunConfig, directory: Path) -> list[str]:
     words = [
         f"generate {directory} {named}{shlex.quote(prompt_of(config))}",
         f"evaluate {directory}",
-        f"train {directory / 'config.yaml'} steps={2 * config.steps}  # goes on",
     ]
+    if config.islands is None:  # one of them goes on with all the others
+        words.append(f"train {directory / 'config.yaml'} steps={2 * config.steps}  # goes on")
     if on_quickstarts_mesh(config):
         words.append(f"train {away}  # the same run on another mesh")
     if config.adapter is None or config.recipe.name == "reward":  # a file of PEFT's has no place for a score

@@ -32,6 +32,7 @@ def parsed(words):
         ("finetune/lora", ["generate", "evaluate", "train", "adapter export"]),
         ("finetune/several", ["generate", "evaluate", "train", "adapter export"]),
         ("finetune/qlora", ["generate", "evaluate", "train"]),
+        ("lowcomm/islands", ["generate", "evaluate", "checkpoint export"]),
         ("finetune/reward", ["evaluate", "train", "checkpoint export"]),
     ],
 )
