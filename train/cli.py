@@ -308,7 +308,8 @@ def evaluate(run: RunPath, overrides: Overrides = None, as_json: Json = False) -
     from .use import evaluate as evaluated
 
     values = evaluated(Path(run), overrides or [])
-    typer.echo(json.dumps(values) if as_json else "\n".join(f"{name:24} {value:.4f}" for name, value in values.items()))
+    wide = max(map(len, values), default=0)
+    typer.echo(json.dumps(values) if as_json else "\n".join(f"{name:{wide}}  {values[name]:.4f}" for name in values))
 
 
 @app.command()
