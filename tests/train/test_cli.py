@@ -93,6 +93,15 @@ def test_a_run_that_is_not_there_names_those_that_are(tmp_path, monkeypatch):
         read_config(Path("runs/far"))
 
 
+def test_slots_are_drained_only_where_a_run_can_go_on_without(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: mine\n")
+    refused = CliRunner().invoke(app, ["drain", str(tmp_path), "1"])
+    assert isinstance(refused.exception, UserError) and "elastic.meshes" in str(refused.exception)
+    (tmp_path / "config.yaml").write_text("name: mine\nmesh: {data: 4}\nelastic: {meshes: [{data: 2}]}\n")
+    assert "slots [1] are drained" in CliRunner().invoke(app, ["drain", str(tmp_path), "1"]).output
+    assert "no slot is drained" in CliRunner().invoke(app, ["drain", str(tmp_path), "1", "--undo"]).output
+
+
 def test_one_island_that_was_here_before_is_in_nobodys_way(tmp_path):
     """A site of its own leaves runs/NAME/island-0 alone; all of them here then share runs/NAME."""
     (tmp_path / "islands" / "island-0").mkdir(parents=True)
