@@ -24,6 +24,10 @@ MISTAKES = {
     "PEFT's shortest key": ({"adapter": {"r": 4}}, r"adapter.r: unknown key. Did you mean adapter.rank\?"),
     "a key of no likeness": ({"memory": {"zz": 4}}, r"memory.zz: unknown key. There are loss_chunks, names, policy"),
     "a key of several sections": ({"model": {"path": "x"}}, r"Did you mean data.path\?"),
+    "a setting of another method": (
+        {"adapter": {"method": "ia3", "alpha": 32}},
+        r"adapter.alpha: 32.0 means nothing to method ia3; remove it \(adapter.alpha=null where another file sets it\)",
+    ),
     "hours for minutes": (
         parse("launch: {slurm: {time: 24:00:00}}", origin=""),
         r"launch.slurm.time: '24:00:00': input",
