@@ -44,7 +44,8 @@ def leave(ends, frozen, hidden, fields, context):
     scores = 3.0 * jnp.tanh(normed(ends, frozen, hidden) @ kernel(ends, frozen) / 3.0)
     scores = jnp.where(jnp.arange(PADDED) < VOCAB, scores, -jnp.inf)
     logprobs = jax.nn.log_softmax(scores)
-    return recipe(jnp.take_along_axis(logprobs, fields["targets"][..., None], -1)[..., 0], fields)
+    numerator, weight = recipe(jnp.take_along_axis(logprobs, fields["targets"][..., None], -1)[..., 0], fields)
+    return numerator, (weight, {"squares": (hidden**2).sum()})
 
 
 PARTS = Parts(
@@ -84,7 +85,7 @@ def problem(*, layers, tied):
 
 @jax.jit
 def reference(weights, frozen, batch):
-    """Loss, weight and gradient of the whole batch, all blocks one after another."""
+    """Loss, weight, gradient and metrics of the whole batch, all blocks one after another."""
 
     def loss(weights):
         context = PARTS.context({}, batch, None)
@@ -94,8 +95,8 @@ def reference(weights, frozen, batch):
             x = block(one, other, (context, number), x)
         return leave(weights.ends, {}, x, batch, context)
 
-    (total, weight), gradient = jax.value_and_grad(loss, has_aux=True)(weights)
-    return total, weight, gradient
+    (total, (weight, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(weights)
+    return total, weight, gradient, metrics
 
 
 def order(table, repeats):
@@ -111,7 +112,10 @@ def order(table, repeats):
 
 
 def run(table, repeats, weights, frozen, batch, *, mesh):
-    """What the engine makes of it: loss, weight, and gradients with the layers in order where it trains."""
+    """What the engine makes of it: loss, weight; where it trains, gradients with the layers in order, and metrics.
+
+    Passes over a shared vocabulary have none.
+    """
     places = order(table, repeats)
     spread = functools.partial(jax.tree.map, lambda leaf: leaf[np.maximum(places, 0)])
     devices = make_mesh(MeshConfig(platform="cpu", **mesh))
@@ -119,10 +123,11 @@ def run(table, repeats, weights, frozen, batch, *, mesh):
     engine = pipelined(PARTS, wiring, repeats=max(repeats), mesh=devices, zero=1, dtype=jnp.float64)
     own, fixed = weights._replace(stacked=spread(weights.stacked)), frozen._replace(stacked=spread(frozen.stacked))
     with jax.set_mesh(devices):
-        loss, weight, gradient = jax.device_get(jax.jit(engine)(own, fixed, batch, None, rows_of(wiring)))
+        loss, weight, gradient, metrics = jax.device_get(jax.jit(engine)(own, fixed, batch, None, rows_of(wiring)))
     if not wiring.trains:
         return loss, weight
     empty = [np.abs(leaf[places < 0]).max(initial=0) for leaf in gradient.stacked.values()]
     np.testing.assert_array_equal(empty, 0)
     back = np.array([int(np.flatnonzero(places == layer)[0]) for layer in range(sum(repeats))])
-    return loss, weight, gradient._replace(stacked=jax.tree.map(lambda leaf: leaf[back], gradient.stacked))
+    gradient = gradient._replace(stacked=jax.tree.map(lambda leaf: leaf[back], gradient.stacked))
+    return loss, weight, gradient, *([metrics] if wiring.meetings is None else [])
