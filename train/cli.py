@@ -20,7 +20,7 @@ from ..configs.errors import MeshwrightError, UserError
 from ..configs.parallel import PipelineConfig
 from ..configs.privacy import check_secret
 from ..configs.run import RunConfig
-from . import cli_jobs
+from . import cli_drafts, cli_jobs
 from .cli_arguments import Config, Json, OfSeveral, Overrides, RunPath
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -34,6 +34,8 @@ adapter_app = typer.Typer(no_args_is_help=True, help="Adapters, as PEFT keeps th
 app.add_typer(adapter_app, name="adapter")
 for verb in (cli_jobs.launch, cli_jobs.rendezvous, cli_jobs.drain, cli_jobs.audit):
     app.command()(verb)
+app.command()(cli_drafts.speculate)
+data_app.command("continue")(cli_drafts.continue_texts)
 
 SHARD_BYTES = 5 * 10**9
 
