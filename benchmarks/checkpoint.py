@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .every_step import slowdown
+from .every_step import slowdowns
 
 LEAF = 16  # megabytes of an array
 Save = Callable[[Path], tuple[float, float]]  # directory -> (stall, whole)
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> None:
         ways["memory"].close()
     result = summary(seen, options.megabytes)
     if options.every_step:
-        result["every step"] = slowdown(options.every_step, seconds=options.seconds, turns=options.turns)
+        result["every step"] = slowdowns(options.every_step, seconds=options.seconds, turns=options.turns)
     print(json.dumps(result, indent=1))
 
 

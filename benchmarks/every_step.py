@@ -3,6 +3,9 @@
 One process plays the trainers of two hosts: each has half of the state, a directory and a keeper, and their group has
 XOR parity. A step is matrix products until it takes the seconds asked for, and an update of the state, which it
 donates. Blocks of steps with and without snapshots take turns.
+
+Large products keep all cores busy, as a step on a CPU does: there a snapshot's seconds of CPU are a step's. Small ones
+keep one busy, and leave the others, as a step on an accelerator leaves them all.
 """
 
 import statistics
@@ -16,10 +19,16 @@ import psutil
 
 BLOCK = 4  # steps of a turn
 HOSTS = 2
+SIDES = {"all cores busy": 1024, "one core busy": 32}  # rows of a matrix, by what multiplying it does
 
 
-def slowdown(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
-    """Medians of the seconds of a step, with and without snapshots of a state of `megabytes`."""
+def slowdowns(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
+    """What snapshots of a state of `megabytes` cost steps of `seconds`, by how many cores a step keeps busy."""
+    return {name: slowdown(megabytes, side, seconds=seconds, turns=turns) for name, side in SIDES.items()}
+
+
+def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[str, Any]:
+    """Medians over steps with and without snapshots; the slowdown is that of neighbouring blocks of steps."""
     import jax
 
     from meshwright.benchmarks.checkpoint import state_of
@@ -36,9 +45,9 @@ def slowdown(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
 
     config = CheckpointConfig(memory_every=1, parity="xor")
     plan = planned(config, hosts=HOSTS, processes=HOSTS)
-    step, repeats = step_of(seconds)
+    step, repeats = step_of(seconds, side)
     states = [state_of(megabytes // HOSTS, seed=host) for host in range(HOSTS)]
-    taken: dict[bool, list[float]] = {False: [], True: []}
+    taken: dict[bool, list[list[float]]] = {False: [], True: []}  # blocks of steps
     cpu = dict.fromkeys((False, True), 0.0)  # seconds of all cores
     stalls: list[float] = []
     with ExitStack() as stack:
@@ -55,6 +64,7 @@ def slowdown(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
         guards = [psutil.Process(here.pid(host)) for host in range(HOSTS)]
         for turn in range(2 * (turns + 1)):
             before = time.process_time()
+            block = []
             for _ in range(BLOCK):
                 began = time.monotonic()
                 if turn % 2:
@@ -67,11 +77,11 @@ def slowdown(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
                         del copy
                     stalls.append(time.monotonic() - began)
                 states = jax.block_until_ready(step(states, repeats))
-                if turn > 1:  # the first turns touch memory and compile
-                    taken[bool(turn % 2)].append(time.monotonic() - began)
+                block.append(time.monotonic() - began)
             for one in snapshots:
                 one.takes(number)  # what is still being protected is not the next turn's
-            if turn > 1:
+            if turn > 1:  # the first turns touch memory and compile
+                taken[bool(turn % 2)].append(block)
                 cpu[bool(turn % 2)] += time.process_time() - before
             else:
                 guarded = sum(sum(one.cpu_times()[:2]) for one in guards)
@@ -81,12 +91,13 @@ def slowdown(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
         protected = memories[0].protected
         for memory in memories:
             memory.clear()
-    without, with_ = (statistics.median(taken[saved]) for saved in (False, True))
+    without, with_ = ([statistics.median(block) for block in taken[saved]] for saved in (False, True))
+    ratios = [b / a for a, b in zip(without, with_, strict=True)]
     return {
         "megabytes": megabytes,
-        "step": round(without, 4),
-        "step with a snapshot": round(with_, 4),
-        "slowdown": round(with_ / without - 1, 4),
+        "step": round(statistics.median(without), 4),
+        "step with a snapshot": round(statistics.median(with_), 4),
+        "slowdown": round(statistics.median(ratios) - 1, 4),
         "stall": round(statistics.median(stalls[BLOCK:]), 4),
         "cpu seconds of a snapshot": {
             "trainer": round((cpu[True] - cpu[False]) / (turns * BLOCK), 4),
@@ -97,16 +108,17 @@ def slowdown(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
     }
 
 
-def step_of(seconds: float) -> tuple[Any, Any]:
-    """A step that donates its state, and how many products make it take so long."""
+def step_of(seconds: float, side: int) -> tuple[Any, Any]:
+    """A step that donates its state, and how many products of `side` x `side` make it take so long."""
     import jax
     import jax.numpy as jnp
 
-    side = jnp.ones((1024, 1024), jnp.float32) / 1024
+    factor = jnp.ones((side, side), jnp.float32) / side
+    tries = 50 * (1024 // side) ** 2
 
     @jax.jit
     def work(repeats: Any) -> Any:
-        return jax.lax.fori_loop(0, repeats, lambda _, x: x @ side, side)
+        return jax.lax.fori_loop(0, repeats, lambda _, x: x @ factor, factor)
 
     def updated(states: Any, product: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf + product[0, 0].astype(leaf.dtype), states)
@@ -114,5 +126,5 @@ def step_of(seconds: float) -> tuple[Any, Any]:
     update = jax.jit(updated, donate_argnums=0)
     work(10).block_until_ready()
     began = time.monotonic()
-    work(50).block_until_ready()
-    return lambda states, repeats: update(states, work(repeats)), int(50 * seconds / (time.monotonic() - began))
+    work(tries).block_until_ready()
+    return lambda states, repeats: update(states, work(repeats)), int(tries * seconds / (time.monotonic() - began))

@@ -29,7 +29,7 @@ from . import mailbox
 from .damage import DamagedCheckpoint
 from .groups import of, sharers
 from .mailbox import Protected
-from .parity import block_length, members, solve, stripes_of, weighted, xor
+from .parity import add, add_doubling, block_length, members, solve, stripes_of
 from .slots import PIECE, Head, Pool, filling, head_of, header_of, verify
 from .snapshots import Piece, Snapshot, holding_of, scatter, snapshot_of
 from .wire import NotGiven, Peer, Peers
@@ -141,19 +141,20 @@ class Keeper:
         block = block_length(max(one.bytes for one in made.values()), hosts=len(hosts), losses=self.losses)
         header = {"step": step, "members": {host: one.public() for host, one in made.items()}}
         with filling(self._pool, self._share(self._free(step)), [block] * self.losses, header) as share:
-            for number, code in enumerate((xor, weighted)[: self.losses]):
+            for number, add_to in enumerate((add, add_doubling)[: self.losses]):
                 stripe = (place - number) % len(hosts)
                 givers, _ = members(stripe, hosts=len(hosts), losses=self.losses)
                 for start in range(0, block, PIECE):
                     size = min(PIECE, block - start)
-                    asked = [
-                        self._threads.submit(
-                            self._fetch, hosts[giver], infos, made[hosts[giver]].seal, step,
-                            start=self._index(giver, stripe) * block + start, size=size,
-                        ) for giver in givers
-                    ]  # fmt: skip
-                    blocks = [one.result() for one in asked]
-                    share.put(number, blocks[0] if len(blocks) == 1 and not number else code(blocks))
+                    with share.space(number, size) as total:  # where the last giver's block arrives, awaited first
+                        asked = [
+                            self._threads.submit(
+                                self._fetch, hosts[giver], infos, made[hosts[giver]].seal, step, into=into,
+                                start=self._index(giver, stripe) * block + start, size=size,
+                            ) for giver, into in zip(reversed(givers), [total] + [None] * len(givers), strict=False)
+                        ]  # fmt: skip
+                        _, *others = [one.result() for one in asked]
+                        add_to(total, others)
             for host in hosts:  # nobody overwrote what was read meanwhile: slots are emptied first
                 self._still(host, infos, made[host])
 
@@ -356,12 +357,13 @@ class Keeper:
     # --- the others --------------------------------------------------------------------------------------------------
 
     def _fetch(
-        self, host: int, infos: Mapping[int, Info], seal: str, step: int, *, start: int, size: int
-    ) -> np.ndarray:
+        self, host: int, infos: Mapping[int, Info], seal: str, step: int, *, start: int, size: int,
+        into: np.ndarray | None = None,
+    ) -> np.ndarray:  # fmt: skip
         if host == self.host:
             return self.read(step, seal, start=start, size=size)
         request = {"do": "read", "step": step, "seal": seal, "start": start, "size": size}
-        return self._peer(host, infos).ask(request)[1]
+        return self._peer(host, infos).ask(request, into=into)[1]
 
     def _still(self, host: int, infos: Mapping[int, Info], snapshot: Snapshot) -> None:
         """Raise NotGiven where a host does not hold a snapshot any more."""

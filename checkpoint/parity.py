@@ -125,21 +125,32 @@ def solve(data: Mapping[int, Bytes], parities: Sequence[Bytes | None], *, places
 def xor(blocks: Sequence[Bytes]) -> Bytes:
     """The sum of blocks over GF(2)."""
     result = blocks[0].copy()
-    words = result.view(np.uint64)
-    for block in blocks[1:]:
-        words ^= np.ascontiguousarray(block).view(np.uint64)
+    add(result, blocks[1:])
     return result
 
 
 def weighted(blocks: Sequence[Bytes]) -> Bytes:
-    """The sum of 2^i times block i over GF(2^8), by Horner's rule from the last."""
-    words = np.zeros(len(blocks[0]) // 8, np.uint64)
-    low, high = np.uint64(0x7F7F7F7F7F7F7F7F), np.uint64(0x0101010101010101)
-    for block in reversed(blocks):
-        carry = (words >> np.uint64(7)) & high  # the top bit of every byte
-        words = ((words & low) << np.uint64(1)) ^ (carry * np.uint64(POLYNOMIAL))
+    """The sum of 2^i times block i over GF(2^8)."""
+    result = blocks[-1].copy()
+    add_doubling(result, blocks[-2::-1])
+    return result
+
+
+def add(total: Bytes, blocks: Sequence[Bytes]) -> None:
+    """Add `blocks` to `total` over GF(2), in place."""
+    words = total.view(np.uint64)
+    for block in blocks:
         words ^= np.ascontiguousarray(block).view(np.uint64)
-    return words.view(np.uint8)
+
+
+def add_doubling(total: Bytes, blocks: Sequence[Bytes]) -> None:
+    """Double `total` over GF(2^8) before each of `blocks` is added to it, in place: Horner's rule, from the last."""
+    words = total.view(np.uint64)
+    low, high = np.uint64(0x7F7F7F7F7F7F7F7F), np.uint64(0x0101010101010101)
+    for block in blocks:
+        carry = (words >> np.uint64(7)) & high  # the top bit of every byte
+        words[:] = ((words & low) << np.uint64(1)) ^ (carry * np.uint64(POLYNOMIAL))
+        words ^= np.ascontiguousarray(block).view(np.uint64)
 
 
 def multiply(a: int, b: int) -> int:

@@ -72,11 +72,17 @@ class Filling:
         content = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
         for start in range(0, len(content), PIECE):
             piece = content[start : start + PIECE]
-            place = self.offsets[number] + self._filled[number]
-            target = self._memory[place : place + len(piece)]
-            np.copyto(target, piece)
-            self._hashes[number].update(target)
-            self._filled[number] += len(piece)
+            with self.space(number, len(piece)) as target:
+                np.copyto(target, piece)
+
+    @contextmanager
+    def space(self, number: int, size: int) -> Iterator[np.ndarray]:
+        """The next `size` bytes of block `number`, to be written in the `with`."""
+        place = self.offsets[number] + self._filled[number]
+        target = self._memory[place : place + size]
+        yield target
+        self._hashes[number].update(target)
+        self._filled[number] += size
 
     def blocks(self) -> list[list[Any]]:
         """[offset, bytes, xxh3] of every block."""

@@ -39,19 +39,19 @@ def send(to: socket.socket, content: Any) -> None:
     to.sendall(view)
 
 
-def receive(source: socket.socket) -> np.ndarray:
-    """One frame. Raises ConnectionError where it is not one, or not what was sent."""
-    magic, length, seen = FRAME.unpack(_exactly(source, FRAME.size))
+def receive(source: socket.socket, *, into: np.ndarray | None = None) -> np.ndarray:
+    """One frame, in the bytes `into` if they are as many. Raises ConnectionError where it is not what was sent."""
+    magic, length, seen = FRAME.unpack(_fill(np.empty(FRAME.size, np.uint8), source))
     if magic != MAGIC or length > LONGEST:
         raise ConnectionError("what arrived is no frame of ours")
-    content = _exactly(source, length)
+    content = into if into is not None and len(into) == length else np.empty(length, np.uint8)
+    _fill(content, source)
     if xxhash.xxh3_64_intdigest(content) != seen:
         raise ConnectionError("a frame was damaged on its way")
     return content
 
 
-def _exactly(source: socket.socket, length: int) -> np.ndarray:
-    content = np.empty(length, np.uint8)
+def _fill(content: np.ndarray, source: socket.socket) -> np.ndarray:
     view = memoryview(content)
     while view:
         count = source.recv_into(view)
@@ -110,8 +110,13 @@ class Peer:
         self._socket: socket.socket | None = None
         self._turn = threading.Lock()
 
-    def ask(self, request: Mapping[str, Any], *, timeout: float = TIMEOUT) -> tuple[dict[str, Any], np.ndarray]:
-        """The answer. Raises NotGiven where it is a refusal, OSError where none came within `timeout` seconds."""
+    def ask(
+        self, request: Mapping[str, Any], *, timeout: float = TIMEOUT, into: np.ndarray | None = None
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """The answer, its bytes in `into` if given.
+
+        Raises NotGiven where it is a refusal, OSError where none that fills `into` came within `timeout` seconds.
+        """
         with self._turn:
             try:
                 if self._socket is None:
@@ -120,12 +125,14 @@ class Peer:
                 self._socket.settimeout(timeout)
                 send(self._socket, json.dumps(request).encode())
                 told = json.loads(bytes(receive(self._socket)))
-                content = receive(self._socket)
+                content = receive(self._socket, into=into)
             except (OSError, ValueError) as error:
                 self._hang_up()
                 raise OSError(f"keeper at {self.address}: {error}") from error
         if "error" in told:
             raise NotGiven(f"keeper at {self.address}: {told['error']}")
+        if into is not None and content is not into:
+            raise OSError(f"keeper at {self.address}: gave {len(content)} bytes where {len(into)} were asked for")
         return told, content
 
     def __enter__(self) -> "Peer":

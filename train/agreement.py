@@ -1,9 +1,23 @@
 """Small questions that all processes of a run must answer alike. Collective: every process asks at the same place."""
 
+import itertools
+
 import jax
 import numpy as np
 
+MEETING = itertools.count()
 PART = 1 << 30  # bytes told at once: sizes and indices on devices have 32 bits
+
+
+def together(*, seconds: float) -> None:
+    """Wait until every process is here, for `seconds` at most.
+
+    Not a collective: on a CPU the first one between some devices waits half a minute for the slowest, and then fails.
+    """
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        multihost.get_barrier_sync_fn()(key=f"meshwright {next(MEETING)}", timeout_ms=int(1000 * seconds))
 
 
 def everyones(value: int) -> list[int]:

@@ -5,6 +5,7 @@ config.yaml  environment.json  plan.json  metrics.jsonl  events.jsonl  tensorboa
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,17 +42,30 @@ def open_directory(config: RunConfig, *, root: Path, name: str | None = None, wr
     """
     directory = root / (name or config.name)
     file = directory / "config.yaml"
-    if file.exists():
+    if directory.exists() and any(directory.iterdir()):  # in this order: a run's comes with its config.yaml
+        if not file.exists():
+            raise UserError(f"name: {directory} exists and is not a run (no config.yaml); choose another name")
         check_same(read_config(directory), config, directory=directory)
-    elif directory.exists() and any(directory.iterdir()):
-        raise UserError(f"name: {directory} exists and is not a run (no config.yaml); choose another name")
     if write:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_text(file, dump(config))
+            write_config(file, dump(config))
         except OSError as error:
             raise UserError(f"name: {directory} cannot be written: {error.strerror}") from error
     return directory
+
+
+def write_config(file: Path, text: str) -> None:
+    """Write `file`, and its directory with it: other processes never see the one without the other."""
+    if file.exists():
+        write_text(file, text)
+        return
+    draft = file.parent.with_name(f".{file.parent.name}.{os.getpid()}")
+    draft.mkdir(parents=True, exist_ok=True)
+    try:
+        (draft / file.name).write_text(text, encoding="utf-8")
+        os.rename(draft, file.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def read_config(directory: Path) -> RunConfig:

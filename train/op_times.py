@@ -21,6 +21,7 @@ from ..parallel.pipeline.costs import Costs
 from ..parallel.pipeline.table import Op
 from ..parallel.pipeline.wiring import Wiring, rows_of, wired
 from ..parallel.state import TrainState
+from . import compiling
 from .data.assemble import Data
 from .data.batches import batches
 from .feed import share_of, to_devices
@@ -59,18 +60,18 @@ def op_times(program: Program, params: Any, frozen: Any, batch: Any) -> Costs:
     idle, longer = idle_rows(wiring, ticks=TICKS), idle_rows(wiring, ticks=LONGER)
     with jax.set_mesh(program.mesh):
         engine = jax.jit(lambda params, frozen, batch, rows: program.gradients(params, frozen, batch, None, rows=rows))
-        compiled, stretched = (
-            partial(engine.lower(params, frozen, batch, rows).compile(), params, frozen, batch)
+        short, stretched = (
+            partial(compiling.compiled(engine.lower(params, frozen, batch, rows), program.mesh), params, frozen, batch)
             for rows in (idle, longer)
         )
-    base = seconds(compiled, idle)  # what a step costs without any op: gathering, reducing, and some ticks
+    base = seconds(short, idle)  # what a step costs without any op: gathering, reducing, and some ticks
     tick = max(seconds(stretched, longer) - base, 0.0) / (LONGER - TICKS)
 
     def cost(op: Op, **fields: int) -> float:
         if op not in wiring.ops:
             return 0.0
         rows = doing(idle, op, repeats=staging.most, slots=wiring.slots, **fields)
-        return max(seconds(compiled, rows) - base, 0.0) / TICKS
+        return max(seconds(short, rows) - base, 0.0) / TICKS
 
     times = {op: cost(op) for op in Op if op is not Op.IDLE}
     whole = wiring.meetings is None

@@ -29,7 +29,7 @@ from ..parallel.layout import rearranged, run_shapes
 from ..parallel.lowcomm.bytes import Traffic, gathered_bytes, routed, traffic
 from ..parallel.rules import batch_shardings, optimizer_shardings, weight_shardings
 from ..parallel.state import TrainState, combine
-from . import codes, optimizers
+from . import codes, compiling, optimizers
 from .elements import searched
 from .engines import Evaluate, divided, fresh, pipelined, structure, whole
 from .examples import until
@@ -223,7 +223,8 @@ class Program:
         """The training step, compiled; it consumes the state it is given."""
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(self.step, out_shardings=(self.shardings, None), donate_argnums=0)
-            return self._safe(jitted.lower(self._abstract_state(), self.batch_shapes).compile())
+            lowered = jitted.lower(self._abstract_state(), self.batch_shapes)
+            return self._safe(compiling.compiled(lowered, self.mesh))
 
     def compiled_meetings(self) -> Meet:
         """`meet(state, update)`: what replicas do here after update number `update`; a run of one does nothing."""
@@ -244,7 +245,8 @@ class Program:
         frozen = self._abstract_state().frozen
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(evaluate, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
-            return self._safe(jitted.lower(self._abstract_params(), frozen, self.batch_shapes).compile())
+            lowered = jitted.lower(self._abstract_params(), frozen, self.batch_shapes)
+            return self._safe(compiling.compiled(lowered, self.mesh))
 
     def _safe(self, compiled: jax.stages.Compiled) -> jax.stages.Compiled:
         """`compiled`, unless it is a pipeline that would wait for ever: MeshwrightError, naming the operation."""

@@ -30,6 +30,7 @@ from ..parallel.lowcomm.optimizer import Meeting, OuterOptimizer
 from ..parallel.lowcomm.pairs import chosen
 from ..parallel.rules import optimizer_shardings
 from ..parallel.state import TrainState
+from . import compiling
 from .gradients import Batch
 from .step import Step
 
@@ -163,7 +164,7 @@ class Replicas:
 
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(run, out_shardings=where, donate_argnums=(0, 1))
-            return jitted.lower(*given, row).compile()
+            return compiling.compiled(jitted.lower(*given, row), self.mesh)
 
 
 def replicas_of(

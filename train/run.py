@@ -23,7 +23,7 @@ from ..models.hf.files import copy_companions
 from ..parallel.mesh import make_mesh
 from . import environment, plan
 from .accounting import budgeted, dealt, spending
-from .agreement import firsts
+from .agreement import firsts, together
 from .answering import Metric, metric_functions
 from .assessment import Assessment
 from .base import keep
@@ -95,6 +95,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         memory = None
         if checkpoint.memory_every:
             memory = memory_of(directory, layout=program.layout.name, host=world.host or 0, place=world.slot)
+        together(seconds=config.elastic.start_timeout)
         state, start = recovered(program, storage, memory, journal, corpus=corpus)
         check_ahead(config.steps, start, directory)
         if start == 0:
@@ -122,6 +123,7 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         step, meet = program.compiled_step(), meetings or program.compiled_meetings()
         assess = Assessment(program, data, program.compiled_evaluation(), metrics) if data.held_out else None
         journal.record("compile", seconds=time.monotonic() - began)
+        together(seconds=config.elastic.start_timeout)
         made = plan.make_plan(program, step)
         if world.first:
             describe(program, data, made, directory)

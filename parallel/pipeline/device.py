@@ -1,5 +1,6 @@
 """What a device does in a tick: F, I, W or B over the repeats of a chunk."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -130,4 +131,10 @@ def taken(saved: Saved, row: Row, number: jax.Array, *, of: tuple[str, ...]) -> 
     return Saved([], [], [])._replace(**found)
 
 
-PHASES = {Op.F: Device.forward, Op.I: Device.input_gradient, Op.W: Device.weight_gradient, Op.B: Device.backward}
+Phase = Callable[[Device, Row, Carry], Carry]
+PHASES: dict[Op, Phase] = {
+    Op.F: Device.forward,
+    Op.I: Device.input_gradient,
+    Op.W: Device.weight_gradient,
+    Op.B: Device.backward,
+}

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .device import Device
+from .device import Device, Phase
 from .parts import Carry, Row, grown, summed
+from .table import Op
 
 KEPT = (None, "batch", "sequence", None)  # dimensions of what `KeptEnds` keep
 
@@ -31,6 +32,10 @@ class WholeEnds:
             return device.parts.leave(ends, frozen, x, *device.fields(jnp.zeros((), jnp.int32)))[1][1]
 
         return jax.eval_shape(told, x)
+
+    def phases(self) -> dict[Op, Phase]:
+        """No op but the blocks' is needed."""
+        return {}
 
     def before(self, device: Device, row: Row, carry: Carry) -> Carry:
         """Nothing happens between devices at the start of a tick,"""

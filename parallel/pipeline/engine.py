@@ -25,7 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ..rules import path_name, weight_spec
 from .device import PHASES, Device
 from .ends import WholeEnds
-from .parts import BATCH_AXES, MANUAL, RESIDUAL, Carry, Parts, Row, Weights, filed, when
+from .parts import BATCH_AXES, MANUAL, RESIDUAL, Carry, Parts, Row, Weights, filed, undivided
 from .routing import exchanged, routed_batch, routed_rows
 from .shared import SharedEnds
 from .split import Saved, Split, split
@@ -152,8 +152,9 @@ def tick(device: Device, route: Route | None, carry: Carry, rows: Row) -> tuple[
     me = jax.lax.axis_index("pipe")
     row = {name: field if field.ndim == 0 else field[me] for name, field in rows.items()}
     carry = device.ends.before(device, row, carry)
-    for op in sorted(device.wiring.ops & PHASES.keys()):
-        carry = when(row["op"] == op, partial(PHASES[op], device), row, carry)
+    phases = PHASES | device.ends.phases()
+    for op in sorted(device.wiring.ops & phases.keys()):
+        carry = undivided(row["op"] == op, partial(phases[op], device), row, carry)
     if route is not None:
         carry = carry._replace(out=route(carry.out, row["shift"]))
     carry = carry._replace(messages=delivered(device.wiring, row, carry))

@@ -66,6 +66,15 @@ def when(active: jax.Array, body: Callable[[Row, Any], Any], row: Row, carry: An
     return jax.lax.fori_loop(0, active.astype(jnp.int32), once, carry)
 
 
+def undivided(active: jax.Array, body: Callable[[Row, Any], Any], row: Row, carry: Any) -> Any:
+    """`when`, of which nothing leaves before all of it is done.
+
+    W changes nothing that is passed on, so a compiler may pass it on first: then the device waits for its neighbours'
+    ops with its own still to do, and the tick takes as long as both.
+    """
+    return when(active, lambda row, carry: jax.lax.optimization_barrier(body(row, carry)), row, carry)
+
+
 def added(total: Any, new: Any) -> Any:
     """Leaf by leaf, in the dtype of `total`; what `new` lacks stays as it is."""
     if isinstance(total, dict):

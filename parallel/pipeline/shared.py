@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .device import Device
+from .device import Device, Phase
 from .meetings import Meetings
 from .parts import Carry, Row, filed, grown, summed, when
 from .table import Op, Table
@@ -99,11 +99,12 @@ class SharedEnds:
 
         return carry._replace(messages=when(row["meet_rows"] >= 0, rows, row, carry.messages))
 
+    def phases(self) -> dict[Op, Phase]:
+        """S and T."""
+        return {Op.S: self.scores, Op.T: self.weights}
+
     def after(self, device: Device, row: Row, carry: Carry) -> Carry:
-        """End of a tick: this device's S or T, and then the exchanges that the table has for the tick."""
-        phases = {Op.S: self.scores, Op.T: self.weights}
-        for op in sorted(device.wiring.ops & phases.keys()):
-            carry = when(row["op"] == op, partial(phases[op], device), row, carry)
+        """End of a tick: the exchanges that the table has for it."""
         meet = [("broadcast", self.broadcast), ("combine", self.combine)]
         if device.wiring.trains:
             meet += [("head", self.total)] if self.table.algorithm == 1 else []

@@ -225,6 +225,9 @@ def test_a_damaged_frame_and_silence_are_errors():
     with Listener(lambda request: ({}, np.arange(5, dtype=np.uint8))) as listener, Peer(listener.address) as peer:
         told, content = peer.ask({"do": "anything"})
         assert told == {} and content.tolist() == [0, 1, 2, 3, 4]
+        assert peer.ask({}, into=(place := np.zeros(5, np.uint8)))[1] is place and place.tolist() == [0, 1, 2, 3, 4]
+        with pytest.raises(OSError, match="gave 5 bytes where 4 were asked for"):
+            peer.ask({}, into=np.zeros(4, np.uint8))
     with Listener(lambda request: {}["absent"]) as listener, pytest.raises(NotGiven, match="absent"):
         told_by(listener.address)
     one, other = socket.socketpair()

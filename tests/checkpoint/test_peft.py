@@ -19,8 +19,11 @@ from meshwright.parallel import vocabulary
 
 from .test_huggingface import FIXTURES, read
 
-# PEFT asks a model by a name that transformers 5.2 says it will remove.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+# PEFT asks models by a name that transformers means to remove, and makes a sparse tensor (SHiRA) without a check.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
+]
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 40), dtype=np.int32)
 PATTERNS = {"rank": 4, "alpha": 6.0, "ranks": {"layers/0/*": 2}, "alphas": {"v": 3.0}, "targets": ["q", "v", "down"]}

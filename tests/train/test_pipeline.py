@@ -1,5 +1,7 @@
 """Training through a pipeline is training on one device; what cannot run in one is refused with what would work."""
 
+import re
+
 import pytest
 
 from equivalence import assert_same, tiny
@@ -146,15 +148,39 @@ def test_the_plan_counts_what_all_devices_do_together():
     assert step_flops(staged) == step_flops(plain) > 0
 
 
-def test_an_idle_tick_multiplies_nothing():
-    """With one repeat a stage nothing in W depends on the round of its loop: the compiler would do it in every tick."""
+@pytest.fixture(scope="module")
+def compiled():
+    """Computation -> instructions, of a step in which a device has one repeat a stage."""
     _, config = pair({}, {"pipeline": {"schedule": "zb-v"}})
     program = build(config, make_mesh(config.mesh))
     assert program.staging.most == 1
-    computations = parse(program.compiled_step().as_text())
-    kinds = [{one.opcode for one in body} for body in computations.values()]
-    ticks = [found for found in kinds if "collective-permute" in found]
-    assert len(ticks) == 1 and not ticks[0] & {"dot", "custom-call"} and any("dot" in found for found in kinds)
+    return parse(program.compiled_step().as_text())
+
+
+@pytest.fixture(scope="module")
+def tick(compiled):
+    """The instructions of a tick."""
+    (found,) = [body for body in compiled.values() if any(one.opcode == "collective-permute" for one in body)]
+    return found
+
+
+def test_an_idle_tick_multiplies_nothing(compiled, tick):
+    """With one repeat a stage nothing in W depends on the round of its loop: the compiler would do it in every tick."""
+    kinds = [{one.opcode for one in body} for body in compiled.values()]
+    assert not {one.opcode for one in tick} & {"dot", "custom-call"} and any("dot" in found for found in kinds)
+
+
+def test_nothing_is_passed_on_before_the_op_is_done(tick):
+    """W changes nothing that is passed on: untied, a device would wait for its neighbours with W still to do."""
+    reads = {one.name: set(re.findall(r"%([\w.\-]+)", one.text)) - {one.name} for one in tick}
+    ops = {one.name for one in tick if one.opcode == "while"}
+    assert len(ops) == 3  # F, I and W
+    for passed in (one.name for one in tick if one.opcode == "collective-permute"):
+        before, found = {passed}, set()
+        while before:
+            found |= before
+            before = set().union(*(reads.get(name, set()) for name in before)) - found
+        assert ops <= found
 
 
 def test_a_run_goes_on_under_another_schedule_and_without_a_pipeline(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A whole run: what it leaves behind, and that stopping and going on changes nothing."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -109,6 +110,24 @@ def test_a_directory_of_another_run_is_refused_and_left_alone(whole):
     with pytest.raises(UserError, match=r"name: .*run holds a run with another optimizer.learning_rate \(0.01 there"):
         go(small(mesh=MESH, optimizer={"learning_rate": 0.02}), root)
     assert (root / "run" / "config.yaml").read_text() == before
+
+
+def test_a_directory_appears_with_its_configuration(tmp_path, monkeypatch):
+    """Another process that looks in between must not take it for something that is not a run."""
+    looked = []
+
+    def after_a_look(move):
+        def moved(*paths):
+            looked.append(open_directory(small(), root=tmp_path, name="run", write=False))
+            move(*paths)
+
+        return moved
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(f"os.{name}", after_a_look(getattr(os, name)))
+    for _ in range(2):
+        open_directory(small(), root=tmp_path, name="run")
+    assert len(looked) == 2 and [one.name for one in tmp_path.rglob("*")] == ["run", "config.yaml"]
 
 
 def test_fewer_steps_than_were_made_are_refused_and_nothing_is_relabelled(whole):
