@@ -40,8 +40,8 @@ def words(options: argparse.Namespace, row: str) -> list[str]:
         "checkpoint.every=50",
         f"evaluation={{every: {max(steps // 4, 1)}, batches: 8, prompts: []}}",
         "logging={every: 1, tensorboard: false, peak_tflops: 1}",
-        *([f"outer={json.dumps(EVERY_STEP)}"] if row == "every-step" else []),
         *options.words,
+        *([f"outer={json.dumps(EVERY_STEP)}"] if row == "every-step" else []),  # whatever the others' outer is
     ]
 
 

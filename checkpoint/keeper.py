@@ -15,7 +15,6 @@ block by block with its fingerprints.
 Sources: REFT, arXiv:2310.12670 (snapshot management processes, RAIM5); DLRover's Flash Checkpoint.
 """
 
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -27,10 +26,12 @@ import numpy as np
 
 from . import mailbox
 from .damage import DamagedCheckpoint
+from .drafts import accept, drafted
+from .drafts import slot as slot_of
 from .groups import of, sharers
 from .mailbox import Protected
 from .parity import add, add_doubling, block_length, members, solve, stripes_of
-from .slots import PIECE, Head, Pool, filling, head_of, header_of, verify
+from .slots import PIECE, Pool, filling, head_of, header_of, verify
 from .snapshots import Piece, Snapshot, holding_of, scatter, snapshot_of
 from .wire import NotGiven, Peer, Peers
 
@@ -307,7 +308,7 @@ class Keeper:
             made = {int(host): snapshot_of(step, pieces) for host, pieces in told["members"].items()}
             block = block_length(max(one.bytes for one in made.values()), hosts=len(hosts), losses=self.losses)
             lost = made[self.host]
-            drafts = self._drafts(lost)
+            drafts = drafted(self.directory, lost)
             for index, stripe in enumerate(stripes_of(place, hosts=len(hosts), losses=self.losses)):
                 givers, keepers = members(stripe, hosts=len(hosts), losses=self.losses)
                 for start in range(0, block, PIECE):
@@ -324,35 +325,7 @@ class Keeper:
                     ]  # fmt: skip
                     found = solve(data, shares, places=len(givers))[givers.index(place)]
                     scatter(found, drafts, lost, start=index * block + start)
-            self._accept(lost, drafts)
-
-    def _drafts(self, lost: Snapshot) -> list[np.ndarray]:
-        """Memory for the slots of a lost snapshot."""
-        result = []
-        for piece in lost.pieces:
-            path = self._draft(piece.process)
-            path.unlink(missing_ok=True)
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, piece.bytes)
-            result.append(np.memmap(path, np.uint8, "r+"))
-        return result
-
-    def _accept(self, lost: Snapshot, drafts: list[np.ndarray]) -> None:
-        """Compare what was rebuilt with what was lost, and put it in its place."""
-        for piece, draft in zip(lost.pieces, drafts, strict=True):
-            draft.flush()
-            path = self._draft(piece.process)
-            head, header = head_of(path), header_of(path)
-            if head is None or header is None or head.raw.hex() != piece.head:
-                path.unlink(missing_ok=True)
-                raise DamagedCheckpoint(f"snapshot {lost.step} of host {self.host}: what was rebuilt is not it")
-            verify(path, header)
-            heads: list[tuple[Head | None, Path]] = [
-                (head_of(self._slot(piece.process, slot)), self._slot(piece.process, slot)) for slot in (0, 1)
-            ]
-            _, target = min(heads, key=lambda one: -1 if one[0] is None else one[0].step)
-            os.replace(path, target)
+            accept(self.directory, lost, drafts)
 
     # --- the others --------------------------------------------------------------------------------------------------
 
@@ -385,13 +358,10 @@ class Keeper:
         return self._peers.at(host, infos[host]["address"])
 
     def _slot(self, place: int, slot: int) -> Path:
-        return self.directory / f"{place}.{slot}"
+        return slot_of(self.directory, place, slot)
 
     def _share(self, slot: int) -> Path:
         return self.directory / f"parity.{slot}"
-
-    def _draft(self, process: int) -> Path:
-        return self.directory / f"{process}.draft"
 
     def _at(self, process: int, head: str) -> Path:
         """The slot of a process that has this head."""

@@ -24,8 +24,8 @@ import xxhash
 from .frames import CHUNK, Corrupt, framed, message, read_frame, read_message
 from .throttle import Throttle
 
-PROTOCOL = 1
-KEPT = 2  # payloads an office keeps of each kind; older ones nobody asks for any more
+PROTOCOL = 2
+KEPT = 2  # payloads an office keeps of each kind and reader; older ones nobody asks for any more
 AGAIN = 0.25  # seconds before the first further attempt; doubled for each one that brings nothing
 
 
@@ -35,6 +35,15 @@ class Peer(NamedTuple):
     name: str
     ticket: int
     address: str  # host:port of its office
+
+
+class Held(NamedTuple):
+    """A payload on the shelf."""
+
+    ticket: int  # of the life whose payload it is
+    payload: bytes
+    digest: str  # XXH3 of it, 128 bits
+    reader: str | None  # the only one who will ask for it
 
 
 class Failed(NamedTuple):
@@ -85,9 +94,9 @@ class Office:
         self.fingerprint, self._description, self._settings = fingerprint, dict(description), settings
         self._throttle = settings.throttle or Throttle()
         self._wanted, self._ticket = wanted, -1
-        self._shelf: dict[str, tuple[int, bytes]] = {}  # key -> (ticket, payload)
-        self._fetched: dict[str, set[str]] = defaultdict(set)  # key -> who has all of it
-        self._arrived, self._news = threading.Condition(), asyncio.Event()
+        self.giving = 0  # payloads on their way to others
+        self._shelf: dict[str, Held] = {}
+        self._news = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="office", daemon=True)
         self._thread.start()
@@ -109,14 +118,12 @@ class Office:
         self._thread.join()
         self._loop.close()
 
-    def publish(self, key: str, payload: bytes, *, ticket: int) -> None:
-        """Have `payload` for whoever asks this life (`ticket`) for `key`; the oldest of many goes."""
-        self._call(self._put(key, payload, ticket))
+    def publish(self, key: str, payload: bytes, *, ticket: int, reader: str | None = None) -> None:
+        """Have `payload` for whoever asks this life (`ticket`) for `key`; the oldest of many goes.
 
-    def wait_fetched(self, key: str, names: Sequence[str], *, timeout: float) -> bool:
-        """Whether all of `names` have all of `key`, within `timeout` seconds."""
-        with self._arrived:
-            return self._arrived.wait_for(lambda: set(names) <= self._fetched[key], timeout)
+        One that is for `reader` alone goes when that one has it.
+        """
+        self._call(self._put(key, Held(ticket, payload, xxhash.xxh3_128_hexdigest(payload), reader)))
 
     def collect(
         self,
@@ -148,12 +155,12 @@ class Office:
 
     # ---- serving
 
-    async def _put(self, key: str, payload: bytes, ticket: int) -> None:
+    async def _put(self, key: str, held: Held) -> None:
         self._shelf.pop(key, None)
-        self._shelf[key] = (ticket, payload)
-        for old in [one for one in self._shelf if kind(one) == kind(key)][:-KEPT]:
+        self._shelf[key] = held
+        alike = [one for one, what in self._shelf.items() if (kind(one), what.reader) == (kind(key), held.reader)]
+        for old in alike[:-KEPT]:
             del self._shelf[old]
-            self._fetched.pop(old, None)
         self._news.set()
         self._news = asyncio.Event()
 
@@ -161,13 +168,15 @@ class Office:
         try:
             async with asyncio.timeout(self._settings.timeout):
                 asked = await read_message(reader)
-            await self._answer(asked, writer)
+            await self._answer(asked, reader, writer)
         except (OSError, EOFError, TimeoutError, KeyError, TypeError):
             pass  # whoever asked asks again
         finally:
             writer.close()
 
-    async def _answer(self, asked: Mapping[str, Any], writer: asyncio.StreamWriter) -> None:
+    async def _answer(
+        self, asked: Mapping[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         if asked["protocol"] != PROTOCOL or asked["fingerprint"] != self.fingerprint:
             await self._say(writer, "handshake", refused=True, protocol=PROTOCOL, settings=self._description)
             return
@@ -179,21 +188,29 @@ class Office:
         if held is None:
             await self._say(writer, kind(key), absent=True)
             return
-        await self._say(writer, kind(key), size=len(held), digest=xxhash.xxh3_128_hexdigest(held))
-        view = memoryview(held)
-        for start in range(offset, len(held), CHUNK):
-            await self._write(writer, kind(key), framed(view[start : start + CHUNK]))
-        with self._arrived:
-            self._fetched[key].add(asked["name"])
-            self._arrived.notify_all()
+        self.giving += 1
+        try:
+            await self._give(kind(key), held, offset, writer)
+            if held.reader == asked["name"]:
+                await self._within(read_message(reader))  # that it has it: what was written may be on its way for long
+                if self._shelf.get(key) is held:
+                    del self._shelf[key]
+        finally:
+            self.giving -= 1
 
-    async def _awaited(self, key: str, ticket: int) -> bytes | None:
+    async def _give(self, what: str, held: Held, offset: int, writer: asyncio.StreamWriter) -> None:
+        await self._say(writer, what, size=len(held.payload), digest=held.digest, confirm=held.reader is not None)
+        view = memoryview(held.payload)
+        for start in range(offset, len(view), CHUNK):
+            await self._write(writer, what, framed(view[start : start + CHUNK]))
+
+    async def _awaited(self, key: str, ticket: int) -> Held | None:
         """The payload, waited for a while: it may be a moment away. None: not there, or of another life."""
         until = time.monotonic() + self._settings.hold
         while True:
-            life, payload = self._shelf.get(key, (ticket, None))
-            if payload is not None or life != ticket:
-                return payload if life == ticket else None
+            held = self._shelf.get(key)
+            if held is not None:
+                return held if held.ticket == ticket else None
             self._wanted(key)
             try:
                 async with asyncio.timeout(max(until - time.monotonic(), 0)):
@@ -262,6 +279,8 @@ class Office:
                 arrived.data += frame
                 self.counters.received += len(frame)
             arrived.check()
+            if told["confirm"]:
+                await self._write(writer, kind(key), message(whole=True))
             return True
         finally:
             writer.close()

@@ -155,7 +155,7 @@ def test_a_keeper_that_dies_while_it_rebuilds_is_followed_by_one_that_does(tmp_p
         before = hosts.files(1)
         hosts.lose(1)
         with monkeypatch.context() as patched:
-            patched.setattr(hosts.keepers[1], "_accept", lambda *_: (_ for _ in ()).throw(SystemExit))
+            patched.setattr("meshwright.checkpoint.keeper.accept", lambda *_: (_ for _ in ()).throw(SystemExit))
             word = hosts.recover()
         assert (word.step, word.rebuilt) == (-1, ()) and not hosts.files(1)
         hosts.start(1)

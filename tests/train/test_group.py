@@ -50,11 +50,11 @@ def at_once(work, members):
     return [results[m.name] for m in members]
 
 
-def average(members, payloads, key="meet 3", histories=None):
+def average(members, payloads, key="meet 3", histories=None, update=3):
     histories = histories or {}
 
     def work(one):
-        return one.average(key, payloads[one.name], update=3, history=histories.get(one.name, ""))
+        return one.average(key, payloads[one.name], update=update, history=histories.get(one.name, ""))
 
     return at_once(work, members)
 
@@ -124,6 +124,18 @@ def test_what_the_others_did_long_ago_is_not_decided_anew(opened, monkeypatch):
     assert swap(asleep, 8).kind == "applied"  # the newest are remembered
 
 
+def test_a_rendezvous_that_outlives_a_run_does_not_answer_the_next_one_with_its_decisions(opened, monkeypatch):
+    monkeypatch.setattr(quorum, "REMEMBERED", 4)
+    earlier = opened(0, 1)
+    for update in range(3, 9):
+        average(earlier, letters(earlier), key=f"meet {update}", update=update)
+    [one.leave() for one in earlier]
+    islands = opened(0, 1)
+    for update in (3, 8):
+        mets = average(islands, letters(islands), key=f"meet {update}", update=update)
+        assert [(met.kind, met.payloads) for met in mets] == [("applied", letters(islands))] * 2
+
+
 def test_one_that_was_given_up_comes_back_under_its_name_at_whichever_of_its_threads(opened):
     (one,) = opened(0)
     with Client(one._islands.meet, one.name) as client:
@@ -133,6 +145,27 @@ def test_one_that_was_given_up_comes_back_under_its_name_at_whichever_of_its_thr
                 client.leave()
             assert at_once(lambda one: one._rejoin(), [one] * 4) == [None] * 4
     one.tell(step=1)
+
+
+def test_one_that_was_given_up_while_the_rendezvous_was_away_comes_back_with_its_question(opened, monkeypatch):
+    (one,) = opened(0, ttl=30)  # no heartbeat gets ahead of the question
+    join, failed = Client.join, []
+
+    def first_lost(client, info=None):
+        if not failed:
+            failed.append(client)
+            raise OSError("nobody answers")
+        return join(client, info)
+
+    monkeypatch.setattr(Client, "join", first_lost)
+    one._ended.set()
+    one._beats.join()
+    one._ended.clear()
+    with Client(one._islands.meet, one.name) as client:
+        client.ticket = one.ticket
+        client.leave()
+    (met,) = average([one], {one.name: b"1"})
+    assert failed and (met.kind, dict(met.payloads)) == ("applied", {one.name: b"1"})
 
 
 def test_the_last_updates_of_islands_that_left_are_known_to_the_others_of_their_run(opened):
@@ -186,4 +219,6 @@ def test_without_the_rendezvous_a_meeting_is_skipped_in_time():
             stack.callback(group.leave)
         began = time.monotonic()
         met = group.average("meet 3", b"x", update=3, history="")
-        assert met.kind == "skipped" and "rendezvous" in met.lost and time.monotonic() - began < 8
+        assert met.kind == "skipped" and "rendezvous" in met.lost and 1 < time.monotonic() - began < 8
+        began = time.monotonic()  # it was waited for once
+        assert group.average("meet 6", b"x", update=6, history="").kind == "skipped" and time.monotonic() - began < 0.5

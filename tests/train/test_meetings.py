@@ -46,7 +46,7 @@ def meetings(directory, *, alive=lambda phase: None, stop=lambda update: False, 
     island = Some(outer=Some(meetings=[Some(name="meet", needs=None)]), in_order=lambda tree: tree)
     config = Some(outer=Some(name="diloco"), islands=Some(patience=patience, gather=60.0, deadline=60.0))
     program = Some(replicas=island, config=config, traffic=None, evaluated=lambda state: state)
-    mail = Some(group=Group(), counters=Counters(), wanted=set())
+    mail = Some(group=Group(), counters=Counters(), wanted=set(), giving=lambda: False)
     made = Meetings(program, mail, Journal(directory), alive=alive, stop=stop)
     made.measured = lambda step: {}
     return made
@@ -91,6 +91,14 @@ def test_one_who_is_asked_to_stop_at_the_end_waits_for_nobody(tmp_path):
     began = time.monotonic()
     meetings(tmp_path, stop=lambda update: True).finish({}, 7)
     assert time.monotonic() - began < 5
+
+
+def test_one_who_has_finished_stays_until_a_state_that_it_gives_has_arrived(tmp_path):
+    one = meetings(tmp_path, patience=0.0)
+    until = time.monotonic() + 0.5
+    one._mail.giving = lambda: time.monotonic() < until
+    one.finish({}, 7)
+    assert until <= time.monotonic() < until + 5
 
 
 def test_several_processes_stop_at_one_question_and_for_good(monkeypatch):

@@ -1,12 +1,14 @@
 """Who counts: the decisions that islands act on, as pure functions, and asked for at once over sockets."""
 
 import threading
+import time
+from contextlib import suppress
 
 import pytest
 
 from meshwright.train.launch.islands import meeting_place
-from meshwright.train.launch.quorum import Alive, Question, begun, counted, listed, met
-from meshwright.train.launch.rendezvous import Client, Refused
+from meshwright.train.launch.quorum import Alive, Arbiter, Question, begun, counted, listed, met
+from meshwright.train.launch.rendezvous import Client, Refused, Room, joined, left
 
 
 def alive(*names, **changes):
@@ -104,3 +106,32 @@ def test_all_who_ask_are_given_one_answer_and_a_stranger_none():
         with Client(address, "d") as client, pytest.raises(Refused, match="d of epoch -1 is not a member"):
             client.ask("present", within=5.0, key="meet 4", **rules)
     assert answers["a"] == answers["b"] == answers["c"] and sorted(answers["a"]["members"]) == ["a", "b", "c"]
+
+
+def test_a_question_whose_askers_have_gone_is_asked_anew():
+    """Else who comes an hour later is told at once that it has waited long enough."""
+    now = [0.0]
+    room = Room(lambda: now[0])
+    arbiter, told = Arbiter(room, lambda: now[0]), []
+
+    def ask(ticket):
+        with suppress(Refused):
+            said = {"name": "a", "ticket": ticket, "step": 0, "version": "v", "count": 2, "gather": 60.0, "run": "r"}
+            told.append(arbiter.enter(said))
+
+    def come():
+        ticket = room.change(lambda m, at: joined(m, "a", now=at, ttl=1e9)).members["a"].ticket
+        waits = threading.Thread(target=ask, args=(ticket,))
+        waits.start()
+        time.sleep(0.2)
+        return ticket, waits
+
+    first, waits = come()
+    room.change(lambda m, at: left(m, "a", first))
+    waits.join()
+    now[0] = 3600.0
+    _, waits = come()
+    assert waits.is_alive()
+    now[0] += 61.0
+    waits.join(timeout=5.0)
+    assert told == [{"sources": ["a"], "together": True}]

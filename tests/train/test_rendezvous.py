@@ -1,7 +1,9 @@
 """Membership: names, time-to-live, epochs, tickets, under any order of events; and the same over a socket."""
 
+import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -109,3 +111,20 @@ def test_a_silent_member_expires_while_others_wait():
 def test_nonsense_is_answered_and_changes_nothing(line):
     room = Room()
     assert "error" in answer(room, line) and room.membership == Membership()
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of connections")
+def test_a_member_that_vanishes_without_a_word_is_not_listened_to_for_ever():
+    """A site that loses its power hangs up on nobody; only the kernel's probes end such a connection."""
+    with Server() as server, socket.create_connection(address_of(server)) as member:
+        member.sendall(b"{}\n")
+        member.recv(100)
+        here = [f":{port:04X}" for port in (address_of(server)[1], member.getsockname()[1])]
+        (line,) = [words for words in map(str.split, Path("/proc/net/tcp").read_text().splitlines())
+                   if words[1].endswith(here[0]) and words[2].endswith(here[1])]  # fmt: skip
+    assert line[5].startswith("02:")  # the timer that runs is keepalive's
+
+
+def address_of(server):
+    host, _, port = server.address.rpartition(":")
+    return host, int(port)

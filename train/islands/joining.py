@@ -45,7 +45,7 @@ def joined(
             group = joined_group(office, program.config.islands, lambda name, payload: found[0].problem(name, payload))
             stack.callback(group.leave)
             group.check_same_run()
-            mail = Correspondence(group, office.counters, office.publish, wanted)
+            mail = Correspondence(group, office.counters, office.publish, wanted, lambda: office.giving > 0)
         found.append(Meetings(program, mail, journal, alive=alive, stop=stop))
         yield stack.enter_context(closing(found[0]))
 

@@ -66,8 +66,9 @@ class Correspondence:
 
     group: Group
     counters: Counters
-    publish: Callable[..., None]  # (key, payload, ticket=)
+    publish: Callable[..., None]  # (key, payload, ticket=, reader=)
     wanted: set[str]  # keys of states that others asked for
+    giving: Callable[[], bool]  # whether a payload is on its way to another island
 
 
 class Meetings:
@@ -151,13 +152,13 @@ class Meetings:
         return state
 
     def finish(self, state: TrainState, step: int) -> None:
-        """Tell the others, and give them what they still need, `patience` at most."""
+        """Tell the others, and give them what they still need: begun within `patience`, ended within `deadline`."""
         traffic = self.measured(step)
         self._journal.record("traffic", step=step, **traffic)
         if self._mail:
             self._mail.group.tell_now(finished=True)
-        began, patience = time.monotonic(), self.program.config.islands.patience
-        while agreed(self._somebody_is_missing() and time.monotonic() - began < patience) and not self._stop(step):
+        began = time.monotonic()
+        while agreed(self._is_needed(time.monotonic() - began)) and not self._stop(step):
             self._waiting.alive(f"finished, others are not, {time.monotonic() - began:.0f} s")
             self._served(state, step)
             time.sleep(0.1)
@@ -297,8 +298,10 @@ class Meetings:
         body = self._in_order(parts)
         if self._mail:
             head = json.dumps({"step": update, "history": self._history, "name": self._mail.group.name}).encode()
+            payload = len(head).to_bytes(8, "big") + head + body
             for key in list(self._mail.wanted):
-                self._mail.publish(key, len(head).to_bytes(8, "big") + head + body, ticket=self._mail.group.ticket)
+                reader = key.removeprefix("state ").partition("/")[0]
+                self._mail.publish(key, payload, ticket=self._mail.group.ticket, reader=reader)
                 self._mail.wanted.discard(key)
         return state
 
@@ -361,8 +364,12 @@ class Meetings:
         self._peak = (max(self._peak[0], total - before), max(self._peak[1], (total - before) / max(now - then, 1e-3)))
         self._last = (total, now)
 
-    def _somebody_is_missing(self) -> bool:
-        return bool(self._mail) and self._mail.group.unfinished()
+    def _is_needed(self, waited: float) -> bool:
+        """Whether another island may still ask this one, which has finished, or is taking its state."""
+        islands = self.program.config.islands
+        if not self._mail or waited > max(islands.patience, islands.deadline):
+            return False
+        return self._mail.giving() or (waited < islands.patience and self._mail.group.unfinished())
 
     # ---- compiled once
 

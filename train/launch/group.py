@@ -13,7 +13,7 @@ Every wait is bounded by the section `islands`. Without an answer from the rende
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +65,7 @@ class Group:
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._asked = itertools.count()
         self._taken: str | None = None  # why this island may not go on
+        self._silent = False  # the rendezvous was waited for in vain, and has not been heard since
         with self._client() as client:
             self._members = client.join(self._info)["members"]
             self.ticket = client.ticket
@@ -141,14 +142,6 @@ class Group:
     def others(self) -> dict[str, Mapping[str, Any]]:
         """What the other members last told."""
         return {name: info for name, info in self._members.items() if name != self.name}
-
-    def wait_fetched(self, key: str, names: Iterable[str]) -> None:
-        """Wait until those of `names` that are alive have fetched `key`, no longer than `patience`."""
-        end = time.monotonic() + self._islands.patience
-        while time.monotonic() < end:
-            there = [name for name in names if name in self._members]
-            if not there or self._office.wait_fetched(key, there, timeout=0.2):
-                return
 
     def leave(self) -> None:
         """Take part no longer; the others do not wait for this island."""
@@ -277,27 +270,33 @@ class Group:
     ) -> dict[str, Any]:
         """The rendezvous' answer, which may take `patience` seconds; `before` runs before each attempt.
 
-        Raises OSError where there is none within `deadline`, UserError where another island took this one's name,
+        Raises OSError where there is none within `deadline`, which is waited once and not for each question until the
+        rendezvous is heard again, UserError where another island took this one's name,
         Forgotten where it was asked about a meeting of long ago.
         """
-        end = time.monotonic() + self._islands.deadline
+        end, lost = time.monotonic() + self._islands.deadline, False
         while True:
             try:
+                if lost:
+                    self._rejoin()
+                    lost = False
                 with self._client() as client:
                     client.ticket = self.ticket
                     client.beat(self._info)
                     before()
                     # The server ends its wait by `patience`; what is on top is for its answer.
                     told = client.ask(do, within=patience + 5.0, **fields, **timed(do, patience))
+                    self._silent = False
                     if "forgotten" in told:
                         raise Forgotten([Peer(name, *whose) for name, whose in told["forgotten"].items()])
                     return told
             except Refused:
                 if self._ended.is_set():
                     raise  # it left while it waited
-                self._rejoin()
+                lost = True
             except OSError:
-                if time.monotonic() > end or self._ended.is_set():
+                if time.monotonic() > end or self._silent or self._ended.is_set():
+                    self._silent = True
                     raise
                 time.sleep(PAUSE)
 

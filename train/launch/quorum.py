@@ -8,7 +8,8 @@
 
 Each answer is decided once for a key and never changes: an island that comes late is told what the others did, and sees
 that it is behind. Where the decision is so old that it is forgotten, it is told that, and who is there. As in torchft,
-islands with an older history than most are left out and bootstrap from the others.
+islands with an older history than most are left out and bootstrap from the others. Islands that begin together begin
+anew: what earlier ones decided, of this run or another, is no answer to them. So a rendezvous may outlive its runs.
 
 The decisions are pure functions of what was asked and who is alive; `Arbiter` holds them and makes callers wait.
 """
@@ -52,6 +53,7 @@ class Question:
     since: float
     asked: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> what it said
     decided: dict[str, Any] | None = None
+    waiting: int = 0  # calls that have no answer yet
 
 
 def begun(
@@ -163,7 +165,8 @@ class Arbiter:
             left = sum(name not in alive for name in self._finished_of(asked["run"]))
             found = begun(question, alive, count=count - left, gather=gather, now=now)
             if found and found.get("together"):
-                self._began.update((name, alive[name].ticket) for name in found["sources"])
+                self._began = {(name, alive[name].ticket) for name in found["sources"]}
+                self._questions, self._forgotten = {Topic("enter", 0): question}, {}
             return found
 
         return self._decided(Topic("enter", 0), asked, said, decide, keep=False)
@@ -230,11 +233,17 @@ class Arbiter:
             if question.decided is None and said is not None:
                 question.asked[asked["name"]] = said
                 self._changed.notify_all()
-            while question.decided is None:
-                known(self._room.membership, asked["name"], int(asked["ticket"]))
-                question.decided = decide(question, self._alive(), self._clock())
-                if question.decided is None:
-                    self._changed.wait(SLICE)
+            question.waiting += 1
+            try:
+                while question.decided is None:
+                    known(self._room.membership, asked["name"], int(asked["ticket"]))
+                    question.decided = decide(question, self._alive(), self._clock())
+                    if question.decided is None:
+                        self._changed.wait(SLICE)
+            finally:
+                question.waiting -= 1
+                if question.decided is None and not question.waiting and self._questions.get(key) is question:
+                    del self._questions[key]  # all who asked have gone: the next one has not waited as long as they
             self._changed.notify_all()
             return question.decided
 
