@@ -175,7 +175,7 @@ def test_repairing_on_a_mesh_changes_nothing():
 @pytest.mark.slow
 def test_a_pipeline_changes_nothing_of_a_repair():
     """The model as it was passes through a pipeline of its own."""
-    plain = REPAIR | {"model": {"layers": 4}, "microbatches": 4}
+    plain = REPAIR | {"model": MODEL | {"layers": 4}, "microbatches": 4}
     staged = {"mesh": {"pipe": 2, "tensor": 2}, "pipeline": {"schedule": "zb-v"}}
     assert_same(tiny(**plain), tiny(**plain, **staged), steps=3)
 
