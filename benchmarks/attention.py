@@ -4,6 +4,7 @@
 JAX's own `dot_product_attention` is measured with them, and cuDNN's on a GPU in bfloat16: `meshwright bench attention`.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..configs.errors import UserError
 from ..models.attention.interface import Mask, Where, attend
 from ..models.attention.registry import IMPLEMENTATIONS
 
@@ -40,15 +40,15 @@ def run(shapes: dict[str, Shape] = SHAPES, *, dtype: str = "float32", repeats: i
 
 
 def main(arguments: Sequence[str] = ()) -> dict:
-    """Measure SHAPES, print the table, return what `run` returns. `arguments`: `dtype=bfloat16`, `repeats=9`."""
-    options = {"dtype": "float32", "repeats": "5"}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in options:
-            raise UserError.no_match("bench attention", [key], known=options)
-        options[key] = value
-    dtype = options["dtype"]
-    results = run(dtype=dtype, repeats=int(options["repeats"]))
+    """Measure SHAPES, print the table, return what `run` returns."""
+    parser = argparse.ArgumentParser(
+        prog="meshwright bench attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args(arguments)
+    dtype = options.dtype
+    results = run(dtype=dtype, repeats=options.repeats)
     for name, measured in results.items():
         batch, tokens, heads, head_dim = SHAPES[name]
         device = jax.devices()[0].device_kind

@@ -40,7 +40,9 @@ PATIENCE = 1200.0  # seconds a run that is left alone may take to come to its en
 
 def main(arguments: Sequence[str]) -> None:
     """Disturb, compare, print. Raises MeshwrightError where a promise was broken, or a run did not come back."""
-    parser = argparse.ArgumentParser(prog="meshwright bench chaos", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="meshwright bench chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", nargs="?", default="elastic/demo")
     parser.add_argument("overrides", nargs="*", default=[], help="key.sub=value ...")
     parser.add_argument("--processes", type=int, default=4)

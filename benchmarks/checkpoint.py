@@ -86,7 +86,9 @@ def saves(state: Any, megabytes: int) -> dict[str, Save]:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure and print JSON."""
-    parser = argparse.ArgumentParser(prog="meshwright bench checkpoint", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="meshwright bench checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=int, default=1000, help="of the state")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where to save")

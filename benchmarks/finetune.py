@@ -129,7 +129,9 @@ def over(one: list[float], other: list[float]) -> float:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(prog="meshwright bench finetune")
+    parser = argparse.ArgumentParser(
+        prog="meshwright bench finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="34m")
     parser.add_argument(
         "--methods", nargs="+", choices=methods(4, 1, SEVERAL), default=["full", "lora", "sparse", "qlora"]

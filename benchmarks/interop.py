@@ -6,6 +6,7 @@ BASE is the model directory the run was tuned from; RUN/adapter and RUN/merged a
 merge` wrote. Without the extra `interop` nothing is compared, and that is said.
 """
 
+import argparse
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..configs.errors import MeshwrightError, UserError
+from ..configs.errors import MeshwrightError
 from ..models.context import Context, unconstrained
 from ..parallel import vocabulary
 from ..parallel.state import combine
@@ -28,9 +29,13 @@ NEEDED = ("torch", "transformers", "peft")
 
 def main(arguments: Sequence[str]) -> None:
     """Print how far the logits are apart. Raises MeshwrightError where they are not the same."""
-    if len(arguments) != 2:
-        raise UserError(f"bench interop: {' '.join(arguments) or 'nothing'} given; it takes BASE RUN, two directories")
-    base, run = map(Path, arguments)
+    parser = argparse.ArgumentParser(
+        prog="meshwright bench interop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("base", type=Path, metavar="BASE")
+    parser.add_argument("run", type=Path, metavar="RUN")
+    options = parser.parse_args(arguments)
+    base, run = options.base, options.run
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         print(f"nothing to compare with: {', '.join(missing)} not installed (extra `interop`)")
         return

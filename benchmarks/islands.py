@@ -104,7 +104,11 @@ def trains(process: psutil.Process) -> bool:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run the rows, print the ratios."""
-    parser = argparse.ArgumentParser(prog="meshwright bench lowcomm islands")
+    parser = argparse.ArgumentParser(
+        prog="meshwright bench lowcomm islands",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", default="lowcomm/islands")
     parser.add_argument("--islands", type=int, default=4)
     parser.add_argument("--steps", type=int, default=600)

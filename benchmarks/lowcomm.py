@@ -6,7 +6,7 @@ own, one after another. The loss is that of all held-out documents: the first fe
 tables of codecs.
 
     meshwright bench lowcomm                                1000 updates, one seed: about half an hour on 2 cores
-    meshwright bench lowcomm --size tiny --seeds 3 --steps 4000 --every 30       the table of docs/lowcomm.md
+    meshwright bench lowcomm --size tiny --steps 4000 --every 30       the table of docs/lowcomm.md
     meshwright bench lowcomm --only data-parallel streaming-4bit-2 --outer learning_rate=0.7 momentum=0.5
     meshwright bench lowcomm --size tiny --steps 500        a look
 """
@@ -128,7 +128,9 @@ def main(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] in others:
         others[arguments[0]].main(arguments[1:])
         return
-    parser = argparse.ArgumentParser(prog="meshwright bench lowcomm")
+    parser = argparse.ArgumentParser(
+        prog="meshwright bench lowcomm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="1m")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=1)

@@ -76,7 +76,9 @@ def measure(tree: dict[str, Any]) -> dict[str, float]:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(prog="meshwright bench lrec")
+    parser = argparse.ArgumentParser(
+        prog="meshwright bench lrec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("base", help="a model directory, e.g. made by `meshwright checkpoint export`")
     parser.add_argument("--set", action="append", default=[], metavar="key.sub=value")
     options = parser.parse_args(arguments)

@@ -11,6 +11,7 @@ layer's activations 34 s h. The rest of a real run, kernels' efficiency above al
 cell.
 """
 
+import argparse
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -34,9 +35,16 @@ Rows = list[tuple[str, ...]]
 
 def main(arguments: Sequence[str] = ()) -> dict[str, Rows]:
     """Print the tables named in `arguments`, by default all; return their rows."""
-    if unknown := set(arguments) - TABLES.keys():
+    parser = argparse.ArgumentParser(
+        prog="meshwright bench pipeline-tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("tables", nargs="*", help=f"{', '.join(TABLES)}; default all")
+    wanted = parser.parse_args(arguments).tables
+    if unknown := set(wanted) - TABLES.keys():
         raise UserError.no_match("bench pipeline-tables", unknown, known=TABLES)
-    results = {name: TABLES[name]() for name in arguments or TABLES}
+    results = {name: TABLES[name]() for name in wanted or TABLES}
     for head, *rows in results.values():
         print("\n".join(f"| {' | '.join(row)} |" for row in [head, ("---",) * len(head), *rows]), end="\n\n")
     return results

@@ -46,7 +46,9 @@ SMALL = (
 
 def main(arguments: Sequence[str]) -> None:
     """Measure and print JSON."""
-    parser = argparse.ArgumentParser(prog="meshwright bench recovery", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="meshwright bench recovery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=4)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as root:

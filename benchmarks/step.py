@@ -157,7 +157,9 @@ def measure(config: RunConfig, *, rounds: int, peer: bool) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(prog="meshwright bench step")
+    parser = argparse.ArgumentParser(
+        prog="meshwright bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=SIZES, default="34m")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=10)

@@ -112,8 +112,9 @@ class AdapterConfig(Section):
                 continue
             readers = [method for method, keys in METHOD_KEYS.items() if name in keys]
             raise ValueError(
-                f"adapter.{name}: {value!r} means nothing to method {self.method}; remove it, or set adapter.method to "
-                f"{' or '.join(readers)}"
+                f"adapter.{name}: {value!r} means nothing to method {self.method}; remove it (adapter.{name}="
+                f"{'null' if field.default is None else field.default} where another file sets it), or set "
+                f"adapter.method to {' or '.join(readers)}"
             )
         if self.targets == [] or (self.method == "selective" and self.targets is None and self.layers is None):
             raise ValueError(

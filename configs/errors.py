@@ -25,6 +25,7 @@ class UserError(MeshwrightError):
         """`key: x matches nothing; there are a, b, c. Did you mean a?`"""
         unknown, known = sorted(unknown), sorted(known)
         near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+        near = near or (known if len(known) == 1 else [])
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         return cls(f"{key}: {', '.join(unknown)} matches nothing; there are {', '.join(known)}.{hint}")
 

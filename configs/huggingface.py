@@ -145,11 +145,17 @@ def read_section(directory: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(
             f"model.from: {directory} has no readable config.json ({error.strerror}); "
-            "set it to a Hugging Face model directory, with config.json and *.safetensors"
+            f"set it to a Hugging Face model directory, with config.json and *.safetensors{download(str(directory))}"
         ) from None
     except ValueError as error:
         raise UserError(f"model.from: {file} is not JSON: {error}; copy the file again") from None
     return section(tree)
+
+
+def download(name: str) -> str:
+    """How to get what is named as the hub names it, `owner/model`; nothing is downloaded here."""
+    hub = name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
+    return f" (`hf download {name} --local-dir {name}` fetches one of the hub's)" if hub else ""
 
 
 def format_of(tree: Tree) -> tuple[str, Tree]:

@@ -86,7 +86,9 @@ def check_islands(islands: IslandsConfig, *, rule: str | None, replicas: int, gl
     if islands.minimum > islands.count:
         raise ValueError(f"islands.minimum: {islands.minimum} exceeds islands.count ({islands.count})")
     if global_batch % islands.count:
-        raise ValueError(f"data.global_batch: {global_batch} is not divisible by islands.count ({islands.count})")
+        raise ValueError(
+            f"data.global_batch: {global_batch} is not divisible by islands.count ({islands.count}); change one of them"
+        )
     for key in ("meet", "address"):
         value = getattr(islands, key)
         if value is not None and not re.fullmatch(r".+:\d+", value):

@@ -76,8 +76,8 @@ class OuterConfig(Section):
             if (value := getattr(self, key)) is not None:
                 readers = [name for name, keys in RULES.items() if key in keys]
                 raise ValueError(
-                    f"outer.{key}: {value!r} means nothing to {self.name}; remove it, or set outer.name to "
-                    f"{' or '.join(readers)}"
+                    f"outer.{key}: {value!r} means nothing to {self.name}; remove it (outer.{key}=null where another "
+                    f"file sets it), or set outer.name to {' or '.join(readers)}"
                 )
         if self.name == "streaming":
             if self.overlap >= self.every:
@@ -112,7 +112,7 @@ def check_replicas(outer: OuterConfig | None, *, replicas: int, steps: int, laye
             "null"
         )
     if outer.every > steps:
-        raise ValueError(f"outer.every: {outer.every} exceeds steps ({steps}): the replicas would never meet")
+        raise ValueError(f"outer.every: {outer.every} exceeds steps ({steps}): the replicas would never meet; lower it")
     if average is not None:
         raise ValueError(
             f"optimizer.ema: {average} beside outer: the outer parameters are what is evaluated; set it to null"

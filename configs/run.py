@@ -100,7 +100,10 @@ class RunConfig(Section):
         if not re.fullmatch(r"[\w.-]+", self.name) or self.name.startswith("."):
             raise ValueError(f"name: {self.name!r} must be letters, digits, '.', '_' or '-'")
         if self.optimizer.warmup_steps > self.steps:
-            raise ValueError(f"optimizer.warmup_steps: {self.optimizer.warmup_steps} exceeds steps ({self.steps})")
+            raise ValueError(
+                f"optimizer.warmup_steps: {self.optimizer.warmup_steps} exceeds steps ({self.steps}); "
+                f"lower it too, e.g. optimizer.warmup_steps={self.steps // 10}"
+            )
         if self.model.position_encoding == "learned" and self.model.max_positions < self.data.sequence_length:
             raise ValueError(
                 f"model.max_positions: {self.model.max_positions} is below data.sequence_length "
@@ -258,7 +261,7 @@ def check_fits(config: RunConfig, axes: dict[str, int]) -> None:
     if data.global_batch % math.prod(rows.values()) and not config.elastic.deterministic:
         raise ValueError(
             f"data.global_batch: {data.global_batch} is not divisible by {' x '.join(rows)} "
-            f"({' x '.join(map(str, rows.values()))} = {math.prod(rows.values())})"
+            f"({' x '.join(map(str, rows.values()))} = {math.prod(rows.values())}); use a multiple of it, or change one"
         )
     if config.privacy is not None:
         check_privacy(config, axes)
@@ -286,7 +289,9 @@ def check_model_fits(model: ModelConfig, axes: dict[str, int], *, key: str) -> N
             "(fewer key-value heads than devices are repeated)"
         )
     if model.embed % axes["fsdp"]:
-        raise ValueError(f"{key}.embed: {model.embed} is not divisible by mesh.fsdp ({axes['fsdp']})")
+        raise ValueError(
+            f"{key}.embed: {model.embed} is not divisible by mesh.fsdp ({axes['fsdp']}); change one of them"
+        )
 
 
 def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
@@ -349,12 +354,13 @@ def check_sequence(config: RunConfig, axes: dict[str, int]) -> None:
     chunks = 2 * seq if seq > 1 and config.sequence.parallel != "ulysses" else seq  # zigzag deals two chunks a device
     if length % chunks:
         raise ValueError(
-            f"data.sequence_length: {length} is not divisible by {chunks} (mesh.seq {seq} in zigzag order)"
+            f"data.sequence_length: {length} is not divisible by {chunks} (mesh.seq {seq} in zigzag order); "
+            "use a multiple of it"
         )
     if length % (seq * tensor):
         raise ValueError(
             f"data.sequence_length: {length} is not divisible by mesh.seq x mesh.tensor ({seq} x {tensor}); "
-            "between blocks the sequence is sharded over both"
+            "between blocks the sequence is sharded over both; use a multiple of it"
         )
     if length % (seq * config.memory.loss_chunks):
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
 from meshwright.configs import adapter, data, load, model, names, outer, parallel, recipe, run, training
 from meshwright.configs.errors import UserError
@@ -22,6 +23,7 @@ from meshwright.train import optimizers
 from meshwright.train.cli import app
 from meshwright.train.data.packing import PACKERS
 from meshwright.train.data.sources import SOURCES
+from meshwright.train.directory import MAY_CHANGE
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -147,6 +149,39 @@ def test_every_command_parses_and_says_what_is_printed(page):
                 assert printed == f"meshwright: {mistake.value}"
             else:
                 load.load(parsed["config"], overrides=parsed["overrides"] or ())
+
+
+@each_page
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(page):
+    for rows in re.findall(r"(?:^\|.*\|$\n?)+", FENCE.sub("", PAGES[page]), re.MULTILINE):
+        head, *others = rows.splitlines()
+        assert not [row for row in others if row.count("|") != head.count("|")]
+
+
+def test_every_section_has_its_page():
+    rows = table("docs/configuration.md", "section")
+    assert {name for row in rows for name in row[0]} == {
+        key.partition(".")[0] for key in list(load.keys()) if "." in key
+    }
+
+
+def test_what_may_change_under_one_name_is_what_the_page_says():
+    told = PAGES["docs/configuration.md"].partition("## What may change under one name")[2]
+    fixed, free = (set(CODE.findall(part)) for part in told.partition("These may change")[::2])
+    sections = {name for name in run.RunConfig.model_fields if name != "name"}
+    assert free & sections == set(MAY_CHANGE)
+    assert fixed & sections == sections - set(MAY_CHANGE)
+
+
+def test_a_schedule_that_is_printed_is_the_one_that_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where pictures go
+    shown = [block for block in blocks("docs/pipeline.md", "console") if "\ndevice 0" in block]
+    assert shown
+    for block in shown:
+        command, _, printed = block.removeprefix("$ meshwright ").partition("\n")
+        made = CliRunner(env={"COLUMNS": "120"}).invoke(app, shlex.split(command)).output
+        lines = [line.rstrip() for line in made.splitlines() if not line.endswith(": written")]
+        assert lines == printed.splitlines()
 
 
 @each_page

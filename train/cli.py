@@ -6,9 +6,9 @@ Exit codes: 0 done, 2 the user's mistake (one clear line), 75 stopped on request
 import json
 import logging
 import os
-import shutil
 import sys
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -17,27 +17,50 @@ import typer
 from ..checkpoint.hanging import left_behind
 from ..configs import load as loading
 from ..configs.errors import MeshwrightError, UserError
+from ..configs.launch import SlurmConfig
 from ..configs.parallel import PipelineConfig
 from ..configs.privacy import check_secret
 from ..configs.run import RunConfig
-from . import cli_drafts, cli_jobs
+from . import cli_drafts, cli_jobs, cli_recipes
+from .absent import absent
+from .bench import BENCHMARKS
+from .bench import run as run_benchmark
 from .cli_arguments import Config, Json, OfSeveral, Overrides, RunPath
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-recipes_app = typer.Typer(no_args_is_help=True, help="The shipped configurations.")
+HELP = """Train and fine-tune Flax language models on a sharded mesh, from one YAML file.
+
+Begin with `meshwright train quickstart`; `meshwright recipes ls` lists what else is shipped.
+
+Exit codes: 0 done, 2 your mistake (one clear line), 75 stopped on request and saved (start again), 1 the rest."""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="What the model will read.")
 checkpoint_app = typer.Typer(no_args_is_help=True, help="The checkpoints of a run, and weights in and out.")
-app.add_typer(recipes_app, name="recipes")
+app.add_typer(cli_recipes.app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 adapter_app = typer.Typer(no_args_is_help=True, help="Adapters, as PEFT keeps them.")
 app.add_typer(adapter_app, name="adapter")
-for verb in (cli_jobs.launch, cli_jobs.rendezvous, cli_jobs.drain, cli_jobs.audit):
-    app.command()(verb)
-app.command()(cli_drafts.speculate)
-data_app.command("continue")(cli_drafts.continue_texts)
 
 SHARD_BYTES = 5 * 10**9
+NewDirectory = Annotated[Path, typer.Argument(help="A directory to make.")]
+NewRun = Annotated[Path, typer.Argument(help="The run directory to make, e.g. runs/base.")]
+
+
+def print_version(wanted: bool) -> None:
+    """Of the option --version, which ends the program."""
+    if wanted:
+        typer.echo(f"meshwright {version('meshwright')}")
+        raise typer.Exit
+
+
+@app.callback(help=HELP)
+def versioned(
+    wanted: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a verb."""
 
 
 @app.command()
@@ -75,11 +98,17 @@ def validate(
 
         processes = loaded.launch.processes
         planned(loaded.checkpoint, hosts=loaded.launch.hosts or processes, processes=processes)
+    if loaded.launch.processes > 1 and loaded.launch.slurm != SlurmConfig():  # with one, the number is yet to be said
+        from .launch.slurm import check as check_nodes
+
+        check_nodes(loaded.launch.slurm, processes=loaded.launch.processes)
     if deep:
         from .deep import check
 
         check(loaded)
     typer.echo(loaded.model_dump_json(indent=1) if as_json else f"{config}: good ({summary_line(loaded)})")
+    for line in absent(loaded):
+        typer.echo(f"not on this machine: {line}", err=True)
 
 
 def summary_line(config: RunConfig) -> str:
@@ -95,33 +124,10 @@ def schema() -> None:
     typer.echo(json.dumps(RunConfig.model_json_schema(), indent=1))
 
 
-@recipes_app.command("ls")
-def recipes_ls() -> None:
-    """List the shipped configurations."""
-    for name in loading.recipes():
-        head = loading.find(name).read_text().splitlines()[0].removeprefix("#").strip()
-        typer.echo(f"{name:28} {head}")
-
-
-@recipes_app.command("show")
-def recipes_show(name: str) -> None:
-    """Print a shipped configuration."""
-    typer.echo(loading.find(name).read_text(), nl=False)
-
-
-@recipes_app.command("cp")
-def recipes_cp(name: str, target: Path) -> None:
-    """Copy a shipped configuration, to make it yours."""
-    if target.is_dir():
-        target = target / f"{Path(name).name}.yaml"
-    if target.exists():
-        raise UserError(f"{target} exists; choose another name, nothing is overwritten")
-    shutil.copyfile(loading.find(name), target)
-    typer.echo(f"{target}: run it with `meshwright train {target}`")
-
-
 @data_app.command("preview")
-def data_preview(config: Config, overrides: Overrides = None, rows: int = 2) -> None:
+def data_preview(
+    config: Config, overrides: Overrides = None, rows: Annotated[int, typer.Option(help="Rows to print.", min=1)] = 2
+) -> None:
     """Print the first rows a run will see, tokens coloured by their weight in the loss."""
     loaded = loading.load(config, overrides=overrides or ())
     from rich.console import Console
@@ -134,7 +140,7 @@ def data_preview(config: Config, overrides: Overrides = None, rows: int = 2) -> 
 
 @checkpoint_app.command("import")
 def checkpoint_import(
-    directory: Annotated[Path, typer.Argument(help="A Hugging Face model directory.")], run: Path
+    directory: Annotated[Path, typer.Argument(help="A Hugging Face model directory.")], run: NewRun
 ) -> None:
     """Make a run out of a Hugging Face directory, to generate from and to evaluate."""
     from .exchange import import_directory
@@ -145,7 +151,7 @@ def checkpoint_import(
 @checkpoint_app.command("export")
 def checkpoint_export(
     run: RunPath,
-    target: Path,
+    target: NewDirectory,
     shard_bytes: Annotated[int, typer.Option(help="Largest file.")] = SHARD_BYTES,
     adapter: OfSeveral = None,
 ) -> None:
@@ -159,7 +165,7 @@ def checkpoint_export(
 def adapter_import(
     base: Annotated[Path, typer.Argument(help="The Hugging Face directory of the model it belongs to.")],
     adapter: Annotated[Path, typer.Argument(help="A directory with adapter_config.json.")],
-    run: Path,
+    run: NewRun,
 ) -> None:
     """Make a run out of a model and an adapter of PEFT."""
     from .exchange import import_directory
@@ -168,7 +174,7 @@ def adapter_import(
 
 
 @adapter_app.command("export")
-def adapter_export(run: RunPath, target: Path, adapter: OfSeveral = None) -> None:
+def adapter_export(run: RunPath, target: NewDirectory, adapter: OfSeveral = None) -> None:
     """Write a run's adapter as PEFT keeps it, beside the tokenizer; of several each to a directory of its name."""
     from .exchange import export_adapter
 
@@ -176,7 +182,7 @@ def adapter_export(run: RunPath, target: Path, adapter: OfSeveral = None) -> Non
 
 
 @adapter_app.command("merge")
-def adapter_merge(run: RunPath, target: Path, adapter: OfSeveral = None) -> None:
+def adapter_merge(run: RunPath, target: NewDirectory, adapter: OfSeveral = None) -> None:
     """Write the model with the run's adapter merged into it, as a Hugging Face directory (`checkpoint export`)."""
     checkpoint_export(run, target, SHARD_BYTES, adapter)
 
@@ -266,7 +272,10 @@ def schedule(
     if as_json:
         typer.echo(json.dumps(facts(examined), indent=1))
     else:
-        Console().print(render(examined))
+        console = Console()
+        console.print(render(examined, width=console.width, limit=memory_limit))
+        for file in filter(None, (draw, csv)):
+            typer.echo(f"{file}: written")
 
 
 @app.command()
@@ -274,11 +283,11 @@ def generate(
     run: RunPath,
     prompts: Annotated[list[str], typer.Argument(help="Texts to continue.")],
     adapter: OfSeveral = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens of this total probability.")] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Another one, other texts.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Continue texts with a trained model."""
@@ -299,7 +308,8 @@ def evaluate(run: RunPath, overrides: Overrides = None, as_json: Json = False) -
     from .use import evaluate as evaluated
 
     values = evaluated(Path(run), overrides or [])
-    typer.echo(json.dumps(values) if as_json else "\n".join(f"{name:24} {value:.4f}" for name, value in values.items()))
+    wide = max(map(len, values), default=0)
+    typer.echo(json.dumps(values) if as_json else "\n".join(f"{name:{wide}}  {values[name]:.4f}" for name in values))
 
 
 @app.command()
@@ -337,12 +347,17 @@ def doctor(
     raise typer.Exit(examined(as_json=as_json))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="What to measure.")]) -> None:
-    """Measure against a peer or a bound, in one process; what follows the name is the benchmark's."""
-    from .bench import run
+@app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})
+def bench(
+    context: typer.Context, name: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}.")]
+) -> None:
+    """Measure against a peer or a bound, in one process; what follows the name is the benchmark's (--help lists it)."""
+    run_benchmark(name, context.args)
 
-    run(name, context.args)
+
+for verb in (cli_drafts.speculate, cli_jobs.launch, cli_jobs.drain, cli_jobs.audit, cli_jobs.rendezvous):
+    app.command()(verb)
+data_app.command("continue")(cli_drafts.continue_texts)
 
 
 def main() -> None:

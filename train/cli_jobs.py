@@ -70,7 +70,8 @@ def rendezvous(
     from .launch.signals import StopSignals
 
     with StopSignals() as stop, meeting_place(host, port) as address:
-        typer.echo(f"islands.meet={address}")
+        typer.echo(f"listening at {address}")
+        typer.echo(f"sites say islands.meet=HOST:{address.rpartition(':')[2]}, HOST being this machine seen from there")
         while not stop.asked:
             time.sleep(0.2)
 
@@ -81,8 +82,14 @@ def drain(
     undo: Annotated[bool, typer.Option(help="Put them back.")] = False,
 ) -> None:
     """Take slots out of a running job, saved, or put them back: it goes on with a mesh of elastic.meshes."""
+    from .directory import read_config
     from .launch.drain import drain as drained
 
+    if not read_config(run).elastic.meshes and not undo:
+        raise UserError(
+            f"elastic.meshes: {run} has none to go on with without slots {sorted(slots)}; stop it, name some (they may "
+            "change under one name), and start it again"
+        )
     out = sorted(drained(run, slots, undo=undo))
     typer.echo(f"{run}: {f'slots {out} are' if out else 'no slot is'} drained")
 

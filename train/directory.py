@@ -3,6 +3,7 @@
 config.yaml  environment.json  plan.json  metrics.jsonl  events.jsonl  tensorboard/  checkpoints/  report.html
 """
 
+import difflib
 import json
 import os
 import shutil
@@ -42,8 +43,9 @@ def open_directory(config: RunConfig, *, root: Path, name: str | None = None, wr
     """
     directory = root / (name or config.name)
     file = directory / "config.yaml"
-    if directory.exists() and any(directory.iterdir()):  # in this order: a run's comes with its config.yaml
-        if not file.exists():
+    # Islands of the same name may have been here by themselves: they are runs of their own.
+    if directory.exists() and any(not item.name.startswith("island-") for item in directory.iterdir()):
+        if not file.exists():  # in this order: a run's directory comes with its config.yaml
             raise UserError(f"name: {directory} exists and is not a run (no config.yaml); choose another name")
         check_same(read_config(directory), config, directory=directory)
     if write:
@@ -56,7 +58,7 @@ def open_directory(config: RunConfig, *, root: Path, name: str | None = None, wr
 
 def write_config(file: Path, text: str) -> None:
     """Write `file`, and its directory with it: other processes never see the one without the other."""
-    if file.exists():
+    if file.parent.is_dir() and any(file.parent.iterdir()):
         write_text(file, text)
         return
     draft = file.parent.with_name(f".{file.parent.name}.{os.getpid()}")
@@ -72,8 +74,17 @@ def read_config(directory: Path) -> RunConfig:
     """The configuration of the run in `directory`. Raises UserError where there is none."""
     file = directory / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{directory}: not a run directory (no config.yaml)")
+        raise UserError(f"{directory}: not a run directory (no config.yaml); {runs_beside(directory)}")
     return validated(parse(file.read_text(encoding="utf-8"), origin=str(file)))
+
+
+def runs_beside(directory: Path) -> str:
+    """What to name instead of `directory`: the runs there are in it (islands), where it would be, or in `runs/`."""
+    for root in dict.fromkeys((directory, directory.parent, Path("runs"))):
+        if found := sorted(str(file.parent) for file in root.glob("*/config.yaml")):
+            near = difflib.get_close_matches(directory.name, [Path(run).name for run in found], n=1)
+            return f"there are {', '.join(found)}" if not near else f"did you mean {root / near[0]}?"
+    return f"`meshwright train` makes one ({Path.cwd()} has no runs)"
 
 
 def check_same(old: RunConfig, new: RunConfig, *, directory: Path) -> None:

@@ -35,7 +35,6 @@ EXTRAS = {
     "gpu": (("jax-cuda*-plugin",), "NVIDIA GPUs"),
     "interop": (("torch", "transformers", "peft"), "comparing with PyTorch models and benchmarks"),
     "privacy": (("jax-privacy",), "differentially private training"),
-    "quant": (("qwix",), "quantization"),
     "ray": (("ray",), "launching on a Ray cluster"),
     "slurm": (("submitit",), "launching on a SLURM cluster"),
     "wandb": (("wandb",), "logging.wandb"),

@@ -52,8 +52,14 @@ def verify(run: Path, *, as_json: bool) -> tuple[str, int]:
     from ..checkpoint.scrub import examine
 
     found = list(examine(shelf))
-    whole = all(entry.status != "damaged" for entry in found)
-    return rendered(found, as_json=as_json), 0 if whole else MeshwrightError.exit_code
+    damaged = [entry.step for entry in found if entry.status == "damaged"]
+    if damaged:
+        verdict = f"damaged: {damaged}; `meshwright checkpoint repair {run}` sets them aside"
+    else:
+        count = sum(entry.status == "committed" for entry in found)
+        verdict = f"whole: all {count} that are committed, every block read and compared with its fingerprint"
+    text = rendered(found, as_json=as_json)
+    return text if as_json else f"{text}\n{verdict}", MeshwrightError.exit_code if damaged else 0
 
 
 def repair(run: Path) -> str:

@@ -153,13 +153,16 @@ def render(plan: dict[str, Any]) -> RenderableType:
     parameters, optimizer, compiled = plan["parameters"], plan["optimizer"], plan["compiled"]
     table = Table(title=f"Plan: {axes}", title_justify="left", show_header=False)
     table.add_row("parameters", f"{parameters['count']:,}", f"{size(parameters['bytes_per_device'])} a device")
+    if (learns := trained(plan)) != parameters["count"]:
+        table.add_row("trained", f"{learns:,}", f"{learns / parameters['count']:.2%} of them")
     table.add_row("optimizer", size(optimizer["bytes"]), f"{size(optimizer['bytes_per_device'])} a device")
     table.add_row("temporaries", "activations, gradients", f"{size(compiled['temporary_bytes'])} a device")
     table.add_row("peak", "with arguments", f"{size(compiled['peak_bytes'])} a device")
     table.add_row("step", "matrix products", f"{compiled['flops_per_step'] / 1e12:.3g} TFLOP")
     for kind, by_axes in plan["collectives"].items():
         for crossed, count in by_axes.items():
-            table.add_row(kind, f"over {crossed}", f"{size(count)} a device and step")
+            if crossed != "none":  # between no two devices
+                table.add_row(kind, f"over {crossed}", f"{size(count)} a device and step")
     if outer := plan.get("outer"):
         table.add_row(
             "replicas",
@@ -169,13 +172,31 @@ def render(plan: dict[str, Any]) -> RenderableType:
     return Group(table, largest(plan["arrays"]))
 
 
+def trained(plan: dict[str, Any]) -> int:
+    """Weights that learn, of one replica."""
+    sizes = (math.prod(array["shape"]) for array in plan["arrays"] if array["name"].startswith("params/"))
+    return sum(sizes) // plan["mesh"].get("replica", 1)
+
+
 def largest(arrays: list[dict[str, Any]]) -> Table:
     """The largest arrays of a device, with the mesh axis of each dimension."""
     table = Table("array", "shape", "sharding", "a device", title="Largest arrays", title_justify="left")
-    for array in sorted(arrays, key=lambda array: (-array["bytes_per_device"], array["name"]))[:LARGEST]:
+    # Of equal ones the weights first.
+    ranked = sorted(
+        arrays,
+        key=lambda one: (-one["bytes_per_device"], not one["name"].startswith(("params/", "frozen/")), one["name"]),
+    )
+    for array in ranked[:LARGEST]:
         spec = ", ".join("+".join(axes) if isinstance(axes, list) else axes or "·" for axes in array["spec"])
-        table.add_row(array["name"], " x ".join(map(str, array["shape"])), spec, size(array["bytes_per_device"]))
+        table.add_row(
+            ending(array["name"]), " x ".join(map(str, array["shape"])), spec, size(array["bytes_per_device"])
+        )
     return table
+
+
+def ending(name: str, length: int = 32) -> str:
+    """A long path's last `length` characters, which tell it from others: `ending('a/b/c', 3)` is '…/c'."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def size(count: float) -> str:

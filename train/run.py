@@ -3,6 +3,7 @@
 train(config, world=world()) -> Summary
 """
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -55,6 +56,8 @@ from .stop import StopRequest
 from .teaching import check_teacher
 from .telling import Telling
 from .vouching import vouching
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,13 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
                 joined(config, program, journal, corpus=corpus, alive=progress.waits, stop=stop.requested)
             )
 
+        if world.first:
+            logger.info(
+                "%s: %s to step %d; compiling",
+                directory,
+                f"from step {start}" if start else "from the start",
+                config.steps,
+            )
         began = time.monotonic()
         step, meet = program.compiled_step(), meetings or program.compiled_meetings()
         assess = Assessment(program, data, program.compiled_evaluation(), metrics) if data.held_out else None

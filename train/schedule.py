@@ -19,6 +19,7 @@ from ..parallel.pipeline.best import best, candidates
 from ..parallel.pipeline.costs import Costs, read_costs
 from ..parallel.pipeline.csvfile import read_csv, write_csv
 from ..parallel.pipeline.fused import fused
+from ..parallel.pipeline.letters import lines
 from ..parallel.pipeline.schedules.registry import SCHEDULES, make
 from ..parallel.pipeline.simulate import Timeline, simulate
 from ..parallel.pipeline.table import Table
@@ -147,8 +148,9 @@ def _numbers(timeline: Timeline) -> dict[str, float]:
     }  # fmt: skip
 
 
-def render(examination: Examination) -> RenderableType:
-    """For people: one schedule's numbers, or one line for each that was compared."""
+def render(examination: Examination, *, width: int, limit: float | None = None) -> RenderableType:
+    """For people, in lines of `width` characters: a schedule's ops and numbers, and one line for each it was compared
+    with, those over the `limit` of microbatches marked."""
     table, timeline = examination.table, examination.timeline
     grid = Grid(box=None, show_header=False, pad_edge=False)
     grid.add_column(style="dim")
@@ -159,18 +161,21 @@ def render(examination: Examination) -> RenderableType:
     grid.add_row("held", f"{_list(timeline.in_flight)} microbatches on each device")
     grid.add_row("slots", f"{_list(table.slots)} activations of a stage")
     grid.add_row("stages", " | ".join(" ".join(map(str, row)) for row in table.placement.tolist()))
-    parts: list[RenderableType] = [Text(headline(examination), style="bold"), grid]
+    ops = Text("\n".join(lines(table, width=width)), no_wrap=True)
+    parts: list[RenderableType] = [Text(headline(examination), style="bold"), ops, grid]
     if examination.others:
-        parts.append(_comparison(examination))
+        parts.append(_comparison(examination, limit))
     return Group(*parts)
 
 
-def _comparison(examination: Examination) -> Grid:
+def _comparison(examination: Examination, limit: float | None) -> Grid:
     grid = Grid("schedule", "makespan", "bubble", "lock-step", "held at most", pad_edge=False)
     for table, timeline in examination.others:
         chosen = "bold" if table.name == examination.table.name else ""
+        held = timeline.in_flight.max()
+        over = f", over {limit:g}" if limit is not None and held > limit else ""
         grid.add_row(table.name, f"{timeline.makespan:g}", f"{timeline.bubble:.1%}", f"{timeline.lockstep:g}",
-                     f"{timeline.in_flight.max():g}", style=chosen)  # fmt: skip
+                     f"{held:g}{over}", style=chosen)  # fmt: skip
     return grid
 
 

@@ -52,10 +52,10 @@ def generate(
     from .data.tokenizer import load
     from .sampling import Sampling
 
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     run = newest(run)
     program, state = opened(read(run, []), run, adapter=adapter)
     config = program.config
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return complete(
         program,
         program.whole(state),

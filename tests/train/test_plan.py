@@ -90,11 +90,15 @@ def test_the_compiled_step_updates_its_arguments_in_place(made):
 
 
 def test_each_axis_causes_its_collectives(made):
-    """Weights are gathered over fsdp, activations summed over tensor, gradients over data."""
+    """Weights are gathered over fsdp, activations summed over tensor, gradients over data.
+
+    Between blocks the tokens of a row are cut over tensor: what the next block reads is gathered, which would not be
+    needed if every device kept the whole row.
+    """
     found = made[1]["collectives"]
     crossed = {axis for by_axes in found.values() for axes in by_axes for axis in axes.split("+")}
     assert crossed == {"data", "fsdp", "tensor"}
-    assert "fsdp" in found["all-gather"] and not any("data" in axes for axes in found["all-gather"])
+    assert {"fsdp", "tensor"} <= found["all-gather"].keys() and not any("data" in axes for axes in found["all-gather"])
     assert "tensor" in found["all-reduce"] and any("data" in axes for axes in found["all-reduce"])
 
 
@@ -123,6 +127,19 @@ def test_a_plan_is_shown_short_with_its_sharding(made):
     assert "data 2 x fsdp 2 x tensor 2" in text and "all-gather" in text
     assert "params/embed/embedding" in text and "tensor, fsdp" in text
     assert len(text.splitlines()) < 40
+    names = [line.split()[1] for line in text.partition("Largest")[2].splitlines()[4:-1]]
+    assert names[0].startswith("params/") and len(set(names)) == len(names), "each is told from the others"
+
+
+def test_an_adapters_plan_says_how_much_of_the_model_learns(made):
+    assert plan.trained(made[1]) == made[1]["parameters"]["count"]
+    config = tiny(adapter={"method": "lora", "rank": 2, "targets": ["q"]}, mesh={})
+    tuned = made[1] | plan.storage_plan(build(config, make_mesh(config.mesh)))
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(plan.render(tuned))
+    inputs, outputs = config.model.embed, config.model.heads * config.model.head_width
+    learns = config.model.layers * 2 * (inputs + outputs)
+    assert f"trained {learns:,} " in " ".join(console.export_text().replace("│", " ").split())
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (3 * 2**30, "3 GiB"), (2**50, "1024 TiB")])

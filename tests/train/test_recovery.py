@@ -83,10 +83,11 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_starts_from_scratch(run):
 
 
 def test_the_verbs_list_verify_and_repair(run):
-    assert verbs("verify", run)[0] == 0 and "committed" in verbs("ls", run)[1]
+    code, output, _ = verbs("verify", run)
+    assert code == 0 and "whole: all 2 that are committed" in output and "committed" in verbs("ls", run)[1]
     damage(run, 4)
     code, output, _ = verbs("verify", run)
-    assert code == 1 and "damaged" in output and "checkpoints/4" in output
+    assert code == 1 and "damaged: [4]; `meshwright checkpoint repair" in output and "checkpoints/4" in output
     assert "step 4 set aside" in verbs("repair", run)[1] and verbs("verify", run)[0] == 0
     aside = run / "checkpoints" / "quarantine" / "4"
     file = max(aside.rglob("d/*"), key=lambda path: path.stat().st_size)

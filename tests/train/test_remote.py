@@ -171,6 +171,21 @@ def test_machines_that_do_not_come_are_named(tmp_path):
         run(tmp_path / "run", hosts=hosts, start_timeout=1)
 
 
+def test_who_waits_for_machines_stops_when_asked(tmp_path):
+    hosts, stop = ProcessHosts(), SimpleNamespace(asked=False)
+    hosts.start = lambda places, port: setattr(stop, "asked", True)
+    with pytest.raises(Preempted, match=r"processes \[0, 1, 2\] had no machine"):
+        run(tmp_path / "run", hosts=hosts, stop=stop, start_timeout=5)
+
+
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["node0:"]])
+def test_an_agent_without_an_address_says_so(words):
+    done = subprocess.run(
+        [sys.executable, "-m", "meshwright.train.launch.agent", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "is no HOST:PORT" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_a_number_that_is_taken_is_not_given_twice():
     with switchboard.Switchboard(2) as board:
         lines = [switchboard.connected(f"127.0.0.1:{board.port}") for _ in range(3)]

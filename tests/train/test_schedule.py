@@ -47,7 +47,14 @@ def test_best_compares_and_keeps_to_the_limit():
     told = json.loads(schedule("best", *SIZE, "--memory-limit", 3, "--json"))
     assert told["schedule"] == "v-half" and max(told["in_flight"]) == 3
     assert {"1f1b", "zb-v", "gpipe"} < {one["schedule"] for one in told["compared"]}
-    assert "v-half" in schedule("best", *SIZE, "--memory-limit", 3)
+    text = schedule("best", *SIZE, "--memory-limit", 3)
+    assert "v-half" in text and "over 3" in next(line for line in text.splitlines() if "zb-v" in line)
+
+
+def test_the_ops_and_the_files_written_are_told(tmp_path):
+    text = schedule("1f1b", *SIZE, "--csv", tmp_path / "out.csv")
+    assert "\ndevice 0  F0 F1 F2 F3 .  .  .  I0 W0 F4 I1 W1 " in text
+    assert "out.csv: written" in text.replace("\n", "")
 
 
 MISTAKES = {

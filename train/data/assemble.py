@@ -18,6 +18,7 @@ from .dealt import DealtHeldOut, DealtTraining
 from .documents import Documents, digest, texts
 from .examples import whole
 from .mixture import Mixture
+from .paths import source_keys
 from .rows import RowShape
 from .sources import open_source, open_stream
 from .split import held_out, identity
@@ -79,7 +80,7 @@ def build(
             cache=cache,
             template=template,
         )
-        for source, key in zip(data.sources, keys(data, adapters or {}), strict=True)
+        for source, key in zip(data.sources, source_keys(data, adapters or {}), strict=True)
     ]
     tokenizer = tokenizer_for(data.tokenizer) or trained_tokenizer(sources, data, cache=cache)
     if model_vocab is not None:
@@ -115,13 +116,6 @@ def build(
     tokens = sum(len(part.store.tokens) for part in parts)
     known = fingerprint(data, sources, tokenizer=tokenizer)
     return Data(tokenizer, mixed, evaluation, template, tokens, known, counted)
-
-
-def keys(data: DataConfig, adapters: Mapping[str, int]) -> list[str]:
-    """Where the settings of each source stand, for errors."""
-    if adapters:
-        return [f"adapters.{name}.data" for name in adapters]
-    return [f"data.mixture.{number}" for number in range(len(data.mixture))] or ["data"]
 
 
 def template_of(data: DataConfig) -> Template | None:

@@ -7,7 +7,6 @@ again on every access; only their spans are kept.
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from glob import glob
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
@@ -85,25 +84,6 @@ def standard_library() -> FileDocuments:
         )
     spans = np.stack([np.arange(len(paths)), np.zeros_like(sizes), sizes], axis=1)
     return FileDocuments(tuple(paths), spans, digest("stdlib", *digests))
-
-
-def matching(path: str, *, suffix: str, key: str) -> list[Path]:
-    """The files `path` names, sorted: a file, a glob, or all files of a directory that end in `suffix`.
-
-    Hidden files and directories are skipped. Raises UserError when there are none.
-    """
-    given = Path(path).expanduser()
-    if given.is_file():
-        return [given]
-    if given.is_dir():
-        inside = (file for file in given.rglob("*" + suffix) if file.is_file())
-        found = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(given).parts)]
-    else:
-        found = [Path(match) for match in glob(str(given), recursive=True) if Path(match).is_file()]
-    if not found:
-        what = f"holds no {suffix or 'files'}" if given.is_dir() else "matches no file"
-        raise UserError(f"{key}.path: {path} {what} (from {Path.cwd()}); set it to a file, a directory or a glob")
-    return sorted(found)
 
 
 def readable(path: Path) -> bytes | mmap:

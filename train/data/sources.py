@@ -9,8 +9,9 @@ from ...configs.errors import UserError
 from .chat import Template
 from .docstrings import Docstrings, library_pairs
 from .documents import Documents, First, digest
-from .files import matching, standard_library, text_files
+from .files import standard_library, text_files
 from .formats import Mismatched, Reader, reader_of
+from .paths import matching
 from .streaming import Stream
 from .synthetic import Synthetic
 from .tables import hub_dataset, hub_stream, json_lines, table_files
@@ -51,15 +52,15 @@ def _stdlib(source: SourceConfig, key: str, reader: Reader, cache: Path) -> Docu
 
 
 def _text(source: SourceConfig, key: str, reader: Reader, cache: Path) -> Documents:
-    return text_files(matching(source.path, suffix="", key=key), separator=source.separator)
+    return text_files(matching(source.path, kind=source.kind, key=key), separator=source.separator)
 
 
 def _jsonl(source: SourceConfig, key: str, reader: Reader, cache: Path) -> Documents:
-    return json_lines(matching(source.path, suffix=".jsonl", key=key), reader=reader)
+    return json_lines(matching(source.path, kind=source.kind, key=key), reader=reader)
 
 
 def _table(source: SourceConfig, key: str, reader: Reader, cache: Path) -> Documents:
-    paths = matching(source.path, suffix="." + source.kind, key=key)
+    paths = matching(source.path, kind=source.kind, key=key)
     return table_files(paths, kind=source.kind, reader=reader, cache=cache)
 
 

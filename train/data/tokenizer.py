@@ -16,6 +16,7 @@ from typing import Any
 from ...configs.data import TokenizerConfig
 from ...configs.errors import UserError
 from .documents import digest
+from .paths import tokenizer_file
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -96,10 +97,7 @@ def load(path: str | Path) -> Tokenizer:
     """
     import tokenizers
 
-    file = Path(path).expanduser()
-    file = file / "tokenizer.json" if file.is_dir() else file
-    if not file.is_file():
-        raise UserError(f"data.tokenizer.file: {path} does not exist; set it to a tokenizer.json or its directory")
+    file = tokenizer_file(path)
     try:
         library = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises the bare class

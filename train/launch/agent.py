@@ -23,6 +23,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -34,6 +35,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...configs.errors import UserError
 from . import links
 from .switchboard import BEAT, connected
 from .tending import Tended
@@ -187,8 +189,14 @@ def message(words: Mapping[str, Any]) -> bytes:
 
 def main() -> int:
     """Serve; SIGTERM (the machine is being taken away) lets the trainer save and exit first."""
+    address = sys.argv[1] if len(sys.argv) > 1 else ""
+    if not re.fullmatch(r".+:\d+", address):
+        print(
+            f"agent: {address or 'nothing'!r} is no HOST:PORT; `meshwright launch` says what to give", file=sys.stderr
+        )
+        return UserError.exit_code
     given = sys.argv[2:3] or [os.environ[name] for name in NUMBERS if os.environ.get(name, "").isdigit()][:1]
-    agent = Agent(sys.argv[1], int(given[0]) if given else None)
+    agent = Agent(address, int(given[0]) if given else None)
 
     def leave(*_: object) -> None:
         agent.leaving = True

@@ -37,7 +37,8 @@ class RayHosts:
                 ray.init(address=settings.address, logging_level="warning")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"launch.ray.address: {settings.address}: {first_line(error)}; start one with `ray start --head`"
+                f"launch.ray.address: {settings.address}: {first_line(error).rstrip('.')}; "
+                "start one with `ray start --head`"
             ) from error
         self._settings = settings
         self.name = ray.util.get_node_ip_address()

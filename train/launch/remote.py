@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from typing import Protocol
 
 from ...checkpoint import mailbox
-from ...configs.errors import MeshwrightError
+from ...configs.errors import MeshwrightError, Preempted
 from . import local, world
 from .job import Job
 from .keepers import Keepers
@@ -46,6 +46,7 @@ def run_on(hosts: "Hosts", job: Job, *, stop: Stop, port: int = 0) -> None:
             patience=job.elastic.start_timeout,
             shared={world.DEVICES: str(job.devices_per_process)} if job.devices_per_process else {},
             host_of=job.host_of,
+            stop=stop,
         )
         telemetry = Telemetry(job.directory, lambda: remote.links(server.room))
         stack.callback(remote.close)
@@ -119,7 +120,9 @@ class RemoteEngine:
         patience: float,
         shared: Mapping[str, str] | None = None,
         host_of: Callable[[int], int | None] = lambda slot: None,
+        stop: Stop | None = None,
     ) -> None:
+        self._stop = stop
         self.processes = self._room = processes
         self._slots: Sequence[int] = range(processes)  # slot of each process: the number of its agent
         self._awaited: set[int] = set()  # slots whose agents were brought up and have not come yet
@@ -142,9 +145,14 @@ class RemoteEngine:
         return present
 
     def gather(self, slots: Collection[int]) -> None:
-        """Have an agent in each of `slots`. Raises MeshwrightError where machines do not come in time."""
+        """Have an agent in each of `slots`.
+
+        Raises MeshwrightError where machines do not come in time, Preempted where somebody asks to stop meanwhile.
+        """
         waited = 0.0
         while absent := set(slots) - self.slots():
+            if self._stop is not None and self._stop.asked:
+                raise Preempted(f"stopped on request while processes {sorted(absent)} had no machine; run it again")
             self._board.wait(absent, 0.5)
             waited += 0.5
             if waited % NEWS_SECONDS == 0:

@@ -43,7 +43,7 @@ def launch(job: Job) -> None:
         executor = submitit.AutoExecutor(folder, cluster=settings.executor, slurm_max_num_timeout=settings.requeues)
     except RuntimeError as error:
         raise UserError(
-            f"--engine: slurm: {error}; run this where sbatch is, or set launch.slurm.executor=local"
+            f"--engine: slurm: {str(error).rstrip('.?')}; run this where sbatch is, or set launch.slurm.executor=local"
         ) from error
     executor.update_parameters(**parameters(settings, name=job.name, grace=job.elastic.grace))
     try:
@@ -62,11 +62,15 @@ def launch(job: Job) -> None:
 def check(settings: SlurmConfig, *, processes: int) -> None:
     """Raise UserError where nodes do not share the processes evenly, or processes the GPUs of a node."""
     if processes % settings.nodes:
-        raise UserError(f"launch.slurm.nodes: {processes} processes do not share {settings.nodes} nodes evenly")
+        raise UserError(
+            f"launch.slurm.nodes: {processes} processes do not share {settings.nodes} nodes evenly; use a divisor of "
+            f"{processes}, or change launch.processes"
+        )
     each = processes // settings.nodes
     if settings.gpus_per_node is not None and settings.gpus_per_node % each:
         raise UserError(
-            f"launch.slurm.gpus_per_node: {each} processes do not share {settings.gpus_per_node} GPUs of a node evenly"
+            f"launch.slurm.gpus_per_node: {each} processes do not share {settings.gpus_per_node} GPUs of a node "
+            f"evenly; launch a divisor of {settings.gpus_per_node} on each"
         )
     if settings.executor == "local" and settings.nodes > 1:
         raise UserError(f"launch.slurm.nodes: {settings.nodes} with executor local, which is one machine; use 1")
