@@ -22,7 +22,7 @@ def continue_texts(
     prompt_tokens: PromptTokens = 32,
     tokens: Annotated[int, typer.Option(help="Tokens to write, at most.", min=1)] = 192,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 1.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="A prompt and the seed decide its text.")] = 0,
 ) -> None:
     """Have a model continue the training documents of CONFIG: texts for its draft to learn."""
     loaded = loading.load(config, overrides=overrides or ())
@@ -48,7 +48,7 @@ def speculate(
     texts: Annotated[int, typer.Option(help="Held-out documents to begin with.", min=1)] = 16,
     prompt_tokens: PromptTokens = 32,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="A prompt and the seed decide its text.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Write by two models, the run's drafting for the target, and tell how much of the draft was kept."""
