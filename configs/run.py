@@ -305,21 +305,13 @@ def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
             f"pipeline.post_validation: true would make the {axes['replica']} replicas wait for each other's norms in "
             "every step; set it to false, or mesh.replica to 1"
         )
-    if config.recipe.compares_words:
-        raise ValueError(
-            f"recipe.name: {config.recipe.name} compares all words of two models, which no stage of a pipeline has; "
-            "leave mesh.pipe at 1"
-        )
-    if config.recipe.name == "reward":
-        raise ValueError(
-            "recipe.name: reward has a score in the head's place, which no stage has; leave mesh.pipe at 1"
-        )
-    if len(config.model.segments) > 1:
-        pattern = len(config.model.windows)
-        raise ValueError(
-            f"model.layers: {config.model.layers} is not a multiple of the {pattern} layers of model.windows' pattern, "
-            "and a pipeline cuts between whole patterns; change one of them, or leave mesh.pipe at 1"
-        )
+    check_ending(config)
+    for key, model in (("model", config.model), ("recipe.teacher", config.recipe.teacher or config.model)):
+        if len(model.segments) > 1 and (key == "model" or config.recipe.two_models):
+            raise ValueError(
+                f"{key}.layers: {model.layers} is not a multiple of the {len(model.windows)} layers of {key}.windows' "
+                "pattern, and a pipeline cuts between whole patterns; change one of them, or leave mesh.pipe at 1"
+            )
     if axes["seq"] > 1 and config.sequence.parallel == "ring":
         raise ValueError(
             "sequence.parallel: ring passes keys around inside a stage, while other stages do something else, and "
@@ -338,6 +330,22 @@ def check_pipeline(config: RunConfig, axes: dict[str, int]) -> None:
         raise ValueError(
             f"model.vocab_multiple: {config.model.padded_vocab} rows are not divisible by mesh.pipe x mesh.tensor "
             f"({axes['pipe']} x {axes['tensor']}), which share the vocabulary; use a multiple of that"
+        )
+
+
+def check_ending(config: RunConfig) -> None:
+    """Raise ValueError where a pipeline that shares its vocabulary or microbatches cannot make the recipe's loss."""
+    recipe, cut = config.recipe, config.pipeline.vocab_parallel
+    if cut and (recipe.compares_words or recipe.name == "reward"):
+        why = "has a score and no words" if recipe.name == "reward" else "compares all words of two models"
+        raise ValueError(
+            f"pipeline.vocab_parallel: {cut} makes log-probabilities of the next token where the devices meet, and "
+            f"recipe.name {recipe.name} {why}; set it to 0"
+        )
+    if recipe.two_models and config.outer is not None and config.outer.routing:
+        raise ValueError(
+            f"outer.routing: true would carry what the teacher of recipe.name {recipe.name} said of every token "
+            "through all replicas; set it to false, or store the teacher's words (recipe.top_k)"
         )
 
 

@@ -20,7 +20,9 @@ def prepare_devices(mesh: MeshConfig, *, local_devices: int | None = None) -> No
         return
     jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[mesh.platform])
     wanted = local_devices or mesh.count
-    if mesh.platform == "cpu" and wanted is not None and "host_platform_device_count" not in xla_flags():
+    if mesh.platform != "cpu" or wanted is None or "host_platform_device_count" in xla_flags():
+        return
+    if jax.config.jax_num_cpu_devices != wanted:  # a second model may come to a process that has its devices
         jax.config.update("jax_num_cpu_devices", wanted)
 
 

@@ -96,12 +96,13 @@ def _trajectory(config_json: str, steps: int) -> tuple[list[dict[str, np.ndarray
 
 def in_order_of(program: Program, state: TrainState) -> TrainState:
     """`state`, its layers stacked in their plain order, as `program` stacks them."""
-    move = functools.partial(rearranged, before=None, after=program.order)
-    if program.replicas is None:
-        return move(state)
-    several = ("params", "opt_state", *(["outer"] if program.replicas.outer.per_replica else []))
     parts = {part.name: getattr(state, part.name) for part in dataclasses.fields(state)}
-    return TrainState(**{name: jax.vmap(move)(part) if name in several else move(part) for name, part in parts.items()})
+    if program.replicas is None:
+        return TrainState(**program.arranged(parts))
+    several = ("params", "opt_state", *(["outer"] if program.replicas.outer.per_replica else []))
+    move = functools.partial(rearranged, before=None, after=program.order)
+    moved = {name: jax.vmap(move)(part) if name in several else move(part) for name, part in parts.items()}
+    return TrainState(**moved | program.arranged({"frozen": state.frozen}))
 
 
 def born(config: RunConfig) -> TrainState:

@@ -21,7 +21,7 @@ from ..configs.launch import SlurmConfig
 from ..configs.parallel import PipelineConfig
 from ..configs.privacy import check_secret
 from ..configs.run import RunConfig
-from . import cli_jobs, cli_recipes
+from . import cli_drafts, cli_jobs, cli_recipes
 from .absent import absent
 from .bench import BENCHMARKS
 from .bench import run as run_benchmark
@@ -355,8 +355,9 @@ def bench(
     run_benchmark(name, context.args)
 
 
-for verb in (cli_jobs.launch, cli_jobs.drain, cli_jobs.audit, cli_jobs.rendezvous):
+for verb in (cli_drafts.speculate, cli_jobs.launch, cli_jobs.drain, cli_jobs.audit, cli_jobs.rendezvous):
     app.command()(verb)
+data_app.command("continue")(cli_drafts.continue_texts)
 
 
 def main() -> None:

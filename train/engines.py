@@ -20,7 +20,8 @@ from ..memory import policy
 from ..models.adapters import several
 from ..models.adapters.attach import attached, split, started
 from ..models.context import Context, flat_linear, linear, unconstrained
-from ..models.decoder import Decoder, graph
+from ..models.decoder import Decoder
+from ..models.decoder import graph as decoder_graph
 from ..models.quantized.attach import put, quantized, reading
 from ..models.score import Score
 from ..models.score import started as score
@@ -33,6 +34,7 @@ from ..parallel.state import combine
 from ..parallel.vocabulary import lookup
 from . import examples, pipeline
 from .deterministic import in_fixed_order
+from .endings import Ending, Values, by_parameters, ending, make_loss, scores, target_logprobs
 from .gradients import Batch, Engine, Loss, accumulated, plain
 from .keys import of_weights
 from .private import make_norms, private
@@ -40,8 +42,7 @@ from .recipes import interface as recipes
 from .recipes.registry import RECIPES
 from .several import product_on, several_of
 from .staging import Staging
-from .step import make_logprobs, make_loss, make_scores
-from .teaching import acceptance, fresh_weights, taught_loss, teacher_of, with_teacher, without_teacher
+from .teaching import acceptance, beside_teacher, fresh_weights, taught, teacher_of, with_teacher, without_teacher
 
 Evaluate = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
 
@@ -60,20 +61,17 @@ def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     kind = RECIPES[config.recipe.name]
     recipe, measures = kind.loss(config.recipe), kind.measures
     told = partial(context, config, mesh)
-    values = make_scores if kind.scored else partial(target_logprobs, config)
+    values = partial(by_parameters, values_of(config))
     if lift := several_of(config):
         values, recipe = lift.values(values), lift.loss(recipe)
         measures = {name: lift.loss(measure) for name, measure in measures.items()}
     loss = make_loss(values(graph, context=told), recipe, measures)
-    learned = taught_loss(config, graph, told=told) if config.recipe.compares_words else loss
+    learned = beside_teacher(config, graph, taught(config), told=told) if config.recipe.compares_words else loss
 
-    def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        numerator, (weight, _) = loss(params, without_teacher(frozen), batch, None)
-        return numerator, weight
-
+    evaluate = evaluated(lambda params, frozen, *rest: loss(params, without_teacher(frozen), *rest))
     further = {name: measured(values(graph, context=told), measure) for name, measure in measures.items()}
     if teacher_of(config) is not None:
-        further["acceptance"] = acceptance(config, graph, told=told)
+        further["acceptance"] = evaluated(beside_teacher(config, graph, acceptance(config), told=told))
     dtype = jnp.dtype(config.precision.gradients)
     if config.privacy is not None:
         free = partial(context_alone, config, mesh)
@@ -105,53 +103,96 @@ def measured(values: Callable[..., jax.Array], measure: recipes.Loss) -> Evaluat
     return lambda params, frozen, batch: measure(values(params, frozen, batch, None), batch)
 
 
-def target_logprobs(config: RunConfig, graph: Any, context: Callable[..., Context]) -> Callable[..., jax.Array]:
-    """(params, frozen, batch, keys) -> log p of each target [rows, sequence], where all layers are at hand.
+def evaluated(loss: Loss) -> Evaluate:
+    """The sums of `loss`, nothing dropped out."""
 
-    `context(batch, keys)` is what the blocks are told.
-    """
-    return make_logprobs(graph, model=config.model, memory=config.memory, context=context)
+    def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        numerator, (weight, _) = loss(params, frozen, batch, None)
+        return numerator, weight
+
+    return evaluate
+
+
+def values_of(config: RunConfig) -> Values:
+    """What the recipe's loss is of: a number for each token."""
+    return scores if RECIPES[config.recipe.name].scored else target_logprobs(config.model, config.memory)
+
+
+def ending_of(config: RunConfig) -> Ending:
+    """What is made of the last hidden states to train."""
+    kind = RECIPES[config.recipe.name]
+    if config.recipe.compares_words:
+        return taught(config)
+    return ending(values_of(config), kind.loss(config.recipe), kind.measures)
 
 
 def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> Engines:
     """Devices along `pipe` hold some layers each."""
-    cut = parts(config, mesh, graph)
+    kind, teacher = RECIPES[config.recipe.name], teacher_in(config, mesh, staging)
+    values = values_of(config)
 
-    def engine(table: Table) -> Engine:
+    def engine(table: Table, ending: Ending, teacher: pipeline.Teacher | None) -> Engine:
         return pipeline.make_engine(
-            cut,
+            parts(config, mesh, graph, ending),
             wired(table, repeats=staging.repeats),
             repeats=staging.most,
             mesh=mesh,
             zero=config.mesh.zero,
             compute=jnp.dtype(config.precision.compute),
             dtype=jnp.dtype(config.precision.gradients),
+            teacher=teacher,
         )
 
-    forward = engine(staging.forward)
+    def evaluate(ending: Ending, teacher: pipeline.Teacher | None = None) -> Evaluate:
+        forward = engine(staging.forward, ending, teacher)
 
-    def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        sums = forward(params, frozen, batch, None)
-        return sums.loss, sums.weight
+        def sums(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            found = forward(params, frozen, batch, None)
+            return found.loss, found.weight
 
-    train = engine(staging.table)
+        return sums
+
+    further = {name: evaluate(ending(values, measure)) for name, measure in kind.measures.items()}
+    if teacher is not None:
+        further["acceptance"] = evaluate(acceptance(config), teacher)
+    train = engine(staging.table, ending_of(config), teacher)
     if config.pipeline.post_validation:
-        train = pipeline.weighed(train, RECIPES[config.recipe.name].loss(config.recipe))
-    return Engines(train, evaluate)
+        train = pipeline.weighed(train, kind.loss(config.recipe))
+    return Engines(train, evaluate(ending(values, kind.loss(config.recipe))), further)
 
 
-def parts(config: RunConfig, mesh: Mesh, graph: Any) -> Parts:
-    """The model as a pipeline cuts it."""
+def teacher_in(config: RunConfig, mesh: Mesh, staging: Staging) -> pipeline.Teacher | None:
+    """The teacher, through a pipeline of its own; None where there is none."""
+    model, own = teacher_of(config), staging.teacher
+    if model is None or own is None:
+        return None
+    shapes = jax.eval_shape(partial(fresh_weights, model, config))
+    cut = pipeline.parts(decoder_graph(model), shapes, model=model, **surroundings(config, mesh))
+    return pipeline.make_teacher(cut, wired(own.table, repeats=own.repeats), repeats=own.most, mesh=mesh)
+
+
+def parts(config: RunConfig, mesh: Mesh, graph: Any, ending: Ending | None = None) -> Parts:
+    """The model as a pipeline cuts it; `ending` is that of training by default."""
+
+    def weights() -> Any:
+        params, frozen = divided(config, fresh(config))
+        return combine(params, without_teacher(frozen))
+
     return pipeline.parts(
         graph,
-        jax.eval_shape(lambda: combine(*divided(config, fresh(config)))),
-        RECIPES[config.recipe.name].loss(config.recipe),
+        jax.eval_shape(weights),
         model=config.model,
-        memory=config.memory,
-        context=partial(context, config, mesh),
-        constrain=constrainer(mesh),
-        compute=jnp.dtype(config.precision.compute),
+        recipe=RECIPES[config.recipe.name].loss(config.recipe),
+        ending=ending_of(config) if ending is None else ending,
+        teacher=teacher_of(config),
+        **surroundings(config, mesh),
     )
+
+
+def surroundings(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """What every model of the run is told, in a pipeline."""
+    compute = jnp.dtype(config.precision.compute)
+    return {"context": partial(context, config, mesh), "constrain": constrainer(mesh), "compute": compute}
 
 
 def fresh(config: RunConfig) -> Any:
@@ -175,7 +216,7 @@ def structure(config: RunConfig) -> Any:
         if RECIPES[config.recipe.name].scored:
             decoder.score = Score(config.model.embed)
 
-    return graph(config.model, all_of_it)
+    return decoder_graph(config.model, all_of_it)
 
 
 def divided(config: RunConfig, weights: Any, teacher: Any = None) -> tuple[Any, Any]:

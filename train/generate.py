@@ -190,11 +190,17 @@ def standing(
 
 def next_scores(decoder: Decoder, tokens: jax.Array, ctx: Context) -> tuple[jax.Array, caches.Cache]:
     """Logits after the last of `tokens` [rows, tokens], float32 [rows, vocab], and the cache with all of them in it."""
+    scores, cache = all_scores(decoder, tokens, ctx, last=1)
+    return scores[:, 0], cache
+
+
+def all_scores(decoder: Decoder, tokens: jax.Array, ctx: Context, *, last: int) -> tuple[jax.Array, caches.Cache]:
+    """Logits after each of the `last` of `tokens` [rows, tokens], float32 [rows, last, vocab], and the cache."""
     model = decoder.config
     hidden, entries = decoder.hidden(tokens, ctx)
     kernel, constrain = decoder.head_kernel(ctx.compute), ctx.constrain
-    scores = logits(hidden[:, -1:], kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=constrain)
-    return scores[:, 0, : model.vocab], caches.write(ctx.cache, entries, index=ctx.index[0])
+    scores = logits(hidden[:, -last:], kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=constrain)
+    return scores[..., : model.vocab], caches.write(ctx.cache, entries, index=ctx.index[0])
 
 
 def rounded(params: Any, dtype: Any) -> Any:

@@ -21,6 +21,7 @@ from ..models.context import Context, unconstrained
 from ..models.decoder import graph
 from ..parallel.pipeline.schedules.registry import make
 from ..parallel.pipeline.wiring import wired
+from .endings import ending, target_logprobs
 from .gradients import Batch
 from .pipeline import make_engine, parts
 
@@ -36,9 +37,8 @@ def pooled_gradient(
     cut = parts(
         structure,
         shapes,
-        negative_sum,
         model=model,
-        memory=MemoryConfig(),
+        ending=ending(target_logprobs(model, MemoryConfig()), negative_sum),
         context=lambda fields, keys: Context(
             positions=fields["positions"], remat=remat(chosen, scanned=True), compute=compute
         ),

@@ -12,23 +12,27 @@ from jax.sharding import Mesh
 
 from ..configs.errors import UserError
 from ..configs.model import ModelConfig
-from ..configs.parallel import MemoryConfig
 from ..models.context import Context
 from ..models.decoder import Decoder, layer_context, run_block
 from ..models.rope import rotations
 from ..parallel.pipeline.engine import pipelined
 from ..parallel.pipeline.equations import traced
 from ..parallel.pipeline.parts import Parts, Row, Weights
+from ..parallel.pipeline.reader import reading
 from ..parallel.pipeline.routing import drawn
 from ..parallel.pipeline.split import depending_on
 from ..parallel.pipeline.table import Table
 from ..parallel.pipeline.wiring import Wiring, rows_of
 from ..parallel.rules import path_name
 from ..parallel.state import TrainState, combine
-from ..parallel.vocabulary import Constrain, lookup, token_logprobs
+from ..parallel.vocabulary import Constrain, Head, lookup
+from .endings import Ended, Ending
 from .gradients import Batch, Engine, Sums
 from .recipes import interface as recipes
+from .teaching import without_teacher
 
+HIDDEN = "teacher_hidden"  # field of a batch: what the teacher's head multiplies
+Teacher = Callable[[Any, Batch], Head]  # (its weights, batch) -> what its logits are made of
 Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -47,17 +51,19 @@ def joined(weights: Weights) -> Any:
 def parts(
     graph: Any,
     shapes: Any,
-    recipe: recipes.Loss,
     *,
     model: ModelConfig,
-    memory: MemoryConfig,
     context: Callable[..., Context],
     constrain: Constrain,
     compute: Any,
+    recipe: recipes.Loss | None = None,
+    ending: Ending | None = None,
+    teacher: ModelConfig | None = None,
 ) -> Parts:
     """The decoder's pieces as pure functions; `shapes` are those of all its weights, adapters too.
 
-    `context(fields, keys)` is what blocks are told.
+    `context(fields, keys)` is what blocks are told. `ending` makes the loss on the last stage, and `recipe` where the
+    vocabulary is cut over `pipe`; a model that only reads has neither. `teacher` has read the batch where it is given.
     """
     places, ahead = len(model.segments[0][0]), nnx.merge(graph, shapes).ahead
 
@@ -80,7 +86,7 @@ def parts(
         return x
 
     def decoder(ends: Any, frozen: Any) -> Decoder:
-        return nnx.merge(graph, combine(ends, frozen) | {"segments": shapes["segments"]})
+        return nnx.merge(graph, combine(ends, without_teacher(frozen)) | {"segments": shapes["segments"]})
 
     def enter(ends: Any, frozen: Any, fields: Batch, given: dict[str, Any], rows: Lookup | None) -> jax.Array:
         ctx = told(given) if rows is None else dataclasses.replace(told(given), lookup=rows)
@@ -92,17 +98,10 @@ def parts(
     def kernel(ends: Any, frozen: Any) -> jax.Array:
         return decoder(ends, frozen).head_kernel(compute)
 
-    def leave(ends: Any, frozen: Any, hidden: jax.Array, fields: Batch, given: dict[str, Any]) -> Any:
-        logprobs = token_logprobs(
-            normed(ends, frozen, hidden),
-            kernel(ends, frozen),
-            fields["targets"],
-            vocab=model.vocab,
-            softcap=model.logit_softcap,
-            chunks=memory.loss_chunks,
-            constrain=constrain,
-        )
-        return recipe(logprobs, fields)
+    def leave(ends: Any, frozen: Any, hidden: jax.Array, fields: Batch, given: dict[str, Any]) -> Ended:
+        whole = decoder(ends, frozen)
+        said = None if teacher is None else Head(fields[HIDDEN], frozen["teacher"], teacher.logit_softcap)
+        return ending(whole, whole.final_norm(hidden), fields, told(given), said)
 
     def shape(fields: Batch) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*fields["tokens"].shape, model.embed), compute)
@@ -125,9 +124,12 @@ def parts(
 
 
 def make_engine(
-    parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: int, compute: Any, dtype: Any
-) -> Engine:
+    parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: int, compute: Any, dtype: Any,
+    teacher: Teacher | None = None,
+) -> Engine:  # fmt: skip
     """The pipelined gradient engine: like the plain one, over parameters in the pipeline's layout.
+
+    The `teacher`, whose weights are in `frozen`, reads the whole batch before the first microbatch enters.
 
     `rows` are run instead of the table's where they are given (`op_times.py`); `shifts` send microbatches through
     replicas (`parallel/pipeline/routing.py`).
@@ -137,11 +139,26 @@ def make_engine(
     def engine(
         params: Any, frozen: Any, batch: Batch, keys: jax.Array | None, rows: Row | None = None, shifts: Any = None
     ) -> Sums:
-        weights, fixed = (cut(cast(tree, compute)) for tree in (params, frozen))
-        loss, weight, gradient = run(weights, fixed, batch, keys, rows_of(wiring) if rows is None else rows, shifts)
-        return Sums(loss, weight, joined(gradient) if wiring.trains else (), {})
+        weights, fixed = (cut(cast(tree, compute)) for tree in (params, without_teacher(frozen)))
+        if teacher is not None:
+            head = teacher(cast(frozen["teacher"], compute), batch)
+            batch, fixed = batch | {HIDDEN: head.hidden}, fixed._replace(ends=fixed.ends | {"teacher": head.kernel})
+        sums = run(weights, fixed, batch, keys, rows_of(wiring) if rows is None else rows, shifts)
+        loss, weight, gradient, metrics = sums
+        return Sums(loss, weight, joined(gradient) if wiring.trains else (), metrics)
 
     return engine
+
+
+def make_teacher(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh) -> Teacher:
+    """A model in a pipeline of its own, which goes forward only."""
+    read = reading(parts, wiring, repeats=repeats, mesh=mesh)
+
+    def teacher(weights: Any, batch: Batch) -> Head:
+        own = cut(weights)
+        return Head(read(own, batch), parts.kernel(own.ends, {}), parts.softcap)
+
+    return teacher
 
 
 def routes(seed: int, table: Table, *, replicas: int) -> Callable[[TrainState], dict[str, jax.Array]]:

@@ -92,7 +92,7 @@ class Program:
     def _one(self, weights: Any = None, teacher: Any = None) -> TrainState:
         """`initial` of one replica."""
         params, frozen = divided(self.config, fresh(self.config) if weights is None else weights, teacher)
-        parts = rearranged({"params": params, "frozen": frozen}, before=None, after=self.order)
+        parts = self.arranged({"params": params, "frozen": frozen})
         params = self._held(parts["params"])
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -102,6 +102,15 @@ class Program:
             outer=(),
             rng=jax.random.key_data(of_steps(self.config)),
         )
+
+    def arranged(self, tree: Any) -> Any:
+        """`tree`, layers in order, as the run stacks them: a teacher's in the order of its own pipeline."""
+        teacher = None if self.staging is None else self.staging.teacher
+        found = rearranged(tree, before=None, after=self.order)
+        if teacher is None:
+            return found
+        own = rearranged({"teacher": tree["frozen"]["teacher"]}, before=None, after=teacher.order)
+        return found | {"frozen": found["frozen"] | own}
 
     def _held(self, params: Any) -> Any:
         """`params` as the state has them."""
@@ -300,7 +309,8 @@ class Program:
             chunks=table.chunks,
             replicas=self.replicas.count,
             message=tokens // table.microbatches * of_token,
-            fields=tokens * sum(shape.dtype.itemsize for shape in self.batch_shapes.values()) + keys,
+            fields=sum(shape.size * shape.dtype.itemsize for shape in self.batch_shapes.values()) // self.replicas.count
+            + keys,
         )
 
     @cached_property

@@ -24,7 +24,8 @@ from .data.assemble import Data
 from .data.batches import HasRows
 from .data.notes import Annotate, Noted, fill, unseen
 from .data.rows import Row
-from .engines import context, target_logprobs
+from .endings import by_parameters, target_logprobs
+from .engines import context
 from .feed import local_rows, to_devices
 from .gradients import Batch
 from .program import BATCH_DTYPES, Program, build
@@ -59,7 +60,9 @@ def by_first_weights(program: Program) -> Annotate:
     """A function from at most `global_batch` rows to log p of their targets by the weights before step 0."""
     if program.config.adapters:  # which are nothing yet: one is as good as several
         program = build(program.config.model_copy(update={"adapters": {}}), program.mesh)
-    forward = target_logprobs(program.config, program.graph, partial(context, program.config, program.mesh))
+    config = program.config
+    told = partial(context, config, program.mesh)
+    forward = by_parameters(target_logprobs(config.model, config.memory), program.graph, context=told)
     return by(program.first_weights(), lambda weights, batch: {REFERENCE: forward(weights, {}, batch, None)}, program)
 
 

@@ -45,12 +45,24 @@ def sample(logits: jax.Array, keys: jax.Array, *, sampling: Sampling) -> jax.Arr
     """One token a row, int32 [rows], from float32 logits [rows, vocab] and keys [rows]."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, weighed(logits, sampling=sampling)).astype(jnp.int32)
+
+
+def probabilities(logits: jax.Array, *, sampling: Sampling) -> jax.Array:
+    """Of each token to be the one that `sample` draws: [..., vocab], from float32 logits [..., vocab]."""
+    if sampling.temperature == 0:
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    return jax.nn.softmax(weighed(logits, sampling=sampling), axis=-1)
+
+
+def weighed(logits: jax.Array, *, sampling: Sampling) -> jax.Array:
+    """The logits that are drawn from, at a temperature above 0."""
     logits = logits / sampling.temperature
     if sampling.top_k is not None:
         logits = top_k(logits, sampling.top_k)
     if sampling.top_p is not None:
         logits = top_p(logits, sampling.top_p)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return logits
 
 
 def top_k(logits: jax.Array, count: int) -> jax.Array:

@@ -26,6 +26,7 @@ class Staging:
     table: Table
     forward: Table  # for evaluation
     repeats: tuple[int, ...]  # of each stage
+    teacher: "Staging | None" = None  # of the model beside it that only reads, where there is one
 
     @property
     def most(self) -> int:
@@ -89,7 +90,22 @@ def staging(config: RunConfig, *, pipe: int) -> Staging | None:
         direction(table.device_of(stage), table.device_of(stage + 1), pipe)  # raises where they are no neighbours
     if not table_trains(table):
         raise UserError(f"pipeline.schedule: {settings.schedule} has no backward pass; {pipe} devices would not train")
-    return Staging(table, forward, repeats)
+    return Staging(table, forward, repeats, teacher=teacher_staging(config, pipe=pipe))
+
+
+def teacher_staging(config: RunConfig, *, pipe: int) -> Staging | None:
+    """The pipeline of a teacher: forward only, with a stage a device."""
+    if not config.recipe.two_models:
+        return None
+    model = config.model if config.recipe.teacher is None else config.recipe.teacher
+    pattern, repeats = model.segments[0]
+    if repeats < pipe:
+        raise UserError(
+            f"recipe.teacher.layers: {model.layers} layers in patterns of {len(pattern)} cannot fill the {pipe} stages "
+            "of mesh.pipe; use a smaller mesh.pipe, or set recipe.top_k so that the teacher's words are stored"
+        )
+    table = make("forward-only", devices=pipe, microbatches=config.microbatches)
+    return Staging(table, table, tuple(even(repeats, stages=pipe).tolist()))
 
 
 def table_trains(table: Table) -> bool:

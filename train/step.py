@@ -4,75 +4,20 @@ step(state, batch) -> (state, metrics)
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
-from ..configs.model import ModelConfig
-from ..configs.parallel import MemoryConfig
-from ..models.context import Context
-from ..parallel.state import TrainState, combine
-from ..parallel.vocabulary import token_logprobs
-from .gradients import Batch, Engine, Loss, Sums
+from ..parallel.state import TrainState
+from .gradients import Batch, Engine, Sums
 from .optimizers import mean_norm
-from .recipes import interface as recipes
 from .update import Update
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch), and the number of its first row
 Applied = Callable[[Sums, TrainState], tuple[TrainState, dict[str, jax.Array]]]
-
-
-def make_logprobs(
-    graph: Any, *, model: ModelConfig, memory: MemoryConfig, context: Callable[..., Context]
-) -> Callable[..., jax.Array]:
-    """(params, frozen, batch, keys) -> log p of each target. `context(batch, keys)` is what blocks are told."""
-
-    def logprobs(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
-        ctx = context(batch, keys)
-        decoder = nnx.merge(graph, combine(params, frozen))
-        hidden, _ = decoder.hidden(batch["tokens"], ctx)
-        return token_logprobs(
-            hidden,
-            decoder.head_kernel(ctx.compute),
-            batch["targets"],
-            vocab=model.vocab,
-            softcap=model.logit_softcap,
-            chunks=memory.loss_chunks,
-            constrain=ctx.constrain,
-        )
-
-    return logprobs
-
-
-def make_scores(graph: Any, *, context: Callable[..., Context]) -> Callable[..., jax.Array]:
-    """(params, frozen, batch, keys) -> the score of each token, of a model that has one in the head's place."""
-
-    def scores(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
-        ctx = context(batch, keys)
-        decoder = nnx.merge(graph, combine(params, frozen))
-        hidden, _ = decoder.hidden(batch["tokens"], ctx)
-        return ctx.constrain(decoder.score(hidden), ("batch", "sequence"))
-
-    return scores
-
-
-def make_loss(
-    values: Callable[..., jax.Array], recipe: recipes.Loss, measures: Mapping[str, recipes.Loss] | None = None
-) -> Loss:
-    """The recipe's numerator and weight of a batch, by parameters; `values` as `make_logprobs` gives them."""
-
-    def loss(
-        params: Any, frozen: Any, batch: Batch, keys: jax.Array | None
-    ) -> tuple[jax.Array, tuple[jax.Array, dict]]:
-        found = values(params, frozen, batch, keys)
-        numerator, weight = recipe(found, batch)
-        return numerator, (weight, {name: measure(found, batch)[0] for name, measure in (measures or {}).items()})
-
-    return loss
 
 
 def nothing(state: TrainState) -> dict[str, Any]:

@@ -28,15 +28,15 @@ from ..configs.recipe import RecipeConfig
 from ..configs.run import RunConfig
 from ..models.context import Context
 from ..models.decoder import Decoder, graph, initial_params
-from ..parallel.divergence import Apart, Top, divergence, divergence_from_top, likeliest, overlap
+from ..parallel.divergence import Top, divergence, divergence_from_top, likeliest, overlap
 from ..parallel.state import combine
 from ..parallel.vocabulary import Head
 from .data.tokenizer import Tokenizer, check_same
+from .endings import Ended, Ending
 from .gradients import Batch, Loss
 from .keys import of_weights
 
 Told = Callable[..., Context]  # (batch, keys) -> what the blocks are told
-Compare = Callable[[Head, Any, Batch, Context], Apart]  # (the model's head, frozen, batch, context)
 
 
 def check_teacher(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -76,97 +76,78 @@ def fresh_weights(model: ModelConfig, config: RunConfig) -> Any:
     return initial_params(model, of_weights(config), jnp.dtype(config.precision.parameters))
 
 
-def taught_loss(config: RunConfig, structure: Any, *, told: Told) -> Loss:
-    """Numerator and weight of a batch; `structure` is that of the model that learns."""
-    recipe = config.recipe
+def taught(config: RunConfig) -> Ending:
+    """How far the model is from what a teacher says, who stands beside it or whose words are in the batch."""
+    recipe, words = config.recipe, words_of(config)
     mix, temperature = (recipe.number(key) if recipe.name == "distill" else 1.0 for key in ("mix", "temperature"))
-    words = {"temperature": temperature, "vocab": config.model.vocab, "chunks": config.memory.loss_chunks}
-    compare = with_noted(**words) if recipe.top_k else with_present(teacher_of(config), **words)
+    compare = partial(divergence_from_top if recipe.top_k else divergence, temperature=temperature, **words)
 
-    def loss(
-        params: Any, frozen: Any, batch: Batch, keys: jax.Array | None
-    ) -> tuple[jax.Array, tuple[jax.Array, dict]]:
-        ctx = told(batch, keys)
-        student = nnx.merge(structure, combine(params, without_teacher(frozen)))
-        apart = compare(head(student, config.model, batch, ctx), frozen, batch, ctx)
+    def ended(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: Head | None) -> Ended:
+        wanted = Top(batch["teacher_logprobs"], batch["teacher_tokens"]) if teacher is None else teacher
+        said = head(decoder, hidden, config.model, ctx)
+        apart = compare(wanted, said, batch["targets"], constrain=ctx.constrain)
         values = mix * temperature**2 * apart.divergence - (1 - mix) * apart.logprobs
         weights = batch["loss_weights"]
         return (weights * values).sum(), (weights.sum(), {"divergence": (weights * apart.divergence).sum()})
 
-    return loss
+    return ended
 
 
-def with_present(teacher: ModelConfig, **words: Any) -> Compare:
-    """Compares with the teacher in `frozen`."""
-    whole = graph(teacher)
+def acceptance(config: RunConfig) -> Ending:
+    """Sums of how often what the model draws is taken for the teacher's, and of weights."""
+    words = words_of(config)
 
-    def compare(said: Head, frozen: Any, batch: Batch, ctx: Context) -> Apart:
-        wanted = teachers_head(whole, teacher, frozen, batch, ctx)
-        return divergence(wanted, said, batch["targets"], constrain=ctx.constrain, **words)
+    def ended(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: Head | None) -> Ended:
+        each = overlap(teacher, head(decoder, hidden, config.model, ctx), constrain=ctx.constrain, **words)
+        return (batch["loss_weights"] * each).sum(), (batch["loss_weights"].sum(), {})
 
-    return compare
-
-
-def with_noted(**words: Any) -> Compare:
-    """Compares with the likeliest words in the batch."""
-
-    def compare(said: Head, frozen: Any, batch: Batch, ctx: Context) -> Apart:
-        del frozen
-        wanted = Top(batch["teacher_logprobs"], batch["teacher_tokens"])
-        return divergence_from_top(wanted, said, batch["targets"], constrain=ctx.constrain, **words)
-
-    return compare
+    return ended
 
 
-def acceptance(
-    config: RunConfig, structure: Any, *, told: Told
-) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
-    """(params, frozen, batch) -> sums of how often what the model draws is taken for the teacher's, and of weights."""
+def words_of(config: RunConfig) -> dict[str, int]:
+    """What says how two models' words are compared."""
+    return {"vocab": config.model.vocab, "chunks": config.memory.loss_chunks}
+
+
+def beside_teacher(config: RunConfig, structure: Any, ending: Ending, *, told: Told) -> Loss:
+    """`ending` of a batch, by parameters, where all layers of both models are at hand; the teacher is in `frozen`.
+
+    `structure` is that of the model that learns.
+    """
     teacher = teacher_of(config)
-    whole = graph(teacher)
+    whole = None if teacher is None else graph(teacher)
 
-    def taken(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        ctx = told(batch, None)
+    def loss(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> Ended:
+        ctx = told(batch, keys)
         student = nnx.merge(structure, combine(params, without_teacher(frozen)))
-        each = overlap(
-            teachers_head(whole, teacher, frozen, batch, ctx),
-            head(student, config.model, batch, ctx),
-            vocab=config.model.vocab,
-            chunks=config.memory.loss_chunks,
-            constrain=ctx.constrain,
-        )
-        return (batch["loss_weights"] * each).sum(), batch["loss_weights"].sum()
+        hidden, _ = student.hidden(batch["tokens"], ctx)
+        wanted = None if teacher is None else teachers_head(whole, teacher, frozen["teacher"], batch, ctx)
+        return ending(student, hidden, batch, ctx, wanted)
 
-    return taken
+    return loss
 
 
 def noted_words(config: RunConfig, *, told: Told) -> Callable[[Any, Batch], dict[str, jax.Array]]:
     """(the teacher's weights, batch) -> its likeliest words of each token, by field of the batch."""
     recipe: RecipeConfig = config.recipe
     whole = graph(recipe.teacher)
-    words = partial(
-        likeliest,
-        count=recipe.top_k,
-        temperature=recipe.number("temperature"),
-        vocab=config.model.vocab,
-        chunks=config.memory.loss_chunks,
-    )
+    words = partial(likeliest, count=recipe.top_k, temperature=recipe.number("temperature"), **words_of(config))
 
     def note(weights: Any, batch: Batch) -> dict[str, jax.Array]:
         ctx = told(batch, None)
-        found = words(teachers_head(whole, recipe.teacher, {"teacher": weights}, batch, ctx), constrain=ctx.constrain)
+        found = words(teachers_head(whole, recipe.teacher, weights, batch, ctx), constrain=ctx.constrain)
         return {"teacher_logprobs": found.logprobs, "teacher_tokens": found.tokens}
 
     return note
 
 
-def teachers_head(whole: Any, teacher: ModelConfig, frozen: Any, batch: Batch, ctx: Context) -> Head:
-    """What the logits of the teacher in `frozen` are made of; nothing of it is random."""
-    decoder = nnx.merge(whole, jax.lax.stop_gradient(frozen["teacher"]))
-    return head(decoder, teacher, batch, dataclasses.replace(ctx, dropout_keys=None))
-
-
-def head(decoder: Decoder, model: ModelConfig, batch: Batch, ctx: Context) -> Head:
-    """What the logits of `decoder` are made of."""
+def teachers_head(whole: Any, teacher: ModelConfig, weights: Any, batch: Batch, ctx: Context) -> Head:
+    """What the logits of the teacher with `weights` are made of; nothing of it is random."""
+    decoder, ctx = nnx.merge(whole, jax.lax.stop_gradient(weights)), dataclasses.replace(ctx, dropout_keys=None)
     hidden, _ = decoder.hidden(batch["tokens"], ctx)
+    return head(decoder, hidden, teacher, ctx)
+
+
+def head(decoder: Decoder, hidden: jax.Array, model: ModelConfig, ctx: Context) -> Head:
+    """What the logits of `decoder` are made of."""
     return Head(hidden, decoder.head_kernel(ctx.compute), model.logit_softcap)

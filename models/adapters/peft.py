@@ -27,6 +27,7 @@ from .sites import linear_maps
 
 Leaves = dict[str, np.ndarray]
 PREFIX = "base_model.model."
+OFT_SINCE = "0.18.0"  # the version of PEFT whose series of rotations ours is
 KINDS = {
     "lora": "LORA",
     "dora": "LORA",
@@ -237,6 +238,7 @@ def written_oft(
         "module_dropout": 0.0,
         "use_cayley_neumann": True,
         "num_cayley_neumann_terms": 5,
+        "peft_version": OFT_SINCE,  # a file that does not say so is taken for one of the series before
         "bias": "none",
     }
 

@@ -15,7 +15,7 @@ from ...configs.adapter import AdapterConfig
 from ...configs.errors import UserError
 from ...configs.model import ModelConfig
 from . import peft_ahead
-from .peft import PREFIX, Fused, Leaves, modules
+from .peft import OFT_SINCE, PREFIX, Fused, Leaves, modules
 
 # Keys with the only values that mean what we compute.
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -151,7 +151,18 @@ def read_oft(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, 
             raise UserError(f"adapter_config.json: {key}: {config[key]!r} is not supported; only {only} is read")
     if (terms := config.get("num_cayley_neumann_terms", 5)) != 5:
         raise UserError(f"adapter_config.json: num_cayley_neumann_terms: {terms} is not supported; only 5 is read")
+    version = str(config.get("peft_version", "0.0.0"))
+    if release(version) < release(OFT_SINCE):
+        raise UserError(
+            f"adapter_config.json: peft_version: {version}, but rotations are read as PEFT makes them since "
+            f"{OFT_SINCE}, by another series; train it again there, or merge it with the version that made it"
+        )
     return {one_map(module): {"r": own["oft_R.weight"], "scale": np.ones(1, np.float32)}}
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Major and minor number of "0.18.1.dev0@hash"."""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def read_adalora(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:

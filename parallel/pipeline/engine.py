@@ -32,12 +32,13 @@ from .shared import SharedEnds
 from .split import Saved, Split, split
 from .wiring import Wiring
 
-Run = Callable[..., tuple[jax.Array, jax.Array, Weights]]  # weights, frozen, batch, keys, rows, shifts
+Metrics = dict[str, jax.Array]
+Run = Callable[..., tuple[jax.Array, jax.Array, Weights, Metrics]]  # weights, frozen, batch, keys, rows, shifts
 Route = Callable[[jax.Array, jax.Array], jax.Array]  # what is made here, shift -> what the other replica made
 
 
 def pipelined(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: int, dtype: Any = jnp.float32) -> Run:
-    """`run(weights, frozen, batch, keys, rows_of(wiring)) -> loss, weight, gradient`, sums over the global batch.
+    """`run(weights, frozen, batch, keys, rows_of(wiring)) -> loss, weight, gradient, metrics`: global sums.
 
     Stacked weights are [pipe * chunks * `repeats`, ...] in the order of devices, chunks, repeats. `batch` is a dict of
     [global_batch, sequence]; `keys` [global_batch] or None. Gradients are `dtype`, sharded like their weights; of a
@@ -47,17 +48,17 @@ def pipelined(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: i
 
     def run(
         weights: Weights, frozen: Weights, batch: Any, keys: Any, rows: Row, shifts: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array, Weights]:
+    ) -> tuple[jax.Array, jax.Array, Weights, Metrics]:
         leaving = jax.tree_util.tree_map_with_path(partial(stacked_spec, mesh=mesh, zero=zero), weights.stacked)
         ends = jax.tree_util.tree_map_with_path(partial(end_spec, shared=shared), weights.ends)
         frozen_ends = jax.tree_util.tree_map_with_path(partial(end_spec, shared=shared), frozen.ends)
         cut = PartitionSpec("pipe")
         spread = PartitionSpec(BATCH_AXES)
-        gradient = Weights(leaving, ends)
+        gradient, whole = Weights(leaving, ends), PartitionSpec()
         mapped = jax.shard_map(
             partial(on_device, parts, wiring, repeats=repeats, dtype=dtype, specs=gradient, mesh=mesh),
-            in_specs=(Weights(cut, ends), Weights(cut, frozen_ends), spread, spread, PartitionSpec(), PartitionSpec()),
-            out_specs=(PartitionSpec(), PartitionSpec(), gradient if wiring.trains else PartitionSpec()),
+            in_specs=(Weights(cut, ends), Weights(cut, frozen_ends), spread, spread, whole, whole),
+            out_specs=(whole, whole, gradient if wiring.trains else whole, whole),
             axis_names=MANUAL,
             mesh=mesh,
             check_vma=False,
@@ -83,23 +84,32 @@ def end_spec(path: tuple[Any, ...], leaf: Any, *, shared: bool) -> PartitionSpec
 def on_device(
     parts: Parts, wiring: Wiring, weights: Weights, frozen: Weights, batch: Any, keys: Any, rows: Row,
     shifts: jax.Array | None, *, repeats: int, dtype: Any, specs: Weights, mesh: Mesh,
-) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, Any, Metrics]:  # fmt: skip
     """One device's run through the table, and the reductions after it."""
-    count = wiring.table.microbatches
-    # Microbatch i takes rows i, i + count, ... like plain accumulation does: every device keeps the rows it has.
-    cut = partial(jax.tree.map, lambda leaf: jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0))
-    batch, keys = cut(batch), cut(keys)
+    batch, keys = in_microbatches((batch, keys), wiring.table.microbatches)
     route = None
     if shifts is not None:
         batch, keys = routed_batch((batch, keys), shifts, wiring.table, mesh=mesh)
         rows, route = routed_rows(rows, shifts, wiring.table), partial(exchanged, mesh=mesh)
     block, x = traced_block(parts, weights, frozen, batch, keys)
     ends = WholeEnds() if wiring.meetings is None else SharedEnds(wiring.meetings, wiring.table)
-    device = Device(parts, wiring, block, weights, frozen, batch, keys, ends, repeats)
-    carry, _ = jax.lax.scan(partial(tick, device, route), empty(device, x, dtype=dtype), rows)
+    carry = ran(Device(parts, wiring, block, weights, frozen, batch, keys, ends, repeats), x, rows, route, dtype=dtype)
     everywhere = ("pipe", *BATCH_AXES)
-    sums = jax.lax.psum((carry.loss, carry.weight), everywhere)
-    return *sums, jax.tree.map(reduced, carry.gradient, specs) if wiring.trains else ()
+    loss, weight, metrics = jax.lax.psum((carry.loss, carry.weight, carry.metrics), everywhere)
+    return loss, weight, jax.tree.map(reduced, carry.gradient, specs) if wiring.trains else (), metrics
+
+
+def in_microbatches(rows: Any, count: int) -> Any:
+    """Arrays [rows, ...] as [microbatches, rows, ...].
+
+    Microbatch i takes rows i, i + count, ... like plain accumulation does: every device keeps the rows it has.
+    """
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0), rows)
+
+
+def ran(device: Device, x: jax.ShapeDtypeStruct, rows: Row, route: Route | None, *, dtype: Any) -> Carry:
+    """What a device has after the last tick; `x` is the shape of what passes between stages."""
+    return jax.lax.scan(partial(tick, device, route), empty(device, x, dtype=dtype), rows)[0]
 
 
 def traced_block(
@@ -134,6 +144,7 @@ def empty(device: Device, x: jax.ShapeDtypeStruct, *, dtype: Any) -> Carry:
         gradient=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), trained),
         loss=jnp.zeros((), sums),
         weight=jnp.zeros((), sums),
+        metrics={name: jnp.zeros(one.shape, sums) for name, one in device.ends.metrics(device, x).items()},
         between=device.ends.between(device, x, sums),
     )
 

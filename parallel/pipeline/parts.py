@@ -29,7 +29,7 @@ class Parts:
     context: Callable[..., Any]  # frozen ends, fields, dropout keys -> arrays that a microbatch's blocks read
     block: Callable[..., jax.Array]  # weights, frozen, (context, repeat), x -> x
     enter: Callable[..., jax.Array]  # ends, frozen, fields, context, lookup (None: the model's) -> x of the first block
-    leave: Callable[..., tuple[jax.Array, jax.Array]]  # ends, frozen, hidden, fields, context -> numerator, weight
+    leave: Callable[..., Any]  # ends, frozen, hidden, fields, context -> numerator, (weight, metrics): sums
     normed: Callable[..., jax.Array]  # ends, frozen, hidden -> what the head multiplies
     kernel: Callable[..., jax.Array]  # ends, frozen -> the head's [embed, rows of the vocabulary]
     recipe: Callable[..., tuple[jax.Array, jax.Array]]  # log-probabilities of the targets, fields -> numerator, weight
@@ -49,6 +49,7 @@ class Carry(NamedTuple):
     gradient: Weights
     loss: jax.Array
     weight: jax.Array
+    metrics: dict[str, jax.Array]  # further sums
     between: Any  # what vocabulary passes keep; () without them
 
 
@@ -81,10 +82,12 @@ def added(total: Any, new: Any) -> Any:
     return total + new.astype(total.dtype)
 
 
-def summed(carry: Carry, loss: jax.Array, weight: jax.Array) -> Carry:
-    """`carry` with a microbatch's loss and weight added."""
+def summed(carry: Carry, loss: jax.Array, weight: jax.Array, metrics: dict[str, jax.Array] | None = None) -> Carry:
+    """`carry` with a microbatch's loss, weight and metrics added."""
     return carry._replace(
-        loss=carry.loss + loss.astype(carry.loss.dtype), weight=carry.weight + weight.astype(carry.weight.dtype)
+        loss=carry.loss + loss.astype(carry.loss.dtype),
+        weight=carry.weight + weight.astype(carry.weight.dtype),
+        metrics=added(carry.metrics, metrics or {}),
     )
 
 

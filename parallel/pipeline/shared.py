@@ -57,6 +57,11 @@ class SharedEnds:
             return kept | {name: zeros(count, *x.shape) for name in ("expected", "wanted")}
         return kept | {"partial": zeros(slots["partial"], *x.shape)}
 
+    def metrics(self, device: Device, x: jax.ShapeDtypeStruct) -> dict[str, jax.ShapeDtypeStruct]:
+        """What recipes of log-probabilities tell besides their loss: nothing."""
+        del device, x
+        return {}
+
     def slot(self, pool: str, microbatch: jax.Array) -> jax.Array:
         """Where a microbatch's things are in a pool; the same on every device."""
         return jnp.asarray(self.meetings.slot[pool])[microbatch]

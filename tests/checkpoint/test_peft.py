@@ -19,6 +19,12 @@ from meshwright.parallel import vocabulary
 
 from .test_huggingface import FIXTURES, read
 
+# PEFT asks models by a name that transformers means to remove, and makes a sparse tensor (SHiRA) without a check.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
+]
+
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 40), dtype=np.int32)
 PATTERNS = {"rank": 4, "alpha": 6.0, "ranks": {"layers/0/*": 2}, "alphas": {"v": 3.0}, "targets": ["q", "v", "down"]}
 CASES = {
@@ -148,6 +154,18 @@ def test_what_an_adapter_asks_for_beyond_this_is_refused(tmp_path):
         peft.read(tmp_path, model, kind=kind)
     with pytest.raises(UserError, match="not an adapter"):
         peft.read(tmp_path / "nowhere", model, kind=kind)
+
+
+@pytest.mark.parametrize("version", [{}, {"peft_version": "0.17.1"}], ids=["unnamed", "0.17.1"])
+def test_rotations_by_an_older_series_are_refused(version, tmp_path):
+    model, kind, *_ = written(*CASES["oft"], tmp_path)
+    config = json.loads((tmp_path / peft.CONFIG).read_text())
+    assert config.pop("peft_version") == "0.18.0"
+    (tmp_path / peft.CONFIG).write_text(json.dumps(config | version))
+    with pytest.raises(
+        UserError, match=r"peft_version: 0\.\d+\.\d, but rotations are read as PEFT makes them since 0.18"
+    ):
+        peft.read(tmp_path, model, kind=kind)
 
 
 def library(name):

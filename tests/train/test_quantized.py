@@ -172,6 +172,14 @@ def test_repairing_on_a_mesh_changes_nothing():
     assert_same(tiny(**REPAIR), tiny(**REPAIR, mesh=MESH, memory={"loss_chunks": 2}), steps=3)
 
 
+@pytest.mark.slow
+def test_a_pipeline_changes_nothing_of_a_repair():
+    """The model as it was passes through a pipeline of its own."""
+    plain = REPAIR | {"model": MODEL | {"layers": 4}, "microbatches": 4}
+    staged = {"mesh": {"pipe": 2, "tensor": 2}, "pipeline": {"schedule": "zb-v"}}
+    assert_same(tiny(**plain), tiny(**plain, **staged), steps=3)
+
+
 MISTAKES = {
     "nothing to repair": ({"recipe": {"name": "lrec"}}, "lrec repairs a quantized base and there is none"),
     "no adapter": ({"quantization": NF4}, "nf4 weights cannot be trained; add an adapter"),

@@ -9,7 +9,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from equivalence import assert_same, tiny
+from equivalence import assert_same, tiny, trajectory
 from meshwright.configs.errors import UserError
 from meshwright.configs.load import merged
 from meshwright.parallel.mesh import make_mesh
@@ -101,6 +101,36 @@ def test_the_score_learns_whatever_else_is_chosen(adapter):
         assert sum(map(np.count_nonzero, others)) == round(0.05 * sum(map(np.size, others)))
 
 
-def test_a_pipeline_is_refused():
-    with pytest.raises(UserError, match="reward has a score in the head's place"):
-        tiny(**merged(REWARD, {"mesh": {"pipe": 2}, "microbatches": 2}))
+PIPELINES = {
+    "1f1b over tensor": {"mesh": {"pipe": 2, "tensor": 2}},
+    "zb-v": {"mesh": {"pipe": 2}, "pipeline": {"schedule": "zb-v"}},
+    "1f1b": {"mesh": {"pipe": 2}},
+    "zb-v over tensor": {"mesh": {"pipe": 2, "tensor": 2}, "pipeline": {"schedule": "zb-v"}},
+}
+SLOW = [pytest.param(case, marks=[pytest.mark.slow] if place else [], id=name)
+        for place, (name, case) in enumerate(PIPELINES.items())]  # fmt: skip
+
+
+@pytest.mark.parametrize("pipeline", SLOW)
+def test_a_pipeline_changes_nothing(pipeline):
+    plain = merged(REWARD, {"model": {"layers": 4}, "microbatches": 4})
+    one, staged = tiny(**plain), tiny(**merged(plain, pipeline))
+    assert_same(one, staged, steps=3, tolerance=1e-5)
+    told = [[float(metrics["accuracy"]) for metrics in trajectory(config, steps=3)[0]] for config in (one, staged)]
+    assert told[0] == pytest.approx(told[1]) and any(told[0])
+
+
+@pytest.mark.slow
+def test_held_out_pairs_are_told_apart_by_a_pipeline_as_by_one_device(tmp_path):
+    base = {"steps": 2, "model": {"layers": 4}, "microbatches": 2, "evaluation": {"start": True}}
+    one = train(run_of(tmp_path, **base), world=World(), root=tmp_path / "one")
+    staged = train(run_of(tmp_path, **base, mesh={"pipe": 2}), world=World(), root=tmp_path / "staged")
+    for name in ("held_out_accuracy", "held_out_loss"):
+        assert staged.first[name] == pytest.approx(one.first[name], rel=1e-4)
+    export_run(tmp_path / "staged/run", tmp_path / "out", limit=10**9)
+    assert "score.weight" in load_file(tmp_path / "out/model.safetensors")
+
+
+def test_a_shared_vocabulary_is_refused():
+    with pytest.raises(UserError, match=r"pipeline.vocab_parallel: 2 .* recipe.name reward has a score and no words"):
+        tiny(**merged(REWARD, {"mesh": {"pipe": 2}, "microbatches": 2, "pipeline": {"vocab_parallel": 2}}))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from equivalence import assert_same, batches, tiny
+from equivalence import assert_same, batches, tiny, trajectory
 from meshwright.checkpoint import huggingface
 from meshwright.configs.errors import UserError
 from meshwright.configs.huggingface import config_json
@@ -109,6 +109,36 @@ def test_a_mesh_changes_nothing_of_stored_words(teachers):
     assert_same(taught(teachers, **settings), taught(teachers, **settings, **cut), steps=3)
 
 
+PIPELINES = {
+    "1f1b over tensor": ({}, {"mesh": {"pipe": 2, "tensor": 2}, "memory": {"loss_chunks": 2}}),
+    "zb-v": ({}, {"mesh": {"pipe": 2}, "pipeline": {"schedule": "zb-v"}}),
+    "1f1b": ({}, {"mesh": {"pipe": 2}}),
+    "zb-v over tensor": ({}, {"mesh": {"pipe": 2, "tensor": 2}, "pipeline": {"schedule": "zb-v"}}),
+    "stored words": ({"recipe": {"top_k": 4}}, {"mesh": {"pipe": 2, "tensor": 2}, "pipeline": {"schedule": "zb-v"}}),
+    "stored words over fsdp": ({"recipe": {"top_k": 4}}, {"mesh": {"pipe": 2, "fsdp": 2}}),
+    "itself, an adapter": (
+        {"recipe": {"teacher": None}, "adapter": {"method": "lora", "rank": 2}, "model": {"dropout": 0.1}},
+        {"mesh": {"pipe": 2, "data": 2}, "pipeline": {"schedule": "zb-v"}},
+    ),
+    "replicas": (
+        {"mesh": {"replica": 2}, "outer": {"name": "diloco", "every": 2}, "microbatches": 2},
+        {"mesh": {"pipe": 2}, "pipeline": {"schedule": "zb-v", "post_validation": False}},
+    ),
+}  # fmt: skip
+SLOW = [pytest.param(*case, marks=[pytest.mark.slow] if place else [], id=name)
+        for place, (name, case) in enumerate(PIPELINES.items())]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "pipeline"), SLOW)
+def test_a_pipeline_changes_nothing(teachers, settings, pipeline):
+    """The teacher has three layers: its stages are uneven, and not where those of the model are."""
+    plain = merged({"model": {"layers": 4}, "optimizer": CHEAP, "microbatches": 4}, settings)
+    one, staged = taught(teachers, **plain), taught(teachers, **merged(plain, pipeline))
+    assert_same(one, staged, steps=3, tolerance=1e-5)
+    told = [[metrics["divergence"] for metrics in trajectory(config, steps=3)[0]] for config in (one, staged)]
+    np.testing.assert_allclose(told[0], told[1], rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_its_own_teacher_has_nothing_to_say_at_first(teachers):
     """With no other, the model as it was teaches: only the next token moves it."""
@@ -205,7 +235,14 @@ def test_a_recipe_that_cannot_work_is_refused(settings, message):
 UNFIT = {
     "other words": ({"model": {"vocab": 60}}, r"model.vocab: 60 is not the teacher's \(61\)"),
     "padded otherwise": ({"model": {"vocab_multiple": 128, "vocab": 61}, "recipe": {}}, "vocab_multiple"),
-    "a pipeline": ({"mesh": {"pipe": 2}}, "distill compares all words of two models"),
+    "a shared vocabulary": (
+        {"mesh": {"pipe": 2}, "microbatches": 2, "pipeline": {"vocab_parallel": 2}},
+        "pipeline.vocab_parallel: 2 .* distill compares all words of two models",
+    ),
+    "routes": (
+        {"mesh": {"pipe": 2, "replica": 2}, "outer": {"name": "noloco", "every": 2, "routing": True}},
+        "outer.routing: true would carry what the teacher",
+    ),
     "in order": ({"elastic": {"deterministic": True}}, "distill is not computed in a fixed order"),
     "cut elsewhere": (
         {"recipe": {"top_k": 4}, "data": {"packing": {"method": "concat"}}},

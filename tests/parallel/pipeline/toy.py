@@ -48,7 +48,8 @@ def leave(ends, frozen, hidden, fields, context):
     scores = 3.0 * jnp.tanh(normed(ends, frozen, hidden) @ kernel(ends, frozen) / 3.0)
     scores = jnp.where(jnp.arange(PADDED) < VOCAB, scores, -jnp.inf)
     logprobs = jax.nn.log_softmax(scores)
-    return recipe(jnp.take_along_axis(logprobs, fields["targets"][..., None], -1)[..., 0], fields)
+    numerator, weight = recipe(jnp.take_along_axis(logprobs, fields["targets"][..., None], -1)[..., 0], fields)
+    return numerator, (weight, {"squares": (hidden**2).sum()})
 
 
 PARTS = Parts(
@@ -93,7 +94,7 @@ def problem(*, layers, tied):
 
 @jax.jit
 def reference(weights, frozen, batch):
-    """Loss, weight and gradient of the whole batch, all blocks one after another."""
+    """Loss, weight, gradient and metrics of the whole batch, all blocks one after another."""
 
     def loss(weights):
         context = PARTS.context({}, batch, None)
@@ -103,8 +104,8 @@ def reference(weights, frozen, batch):
             x = block(one, other, (context, number), x)
         return leave(weights.ends, {}, x, batch, context)
 
-    (total, weight), gradient = jax.value_and_grad(loss, has_aux=True)(weights)
-    return total, weight, gradient
+    (total, (weight, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(weights)
+    return total, weight, gradient, metrics
 
 
 def order(table, repeats):
@@ -131,14 +132,18 @@ def engine(table, repeats, weights, frozen, batch, *, mesh, parts=PARTS):
 
 
 def run(table, repeats, *given, **how):
-    """What the engine makes of it: loss, weight, and gradients with the layers in order where it trains."""
+    """What the engine makes of it: loss, weight; where it trains, gradients with the layers in order, and metrics.
+
+    Passes over a shared vocabulary have none.
+    """
     made, arguments, devices = engine(table, repeats, *given, **how)
     with jax.set_mesh(devices):
-        loss, weight, gradient = jax.device_get(made(*arguments))
+        loss, weight, gradient, metrics = jax.device_get(made(*arguments))
     wiring, places = wired(table, repeats=repeats), order(table, repeats)
     if not wiring.trains:
         return loss, weight
     empty = [np.abs(leaf[places < 0]).max(initial=0) for leaf in gradient.stacked.values()]
     np.testing.assert_array_equal(empty, 0)
     back = np.array([int(np.flatnonzero(places == layer)[0]) for layer in range(sum(repeats))])
-    return loss, weight, gradient._replace(stacked=jax.tree.map(lambda leaf: leaf[back], gradient.stacked))
+    gradient = gradient._replace(stacked=jax.tree.map(lambda leaf: leaf[back], gradient.stacked))
+    return loss, weight, gradient, *([metrics] if wiring.meetings is None else [])
