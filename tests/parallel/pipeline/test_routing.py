@@ -54,7 +54,7 @@ def followed(weights, frozen, batch, *, path):
                 replica = path(home, microbatch, stage)
                 own = of(of(weights.stacked, replica), stage)
                 x = block(own, {"scale": frozen.stacked["scale"][stage]}, (context, stage), x)
-            numerator, weight = leave(of(weights.ends, replica), {}, x, fields, context)
+            numerator, (weight, _) = leave(of(weights.ends, replica), {}, x, fields, context)
             sums[replica][0] += numerator
             sums[replica][1] += weight
     return jnp.stack([jnp.stack(one) for one in sums])
@@ -81,7 +81,7 @@ def found(table, weights, frozen, batch, shifts, *, replica=REPLICAS):
     fixed = frozen._replace(stacked=jax.tree.map(lambda leaf: leaf[places], frozen.stacked))
     lifted = jax.vmap(engine, in_axes=(0, None, 0, None, None, None))
     with jax.set_mesh(mesh):
-        loss, weight, gradient = jax.device_get(jax.jit(lifted)(own, fixed, batch, None, rows_of(wiring), shifts))
+        loss, weight, gradient, _ = jax.device_get(jax.jit(lifted)(own, fixed, batch, None, rows_of(wiring), shifts))
     back = np.argsort(places)
     return loss, weight, gradient._replace(stacked=jax.tree.map(lambda leaf: leaf[:, back], gradient.stacked))
 
