@@ -54,7 +54,9 @@ def svg(table: Table, *, timeline: Timeline | None = None, title: str | None = N
 
 
 def figure(table: Table, *, timeline: Timeline | None = None, title: str | None = None) -> Figure:
-    """The picture, not yet written anywhere."""
+    """The picture, not yet written anywhere. Over ticks, too, where no op took any time that could be measured."""
+    if timeline is not None and timeline.makespan <= 0:
+        timeline = None
     start, end = (timeline.start, timeline.end) if timeline else _tick_clock(table)
     lines = -(-table.ticks // LINE)
     per_line = float(np.nanmax(end)) / lines if timeline else float(-(-table.ticks // lines))

@@ -18,7 +18,8 @@ from meshwright.parallel.mesh import make_mesh
 from meshwright.train import use
 from meshwright.train.data import assemble
 from meshwright.train.data.notes import Noted, fill, unseen
-from meshwright.train.engines import context, fresh, target_logprobs
+from meshwright.train.endings import by_parameters, target_logprobs
+from meshwright.train.engines import context, fresh
 from meshwright.train.feed import to_devices
 from meshwright.train.launch.world import World
 from meshwright.train.program import build
@@ -188,7 +189,9 @@ def test_notes_are_what_the_model_says_of_each_row(tmp_path):
     assert isinstance(data.train, Noted)
     rows = [data.train.row(index) for index in range(4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    forward = target_logprobs(config, program.graph, partial(context, config, program.mesh))
+    forward = by_parameters(
+        target_logprobs(config.model, config.memory), program.graph, context=partial(context, config, program.mesh)
+    )
     with jax.set_mesh(program.mesh):
         wanted = jax.jit(forward)(program.first_weights(), {}, to_devices(batch, config, program.mesh), None)
     np.testing.assert_allclose(batch["reference_logprobs"], np.where(batch["places"] >= 0, wanted, 0), rtol=1e-5)

@@ -16,7 +16,8 @@ from meshwright.configs.load import merged
 from meshwright.configs.privacy import PrivacyConfig
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train import telling
-from meshwright.train.engines import context, context_alone, target_logprobs
+from meshwright.train.endings import by_parameters, target_logprobs
+from meshwright.train.engines import context, context_alone
 from meshwright.train.feed import to_devices
 from meshwright.train.keys import of_steps, of_weights
 from meshwright.train.launch.world import World
@@ -64,7 +65,9 @@ def moved(params):
 
 def materialised(config, program, params, frozen, batch, keys):
     """Gradients of each row, made."""
-    values = target_logprobs(config, program.graph, partial(context, config, program.mesh))
+    values = by_parameters(
+        target_logprobs(config.model, config.memory), program.graph, context=partial(context, config, program.mesh)
+    )
     recipe = RECIPES[config.recipe.name].loss(config.recipe)
 
     def loss(params, row, key):

@@ -7,7 +7,7 @@ import pytest
 
 from meshwright.configs.errors import UserError
 from meshwright.parallel.pipeline.costs import Costs
-from meshwright.parallel.pipeline.draw import draw, figure, ink_on, shade
+from meshwright.parallel.pipeline.draw import draw, figure, ink_on, shade, svg
 from meshwright.parallel.pipeline.schedules.registry import make
 from meshwright.parallel.pipeline.simulate import simulate
 from meshwright.parallel.pipeline.table import Op
@@ -74,3 +74,9 @@ def test_numbers_stand_out_from_every_colour():
             ink = 1.0 if ink_on(face) == "white" else luminance((0x11 / 255,) * 3)
             bright, dark = sorted((ink + 0.05, luminance(face) + 0.05), reverse=True)
             assert bright / dark >= 3, (op.name, chunk)
+
+
+def test_ops_that_took_no_time_are_drawn_over_ticks():
+    table = make("1f1b", devices=2, microbatches=2)
+    free = Costs(forward=0, input_gradient=0, weight_gradient=0)
+    assert svg(table, timeline=simulate(table, free)) == svg(table)
