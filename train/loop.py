@@ -110,14 +110,13 @@ class Loop:
                         batch = to_devices(rows, config, self.program.mesh)
                     self.progress.enters(WAIT)
                     state, metrics = self.step(state, batch)
-                    try:
-                        state = self.meet(state, number)
-                    except Moved:  # the updates up to here were made, whatever comes of them
-                        self.read(pending)
-                        self.read((number, metrics))
-                        raise
                     self.read(pending)
                     pending = (number, metrics)
+                    try:
+                        state = self.meet(state, number)  # may wait for others, which is this update's time
+                    except Moved:  # the updates up to here were made, whatever comes of them
+                        self.read(pending)
+                        raise
                 self.progress.report(number - 1)  # whose metrics have been read: it is done
                 self.progress.enters("host")
                 self.saving.poll()

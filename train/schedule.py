@@ -82,7 +82,7 @@ def _table(wanted: Wanted) -> Table:
 def _size(wanted: Wanted) -> tuple[int, int]:
     for option in ("stages", "microbatches"):
         if getattr(wanted, option) is None:
-            raise UserError(f"--{option}: None; say how many, e.g. --stages 4 --microbatches 16")
+            raise UserError(f"--{option}: say how many, e.g. --stages 4 --microbatches 16")
     return wanted.stages, wanted.microbatches
 
 

@@ -6,11 +6,11 @@ schedules with different numbers of chunks are compared at the same model.
 
 from pathlib import Path
 
-import yaml
 from pydantic import NonNegativeFloat, ValidationError
 
 from ...configs.base import Section
 from ...configs.errors import UserError
+from ...configs.load import parse
 from .table import Op, Table
 
 
@@ -56,9 +56,9 @@ class Costs(Section):
 def read_costs(path: Path) -> Costs:
     """Costs of a file. Raises UserError naming file and key."""
     try:
-        tree = yaml.safe_load(path.read_text())  # JSON is YAML
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--costs {path}: {' '.join(str(error).split())}; give a YAML or JSON file of costs") from error
+        tree = parse(path.read_text(encoding="utf-8"), origin=f"--costs {path}")  # JSON is YAML
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--costs {path}: {error}; give a YAML or JSON file of costs") from error
     if not isinstance(tree, dict):
         raise UserError(f"--costs {path}: {type(tree).__name__}; give a mapping such as {{forward: 1.0}}")
     if unknown := tree.keys() - Costs.model_fields.keys():

@@ -59,7 +59,7 @@ def test_the_ops_and_the_files_written_are_told(tmp_path):
 
 MISTAKES = {
     "name": (["v-haf", *SIZE], r"schedule: v-haf matches nothing.*Did you mean v-half\?"),
-    "size": (["1f1b", "--stages", 4], "--microbatches: None; say how many"),
+    "size": (["1f1b", "--stages", 4], "--microbatches: say how many"),
     "cores": (["1f1b", *SIZE, "--cores", 0], "--cores 0: at least 1"),
     "backward": (["1f1b", *SIZE, "--backward", "fsed"], r"--backward: fsed matches nothing.*Did you mean fused\?"),
     "best of what": (["best", *SIZE, "--chunks", 2], "--chunks 2: best compares schedules as they are"),

@@ -111,7 +111,8 @@ MISTAKES = {
     "negative": ("forward: -1", r"costs\.yaml: forward: -1; .*greater than or equal to 0"),
     "a word": ("stages: [1, two]", r"costs\.yaml: stages\.1: 'two'; .*number"),
     "a list": ("[1, 2]", r"costs\.yaml: list; give a mapping"),
-    "no YAML": ("{", r"costs\.yaml: .*give a YAML or JSON file"),
+    "no YAML": ("{", r"costs\.yaml: not valid YAML"),
+    "twice": ("forward: 1\nforward: 2", r"costs\.yaml: not valid YAML: forward stands twice"),
 }
 
 
