@@ -3,6 +3,7 @@
     meshwright bench finetune --peer PYTHON        an interpreter that has torch, transformers and peft
     meshwright bench finetune --methods lora sparse --size small
     meshwright bench finetune --methods lora several ragged alone
+    meshwright bench finetune --methods adapters --size quickstart       every adapter.method
 
 One step of each method on one model and batch, in turns with a step of the peer, medians; float32, AdamW, one device.
 `speed` is full training's seconds over the method's; `peak_bytes` and `temporary_bytes` (activations and gradients) are
@@ -23,26 +24,39 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.benchmarks.step import configuration, ours
+from meshwright.configs.adapter import METHOD_KEYS
+from meshwright.configs.load import merged
 from meshwright.configs.run import RunConfig
 
 # What `configuration` is told on top of its 34M parameters.
 SIZES: dict[str, dict[str, Any]] = {
     "34m": {},
+    "quickstart": {
+        "model": {"vocab": 2048, "layers": 4, "embed": 192, "heads": 6, "kv_heads": 2, "mlp": 512},
+        "data": {"sequence_length": 256, "global_batch": 16},
+    },
     "small": {
         "model": {"vocab": 1024, "layers": 4, "embed": 128, "heads": 4, "mlp": 384},
         "data": {"sequence_length": 128, "global_batch": 4},
     },
 }
-
-
 SEVERAL = 4  # adapters that are trained together
+# What a run of these methods has to say besides.
+TOLD: dict[str, dict[str, Any]] = {
+    "vera": {"adapter": {"rank": 256}},
+    "tokens": {"adapter": {"tokens": [7]}},
+    "bitfit": {"model": {"family": "qwen2"}},
+    "selective": {"adapter": {"targets": ["layers/*"]}},
+}
 
 
 def methods(layers: int, rank: int, batch: int) -> dict[str, dict[str, Any]]:
     """Name -> what a run of it says."""
     lora = {"method": "lora", "rank": rank}
     each = {f"number{number}": {} for number in range(SEVERAL)}
-    return {
+    ranked = {name: {"rank": rank} if "rank" in keys else {} for name, keys in METHOD_KEYS.items()}
+    alike = {name: merged({"adapter": {"method": name} | ranked[name]}, TOLD.get(name, {})) for name in METHOD_KEYS}
+    return alike | {
         "full": {},
         "lora": {"adapter": lora},
         "several": {"adapter": lora, "adapters": each},
@@ -134,19 +148,23 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--size", choices=SIZES, default="34m")
     parser.add_argument(
-        "--methods", nargs="+", choices=methods(4, 1, SEVERAL), default=["full", "lora", "sparse", "qlora"]
+        "--methods",
+        nargs="+",
+        choices=["adapters", *methods(4, 1, SEVERAL)],
+        default=["full", "lora", "sparse", "qlora"],
+        help="`adapters`: every adapter.method",
     )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--peer", metavar="PYTHON", help="an interpreter with torch, transformers and peft")
     options = parser.parse_args(arguments)
-    from meshwright.configs.load import merged
     from meshwright.parallel.mesh import prepare_devices
 
     base = SIZES[options.size]
     usual = configuration("34m", "cpu", base)
     every = methods(usual.model.layers, options.rank, usual.data.global_batch)
-    chosen = ["full", *(name for name in options.methods if name != "full")]
+    asked = [one for name in options.methods for one in (METHOD_KEYS if name == "adapters" else [name])]
+    chosen = list(dict.fromkeys(["full", *asked]))
     if options.peer and "lora" not in chosen:
         chosen.append("lora")
     configs = {name: configuration("34m", "cpu", merged(base, every[name])) for name in chosen}
