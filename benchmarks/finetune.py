@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from meshwright.benchmarks.step import configuration, ours
+from meshwright.benchmarks.step import Ours, configuration
 from meshwright.configs.adapter import METHOD_KEYS
 from meshwright.configs.load import merged
 from meshwright.configs.run import RunConfig
@@ -96,20 +96,11 @@ def peer(config: RunConfig, python: str, stack: ExitStack) -> Callable[[], float
     return step
 
 
-def memory_of(config: RunConfig) -> dict[str, int]:
-    """Bytes that the compiled step needs on its device."""
-    from meshwright.parallel.mesh import make_mesh
-    from meshwright.train.plan import memory
-    from meshwright.train.program import build
-
-    found = memory(build(config, make_mesh(config.mesh)).compiled_step())
-    return {key: found[key] for key in ("peak_bytes", "temporary_bytes", "argument_bytes")}
-
-
 def measure(configs: dict[str, RunConfig], *, rounds: int, python: str | None) -> dict[str, Any]:
     """Median seconds of every method in turns, its memory, and the ratios."""
     with ExitStack() as stack:
-        runs = {name: ours(config) for name, config in configs.items()}
+        made = {name: Ours(config) for name, config in configs.items()}
+        runs: dict[str, Callable[[], float]] = {name: one.run for name, one in made.items()}
         if python:
             runs["peft"] = peer(configs["lora"], python, stack)
         for run in runs.values():  # compilation and warm-up
@@ -127,8 +118,8 @@ def measure(configs: dict[str, RunConfig], *, rounds: int, python: str | None) -
         name: {"tokens_per_second": tokens / statistics.median(values), "speed": over(even["full"], values)}
         for name, values in even.items()
     }
-    for name, config in configs.items():
-        result[name] |= memory_of(config)
+    for name, one in made.items():
+        result[name] |= {key: one.memory[key] for key in ("peak_bytes", "temporary_bytes", "argument_bytes")}
         if name in ("several", "ragged") and "alone" in even:
             result[name]["together"] = over(even["alone"], even[name])
     if python:

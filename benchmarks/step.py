@@ -46,42 +46,46 @@ def configuration(size: str, platform: str, overrides: dict[str, Any]) -> RunCon
     return validated(merged(merged(base, SIZES[size]), overrides))
 
 
-def ours(config: RunConfig) -> Callable[[], float]:
-    """A function that runs one step here and returns its seconds."""
-    import jax
+class Ours:
+    """One step here, compiled: `run()` makes it and returns its seconds, `memory` is what it needs on its device."""
+
+    def __init__(self, config: RunConfig) -> None:
+        import jax
+
+        from meshwright.parallel.mesh import make_mesh
+        from meshwright.train.feed import to_devices
+        from meshwright.train.plan import memory
+        from meshwright.train.program import build
+
+        program = build(config, make_mesh(config.mesh))
+        self._step, self._wait = program.compiled_step(), jax.block_until_ready
+        self._batch = to_devices(rows(config), config, program.mesh)
+        self._state = program.initialized()
+        self.memory = memory(self._step)  # bytes
+
+    def run(self) -> float:
+        """Seconds of a step."""
+        began = time.perf_counter()
+        self._state, metrics = self._step(self._state, self._batch)
+        self._wait((self._state, metrics))
+        return time.perf_counter() - began
+
+
+def rows(config: RunConfig) -> dict[str, Any]:
+    """A batch of words drawn at random, each row one document."""
     import numpy as np
 
-    from meshwright.parallel.mesh import make_mesh
-    from meshwright.train.feed import to_devices
-    from meshwright.train.program import build
-
-    mesh = make_mesh(config.mesh)
-    program = build(config, mesh)
-    step = program.compiled_step()
     shape = (config.data.global_batch, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape, dtype=np.int32)
     own = np.repeat(np.arange(max(len(config.adapters), 1), dtype=np.int32), list(rows_of(config).values()) or shape[0])
-    batch = to_devices(
-        {
-            "tokens": tokens,
-            "targets": np.roll(tokens, -1, axis=1),
-            "loss_weights": np.ones(shape, np.float32),
-            "segment_ids": np.ones(shape, np.int32),
-            "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-            ADAPTER_FIELD: np.broadcast_to(own[:, None], shape),
-        },
-        config,
-        mesh,
-    )
-    holder = [program.initialized()]
-
-    def run() -> float:
-        began = time.perf_counter()
-        holder[0], metrics = step(holder[0], batch)
-        jax.block_until_ready((holder[0], metrics))
-        return time.perf_counter() - began
-
-    return run
+    return {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "loss_weights": np.ones(shape, np.float32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        ADAPTER_FIELD: np.broadcast_to(own[:, None], shape),
+    }
 
 
 def theirs(config: RunConfig) -> Callable[[], float]:
@@ -129,7 +133,7 @@ def measure(config: RunConfig, *, rounds: int, peer: bool) -> dict[str, Any]:
     from meshwright.models.flops import flops_per_token
     from meshwright.train.meter import matmul_flops
 
-    runs = {"ours": ours(config)} | ({"theirs": theirs(config)} if peer else {})
+    runs = {"ours": Ours(config).run} | ({"theirs": theirs(config)} if peer else {})
     dtype = config.precision.compute
     size = 2048 if config.mesh.platform == "cpu" else 8192
     for run in runs.values():  # compilation and warm-up
