@@ -8,7 +8,7 @@ import pytest
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.islands import IslandsConfig
-from meshwright.parallel.lowcomm.office import Office, Settings
+from meshwright.parallel.lowcomm.office import Office, Peer, Settings
 from meshwright.train.launch import quorum
 from meshwright.train.launch.group import Group
 from meshwright.train.launch.islands import meeting_place
@@ -198,6 +198,21 @@ def test_a_state_is_given_to_whoever_asks(opened):
     asked.start()
     asked.join()
     assert got == [b"state"]
+
+
+def test_one_that_got_no_state_and_begins_with_the_others_is_awaited_like_them(opened):
+    gone = opened.member(2, count=2)
+    islands = [opened.member(number, count=2) for number in (0, 1)]
+    assert islands[0].state([Peer(gone.name, gone.ticket, "127.0.0.1:9")]) is None
+    gone.leave()
+    assert all(first for first, _ in at_once(lambda one: one.enter(step=100, version="x"), islands))
+    early = threading.Thread(target=lambda: mets.extend(average(islands[1:], letters(islands), update=103)))
+    mets = []
+    early.start()
+    time.sleep(0.5)
+    mets += average(islands[:1], letters(islands), update=103)
+    early.join()
+    assert [sorted(met.payloads) for met in mets] == 2 * [["island-0", "island-1"]]
 
 
 def test_a_number_that_is_given_twice_ends_the_first_job(opened):

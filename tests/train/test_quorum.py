@@ -58,6 +58,7 @@ COUNTS = {
     "a sender that died after sending counts": (votes(a="abc", b="abc"), {"there": "ab"}, "abc"),
     "somebody alive has not voted": (votes(a="abc"), {}, None),
     "and is not waited for longer": (votes(a="abc"), {"now": 99.0}, "abc"),
+    "nor one that has died and come back": (votes(a="abc", b="abc"), {"lives": {"c": {"ticket": 2}}}, "abc"),
     "skipped by policy": (votes(a="abc", b="abc", c="ac"), {"policy": "skip"}, ""),
     "too few": (votes(a="a", b="b", c="c"), {}, ""),
 }
@@ -66,8 +67,10 @@ COUNTS = {
 @pytest.mark.parametrize("case", COUNTS)
 def test_what_counts_is_what_every_voter_has(case):
     question, rules, wanted = COUNTS[case]
-    there = alive(*rules.pop("there", "abc"))
-    found = counted(question, "abc", there, **{"policy": "average", "minimum": 1, "patience": 9.0, "now": 1.0} | rules)
+    members, there = dict.fromkeys("abc", 1), alive(*rules.pop("there", "abc"), **rules.pop("lives", {}))
+    found = counted(
+        question, members, there, **{"policy": "average", "minimum": 1, "patience": 9.0, "now": 1.0} | rules
+    )
     assert (found and "".join(found["count"])) == wanted
     if wanted == "ac":
         assert found["lost"] == {"b": "cut"}

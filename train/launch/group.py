@@ -99,6 +99,7 @@ class Group:
 
         Raises MeshwrightError where the rendezvous does not answer.
         """
+        self.tell(step=step)  # who begins is awaited at the first meeting, which may be a moment away
         found = self._ask(
             "enter", patience=self._islands.gather + 10, run=self._info["run"], step=step, version=version,
             count=self._islands.count, gather=self._islands.gather,
@@ -128,6 +129,7 @@ class Group:
             found = self._collect(key, [peer])[peer.name]
             if not isinstance(found, Failed):
                 return found
+        self.tell(catching_up=False)  # it goes on with what it has
         return None
 
     def unfinished(self) -> bool:
@@ -191,8 +193,9 @@ class Group:
         """Whose payloads count, and why the others' do not; `have` None: this island has no vote."""
         rules = self._islands
         told = self._ask(
-            "voted", patience=rules.deadline, key=key, update=update, members=list(members), have=have, lost=lost,
-            policy=rules.on_failure, minimum=rules.minimum,
+            "voted", patience=rules.deadline, key=key, update=update, have=have, lost=lost,
+            members={name: peer.ticket for name, peer in members.items()}, policy=rules.on_failure,
+            minimum=rules.minimum,
         )  # fmt: skip
         return told["count"], told["lost"]
 

@@ -17,7 +17,7 @@ The decisions are pure functions of what was asked and who is alive; `Arbiter` h
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -102,18 +102,24 @@ def newest(here: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def counted(
-    question: Question, members: Iterable[str], alive: Mapping[str, Alive], *, policy: str, minimum: int,
+    question: Question, members: Mapping[str, int], alive: Mapping[str, Alive], *, policy: str, minimum: int,
     patience: float, now: float,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Whose payloads count: those that every voter has; [] where that are too few. None: not yet."""
-    members = sorted(members)
-    waiting = [name for name in members if name in alive and name not in question.asked]
+    """Whose payloads count: those that every voter has; [] where that are too few. None: not yet.
+
+    `members` are name -> ticket: who has come back in another life will not vote on what the one before began.
+    """
+    waiting = [
+        name
+        for name, ticket in members.items()
+        if name not in question.asked and same_life(name, {"ticket": ticket}, alive)
+    ]
     if waiting and now - question.since < patience:
         return None
     held = [set(said["have"]) for said in question.asked.values()]
     common = sorted(set.intersection(*held)) if held else []
     reasons = {name: why for said in question.asked.values() for name, why in said["lost"].items()}
-    lost = {name: reasons.get(name, "it did not vote") for name in members if name not in common}
+    lost = {name: reasons.get(name, "it did not vote") for name in sorted(members) if name not in common}
     enough = len(common) >= minimum and (policy == "average" or not lost)
     return {"count": common if enough else [], "lost": lost}
 
