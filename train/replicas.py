@@ -25,8 +25,8 @@ from ..configs.model import ModelConfig
 from ..configs.run import RunConfig
 from ..parallel import layout
 from ..parallel.lowcomm import registry
-from ..parallel.lowcomm.exchange import AXIS, exchange
-from ..parallel.lowcomm.optimizer import Meeting, OuterOptimizer
+from ..parallel.lowcomm.exchange import AXIS, Wires, exchange
+from ..parallel.lowcomm.optimizer import Exchange, Meeting, OuterOptimizer
 from ..parallel.lowcomm.pairs import chosen
 from ..parallel.rules import optimizer_shardings
 from ..parallel.state import TrainState
@@ -178,7 +178,7 @@ def replicas_of(
     if count == 1:
         return None
 
-    def travel(wire: str):
+    def travel(wire: Wires) -> Exchange:
         return exchange(wire, replicas=count, mesh=mesh)
 
     outer = registry.build(config.outer, model=config.model, travel=travel, replicas=count, order=order)

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .exchange import Wires
 from .optimizer import Exchange, OuterOptimizer, Params
 from .wire import WIRES, Coded
 
-Travel = Callable[[str], Exchange]
+Travel = Callable[[Wires], Exchange]
 
 
 class Letter(NamedTuple):
@@ -51,13 +52,14 @@ def apart(build: Callable[[Travel], OuterOptimizer], name: str) -> Halves:
     def written(params: Params, outer: Any) -> list[tuple[str, Params]]:
         found: list[tuple[str, Params]] = []
 
-        def travel(wire: str) -> Exchange:
-            def note(tree: Params) -> Params:
-                alone = jax.tree.map(lambda leaf: leaf[0].astype(jnp.float32), tree)
-                found.append((wire, alone))
-                return alone
+        def note(wire: str, tree: Params) -> Params:
+            alone = jax.tree.map(lambda leaf: leaf[0].astype(jnp.float32), tree)
+            found.append((wire, alone))
+            return alone
 
-            return Exchange(note, lambda tree, row: several(note(tree)))
+        def travel(wire: Wires) -> Exchange:
+            noted = lambda tree: jax.tree.map(note, wire, tree)
+            return Exchange(noted, lambda tree, row: several(noted(tree)))
 
         run(travel, params, outer)
         return found
@@ -67,9 +69,12 @@ def apart(build: Callable[[Travel], OuterOptimizer], name: str) -> Halves:
 
     def incoming(params: Params, outer: Any, arrived: Sequence[Params]) -> tuple[Params, Any]:
         waiting = iter(arrived)
-        return run(
-            lambda wire: Exchange(lambda tree: next(waiting), lambda tree, row: several(next(waiting))), params, outer
-        )
+
+        def travel(wire: Wires) -> Exchange:
+            came = lambda: jax.tree.map(lambda _: next(waiting), wire)
+            return Exchange(lambda tree: came(), lambda tree, row: several(came()))
+
+        return run(travel, params, outer)
 
     def letters(params: Params, outer: Any) -> list[Letter]:
         wires: list[str] = []

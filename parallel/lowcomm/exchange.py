@@ -15,14 +15,17 @@ from jax.sharding import Mesh, PartitionSpec
 
 from .optimizer import Exchange, Params
 from .pairs import matchings
-from .wire import WIRES, Wire
+from .wire import WIRES, Coded
 
 AXIS = "replica"
+Wires = str | tuple[str, ...]
 
 
-def exchange(wire: str, *, replicas: int, mesh: Mesh | None = None) -> Exchange:
-    """Between the `replicas` rows of every array; over `mesh` where its `replica` axis cuts them."""
-    chosen = WIRES[wire]
+def exchange(wire: Wires, *, replicas: int, mesh: Mesh | None = None) -> Exchange:
+    """Between the `replicas` rows of every array; over `mesh` where its `replica` axis cuts them.
+
+    `wire` is one format, or a tuple of them for a tuple of trees, all of which travel together.
+    """
     across = mesh is not None and mesh.shape[AXIS] > 1
     gather = functools.partial(gathered, mesh=mesh) if across else lambda tree: tree
     trade = functools.partial(traded, mesh=mesh) if across else picked
@@ -30,20 +33,25 @@ def exchange(wire: str, *, replicas: int, mesh: Mesh | None = None) -> Exchange:
     def mean(tree: Params) -> Params:
         if wire == "float32":
             return jax.tree.map(lambda leaf: leaf.astype(jnp.float32).mean(axis=0), tree)
-        return jax.tree.map(lambda leaf: travelled(chosen, leaf, gather).mean(axis=0), tree)
+        return jax.tree.map(lambda leaf: leaf.mean(axis=0), travelled(wire, tree, gather))
 
     def swap(tree: Params, row: jax.Array) -> Params:
-        table = matchings(replicas)
-        return jax.tree.map(lambda leaf: travelled(chosen, leaf, lambda coded: trade(coded, table, row)), tree)
+        return travelled(wire, tree, lambda coded: trade(coded, matchings(replicas), row))
 
     return Exchange(mean, swap)
 
 
-def travelled(wire: Wire, leaf: jax.Array, move: Callable) -> jax.Array:
-    """What arrives of `leaf` [replica, ...] when its codes are moved, float32. Scalars travel as arrays of one."""
-    if leaf.ndim == 1:
-        return travelled(wire, leaf[:, None], move)[:, 0]
-    return wire.decode(move(wire.encode(leaf)), leaf.shape[-1])
+def travelled(wire: Wires, tree: Params, move: Callable[[Params], Params]) -> Params:
+    """What arrives of arrays [replica, ...] when their codes are moved, float32. Scalars travel as arrays of one."""
+    wires = jax.tree.broadcast(wire, tree)
+
+    def encoded(name: str, leaf: jax.Array) -> Coded:
+        return WIRES[name].encode(leaf if leaf.ndim > 1 else leaf[:, None])
+
+    def decoded(name: str, leaf: jax.Array, coded: Coded) -> jax.Array:
+        return WIRES[name].decode(coded, leaf.shape[-1] if leaf.ndim > 1 else 1).reshape(leaf.shape)
+
+    return jax.tree.map(decoded, wires, tree, move(jax.tree.map(encoded, wires, tree)))
 
 
 def gathered(tree: Params, *, mesh: Mesh) -> Params:
@@ -59,7 +67,12 @@ def gathered(tree: Params, *, mesh: Mesh) -> Params:
 
 
 def traded(tree: Params, table, row: jax.Array, *, mesh: Mesh) -> Params:
-    """Each replica's partner's rows, by row `row` of `table` [rows, replica]; one permutation, chosen at run time."""
+    """Each replica's partner's rows, by row `row` of `table` [rows, replica]; one permutation, chosen at run time.
+
+    There may be one of these in a program, and no other message that does not wait for it. XLA:CPU (jaxlib 0.10.2)
+    runs messages in one order on all devices, but a program that comes from the compilation cache has lost the order
+    between what is inside a conditional and what is outside of it: devices then met in different arrays' messages.
+    """
 
     def along(partners) -> Callable[[Params], Params]:
         pattern = [(int(there), here) for here, there in enumerate(partners)]

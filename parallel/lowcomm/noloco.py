@@ -22,16 +22,19 @@ from .optimizer import Exchange, Meeting, OuterOptimizer, OuterState, Params, fl
 
 
 def noloco(
-    drifts: Exchange, anchors: Exchange, *, every: int, learning_rate: float, momentum: float, consensus: float
+    exchange: Exchange, *, every: int, learning_rate: float, momentum: float, consensus: float
 ) -> OuterOptimizer:
-    """Meet in pairs after every `every` updates. Drifts may travel in a narrow format, anchors better not."""
+    """Meet in pairs after every `every` updates. `exchange` is of (drifts, anchors), in a format each.
+
+    Drifts may travel in a narrow format, anchors better not.
+    """
 
     def init(params: Params) -> OuterState:
         return OuterState(float32(params), jax.tree.map(jnp.zeros_like, float32(params)))
 
     def meet(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
         way = jax.tree.map(lambda new, old: new.astype(old.dtype) - old, params, state.anchor)
-        way_there, anchor_there = drifts.swap(way, row), anchors.swap(state.anchor, row)
+        way_there, anchor_there = exchange.swap((way, state.anchor), row)
 
         def velocity(old: jax.Array, way: jax.Array, way_there: jax.Array, anchor: jax.Array, there: jax.Array):
             together = momentum * old + learning_rate * (way + way_there) / 2

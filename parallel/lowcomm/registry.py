@@ -7,6 +7,7 @@ from ...configs.outer import OuterConfig
 from ..layout import Order
 from .diloco import diloco
 from .eager import eager
+from .exchange import Wires
 from .fragments import fragments
 from .local_sgd import local_sgd
 from .noloco import noloco
@@ -15,7 +16,7 @@ from .peer_average import peer_average
 from .pieces import cut
 from .streaming import streaming
 
-Travel = Callable[[str], Exchange]  # wire format -> how it travels here
+Travel = Callable[[Wires], Exchange]  # wire format, or one for each of a tuple of trees -> how they travel here
 
 
 def _diloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: Order) -> OuterOptimizer:
@@ -36,8 +37,7 @@ def _streaming(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas:
 
 def _noloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: Order) -> OuterOptimizer:
     return noloco(
-        travel(outer.wire),
-        travel("float32"),
+        travel((outer.wire, "float32")),
         every=outer.every,
         learning_rate=outer.learning_rate,
         momentum=outer.momentum,

@@ -1,6 +1,10 @@
 """Replicas on the mesh: no message between them but at meetings, the same run on every mesh, and what it is called."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +120,41 @@ def test_meetings_on_a_mesh_are_those_on_one_device(outer):
     paired = outer in ("noloco", "peer-average")
     wire = OUTERS[outer].get("wire", "float32")
     assert kinds == {"collective-permute" if paired else "all-reduce" if wire == "float32" else "all-gather"}
+
+
+MET = """
+import sys
+import jax
+import numpy as np
+from test_replicas import met
+
+loaded = []
+jax.monitoring.register_event_listener(lambda event, **_: loaded.append("cache_hit" in event))
+np.savez(sys.argv[1], *map(np.asarray, met(sys.argv[2])), loaded=any(loaded))
+"""
+
+
+def test_meetings_from_the_compilation_cache_are_those_that_were_compiled(tmp_path):
+    """In processes of their own: messages in another order on every device, as XLA:CPU had them, end the process."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    place = os.environ | cache | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    for name in ("compiled", "loaded"):
+        subprocess.run([sys.executable, "-c", MET, tmp_path / f"{name}.npz", "noloco"], env=place, check=True)
+    compiled, loaded = (np.load(tmp_path / f"{name}.npz") for name in ("compiled", "loaded"))
+    assert not compiled["loaded"] and loaded["loaded"]
+    for name in set(compiled.files) - {"loaded"}:
+        np.testing.assert_array_equal(compiled[name], loaded[name])
+
+
+def met(outer):
+    """What twenty meetings of four replicas make of a random state."""
+    program = program_of(outer, replica=4)
+    random = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(leaf.dtype), program.shapes)
+    state, meet = jax.device_put(drawn, program.shardings, may_alias=False), program.compiled_meetings()
+    for update in range(2, 42, 2):
+        state = meet(state, update)
+    return jax.tree.leaves((state.params, state.outer))
 
 
 def programs(program):

@@ -150,10 +150,10 @@ def test_noloco_variance_settles_below_the_largest_consensus_and_grows_above_it(
 
     A is the optimizer's own linear map of (anchors, velocities) at one meeting without drifts, around their mean.
     """
-    travel = exchange("float32", replicas=replicas)
+    travel = exchange(("float32", "float32"), replicas=replicas)
 
     def radius(consensus):
-        rule = noloco(travel, travel, every=1, learning_rate=0.7, momentum=momentum, consensus=consensus)
+        rule = noloco(travel, every=1, learning_rate=0.7, momentum=momentum, consensus=consensus)
 
         @jax.jit
         def meet(anchor, velocity, row):
