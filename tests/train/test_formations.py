@@ -1,11 +1,14 @@
 """Which meshes a run can go on with, what they make of its configuration, and what is refused."""
 
+import itertools
+
 import pytest
 
 from equivalence import assert_same, tiny
 from meshwright.configs.errors import UserError
 from meshwright.train.launch.drain import drain, drained
 from meshwright.train.launch.formations import Formation, formations, team
+from meshwright.train.launch.regroup import Regroup
 
 TREE = {"mesh": {"data": 4, "platform": "cpu"}, "microbatches": 2, "data": {"global_batch": 16}}
 
@@ -126,3 +129,13 @@ def test_drained_slots_are_written_down_until_they_are_put_back(tmp_path):
     (tmp_path / "config.yaml").touch()
     drain(tmp_path, [1, 3])
     assert drain(tmp_path, [2]) == {1, 2, 3} and drain(tmp_path, [1, 2], undo=True) == drained(tmp_path) == {3}
+
+
+def test_a_host_that_comes_while_a_team_is_formed_is_seen_by_all_of_the_decision_or_none():
+    """Else the wait is over, since all are there, and the team is the one without it: none."""
+    turns = itertools.count()
+    regroup = Regroup(
+        (HALF,), lambda: {0, 1} if next(turns) else {0}, drained=set, struck=set, replace=9.0, settle=9.0, patience=9.0
+    )
+    found = regroup.form(enough=lambda: False, clock=lambda: 0.0, sleep=lambda seconds: None)
+    assert found is not None and found.slots == (0, 1)

@@ -29,8 +29,7 @@ class Regroup:
 
     def found(self) -> Team | None:
         """The best team of this moment."""
-        usable = set(self.slots()) - set(self.drained())
-        return team(self.candidates, usable, struck=self.struck())
+        return team(self.candidates, set(self.slots()) - set(self.drained()), struck=self.struck())
 
     def rank(self, found: Team | None) -> int:
         """How far down the list a team is; none at all comes last."""
@@ -46,12 +45,13 @@ class Regroup:
         """
         began, wanted = clock(), self.rank(self.present) if self.present else 0
         while True:
-            found, out = self.found(), set(self.drained())
-            everywhere = set(range(self.candidates[0].processes)) | set(self.slots())
+            here, out = set(self.slots()), set(self.drained())  # asked once: what is decided is of one moment
+            found = team(self.candidates, here - out, struck=self.struck())
+            everywhere = set(range(self.candidates[0].processes)) | here
             possible = team(self.candidates, everywhere - out)  # drained slots do not come
             enough_for_now = wanted if possible is None else max(wanted, self.rank(possible))
-            replaced = team(self.candidates, set(self.slots()) - out)
-            patience = self.replace if found or team(self.candidates, self.slots()) else self.patience
+            replaced = team(self.candidates, here - out)
+            patience = self.replace if found or team(self.candidates, here) else self.patience
             if self.rank(replaced) <= enough_for_now or clock() - began >= patience or enough():
                 self.better = None
                 return found
