@@ -25,15 +25,16 @@ from typing import Any
 
 from meshwright.benchmarks.step import Ours, configuration
 from meshwright.configs.adapter import METHOD_KEYS
-from meshwright.configs.load import merged
+from meshwright.configs.load import find, merged, read
 from meshwright.configs.run import RunConfig
 
+QUICKSTART = read(find("quickstart"))
 # What `configuration` is told on top of its 34M parameters.
 SIZES: dict[str, dict[str, Any]] = {
     "34m": {},
     "quickstart": {
-        "model": {"vocab": 2048, "layers": 4, "embed": 192, "heads": 6, "kv_heads": 2, "mlp": 512},
-        "data": {"sequence_length": 256, "global_batch": 16},
+        "model": QUICKSTART["model"],
+        "data": {key: QUICKSTART["data"][key] for key in ("sequence_length", "global_batch")},
     },
     "small": {
         "model": {"vocab": 1024, "layers": 4, "embed": 128, "heads": 4, "mlp": 384},
