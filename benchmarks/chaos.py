@@ -24,13 +24,13 @@ from pathlib import Path
 import psutil
 
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
-from meshwright.configs.load import load
-from meshwright.train.audit import Verdict, audit
+from meshwright.configs.loader import load
+from meshwright.train.core.event_log import read_events
+from meshwright.train.core.process_env import NUMBER, SLOT
 from meshwright.train.launch.drain import drain, drained
-from meshwright.train.launch.world import NUMBER, SLOT
 from meshwright.train.report.goodput import accounted
-from meshwright.train.report.journal import read_events
-from meshwright.train.report.record import read_record
+from meshwright.train.report.run_audit import Verdict, audit
+from meshwright.train.report.run_record import read_record
 
 ENDLESS = 10**9  # steps; the schedule is constant, so how long a run is changes nothing of its steps
 HASTE = 0.2  # of the faults do not wait for the run to come back from the one before
@@ -189,7 +189,7 @@ def coordinators(launcher: subprocess.Popen) -> list[psutil.Process]:
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process(launcher.pid).children():
             with suppress(psutil.Error, OSError):
-                if "meshwright.train.launch.coordinator" in child.cmdline():
+                if "meshwright.train.launch.coordination_service" in child.cmdline():
                     hosts.append(child)
     return hosts
 

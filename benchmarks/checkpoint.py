@@ -20,31 +20,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .every_step import slowdowns
+from .every_step import slowdowns, state_of
 
-LEAF = 16  # megabytes of an array
 Save = Callable[[Path], tuple[float, float]]  # directory -> (stall, whole)
-
-
-def state_of(megabytes: int, *, seed: int = 0) -> Any:
-    """A state of random arrays on the first device."""
-    import jax
-    import numpy as np
-
-    from meshwright.parallel.state import TrainState
-
-    draw = np.random.default_rng(seed)
-    params = {f"a{n}": draw.random((1024, 4096), np.float32) for n in range(max(megabytes // LEAF, 1))}
-    return jax.device_put(TrainState(np.int32(0), params, {}, (), (), np.zeros(2, np.uint32)), jax.devices()[0])
 
 
 def saves(state: Any, megabytes: int) -> dict[str, Save]:
     """Name -> a save of `state`, timed."""
     from orbax.checkpoint import v1 as ocp
 
-    from meshwright.checkpoint.copies import independent
-    from meshwright.checkpoint.layouts import Layout
-    from meshwright.checkpoint.memory import Memory
+    from meshwright.checkpoint.async_copy import independent
+    from meshwright.checkpoint.layout_conversion import Layout
+    from meshwright.checkpoint.memory_store import Memory
     from meshwright.checkpoint.storage import Storage, tree
 
     plain = Layout("plain", lambda path, shape: [(path, ())])

@@ -22,6 +22,21 @@ HOSTS = 2
 SIDES = {"all cores busy": 1024, "one core busy": 32}  # rows of a matrix, by what multiplying it does
 
 
+LEAF = 16  # megabytes of an array
+
+
+def state_of(megabytes: int, *, seed: int = 0) -> Any:
+    """A state of random arrays on the first device."""
+    import jax
+    import numpy as np
+
+    from meshwright.parallel.state import TrainState
+
+    draw = np.random.default_rng(seed)
+    params = {f"a{n}": draw.random((1024, 4096), np.float32) for n in range(max(megabytes // LEAF, 1))}
+    return jax.device_put(TrainState(np.int32(0), params, {}, (), (), np.zeros(2, np.uint32)), jax.devices()[0])
+
+
 def slowdowns(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
     """What snapshots of a state of `megabytes` cost steps of `seconds`, by how many cores a step keeps busy."""
     return {name: slowdown(megabytes, side, seconds=seconds, turns=turns) for name, side in SIDES.items()}
@@ -31,17 +46,16 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
     """Medians over steps with and without snapshots; the slowdown is that of neighbouring blocks of steps."""
     import jax
 
-    from meshwright.benchmarks.checkpoint import state_of
-    from meshwright.checkpoint.copies import independent
-    from meshwright.checkpoint.mailbox import directory_of
-    from meshwright.checkpoint.memory import Memory
-    from meshwright.configs.training import CheckpointConfig
-    from meshwright.train.launch.keepers import Keepers
-    from meshwright.train.launch.protection import planned
-    from meshwright.train.launch.rendezvous import Server
-    from meshwright.train.launch.tending import Here
-    from meshwright.train.report.journal import Journal
-    from meshwright.train.snapshots import Snapshots
+    from meshwright.checkpoint.async_copy import independent
+    from meshwright.checkpoint.memory_store import Memory
+    from meshwright.checkpoint.redundancy.agent_files import directory_of
+    from meshwright.checkpoint.redundancy.parity_plan import planned
+    from meshwright.configs.sections.training import CheckpointConfig
+    from meshwright.train.core.event_log import Journal
+    from meshwright.train.core.rendezvous import Server
+    from meshwright.train.launch.snapshot_agent_process import Here
+    from meshwright.train.launch.snapshot_agents import Keepers
+    from meshwright.train.snapshot_writer import Snapshots
 
     config = CheckpointConfig(memory_every=1, parity="xor")
     plan = planned(config, hosts=HOSTS, processes=HOSTS)

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.benchmarks.step import Ours, configuration
-from meshwright.configs.adapter import METHOD_KEYS
-from meshwright.configs.load import find, merged, read
+from meshwright.configs.loader import find, merged, read
 from meshwright.configs.run import RunConfig
+from meshwright.configs.sections.adapter import METHOD_KEYS
 
 QUICKSTART = read(find("quickstart"))
 # What `configuration` is told on top of its 34M parameters.

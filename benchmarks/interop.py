@@ -20,7 +20,7 @@ from ..configs.errors import MeshwrightError
 from ..models.context import Context, unconstrained
 from ..parallel import vocabulary
 from ..parallel.state import combine
-from ..train.use import opened, read
+from ..train.infer.inference_session import opened, read
 
 ROWS, TOKENS = 4, 96
 CLOSE = 1e-4  # of the largest logit; both sides round in float32

@@ -21,10 +21,10 @@ import psutil
 
 from meshwright.benchmarks.chaos import PATIENCE, Job, check, closing_table, end_of
 from meshwright.configs.errors import MeshwrightError
-from meshwright.train.audit import audit
+from meshwright.train.core.event_log import read_events
+from meshwright.train.core.process_env import NUMBER
 from meshwright.train.launch.job import needed
-from meshwright.train.launch.world import NUMBER
-from meshwright.train.report.journal import read_events
+from meshwright.train.report.run_audit import audit
 
 
 def main(arguments: Sequence[str]) -> None:

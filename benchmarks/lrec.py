@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meshwright.configs.load import find, merged, nested, parse, validated
-from meshwright.configs.load import read as read_tree
+from meshwright.configs.loader import find, merged, nested, parse, validated
+from meshwright.configs.loader import read as read_tree
 
 REPAIR: dict[str, Any] = {
     "name": "lrec",
@@ -36,8 +36,8 @@ def held_out_loss(tree: dict[str, Any]) -> float:
     """Of the run that `tree` describes, before its first step."""
     from meshwright.parallel.mesh import make_mesh
     from meshwright.train.data import assemble
-    from meshwright.train.evaluation import evaluate
-    from meshwright.train.program import build
+    from meshwright.train.engine.program import build
+    from meshwright.train.infer.evaluation import evaluate
 
     config = validated(tree)
     program = build(config, make_mesh(config.mesh))
@@ -49,9 +49,9 @@ def held_out_loss(tree: dict[str, Any]) -> float:
 def measure(tree: dict[str, Any]) -> dict[str, float]:
     """The three losses, what was recovered, and what the adapter weighs beside the base."""
     from meshwright.parallel.mesh import make_mesh, prepare_devices
-    from meshwright.train.launch.world import World
-    from meshwright.train.plan import storage_plan
-    from meshwright.train.program import build
+    from meshwright.train.core.process_env import World
+    from meshwright.train.engine.program import build
+    from meshwright.train.plan.compile_plan import storage_plan
     from meshwright.train.run import train
 
     config = validated(tree)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from meshwright.configs.load import merged, validated
+from meshwright.configs.loader import merged, validated
 from meshwright.configs.run import RunConfig
 
 MODEL = {"vocab": 2048, "layers": 8, "embed": 256, "heads": 8, "mlp": 768}
@@ -58,8 +58,8 @@ class Case:
         import numpy as np
 
         from meshwright.parallel.mesh import make_mesh
-        from meshwright.train.feed import to_devices
-        from meshwright.train.program import build
+        from meshwright.train.engine.host_data import to_devices
+        from meshwright.train.engine.program import build
 
         mesh = make_mesh(config.mesh)
         self.program = build(config, mesh)
@@ -138,9 +138,9 @@ def order(rounds: int) -> dict[str, Any]:
 
 def compared(told: dict[str, Any]) -> dict[str, Any]:
     """Measured and simulated seconds by schedule, from what `pipeline_order` tells, and which pairs agree."""
-    from meshwright.parallel.pipeline.costs import Costs
-    from meshwright.parallel.pipeline.simulate import simulate
-    from meshwright.train.staging import staging
+    from meshwright.parallel.pipeline.tables.costs import Costs
+    from meshwright.parallel.pipeline.tables.simulator import simulate
+    from meshwright.train.engine.pipeline.pipeline_plan import staging
 
     prices = common(told["costs"])
     rows = {}
@@ -174,7 +174,7 @@ def memory(rounds: int) -> dict[str, Any]:
     Predicted: the simulator's pools, of the bytes that a traced block saves, and all else as GPipe has it.
     """
     del rounds
-    from meshwright.parallel.pipeline.simulate import pool_bytes, stash_bytes
+    from meshwright.parallel.pipeline.tables.simulator import pool_bytes, stash_bytes
 
     def case(name: str, count: int, **pipeline: Any) -> Case:
         long = {"sequence_length": 1024, "global_batch": count}
@@ -200,8 +200,9 @@ def saved_bytes(case: Case) -> dict[str, float]:
     """Bytes that a stage saves of a microbatch, by pool, where only `pipe` cuts the run."""
     import jax
 
-    from meshwright.parallel.pipeline.engine import traced_block
-    from meshwright.train import engines, pipeline
+    from meshwright.parallel.pipeline.executor.table_executor import traced_block
+    from meshwright.train.engine import forward_backward
+    from meshwright.train.engine.pipeline import stages as pipeline
 
     program, config = case.program, case.program.config
     rows = config.data.global_batch // config.microbatches
@@ -210,7 +211,7 @@ def saved_bytes(case: Case) -> dict[str, float]:
         for name, leaf in program.batch_shapes.items()
     }
     with jax.set_mesh(program.mesh):
-        parts = engines.parts(config, program.mesh, program.graph)
+        parts = forward_backward.parts(config, program.mesh, program.graph)
         block, _ = traced_block(parts, *map(pipeline.cut, (program.shapes.params, program.shapes.frozen)), fields, None)
     each = {
         name: sum(leaf.size * leaf.dtype.itemsize for leaf in shapes) for name, shapes in block.shapes._asdict().items()

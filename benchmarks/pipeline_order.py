@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, 2, int(number))
-    from meshwright.train.op_times import op_times
+    from meshwright.train.engine.op_profiler import op_times
 
     cases = {name: Case(configuration({"pipe": 2}, pipeline=of)) for name, of in SCHEDULES.items()}
     seconds = paired(cases, rounds=int(rounds))

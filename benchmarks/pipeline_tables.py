@@ -20,12 +20,12 @@ import numpy as np
 from scipy.optimize import brentq
 
 from ..configs.errors import UserError
-from ..parallel.pipeline.costs import Costs
-from ..parallel.pipeline.fused import fused
-from ..parallel.pipeline.layers import even, redistributed
-from ..parallel.pipeline.schedules.registry import make
-from ..parallel.pipeline.simulate import Timeline, simulate
-from ..parallel.pipeline.table import Table
+from ..parallel.pipeline.tables.costs import Costs
+from ..parallel.pipeline.tables.fused_backward import fused
+from ..parallel.pipeline.tables.layer_balance import even, redistributed
+from ..parallel.pipeline.tables.schedules.registry import make
+from ..parallel.pipeline.tables.simulator import Timeline, simulate
+from ..parallel.pipeline.tables.table import Table
 from .published import BUBBLES, BUBBLES_AT, MICROBATCHES, VOCABULARIES, VOCABULARY, Setup
 
 PARAMETER_BYTES = 16  # bfloat16 with its gradient, float32 master copy and two moments

@@ -24,11 +24,11 @@ from typing import Any
 
 import psutil
 
-from meshwright.checkpoint.mailbox import directory_of
-from meshwright.train.launch.world import NUMBER
-from meshwright.train.report.journal import read_events
+from meshwright.checkpoint.redundancy.agent_files import directory_of
+from meshwright.train.core.event_log import read_events
+from meshwright.train.core.process_env import NUMBER
 
-KEEPER = "meshwright.train.launch.keeper"
+KEEPER = "meshwright.train.launch.snapshot_agent_main"
 EVERY = 20  # steps between checkpoints
 LEVELS = {
     "storage": "memory_every: 0",

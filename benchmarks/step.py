@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from meshwright.configs.adapters import rows_of
-from meshwright.configs.load import merged, validated
+from meshwright.configs.adapter_runs import rows_of
+from meshwright.configs.loader import merged, validated
 from meshwright.configs.names import ADAPTER_FIELD
 from meshwright.configs.run import RunConfig
 
@@ -53,9 +53,9 @@ class Ours:
         import jax
 
         from meshwright.parallel.mesh import make_mesh
-        from meshwright.train.feed import to_devices
-        from meshwright.train.plan import memory
-        from meshwright.train.program import build
+        from meshwright.train.engine.host_data import to_devices
+        from meshwright.train.engine.program import build
+        from meshwright.train.plan.compile_plan import memory
 
         program = build(config, make_mesh(config.mesh))
         self._step, self._wait = program.compiled_step(), jax.block_until_ready
@@ -131,7 +131,7 @@ def theirs(config: RunConfig) -> Callable[[], float]:
 def measure(config: RunConfig, *, rounds: int, peer: bool) -> dict[str, Any]:
     """Median seconds of `rounds` turns of us, them and a matrix product, and the ratios."""
     from meshwright.models.flops import flops_per_token
-    from meshwright.train.meter import matmul_flops
+    from meshwright.train.metrics.throughput import matmul_flops
 
     runs = {"ours": Ours(config).run} | ({"theirs": theirs(config)} if peer else {})
     dtype = config.precision.compute
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--no-peer", action="store_true", help="only us and the matrix product")
     parser.add_argument("--set", action="append", default=[], metavar="key.sub=value")
     options = parser.parse_args(arguments)
-    from meshwright.configs.load import nested, parse
+    from meshwright.configs.loader import nested, parse
     from meshwright.parallel.mesh import prepare_devices
 
     overrides: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from .fingerprints import Index, blocks, fingerprints, hashed, logical_shape, prepared
-from .layouts import Layout, whole
+from .layout_conversion import Layout, whole
 from .manifest import DamagedCheckpoint, Logical, Manifest, decoded, encoded
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from .damage import DamagedCheckpoint
+from .errors import DamagedCheckpoint
 from .fingerprints import Index
 
 VERSION = 1

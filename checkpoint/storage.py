@@ -27,14 +27,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from ..configs.errors import MeshwrightError, UserError, first_line
-from ..parallel.rules import path_name
+from ..parallel.sharding import path_name
 from ..parallel.state import TrainState
 from . import manifest as manifests
-from .hanging import WRITER, StorageHangs
+from .checkpoint_directory import Shelf
 from .integrity import described, describing, verify
-from .layouts import Layout, converted
+from .layout_conversion import Layout, converted
 from .manifest import DamagedCheckpoint, Manifest
-from .shelf import Shelf
+from .storage_timeout import WRITER, StorageHangs
 
 PATIENCE = 300.0  # seconds for the other processes to finish hashing
 TIMEOUT = 600.0  # seconds for a save

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError
-from .rotations import read_rope, written_rope
+from .hf_rope import read_rope, written_rope
 
 logger = logging.getLogger(__name__)
 Tree = Mapping[str, Any]

@@ -3,7 +3,7 @@
 # Slow links first: replicas may sit on other continents, tensor-parallel devices share a switch.
 MESH_AXES = ("replica", "pipe", "data", "fsdp", "expert", "seq", "tensor")
 
-# Dimensions of weights; `models/axes.py` gives each weight its names, `parallel/rules.py` maps names to mesh axes.
+# Dimensions of weights: `models/logical_axes.py` names those of each weight, `parallel/sharding.py` maps names to axes.
 LOGICAL_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "expert", "layers")
 
 # Intermediate values a block passes through `checkpoint_name`, in the order it computes them.

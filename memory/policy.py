@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Mapping
 
 import jax
 
-from ..configs.base import Decision
 from ..configs.errors import UserError
-from ..configs.model import ModelConfig
 from ..configs.names import POLICY_TENSORS
-from ..configs.parallel import MemoryConfig
+from ..configs.sections.base import Decision
+from ..configs.sections.model import ModelConfig
+from ..configs.sections.parallel import MemoryConfig
 
 # What a preset does not name is recomputed. `none` keeps everything, named or not; `minimal` what matrix products made.
 PRESETS: dict[str, dict[str, Decision]] = {

@@ -11,10 +11,10 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from ..configs.model import ModelConfig
+from ..configs.sections.model import ModelConfig
 from .attention.interface import Mask
-from .cache import with_earlier
 from .context import Context
+from .kv_cache import with_earlier
 from .layers import LayerNorm, Linear, RMSNorm, dropout
 from .rope import rotate, rotations
 

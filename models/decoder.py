@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..configs.model import ModelConfig
+from ..configs.sections.model import ModelConfig
 from .block import RESIDUAL, Block, norm
-from .cache import Cache, empty
 from .context import Context
+from .kv_cache import Cache, empty
 from .rope import rotations
 
 Params = dict[str, Any]

@@ -7,7 +7,7 @@ N counts the weights of matrix products: the head, also a tied one, but neither 
 so that utilisation falls when memory is bought with time. Source: PaLM, arXiv:2204.02311, appendix B.
 """
 
-from ..configs.model import ModelConfig
+from ..configs.sections.model import ModelConfig
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int, *, frozen: bool = False) -> float:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..configs.model import ModelConfig, RopeConfig
+from ..configs.sections.model import ModelConfig, RopeConfig
 
 
 def frequencies(rope: RopeConfig, *, head_dim: int, local: bool) -> tuple[np.ndarray, float]:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ..models.attention.interface import Mask, Where, attend
 from ..models.attention.registry import choose
 from .sequence.attend import sequence_parallel
-from .sequence.order import ORDER_OF
+from .sequence.token_order import ORDER_OF
 
 
 def sharded_attention(name: str, *, mesh: Mesh, strategy: str) -> Callable[..., jax.Array]:

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..configs.model import ModelConfig
-from .rules import path_name
+from ..configs.sections.model import ModelConfig
+from .sharding import path_name
 
 STACKED = re.compile(r"(?P<before>.*/)?segments/(?P<segment>\d+)/(?P<place>\d+)/block/(?P<rest>.*)")
 Order = Sequence[int] | None

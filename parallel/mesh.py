@@ -8,7 +8,7 @@ import numpy as np
 
 from ..configs.errors import UserError, first_line
 from ..configs.names import MESH_AXES
-from ..configs.parallel import MeshConfig
+from ..configs.sections.parallel import MeshConfig
 
 
 def prepare_devices(mesh: MeshConfig, *, local_devices: int | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .rules import cuts
+from .sharding import cuts
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 

@@ -10,20 +10,21 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from meshwright.configs import adapter, data, load, model, names, outer, parallel, recipe, run, training
+from meshwright.configs import loader, names, run
+from meshwright.configs.aliases import FOREIGN_KEYS
 from meshwright.configs.errors import UserError
-from meshwright.configs.foreign import FOREIGN_KEYS
+from meshwright.configs.sections import adapter, data, model, outer, parallel, recipe, training
 from meshwright.memory.policy import PRESETS
 from meshwright.models.attention.registry import IMPLEMENTATIONS
-from meshwright.parallel.lowcomm.wire import WIRES
-from meshwright.parallel.pipeline.schedules.registry import SCHEDULES
-from meshwright.parallel.rules import ACTIVATIONS, WEIGHTS
+from meshwright.parallel.outer.wire_formats import WIRES
+from meshwright.parallel.pipeline.tables.schedules.registry import SCHEDULES
 from meshwright.parallel.sequence.attend import STRATEGIES
-from meshwright.train import optimizers
-from meshwright.train.cli import app
+from meshwright.parallel.sharding import ACTIVATIONS, WEIGHTS
+from meshwright.train.cli.main import app
+from meshwright.train.core.run_directory import MAY_CHANGE
 from meshwright.train.data.packing import PACKERS
 from meshwright.train.data.sources import SOURCES
-from meshwright.train.directory import MAY_CHANGE
+from meshwright.train.optim import optimizers
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -43,7 +44,7 @@ each_page = pytest.mark.parametrize("page", PAGES)
 def blocks(page, language):
     """The fenced blocks of a page in one language, without their indentation."""
     found = [textwrap.dedent(text) for kind, text in FENCE.findall(PAGES[page]) if kind == language]
-    return [text.replace("path/to/model", str(ROOT / "tests/models/hf/fixtures/llama3")) for text in found]
+    return [text.replace("path/to/model", str(ROOT / "tests/models/families/fixtures/llama3")) for text in found]
 
 
 def words(page):
@@ -100,7 +101,7 @@ def test_every_path_and_test_in_backticks_exists(page):
 
 @each_page
 def test_every_key_in_backticks_is_in_the_schema(page):
-    known = {*load.keys(), *FOREIGN_KEYS.values()}
+    known = {*loader.keys(), *FOREIGN_KEYS.values()}
     for word in words(page):
         if (match := KEY.fullmatch(word)) and match[1].rpartition(".")[2] not in SUFFIXES:
             assert match[1] in known, f"{word}: unknown key"
@@ -111,7 +112,7 @@ def test_every_key_in_backticks_is_in_the_schema(page):
 def value_of(key, text):
     """The value is one the key takes, in a run that has nothing else."""
     try:
-        load.validated(load.nested(key.split("."), yaml.safe_load(text)))
+        loader.validated(loader.nested(key.split("."), yaml.safe_load(text)))
     except UserError as error:
         assert not str(error).startswith(f"{key}:"), str(error)
 
@@ -121,8 +122,8 @@ def test_every_configuration_validates(page):
     for block in blocks(page, "yaml"):
         tree = yaml.safe_load(block)
         assert isinstance(tree, dict) and tree.keys() & {"extends", *run.RunConfig.model_fields}, block
-        base = load.read(load.RECIPES / tree.pop("extends")) if "extends" in tree else {}
-        load.validated(load.merged(base, tree))
+        base = loader.read(loader.RECIPES / tree.pop("extends")) if "extends" in tree else {}
+        loader.validated(loader.merged(base, tree))
 
 
 def commands(page):
@@ -142,13 +143,13 @@ def test_every_command_parses_and_says_what_is_printed(page):
             assert arguments[0] in command.commands, f"{arguments[0]}: no such verb"
             command, *arguments = command.commands[arguments[0]], *arguments[1:]
         parsed = command.make_context(command.name, list(arguments)).params  # refuses unknown options
-        if parsed.get("config") in load.recipes():
+        if parsed.get("config") in loader.recipes():
             if printed.startswith("meshwright: "):
                 with pytest.raises(UserError) as mistake:
-                    load.load(parsed["config"], overrides=parsed["overrides"])
+                    loader.load(parsed["config"], overrides=parsed["overrides"])
                 assert printed == f"meshwright: {mistake.value}"
             else:
-                load.load(parsed["config"], overrides=parsed["overrides"] or ())
+                loader.load(parsed["config"], overrides=parsed["overrides"] or ())
 
 
 @each_page
@@ -161,7 +162,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head(page):
 def test_every_section_has_its_page():
     rows = table("docs/configuration.md", "section")
     assert {name for row in rows for name in row[0]} == {
-        key.partition(".")[0] for key in list(load.keys()) if "." in key
+        key.partition(".")[0] for key in list(loader.keys()) if "." in key
     }
 
 

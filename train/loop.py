@@ -16,25 +16,25 @@ from typing import Any
 import jax
 
 from ..configs.errors import MeshwrightError, Preempted
-from ..parallel.lowcomm.bytes import sent
+from ..parallel.outer.traffic import sent
 from ..parallel.state import TrainState
-from .assessment import Assessment
+from .checkpoint_schedule import Pace
+from .checkpointer import Saving
+from .core.heartbeat import Progress
+from .core.sample_log import Ledger
 from .data.assemble import Data
 from .data.batches import batches
-from .feed import Share, to_devices
-from .islands.meetings import Meetings, Moved
-from .launch.detection import WAIT
-from .launch.progress import Progress
-from .meter import Meter
-from .pacing import Pace
+from .engine.host_data import Share, to_devices
+from .engine.program import Program
+from .engine.replicas import Meet, on_host
+from .engine.step import Step
+from .infer.evaluator import Assessment
+from .islands.sync import Meetings, Moved
+from .launch.straggler_detection import WAIT
+from .metrics.metrics_logger import Telling
+from .metrics.throughput import Meter
+from .preemption import StopRequest
 from .profiling import Profile
-from .program import Program
-from .replicas import Meet, on_host
-from .report.ledger import Ledger
-from .saving import Saving
-from .step import Step
-from .stop import StopRequest
-from .telling import Telling
 
 
 @dataclass

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from ..configs.training import ProfileConfig
+from ..configs.sections.training import ProfileConfig
 
 
 class Profile:

@@ -13,51 +13,53 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from ..checkpoint.memory import memory_of
-from ..checkpoint.shelf import Shelf
+from ..checkpoint.checkpoint_directory import Shelf
+from ..checkpoint.memory_store import memory_of
 from ..checkpoint.storage import Storage
+from ..configs.checks.mesh_fit import check_fits
 from ..configs.errors import Preempted, UserError
-from ..configs.run import RunConfig, check_fits
-from ..configs.training import CheckpointConfig
+from ..configs.run import RunConfig
+from ..configs.sections.training import CheckpointConfig
+from ..memory.offload_check import check_offload, scanned_gradient
 from ..memory.policy import decisions, emitted
-from ..memory.selfcheck import check_offload, scanned_gradient
-from ..models.hf.files import copy_companions
+from ..models.families.safetensors_files import copy_companions
 from ..parallel.mesh import make_mesh
-from . import environment, plan
-from .accounting import budgeted, dealt, spending
-from .agreement import firsts, together
-from .answering import Metric, metric_functions
-from .assessment import Assessment
-from .base import keep
+from ..parallel.multihost import firsts, together
+from .checkpoint_schedule import Pace
+from .checkpointer import Saving
+from .core.event_log import Journal
+from .core.fence import Fence, Fenced
+from .core.heartbeat import Progress
+from .core.process_env import World
+from .core.run_directory import open_directory, write_json
+from .core.run_paths import place
+from .core.sample_log import Ledger
 from .data import assemble
 from .data.assemble import Data
-from .directory import open_directory, write_json
-from .feed import share_of
-from .island import own
-from .islands.joining import joined
-from .launch.fence import Fence, Fenced
-from .launch.progress import Progress
-from .launch.world import World
+from .engine import runtime
+from .engine.host_data import share_of
+from .engine.island_replica import own
+from .engine.op_profiler import time_ops
+from .engine.pipeline.pipeline_plan import check_staging
+from .engine.pipeline.pool_offload_check import pooled_gradient
+from .engine.privacy.accounting import budgeted, dealt, spending
+from .engine.program import Program, build
+from .engine.quantized_base import keep
+from .infer.evaluator import Assessment
+from .infer.generation_eval import Metric, metric_functions
+from .infer.precompute_logprobs import referenced
+from .islands.join import joined
 from .loop import Loop
-from .meter import Meter
-from .offloading import pooled_gradient
-from .op_times import time_ops
-from .pacing import Pace
-from .places import place
-from .program import Program, build
-from .recovery import recovered
-from .reference import referenced
+from .metrics.metric_sinks import check_sinks
+from .metrics.metrics_logger import Telling
+from .metrics.throughput import Meter
+from .objectives.distillation import check_teacher
+from .plan import compile_plan
+from .preemption import StopRequest
 from .report.html import write_report
-from .report.journal import Journal
-from .report.ledger import Ledger
-from .report.sinks import check_sinks
-from .saving import Saving
-from .snapshots import Snapshots
-from .staging import check_staging
-from .stop import StopRequest
-from .teaching import check_teacher
-from .telling import Telling
-from .vouching import vouching
+from .restore import recovered
+from .sdc_check import vouching
+from .snapshot_writer import Snapshots
 
 logger = logging.getLogger(__name__)
 
@@ -136,11 +138,11 @@ def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summ
         assess = Assessment(program, data, program.compiled_evaluation(), metrics) if data.held_out else None
         journal.record("compile", seconds=time.monotonic() - began)
         together(seconds=config.elastic.start_timeout)
-        made = plan.make_plan(program, step)
+        made = compile_plan.make_plan(program, step)
         if world.first:
             describe(program, data, made, directory)
         with Telling(program.config, directory, journal, start=start) as told:
-            told.note(plan.render(made))
+            told.note(compile_plan.render(made))
             loop = Loop(
                 program=program,
                 data=data,
@@ -186,7 +188,7 @@ def checked(config: RunConfig, world: World) -> tuple[Data, Sequence[Metric]]:
 def programmed(config: RunConfig, world: World) -> Program:
     """This job's program on its mesh. Raises UserError where the mesh there is does not fit the request."""
     mine = own(config)
-    environment.start(mine, world)
+    runtime.start(mine, world)
     mesh = make_mesh(mine.mesh)
     try:
         check_fits(config, dict(mesh.shape))
@@ -263,4 +265,4 @@ def describe(program: Program, data: Data, made: dict, directory: Path) -> None:
     if config.reads.chats and data.template is not None:
         (directory / "chat_template.jinja").write_text(data.template.source, encoding="utf-8")
     write_json(directory / "plan.json", made)
-    write_json(directory / "environment.json", environment.describe(config, data, program.mesh))
+    write_json(directory / "environment.json", runtime.describe(config, data, program.mesh))

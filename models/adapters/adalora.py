@@ -2,8 +2,8 @@
 
     y = x W + ((x A) * e * scale) B + bias      A [inputs..., rank], e, scale [rank], B [rank, outputs...]
 
-A and B are kept near orthogonal, and the least important entries of e become zero on a schedule: `train/ranks.py` does
-both to the updates. e starts at zero. Source: arXiv:2303.10512.
+A and B are kept near orthogonal, and the least important entries of e become zero on a schedule:
+`train/optim/adalora_schedule.py` does both to the updates. e starts at zero. Source: arXiv:2303.10512.
 """
 
 import jax

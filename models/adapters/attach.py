@@ -18,15 +18,15 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ...configs.adapter import AdapterConfig
 from ...configs.errors import UserError
-from ...configs.model import ModelConfig
-from ..axes import axis_names
+from ...configs.sections.adapter import AdapterConfig
+from ...configs.sections.model import ModelConfig
 from ..decoder import Decoder, Params, initial_params
+from ..logical_axes import axis_names
+from .adapted_modules import Site, linear_maps, sites
 from .interface import Adapter, Addition, Inside, Leaves, Method, Setting
 from .registry import ADDITIONS, METHODS
 from .selection import trained
-from .sites import Site, linear_maps, sites
 from .vera import Shared, shared
 
 CUT_BY_TENSOR = ("heads", "kv_heads", "mlp")  # dimensions of kernels that activations have too

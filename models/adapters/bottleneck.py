@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ...configs.adapter import AdapterConfig
-from ...configs.model import ModelConfig
+from ...configs.sections.adapter import AdapterConfig
+from ...configs.sections.model import ModelConfig
 from ..context import Context
 from ..decoder import Params
+from .adapted_modules import above, picked, stacks
 from .interface import Addition, Leaves
-from .sites import above, picked, stacks
 
 GATHERED = ("batch", "sequence", None)
 TRAINED = tuple(

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ...configs.adapter import AdapterConfig
-from ...configs.model import ModelConfig
+from ...configs.sections.adapter import AdapterConfig
+from ...configs.sections.model import ModelConfig
 from ..context import Context
 from ..layers import dropout
 from ..quantized.kernel import Quantized, product

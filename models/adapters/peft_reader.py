@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...configs.adapter import AdapterConfig
 from ...configs.errors import UserError
-from ...configs.model import ModelConfig
-from . import peft_ahead
-from .peft import OFT_SINCE, PREFIX, Fused, Leaves, modules
+from ...configs.sections.adapter import AdapterConfig
+from ...configs.sections.model import ModelConfig
+from . import peft_prompt
+from .peft_writer import OFT_SINCE, PREFIX, Fused, Leaves, modules
 
 # Keys with the only values that mean what we compute.
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -39,8 +39,8 @@ class Read(NamedTuple):
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: ModelConfig, *, kind: str) -> Read:
     """Settings and leaves for `model`, whose files are of format `kind`. Raises UserError for what we do not have."""
-    if config.get("peft_type") in peft_ahead.READ:
-        return Read(*peft_ahead.read(config, tensors, model, kind=kind))
+    if config.get("peft_type") in peft_prompt.READ:
+        return Read(*peft_prompt.read(config, tensors, model, kind=kind))
     method = method_of(config)
     left = dict(tensors)
     leaves: dict[str, Leaves] = {}
@@ -70,7 +70,7 @@ def method_of(config: Mapping[str, Any]) -> str:
         "SHIRA": "shira",
     }
     if kind not in methods:
-        raise UserError.no_match("adapter_config.json: peft_type", [kind], known=methods | peft_ahead.READ)
+        raise UserError.no_match("adapter_config.json: peft_type", [kind], known=methods | peft_prompt.READ)
     for key, choices in ONLY.items():
         if config.get(key) not in choices:
             raise UserError(

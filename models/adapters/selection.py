@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...configs.adapter import AdapterConfig
 from ...configs.errors import UserError
-from ...configs.model import ModelConfig
+from ...configs.sections.adapter import AdapterConfig
+from ...configs.sections.model import ModelConfig
+from .adapted_modules import DEFAULT_TARGETS, above, matches, picked, stacks
 from .registry import ADDITIONS, METHODS
-from .sites import DEFAULT_TARGETS, above, matches, picked, stacks
 
 BESIDE = "score/"  # a recipe's own weights: whatever the method chooses among the model's, they learn
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ...configs.adapter import AdapterConfig
-from ...configs.model import ModelConfig
+from ...configs.sections.adapter import AdapterConfig
+from ...configs.sections.model import ModelConfig
 from ..decoder import Params
 from .interface import Addition, Leaves
 

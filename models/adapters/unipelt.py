@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ...configs.adapter import AdapterConfig
-from ...configs.model import ModelConfig
+from ...configs.sections.adapter import AdapterConfig
+from ...configs.sections.model import ModelConfig
 from ..attention.interface import Mask, Where
 from ..context import Context
 from ..decoder import Params
 from ..quantized.kernel import Quantized
 from . import bottleneck, lora, prefix
+from .adapted_modules import linear_maps, picked, stacks, strength
 from .interface import Addition, Inside, Leaves, Setting
-from .sites import linear_maps, picked, stacks, strength
 
 MAPS = ("attn/q", "attn/v")  # that have LoRA
 GATE_DEVIATION = 0.02  # of the perceptron's gate in the authors' code, https://github.com/morningmoni/UniPELT

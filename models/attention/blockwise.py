@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 
-from . import pairs, rows
+from . import query_blocks, tile_pairs
 from .interface import Implementation, Mask, Where
 
 # Measured on 2 cores, float32 (`meshwright bench attention`).
@@ -29,10 +29,10 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) 
     if _short(q, k, where):
 
         def part(q, k, v, where):
-            return rows.forward(q, k, v, mask, where, block=ROW_BLOCK)
+            return query_blocks.forward(q, k, v, mask, where, block=ROW_BLOCK)
 
         return _by_parts(part, (q, k, v), where)
-    return pairs.forward(q, k, v, mask, where, block=_pair_block(q))
+    return tile_pairs.forward(q, k, v, mask, where, block=_pair_block(q))
 
 
 def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -40,10 +40,10 @@ def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where) -> tuple[jax.Ar
     if _short(q, k, where):
 
         def part(q, k, v, out, lse, d_out, where):
-            return rows.backward(q, k, v, out, lse, d_out, mask, where, block=ROW_BLOCK)
+            return query_blocks.backward(q, k, v, out, lse, d_out, mask, where, block=ROW_BLOCK)
 
         return _by_parts(part, (q, k, v, out, lse, d_out), where)
-    return pairs.backward(q, k, v, out, lse, d_out, mask, where, block=_pair_block(q))
+    return tile_pairs.backward(q, k, v, out, lse, d_out, mask, where, block=_pair_block(q))
 
 
 def _short(q, k, where: Where) -> bool:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..context import Context
-from . import double
+from . import double_quantization as double
+from .bit_packing import packed, unpacked
 from .interface import Leaves
-from .pack import packed, unpacked
 from .registry import FORMATS
 
 

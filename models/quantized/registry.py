@@ -1,6 +1,6 @@
 """Formats by the name in `quantization.format`."""
 
-from .integers import integers
+from .integer_codes import integers
 from .interface import Format
 from .nf4 import NF4
 

@@ -18,17 +18,17 @@ from jax.sharding import Mesh, PartitionSpec
 from ...configs.errors import UserError
 from ...models.attention.interface import Implementation, Mask, Where
 from ...models.attention.interface import attend as attend_with
-from ..rules import taken_axes, without
-from . import gathered, ring, ulysses
+from ..sharding import taken_axes, without
+from . import all_gather, ring, ulysses
 
-STRATEGIES = {"all-gather": gathered.wrap, "ring": ring.wrap, "ulysses": ulysses.wrap}
+STRATEGIES = {"all-gather": all_gather.wrap, "ring": ring.wrap, "ulysses": ulysses.wrap}
 ROWS = ("data", "fsdp")
 
 
 def sequence_parallel(implementation: Implementation, *, strategy: str, mesh: Mesh) -> Callable[..., jax.Array]:
     """`attend(q, k, v, mask, where)` over global [batch, sequence, heads, head_dim] arrays, sharded over `mesh`.
 
-    Tokens stand in run order (`parallel/sequence/order.py`) and `where.query_index = where.key_index` is that order;
+    Tokens stand in run order (`parallel/sequence/token_order.py`); `where.query_index = where.key_index` is that order;
     None is plain order. Where `seq` is 1 nothing is communicated. The result equals the implementation's on one device.
     Raises UserError on an unknown strategy, a sequence that `mesh.seq` does not divide, and where the strategy or the
     implementation refuses.

@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 from meshwright.benchmarks.islands import words
-from meshwright.configs.load import load
+from meshwright.configs.loader import load
 
 OPTIONS = Namespace(steps=48, reference_steps=8, bandwidth="100Mbit", latency="50ms", words=["outer.every=12"])
 

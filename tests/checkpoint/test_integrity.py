@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meshwright.checkpoint.layouts import Layout
+from meshwright.checkpoint.layout_conversion import Layout
 from meshwright.checkpoint.manifest import DamagedCheckpoint
 from meshwright.checkpoint.storage import Storage
 from meshwright.parallel.state import TrainState

@@ -4,15 +4,15 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from support.equivalence import batches, tiny, to_devices
 
-from equivalence import batches, tiny, to_devices
-from meshwright.checkpoint.copies import independent
-from meshwright.checkpoint.layouts import layout_of
+from meshwright.checkpoint.async_copy import independent
+from meshwright.checkpoint.layout_conversion import layout_of
 from meshwright.checkpoint.storage import Storage
 from meshwright.configs.errors import MeshwrightError, UserError
 from meshwright.parallel.layout import canonical
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.program import build
+from meshwright.train.engine.program import build
 
 
 class Run:

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from meshwright.configs.base import Section
-from meshwright.configs.data import DataConfig
+from meshwright.configs.sections.base import Section
+from meshwright.configs.sections.data import DataConfig
 
 REFUSED = {
     "file source without a path": ({"source": "jsonl"}, "data.path: not set"),

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from meshwright.configs.foreign import FOREIGN_KEYS
-from meshwright.configs.load import keys
+from meshwright.configs.aliases import FOREIGN_KEYS
+from meshwright.configs.loader import keys
 
 
 def test_the_keys_are_the_listed_ones():
-    """To accept a change: python -c "from meshwright.configs.load import keys; print(*sorted(keys()), sep='\\n')"."""
+    """To accept a change: python -c "from meshwright.configs.loader import keys; print(*sorted(keys()), sep='\\n')"."""
     assert sorted(set(keys())) == (Path(__file__).parent / "keys.txt").read_text().split()
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.load import validated
+from meshwright.configs.loader import validated
 
 MISTAKES = {
     "no layers": ({"layers": 0}, r"model.layers: 0 must be at least 1"),

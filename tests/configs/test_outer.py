@@ -3,8 +3,8 @@
 import pytest
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.load import dump, parse, validated
-from meshwright.configs.outer import RULES, OuterConfig
+from meshwright.configs.loader import dump, parse, validated
+from meshwright.configs.sections.outer import RULES, OuterConfig
 
 MESH = {"replica": 2, "platform": "cpu"}
 

@@ -1,6 +1,6 @@
 """Shipped configurations whose numbers mean something."""
 
-from meshwright.configs.load import load
+from meshwright.configs.loader import load
 
 
 def test_a_third_of_the_layers_reads_all_of_a_long_document():

@@ -3,7 +3,7 @@
 import pytest
 
 from meshwright.benchmarks.chaos import main
-from meshwright.train.report.journal import read_events
+from meshwright.train.core.event_log import read_events
 
 SMALL = ("model.layers=1", "model.embed=32", "model.mlp=32", "data.source=synthetic", "data.sequence_length=32",
          "elastic.replace=1", "elastic.settle=1")  # fmt: skip

@@ -4,19 +4,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from corruption import flips
-from words import SMALL
+from support.corruption import flips
+from support.equivalence import tiny
+from support.small_run import SMALL
 
-from equivalence import tiny
 from meshwright.checkpoint import manifest
-from meshwright.configs.elastic import ElasticConfig
-from meshwright.train.launch.engines import launch_here
+from meshwright.configs.sections.fault_tolerance import ElasticConfig
+from meshwright.train.core.event_log import read_events
+from meshwright.train.core.process_env import World
 from meshwright.train.launch.job import Job
-from meshwright.train.launch.world import World
+from meshwright.train.launch.launchers import launch_here
 from meshwright.train.loop import Loop
-from meshwright.train.report.journal import read_events
 from meshwright.train.run import train
-from meshwright.train.vouching import Corrupted
+from meshwright.train.sdc_check import Corrupted
 
 
 @pytest.fixture(autouse=True)
@@ -70,11 +70,11 @@ WORDS = (
 )
 PATCHED = """
 import os
-from corruption import flips
+from support.corruption import flips
 from meshwright.train.loop import Loop
 if (os.environ["MESHWRIGHT_EPOCH"], os.environ["MESHWRIGHT_PROCESS"]) == ("1", "1"):
     Loop.settled = flips(Loop.settled, step=15, device=1)
-from meshwright.train.cli import main
+from meshwright.train.cli.main import main
 main()
 """
 

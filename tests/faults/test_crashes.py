@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from meshwright.checkpoint.layouts import Layout
+from meshwright.checkpoint.layout_conversion import Layout
 from meshwright.checkpoint.storage import Storage
-from meshwright.configs.training import CheckpointConfig
+from meshwright.configs.sections.training import CheckpointConfig
 from meshwright.parallel.state import TrainState
-from meshwright.train.report.journal import Journal, read_events
-from meshwright.train.saving import Saving
+from meshwright.train.checkpointer import Saving
+from meshwright.train.core.event_log import Journal, read_events
 
 PLAIN = Layout("plain", lambda path, shape: [(path, ())])
 OPERATIONS = [

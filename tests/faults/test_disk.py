@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from meshwright.checkpoint.copies import independent
-from meshwright.checkpoint.layouts import Layout
+from meshwright.checkpoint.async_copy import independent
+from meshwright.checkpoint.layout_conversion import Layout
 from meshwright.checkpoint.manifest import DamagedCheckpoint
-from meshwright.checkpoint.memory import Memory
+from meshwright.checkpoint.memory_store import Memory
 from meshwright.checkpoint.storage import Storage
 from meshwright.configs.errors import MeshwrightError, UserError
-from meshwright.configs.training import CheckpointConfig
+from meshwright.configs.sections.training import CheckpointConfig
 from meshwright.parallel.state import TrainState
-from meshwright.train.launch.fence import Fence
-from meshwright.train.report import sinks
-from meshwright.train.report.journal import Journal, read_events
-from meshwright.train.report.lines import read
-from meshwright.train.report.sinks import JsonLines, TensorBoard
-from meshwright.train.saving import Saving
-from meshwright.train.snapshots import Snapshots
+from meshwright.train.checkpointer import Saving
+from meshwright.train.core.event_log import Journal, read_events
+from meshwright.train.core.fence import Fence
+from meshwright.train.core.jsonl import read
+from meshwright.train.metrics import metric_sinks
+from meshwright.train.metrics.metric_sinks import JsonLines, TensorBoard
+from meshwright.train.snapshot_writer import Snapshots
 
 PLAIN = Layout("plain", lambda path, shape: [(path, ())])
 ROOM = 2**20  # bytes of the small disk
@@ -129,7 +129,7 @@ def test_a_directory_that_cannot_be_written_from_the_start_is_the_users_mistake(
 
 
 def test_charts_end_where_their_file_cannot_be_written_and_nobody_waits_for_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(sinks, "FLUSH", 0.0)
+    monkeypatch.setattr(metric_sinks, "FLUSH", 0.0)
     charts = TensorBoard(tmp_path)
     with charts._events._py_recordio_writer._writer, open("/dev/full", "wb", buffering=0) as full:
         charts._events._py_recordio_writer._writer = full

@@ -14,17 +14,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from meshwright.configs.elastic import ElasticConfig
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
-from meshwright.train.launch import local
-from meshwright.train.launch.engines import launch_here
+from meshwright.configs.sections.fault_tolerance import ElasticConfig
+from meshwright.train.core.event_log import read_events
+from meshwright.train.core.rendezvous import Server
+from meshwright.train.launch import local_processes
 from meshwright.train.launch.job import Job
-from meshwright.train.launch.local import LocalEngine
-from meshwright.train.launch.rendezvous import Server
+from meshwright.train.launch.launchers import launch_here
+from meshwright.train.launch.local_processes import LocalEngine
 from meshwright.train.launch.supervisor import supervise
-from meshwright.train.report.journal import read_events
 
-WORKER = [sys.executable, str(Path(__file__).parent / "worker.py")]
+WORKER = [sys.executable, str(Path(__file__).parents[1] / "support" / "fake_worker.py")]
 PROCESSES, STEPS, EVERY, ROWS = 3, 12, 3, 2
 SETTINGS = {"backoff": 0.01, "hang_factor": 2.0, "hang_floor": 4.0, "start_timeout": 20.0, "grace": 10.0}
 
@@ -32,7 +32,7 @@ SETTINGS = {"backoff": 0.01, "hang_factor": 2.0, "hang_floor": 4.0, "start_timeo
 @pytest.fixture(autouse=True)
 def coordination(monkeypatch):
     """No worker here speaks JAX."""
-    monkeypatch.setattr(local, "COORDINATOR_HOST", [sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(local_processes, "COORDINATOR_HOST", [sys.executable, "-c", "import time; time.sleep(600)"])
 
 
 def run(directory, *faults, **settings):
@@ -128,7 +128,7 @@ COORDINATORS = {
 def test_a_lost_coordination_service_is_started_again_with_all(tmp_path, monkeypatch, does, word):
     code = f"import os, pathlib, sys, time; first = pathlib.Path({str(tmp_path)!r}, 'first')\n"
     code += f"if not first.exists(): first.touch(); {does}\ntime.sleep(600)"
-    monkeypatch.setattr(local, "COORDINATOR_HOST", [sys.executable, "-c", code])
+    monkeypatch.setattr(local_processes, "COORDINATOR_HOST", [sys.executable, "-c", code])
     run(tmp_path, (1, 1, "step", 5, "sleep"))
     check(tmp_path)
     (told,) = [event for event in read_events(tmp_path) if event["event"] == "restart"]
@@ -204,10 +204,11 @@ def test_an_orphan_of_a_killed_launcher_ends_when_another_takes_over(tmp_path):
     prepare(tmp_path, (2, 1, "step", 8, "sleep"))
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]);"
-        "from meshwright.train.launch import local; from meshwright.train.launch.engines import launch_here;"
+        "from meshwright.train.launch import local_processes;"
+        "from meshwright.train.launch.launchers import launch_here;"
         "from meshwright.train.launch.job import Job;"
-        "from meshwright.configs.elastic import ElasticConfig; directory = Path(sys.argv[1]);"
-        "local.COORDINATOR_HOST = [sys.executable, '-c', 'import time; time.sleep(5)'];"
+        "from meshwright.configs.sections.fault_tolerance import ElasticConfig; directory = Path(sys.argv[1]);"
+        "local_processes.COORDINATOR_HOST = [sys.executable, '-c', 'import time; time.sleep(5)'];"
         f"launch_here(Job('run', [*{WORKER!r}, str(directory)], 3, directory, ElasticConfig()))"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent.parent)])

@@ -11,19 +11,19 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from words import SMALL
+from support.small_run import SMALL
 
 from meshwright.checkpoint import manifest
-from meshwright.checkpoint.hanging import StorageHangs, left_behind
-from meshwright.checkpoint.layouts import Layout
-from meshwright.checkpoint.memory import Memory
+from meshwright.checkpoint.layout_conversion import Layout
+from meshwright.checkpoint.memory_store import Memory
 from meshwright.checkpoint.storage import Storage
-from meshwright.configs.training import CheckpointConfig
+from meshwright.checkpoint.storage_timeout import StorageHangs, left_behind
+from meshwright.configs.sections.training import CheckpointConfig
 from meshwright.parallel.state import TrainState
-from meshwright.train import saving as module
-from meshwright.train.report.journal import Journal, read_events
-from meshwright.train.saving import Saving
-from meshwright.train.snapshots import Snapshots
+from meshwright.train import checkpointer as module
+from meshwright.train.checkpointer import Saving
+from meshwright.train.core.event_log import Journal, read_events
+from meshwright.train.snapshot_writer import Snapshots
 
 PLAIN = Layout("plain", lambda path, shape: [(path, ())])
 

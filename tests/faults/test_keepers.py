@@ -12,11 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from words import SMALL
+from support.small_run import SMALL
 
-from meshwright.checkpoint import mailbox, manifest
+from meshwright.checkpoint import manifest
+from meshwright.checkpoint.redundancy import agent_files
+from meshwright.train.core.event_log import read_events
 from meshwright.train.launch.drain import drain
-from meshwright.train.report.journal import read_events
 
 WORDS = (
     *SMALL,
@@ -46,7 +47,7 @@ def children(launcher):
     trainers, keepers = {}, {}
     for child in psutil.Process(launcher.pid).children():
         words = child.cmdline()
-        if "meshwright.train.launch.keeper" in words:
+        if "meshwright.train.launch.snapshot_agent_main" in words:
             keepers[json.loads(words[-1])["host"]] = child.pid
         elif "MESHWRIGHT_PROCESS" in child.environ():
             trainers[int(child.environ()["MESHWRIGHT_PROCESS"])] = child.pid
@@ -56,8 +57,8 @@ def children(launcher):
 def reached(launcher, directory, step, *, hosts=range(2)):
     """Wait until `step` is protected on all hosts."""
     deadline = time.monotonic() + 240
-    slots = [mailbox.directory_of(directory / "runs" / "run", host=host) for host in hosts]
-    while min(mailbox.protected(slot).step for slot in slots) < step:
+    slots = [agent_files.directory_of(directory / "runs" / "run", host=host) for host in hosts]
+    while min(agent_files.protected(slot).step for slot in slots) < step:
         assert launcher.poll() is None, launcher.communicate()[1].decode()[-3000:]
         assert time.monotonic() < deadline, f"step {step} was never protected"
         time.sleep(0.01)
@@ -133,7 +134,7 @@ def test_a_lost_node_of_a_ray_cluster_is_rebuilt_from_parity(undisturbed, tmp_pa
 
     directory, memory = tmp_path / "job", tempfile.TemporaryDirectory(dir="/dev/shm")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = {cluster.add_node(num_cpus=1, env_vars={mailbox.PLACE: f"{memory.name}/{one}"}): one for one in "abc"}
+    nodes = {cluster.add_node(num_cpus=1, env_vars={agent_files.PLACE: f"{memory.name}/{one}"}): one for one in "abc"}
     try:
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         launcher = launched(directory, "--engine", "ray")
@@ -160,7 +161,7 @@ def test_a_lost_node_of_a_ray_cluster_is_rebuilt_from_parity(undisturbed, tmp_pa
 def memories(place):
     """Directory of each host's slots -> the step that its keeper says is protected."""
     found = [word.parent for word in Path(place).glob("*/*/*/host-*/protected.json")]
-    return {where: mailbox.protected(where).step for where in found}
+    return {where: agent_files.protected(where).step for where in found}
 
 
 FEWER = (

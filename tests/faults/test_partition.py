@@ -10,24 +10,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hosts import Hosts
-from partition import Partition
-from words import SMALL
+from support.hosts import Hosts
+from support.partition import Partition
+from support.small_run import SMALL
 
-from meshwright.checkpoint import mailbox
-from meshwright.checkpoint.wire import Peer
-from meshwright.configs.elastic import ElasticConfig
-from meshwright.configs.launch import LaunchConfig
-from meshwright.train.launch import keepers, local, switchboard
-from meshwright.train.launch.engines import launch_here
+from meshwright.checkpoint.redundancy import agent_files
+from meshwright.configs.sections.fault_tolerance import ElasticConfig
+from meshwright.configs.sections.launch import LaunchConfig
+from meshwright.parallel.transport.checked_stream import Peer
+from meshwright.train.core.event_log import read_events
+from meshwright.train.core.rendezvous import Server
+from meshwright.train.launch import agent_server, local_processes, snapshot_agents
 from meshwright.train.launch.job import Job
-from meshwright.train.launch.local import LocalEngine
-from meshwright.train.launch.remote import run_on
-from meshwright.train.launch.rendezvous import Server
+from meshwright.train.launch.launchers import launch_here
+from meshwright.train.launch.local_processes import LocalEngine
+from meshwright.train.launch.remote_processes import run_on
 from meshwright.train.launch.supervisor import supervise
-from meshwright.train.report.journal import read_events
 
-WORKER = [sys.executable, str(Path(__file__).parent / "worker.py")]
+WORKER = [sys.executable, str(Path(__file__).parents[1] / "support" / "fake_worker.py")]
 SETTINGS = {"backoff": 0.01, "hang_factor": 2.0, "hang_floor": 4.0, "start_timeout": 30.0, "grace": 10.0}
 
 FAILURES = {
@@ -42,11 +42,11 @@ FAILURES = {
 def hasty(monkeypatch):
     """Nobody is waited for longer than half a second."""
     monkeypatch.setitem(Peer.ask.__kwdefaults__, "timeout", 0.5)
-    monkeypatch.setattr(keepers, "REACH", 1.0)
+    monkeypatch.setattr(snapshot_agents, "REACH", 1.0)
 
 
 def protected(hosts):
-    return [mailbox.protected(hosts.directory(host)).step for host in range(hosts.plan.hosts)]
+    return [agent_files.protected(hosts.directory(host)).step for host in range(hosts.plan.hosts)]
 
 
 @pytest.mark.parametrize("fail", FAILURES.values(), ids=FAILURES)
@@ -78,7 +78,7 @@ def test_a_keeper_out_of_reach_protects_nothing_new_and_costs_nothing_old(tmp_pa
 @pytest.fixture
 def coordination(monkeypatch):
     """No worker here speaks JAX."""
-    monkeypatch.setattr(local, "COORDINATOR_HOST", [sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(local_processes, "COORDINATOR_HOST", [sys.executable, "-c", "import time; time.sleep(600)"])
 
 
 def prepared(directory, *faults):
@@ -165,7 +165,7 @@ def workers(directory):
 @pytest.mark.parametrize("fail", FAILURES.values(), ids=FAILURES)
 def test_a_machine_that_cannot_be_reached_is_replaced_and_kills_its_trainer(tmp_path, coordination, monkeypatch, fail):
     """Its trainer waits for peers that are no more: nobody but its agent can end it, and that hears nothing."""
-    monkeypatch.setattr(switchboard, "LOST", 2.0)
+    monkeypatch.setattr(agent_server, "LOST", 2.0)
     directory = prepared(tmp_path / "run", {"process": 0, "epoch": 1, "point": "step", "step": 6, "kind": "sleep"})
     machines = Machines(directory)
     when(directory / "met/1/6", lambda: fail(machines.between))
@@ -206,8 +206,8 @@ def test_trainers_cut_off_from_the_coordination_service(tmp_path, monkeypatch):
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     cut, directory = tmp_path / "cut", tmp_path / "runs" / "run"
-    service = [sys.executable, str(Path(__file__).parent.parent / "partition.py"), str(cut)]
-    monkeypatch.setattr(local, "COORDINATOR_HOST", service)
+    service = [sys.executable, str(Path(__file__).parents[1] / "support" / "partition.py"), str(cut)]
+    monkeypatch.setattr(local_processes, "COORDINATOR_HOST", service)
     when(
         directory / "checkpoints" / "10" / "manifest.json", lambda: (cut.touch(), when(Epoch(directory, 2), cut.unlink))
     )

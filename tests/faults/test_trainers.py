@@ -10,10 +10,10 @@ import time
 
 import psutil
 import pytest
-from words import SMALL
+from support.small_run import SMALL
 
 from meshwright.checkpoint import manifest
-from meshwright.train.report.journal import read_events
+from meshwright.train.core.event_log import read_events
 
 WORDS = (
     *SMALL,

@@ -5,12 +5,12 @@ import functools
 import jax
 import numpy as np
 import pytest
+from support.equivalence import batches, born, tiny
 
-from equivalence import batches, born, tiny
 from meshwright.configs.errors import UserError
 from meshwright.memory import policy
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.program import build
+from meshwright.train.engine.program import build
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import subjaxprs
+from support.weights import weights_of
 
-from meshwright.configs.model import ModelConfig
+from meshwright.configs.sections.model import ModelConfig
 from meshwright.memory import policy
 from meshwright.models import decoder
 from meshwright.models.block import Block
 from meshwright.models.context import Context
 from meshwright.models.decoder import graph, layer_context
 from meshwright.models.layers import dropout
-
-from .weights import weights_of
 
 TINY = {"vocab": 61, "vocab_multiple": 8, "layers": 3, "embed": 16, "heads": 4, "kv_heads": 2, "mlp": 20}
 BLOCKS = {

@@ -4,15 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from support.equivalence import TINY, batches, tiny, to_devices
+from support.weights import weights_of
 
-from equivalence import TINY, batches, tiny, to_devices
-from meshwright.configs.model import ModelConfig
+from meshwright.configs.sections.model import ModelConfig
 from meshwright.models.context import Context
 from meshwright.models.decoder import graph
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.program import build
-
-from .weights import weights_of
+from meshwright.train.engine.program import build
 
 
 def test_unrolled_equals_scanned_and_so_do_the_gradients():

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from meshwright.configs.model import FAMILIES, ModelConfig
+from meshwright.configs.sections.model import FAMILIES, ModelConfig
 from meshwright.models.decoder import initial_params
 from meshwright.models.flops import flops_per_token, parameter_count
 from meshwright.parallel.layout import places
-from meshwright.parallel.rules import path_name
+from meshwright.parallel.sharding import path_name
 
 TINY = {"vocab": 61, "vocab_multiple": 8, "layers": 3, "embed": 16, "heads": 4, "kv_heads": 2, "head_dim": 6, "mlp": 20}
 MODELS = {family: {"family": family} for family in FAMILIES} | {

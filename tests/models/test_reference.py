@@ -5,16 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support.reference_model import logits as reference_logits
+from support.weights import by_name, weights_of
 
-from meshwright.configs.model import FAMILIES, ModelConfig
-from meshwright.models.axes import axis_names
+from meshwright.configs.sections.model import FAMILIES, ModelConfig
 from meshwright.models.context import Context, flat_linear, unconstrained
 from meshwright.models.decoder import graph, initial_params
+from meshwright.models.logical_axes import axis_names
 from meshwright.parallel import vocabulary
-from meshwright.parallel.rules import path_name
-
-from .reference import logits as reference_logits
-from .weights import by_name, weights_of
+from meshwright.parallel.sharding import path_name
 
 TINY = {"vocab": 61, "vocab_multiple": 8, "layers": 2, "embed": 16, "heads": 4, "head_dim": 8, "mlp": 20}
 TINY |= {"max_positions": 64}

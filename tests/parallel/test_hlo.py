@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from meshwright.configs.errors import MeshwrightError
-from meshwright.configs.parallel import MeshConfig
+from meshwright.configs.sections.parallel import MeshConfig
 from meshwright.parallel import hlo
 from meshwright.parallel.mesh import make_mesh
 

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from support.equivalence import tiny
 
-from equivalence import tiny
 from meshwright.models.decoder import initial_params
 from meshwright.parallel.layout import canonical, from_canonical, places
 

@@ -5,7 +5,7 @@ import pytest
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.names import MESH_AXES
-from meshwright.configs.parallel import MeshConfig
+from meshwright.configs.sections.parallel import MeshConfig
 from meshwright.parallel.mesh import make_mesh
 
 

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from support.equivalence import tiny
 
-from equivalence import tiny
-from meshwright.configs.parallel import MeshConfig
+from meshwright.configs.sections.parallel import MeshConfig
 from meshwright.parallel import hlo
 from meshwright.parallel.mesh import make_mesh
-from meshwright.parallel.rules import ACTIVATIONS, WEIGHTS, constrainer, spec
+from meshwright.parallel.sharding import ACTIVATIONS, WEIGHTS, constrainer, spec
 from meshwright.parallel.vocabulary import logits, lookup, token_logprobs
-from meshwright.train.program import build
+from meshwright.train.engine.program import build
 
 BATCH, SEQUENCE, EMBED, ROWS = 8, 16, 8, 1024  # one device's columns of the logits weigh more than all hidden states
 MESHES = {

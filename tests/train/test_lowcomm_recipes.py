@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from meshwright.configs.load import load
-from meshwright.train.islands.archipelago import island_words
+from meshwright.configs.loader import load
+from meshwright.train.launch.launch_islands import island_words
 
 RECIPES = {"lowcomm/diloco": 2, "lowcomm/streaming": 2, "lowcomm/noloco": 4}
 SHORT = ("steps=8", "outer.every=4", "optimizer.warmup_steps=2", "evaluation={every: 8, batches: 1, prompts: []}")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshwright.configs.training import ProfileConfig
+from meshwright.configs.sections.training import ProfileConfig
 from meshwright.train import profiling
 from meshwright.train.profiling import Profile
 

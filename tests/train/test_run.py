@@ -9,16 +9,16 @@ import time
 
 import numpy as np
 import pytest
+from support.equivalence import tiny
 
-from equivalence import tiny
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
-from meshwright.configs.load import dump
-from meshwright.train.directory import open_directory
-from meshwright.train.launch.world import World
+from meshwright.configs.loader import dump
+from meshwright.train.core.event_log import read_events
+from meshwright.train.core.process_env import World
+from meshwright.train.core.run_directory import open_directory
 from meshwright.train.loop import Loop
-from meshwright.train.report.journal import read_events
+from meshwright.train.preemption import StopRequest
 from meshwright.train.run import train
-from meshwright.train.stop import StopRequest
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from ...configs.adapters import rows_of
-from ...configs.data import DataConfig, MixtureSource
+from ...configs.adapter_runs import rows_of
 from ...configs.errors import UserError
 from ...configs.run import RunConfig
-from .cache import cache_directory, cached
+from ...configs.sections.data import DataConfig, MixtureSource
 from .chat import Template, find_template
 from .dataset import Dataset, HeldOut, HeldOutPart, Packing, Shuffled
-from .dealt import DealtHeldOut, DealtTraining
+from .disk_cache import cache_directory, cached
 from .documents import Documents, digest, texts
-from .examples import whole
+from .fixed_mixture import DealtHeldOut, DealtTraining
+from .held_out_split import held_out, identity
+from .marked_text import whole
 from .mixture import Mixture
-from .paths import source_keys
 from .rows import RowShape
+from .source_paths import source_keys
 from .sources import open_source, open_stream
-from .split import held_out, identity
-from .store import TokenStore, tokenized
-from .streaming import Stream, Streamed
+from .streaming_source import Stream, Streamed
+from .token_store import TokenStore, tokenized
 from .tokenizer import END, Tokenizer, check_tokenizer, load, tokenizer_for, train
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import Any
 
 from ...configs.errors import UserError, first_line
 from .documents import digest
-from .examples import MARK, Part, unmarked
+from .marked_text import MARK, Part, unmarked
 
 Message = Mapping[str, Any]
 

@@ -13,10 +13,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from .documents import Documents
-from .examples import learned
-from .order import permutation
+from .marked_text import learned
+from .permutation import permutation
 from .rows import Row, RowShape, RowTable, padding, row, row_table
-from .store import TokenStore
+from .token_store import TokenStore
 
 # What a permutation is for, as part of its key: equal integers elsewhere in the key must not give equal orders.
 WINDOWS, DOCUMENTS, ROWS = 0, 1, 2

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cache import cached
+from .disk_cache import cached
 from .documents import digest
-from .files import standard_library
 from .formats import Reader
+from .text_files import standard_library
 
 logger = logging.getLogger(__name__)
 LONGEST_DOCSTRING, LONGEST_FUNCTION = 300, 800  # characters: a few hundred tokens together

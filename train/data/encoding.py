@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...configs.errors import UserError
-from .examples import Part
+from .marked_text import Part
 from .tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 22  # text encoded at once: bounds memory, which is ~100 bytes a token while the library encodes

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ...configs.data import FORMAT_COLUMNS, SourceConfig
 from ...configs.errors import UserError
+from ...configs.sections.data import FORMAT_COLUMNS, SourceConfig
 from .chat import Template
 from .documents import Documents, digest
-from .examples import Example, Part, parsed, prompted, unmarked, written
+from .marked_text import Example, Part, parsed, prompted, unmarked, written
 
 Row = Mapping[str, Any]
 SPEAKERS = {  # of ShareGPT, in OpenAI's words

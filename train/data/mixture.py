@@ -12,7 +12,7 @@ import numpy as np
 
 from ...configs.errors import UserError
 from .dataset import Dataset
-from .order import permutation
+from .permutation import permutation
 from .rows import Row
 
 BLOCK = 2048  # rows; the portions are exact to 1/BLOCK

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .assemble import Data
-from .dealt import DealtTraining
+from .fixed_mixture import DealtTraining
 from .rows import Row
 from .tokenizer import Tokenizer
 

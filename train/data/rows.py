@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .packing import PACKERS
-from .store import TokenStore
+from .token_store import TokenStore
 from .tokenizer import Tokenizer
 
 # tokens targets segment_ids positions int32, loss_weights labels float32, places int64; each [sequence]

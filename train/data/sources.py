@@ -4,17 +4,17 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from ...configs.data import SourceConfig
 from ...configs.errors import UserError
+from ...configs.sections.data import SourceConfig
 from .chat import Template
 from .docstrings import Docstrings, library_pairs
 from .documents import Documents, First, digest
-from .files import standard_library, text_files
 from .formats import Mismatched, Reader, reader_of
-from .paths import matching
-from .streaming import Stream
+from .source_paths import matching
+from .streaming_source import Stream
 from .synthetic import Synthetic
-from .tables import hub_dataset, hub_stream, json_lines, table_files
+from .table_sources import hub_dataset, hub_stream, json_lines, table_files
+from .text_files import standard_library, text_files
 
 SYNTHETIC_DOCUMENTS = 1000
 

@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...configs.data import TokenizerConfig
 from ...configs.errors import UserError
+from ...configs.sections.data import TokenizerConfig
 from .documents import digest
-from .paths import tokenizer_file
+from .source_paths import tokenizer_file
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 

@@ -36,9 +36,9 @@ from pathlib import Path
 from typing import Any
 
 from ...configs.errors import UserError
-from . import links
-from .switchboard import BEAT, connected
-from .tending import Tended
+from . import network_probe
+from .agent_server import BEAT, connected
+from .snapshot_agent_process import Tended
 
 TICK = 0.05  # seconds between two looks at the trainer
 SILENCE = 30.0  # seconds without an answer after which the supervisor, or the way to it, is gone
@@ -130,7 +130,7 @@ class Agent:
                 self._kill()
                 line.sendall(message({"killed": self._epoch}))
             case "probe":
-                threading.Thread(target=links.take_part, kwargs=probe_arguments(asked), daemon=True).start()
+                threading.Thread(target=network_probe.take_part, kwargs=probe_arguments(asked), daemon=True).start()
             case "keep" if not self.leaving:
                 self._keep(asked, line)
             case "end":
@@ -158,7 +158,7 @@ class Agent:
         """Start the keeper of this host, in place of an earlier one."""
         if self._keeper is not None:
             self._keeper.kill()
-        name = links.own_name(line, dialled=self._address)
+        name = network_probe.own_name(line, dialled=self._address)
         place = {"run": Path(asked["run"]), "rendezvous": asked["rendezvous"], "name": name, "bind": ""}
         self._keeper, self._keeper_told = Tended(asked["settings"], **place), False
 

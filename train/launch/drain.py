@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ...configs.errors import UserError
-from ..directory import write_text
+from ..core.run_directory import write_text
 
 FILE = "drained"
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from ...configs.elastic import ElasticConfig
+from ...checkpoint.redundancy.parity_plan import Plan
 from ...configs.errors import UserError
-from ...configs.launch import LaunchConfig
-from .formations import Formation
-from .protection import Plan
+from ...configs.sections.fault_tolerance import ElasticConfig
+from ...configs.sections.launch import LaunchConfig
+from .mesh_options import Formation
 
 
 @dataclass(frozen=True)

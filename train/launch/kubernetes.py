@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from ...configs.errors import Preempted, UserError
-from ...configs.launch import KubernetesConfig
+from ...configs.sections.launch import KubernetesConfig
 from .job import Job
 
 PORT = 29400  # at which the supervisor's pod listens

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...configs.errors import UserError, first_line
-from ...configs.launch import RayConfig
+from ...configs.sections.launch import RayConfig
+from ..core.signals import StopSignals
 from .job import Job, needed
-from .remote import run_on
-from .signals import StopSignals
+from .remote_processes import run_on
 
 ATTEMPTS = 5  # actors that may die before their agent has come, for one place
 

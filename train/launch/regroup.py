@@ -8,7 +8,7 @@ started on the larger mesh once the hosts have been back for `elastic.settle` se
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from .formations import Formation, Team, team
+from .mesh_options import Formation, Team, team
 
 Slots = Callable[[], Collection[int]]
 

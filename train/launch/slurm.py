@@ -21,10 +21,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...configs.errors import MeshwrightError, Preempted, UserError
-from ...configs.launch import SlurmConfig
-from . import engines
+from ...configs.sections.launch import SlurmConfig
+from . import launchers
 from .job import Job, needed
-from .remote import run_on
+from .remote_processes import run_on
 
 MARGIN = 60  # seconds of warning beyond elastic.grace: killing, queueing again
 # What the step of the supervisor inherited and its own srun must not: the shape of that step.
@@ -143,7 +143,7 @@ class Allocation:
                 hosts = StepHosts(self.job.settings.slurm, processes=self.job.processes)
                 run_on(hosts, self.job, stop=self._stop)
             else:
-                engines.launch_here(self.job, stop=self._stop)
+                launchers.launch_here(self.job, stop=self._stop)
         except BaseException as error:
             self._error = error
 

@@ -19,16 +19,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from ...configs.elastic import ElasticConfig
 from ...configs.errors import MeshwrightError, Preempted, UserError
-from ..report.journal import Journal
-from .decisions import Failure, Outcome, Report, culprit, gives_up, patience, pause, struck, suspect
+from ...configs.sections.fault_tolerance import ElasticConfig
+from ..core.event_log import Journal
+from ..core.fence import Fence, current
+from ..core.heartbeat import ERRS
+from ..core.rendezvous import Room
 from .drain import drained
-from .fence import Fence, current
-from .formations import Formation, Team
-from .progress import ERRS
+from .mesh_options import Formation, Team
 from .regroup import Regroup, change
-from .rendezvous import Room
+from .restart_policies import Failure, Outcome, Report, culprit, gives_up, patience, pause, struck, suspect
 from .telemetry import Telemetry
 
 TICK = 0.1  # seconds between two looks

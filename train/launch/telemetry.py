@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from .decisions import Outcome
-from .detection import WAIT, Diagnosis, Observed, hanging, slow, told
-from .links import Links, culprits
-from .rendezvous import Room
+from ..core.rendezvous import Room
+from .network_probe import Links, culprits
+from .restart_policies import Outcome
+from .straggler_detection import WAIT, Diagnosis, Observed, hanging, slow, told
 
 FILE = "detection.json"
 RECENT, FEWEST = 16, 6  # steps that "recently" means; samples before anything is said

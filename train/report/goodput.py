@@ -24,7 +24,7 @@ from statistics import fmean
 from typing import Any
 
 from .markup import Html, duration, section, table
-from .record import Record
+from .run_record import Record
 
 CAUSES = ("startup", "restore", "compile", "save", "evaluate", "wasted", "detect", "wait", "restart")
 

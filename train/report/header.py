@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .markup import Html, compact, duration, element, joined, section, table
-from .record import FILES, Record
+from .run_record import FILES, Record
 
 TONES = {"finished": "good", "failed": "bad", "preempted": "warn", "unfinished": "warn"}
 

@@ -6,15 +6,15 @@ write_report(Path("runs/quickstart"))   ->   runs/quickstart/report.html
 import os
 from pathlib import Path
 
-from . import bars, charts, header, story
+from . import charts, header, plan_bars, timeline
 from .charts import Curve
 from .goodput import goodput_section
-from .heat import processes_section
 from .markup import Html, element, joined, section
-from .mesh import mesh_picture
-from .pipeline import schedule_picture
-from .record import Record, read_record
-from .sharding import sharding_picture
+from .mesh_picture import mesh_picture
+from .pipeline_picture import schedule_picture
+from .run_record import Record, read_record
+from .sharding_pictures import sharding_picture
+from .straggler_heatmap import processes_section
 from .style import CSS
 
 REPORT = "report.html"
@@ -44,10 +44,10 @@ def page(record: Record) -> str:
         curves(record),
         *planned(record),
         schedule_picture(record.config, record.pipeline),
-        story.samples(record.events),
+        timeline.samples(record.events),
         goodput_section(record),
         processes_section(record.detection),
-        story.timeline(record.events),
+        timeline.timeline(record.events),
         header.surroundings(record),
         configuration(record),
         element("footer", "Written by meshwright report."),
@@ -103,7 +103,7 @@ def planned(record: Record) -> list[Html]:
     if not plan:
         return []
     sizes = plan.get("mesh") or {}
-    parts = [bars.memory(plan), bars.communication(plan)]
+    parts = [plan_bars.memory(plan), plan_bars.communication(plan)]
     if plan.get("devices"):
         parts.append(mesh_picture(sizes, plan["devices"]))
     if plan.get("arrays"):

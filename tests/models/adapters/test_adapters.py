@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from meshwright.configs.adapter import AdapterConfig
 from meshwright.configs.errors import UserError
-from meshwright.configs.model import ModelConfig
+from meshwright.configs.sections.adapter import AdapterConfig
+from meshwright.configs.sections.model import ModelConfig
 from meshwright.models.adapters import attach, selection
+from meshwright.models.adapters.adapted_modules import sites
 from meshwright.models.adapters.registry import METHODS
-from meshwright.models.adapters.sites import sites
 from meshwright.models.context import Context
 from meshwright.models.decoder import graph, initial_params
 

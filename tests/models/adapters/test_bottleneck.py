@@ -1,14 +1,14 @@
 """Bottleneck adapters: nothing at first, then the papers' equations in the places they say."""
 
-import adapted
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support import adapted
 
-from meshwright.configs.adapter import AdapterConfig
-from meshwright.configs.model import ModelConfig
+from meshwright.configs.sections.adapter import AdapterConfig
+from meshwright.configs.sections.model import ModelConfig
 from meshwright.models.adapters import attach
 from meshwright.models.context import Context
 from meshwright.models.decoder import graph

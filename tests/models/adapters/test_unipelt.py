@@ -1,23 +1,23 @@
 """UniPELT: three parts behind gates that are each token's own, so that nothing is told of what follows."""
 
-import adapted
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support import adapted
 
-from meshwright.configs.adapter import AdapterConfig
 from meshwright.configs.errors import UserError
-from meshwright.configs.model import ModelConfig
-from meshwright.models import cache as caches
+from meshwright.configs.sections.adapter import AdapterConfig
+from meshwright.configs.sections.model import ModelConfig
+from meshwright.models import kv_cache as caches
 from meshwright.models.adapters import attach
 from meshwright.models.attention.blockwise import BLOCKWISE
 from meshwright.models.attention.dense import DENSE
 from meshwright.models.attention.interface import attend
 from meshwright.models.context import Context
 from meshwright.models.decoder import graph
-from meshwright.train.generate import standing
+from meshwright.train.infer.generate import standing
 
 MODEL = ModelConfig(vocab=61, vocab_multiple=8, layers=3, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20)
 ADAPTER = AdapterConfig(method="unipelt", length=3, rank=4, ranks={"layers/0/attn/q": 2, "layers/1/mlp": 5, "mlp": 6})

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from meshwright.models.quantized import double, nf4
+from meshwright.models.quantized import double_quantization, nf4
+from meshwright.models.quantized.bit_packing import PACKS, packed, unpacked
 from meshwright.models.quantized.kernel import Form, decoded, encoded
-from meshwright.models.quantized.pack import PACKS, packed, unpacked
 from meshwright.models.quantized.registry import FORMATS
 
 THEIRS = load_file(Path(__file__).parent / "bitsandbytes.safetensors")  # made by bitsandbytes 0.50.2 of `weight()`
@@ -39,7 +39,7 @@ def test_nf4_is_that_of_bitsandbytes():
 
 def test_double_quantization_is_that_of_bitsandbytes():
     leaves, kernel = ours(twice=True)
-    np.testing.assert_array_equal(double.LEVELS, THEIRS["map"])
+    np.testing.assert_array_equal(double_quantization.LEVELS, THEIRS["map"])
     np.testing.assert_array_equal(leaves["codes"].T, THEIRS["codes"])
     np.testing.assert_array_equal(leaves["scale"].T, THEIRS["absmax_codes"])
     np.testing.assert_allclose(leaves["scale_largest"], THEIRS["nested_absmax"], rtol=1e-6)

@@ -13,7 +13,7 @@ from meshwright.models.attention.interface import Mask, Where, attend
 from meshwright.models.attention.registry import IMPLEMENTATIONS
 from meshwright.parallel.hlo import collectives
 from meshwright.parallel.sequence.attend import STRATEGIES, sequence_parallel
-from meshwright.parallel.sequence.order import contiguous, zigzag
+from meshwright.parallel.sequence.token_order import contiguous, zigzag
 
 BATCH, TOKENS, HEADS, HEAD_DIM = 4, 32, 8, 4
 DOCUMENTS = np.stack([np.repeat(np.arange(4), lengths) for lengths in ([3, 9, 13, 7], [20, 1, 1, 10])] * 2)

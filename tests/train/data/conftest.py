@@ -5,7 +5,7 @@ import pytest
 
 from meshwright.train.data.dataset import Packing
 from meshwright.train.data.rows import RowShape
-from meshwright.train.data.store import TokenStore
+from meshwright.train.data.token_store import TokenStore
 
 BOS, EOS, PAD = 2, 1, 0
 

@@ -7,12 +7,12 @@ import sys
 import numpy as np
 import pytest
 
-from meshwright.configs.data import DataConfig
 from meshwright.configs.errors import UserError
+from meshwright.configs.sections.data import DataConfig
 from meshwright.train.data.assemble import build, training_texts
 from meshwright.train.data.batches import batches
+from meshwright.train.data.held_out_split import held_out, identity
 from meshwright.train.data.preview import render
-from meshwright.train.data.split import held_out, identity
 
 BYTES = {"bytes": True}
 TINY = {"source": "synthetic", "documents": 40, "tokenizer": BYTES, "sequence_length": 32, "global_batch": 4}

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from meshwright.configs.data import FORMAT_COLUMNS, DataConfig
 from meshwright.configs.errors import UserError
+from meshwright.configs.sections.data import FORMAT_COLUMNS, DataConfig
 from meshwright.train.data import assemble
 from meshwright.train.data.formats import FORMATS
 from meshwright.train.data.tokenizer import byte_tokenizer

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from meshwright.configs.data import SourceConfig
 from meshwright.configs.errors import UserError
+from meshwright.configs.sections.data import SourceConfig
 from meshwright.train.data.sources import SOURCES, open_source
 
 TEXTS = ["first", "second, naïve", "third 日本"]

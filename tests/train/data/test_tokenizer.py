@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.configs.data import TokenizerConfig
 from meshwright.configs.errors import UserError
+from meshwright.configs.sections.data import TokenizerConfig
 from meshwright.train.data.tokenizer import byte_names, byte_tokenizer, check_tokenizer, load, tokenizer_for, train
 
 CORPUS = ["the cat sat on the mat\n" * 5, "the dog sat on the log, naïve — 日本\n" * 5]

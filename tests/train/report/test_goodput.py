@@ -5,7 +5,7 @@ import json
 import pytest
 
 from meshwright.train.report.goodput import accounted, daly, young
-from meshwright.train.report.record import read_record
+from meshwright.train.report.run_record import read_record
 
 
 def written(directory, *events):

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from meshwright.train.report.html import write_report
-from meshwright.train.report.record import FILES, read_record
+from meshwright.train.report.run_record import FILES, read_record
 
 VOID = {"meta", "br", "line", "rect", "circle", "path", "use"}
 

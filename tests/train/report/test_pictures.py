@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from meshwright.train.report.bars import communication, device_parts
 from meshwright.train.report.markup import compact, duration, element, size
-from meshwright.train.report.mesh import mesh_picture
-from meshwright.train.report.sharding import Array, box, listed, sharding_picture
+from meshwright.train.report.mesh_picture import mesh_picture
+from meshwright.train.report.plan_bars import communication, device_parts
+from meshwright.train.report.sharding_pictures import Array, box, listed, sharding_picture
 
 
 def devices(count):

@@ -1,0 +1,212 @@
+"""From YAML and `key=value` words to a `RunConfig`: `extends`, overrides, and errors a person can act on."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .aliases import FOREIGN_KEYS
+from .errors import UserError
+from .run import RunConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+A_KIND = re.compile(
+    r"(constrained|function)-.*|literal\[.*\]|(int|float|str|bool)"
+)  # pydantic's word for one of a union
+
+
+def load(config: str | Path, *, overrides: Iterable[str] = ()) -> RunConfig:
+    """The run that `config` (a YAML file, or a shipped recipe's name) describes, with `key.sub=value` words on top.
+
+    `extends: other.yaml` (relative to the file, or a recipe) is read first. Raises UserError with one line per mistake.
+    """
+    tree = read(find(config))
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word!r} is not of the form key.sub=value, such as steps=500")
+        tree = merged(tree, nested(key.split("."), parse(value, origin=word)))
+    return validated(tree)
+
+
+def find(config: str | Path) -> Path:
+    """The file `config` names: a path, or a recipe listed by `recipes ls`."""
+    for path in (Path(config), RECIPES / f"{config}.yaml"):
+        if path.is_file():
+            return path
+    raise UserError(f"CONFIG: {missing(str(config), where=Path.cwd())}")
+
+
+def missing(config: str, *, where: Path) -> str:
+    """What to say of a `config` that is neither a file seen from `where` nor a recipe."""
+    path = where / config
+    if (path / "config.json").is_file():
+        return f"{config} is a model's directory; name a YAML file in which model.from is {config}"
+    if path.is_dir():
+        return f"{config} is a directory; name a YAML file"
+    if of_kind := [name for name in recipes() if name.startswith(f"{config}/")]:
+        return f"{config} is a kind of recipe; there are {', '.join(of_kind)}"
+    beside = sorted(str(file.relative_to(where)) for file in path.parent.glob("*.yaml")) if path.suffix else []
+    near = difflib.get_close_matches(config, [*beside, *recipes()], n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"{config} is no file (from {where}) and no shipped recipe; `meshwright recipes ls` lists those.{hint}"
+
+
+def recipes() -> list[str]:
+    """Names of the shipped recipes, e.g. `quickstart`, `pretrain/llama-1b`."""
+    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
+
+
+def copy(recipe: Path, target: Path) -> None:
+    """The recipe's text in `target`, which extends what the recipe does: by the name that is known everywhere."""
+
+    def named(line: re.Match) -> str:
+        return f"extends: {extended(recipe, line[1]).resolve().relative_to(RECIPES.resolve())}"
+
+    target.write_text(re.sub(r"^extends: (\S+)$", named, recipe.read_text(encoding="utf-8"), flags=re.MULTILINE))
+
+
+def read(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree in `path`, merged over what it extends."""
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"extends: {path.name} extends itself through {' -> '.join(p.name for p in seen)}")
+    try:
+        tree = parse(path.read_text(encoding="utf-8"), origin=path.name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; give a YAML file in UTF-8") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path.name}: {tree!r} is not a mapping of keys to values")
+    base = tree.pop("extends", None)
+    return tree if base is None else merged(read(extended(path, base), seen=(*seen, path)), tree)
+
+
+def extended(path: Path, base: Any) -> Path:
+    """The file that the one at `path` extends: beside it, or a recipe, `finetune/lora.yaml` or `finetune/lora`."""
+    if not isinstance(base, str):
+        raise UserError(f"{path.name}: extends: {base!r} is not a word; name one file, or one shipped recipe")
+    for place in (path.parent / base, RECIPES / base, RECIPES / f"{base}.yaml"):
+        if place.is_file():
+            return place
+    raise UserError(f"{path.name}: extends: {missing(base, where=path.parent)}")
+
+
+class OneOfEach(yaml.SafeLoader):
+    """YAML in which a key stands once: of two, the reader of a long file would believe in the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                told = f"{key.value} stands twice (first in line {seen[key.value]}); remove one, here"
+                raise yaml.constructor.ConstructorError(None, None, told, key.start_mark)
+            seen[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 without its numbers of base 60, in which 24:00:00 is 86400 and would be taken for that many minutes.
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)",
+    "tag:yaml.org,2002:float": (
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+][0-9]+)?|\.[0-9][0-9_]*([eE][-+][0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
+    ),
+}
+OneOfEach.yaml_implicit_resolvers = {
+    first: [(tag, re.compile(f"(?:{NUMBERS[tag]})$") if tag in NUMBERS else form) for tag, form in forms]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse(text: str, *, origin: str) -> Any:
+    """YAML -> Python. Raises UserError with the line where it breaks."""
+    try:
+        return yaml.load(text, Loader=OneOfEach)
+    except yaml.YAMLError as error:
+        told = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
+        raise UserError(f"{origin}: not valid YAML: {told}") from error
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, mappings merged key by key, anything else replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(result.get(key), Mapping) and isinstance(value, Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def nested(keys: list[str], value: Any) -> dict[str, Any]:
+    """`["a", "b"], 1 -> {"a": {"b": 1}}`"""
+    return {keys[0]: value if len(keys) == 1 else nested(keys[1:], value)}
+
+
+def validated(tree: Mapping[str, Any]) -> RunConfig:
+    """The typed configuration. Raises UserError, one line per mistake, each naming key, value and remedy."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        told: dict[str, str] = {}  # where one of several kinds of value would do, what each of them says
+        for item in error.errors():
+            line = explain(item)
+            start = line[: len(line) - len(item["msg"])]
+            told[start] = f"{told[start]}; or {line[len(start) :]}" if start in told else line
+        raise UserError("\n".join(told.values())) from None
+
+
+def explain(item: Mapping[str, Any]) -> str:
+    """One mistake in a line. `item` is one of pydantic's error records."""
+    key = ".".join(str(part) for part in item["loc"] if not A_KIND.fullmatch(str(part)))
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key.{suggestion(key)}"
+    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        first = next((name for name in keys() if name.rpartition(".")[0] == key), f"{key}.KEY").rpartition(".")[2]
+        return f"{key}: {item['input']!r}: input should be a mapping of keys to values, such as {{{first}: ...}}"
+    if item["type"] == "value_error":
+        told = str(item["ctx"]["error"])  # a check of sections names its key; one of a kind of value knows none
+        return told if not key or told.partition(":")[0] in set(keys()) else f"{key}: {told}"
+    if item["type"] in ("list_type", "tuple_type"):
+        return f"{key}: {item['input']!r}: input should be a list, such as [{item['input']}]"
+    return f"{key}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def suggestion(key: str) -> str:
+    """` Did you mean ...?` for an unknown key: another tool's name for ours, a near miss, or the right place."""
+    known = list(keys())
+    parent, _, leaf = key.rpartition(".")
+    if (ours := FOREIGN_KEYS.get(leaf)) in known:
+        return f" Did you mean {ours}?"
+    kind = ""  # of the section it is in: its key without the names and numbers of several of a kind
+    for part in parent.split("."):
+        longer = f"{kind}.{part}".lstrip(".")
+        kind = longer if longer in known else kind
+    leaves = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == kind]
+    siblings = {name: f"{parent}.{name}".lstrip(".") for name in leaves}
+    near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
+    elsewhere = sorted((name for name in known if name.rpartition(".")[2] == leaf), key=len)
+    others = [name for name in known if name != parent and not (kind and name.startswith(f"{kind}."))]
+    close = difflib.get_close_matches(key, others, n=1, cutoff=0.6)
+    found = [siblings[near[0]]] if near else elsewhere[:1] or close
+    if found:
+        return f" Did you mean {found[0]}?"
+    return f" There are {', '.join(sorted(siblings))}." if siblings else ""
+
+
+def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of the schema, dotted: `mesh`, `mesh.data`, ..."""
+    for attribute, field in section.model_fields.items():
+        name = field.alias or attribute
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from keys(kind, f"{prefix}{name}.")
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load` of it gives an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=False), sort_keys=False)

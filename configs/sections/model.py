@@ -1,0 +1,302 @@
+"""The decoder's settings, and the families: a family is nothing but a set of defaults for the keys below it.
+
+A setting that could have no effect beside the others is refused, so that a checkpoint's quirks are never half taken.
+"""
+
+import itertools
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from ..huggingface import read_section
+from .base import Section
+
+# One entry per family; a key the user writes wins. Sizes are never part of a family.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True, "norm_epsilon": 1e-6},
+    "qwen3": {"qk_norm": True, "norm_epsilon": 1e-6},
+    "gemma": {
+        "activation": "geglu",
+        "norm_unit_offset": True,
+        "tied_embeddings": True,
+        "embedding_scale": True,
+        "norm_epsilon": 1e-6,
+    },
+    "gpt2": {
+        "norm": "layer",
+        "activation": "gelu",
+        "position_encoding": "learned",
+        "qkv_bias": True,
+        "linear_bias": True,
+        "tied_embeddings": True,
+    },
+}
+FAMILIES["phi3"] = {}
+FAMILIES["olmo2"] = {
+    "pre_norms": False,
+    "post_norms": True,
+    "qk_norm": True,
+    "qk_norm_whole": True,
+    "norm_epsilon": 1e-6,
+}
+FAMILIES["gemma2"] = FAMILIES["gemma"] | {
+    "post_norms": True,
+    "attention_softcap": 50.0,
+    "logit_softcap": 30.0,
+    "windows": [4096, None],
+}
+FAMILIES["gemma3"] = FAMILIES["gemma"] | {
+    "post_norms": True,
+    "qk_norm": True,
+    "windows": [1024] * 5 + [None],
+    "rope": {"theta": 1e6, "local_theta": 1e4},
+}
+
+
+def every_key(section: type[Section]) -> set[str]:
+    """Names in YAML of all keys of `section`."""
+    return {field.alias or name for name, field in section.model_fields.items()}
+
+
+def positive(section: str, settings: Section, keys: Iterable[str]) -> None:
+    """Raise ValueError for the first of `keys` that is set and not above 0. Whole numbers start at 1."""
+    for key in keys:
+        if (value := getattr(settings, key)) is not None and not value > 0:
+            least = "at least 1" if isinstance(value, int) else "above 0"
+            raise ValueError(f"{section}.{key}: {value} must be {least}")
+
+
+class RopeConfig(Section):
+    """Rotary position embedding (RoFormer, arXiv:2104.09864), half-split pairs, and how it is stretched."""
+
+    theta: float = 10000.0
+    """Base of the rotation's wavelengths."""
+    local_theta: float | None = None
+    """Base in layers with a sliding window, never scaled; null: the same as `theta`."""
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """How a model trained at `original_length` reads longer sequences."""
+    factor: float = 1.0
+    """Stretch: new length over `original_length`."""
+    original_length: int = 8192
+    """Tokens the model was trained on before stretching (llama3, yarn)."""
+    low_frequency_factor: float = 1.0
+    """llama3: wavelengths above original_length / this are stretched fully."""
+    high_frequency_factor: float = 4.0
+    """llama3: wavelengths below original_length / this are left alone."""
+    beta_fast: float = 32.0
+    """yarn: rotations over original_length above which a dimension is left alone."""
+    beta_slow: float = 1.0
+    """yarn: rotations over original_length below which a dimension is stretched fully."""
+    attention_factor: float | None = None
+    """yarn: multiplies cos and sin; null: 0.1 ln(factor) + 1."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RopeConfig":
+        for key in ("theta", "local_theta"):
+            if (theta := getattr(self, key)) is not None and theta <= 1:
+                raise ValueError(f"model.rope.{key}: {theta} must be above 1; 10000 is usual")
+        if self.factor < 1:
+            raise ValueError(f"model.rope.factor: {self.factor} must be at least 1: new length over original_length")
+        if self.scaling == "none" and self.factor != 1:
+            raise ValueError(
+                f"model.rope.factor: {self.factor} has no effect without model.rope.scaling; "
+                "set it to linear, llama3 or yarn"
+            )
+        positive("model.rope", self, ("original_length", "low_frequency_factor", "beta_slow", "attention_factor"))
+        if not self.low_frequency_factor < self.high_frequency_factor:
+            raise ValueError(
+                f"model.rope.low_frequency_factor: {self.low_frequency_factor} must be below "
+                f"model.rope.high_frequency_factor ({self.high_frequency_factor})"
+            )
+        if not self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"model.rope.beta_slow: {self.beta_slow} must be below model.rope.beta_fast ({self.beta_fast})"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """One decoder-only transformer; `family` picks defaults, every key can be set by itself."""
+
+    origin: str | None = Field(None, alias="from")
+    """A Hugging Face model directory: its config.json fills the keys below, its weights are what training starts from;
+    a key the user writes wins."""
+    family: Literal[tuple(FAMILIES)] = "llama"  # type: ignore[valid-type]
+    """Defaults for the architecture keys below."""
+    vocab: int = 2048
+    """Token ids the model knows; the tokenizer's must not exceed it."""
+    vocab_multiple: int = 128
+    """Embedding and head rows are padded to a multiple of this and masked out; mesh.tensor must divide it."""
+    layers: int = 4
+    """Blocks."""
+    embed: int = 192
+    """Width of the residual stream."""
+    heads: int = 6
+    """Query heads."""
+    kv_heads: int | None = None
+    """Key and value heads (grouped-query attention, arXiv:2305.13245); null: as many as `heads`."""
+    head_dim: int | None = None
+    """Width of a head; null: embed / heads."""
+    mlp: int = 512
+    """Hidden width of the feed-forward part."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm (arXiv:1910.07467) or LayerNorm."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance."""
+    norm_unit_offset: bool = False
+    """Multiply by 1 + scale, with scale starting at zero (Gemma)."""
+    pre_norms: bool = True
+    """A norm before attention and MLP; false: they read the stream as it is (OLMo 2)."""
+    post_norms: bool = False
+    """A norm after attention and MLP, before the residual sum (Gemma 2, 3, OLMo 2)."""
+    qk_norm: bool = False
+    """RMSNorm of each query and key head before the rotation (Qwen 3, Gemma 3)."""
+    qk_norm_whole: bool = False
+    """`qk_norm` over all heads of a token at once, not over each (OLMo 2)."""
+    qkv_bias: bool = False
+    """Biases on q, k, v (Qwen 2)."""
+    linear_bias: bool = False
+    """Biases on the attention projection and the MLP (GPT-2)."""
+    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    """swiglu and geglu have a gate (arXiv:2002.05202); gelu has none. GELU is the tanh form (GPT-2, Gemma)."""
+    position_encoding: Literal["rope", "learned", "none"] = "rope"
+    """How a token knows its place."""
+    max_positions: int = 1024
+    """Rows of the learned position table."""
+    rope: RopeConfig = RopeConfig()
+    """Rotation and its scaling."""
+    tied_embeddings: bool = False
+    """The head is the transposed embedding."""
+    embedding_scale: bool = False
+    """Multiply embeddings by sqrt(embed) (Gemma)."""
+    windows: tuple[int | None, ...] = (None,)
+    """Sliding windows in tokens, itself included, a pattern repeated over the layers; null is full attention."""
+    attention_softcap: float | None = None
+    """Scores become cap * tanh(scores / cap) (Gemma 2)."""
+    logit_softcap: float | None = None
+    """Logits become cap * tanh(logits / cap) (Gemma 2)."""
+    attention_scale: float | None = None
+    """Multiplies scores; null: head_dim ** -0.5."""
+    parallel_block: bool = False
+    """Attention and MLP read one norm and add to the stream together (GPT-J, PaLM)."""
+    dropout: float = 0.0
+    """Probability of zeroing an element of each block's two updates, in training."""
+    attention: Literal["auto", "dense", "blockwise", "cudnn"] = "auto"
+    """Implementation; auto: cudnn on a GPU where it can, else blockwise."""
+    scan: bool = True
+    """Compile one block and scan it over the stack; false: unroll (faster steps on a CPU, slower compilation)."""
+
+    _cuts: tuple[int, ...] = PrivateAttr(())  # layers that begin a segment of their own (configs/trained_segments.py)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("from") and not every_key(cls) <= values.keys():  # a resolved section needs the file no more
+            found = read_section(values["from"])
+            rope = {"rope": found["rope"] | values["rope"]} if {"rope"} <= found.keys() & values.keys() else {}
+            values = found | values | rope
+        family = FAMILIES.get(values.get("family", "llama"), {})
+        merged = family | values
+        if "rope" not in values and merged.get("position_encoding", "rope") != "rope":
+            merged.pop("rope", None)  # the family's rotation has no place in a model without one
+        if isinstance(values.get("rope"), dict):
+            merged["rope"] = family.get("rope", {}) | values["rope"]
+        return merged
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "ModelConfig":
+        positive("model", self, ("vocab", "vocab_multiple", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp"))
+        positive("model", self, ("max_positions", "norm_epsilon"))
+        positive("model", self, ("attention_softcap", "logit_softcap", "attention_scale"))
+        if self.heads % self.key_value_heads:
+            raise ValueError(
+                f"model.kv_heads: {self.kv_heads} does not divide model.heads ({self.heads}); use a divisor of it"
+            )
+        if self.head_dim is None and self.embed % self.heads:
+            raise ValueError(
+                f"model.embed: {self.embed} is not divisible by model.heads ({self.heads}); set model.head_dim"
+            )
+        if self.position_encoding == "rope" and self.head_width % 2:
+            raise ValueError(
+                f"model.head_dim: {self.head_width} must be even for rope, which turns pairs; "
+                f"set model.head_dim to {self.head_width + 1}"
+            )
+        if not self.windows or any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(
+                f"model.windows: {list(self.windows)} must list positive token counts or null, at least one"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout: {self.dropout} must be at least 0 and below 1; it is a probability")
+        return self
+
+    @model_validator(mode="after")
+    def _everything_has_an_effect(self) -> "ModelConfig":
+        if self.norm == "layer" and self.norm_unit_offset and not self.qk_norm:
+            raise ValueError(
+                "model.norm_unit_offset: true has no effect on model.norm: layer; use norm: rms, or set it to false"
+            )
+        if self.qk_norm_whole and not self.qk_norm:
+            raise ValueError("model.qk_norm_whole: true has no effect without model.qk_norm; set both or neither")
+        if not self.pre_norms and (self.parallel_block or not self.post_norms):
+            raise ValueError(
+                f"model.pre_norms: false with model.post_norms: {self.post_norms} and model.parallel_block: "
+                f"{self.parallel_block}; a block without any norm, or that shares one, does not train: use post_norms: "
+                "true and parallel_block: false"
+            )
+        if self.position_encoding != "rope" and self.rope != RopeConfig():
+            raise ValueError(
+                f"model.rope: has no effect with model.position_encoding: {self.position_encoding}; remove one of them"
+            )
+        if self.rope.local_theta is not None and set(self.windows) == {None}:
+            raise ValueError(
+                f"model.rope.local_theta: {self.rope.local_theta} has no effect without a layer with a sliding "
+                "window; set model.windows, or set it to null"
+            )
+        if self.attention == "cudnn" and self.attention_softcap is not None:
+            raise ValueError(
+                f"model.attention: cudnn cannot cap scores (model.attention_softcap: {self.attention_softcap}); "
+                "use auto or blockwise"
+            )
+        return self
+
+    @property
+    def key_value_heads(self) -> int:
+        """`kv_heads`, or `heads` where it is null."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_width(self) -> int:
+        """`head_dim`, or embed / heads where it is null."""
+        return self.head_dim or self.embed // self.heads
+
+    @property
+    def padded_vocab(self) -> int:
+        """`vocab` rounded up to a multiple of `vocab_multiple`."""
+        return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def segments(self) -> tuple[tuple[tuple[int | None, ...], int], ...]:
+        """(pattern of block kinds, repeats) in order, the layers that fill no pattern last; a kind is a block's window.
+
+        >>> ModelConfig(layers=8, windows=[1024, 1024, None]).segments
+        (((1024, 1024, None), 2), ((1024, 1024), 1))
+        """
+        edges = (0, *self._cuts, self.layers)
+        return tuple(
+            part
+            for first, end in itertools.pairwise(edges)
+            for part in stretch(self.windows, first=first, count=end - first)
+        )
+
+
+def stretch(windows: tuple[int | None, ...], *, first: int, count: int) -> list[tuple[tuple[int | None, ...], int]]:
+    """(pattern, repeats) of `count` layers from layer `first` on, those that fill no pattern last."""
+    start = first % len(windows)
+    turned = windows[start:] + windows[:start]
+    repeats, rest = divmod(count, len(windows))
+    return [(pattern, times) for pattern, times in ((turned, repeats), (turned[:rest], 1)) if pattern and times]

@@ -1,0 +1,181 @@
+"""Safetensors files of a model directory: read by rectangles, written in shards of limited size with an index.
+
+model.safetensors, or model-00001-of-00003.safetensors ... with model.safetensors.index.json
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...configs.errors import UserError, first_line
+from .tensor_regions import Index
+
+INDEX = "model.safetensors.index.json"
+# What else a directory holds that the weights are used with; copied along as it is.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+SAMPLES, SAMPLE_BYTES = 1024, 1 << 16  # of a file's fingerprint; the first sample holds its header
+
+# Tensors that are no weights of the decoder: buffers of old files, and towers for images.
+NOT_WEIGHTS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+# The same tensor by other names: GPT-2's first files, and decoders inside a model with images.
+ALIASES: tuple[Callable[[str], str], ...] = (
+    lambda name: name,
+    lambda name: name.removeprefix("transformer."),
+    lambda name: f"language_model.{name}",
+    lambda name: name.replace("model.", "model.language_model.", 1),
+)
+
+
+class Files:
+    """The tensors of a directory, by transformers' name; nothing is read before it is asked for."""
+
+    def __init__(self, directory: str | Path):
+        """Raises UserError where there are no safetensors files, or one cannot be opened."""
+        self.directory = Path(directory).expanduser()
+        self._opened: dict[Path, Any] = {}
+        self._files = located(self.directory)
+
+    def __iter__(self) -> Any:
+        return iter(self._files)
+
+    def stored(self, tensor: str) -> str:
+        """What the files call `tensor`. Raises UserError where they do not have it."""
+        found = next((alias(tensor) for alias in ALIASES if alias(tensor) in self._files), None)
+        if found is None:
+            raise UserError.no_match(f"model.from: {self.directory}: tensor", [tensor], known=self._files)
+        return found
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Of `tensor`."""
+        return tuple(self._slice(tensor).get_shape())
+
+    def part(self, tensor: str, index: Index) -> np.ndarray:
+        """The rectangle `index` of `tensor`; only it is read. Raises UserError for codes that are no numbers."""
+        source = self._slice(tensor)
+        if source.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(
+                f"model.from: {self.directory}: {tensor} is {source.get_dtype()}, a quantized weight; "
+                "set it to the model's unquantized files"
+            )
+        return source[index]
+
+    def fingerprint(self) -> str:
+        """Tells one model's weights from another's: all names, shapes and offsets, and samples of every file."""
+        import xxhash
+
+        state = xxhash.xxh3_128()
+        for file in sorted(set(self._files.values())):
+            size = file.stat().st_size
+            with open(file, "rb") as content:
+                for place in range(0, size, max(size // SAMPLES, SAMPLE_BYTES)):
+                    content.seek(place)
+                    state.update(content.read(SAMPLE_BYTES))
+            state.update(str(size).encode())
+        return state.hexdigest()
+
+    def _slice(self, tensor: str) -> Any:
+        name = self.stored(tensor)
+        file = self._files[name]
+        if file not in self._opened:
+            self._opened[file] = opened(file)
+        return self._opened[file].get_slice(name)
+
+
+def opened(file: Path) -> Any:
+    """The file, mapped. Raises UserError where it is not one of safetensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, "numpy")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.from: {file} cannot be read: {first_line(error)}; copy it again") from None
+
+
+def located(directory: Path) -> dict[str, Path]:
+    """Tensor -> the file that holds it. Raises UserError where the directory has none, or lacks one of them."""
+    index, single = directory / INDEX, directory / "model.safetensors"
+    if index.is_file():
+        try:
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"model.from: {index} has no readable weight_map ({error!r}); copy it again") from None
+        if missing := sorted({name for name in where.values() if not (directory / name).is_file()}):
+            raise UserError(f"model.from: {directory} lacks {', '.join(missing)}, which its index names; copy it again")
+        return {tensor: directory / name for tensor, name in where.items()}
+    if not single.is_file():
+        raise UserError(
+            f"model.from: {directory} holds no model.safetensors and no {INDEX}; pickled weights (*.bin) are never "
+            "loaded: save the model again with safetensors"
+        )
+    return dict.fromkeys(opened(single).keys(), single)
+
+
+def check_complete(files: Files, shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+    """Raise UserError where a tensor is missing, has another shape than `shapes` wants, or is none of ours."""
+    for tensor, wanted in shapes.items():
+        if (found := files.shape(tensor)) != wanted:
+            raise UserError(
+                f"model.from: {files.directory}: {tensor} is {list(found)} and the model section wants {list(wanted)}; "
+                "leave the sizes to config.json"
+            )
+    used = {files.stored(tensor) for tensor in shapes} | ({"lm_head.weight"} if tied else set())
+    unused = [name for name in files if name not in used]
+    unused = [name for name in unused if not name.endswith(NOT_WEIGHTS) and not name.startswith(OTHER_TOWERS)]
+    if unused:
+        raise UserError(
+            f"model.from: {files.directory}: {', '.join(sorted(unused)[:4])} ({len(unused)} in all) is no part of the "
+            "model its config.json describes; no exact import, use another model"
+        )
+
+
+def shards(sizes: Mapping[str, int], *, limit: int) -> list[list[str]]:
+    """Names in order, cut into groups whose sizes add to at most `limit` bytes, or hold one name.
+
+    >>> shards({"a": 3, "b": 2, "c": 2, "d": 9}, limit=5)
+    [['a', 'b'], ['c'], ['d']]
+    """
+    groups: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if groups[-1] and size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def write(directory: Path, sizes: Mapping[str, int], get: Callable[[str], np.ndarray], *, limit: int) -> list[Path]:
+    """Write every tensor of `sizes` (name -> bytes), a shard of at most `limit` bytes in memory at a time."""
+    from safetensors.numpy import save_file
+
+    groups = shards(sizes, limit=limit)
+    names = ["model.safetensors"]
+    if len(groups) > 1:
+        names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    for name, group in zip(names, groups, strict=True):
+        save_file({tensor: get(tensor) for tensor in group}, directory / name, metadata={"format": "pt"})
+    if len(groups) > 1:
+        where = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (directory / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return [directory / name for name in names]
+
+
+def copy_companions(source: str | Path, target: Path, *, names: Iterable[str] = COMPANIONS) -> list[str]:
+    """Copy tokenizer, chat template and generation settings, as far as there are; the names that were."""
+    import shutil
+
+    found = [name for name in names if (Path(source).expanduser() / name).is_file()]
+    for name in found:
+        shutil.copyfile(Path(source).expanduser() / name, target / name)
+    return found

@@ -1,0 +1,104 @@
+"""Keys and values of earlier tokens, so that generating reads each token once. Training has no cache.
+
+    cache = {segment: [{"k", "v"} for each place of its pattern]}      [repeats, batch, capacity, kv_heads, head_dim]
+
+Slot i holds the token of index i of every row. A block sees its own layer's part and answers with the *entries* of the
+tokens it was just given; they are written for all layers at once, after the last one, so that a loop updates the cache
+in place and never copies it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..configs.sections.model import ModelConfig
+from .attention.interface import EVERY, Where
+from .context import Context
+
+LAYER = ("batch", None, "kv_heads", None)  # one layer's keys or values
+
+Cache = dict[str, list[dict[str, jax.Array]]]
+
+
+def empty(model: ModelConfig, *, rows: int, capacity: int, ctx: Context) -> Cache:
+    """A cache of zeros for `rows` sequences of up to `capacity` tokens, of `ctx`'s dtype and placed by it."""
+    shape = (rows, capacity, model.key_value_heads, model.head_width)
+
+    def layers(repeats: int) -> jax.Array:
+        return ctx.constrain(jnp.zeros((repeats, *shape), ctx.compute), (None, *LAYER))
+
+    return {
+        str(number): [{"k": layers(repeats), "v": layers(repeats)} for _ in pattern]
+        for number, (pattern, repeats) in enumerate(model.segments)
+    }
+
+
+def capacity(cache: Cache) -> int:
+    """Tokens a row can hold."""
+    return jax.tree.leaves(cache)[0].shape[2]
+
+
+def write(cache: Cache, entries: Cache, *, index: jax.Array) -> Cache:
+    """The cache with `entries`, as `Decoder.hidden` returned them, in the slots from `index` (a scalar) on."""
+    return jax.tree.map(
+        lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new.astype(whole.dtype), index, axis=2),
+        cache,
+        entries,
+    )
+
+
+def with_earlier(
+    k: jax.Array, v: jax.Array, ctx: Context, *, prefix: dict[str, jax.Array] | None = None
+) -> tuple[jax.Array, jax.Array, Where, dict[str, jax.Array] | None]:
+    """Keys and values [batch, keys, kv_heads, head_dim] that new tokens attend to, where they stand, and their entries.
+
+    Without a cache these are the new tokens' own. With one they are all its slots: those not yet written lie after
+    every query, so the causal mask hides them. Every document sees a `prefix` in front of its own.
+    """
+    if ctx.cache is None:
+        where, entries = Where(ctx.index, ctx.index, ctx.segment_ids, ctx.segment_ids), None
+    else:
+        k, v, where, entries = with_slots(k, v, ctx)
+    return (k, v, where, entries) if prefix is None else (*behind(prefix, k, v, where, ctx), entries)
+
+
+def behind(
+    prefix: dict[str, jax.Array], k: jax.Array, v: jax.Array, where: Where, ctx: Context
+) -> tuple[jax.Array, jax.Array, Where]:
+    """Keys and values after those of `prefix`, {"k", "v"} [length, kv_heads, head_dim], which all documents share.
+
+    A token's keys depend on what stands before it, so those of a prefix are the same in front of every document.
+    """
+    rows, own = k.shape[:2]
+    length = prefix["k"].shape[0]
+
+    def joined(name: str, x: jax.Array) -> jax.Array:
+        same = jnp.broadcast_to(prefix[name].astype(x.dtype), (rows, *prefix[name].shape))
+        # Cut like the keys before they are joined: else the partitioner may move them by permutes, inside a block.
+        return ctx.constrain(jnp.concatenate([ctx.constrain(same, LAYER), x], axis=1), LAYER)
+
+    index = jnp.arange(own, dtype=jnp.int32) if where.key_index is None else where.key_index
+    segments = where.key_segments
+    if segments is not None:
+        segments = jnp.concatenate([jnp.full((rows, length), EVERY, segments.dtype), segments], axis=1)
+    where = Where(
+        query_index=index if where.query_index is None else where.query_index,
+        key_index=jnp.concatenate([jnp.arange(-length, 0, dtype=jnp.int32), index]),
+        query_segments=where.query_segments,
+        key_segments=segments,
+    )
+    return joined("k", k), joined("v", v), where
+
+
+def with_slots(k: jax.Array, v: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, Where, dict[str, jax.Array]]:
+    """`with_earlier` of a cache."""
+    entries = {"k": k, "v": v}
+    whole: Any = {
+        name: ctx.constrain(
+            jax.lax.dynamic_update_slice_in_dim(ctx.cache[name], new.astype(ctx.compute), ctx.index[0], axis=1), LAYER
+        )
+        for name, new in entries.items()
+    }
+    slots = jnp.arange(whole["k"].shape[1], dtype=jnp.int32)
+    return whole["k"], whole["v"], Where(ctx.index, slots, ctx.segment_ids, ctx.cache_segment_ids), entries

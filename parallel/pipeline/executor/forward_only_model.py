@@ -1,0 +1,50 @@
+"""A model that only reads, such as a teacher: its own pipeline, and what its last stage made of every token.
+
+    hidden = reading(parts, wiring, repeats=2, mesh=mesh)(weights, batch)     # [global_batch, sequence, embed]
+
+Its layers are cut over `pipe` as those of the model that learns, so it takes no more of a device than its share; but
+what it makes waits on every device of the pipeline until that model's last stage asks for it: all microbatches at once.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from ..tables.lowering import Wiring, rows_of
+from .device import Device
+from .embed_head import KeptEnds
+from .stage_functions import BATCH_AXES, MANUAL, Parts, Row, Weights
+from .table_executor import in_microbatches, ran, traced_block
+
+
+def reading(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh) -> Callable[[Weights, Any], jax.Array]:
+    """`read(weights, batch) -> hidden`, what the head would multiply; `wiring` is that of a forward-only table.
+
+    Weights and `batch` are as in `engine.pipelined`.
+    """
+    spread = PartitionSpec(BATCH_AXES)
+
+    def read(weights: Weights, batch: Any) -> jax.Array:
+        return jax.shard_map(
+            partial(on_device, parts, wiring, repeats),
+            in_specs=(Weights(PartitionSpec("pipe"), PartitionSpec()), spread, PartitionSpec()),
+            out_specs=spread,
+            axis_names=MANUAL,
+            mesh=mesh,
+            check_vma=False,
+        )(weights, batch, rows_of(wiring))
+
+    return read
+
+
+def on_device(parts: Parts, wiring: Wiring, repeats: int, weights: Weights, batch: Any, rows: Row) -> jax.Array:
+    """One device's run through the table: [rows, sequence, embed] of the rows it was given."""
+    batch, frozen = in_microbatches(batch, wiring.table.microbatches), Weights({}, {})
+    block, x = traced_block(parts, weights, frozen, batch, None)
+    device = Device(parts, wiring, block, weights, frozen, batch, None, KeptEnds(), repeats)
+    kept = jax.lax.psum(ran(device, x, rows, None, dtype=jnp.float32).between, "pipe")
+    return jnp.moveaxis(kept, 0, 1).reshape(-1, *kept.shape[2:])

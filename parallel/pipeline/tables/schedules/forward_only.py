@@ -1,0 +1,34 @@
+"""Forward only: for evaluation. Any placement; with vocabulary passes an S behind the last forward. NumPy only."""
+
+from ..dependencies import Pass
+from ..list_schedule import tabulate
+from ..placement import straight
+from ..table import Op, Table
+from .family import Family, Request
+
+
+def forward_only(request: Request) -> Table:
+    """[ticks, devices] of F and S; follows `placement`, straight by default.
+
+    Microbatches enter as far apart as a device has passes to do for each, and go straight through.
+    """
+    placement = straight(request.devices) if request.placement is None else request.placement
+    interval = placement.shape[1] + bool(request.vocabulary)
+    orders = []
+    for stages in placement.tolist():
+        timed = [
+            (stage + microbatch * interval, Pass(Op.F, microbatch, chunk))
+            for chunk, stage in enumerate(stages)
+            for microbatch in range(request.microbatches)
+        ]
+        if request.vocabulary:
+            timed += [(placement.size + k * interval, Pass(Op.S, k, -1)) for k in range(request.microbatches)]
+        orders.append([one for _, one in sorted(timed)])
+    return tabulate(orders, placement, algorithm=request.vocabulary, name="forward-only")
+
+
+FAMILIES = {
+    "forward-only": Family(
+        forward_only, "evaluation: no backwards", vocabulary=(0, 1, 2), options=("placement",), trains=False
+    )
+}

@@ -1,0 +1,120 @@
+"""Snapshots in memory: exact, on this mesh and on another, two slots, and nothing damaged returned."""
+
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from meshwright.checkpoint.manifest import DamagedCheckpoint
+from meshwright.checkpoint.memory_store import Memory
+from meshwright.checkpoint.redundancy.shm_slots import header_of
+from meshwright.checkpoint.storage import by_path, tree
+from meshwright.parallel.state import TrainState
+
+
+def state(seed, *spec):
+    """A state sharded over eight devices, with what `spec` says of its matrix."""
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    draw = np.random.default_rng(seed)
+    params = {"a": draw.normal(size=(16, 8)).astype(np.float32), "b": draw.normal(size=(5,)).astype(jnp.bfloat16)}
+    whole = TrainState(np.int32(seed), params, {}, (), (), np.zeros(2, np.uint32))
+    repeated = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda leaf: repeated, whole)
+    shardings.params["a"] = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.device_put(whole, shardings), shardings
+
+
+def shapes(saved):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+
+
+def restored(memory, step, saved, shardings):
+    return memory.restore(step, shapes=shapes(saved), shardings=shardings)
+
+
+def listed(memory, saved, shardings):
+    return memory.steps(by_path(tree(shardings)), by_path(tree(shapes(saved))))
+
+
+def files(memory):
+    return sorted(memory.directory.glob("*.[01]"))
+
+
+def same(found, wanted):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, found, wanted)))
+
+
+@pytest.fixture
+def memory(tmp_path):
+    return Memory(tmp_path / "slots")
+
+
+@pytest.mark.parametrize("spec", [("x", "y"), (None, "x"), (), (("x", "y"),)], ids=str)
+def test_a_snapshot_comes_back_on_any_mesh(memory, spec):
+    saved, _ = state(1, "x", "y")
+    memory.save(saved, step=1, data={"samples": 8})
+    _, shardings = state(1, *spec)
+    found, data = restored(Memory(memory.directory), 1, saved, shardings)
+    assert same(found, saved) and data == {"samples": 8} and found.params["a"].sharding == shardings.params["a"]
+
+
+def test_two_slots_hold_the_two_newest(memory):
+    for step in (1, 2, 3):
+        saved, shardings = state(step, "x")
+        memory.save(saved, step=step, data={})
+    assert listed(memory, saved, shardings) == [2, 3]
+    assert same(restored(memory, 2, saved, shardings)[0], state(2, "x")[0])
+
+
+def test_a_snapshot_is_untouched_by_donation(memory):
+    saved, shardings = state(1, "x")
+    wanted = jax.tree.map(np.array, saved)
+    memory.save(saved, step=1, data={})
+    jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(saved)
+    assert saved.params["a"].is_deleted() and same(restored(memory, 1, wanted, shardings)[0], wanted)
+
+
+def test_a_slot_that_was_being_written_is_none(memory, monkeypatch):
+    """Killed in the middle: the step before it is there, whole."""
+    first, shardings = state(1, "x")
+    memory.save(first, step=1, data={})
+    second, _ = state(2, "x")
+    monkeypatch.setattr(np, "copyto", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        memory.save(second, step=2, data={})
+    monkeypatch.undo()
+    assert listed(memory, first, shardings) == [1] and same(restored(memory, 1, first, shardings)[0], first)
+
+
+def test_no_flipped_bit_is_returned(memory):
+    saved, shardings = state(1, "x")
+    memory.save(saved, step=1, data={"samples": 8})
+    (file,) = files(memory)
+    before, draw, refused = file.read_bytes(), random.Random(0), 0
+    held = [range(offset, offset + size) for offset, size, _ in header_of(file)["blocks"]]
+    for _ in range(300):
+        place = draw.randrange(8 * len(before))
+        damaged = bytearray(before)
+        damaged[place // 8] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        again = Memory(memory.directory)
+        try:
+            found, data = restored(again, 1, saved, shardings)
+            assert same(found, saved) and data == {"samples": 8}, place
+            assert not any(place // 8 in block for block in held), "a bit of the payload"
+        except DamagedCheckpoint:
+            refused += 1
+    assert refused > 150  # the rest fell between the blocks
+
+
+def test_another_models_snapshot_is_not_offered(memory):
+    saved, shardings = state(1, "x")
+    memory.save(saved, step=1, data={})
+    other = shapes(saved)
+    other.params["a"] = jax.ShapeDtypeStruct((16, 16), np.float32)
+    assert memory.steps(by_path(tree(shardings)), by_path(tree(other))) == []
+    memory.clear()
+    assert not files(memory)

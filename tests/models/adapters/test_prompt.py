@@ -1,0 +1,153 @@
+"""What stands in front of documents, or in the place of tokens: the same as a model that reads it as tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from meshwright.configs.errors import UserError
+from meshwright.configs.loader import validated
+from meshwright.configs.sections.adapter import AdapterConfig
+from meshwright.configs.sections.model import ModelConfig
+from meshwright.models import kv_cache as caches
+from meshwright.models.adapters import attach
+from meshwright.models.attention.blockwise import BLOCKWISE
+from meshwright.models.attention.dense import DENSE
+from meshwright.models.attention.interface import attend
+from meshwright.models.context import Context
+from meshwright.models.decoder import graph, initial_params
+from meshwright.train.infer.generate import standing
+
+MODEL = ModelConfig(vocab=61, vocab_multiple=8, layers=3, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20)
+LEARNED = MODEL.model_copy(update={"position_encoding": "learned", "max_positions": 32, "scan": False})
+KEY = jax.random.key(1)
+AHEAD = {"method": "prompt", "length": 5}
+SECOND = 7  # where the second document of a row begins
+LENGTH = 16
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, LENGTH))
+PACKED = {
+    "positions": jnp.asarray([[*range(SECOND), *range(LENGTH - SECOND)]] * 2),
+    "segment_ids": jnp.asarray([[1] * SECOND + [2] * (LENGTH - SECOND)] * 2),
+}
+
+
+@functools.cache
+def weights(model):
+    random = np.random.default_rng(0)
+    fresh = jax.jit(lambda: initial_params(model, jax.random.key(0)))()
+    return jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32), fresh)
+
+
+def hidden(model, adapter, tree, tokens, **told):
+    """What the head reads."""
+    tokens = jnp.asarray(tokens)
+    told = {"positions": jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)} | told
+    structure = graph(model, attach.attached(model, adapter))
+    return jax.jit(lambda tree: nnx.merge(structure, tree).hidden(tokens, Context(**told))[0])(tree)
+
+
+def started(model, **settings):
+    adapter = AdapterConfig(**settings)
+    base = weights(model)
+    return base, adapter, jax.jit(lambda base: attach.started(base, model, adapter, KEY))(base)
+
+
+def assert_close(one, other):
+    np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max(), rtol=0)
+
+
+@pytest.mark.parametrize("model", [MODEL, LEARNED], ids=["rope", "learned"])
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_fresh_one_is_that_many_tokens_in_front_of_every_document(method, model):
+    """Both start as tokens: each of two packed documents is what the plain model makes of it behind them."""
+    base, adapter, tree = started(model, method=method, length=5)
+    first = jax.random.randint(KEY, (5,), 0, model.vocab)
+    for attention in ({}, {"attend": lambda *given: attend(BLOCKWISE, *given)}):
+        found = hidden(model, adapter, tree, TOKENS, **PACKED, **attention)
+        for part in (slice(0, SECOND), slice(SECOND, LENGTH)):
+            alone = TOKENS[:, part]
+            whole = hidden(model, None, base, np.concatenate([np.tile(first, (2, 1)), alone], axis=1))
+            assert_close(found[:, part], whole[:, 5:])
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_generating_reads_it_at_every_step(method):
+    """Ten tokens and then one more through a cache: what the head reads is that of all eleven at once."""
+    _, adapter, tree = started(MODEL, method=method, length=5)
+    tokens = jnp.asarray(TOKENS[:, :11])
+    whole = hidden(MODEL, adapter, tree, tokens)
+    decoder = nnx.merge(graph(MODEL, attach.attached(MODEL, adapter)), tree)
+    ctx = Context(positions=jnp.zeros((1, 1), jnp.int32))
+    cache = caches.empty(MODEL, rows=2, capacity=11, ctx=ctx)
+    for part in (slice(0, 10), slice(10, 11)):
+        index = jnp.arange(11)[part]
+        here = standing(ctx, attention=DENSE, index=index, first=jnp.zeros((2, 1), jnp.int32), cache=cache)
+        found, entries = decoder.hidden(tokens[:, part], here)
+        assert_close(found, whole[:, part])
+        cache = caches.write(cache, entries, index=index[0])
+
+
+def test_p_tuning_is_the_prompt_that_its_perceptron_makes():
+    base, adapter, tree = started(MODEL, method="p-tuning", length=5)
+    own = {name: np.asarray(leaf) for name, leaf in tree["prompt"].items()}
+    one = np.maximum(own["seeds"] @ own["w1"] + own["b1"], 0)
+    rows = np.maximum(one @ own["w2"] + own["b2"], 0) @ own["w3"] + own["b3"]
+    prompt = AdapterConfig(**AHEAD)
+    same = hidden(MODEL, prompt, base | {"prompt": {"rows": jnp.asarray(rows)}}, TOKENS)
+    assert_close(hidden(MODEL, adapter, tree, TOKENS), same)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_tokens_are_rows_of_the_table(tied):
+    """A fresh one changes nothing; a moved one is the model with those rows, where tied in the head as well."""
+    model = MODEL.model_copy(update={"tied_embeddings": tied})
+    base, adapter, tree = started(model, method="tokens", tokens=[int(TOKENS[0, 3]), 5])
+    assert_close(hidden(model, adapter, tree, TOKENS), hidden(model, None, base, TOKENS))
+    tree["embed"]["adapter"]["rows"] += 1.0
+    merged = attach.merged(tree, model, adapter)
+    assert jax.tree.structure(merged) == jax.tree.structure(base)
+    moved = np.abs(merged["embed"]["embedding"] - base["embed"]["embedding"]).max(axis=1)
+    assert sorted(np.flatnonzero(moved > 0.5)) == sorted(adapter.tokens)
+    assert_close(hidden(model, adapter, tree, TOKENS), hidden(model, None, merged, TOKENS))
+    decoders = [
+        nnx.merge(graph(model, attach.attached(model, own)), given) for own, given in ((adapter, tree), (None, merged))
+    ]
+    assert_close(*(decoder.head_kernel(jnp.float32) for decoder in decoders))
+
+
+@pytest.mark.parametrize(("method", "ends"), [("prefix", {"k", "v"}), ("prompt", {"rows"}), ("tokens", {"rows"})])
+def test_what_learns(method, ends):
+    more = {"tokens": [3]} if method == "tokens" else {}
+    _, adapter, tree = started(MODEL, method=method, **more)
+    params, frozen = (attach.flat(part) for part in attach.split(tree, MODEL, adapter))
+    assert {path.rpartition("/")[2] for path in params} == ends
+    assert frozen.keys() - attach.flat(weights(MODEL)).keys() == ({"embed/adapter/numbers"} & frozen.keys())
+
+
+def test_what_no_weight_can_hold_is_not_merged():
+    _, adapter, tree = started(MODEL, **AHEAD)
+    with pytest.raises(UserError, match=r"adapter\.method: prompt cannot be merged"):
+        attach.merged(tree, MODEL, adapter)
+
+
+MISTAKES = {
+    "windows": ({"model": {"windows": [4, None]}, "adapter": AHEAD}, "where windows .* do not reach"),
+    "a cut row": ({"mesh": {"seq": 2, "devices": 2}, "adapter": AHEAD}, "mesh.seq: 2, but adapter.method prompt needs"),
+    "stages": ({"mesh": {"pipe": 2, "devices": 2}, "adapter": AHEAD}, "mesh.pipe: 2, but adapter.method prompt needs"),
+    "no position": (
+        {"model": {"position_encoding": "learned", "max_positions": 258}, "adapter": AHEAD},
+        "adapter.length: 5 and data.sequence_length .* exceed",
+    ),
+    "no such token": ({"adapter": {"method": "tokens", "tokens": [999999]}}, "adapter.tokens: 999999 is no token"),
+    "no tokens": ({"adapter": {"method": "tokens"}}, "adapter.tokens: .* must name some tokens"),
+    "targets": ({"adapter": AHEAD | {"targets": ["q"]}}, "adapter.targets: .* means nothing to method prompt"),
+}
+
+
+@pytest.mark.parametrize(("given", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_what_cannot_be_computed_is_refused_before_anything_runs(given, words):
+    with pytest.raises(UserError, match=words):
+        validated({"name": "mine", "data": {"source": "stdlib", "sequence_length": 256}} | given)

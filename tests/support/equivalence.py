@@ -1,0 +1,139 @@
+"""Equivalence, the method of proof: two configurations must be the same computation.
+
+    assert_same(tiny(), tiny(mesh={"data": 2, "tensor": 2}))
+
+compares losses, gradient norms and canonical parameters over a few steps on fixed random batches.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from meshwright.configs.loader import merged, validated
+from meshwright.configs.run import RunConfig
+from meshwright.configs.sections.outer import OuterConfig
+from meshwright.configs.sections.parallel import MemoryConfig, MeshConfig, PipelineConfig
+from meshwright.parallel.layout import canonical, rearranged
+from meshwright.parallel.mesh import make_mesh
+from meshwright.parallel.state import TrainState
+from meshwright.train.engine.host_data import to_devices
+from meshwright.train.engine.program import Program, build
+from meshwright.train.engine.replicas import on_host
+
+TINY = {
+    "steps": 5,
+    "model": {"vocab": 61, "vocab_multiple": 8, "layers": 2, "embed": 16, "heads": 4, "kv_heads": 2, "mlp": 24},
+    "optimizer": {"learning_rate": 0.01, "clip": 1.0, "weight_decay": 0.1, "warmup_steps": 2},
+    "data": {"source": "synthetic", "tokenizer": {"bytes": True}, "sequence_length": 16, "global_batch": 8},
+    "mesh": {"platform": "cpu"},
+}
+
+
+def tiny(**changes: Any) -> RunConfig:
+    """A two-layer run, with `changes` merged over it."""
+    return validated(merged(TINY, changes))
+
+
+def batches(config: RunConfig, steps: int) -> list[dict[str, np.ndarray]]:
+    """Random packed batches: documents of uneven length, padding, uneven weights; the same for every mesh."""
+    random = np.random.default_rng(0)
+    shape = (config.data.global_batch, config.data.sequence_length)
+    told = functools.partial(noted, vocab=config.model.vocab, top_k=config.recipe.top_k or 1)
+    return [told(packed(random, shape, vocab=config.model.vocab)) for _ in range(steps)]
+
+
+def packed(random: np.random.Generator, shape: tuple[int, int], *, vocab: int) -> dict[str, np.ndarray]:
+    """One batch of two documents a row and some padding."""
+    rows, length = shape
+    place = np.arange(length)
+    cut, end = random.integers(2, length // 2, (rows, 1)), random.integers(length // 2 + 1, length + 1, (rows, 1))
+    segments = np.where(place < cut, 1, np.where(place < end, 2, 0)).astype(np.int32)
+    return {
+        "tokens": random.integers(0, vocab, shape, dtype=np.int32),
+        "targets": random.integers(0, vocab, shape, dtype=np.int32),
+        "loss_weights": ((segments > 0) * random.integers(0, 3, shape)).astype(np.float32),
+        "segment_ids": segments,
+        "positions": np.where(place < cut, place, place - cut).astype(np.int32),
+    }
+
+
+def noted(batch: dict[str, np.ndarray], *, vocab: int, top_k: int) -> dict[str, np.ndarray]:
+    """The batch with what some recipes read besides."""
+    random, shape = np.random.default_rng(1), batch["tokens"].shape
+    labels = np.where(random.random((shape[0], 1)) < 0.5, 1.0, -1.0) * (batch["segment_ids"] > 0)
+    reference = -4.0 - random.random(shape)
+    words = np.argsort(random.random((*shape, vocab)), axis=-1)[..., :top_k].astype(np.int32)
+    likely = np.sort(random.dirichlet(np.ones(top_k + 1), shape)[..., :top_k])[..., ::-1]
+    fields = {"labels": labels, "reference_logprobs": reference, "teacher_logprobs": np.log(likely)}
+    return batch | {"teacher_tokens": words} | {name: field.astype(np.float32) for name, field in fields.items()}
+
+
+def trajectory(config: RunConfig, *, steps: int = 5) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Metrics of every step, and the canonical state after the last. A configuration is run once a session."""
+    return _trajectory(config.model_dump_json(), steps)
+
+
+@functools.lru_cache(maxsize=64)
+def _trajectory(config_json: str, steps: int) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    config = RunConfig.model_validate_json(config_json)
+    mesh = make_mesh(config.mesh)
+    program = build(config, mesh)
+    start = in_order_of(program, born(config))
+    state, step = jax.device_put(start, program.shardings, may_alias=False), program.compiled_step()
+    meet, seen = program.compiled_meetings(), []
+    for number, batch in enumerate(batches(config, steps), 1):
+        state, metrics = step(state, to_devices(batch, config, mesh))
+        state = meet(state, number)
+        seen.append(on_host(metrics))
+    state = jax.device_get(state)
+    if program.replicas:
+        return seen, program.replicas.canonical(state, config.model, program.order)
+    return seen, canonical({"params": state.params, "opt_state": state.opt_state}, config.model, program.order)
+
+
+def in_order_of(program: Program, state: TrainState) -> TrainState:
+    """`state`, its layers stacked in their plain order, as `program` stacks them."""
+    parts = {part.name: getattr(state, part.name) for part in dataclasses.fields(state)}
+    if program.replicas is None:
+        return TrainState(**program.arranged(parts))
+    several = ("params", "opt_state", *(["outer"] if program.replicas.outer.per_replica else []))
+    move = functools.partial(rearranged, before=None, after=program.order)
+    moved = {name: jax.vmap(move)(part) if name in several else move(part) for name, part in parts.items()}
+    return TrainState(**moved | program.arranged({"frozen": state.frozen}))
+
+
+def born(config: RunConfig) -> TrainState:
+    """The state before step 0, made on one device: what `Program.initialized` must make on any mesh."""
+    plain = {"mesh": MeshConfig(platform="cpu"), "memory": MemoryConfig(), "pipeline": PipelineConfig()}
+    outer = config.outer.model_dump_json() if config.outer else None
+    alone = config.model_copy(update=plain | {"microbatches": 1, "outer": None})
+    return _born(alone.model_dump_json(), outer, config.mesh.replica)
+
+
+@functools.lru_cache(maxsize=64)
+def _born(config_json: str, outer_json: str | None, replicas: int) -> TrainState:
+    config = RunConfig.model_validate_json(config_json)
+    if outer_json:
+        config = config.model_copy(update={"outer": OuterConfig.model_validate_json(outer_json)})
+    return jax.device_get(build(config, make_mesh(config.mesh), replica_count=replicas).initialized())
+
+
+def assert_same(a: RunConfig, b: RunConfig, *, steps: int = 5, tolerance: float = 2e-5) -> None:
+    """Both runs have the same losses, gradient norms, and canonical parameters and optimizer state after `steps`."""
+    (metrics_a, state_a), (metrics_b, state_b) = trajectory(a, steps=steps), trajectory(b, steps=steps)
+    for number, (one, other) in enumerate(zip(metrics_a, metrics_b, strict=True)):
+        for key in ("loss", "tokens", "grad_norm"):
+            np.testing.assert_allclose(one[key], other[key], rtol=tolerance, err_msg=f"{key} of step {number}")
+    assert_close(state_a, state_b, tolerance=tolerance)
+
+
+def assert_close(a: dict[str, np.ndarray], b: dict[str, np.ndarray], *, tolerance: float) -> None:
+    """Two canonical states are equal, each array relative to its largest element."""
+    assert a.keys() == b.keys(), f"names differ: {sorted(a.keys() ^ b.keys())}"
+    for name, array in a.items():
+        scale = np.abs(array).max() + 1e-6
+        # Adam turns rounding near zero gradients into steps of a learning rate's size: hence 10x.
+        np.testing.assert_allclose(array / scale, b[name] / scale, atol=10 * tolerance, rtol=0, err_msg=name)

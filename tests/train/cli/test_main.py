@@ -1,0 +1,158 @@
+"""The command line: one clear line and the right exit code, before JAX is imported."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from meshwright.configs.errors import UserError
+from meshwright.configs.loader import load, recipes
+from meshwright.train.cli.bench import BENCHMARKS
+from meshwright.train.cli.main import app
+from meshwright.train.core.run_directory import open_directory, read_config
+
+FIXTURES = Path(__file__).parents[2] / "models" / "families" / "fixtures"
+
+NO_JAX = "import sys; sys.modules['jax'] = None; from meshwright.train.cli.main import main; main()"
+
+
+def meshwright(*arguments):
+    return subprocess.run([sys.executable, "-c", NO_JAX, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_a_misspelt_key_is_one_line_and_exit_code_2():
+    done = meshwright("train", "quickstart", "mesh.tensr=2")
+    assert done.returncode == 2
+    assert done.stderr == "meshwright: mesh.tensr: unknown key. Did you mean mesh.tensor?\n"
+
+
+def test_every_recipe_validates_without_jax():
+    assert "quickstart" in recipes()
+    for name in recipes():
+        done = meshwright("validate", name)
+        if name == "finetune/private":  # what makes it private is the user's
+            assert done.returncode == 2 and "data.tokenizer.train" in done.stderr
+            done = meshwright(
+                "validate", name, f"seed={2**40 + 1}", "data.tokenizer={bytes: true, train: null, vocab: null}"
+            )
+        assert done.returncode == 0, done.stderr
+
+
+MISTAKES = {
+    "no such file": (["validate", "quickstrat"], r"CONFIG: quickstrat is no file.*Did you mean quickstart\?"),
+    "no such engine": (["launch", "quickstart", "--engine", "mesos"], "--engine: mesos matches nothing"),
+    "no such teacher": (
+        ["validate", "finetune/distill", "recipe.teacher.from=nowhere"],
+        "recipe.teacher.from: nowhere has no",
+    ),
+    "not a run": (["report", "."], "not a run directory"),
+    "processes that nodes do not share": (
+        ["validate", "quickstart", "launch.processes=8", "launch.slurm.nodes=3"],
+        "8 processes do not share 3 nodes evenly; use a divisor of 8",
+    ),
+    "no such benchmark": (["bench", "steps"], r"bench: steps matches nothing.*Did you mean step\?"),
+    "a model of the hub": (
+        ["validate", "finetune/lora", "model.from=someone/model"],
+        r"model.from: someone/model has no .*`hf download someone/model --local-dir someone/model`",
+    ),
+    "not an override": (["validate", "quickstart", "steps"], "'steps' is not of the form key.sub=value"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_says_what_would_do(arguments, message):
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, UserError)
+    with pytest.raises(UserError, match=message):
+        raise result.exception
+
+
+def test_a_recipe_is_copied_once(tmp_path):
+    target = tmp_path / "mine.yaml"
+    assert CliRunner().invoke(app, ["recipes", "cp", "quickstart", str(target)]).exit_code == 0
+    target.write_text("mine")
+    assert isinstance(CliRunner().invoke(app, ["recipes", "cp", "quickstart", str(target)]).exception, UserError)
+    assert target.read_text() == "mine"
+
+
+def test_a_run_that_is_not_there_names_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word, message in (("runs/mine", "`meshwright train` makes one"), ("mine", r"did you mean runs/mine\?")):
+        with pytest.raises(UserError, match=message):
+            read_config(Path(word))
+        (tmp_path / "runs" / "mine").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / "mine" / "config.yaml").touch()
+    with pytest.raises(UserError, match="there are runs/mine"):
+        read_config(Path("runs/zzz"))
+    (tmp_path / "runs" / "far" / "island-1").mkdir(parents=True)
+    (tmp_path / "runs" / "far" / "island-1" / "config.yaml").touch()
+    with pytest.raises(UserError, match="there are runs/far/island-1"):
+        read_config(Path("runs/far"))
+
+
+def test_slots_are_drained_only_where_a_run_can_go_on_without(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: mine\n")
+    refused = CliRunner().invoke(app, ["drain", str(tmp_path), "1"])
+    assert isinstance(refused.exception, UserError) and "elastic.meshes" in str(refused.exception)
+    (tmp_path / "config.yaml").write_text("name: mine\nmesh: {data: 4}\nelastic: {meshes: [{data: 2}]}\n")
+    assert "slots [1] are drained" in CliRunner().invoke(app, ["drain", str(tmp_path), "1"]).output
+    assert "no slot is drained" in CliRunner().invoke(app, ["drain", str(tmp_path), "1", "--undo"]).output
+
+
+def test_one_island_that_was_here_before_is_in_nobodys_way(tmp_path):
+    """A site of its own leaves runs/NAME/island-0 alone; all of them here then share runs/NAME."""
+    (tmp_path / "islands" / "island-0").mkdir(parents=True)
+    assert open_directory(load("lowcomm/islands"), root=tmp_path) == tmp_path / "islands"
+    (tmp_path / "diloco").mkdir()
+    (tmp_path / "diloco" / "notes.txt").touch()
+    with pytest.raises(UserError, match="exists and is not a run"):
+        open_directory(load("lowcomm/diloco"), root=tmp_path)
+
+
+def test_files_that_are_not_here_are_told_and_are_no_mistake(tmp_path, monkeypatch):
+    """A run may be checked on one machine and train on another."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text((FIXTURES / "llama3" / "config.json").read_text())
+    words = ["validate", "finetune/lora", "model.from=hf", "data.source=jsonl", "data.path=texts.jsonl"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and done.stdout.startswith("finetune/lora: good")
+    assert [line.split(": ")[1] for line in done.stderr.splitlines()] == [
+        "data.path",
+        "data.tokenizer.file",
+        "model.from",
+    ]
+    for name in ("texts.jsonl", "hf/tokenizer.json", "hf/model.safetensors"):
+        (tmp_path / name).touch()
+    assert not CliRunner().invoke(app, words).stderr
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_says_what_it_takes(name):
+    """Its own help, not that of the verb."""
+    done = CliRunner().invoke(app, ["bench", name, "--help"])
+    assert done.exit_code == 0 and f"usage: meshwright bench {name}" in done.output
+
+
+def test_help_begins_with_what_to_type():
+    first, *rest = (
+        line for line in CliRunner().invoke(app, ["--help"]).output.splitlines() if "meshwright train" in line
+    )
+    assert "quickstart" in first and not rest
+    assert CliRunner().invoke(app, ["--version"]).output == f"meshwright {version('meshwright')}\n"
+
+
+def test_the_schema_documents_every_key():
+    import json
+
+    schema = json.loads(CliRunner().invoke(app, ["schema"]).output)
+    undocumented = [
+        f"{name}.{key}"
+        for name, section in schema["$defs"].items()
+        for key, field in section.get("properties", {}).items()
+        if "description" not in field
+    ]
+    assert not undocumented

@@ -1,0 +1,130 @@
+"""Membership: names, time-to-live, epochs, tickets, under any order of events; and the same over a socket."""
+
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshwright.train.core.rendezvous import (  # fmt: skip
+    Client,
+    Membership,
+    Refused,
+    Room,
+    Server,
+    answer,
+    beaten,
+    expired,
+    joined,
+    left,
+)
+
+NAMES = ("a", "b", "c")
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from(["join", "beat", "leave", "pass"]), st.sampled_from(NAMES), st.floats(0, 4)), max_size=40
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(actions=ACTIONS)
+def test_membership_is_who_was_heard_of_within_the_time_to_live(actions):
+    """Against a dictionary of last words; every change of the set is a new epoch, and no change is none."""
+    membership, heard, tickets, now = Membership(), {}, {}, 0.0
+    for action, name, seconds in actions:
+        now += seconds
+        before = membership = expired(membership, now=now)
+        heard = {one: last for one, last in heard.items() if last + 5.0 > now}
+        assert set(membership.members) == set(heard)
+        if action == "join":
+            membership = joined(membership, name, now=now, ttl=5.0)
+            heard[name], tickets[name] = now, membership.epoch
+        elif action in ("beat", "leave") and name not in heard:
+            with pytest.raises(Refused, match="is not a member"):
+                beaten(membership, name, tickets.get(name, 0), now=now, info={})
+        elif action == "beat":
+            membership = beaten(membership, name, tickets[name], now=now, info={"step": 1})
+            heard[name] = now
+        elif action == "leave":
+            membership = left(membership, name, tickets[name])
+            del heard[name]
+        assert membership.epoch - before.epoch == (action == "join" or set(membership.members) != set(before.members))
+
+
+def test_a_member_whose_name_was_given_away_is_refused():
+    """A process that was stopped and declared dead, and wakes up."""
+    first = joined(Membership(), "a", now=0.0)
+    second = joined(first, "a", now=1.0)
+    beaten(second, "a", second.members["a"].ticket, now=1.0, info={})
+    with pytest.raises(Refused, match=r"a of epoch 1 is not a member in epoch 2: it is another one, of epoch 2"):
+        beaten(second, "a", first.members["a"].ticket, now=1.0, info={})
+
+
+def test_two_who_expire_together_are_one_epoch():
+    membership = joined(joined(Membership(), "a", now=0.0, ttl=1.0), "b", now=0.5, ttl=1.0)
+    assert expired(membership, now=0.9) is membership
+    assert expired(membership, now=2.0) == Membership(3, {})
+
+
+def test_waiting_ends_with_the_epoch_or_the_time():
+    """By a clock of the test: the member's time is over while somebody waits for that."""
+    now = [0.0]
+    room = Room(lambda: now[0])
+    room.change(lambda m, at: joined(m, "a", now=at, ttl=5.0))
+    waited = []
+    thread = threading.Thread(target=lambda: waited.append(room.wait(beyond=1, timeout=60.0)))
+    thread.start()
+    assert room.membership.epoch == 1
+    now[0] = 6.0
+    room.change(lambda m, at: m)  # any request finds the expired
+    thread.join(timeout=10)
+    assert waited[0] == Membership(2, {}) and room.wait(beyond=2, timeout=0.0).epoch == 2
+
+
+def test_members_meet_over_a_socket():
+    with Server() as server, Client(server.address, "a") as a, Client(server.address, "b") as b:
+        one = {"port": 1, "ticket": 1}
+        assert a.join({"port": 1})["members"] == {"a": one}
+        b.join()
+        assert b.beat({"step": 7}) == {"epoch": 2, "members": {"a": one, "b": {"step": 7, "ticket": 2}}}
+        gone = threading.Timer(0.05, b.leave)
+        gone.start()
+        assert a.wait(beyond=2, timeout=10.0) == {"epoch": 3, "members": {"a": one}}
+        gone.join()
+        with pytest.raises(Refused):
+            b.beat()
+    with pytest.raises(OSError, match=r"rendezvous 127\.0\.0\.1"):
+        Client(server.address, "c", timeout=1.0).join()
+
+
+def test_a_silent_member_expires_while_others_wait():
+    with Server() as server, Client(server.address, "a") as a, Client(server.address, "b", ttl=0.2) as b:
+        a.join()
+        b.join()
+        began = time.monotonic()
+        assert list(a.wait(beyond=2, timeout=20.0)["members"]) == ["a"] and time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("line", [b"", b"x\n", b"[]\n", b'{"do": "dance"}\n', b'{"do": "join", "name": "a"}\n'])
+def test_nonsense_is_answered_and_changes_nothing(line):
+    room = Room()
+    assert "error" in answer(room, line) and room.membership == Membership()
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of connections")
+def test_a_member_that_vanishes_without_a_word_is_not_listened_to_for_ever():
+    """A site that loses its power hangs up on nobody; only the kernel's probes end such a connection."""
+    with Server() as server, socket.create_connection(address_of(server)) as member:
+        member.sendall(b"{}\n")
+        member.recv(100)
+        here = [f":{port:04X}" for port in (address_of(server)[1], member.getsockname()[1])]
+        (line,) = [words for words in map(str.split, Path("/proc/net/tcp").read_text().splitlines())
+                   if words[1].endswith(here[0]) and words[2].endswith(here[1])]  # fmt: skip
+    assert line[5].startswith("02:")  # the timer that runs is keepalive's
+
+
+def address_of(server):
+    host, _, port = server.address.rpartition(":")
+    return host, int(port)

@@ -1,0 +1,127 @@
+"""The tokenized cache: made once, whole, and never used when a byte of it has changed."""
+
+import errno
+import logging
+import threading
+
+import numpy as np
+import pytest
+
+from meshwright.configs.errors import UserError
+from meshwright.train.data import encoding
+from meshwright.train.data import token_store as module
+from meshwright.train.data.disk_cache import cached
+from meshwright.train.data.token_store import tokenized
+from meshwright.train.data.tokenizer import byte_tokenizer
+
+
+class Listed(list):
+    fingerprint = "listed"
+
+
+TEXTS = Listed(["ab", "", "naïve", "line one\nline two\n" * 20])
+
+
+def entry(cache):
+    return next(path for path in (cache / "tokens").iterdir() if path.is_dir())
+
+
+def documents_of(store):
+    return [store.tokens[start:stop].tolist() for start, stop in zip(store.offsets, store.offsets[1:], strict=False)]
+
+
+def test_documents_end_with_eos_and_empty_ones_are_left_out(cache):
+    store = tokenized(TEXTS, byte_tokenizer(), cache=cache)
+    assert documents_of(store) == [[*text.encode(), 256] for text in TEXTS if text]
+    assert store.origins.tolist() == [0, 2, 3]
+    assert store.sizes.tolist() == [2, 6, 360]
+    assert store.lengths.tolist() == [3, 7, 361]
+    assert store.tokens.dtype == np.uint16
+    assert isinstance(store.tokens, np.memmap)
+
+
+def test_long_texts_are_encoded_in_pieces_of_lines(cache, monkeypatch):
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 50)
+    assert list(encoding.line_pieces("a" * 49 + "\nb")) == ["a" * 49 + "\n", "b"]
+    assert list(encoding.line_pieces("c" * 120)) == ["c" * 50, "c" * 50, "c" * 20]
+    store = tokenized(TEXTS, byte_tokenizer(), cache=cache)
+    assert documents_of(store) == [[*text.encode(), 256] for text in TEXTS if text]
+
+
+def test_encoded_once_then_read(cache, monkeypatch):
+    tokenized(TEXTS, byte_tokenizer(), cache=cache)
+    monkeypatch.setattr(module, "write_store", lambda *_, **__: pytest.fail("encoded again"))
+    assert len(tokenized(TEXTS, byte_tokenizer(), cache=cache)) == 3
+
+
+def flip_a_bit(directory):
+    content = bytearray((directory / "tokens.npy").read_bytes())
+    content[-5] ^= 1
+    (directory / "tokens.npy").write_bytes(content)
+
+
+def cut_short(directory):
+    content = (directory / "tokens.npy").read_bytes()
+    (directory / "tokens.npy").write_bytes(content[:-2])
+
+
+def lose_a_file(directory):
+    (directory / "offsets.npy").unlink()
+
+
+def lose_the_checksums(directory):
+    (directory / "digests.json").write_text("")
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_short, lose_a_file, lose_the_checksums])
+def test_a_damaged_entry_is_made_again_and_said_so(damage, cache, caplog):
+    expected = documents_of(tokenized(TEXTS, byte_tokenizer(), cache=cache))
+    damage(entry(cache))
+    with caplog.at_level(logging.WARNING):
+        assert documents_of(tokenized(TEXTS, byte_tokenizer(), cache=cache)) == expected
+    assert "making it again" in caplog.text
+
+
+def test_an_entry_that_fails_half_way_leaves_nothing(cache):
+    class Breaks(Listed):
+        def __getitem__(self, index):
+            if index == 2:
+                raise UserError("document 2 is broken")
+            return super().__getitem__(index)
+
+    with pytest.raises(UserError, match="document 2 is broken"):
+        tokenized(Breaks(TEXTS), byte_tokenizer(), cache=cache)
+    assert [path.suffix for path in (cache / "tokens").iterdir()] == [".lock"]
+
+
+def test_a_full_disk_is_one_line(cache):
+    def full(directory):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"data\.cache: .* cannot be written: the disk is full; set data\.cache"):
+        cached(cache / "tokens" / "key", read=str, write=full)
+    assert not list((cache / "tokens").glob("*.tmp"))
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.cache: .*cannot be written"):
+        cached(tmp_path / "file" / "key", read=str, write=lambda directory: None)
+
+
+def test_of_many_who_want_an_entry_one_makes_it(cache):
+    made = []
+
+    def write(directory):
+        made.append(directory)
+        (directory / "value").write_text("x")
+
+    def want():
+        cached(cache / "key", read=lambda path: (path / "value").read_text(), write=write)
+
+    threads = [threading.Thread(target=want) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1

@@ -1,0 +1,307 @@
+"""Differential privacy: norms without gradients are the norms of gradients; clipping, noise and what it all costs."""
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.equivalence import assert_same, batches, tiny
+
+from meshwright.configs.errors import UserError
+from meshwright.configs.loader import merged
+from meshwright.configs.sections.privacy import PrivacyConfig
+from meshwright.parallel.mesh import make_mesh
+from meshwright.parallel.prng import of_steps, of_weights
+from meshwright.train.core.event_log import Journal
+from meshwright.train.core.process_env import World
+from meshwright.train.engine.forward_backward import context, context_alone
+from meshwright.train.engine.host_data import to_devices
+from meshwright.train.engine.privacy.dp_sgd import make_norms, row_losses
+from meshwright.train.engine.program import build
+from meshwright.train.metrics import metrics_logger
+from meshwright.train.objectives.loss_heads import by_parameters, target_logprobs
+from meshwright.train.objectives.registry import RECIPES
+from meshwright.train.run import checked, train
+
+pytest.importorskip("jax_privacy")
+
+SINGLE = {"packing": {"method": "single"}}
+SEED = 5077342164932151
+PRIVATE = {"seed": SEED, "privacy": {"clip": 0.5, "noise": 1.0}, "data": SINGLE, "optimizer": {"name": "sgd"}}
+MODELS = {
+    "llama, all of it": {},
+    "biases, norms, windows": {
+        "model": {"qkv_bias": True, "linear_bias": True, "qk_norm": True, "windows": [4, None], "norm": "layer"}
+    },
+    "gpt2, untied": {"model": {"family": "gpt2", "tied_embeddings": False, "kv_heads": 4}},
+    "lora, dropout": {"adapter": {"rank": 3, "dropout": 0.2}, "model": {"dropout": 0.1}},
+    "lora, the last layer, tied": {"adapter": {"rank": 3, "layers": 1}, "model": {"tied_embeddings": True}},
+    "dora": {"adapter": {"method": "dora", "rank": 3}},
+    "ia3": {"adapter": {"method": "ia3"}},
+    "norms": {"adapter": {"method": "norms"}},
+    "bitfit": {"adapter": {"method": "bitfit"}, "model": {"qkv_bias": True}},
+    "kernels and norms by name": {"adapter": {"method": "selective", "targets": ["*/q/*", "*norm*"]}},
+    "a quantized base": {"adapter": {"rank": 3}, "quantization": {"group": 8}, "model": {"mlp": 32}},
+    "remat, scanned": {"memory": {"policy": "minimal"}},
+    "long rows, unrolled": {"data": {"sequence_length": 64}, "model": {"scan": False}},
+    "dpo": {"recipe": {"name": "dpo"}, "data": {"source": "docstrings", "format": "preference"}},
+}
+FAST = ("llama, all of it", "lora, dropout")
+
+
+def private(**changes):
+    return tiny(**merged(PRIVATE, changes))
+
+
+def moved(params):
+    """Weights that are nowhere at a symmetric start: zeros would hide what is missing."""
+    random = np.random.default_rng(5)
+    return jax.tree.map(lambda x: x + jnp.asarray(0.05 * random.standard_normal(x.shape), x.dtype), params)
+
+
+def materialised(config, program, params, frozen, batch, keys):
+    """Gradients of each row, made."""
+    values = by_parameters(
+        target_logprobs(config.model, config.memory), program.graph, context=partial(context, config, program.mesh)
+    )
+    recipe = RECIPES[config.recipe.name].loss(config.recipe)
+
+    def loss(params, row, key):
+        row = jax.tree.map(lambda x: x[None], row)
+        return row_losses(recipe, values(params, frozen, row, None if key is None else key[None]), row)[0]
+
+    return jax.vmap(jax.grad(loss), (None, 0, None if keys is None else 0))(params, batch, keys)
+
+
+def norms_of(config, program):
+    return make_norms(
+        program.graph,
+        RECIPES[config.recipe.name].loss(config.recipe),
+        model=config.model,
+        adapter=config.adapter,
+        alone=partial(context_alone, config, program.mesh),
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in MODELS]
+)
+def test_norms_are_those_of_the_gradients_of_each_row(name):
+    config = private(**MODELS[name])
+    program = build(config, make_mesh(config.mesh))
+    state = program.initialized()
+    params, batch = moved(state.params), jax.tree.map(jnp.asarray, batches(config, 1)[0])
+    keys = jax.random.split(jax.random.key(3), config.data.global_batch)
+    with jax.set_mesh(program.mesh):
+        found = jax.jit(norms_of(config, program))(params, state.frozen, batch, keys)
+        each = jax.jit(partial(materialised, config, program))(params, state.frozen, batch, keys)
+    wanted = sum(
+        np.square(np.asarray(leaf, np.float64)).reshape(leaf.shape[0], -1).sum(1) for leaf in jax.tree.leaves(each)
+    )
+    assert (wanted > 0).all()
+    np.testing.assert_allclose(np.sqrt(found), np.sqrt(wanted), rtol=1e-5)
+
+
+def summed(config):
+    """The sums of one batch, and every row's own gradient."""
+    program = build(config, make_mesh(config.mesh))
+    state, batch = program.initialized(), batches(config, 1)[0]
+    with jax.set_mesh(program.mesh):
+        placed = to_devices(batch, config, program.mesh)
+        sums = jax.jit(program.gradients)(state.params, state.frozen, placed, None)
+        each = jax.jit(partial(materialised, config, program))(state.params, state.frozen, placed, None)
+    return sums, each
+
+
+def row_norms(each):
+    rows = [np.asarray(leaf, np.float64).reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(each)]
+    return rows, np.sqrt(sum(np.square(leaf).sum(1) for leaf in rows))
+
+
+def test_no_row_counts_for_more_than_the_clip():
+    clip = float(np.median(row_norms(summed(private())[1])[1]))
+    sums, each = summed(private(privacy={"clip": clip}))
+    rows, norms = row_norms(each)
+    scale = np.minimum(1, clip / norms)
+    for leaf, found in zip(rows, jax.tree.leaves(sums.gradient), strict=True):
+        np.testing.assert_allclose(np.asarray(found).reshape(-1), scale @ leaf, rtol=1e-4, atol=1e-4)
+    assert float(sums.weight) == len(norms)
+    assert float(sums.metrics["clipped"]) == len(norms) / 2
+    assert float(sums.metrics["row_norm"]) == pytest.approx(norms.sum(), rel=1e-5)
+
+
+def test_a_row_without_a_finite_norm_counts_as_an_empty_one():
+    """A word that no other row reads has an embedding that is not a number: the others' gradients are as without it."""
+    config = private()
+    program = build(config, make_mesh(config.mesh))
+    params, batch = program.initialized().params, batches(config, 1)[0]
+    word = config.model.vocab - 1
+    batch["tokens"][batch["tokens"] == word] = 1
+    without = batch | {"loss_weights": batch["loss_weights"] * (np.arange(8) > 0)[:, None]}
+    batch["tokens"][0, 0] = word
+    broken = jax.tree.map(jnp.asarray, params)
+    broken["embed"]["embedding"] = params["embed"]["embedding"].at[word].set(jnp.nan)
+    with jax.set_mesh(program.mesh):
+        engine = jax.jit(program.gradients)
+        found = engine(broken, {}, to_devices(batch, config, program.mesh), None)
+        wanted = engine(params, {}, to_devices(without, config, program.mesh), None)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), found.gradient, wanted.gradient)
+    assert np.abs(found.gradient["head"]["kernel"]).max() > 0.001
+    np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-5)
+    assert float(found.weight) == 8
+    assert float(found.metrics["clipped"]) == float(wanted.metrics["clipped"]) + 1
+
+
+def test_all_of_the_seed_is_in_the_noise_and_what_is_released_tells_nothing_of_it():
+    """`jax.random.key` reads the lower half of a seed: the keys are of all of it, and none is another's."""
+    keys = {}
+    for seed in (SEED, SEED + 2**32):
+        config = private(seed=seed)
+        keys |= {(seed, key): tuple(np.asarray(jax.random.key_data(key(config)))) for key in (of_weights, of_steps)}
+    low = jax.random.key(SEED)
+    seen = {*keys.values(), *(tuple(np.asarray(jax.random.key_data(key))) for key in (low, jax.random.fold_in(low, 1)))}
+    assert len(seen) == 6
+    state = build(config, make_mesh(config.mesh)).initialized()
+    assert tuple(np.asarray(state.rng)) == keys[SEED + 2**32, of_steps]
+
+
+def stepping(noise):
+    """A step of plain descent with `noise`, its state and its batch."""
+    sgd = {"name": "sgd", "learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "clip": None}
+    config = private(optimizer=sgd | {"weight_decay": 0.0, "b1": 0.0}, privacy={"noise": noise})
+    program = build(config, make_mesh(config.mesh))
+    with jax.set_mesh(program.mesh):
+        batch = to_devices(batches(config, 1)[0], config, program.mesh)
+        step = jax.jit(lambda state: program.step(state, batch)[0].params)
+
+    def run(state):
+        with jax.set_mesh(program.mesh):
+            return step(state)
+
+    return program.initialized(), run
+
+
+def test_noise_has_the_deviation_that_is_counted():
+    """And is drawn anew in each step, the same when the step is taken again."""
+    state, loud = stepping(3.0)
+    _, quiet = stepping(1e-9)
+    first, without, again = loud(state), quiet(state), loud(state)
+    apart = jax.tree.map(lambda x, y: np.asarray(x - y).reshape(-1), first, without)
+    drawn = np.concatenate(jax.tree.leaves(apart))
+    assert drawn.std() == pytest.approx(3.0 * 0.5 / 8, rel=0.03) and abs(drawn.mean()) < 0.01
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+    later = loud(dataclasses.replace(state, step=state.step + 1))
+    assert np.abs(np.asarray(first["head"]["kernel"] - later["head"]["kernel"])).max() > 0.1
+
+
+@pytest.mark.slow
+def test_a_mesh_and_microbatches_change_nothing():
+    settings = {"model": {"dropout": 0.1}}
+    cut = {"mesh": {"data": 2, "fsdp": 2}, "microbatches": 2}
+    assert_same(private(**settings), private(**settings, **cut), steps=2)
+
+
+def test_norms_cost_less_memory_than_the_gradients_they_are_of():
+    config = private(model={"embed": 128, "mlp": 512, "heads": 4}, data={"global_batch": 16})
+    program = build(config, make_mesh(config.mesh))
+    with jax.set_mesh(program.mesh):
+        shapes = (program.shapes.params, program.shapes.frozen, program.batch_shapes, None)
+
+        def temporary(function):
+            return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+        def made(*given):
+            each = materialised(config, program, *given)
+            return sum(jnp.square(leaf).reshape(leaf.shape[0], -1).sum(1) for leaf in jax.tree.leaves(each))
+
+        usual = build(config.model_copy(update={"privacy": None}), program.mesh).gradients
+        ghost, full, plain = (temporary(f) for f in (norms_of(config, program), made, usual))
+    assert ghost < 0.3 * full and ghost < 1.5 * plain
+
+
+MISTAKES = {
+    "both": ({"privacy": {"epsilon": 1.0}}, "set one of them"),
+    "packed": ({"data": {"packing": {"method": "concat"}}}, "must hold one document: use single"),
+    "tied": ({"model": {"tied_embeddings": True}}, "used twice"),
+    "not a map": ({"adapter": {"method": "vera"}}, "adapter.method: vera with privacy"),
+    "rounded sums": ({"precision": {"gradients": "bfloat16"}}, "precision.gradients: bfloat16 with privacy"),
+    "rounded weights": ({"precision": {"parameters": "bfloat16"}}, "precision.parameters: bfloat16 with privacy"),
+    "rounded norms": ({"precision": {"parameters": "bfloat16"}, "adapter": {"method": "norms"}}, "or lora, dora, ia3"),
+    "cut": ({"mesh": {"tensor": 2}}, "mesh.tensor: 2 with privacy"),
+    "another's": ({"recipe": {"name": "reward"}, "data": {"source": "docstrings", "format": "preference"}},
+                  "recipe.name: reward with privacy"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_what_would_break_the_promise_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        private(**changes)
+
+
+def test_a_base_of_another_format_trains_adapters_of_float32():
+    config = private(precision={"parameters": "bfloat16"}, adapter={"rank": 3})
+    shapes = build(config, make_mesh(config.mesh)).shapes
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes.params)} == {np.dtype("float32")}
+
+
+def run_of(directory, **changes):
+    """A run on a corpus of 40 rows."""
+    rows = [json.dumps({"text": f"row {n} " * (1 + n % 5)}) for n in range(50)]
+    (directory / "rows.jsonl").write_text("\n".join(rows))
+    data = {"source": "jsonl", "path": str(directory / "rows.jsonl"), "held_out": 0.2, "sequence_length": 48}
+    base = {"model": {"vocab": 264}, "data": data, "logging": {"every": 1, "tensorboard": False}, "steps": 6}
+    return private(**merged(base, changes))
+
+
+@pytest.mark.slow
+def test_a_run_tells_what_it_has_spent_and_goes_on_counting(tmp_path, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
+    budget = {"privacy": {"noise": None, "epsilon": 5.0}, "checkpoint": {"every": 3}}
+    whole = train(run_of(tmp_path, **budget), world=World(), root=tmp_path)
+    assert 4.99 < whole.metrics["epsilon"] <= 5.0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    epsilons = [row["epsilon"] for row in rows if "epsilon" in row]
+    assert len(epsilons) == 6 and 0 < epsilons[0] < epsilons[5]
+    shutil.rmtree(tmp_path / "run/checkpoints/6")
+    again = train(run_of(tmp_path, **budget), world=World(), root=tmp_path)
+    assert again.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
+    assert again.metrics["epsilon"] == whole.metrics["epsilon"]
+
+
+def test_what_a_run_begins_with_must_not_tell(tmp_path, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="seed: 4294967295 with privacy: whoever knows or guesses the seed"):
+        train(run_of(tmp_path, seed=2**32 - 1), world=World(), root=tmp_path)
+    words = {"tokenizer": {"bytes": False, "train": "bpe", "vocab": 260}}
+    with pytest.raises(UserError, match="a tokenizer trained on the rows tells of them"):
+        train(run_of(tmp_path, data=words), world=World(), root=tmp_path)
+
+
+def test_no_batch_has_a_row_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
+    config = run_of(tmp_path, data={"global_batch": 16})
+    data, _ = checked(config, World())
+    assert data.summary["rows"] % 16 and data.train.rows_per_epoch() == data.summary["rows"] // 16 * 16
+    for first in range(0, 10 * 16, 16):
+        assert len({data.train.row(index)["tokens"].tobytes() for index in range(first, first + 16)}) == 16
+    with pytest.raises(UserError, match=r"data\.global_batch: 64 with privacy: there are"):
+        train(run_of(tmp_path, data={"global_batch": 64}), world=World(), root=tmp_path)
+
+
+def test_other_machines_are_not_told_the_seed(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(metrics_logger, "open_sinks", lambda *given, config, **settings: told.append(config) or [])
+    for config in (private(), private(privacy=None)):
+        with metrics_logger.Telling(config, tmp_path, Journal(tmp_path, enabled=True), start=0):
+            pass
+    assert "seed" not in told[0] and told[1]["seed"] == SEED
+
+
+def test_either_noise_or_epsilon():
+    with pytest.raises(ValueError, match="set one of them"):
+        PrivacyConfig()

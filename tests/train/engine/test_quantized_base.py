@@ -1,0 +1,218 @@
+"""A quantized base in a whole step and a whole run: the adapter learns as on the weights it stands for, on any mesh."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from support.equivalence import assert_close, assert_same, batches, tiny
+
+from meshwright.configs.errors import UserError
+from meshwright.configs.loader import validated
+from meshwright.models.adapters.attach import merged
+from meshwright.models.context import Context
+from meshwright.models.decoder import graph
+from meshwright.models.quantized_model import dequantized
+from meshwright.parallel.hlo import collectives
+from meshwright.parallel.layout import canonical
+from meshwright.parallel.mesh import make_mesh
+from meshwright.train.core.process_env import World
+from meshwright.train.engine.forward_backward import fresh
+from meshwright.train.engine.host_data import to_devices
+from meshwright.train.engine.program import build
+from meshwright.train.infer.inference_session import opened, read
+from meshwright.train.plan.compile_plan import storage_plan
+from meshwright.train.run import train
+
+MODEL = {"mlp": 32, "layers": 2}
+NF4 = {"format": "nf4", "group": 8, "double": True}
+QLORA = {"model": MODEL, "quantization": NF4, "adapter": {"rank": 4, "dropout": 0.1}}
+MESH = {"fsdp": 2, "tensor": 2}
+SAME = {
+    "qlora": (QLORA, {"mesh": MESH}),
+    "three bits, dora, recomputed": (
+        {"model": MODEL, "quantization": {"format": "int3", "group": 8}, "adapter": {"method": "dora", "rank": 4}},
+        {"mesh": MESH, "microbatches": 2, "memory": {"policy": "minimal"}},
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.mark.parametrize("name", ["qlora", pytest.param("three bits, dora, recomputed", marks=pytest.mark.slow)])
+def test_a_mesh_changes_nothing(name):
+    settings, changes = SAME[name]
+    assert_same(tiny(**settings), tiny(**settings, **changes), steps=3)
+
+
+@pytest.mark.slow
+def test_a_pipeline_changes_nothing():
+    settings = QLORA | {"microbatches": 4}
+    assert_same(tiny(**settings), tiny(**settings, mesh={"pipe": 2}, pipeline={"schedule": "zb-h1"}), steps=2)
+
+
+def after(program, state, steps):
+    """Losses, and the canonical trained parameters after `steps`."""
+    step, losses = jax.jit(program.step), []
+    with jax.set_mesh(program.mesh):
+        for batch in batches(program.config, steps):
+            state, metrics = step(state, to_devices(batch, program.config, program.mesh))
+            losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(canonical(state.params, program.config.model))
+
+
+@pytest.mark.parametrize("start", ["zero", pytest.param("loftq", marks=pytest.mark.slow)])
+def test_an_adapter_learns_as_on_the_dequantized_base(start):
+    """The same leaves beside kernels that hold in full what the codes stand for: the same steps."""
+    settings = QLORA | {"adapter": {"rank": 4, "start": start}}
+    config = tiny(**settings)
+    program = build(config, make_mesh(config.mesh))
+    state = program.initialized()
+    full = tiny(**settings | {"quantization": None, "adapter": {"rank": 4}})
+    plain = build(full, program.mesh)
+    frozen = dequantized(state.frozen, config.model, config.quantization, dtype=jnp.float32)
+    assert jax.tree.structure(frozen) == jax.tree.structure(plain.shapes.frozen)
+    losses, params = after(program, state, 4)
+    wanted, others = after(plain, dataclasses.replace(state, frozen=frozen), 4)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-6)
+    assert_close(params, others, tolerance=1e-6)
+    assert abs(losses[0] - after(plain, plain.initialized(), 1)[0][0]) > 1e-5  # the weights did change
+
+
+@pytest.mark.slow
+def test_loftq_starts_nearer_to_the_full_weights():
+    """|W - Q - A B| is smaller than |W - Q|, for every kernel."""
+    full = tiny(model=MODEL)
+    weights = jax.jit(lambda: build(full, make_mesh(full.mesh)).initial().params)()
+
+    def error(start):
+        config = tiny(model=MODEL, quantization={"format": "int2", "group": 8}, adapter={"rank": 4, "start": start})
+        program = build(config, make_mesh(config.mesh))
+        tree = merged(program.plain(program.initialized()), config.model, config.adapter)
+        apart = jax.tree.map(lambda one, other: jnp.linalg.norm(one - other), tree, weights)["segments"]
+        return np.array(jax.tree.leaves(apart))
+
+    lost, less = error("zero"), error("loftq")
+    assert (less[lost > 0] < 0.75 * lost[lost > 0]).all()
+
+
+def step_of(layers, **changes):
+    model = {"embed": 64, "mlp": 256, "layers": layers, "heads": 4}
+    settings = {"model": model, "data": {"sequence_length": 8}, "adapter": {"rank": 1, "targets": ["q"]}}
+    config = tiny(**settings, **changes)
+    mesh = make_mesh(config.mesh)
+    return build(config, mesh).compiled_step(), mesh
+
+
+def test_the_step_never_holds_the_whole_model():
+    """A further layer costs no more temporary memory than one whose kernels need not be made."""
+
+    def growth(quantization):
+        few, many = (step_of(layers, quantization=quantization)[0].memory_analysis() for layers in (2, 6))
+        return (many.temp_size_in_bytes - few.temp_size_in_bytes) / 4
+
+    assert growth({"group": 16}) < growth(None) + 0.1 * 3 * 64 * 256 * 4  # of the kernels of an MLP
+
+
+def test_codes_travel_and_not_weights():
+    """Over fsdp the largest thing gathered is the codes of a kernel."""
+    compiled, mesh = step_of(2, quantization={"group": 16}, mesh=MESH)
+    found = [one for one in collectives(compiled.as_text(), mesh) if one.kind == "all-gather" and "fsdp" in one.axes]
+    assert found and max(one.bytes for one in found) < 64 * 256
+
+
+def test_the_plan_counts_the_codes():
+    found = storage_plan(build(tiny(**QLORA), make_mesh(tiny().mesh)))
+    arrays = {array["name"]: array for array in found["arrays"]}
+    up = "frozen/segments/0/0/block/mlp/up/kernel"
+    assert arrays[f"{up}/codes"]["shape"] == [2, 8, 32] and arrays[f"{up}/codes"]["dtype"] == "uint8"
+    assert arrays[f"{up}/scale"]["shape"] == [2, 2, 32] and up not in arrays
+    plain = storage_plan(build(tiny(**QLORA | {"quantization": None}), make_mesh(tiny().mesh)))
+    assert found["parameters"]["count"] == plain["parameters"]["count"]
+
+
+REPAIR = QLORA | {"recipe": {"name": "lrec"}, "quantization": {"format": "int2", "group": 8}}
+
+
+def test_repairing_makes_the_model_what_it_was():
+    """The loss is KL(whole || quantized) by the dense formula, and falls."""
+    optimizer = {"learning_rate": 0.02, "weight_decay": 0.0, "schedule": "constant"}
+    settings = REPAIR | {"adapter": {"rank": 8}, "optimizer": optimizer, "memory": {"loss_chunks": 4}}
+    config = tiny(**settings)
+    program = build(config, make_mesh(config.mesh))
+    state = program.initialized()
+    losses, _ = after(program, state, 40)
+    assert losses[-1] < 0.6 * losses[0]
+    batch = batches(config, 1)[0]
+    quantized, whole = (dense_logprobs(config.model, tree, batch) for tree in (program.plain(state), None))
+    apart = (np.exp(whole) * (whole - quantized)).sum(-1)
+    wanted = (batch["loss_weights"] * apart).sum() / batch["loss_weights"].sum()
+    assert losses[0] == pytest.approx(wanted, rel=1e-3)
+
+
+def dense_logprobs(model, tree, batch):
+    """log p of the whole vocabulary, of the plain model of `tree` (None: fresh weights)."""
+    plain = tiny(model=MODEL)
+    weights = jax.jit(lambda: fresh(plain))() if tree is None else merged(tree, model, tiny(**QLORA).adapter)
+    ctx = Context(positions=jnp.asarray(batch["positions"]), segment_ids=jnp.asarray(batch["segment_ids"]))
+    decoder = nnx.merge(graph(model), weights)
+    hidden, _ = jax.jit(lambda: decoder.hidden(jnp.asarray(batch["tokens"]), ctx))()
+    scores = (hidden @ decoder.head_kernel(jnp.float32))[..., : model.vocab]
+    return np.asarray(jax.nn.log_softmax(scores))
+
+
+@pytest.mark.slow
+def test_repairing_on_a_mesh_changes_nothing():
+    assert_same(tiny(**REPAIR), tiny(**REPAIR, mesh=MESH, memory={"loss_chunks": 2}), steps=3)
+
+
+@pytest.mark.slow
+def test_a_pipeline_changes_nothing_of_a_repair():
+    """The model as it was passes through a pipeline of its own."""
+    plain = REPAIR | {"model": MODEL | {"layers": 4}, "microbatches": 4}
+    staged = {"mesh": {"pipe": 2, "tensor": 2}, "pipeline": {"schedule": "zb-v"}}
+    assert_same(tiny(**plain), tiny(**plain, **staged), steps=3)
+
+
+MISTAKES = {
+    "nothing to repair": ({"recipe": {"name": "lrec"}}, "lrec repairs a quantized base and there is none"),
+    "no adapter": ({"quantization": NF4}, "nf4 weights cannot be trained; add an adapter"),
+    "straddles": (QLORA | {"mesh": {"tensor": 2}, "model": {"mlp": 40}}, r"model.mlp \(40\) over mesh.ten"),
+    "width": (QLORA | {"quantization": {"group": 64}}, r"group: 64 does not divide model.embed \(16\)"),
+    "double": ({"quantization": {"format": "int4", "double": True}}, "double: true means nothing to format int4"),
+    "loftq": ({"adapter": {"start": "loftq"}}, "loftq starts at what quantization loses"),
+}
+
+
+@pytest.mark.parametrize(("settings", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_what_cannot_work_is_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        tiny(**settings)
+
+
+def run_config(**changes):
+    tree = {"name": "run", "steps": 4, "optimizer": {"schedule": "constant"}, "checkpoint": {"every": 2}}
+    model = MODEL | {"vocab": 258}
+    return validated(
+        {**tiny(**QLORA | {"model": model}).model_dump(mode="json"), **tree, "logging": {"tensorboard": False}}
+        | changes
+    )
+
+
+def test_a_run_goes_on_from_its_own_base(tmp_path):
+    """On another mesh too; without the base it is refused."""
+    whole = train(run_config(), world=World(), root=tmp_path)
+    shutil.rmtree(tmp_path / "run/checkpoints/4")
+    rest = train(run_config(mesh={"platform": "cpu", **MESH}), world=World(), root=tmp_path)
+    assert rest.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
+    program, state = opened(read(tmp_path / "run", []), tmp_path / "run")
+    assert program.plain(state)["segments"]["0"]["0"]["block"]["mlp"]["up"]["kernel"].shape == (2, 16, 32)
+    shutil.rmtree(tmp_path / "run/base")
+    with pytest.raises(UserError, match="the quantized base is gone"):
+        opened(read(tmp_path / "run", []), tmp_path / "run")

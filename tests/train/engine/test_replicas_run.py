@@ -1,0 +1,78 @@
+"""A whole run of replicas: stopped and gone on, evaluated and used by its outer parameters."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from support.equivalence import tiny
+
+from meshwright.configs.errors import UserError
+from meshwright.train.core.process_env import World
+from meshwright.train.infer import inference_session
+from meshwright.train.run import train
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def small(**changes):
+    base = {
+        "steps": 6,
+        "mesh": {"replica": 2, "tensor": 2},
+        "outer": {"name": "streaming", "every": 2, "fragments": 2, "wire": "e3m0", "memory": "host"},
+        "model": {"vocab": 384},
+        "checkpoint": {"every": 3},
+        "evaluation": {"every": 3},
+        "logging": {"every": 1, "tensorboard": False},
+    }
+    return tiny(**{**base, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        return root, train(small(), world=World(), root=root)
+
+
+def rows(root):
+    return [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_going_on_between_two_meetings_is_the_same_run_bit_for_bit(whole, tmp_path):
+    """From the checkpoint of step 3, where replicas differ and a fragment is under way."""
+    root, summary = whole
+    shutil.copytree(root / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    again = train(small(), world=World(), root=tmp_path)
+    seen = {row["step"]: row["loss"] for row in rows(tmp_path) if "loss" in row}
+    assert (
+        seen == {row["step"]: row["loss"] for row in rows(root) if row["step"] > 3 and "loss" in row} and len(seen) == 3
+    )
+    assert again.metrics["held_out_loss"] == summary.metrics["held_out_loss"]
+
+
+def test_a_run_is_evaluated_and_used_by_its_outer_parameters(whole):
+    root, summary = whole
+    found = inference_session.evaluate(root / "run", [])
+    assert found["held_out_loss"] == pytest.approx(summary.metrics["held_out_loss"], rel=1e-5)
+    program, state = inference_session.opened(inference_session.read(root / "run", []), root / "run")
+    params, anchor = program.evaluated(state), state.outer.anchor
+    jax.tree.map(np.testing.assert_array_equal, params, anchor)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(anchor)} == {"pinned_host"}
+    assert not np.array_equal(anchor["head"]["kernel"], state.params["head"]["kernel"][0])
+
+
+def test_another_number_of_replicas_or_another_rule_is_another_run(whole):
+    for changes, key in (
+        ({"mesh": {"replica": 4}}, "mesh.replica"),
+        ({"outer": {"name": "diloco", "every": 2}}, "outer.fragments"),
+    ):
+        with pytest.raises(UserError, match=f"holds a run with another .*{key}"):
+            train(small(**changes), world=World(), root=whole[0])

@@ -1,0 +1,120 @@
+"""A draft's last stage: it learns what its target wrote, and its run tells how well it drafts."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from support.equivalence import tiny
+from typer.testing import CliRunner
+
+from meshwright.checkpoint.interop import huggingface
+from meshwright.configs.errors import UserError
+from meshwright.configs.huggingface import config_json
+from meshwright.configs.loader import dump, merged
+from meshwright.train.cli.main import app
+from meshwright.train.core.process_env import World
+from meshwright.train.data import assemble
+from meshwright.train.data.tokenizer import tokenizer_for
+from meshwright.train.engine.forward_backward import fresh
+from meshwright.train.infer.draft_data import Asked, beginnings, held_out_beginnings, measured, write
+from meshwright.train.infer.sampling import GREEDY
+from meshwright.train.run import train
+
+FEW = Asked(texts=5, prompt_tokens=4, tokens=6, sampling=GREEDY, seed=0)
+LINES = [f"{number} is {number * number} or so, they say" for number in range(60)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """The directory of a model that reads bytes."""
+    directory = tmp_path_factory.mktemp("target")
+    config = tiny(model={"vocab": 264, "embed": 24}, seed=3)
+    weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda: fresh(config))())
+    huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
+    tree = config_json(config.model, positions=64, dtype="float32")
+    (directory / "config.json").write_text(json.dumps(tree))
+    tokenizer_for(config.data.tokenizer).save(directory)
+    return directory
+
+
+def run_of(place, target, **changes):
+    """A draft of `target`, on lines of text in `place`."""
+    (place / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
+    data = {"source": "jsonl", "path": str(place / "lines.jsonl"), "held_out": 0.1, "sequence_length": 48}
+    base = {
+        "name": "draft",
+        "steps": 2,
+        "model": {"vocab": 264},
+        "recipe": {"name": "distill", "teacher": {"from": str(target), "vocab_multiple": 8}},
+        "data": data | {"packing": {"method": "best-fit"}},
+        "logging": {"tensorboard": False},
+    }
+    return tiny(**merged(base, changes))
+
+
+def test_a_document_begins_with_its_prompt_or_its_first_tokens(tmp_path, target):
+    rows = [{"prompt": f"{n}?", "completion": f" yes {n}"} for n in range(40)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = {"path": str(tmp_path / "asked.jsonl"), "format": "prompt-completion", "held_out": 0.0}
+    found = {}
+    for name, data in (("texts", {"held_out": 0.0}), ("asked", asked)):
+        data = assemble.of_run(run_of(tmp_path, target, data=data))
+        prompts = list(beginnings(data.train, data.tokenizer, rows=data.train.rows_per_epoch(0), tokens=4))
+        assert {prompt[0] for prompt in prompts} == {data.tokenizer.bos}
+        found[name] = sorted(data.tokenizer.decode(prompt[1:]) for prompt in prompts)
+    assert found["texts"] == sorted(line[:4] for line in LINES)
+    assert found["asked"] == sorted(row["prompt"] for row in rows)
+
+
+@pytest.mark.slow
+def test_a_target_writes_what_its_draft_learns_and_then_keeps_more_of(tmp_path, target):
+    config, file = run_of(tmp_path, target), tmp_path / "texts.jsonl"
+    counts = write(config, target, file, FEW._replace(texts=40, tokens=12))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == counts.written == 40 >= counts.ended
+    assert all(any(line.startswith(row["prompt"]) for line in LINES) and row["completion"] for row in rows)
+    with pytest.raises(UserError, match="nothing is overwritten"):
+        write(config, target, file, FEW)
+    train(config, world=World(), root=tmp_path)
+    before, *_ = measured(tmp_path / "draft", None, [], ahead=3, asked=FEW)
+    learning = {"optimizer": {"learning_rate": 0.01, "schedule": "constant", "weight_decay": 0.0}, "steps": 120}
+    own = {"path": str(file), "format": "prompt-completion", "held_out": 0.0}
+    train(run_of(tmp_path, target, name="aligned", data=own, **learning), world=World(), root=tmp_path)
+    prompts = [row["prompt"] for row in rows[:5]]
+    after, begun, texts = measured(tmp_path / "aligned", target, prompts, ahead=3, asked=FEW)
+    assert begun == prompts and len(texts) == 5
+    assert after.acceptance > before.acceptance + 0.2
+
+
+@pytest.mark.slow
+def test_both_are_typed(tmp_path, target, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = run_of(tmp_path, target)
+    (tmp_path / "mine.yaml").write_text(dump(config))
+    words = ["data", "continue", "mine.yaml", "texts.jsonl", "--texts", "3", "--prompt-tokens", "4", "--tokens", "5"]
+    said = CliRunner().invoke(app, words, catch_exceptions=False).output
+    assert f"texts.jsonl: 3 texts by {target}" in said and "cut after 5 tokens" in said
+    train(config, world=World(), root=tmp_path / "runs")
+    words = ["speculate", "runs/draft", "12 is", "--tokens", "8", "--ahead", "2", "--temperature", "0"]
+    said = CliRunner().invoke(app, words, catch_exceptions=False).output
+    assert said.startswith("12 is") and "tokens a pass; it kept" in said
+    told = json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).output)
+    assert 1 <= told["block_efficiency"] <= 3 and told["texts"][0]["prompt"] == "12 is"
+    config = run_of(tmp_path, target)
+    assert len(held_out_beginnings(config, tmp_path / "runs/draft", FEW)) == 5
+
+
+def test_what_cannot_be_written_is_refused(tmp_path, target):
+    chats = run_of(tmp_path, target, data={"format": "messages"})
+    with pytest.raises(UserError, match="continues texts and no conversations"):
+        write(chats, target, tmp_path / "none.jsonl", FEW)
+    with pytest.raises(UserError, match="lower --prompt-tokens"):
+        write(run_of(tmp_path, target), target, tmp_path / "none.jsonl", FEW._replace(prompt_tokens=200))
+    assert not (tmp_path / "none.jsonl").exists()
+    assert np.all([len(line) < 200 for line in LINES])

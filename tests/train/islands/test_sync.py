@@ -1,0 +1,172 @@
+"""What an island does while it waits for others: it says so, and it stops when asked to. Nothing is compiled here."""
+
+import threading
+import time
+from concurrent.futures import Future
+from types import SimpleNamespace as Some
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from meshwright.configs.errors import Preempted
+from meshwright.parallel.transport.payload_server import Counters
+from meshwright.train import loop as loops
+from meshwright.train.core.event_log import Journal, read_events
+from meshwright.train.core.sample_log import Ledger, read_ledger
+from meshwright.train.islands import agreed_wait
+from meshwright.train.islands import sync as module
+from meshwright.train.islands.sync import Meetings, Moved, Pending
+from meshwright.train.loop import Loop
+from meshwright.train.preemption import StopRequest
+
+
+class Group:
+    """Of two islands; the other one trains and answers nothing."""
+
+    def unfinished(self):
+        return True
+
+    def tell_now(self, **info):
+        pass
+
+    def enter(self, **said):
+        threading.Event().wait(0.2)
+        raise OSError("nobody answers")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(agreed_wait, "NEWS", 0.01)
+    monkeypatch.setattr(agreed_wait, "HURRY", 0.05)
+
+
+def meetings(directory, *, alive=lambda phase: None, stop=lambda update: False, patience=60.0):
+    island = Some(outer=Some(meetings=[Some(name="meet", needs=None)]), in_order=lambda tree: tree)
+    config = Some(outer=Some(name="diloco"), islands=Some(patience=patience, gather=60.0, deadline=60.0))
+    program = Some(replicas=island, config=config, traffic=None, evaluated=lambda state: state)
+    mail = Some(group=Group(), counters=Counters(), wanted=set(), giving=lambda: False)
+    made = Meetings(program, mail, Journal(directory), alive=alive, stop=stop)
+    made.measured = lambda step: {}
+    return made
+
+
+def test_each_sign_of_life_of_one_who_waits_is_news_though_nothing_arrives(tmp_path, quick, monkeypatch):
+    """A supervisor takes what it has heard already for a hang."""
+    seconds = iter(range(1000))
+    for one in (module, agreed_wait):
+        monkeypatch.setattr(one, "time", Some(monotonic=lambda: float(next(seconds)), sleep=lambda seconds: None))
+    future, heard = Future(), []
+
+    def alive(phase):
+        heard.append(phase)
+        if len(heard) == 4:
+            future.set_result("payload")
+
+    assert meetings(tmp_path, alive=alive)._waiting.result(future, "meet") == "payload"
+    assert len(set(heard)) == 4
+    heard.clear()
+    meetings(tmp_path, alive=heard.append, patience=9.0).finish({}, 7)
+    assert len(set(heard)) == len(heard) > 2
+
+
+def test_one_who_is_asked_to_stop_gives_a_meeting_up_and_keeps_its_state(tmp_path, quick):
+    asked = []
+    one = meetings(tmp_path, stop=lambda update: asked.append(update) or len(asked) > 2)
+    one._pending["meet"] = Pending(Some(name="meet"), 3, Future(), [])  # never ends
+    began = time.monotonic()
+    assert one.settled("state") == "state" and time.monotonic() - began < 5
+    assert [(event["event"], event["lost"]) for event in read_events(tmp_path)] == [
+        ("meeting-skipped", {"all": "asked to stop"})
+    ]
+
+
+def test_one_who_is_asked_to_stop_before_the_others_are_there_is_preempted(tmp_path, quick):
+    with pytest.raises(Preempted):
+        meetings(tmp_path, stop=lambda update: True).begin({"w": jax.numpy.zeros(2)}, 0)
+
+
+def test_one_who_is_asked_to_stop_at_the_end_waits_for_nobody(tmp_path):
+    began = time.monotonic()
+    meetings(tmp_path, stop=lambda update: True).finish({}, 7)
+    assert time.monotonic() - began < 5
+
+
+def test_one_who_has_finished_stays_until_a_state_that_it_gives_has_arrived(tmp_path):
+    one = meetings(tmp_path, patience=0.0)
+    until = time.monotonic() + 0.5
+    one._mail.giving = lambda: time.monotonic() < until
+    one.finish({}, 7)
+    assert until <= time.monotonic() < until + 5
+
+
+def test_several_processes_stop_at_one_question_and_for_good(monkeypatch):
+    """JAX says yes to one question only; the questions are numbered, whatever step they are asked after."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda number: number == 3)
+    stop = StopRequest()
+    assert [stop.requested(step) for step in (7, 7, 7, 9, 10)] == [False, False, True, True, True]
+
+
+def test_updates_made_before_an_island_took_anothers_state_are_told_and_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr(loops, "to_devices", lambda rows, config, mesh: rows)
+    config = Some(steps=5, logging=Some(profile=Some(start=0, steps=0), on_nan="stop"))
+    ledger, told = Ledger(tmp_path, epoch=1, process=0, processes=1, enabled=True), []
+    nothing = lambda *words: None
+    quiet = Some(enters=nothing, report=nothing, poll=nothing, began=nothing)
+
+    def meet(state, number):
+        told.append(f"meet {number}")
+        if number == 3:
+            raise Moved(state, 4)
+        return state
+
+    class Told(Loop):
+        def __init__(self):
+            self.program, self.directory, self.ledger = Some(config=config, mesh=None), tmp_path, ledger
+            self.share, self.progress, self.saving, self.pace = Some(first=lambda update: update), quiet, quiet, quiet
+            self.meter = Some(host=lambda: threading.Lock())
+            self.step, self.meet, self.meetings = lambda state, batch: (state, {}), meet, None
+            self.stop = Some(requested=lambda number: False)
+
+        def batches(self, start):
+            for number in range(start, 5):
+                yield {"tokens": np.full((1, 2), number), "targets": np.full((1, 2), number)}
+
+        def pauses(self, number):
+            return False
+
+        def read(self, pending):
+            if pending is not None:
+                self.ledger.applied(pending[0])
+                told.append(pending[0])
+
+    Told().to_the_end("state", 0)
+    # An update is read before others are waited for: that time is the next one's.
+    assert told == ["meet 1", 1, "meet 2", 2, "meet 3", 3, "meet 5", 5]
+    assert [line.get("step", -1) for line in read_ledger(tmp_path)[0]] == [-1, 1, 2, 3, -1, 5]
+
+
+def test_an_island_that_goes_back_takes_its_checkpoints_and_notes_along(tmp_path):
+    went, fed = [], []
+    others = Some(begin=lambda state, step: ("theirs", 2), finish=lambda state, step: None)
+    saving = Some(
+        go_back=lambda state, step, samples: went.append((state, step, samples)),
+        last=lambda *state, samples: None,
+        storage=Some(steps=[]),
+    )
+
+    class Back(Loop):
+        def __init__(self):
+            self.program = Some(config=Some(steps=5, data=Some(global_batch=4)))
+            self.assess, self.meetings, self.saving = None, others, saving
+            self.data, self.reread = "noted from 4", lambda step: f"noted from {step}"
+            self.progress = Some(report=lambda step, phase: None)
+
+        def steps(self, state, start):
+            fed.append((self.data, start))
+            return state
+
+    assert Back().run("own", 4) == "theirs"
+    assert went == [("theirs", 2, 8)] and fed == [("noted from 2", 2)]

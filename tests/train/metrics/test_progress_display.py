@@ -1,0 +1,91 @@
+"""What a terminal and a log file see of a run."""
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from meshwright.train.metrics.progress_display import LiveProgress, PlainProgress, duration, open_progress, sparkline
+
+VALUES = {"loss": 3.25, "tokens_per_second": 12345.6, "grad_norm": 0.5, "learning_rate": 1e-3, "mfu": 0.705}
+
+
+def console(*, terminal):
+    return Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)
+
+
+def test_a_log_file_gets_one_whole_line_a_logged_step():
+    page = console(terminal=False)
+    with open_progress(25, 0, True, every=10, console=page) as progress:
+        for step in range(1, 26):
+            progress.update(step, VALUES)
+    lines = page.file.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 1/25", "step 10/25", "step 20/25", "step 25/25"]
+    assert lines[0] == "step 1/25  loss 3.2500  12,346 tokens/s  grad_norm 0.500  lr 1.00e-03  mfu 70.5%"
+
+
+def test_a_resumed_run_shows_its_first_step_though_it_is_no_multiple():
+    page = console(terminal=False)
+    with open_progress(200, 101, True, every=50, console=page) as progress:
+        for step in (102, 103):
+            progress.update(step, VALUES)
+    assert page.file.getvalue().startswith("step 102/200") and page.file.getvalue().count("\n") == 1
+
+
+def test_notes_are_printed_as_they_are():
+    page = console(terminal=False)
+    with open_progress(2, 0, True, console=page) as progress:
+        progress.note("x[bold] = 1" + 120 * "0")
+    assert page.file.getvalue() == "x[bold] = 1" + 120 * "0" + "\n"
+
+
+def test_other_processes_show_nothing(capsys):
+    with open_progress(2, 0, False) as progress:
+        progress.update(1, VALUES)
+        progress.note("plan")
+    assert capsys.readouterr().out == ""
+
+
+def shown(progress, page):
+    page.print(progress.render())
+    return page.file.getvalue()
+
+
+def test_the_live_display_knows_the_time_left_without_counting_compilation():
+    now, page = [0.0], console(terminal=True)
+    progress = LiveProgress(20, 0, page, clock=lambda: now[0])
+    now[0] = 100.0  # compiled
+    progress.update(1, VALUES)
+    now[0] = 110.0
+    progress.update(3, VALUES)
+    text = shown(progress, page)
+    assert "step 3/20" in text and "1:50 elapsed" in text and "1:25 left" in text
+    assert "loss 3.2500" in text and "mfu 70.5%" in text
+
+
+def test_the_live_display_survives_a_loss_that_is_not_a_number():
+    page = console(terminal=True)
+    progress = LiveProgress(20, 0, page)
+    for step, loss in enumerate([3.0, math.nan, 2.0], start=1):
+        progress.update(step, {"loss": loss, "skipped": float(loss != loss)})
+    assert "█×▁" in shown(progress, page)
+
+
+def test_a_terminal_gets_the_live_display_and_a_pipe_the_plain_one():
+    assert isinstance(open_progress(2, 0, True, console=console(terminal=True)), LiveProgress)
+    assert isinstance(open_progress(2, 0, True, console=console(terminal=False)), PlainProgress)
+
+
+@pytest.mark.parametrize(
+    "values, expected", [([1, 2, 3], "▁▅█"), ([5, 5], "▁▁"), ([], ""), ([math.inf, math.nan], "××")]
+)
+def test_sparkline(values, expected):
+    assert sparkline(values) == expected
+
+
+@pytest.mark.parametrize(
+    "seconds, expected", [(41.6, "0:42"), (3909, "1:05:09"), (266_400, "3d 02:00"), (math.nan, "-:--")]
+)
+def test_duration(seconds, expected):
+    assert duration(seconds) == expected

@@ -1,0 +1,197 @@
+"""Recipes on real rows: packing changes no example, a mesh nothing, and the reference is the model at step 0."""
+
+import json
+import shutil
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from support.equivalence import assert_same, tiny
+
+from meshwright.checkpoint.interop import huggingface
+from meshwright.configs.errors import UserError
+from meshwright.configs.huggingface import config_json
+from meshwright.configs.loader import merged
+from meshwright.configs.sections.data import DataConfig
+from meshwright.parallel.mesh import make_mesh
+from meshwright.train.core.process_env import World
+from meshwright.train.data import assemble
+from meshwright.train.data.token_annotations import Noted, fill, unseen
+from meshwright.train.engine.forward_backward import context, fresh
+from meshwright.train.engine.host_data import to_devices
+from meshwright.train.engine.program import build
+from meshwright.train.infer import inference_session
+from meshwright.train.infer.precompute_logprobs import by_first_weights, referenced
+from meshwright.train.objectives.loss_heads import by_parameters, target_logprobs
+from meshwright.train.preemption import StopRequest
+from meshwright.train.run import train
+
+PAIRED = {"source": "docstrings", "format": "preference", "packing": {"method": "best-fit"}}
+UNPAIRED = PAIRED | {"format": "unpaired"}
+SEQ = {"fsdp": 2, "seq": 2, "tensor": 2}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+MESHES = {
+    "dpo over fsdp, a zigzag sequence and tensor": ({"recipe": {"name": "dpo"}, "data": PAIRED}, {"mesh": SEQ}),
+    "kto in microbatches": ({"recipe": {"name": "kto"}, "data": UNPAIRED}, {"mesh": {"data": 4}, "microbatches": 2}),
+    "orpo through a pipeline, a shared vocabulary": (
+        {"recipe": {"name": "orpo"}, "data": PAIRED | {"global_batch": 16}, "microbatches": 4},
+        {"mesh": {"pipe": 2, "tensor": 2}, "pipeline": {"schedule": "1f1b", "vocab_parallel": 2}},
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "changes"), MESHES.values(), ids=MESHES)
+def test_a_mesh_changes_nothing(settings, changes):
+    settings = merged(settings, {"optimizer": {"name": "sgd"}})
+    assert_same(tiny(**settings), tiny(**merged(settings, changes)), steps=2)
+
+
+def written(directory, count=24):
+    """Pairs of uneven length."""
+    rows = []
+    for n in range(count):
+        chosen = f" {n}" * (1 + n % 3)
+        answers = {"chosen": chosen, "rejected": "c" * (2 + n % 7), "completion": chosen, "label": n % 3 > 0}
+        rows.append({"prompt": "ab" * (n % 5) + "?"} | answers)
+    (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {"source": "jsonl", "path": str(directory / "rows.jsonl"), "tokenizer": {"bytes": True}}
+
+
+def run_of(directory, name, **changes):
+    """A run of five steps of recipe `name` on the pairs."""
+    formats = {"kto": "unpaired", "sft": "prompt-completion"}
+    data = written(directory) | {"format": formats.get(name, "preference"), "packing": {"method": "best-fit"}}
+    base = {
+        "steps": 5,
+        "recipe": {"name": name},
+        "model": {"vocab": 264},
+        "data": data | {"sequence_length": 48, "global_batch": 4, "held_out": 0.2},
+        "optimizer": {"learning_rate": 0.01},
+        "logging": {"every": 1, "tensorboard": False},
+    }
+    return tiny(**merged(base, changes))
+
+
+def written_base(directory, *, scale):
+    """A Hugging Face directory of the runs' model, its weights multiplied."""
+    config = tiny(model={"vocab": 264})
+    directory.mkdir(exist_ok=True)
+    (directory / "model.safetensors").unlink(missing_ok=True)
+    weights = jax.tree.map(lambda leaf: scale * leaf, jax.jit(lambda: fresh(config))())
+    huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
+    (directory / "config.json").write_text(json.dumps(config_json(config.model, positions=64, dtype="float32")))
+
+
+def every_token(config, method):
+    """log p of every token of the training data by the first weights, from rows packed by `method`."""
+    data = DataConfig(**config.data.model_dump() | {"packing": {"method": method}})
+    built = assemble.build(data, seed=0)
+    annotate = by_first_weights(build(config, make_mesh(config.mesh)))
+    notes = {"reference_logprobs": np.zeros(built.tokens, np.float32)}
+    rows = range(built.train.rows_per_epoch())
+    for some in unseen(built.train, rows, seen=np.zeros(built.tokens, bool), size=config.data.global_batch):
+        fill(notes, some, annotate(some))
+    return built, notes["reference_logprobs"]
+
+
+PACKED = {"llama": {"mesh": {"platform": "cpu"}}, "windows, sharded": {"model": {"windows": [3, None]}, "mesh": SEQ}}
+
+
+@pytest.mark.parametrize("settings", PACKED.values(), ids=PACKED)
+def test_packing_changes_the_loss_of_no_example(settings, tmp_path):
+    """Answers that share a row are as likely, token by token, as those that have one each."""
+    config = run_of(tmp_path, "sft", **settings)
+    packed, one = every_token(config, "best-fit")
+    single, other = every_token(config, "single")
+    assert packed.train.rows_per_epoch() * 2 < single.train.rows_per_epoch(), "nothing was packed"
+    assert (one != 0).sum() > 200
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def losses(directory):
+    rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}, rows[-1]
+
+
+ADAPTER = {"adapter": {"method": "lora", "rank": 2, "start": "pissa"}}
+UNMOVED = {
+    "dpo, full": ("dpo", {}, np.log(2)),
+    "dpo, adapter": ("dpo", ADAPTER, np.log(2)),
+    "ipo, pipeline": ("ipo", {"mesh": {"pipe": 2}, "microbatches": 2}, 25.0),
+    "kto, zigzag": ("kto", {"mesh": {"fsdp": 2, "seq": 2}}, 0.5),
+}
+
+
+SLOW = ("ipo, pipeline", "kto, zigzag")
+STARTS = [pytest.param(*case, id=key, marks=[pytest.mark.slow] if key in SLOW else []) for key, case in UNMOVED.items()]
+
+
+@pytest.mark.parametrize(("name", "changes", "first"), STARTS)
+def test_a_run_starts_at_its_reference_and_moves_away(name, changes, first, tmp_path):
+    train(run_of(tmp_path, name, **changes), world=World(), root=tmp_path)
+    found, last = losses(tmp_path)
+    np.testing.assert_allclose(found[1], first, rtol=2e-5)
+    assert abs(found[5] - first) > 1e-3 * first
+    assert last["held_out_loss"] > 0 and "held_out_perplexity" not in last
+
+
+def test_going_on_has_the_same_reference(tmp_path, monkeypatch):
+    """Stopped after step 3: the reference of a run that goes on is the model at step 0, not the one it goes on with."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(run_of(tmp_path, "dpo"), world=World(), root=whole)
+    monkeypatch.setattr(StopRequest, "requested", lambda self, step: step == 3)
+    with pytest.raises(Exception, match="stopped after step 3"):
+        train(run_of(tmp_path, "dpo"), world=World(), root=stopped)
+    monkeypatch.undo()
+    train(run_of(tmp_path, "dpo", data={"cache": str(tmp_path / "cache")}), world=World(), root=stopped)
+    np.testing.assert_allclose(list(losses(stopped)[0].values()), list(losses(whole)[0].values()), rtol=1e-5)
+
+
+def test_another_reference_is_refused(tmp_path):
+    """All weights are in the checkpoint, and yet the ones it began with are compared with again."""
+    base = tmp_path / "base"
+    settings = {"model": {"from": str(base)}, "data": {"tokenizer": {"bytes": True}}}
+    written_base(base, scale=1.0)
+    config = run_of(tmp_path, "dpo", steps=2, **settings)
+    train(config, world=World(), root=tmp_path)
+    written_base(base, scale=1.01)
+    with pytest.raises(UserError, match="base holds other weights than this run was trained with"):
+        train(run_of(tmp_path, "dpo", steps=3, **settings), world=World(), root=tmp_path)
+    with pytest.raises(UserError, match="base holds other weights than this run was trained with"):
+        inference_session.evaluate(tmp_path / "run", [])
+    shutil.rmtree(base)
+    inference_session.generate(tmp_path / "run", ["Yes"], tokens=1, temperature=0.0, top_k=None, top_p=None, seed=0)
+
+
+def test_who_reads_the_first_weights_again(tmp_path):
+    """A recipe that compares with them, or is taught by them; one that only started from them does not."""
+    written_base(tmp_path / "base", scale=1.0)
+    origins = {}
+    for name in ("dpo", "kto", "simpo", "distill"):
+        data = {"data": {"format": "text"}} if name == "distill" else {}
+        config = run_of(tmp_path, name, **merged({"model": {"from": str(tmp_path / "base")}}, data))
+        origins[name] = build(config, make_mesh(config.mesh)).origin
+    assert origins["simpo"] is None
+    assert origins["dpo"] is not None and origins["dpo"] == origins["kto"] == origins["distill"]
+
+
+def test_notes_are_what_the_model_says_of_each_row(tmp_path):
+    config = run_of(tmp_path, "dpo")
+    program = build(config, make_mesh(config.mesh))
+    data = referenced(program, assemble.build(config.data, seed=0), samples=range(20))
+    assert isinstance(data.train, Noted)
+    rows = [data.train.row(index) for index in range(4)]
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    forward = by_parameters(
+        target_logprobs(config.model, config.memory), program.graph, context=partial(context, config, program.mesh)
+    )
+    with jax.set_mesh(program.mesh):
+        wanted = jax.jit(forward)(program.first_weights(), {}, to_devices(batch, config, program.mesh), None)
+    np.testing.assert_allclose(batch["reference_logprobs"], np.where(batch["places"] >= 0, wanted, 0), rtol=1e-5)

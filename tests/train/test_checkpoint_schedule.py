@@ -1,0 +1,62 @@
+"""The interval between saves: from the journal, the same on every process, and used."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from meshwright.train.checkpoint_schedule import EXPECTED, FIRST, Pace, interval
+from meshwright.train.core.event_log import Journal
+from meshwright.train.report.goodput import daly
+from meshwright.train.report.run_record import read_record
+
+BEGUN = [(0.0, "start", {"step": 0}), (10.0, "save", {"step": 20, "stall_seconds": 2.0}),
+         (14.0, "commit", {"step": 20, "seconds": 4.0})]  # fmt: skip
+
+
+def written(directory, *events):
+    lines = [json.dumps({"time": time, "event": name, **fields}) for time, name, fields in events]
+    (directory / "events.jsonl").write_text("\n".join(lines) + "\n")
+    (directory / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 0.5}\n{"step": 2, "step_seconds": 0.5}\n')
+    return directory
+
+
+def test_before_anything_was_measured_there_is_no_interval(tmp_path):
+    assert interval(read_record(written(tmp_path, (0.0, "start", {"step": 0})))) is None
+
+
+def test_without_failures_one_a_day_is_expected(tmp_path):
+    found = interval(read_record(written(tmp_path, *BEGUN)))
+    seconds = daly(stall=2.0, failure=EXPECTED + 14.0, recovery=0.0)
+    assert found["steps"] == round(seconds / 0.5) and found["interval_seconds"] == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("level", "failures"), [("storage", 1), ("memory", 0)])
+def test_a_failure_counts_where_storage_was_needed(tmp_path, level, failures):
+    again = [(20.0, "restart", {"detect_seconds": 1.0}), (30.0, "restore", {"step": 20, "level": level}),
+             (40.0, "finish", {"step": 40})]  # fmt: skip
+    found = interval(read_record(written(tmp_path, *BEGUN, *again)))
+    assert found["failure_seconds"] == pytest.approx((EXPECTED + 40.0) / (failures + 1))
+
+
+def test_a_save_waits_until_the_one_before_it_is_written(tmp_path):
+    slow = [*BEGUN[:2], (5000.0, "commit", {"step": 20, "seconds": 4990.0})]
+    assert interval(read_record(written(tmp_path, *slow)))["interval_seconds"] == 4990.0
+
+
+def test_the_pace_is_the_first_processs(tmp_path):
+    told = []
+    first = Pace("auto", written(tmp_path, *BEGUN), Journal(tmp_path), lambda steps: told.append(steps) or steps)
+    first.began(20)
+    other = Pace("auto", tmp_path, SimpleNamespace(enabled=False), lambda steps: told[0])
+    other.began(20)
+    assert first.next == other.next == 20 + told[0] and first.due(first.next) and not first.due(first.next - 1)
+    first.saved(first.next)
+    assert first.next > 20 + told[0]
+
+
+def test_a_number_of_steps_is_kept_to(tmp_path):
+    pace = Pace(5, tmp_path, Journal(tmp_path), int)
+    pace.began(0)
+    assert [step for step in range(1, 16) if pace.due(step)] == [5, 10, 15]
+    assert not Pace(0, tmp_path, Journal(tmp_path), int).due(FIRST)

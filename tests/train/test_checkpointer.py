@@ -1,0 +1,172 @@
+"""Back-pressure: a save is due and the one before it is not finished; what each policy does, storage and memory."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+from meshwright.checkpoint.async_copy import independent
+from meshwright.checkpoint.layout_conversion import Layout
+from meshwright.checkpoint.memory_store import Memory
+from meshwright.checkpoint.redundancy.agent_files import Protected, tell
+from meshwright.checkpoint.storage import Storage
+from meshwright.configs.sections.training import CheckpointConfig
+from meshwright.parallel.state import TrainState
+from meshwright.train import snapshot_writer as module
+from meshwright.train.checkpointer import Saving
+from meshwright.train.core.event_log import Journal, read_events
+from meshwright.train.snapshot_writer import Snapshots
+
+PLAIN = Layout("plain", lambda path, shape: [(path, ())])
+
+
+def state(step):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    whole = TrainState(np.int32(step), {"a": np.full((8, 4), step, np.float32)}, {}, (), (), np.zeros(2, np.uint32))
+    return jax.device_put(whole, NamedSharding(mesh, PartitionSpec()))
+
+
+class Slow:
+    """Orbax's answer, once the disk lets go."""
+
+    def __init__(self, response, gate):
+        self._response, self._gate = response, gate
+
+    def result(self):
+        assert self._gate.wait(30)
+        return self._response.result()
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """A slow disk: nothing is written before `gate.set()`."""
+    gate, save = threading.Event(), ocp.save_async
+    monkeypatch.setattr(ocp, "save_async", lambda *args: Slow(save(*args), gate))
+    return gate
+
+
+def saving(root, policy, snapshots=None):
+    config = CheckpointConfig(every=1, keep=99, when_busy=policy, memory_every=1)
+    return Saving(config, Storage(root / "checkpoints", layout=PLAIN), Journal(root), {}, snapshots)
+
+
+def events(root):
+    return [(event["event"], event["step"]) for event in read_events(root)]
+
+
+def test_a_copy_survives_the_donation_of_what_it_was_made_of():
+    one = state(3)
+    copy = independent(one)
+    again = independent(copy)  # of arrays that are on the host already
+    jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(one)
+    assert one.params["a"].is_deleted()
+    for found in (copy, again):
+        np.testing.assert_array_equal(found.params["a"], np.full((8, 4), 3))
+    assert copy.params["a"] is not again.params["a"] and copy.params["a"].sharding.memory_kind == "pinned_host"
+
+
+def test_wait_keeps_training_until_the_disk_is_free(tmp_path, gate):
+    saves = saving(tmp_path, "wait")
+    saves.begin(state(1), 1, samples=8)
+    threading.Timer(0.3, gate.set).start()
+    saves.begin(state(2), 2, samples=16)
+    saves.finish()
+    assert events(tmp_path) == [("save", 1), ("commit", 1), ("save", 2), ("commit", 2)]
+    told = [event for event in read_events(tmp_path) if event["event"] == "commit"]
+    assert told[0]["flush_seconds"] >= 0.25 and told[0]["bytes"] == 8 * 4 * 4 * 2 + 3 * 4 * 2
+    saves.storage.close()
+
+
+def test_skip_leaves_out_what_comes_too_early(tmp_path, gate):
+    saves = saving(tmp_path, "skip")
+    for step in (1, 2, 3):
+        saves.begin(state(step), step, samples=8 * step)
+    gate.set()
+    saves.last(state(4), 4, samples=32)  # the last one is never left out
+    saves.finish()
+    assert events(tmp_path) == [
+        ("save", 1), ("save-skipped", 2), ("save-skipped", 3), ("commit", 1), ("save", 4), ("commit", 4),
+    ]  # fmt: skip
+    saves.storage.close()
+
+
+def test_drop_oldest_writes_the_newest_that_waits(tmp_path, gate):
+    saves = saving(tmp_path, "drop-oldest")
+    for step in (1, 2, 3):
+        saves.begin(state(step), step, samples=8 * step)
+        saves.poll()
+    gate.set()
+    while 3 not in saves.began:
+        saves.poll()
+    saves.finish()
+    assert events(tmp_path) == [("save", 1), ("save-dropped", 2), ("commit", 1), ("save", 3), ("commit", 3)]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state(0))
+    found, data = saves.storage.restore(3, shapes=jax.eval_shape(lambda: state(0)), shardings=shardings)
+    assert data == {"samples": 24} and np.all(found.params["a"] == 3)
+    saves.storage.close()
+
+
+@pytest.mark.parametrize(
+    ("policy", "written", "told"),
+    [("wait", [1, 2, 3], []), ("skip", [1], ["save-skipped"] * 2), ("drop-oldest", [1, 3], ["save-dropped"])],
+)
+def test_snapshots_in_memory_follow_the_same_policy(tmp_path, monkeypatch, policy, written, told):
+    config = CheckpointConfig(memory_every=1, when_busy=policy)
+    memory, gate, done, save = Memory(tmp_path / "slots"), threading.Event(), [], Memory.save
+
+    def slow(self, copy, *, step, data, keep):
+        assert gate.wait(30)
+        done.append(step)
+        return save(self, copy, step=step, data=data, keep=keep)
+
+    monkeypatch.setattr(Memory, "save", slow)
+    snapshots = Snapshots(config, memory, Journal(tmp_path))
+    if policy == "wait":
+        threading.Timer(0.2, gate.set).start()
+    for step in (1, 2, 3):
+        if snapshots.takes(step):
+            snapshots.begin(independent(state(step)), step, data={}, stall=0.0)
+        while step == 1 and not snapshots._jobs[0][1].running():
+            pass
+    gate.set()
+    snapshots.close()
+    assert done == written and [event["event"] for event in read_events(tmp_path)] == told
+    assert memory.newest == written[-1]
+
+
+def test_a_protected_snapshot_is_not_overwritten_before_a_newer_one_is(tmp_path, monkeypatch):
+    """Keepers that do not protect step 2: training goes on after a while, and step 1 stays whatever comes."""
+    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    memory = Memory(tmp_path / "slots")
+    snapshots = Snapshots(CheckpointConfig(memory_every=1, parity="xor"), memory, Journal(tmp_path))
+    for step in range(1, 6):
+        assert snapshots.takes(step)
+        snapshots.begin(independent(state(step)), step, data={}, stall=0.0)
+        while not snapshots._jobs[-1][1].done():
+            pass
+        if step == 1:
+            tell(memory.directory, Protected(1))
+    snapshots.close()
+    assert sorted(header["step"] for _, header in memory._headers()) == [1, 5]
+    assert [(event["event"], event["step"]) for event in read_events(tmp_path)] == [("unprotected", 2)]
+
+
+def test_a_run_that_goes_back_sets_aside_what_it_saved_beyond(tmp_path):
+    taken = Snapshots(CheckpointConfig(memory_every=1), Memory(tmp_path / "memory"), Journal(tmp_path))
+    saves = saving(tmp_path, "wait", taken)
+    for step in (2, 4, 6):
+        saves.begin(state(step), step, samples=step, memory=True)
+    saves.settle()
+    saves.storage.close()
+    saves = saving(tmp_path, "wait", taken)  # the next sitting, which finds the others behind
+    saves.go_back(state(3), 3, samples=3)
+    assert saves.storage.steps == [2, 3] and saves.storage.shelf.quarantined == ["4", "6"]
+    assert events(tmp_path)[-4:] == [("quarantine", 4), ("quarantine", 6), ("save", 3), ("commit", 3)]
+    assert Memory(tmp_path / "memory").newest < 4
+    saves.begin(state(4), 4, samples=4)
+    saves.finish()
+    assert saves.storage.steps == [2, 3, 4]
+    saves.storage.close()

@@ -1,0 +1,63 @@
+"""The last words of a run name commands that exist and that fit the run."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from meshwright.configs.loader import load
+from meshwright.train.cli.main import app
+from meshwright.train.end_summary import nexts, typed
+
+RUN = Path("runs/mine")
+
+
+def parsed(words):
+    """The verb, after its arguments were read as the command line does."""
+    command, arguments = typer.main.get_command(app), shlex.split(words, comments=True)
+    verb = []
+    while hasattr(command, "commands"):
+        verb.append(arguments[0])
+        command, *arguments = command.commands[arguments[0]], *arguments[1:]
+    command.make_context(command.name, arguments)
+    return " ".join(verb)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "verbs"),
+    [
+        ("quickstart", ["generate", "evaluate", "train", "train", "checkpoint export"]),
+        ("pretrain/llama-1b", ["generate", "evaluate", "train", "checkpoint export"]),
+        ("finetune/lora", ["generate", "evaluate", "train", "adapter export"]),
+        ("finetune/several", ["generate", "evaluate", "train", "adapter export"]),
+        ("finetune/qlora", ["generate", "evaluate", "train"]),
+        ("lowcomm/islands", ["generate", "evaluate", "checkpoint export"]),
+        ("finetune/reward", ["evaluate", "train", "checkpoint export"]),
+    ],
+)
+def test_what_is_advised_can_be_typed(recipe, verbs):
+    found = nexts(load(recipe), RUN)
+    assert [parsed(words) for words in found] == verbs
+
+
+def test_the_prompt_is_one_of_the_runs_own():
+    assert nexts(load("quickstart"), RUN)[0] == "generate runs/mine 'def '"
+    assert nexts(load("finetune/docstrings"), RUN)[0] == "generate runs/mine '# Return True if the name is valid.'"
+
+
+def test_the_command_is_a_name_where_the_shell_knows_it_and_else_a_path(tmp_path, monkeypatch):
+    program = tmp_path / ".venv" / "bin" / "meshwright"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(program)])
+    monkeypatch.setenv("PATH", "")
+    assert typed() == ".venv/bin/meshwright"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert typed() == "meshwright"
+
+
+def test_only_a_run_on_the_quickstarts_mesh_is_told_of_another():
+    assert any("mesh.fsdp=4" in words for words in nexts(load("quickstart"), RUN))
+    assert not any("mesh.fsdp=4" in words for words in nexts(load("pretrain/pipeline-1f1b"), RUN))

@@ -1,0 +1,167 @@
+"""Documents that are rows of a table: JSON lines, Parquet, Arrow, and Hugging Face data sets."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from ...configs.errors import UserError, first_line
+from .documents import decoded, digest
+from .formats import Reader
+from .text_files import parts, readable
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """One document a line; blank lines do not count."""
+
+    paths: tuple[Path, ...]
+    lines: np.ndarray  # [documents, 4] int64: file, first byte, end, and the line number a person would look for
+    reader: Reader
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> str:
+        file_number, start, stop, number = self.lines[index].tolist()
+        path = self.paths[file_number]
+        with open(path, "rb") as file:
+            file.seek(start)
+            raw = decoded(file.read(stop - start), origin=str(path), offset=start)
+        origin = f"{path} line {number}"
+        try:
+            row = json.loads(raw)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"data.path: {origin}, column {error.colno}: not JSON ({error.msg}); repair or remove the line"
+            ) from None
+        if not isinstance(row, dict):
+            raise UserError(
+                f"data.path: {origin}: a {type(row).__name__}, not an object; write "
+                f"{{{next(iter(self.reader.names.values()))!r}: ...}}"
+            )
+        return self.reader.document(row, origin=origin)
+
+
+def json_lines(paths: list[Path], *, reader: Reader) -> JsonLines:
+    """Index the lines of the files; each is parsed when it is read."""
+    digests = []
+
+    def lines() -> Iterator[tuple[int, int, int, int]]:
+        for file_number, path in enumerate(paths):
+            content = readable(path)
+            digests.append(xxhash.xxh3_128_hexdigest(content))
+            for number, (start, stop) in enumerate(parts(content, b"\n"), start=1):
+                if content[start:stop].strip():
+                    yield file_number, start, stop, number
+
+    table = np.fromiter(lines(), np.dtype((np.int64, 4)))  # 32 bytes a line: there may be very many
+    return JsonLines(tuple(paths), table, reader, digest("jsonl", reader.fingerprint, *digests))
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a memory-mapped `datasets.Dataset`."""
+
+    rows: Any  # datasets.Dataset
+    reader: Reader
+    origin: str
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> str:
+        return self.reader.document(self.rows[index], origin=f"{self.origin} row {index}")
+
+
+def table_files(paths: list[Path], *, kind: str, reader: Reader, cache: Path) -> Table:
+    """Parquet or Arrow files as one table, mapped from the cache: nothing stays in memory."""
+    import datasets
+
+    digests = [xxhash.xxh3_128_hexdigest(readable(path)) for path in paths]
+    try:
+        rows = datasets.load_dataset(
+            kind, data_files=[str(path) for path in paths], split="train", cache_dir=str(cache / "datasets")
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"data.path: {paths[0]} is not {kind}: {first_line(error)}; check data.source") from error
+    return Table(selected(rows, reader), reader, str(paths[0].parent), digest(kind, reader.fingerprint, *digests))
+
+
+def hub_dataset(path: str, *, name: str | None, split: str, reader: Reader) -> Table:
+    """A data set saved to a directory, or one that `datasets.load_dataset` knows, downloaded whole."""
+    import datasets
+
+    with _explained(path):
+        rows = _saved(path, split=split)
+        rows = datasets.load_dataset(path, name, split=split) if rows is None else rows
+    version = digest("hf", reader.fingerprint, rows._fingerprint, str(len(rows)))
+    return Table(selected(rows, reader), reader, path, version)
+
+
+class HubStream(NamedTuple):
+    """Documents that are read one after another."""
+
+    read: Callable[[int], Iterator[str]]  # the documents behind the first so many
+    fingerprint: str
+
+
+def hub_stream(path: str, *, name: str | None, split: str, reader: Reader) -> HubStream:
+    """The same without downloading it. The fingerprint knows the revision on the hub, or when local files changed."""
+    import datasets
+
+    with _explained(path):
+        if (saved := _saved(path, split=split)) is not None:
+            rows, version = saved.to_iterable_dataset(), saved._fingerprint
+        else:
+            builder = datasets.load_dataset_builder(path, name)
+            rows, version = builder.as_streaming_dataset(split=split), builder.hash
+
+    def read(skip: int) -> Iterator[str]:
+        for number, item in enumerate(rows.skip(skip), start=skip):
+            yield reader.document(item, origin=f"{path} row {number}")
+
+    return HubStream(read, digest("hf", path, str(name), split, reader.fingerprint, str(version)))
+
+
+def selected(rows: Any, reader: Reader) -> Any:
+    """The table without the columns nobody reads: reading a row then decodes nothing else."""
+    return rows.select_columns(reader.columns(rows.column_names))
+
+
+def _saved(path: str, *, split: str) -> Any:
+    """What `save_to_disk` wrote to the directory, or None where it is something else."""
+    import datasets
+
+    directory = Path(path).expanduser()
+    if not ((directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file()):
+        return None
+    try:
+        rows = datasets.load_from_disk(str(directory))
+    except IndexError:  # the library cannot open a data set it saved without rows
+        raise UserError(f"data.path: {path} holds no documents; it must hold at least one with text") from None
+    if isinstance(rows, datasets.Dataset):
+        return rows
+    if split not in rows:
+        raise UserError.no_match("data.split", [split], known=rows)
+    return rows[split]
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turn what the datasets library raises into one line."""
+    import datasets
+
+    try:
+        yield
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"data.path: {path} cannot be loaded: {first_line(error)}; check data.path, data.name, data.split"
+        ) from error

@@ -1,0 +1,140 @@
+"""A tokenized source on disk: all documents in one memory-mapped array.
+
+tokens.npy      [tokens] uint16 or uint32: every token that is a target
+offsets.npy     [documents + 1] int64: document i is tokens[offsets[i]:offsets[i + 1]]
+openers.npy     [documents, 2] int64: what the first token of each of its segments is predicted from
+cuts.npy        [documents] int64: tokens of its first segment; all of them, where it is not a pair
+unlearned.npy   [2, stretches] int64: tokens[start:stop] that are read but not learned, in order
+labels.npy      [documents] float32: what the recipe is told about it
+identities.npy  [documents] uint64: a hash of the text, see split.py
+sizes.npy       [documents] int64: bytes of the text that is learned, in UTF-8
+origins.npy     [documents] int64: its index in the source; documents without text are left out
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .disk_cache import cached
+from .documents import Documents, digest, texts
+from .encoding import BATCH_CHARACTERS, encoded
+from .held_out_split import identity
+from .marked_text import parsed
+from .tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+ARRAYS = ("tokens", "offsets", "openers", "cuts", "unlearned", "labels", "identities", "sizes", "origins")
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Documents as token ids; the arrays are described at the head of the file."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    openers: np.ndarray
+    cuts: np.ndarray
+    unlearned: np.ndarray
+    labels: np.ndarray
+    identities: np.ndarray
+    sizes: np.ndarray
+    origins: np.ndarray
+    first: int = 0  # the number of its first token among those of all the run's stores
+
+    def __len__(self) -> int:
+        return len(self.identities)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[documents] int64: tokens of each, the end token included."""
+        return np.diff(self.offsets)
+
+    @property
+    def learned(self) -> np.ndarray:
+        """[documents] int64: tokens of each that have weight 1."""
+        start, stop = self.unlearned
+        documents = np.searchsorted(self.offsets, start, side="right") - 1
+        return self.lengths - np.bincount(documents, stop - start, minlength=len(self)).astype(np.int64)
+
+    def weights(self, begin: int, end: int) -> np.ndarray:
+        """[end - begin] float32: 1 for each of tokens[begin:end] that is learned, else 0."""
+        found = np.ones(end - begin, np.float32)
+        starts, stops = self.unlearned
+        for place in range(np.searchsorted(stops, begin, side="right"), np.searchsorted(starts, end)):
+            found[max(starts[place] - begin, 0) : stops[place] - begin] = 0
+        return found
+
+
+def tokenized(documents: Documents, tokenizer: Tokenizer, *, cache: Path) -> TokenStore:
+    """The documents as tokens: encoded once, then read from the cache."""
+    key = digest("tokens-3", documents.fingerprint, tokenizer.fingerprint)
+    return cached(
+        cache / "tokens" / key,
+        read=open_store,
+        write=lambda directory: write_store(documents, tokenizer, directory=directory),
+    )
+
+
+def write_store(documents: Documents, tokenizer: Tokenizer, *, directory: Path) -> None:
+    """Encode everything into `directory`, a batch of documents at a time."""
+    logger.info("tokenizing %d documents", len(documents))
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    columns: dict[str, list] = {name: [] for name in ("openers", "cuts", "labels", "identities", "sizes", "origins")}
+    lengths, unlearned, total = [], [], 0
+    with open(directory / "tokens.npy", "wb") as file:
+        _write_header(file, dtype, count=0)
+        for batch in batched(documents):
+            examples = [parsed(text) for _, text in batch]
+            found = iter(encoded([part for example in examples for part in example.parts], tokenizer))
+            for (origin, text), example in zip(batch, examples, strict=True):
+                parts = [next(found) for _ in example.parts]
+                for part in parts:
+                    file.write(np.array(part.tokens, dtype).tobytes())
+                    unlearned += [(total + start, total + stop) for start, stop in part.unlearned]
+                    total += len(part.tokens)
+                lengths.append(sum(len(part.tokens) for part in parts))
+                row = {
+                    "openers": (parts[0].opener, parts[-1].opener),
+                    "cuts": len(parts[0].tokens),
+                    "labels": example.label,
+                    "identities": identity(text),
+                    "sizes": sum(len(part.learned.encode()) for part in example.parts),
+                    "origins": origin,
+                }
+                for name, value in row.items():
+                    columns[name].append(value)
+        file.seek(0)
+        _write_header(file, dtype, count=total)
+    dtypes = {"labels": np.float32, "identities": np.uint64}
+    for name, values in columns.items():
+        array = np.array(values, dtypes.get(name, np.int64))
+        np.save(directory / f"{name}.npy", array.reshape(len(lengths), 2) if name == "openers" else array)
+    np.save(directory / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    np.save(directory / "unlearned.npy", np.array(unlearned, np.int64).reshape(-1, 2).T.copy())
+
+
+def open_store(directory: Path) -> TokenStore:
+    """The store in `directory`, memory-mapped."""
+    return TokenStore(**{name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS})
+
+
+def batched(documents: Documents) -> Iterator[list[tuple[int, str]]]:
+    """Consecutive (index, text) of about BATCH_CHARACTERS together."""
+    batch, characters = [], 0
+    for item in texts(documents):
+        batch.append(item)
+        characters += len(item[1])
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _write_header(file, dtype: np.dtype, *, count: int) -> None:
+    # numpy pads the header so that it does not move when the first dimension grows: it can be rewritten at the end
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, header)

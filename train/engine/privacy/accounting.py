@@ -1,0 +1,110 @@
+"""What a private run has spent: epsilon at a given delta, from its settings and the number of steps alone.
+
+    spent(privacy, step=, rows=, batch=) -> epsilon
+
+An epoch is whole batches (`dealt`), so a row is in at most one batch of each, and after `epochs` (rounded up) in at
+most as many, each hidden by noise of `privacy.noise` times what it can add: together one Gaussian mechanism with
+noise / sqrt(epochs), whose epsilon is exact (arXiv:1805.06530). That is `shuffled`, and holds for what happens here: a
+row against an empty one in its place.
+`poisson` is what is usually reported: as if each batch drew each row with probability batch / rows, by Renyi
+divergences (arXiv:1908.10530). Batches here are not drawn so; read it beside others' numbers, not as a guarantee.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+
+from ....configs.checks.privacy import check_secret
+from ....configs.errors import UserError
+from ....configs.run import RunConfig
+from ....configs.sections.privacy import PrivacyConfig
+from ...data.assemble import Data
+from ...data.dataset import WholeBatches
+
+MOST_NOISE = 1e4
+
+
+def budgeted(config: RunConfig, data: Data) -> RunConfig:
+    """`config` with the noise that the data and the run's epsilon ask for. UserError where it cannot be counted."""
+    if config.privacy is None:
+        return config
+    check_secret(config)
+    try:
+        import dp_accounting  # noqa: F401
+    except ImportError:
+        raise UserError("privacy: is counted by dp-accounting; pip install 'meshwright[privacy]'") from None
+    rows = data.train.rows_per_epoch()
+    privacy = calibrated(config.privacy, steps=config.steps, rows=rows, batch=config.data.global_batch)
+    return config.model_copy(update={"privacy": privacy})
+
+
+def dealt(config: RunConfig, data: Data) -> Data:
+    """`data` as the run reads it: a private one leaves out the rows of an epoch that fill no batch. UserError."""
+    if config.privacy is None:
+        return data
+    batch, rows = config.data.global_batch, data.train.rows_per_epoch()
+    if batch > rows:
+        raise UserError(
+            f"data.global_batch: {batch} with privacy: there are {rows} rows to train on, so that one would be in a "
+            f"batch twice; use at most {rows}"
+        )
+    return replace(data, train=WholeBatches(data.train, batch))
+
+
+def spending(config: RunConfig, data: Data) -> Callable[[int], dict[str, float]]:
+    """A function from a step to what is spent by then; to nothing where nothing is promised."""
+    privacy, batch = config.privacy, config.data.global_batch
+    if privacy is None:
+        return lambda step: {}
+    rows = data.train.rows_per_epoch()
+    return lambda step: {"epsilon": spent(privacy, step=step, rows=rows, batch=batch)}
+
+
+def spent(privacy: PrivacyConfig, *, step: int, rows: int, batch: int) -> float:
+    """Epsilon after `step` updates of `batch` rows, of epochs of `rows`: at least `batch`, in whole batches."""
+    if step == 0:
+        return 0.0
+    if privacy.sampling == "poisson":
+        return sampled(privacy.noise, privacy.delta, step=step, share=batch / rows)
+    return composed(privacy.noise, privacy.delta, count=math.ceil(step * batch / rows))
+
+
+def composed(noise: float, delta: float, *, count: int) -> float:
+    """Of `count` Gaussian mechanisms."""
+    import dp_accounting
+
+    return float(dp_accounting.get_epsilon_gaussian(noise / math.sqrt(count), delta))
+
+
+@lru_cache(maxsize=4096)
+def sampled(noise: float, delta: float, *, step: int, share: float) -> float:
+    """Of `step` Gaussian mechanisms, each of rows drawn with probability `share`."""
+    import dp_accounting
+
+    accountant = dp_accounting.rdp.RdpAccountant()
+    one = dp_accounting.PoissonSampledDpEvent(share, dp_accounting.GaussianDpEvent(noise))
+    return float(accountant.compose(one, step).get_epsilon(delta))
+
+
+def calibrated(privacy: PrivacyConfig, *, steps: int, rows: int, batch: int) -> PrivacyConfig:
+    """`privacy` with the least noise that spends at most its epsilon in `steps`; as it is where noise is given."""
+    if privacy.noise is not None:
+        return privacy
+
+    def over(noise: float) -> float:
+        own = privacy.model_copy(update={"noise": noise})
+        return spent(own, step=steps, rows=rows, batch=batch) - privacy.epsilon
+
+    low, high = 1e-2, 1.0
+    while over(high) > 0:
+        low, high = high, 2 * high
+        if high > MOST_NOISE:
+            raise UserError(
+                f"privacy.epsilon: {privacy.epsilon} cannot be kept for {steps} steps with any useful noise; raise it, "
+                "or lower steps"
+            )
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if over(middle) > 0 else (low, middle)
+    return privacy.model_copy(update={"noise": high})

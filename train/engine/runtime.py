@@ -1,0 +1,87 @@
+"""The machine side of a run: platform and processes brought up, compiled programs remembered, versions written down."""
+
+import gzip
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ...configs.run import RunConfig
+from ...parallel.mesh import prepare_devices
+from ..core.process_env import World
+from ..data.assemble import Data
+from ..data.dataset import HeldOut
+from ..data.disk_cache import cache_directory
+
+PACKAGES = (
+    "meshwright", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "tokenizers", "numpy",
+)  # fmt: skip
+
+
+def start(config: RunConfig, world: World) -> None:
+    """Choose the platform, join the other processes, and keep compiled programs between runs.
+
+    Nothing may have touched a device before.
+    """
+    local = world.local_devices
+    if local is None and world.processes > 1 and config.mesh.count is not None:
+        local = config.mesh.count // world.processes
+    prepare_devices(config.mesh, local_devices=local)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(compilation_cache(config)))
+    if world.processes > 1 and not jax.distributed.is_initialized():
+        # Process 0 starts a service whatever we do: where another one is used, it gets a port that nobody knows.
+        unused = "127.0.0.1:0" if world.outside and world.first else None
+        jax.distributed.initialize(world.coordinator, world.processes, world.process, coordinator_bind_address=unused)
+
+
+def compilation_cache(config: RunConfig) -> Path:
+    """Where compiled programs are kept. By machine: XLA:CPU compiles for the processor it runs on."""
+    return cache_directory(config.data.cache) / "compiled" / f"{platform.machine()}-{processor()}"
+
+
+def processor() -> str:
+    """The processor's model and features, shortened to a name for a directory."""
+    import xxhash
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    told = {line for line in lines if line.startswith(("model name", "flags"))}
+    return xxhash.xxh3_64_hexdigest("\n".join(sorted(told)).encode())[:8]
+
+
+def describe(config: RunConfig, data: Data, mesh: Mesh) -> dict[str, Any]:
+    """What environment.json says: versions, devices, corpus, tokenizer."""
+    corpus: dict[str, Any] = {"fingerprint": data.fingerprint, **data.summary}
+    if data.held_out is not None:
+        corpus["gzip_bits_per_byte"] = gzip_bits_per_byte(data.held_out)
+    return {
+        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [f"{device.device_kind} {device.id}" for device in mesh.devices.flat],
+        "processes": jax.process_count(),
+        "corpus": corpus,
+        "tokenizer": {"vocab": data.tokenizer.vocab_size, "fingerprint": data.tokenizer.fingerprint},
+        "seed": config.seed,
+    }
+
+
+def installed(name: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gzip_bits_per_byte(held_out: HeldOut) -> float:
+    """Bits per byte of `gzip -9` over the held-out documents, one after another."""
+    text = "".join(held_out.texts()).encode()
+    return 8 * len(gzip.compress(text, 9)) / len(text)

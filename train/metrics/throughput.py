@@ -1,0 +1,85 @@
+"""Time and throughput of a run: seconds a step, tokens a second, model FLOPs utilisation, and the host's own share.
+
+MFU = model FLOPs per second / peak of all devices (PaLM, arXiv:2204.02311, appendix B). The peak is stated in
+`logging.peak_tflops`, known for a few accelerators, or, on a CPU whose simulated devices share its cores, measured.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ...configs.run import RunConfig
+
+# Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets.
+PEAKS = {"H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0}
+
+
+@dataclass
+class Meter:
+    """A stopwatch over steps. `lap` answers with the time since the lap before it."""
+
+    positions: int  # tokens computed a step, padding included
+    flops_per_token: float
+    peak: float | None  # FLOP/s of all devices together; None: not known
+    host_seconds: float = 0.0  # spent by the host outside of waiting, since the last lap
+    last: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def of(cls, config: RunConfig, plan: Mapping[str, Any]) -> "Meter":
+        """The stopwatch of a run, started."""
+        positions = config.data.global_batch * config.data.sequence_length
+        return cls(positions, plan["model_flops_per_token"], peak_flops(config))
+
+    @contextmanager
+    def host(self) -> Iterator[None]:
+        """Time spent inside is the host's."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.host_seconds += time.perf_counter() - began
+
+    def restart(self) -> None:
+        """Forget the time since the last lap: it went into saving or evaluating."""
+        self.last, self.host_seconds = time.perf_counter(), 0.0
+
+    def lap(self) -> dict[str, float]:
+        """step_seconds, host_seconds, tokens_per_second and mfu since the last lap."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        host, self.host_seconds = self.host_seconds, 0.0
+        rate = self.positions / seconds
+        values = {"step_seconds": seconds, "host_seconds": host, "tokens_per_second": rate}
+        if self.peak is not None:
+            values["mfu"] = rate * self.flops_per_token / self.peak
+        return values
+
+
+def peak_flops(config: RunConfig) -> float | None:
+    """FLOP/s of all devices together; None where nobody knows."""
+    devices = jax.devices()[: config.mesh.count or jax.device_count()]
+    if config.logging.peak_tflops is not None:
+        return config.logging.peak_tflops * 1e12 * len(devices)
+    if devices[0].platform == "cpu":
+        # Processes share the cores too, but would disturb each other's measurement.
+        return matmul_flops() if jax.process_count() == 1 else None
+    known = [peak for name, peak in PEAKS.items() if name in devices[0].device_kind]
+    return known[0] * 1e12 * len(devices) if known else None
+
+
+def matmul_flops(size: int = 1024, *, repeats: int = 5, dtype: str = "float32") -> float:
+    """FLOP/s of [size, size] products on one device, the best of `repeats`. A CPU uses all the cores there are."""
+    matrix = jax.device_put(jnp.ones((size, size), jnp.dtype(dtype)), jax.local_devices()[0])
+    product = jax.jit(lambda a: a @ a)
+    product(matrix).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        product(matrix).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

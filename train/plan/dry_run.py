@@ -1,0 +1,33 @@
+"""`validate --deep` and `plan`: what only a parameter tree, a corpus or a compiler can tell. Allocates nothing."""
+
+from functools import partial
+
+import jax
+
+from ...checkpoint.interop import huggingface
+from ...configs.run import RunConfig
+from ...parallel.mesh import make_mesh
+from ..core.process_env import World
+from ..data import assemble
+from ..engine import runtime
+from ..engine.program import Program, build
+from ..objectives.distillation import check_teacher, fresh_weights
+
+
+def prepared(config: RunConfig) -> Program:
+    """The program of `config` on its mesh, from a cold start."""
+    runtime.start(config, World())
+    return build(config, make_mesh(config.mesh))
+
+
+def check(config: RunConfig) -> None:
+    """Open the data, trace the step and shard every array. Raises UserError at the first thing wrong."""
+    data = assemble.of_run(config)
+    check_teacher(config, data.tokenizer)
+    program = prepared(config)
+    for model in (config.model, config.recipe.teacher or config.model):
+        if model.origin is not None:
+            huggingface.check(model.origin, model, shapes=jax.eval_shape(partial(fresh_weights, model, config)))
+    with jax.set_mesh(program.mesh):
+        jax.eval_shape(program.step, program.shapes, program.batch_shapes)
+    jax.tree.leaves(program.shardings)
