@@ -147,11 +147,11 @@ class Blocked:
         if name.split(".")[0] in ("jax", "jaxlib", "flax"):
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Blocked())
-from meshwright.configs.data import DataConfig
+from meshwright.configs.sections.data import DataConfig
 from meshwright.train.data.assemble import build, training_texts
 from meshwright.train.data.batches import batches
 from meshwright.train.data.preview import render
-from meshwright.train.data.split import held_out, identity
+from meshwright.train.data.held_out_split import held_out, identity
 data = build(DataConfig(**{TINY!r}, cache={str(tmp_path)!r}), seed=0)
 print(render(data).plain[:5], next(batches(data.train, start=0, global_batch=4, prefetch=2))["tokens"].shape)
 """

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.toy_stages import PARTS, block, enter, leave, order, problem
 
 from meshwright.configs.sections.parallel import MeshConfig
 from meshwright.parallel.mesh import make_mesh
@@ -13,8 +14,6 @@ from meshwright.parallel.pipeline.executor.replica_routing import drawn, origins
 from meshwright.parallel.pipeline.executor.table_executor import pipelined
 from meshwright.parallel.pipeline.tables.lowering import rows_of, wired
 from meshwright.parallel.pipeline.tables.schedules.registry import make
-
-from ..toy import PARTS, block, enter, leave, order, problem
 
 REPLICAS, PIPE, MICROBATCHES = 4, 2, 4
 

@@ -5,14 +5,13 @@ import re
 import jax
 import numpy as np
 import pytest
+from support.toy_stages import EMBED, LENGTH, OFFLOADED, PARTS, ROWS, engine, problem, reference, run
 
 from meshwright.memory.jaxpr_stats import host_bytes
 from meshwright.parallel.pipeline.tables.fused_backward import fused
 from meshwright.parallel.pipeline.tables.lowering import wired
 from meshwright.parallel.pipeline.tables.schedules.registry import SCHEDULES, make
 from meshwright.parallel.pipeline.tables.simulator import pool_bytes
-
-from ..toy import EMBED, LENGTH, OFFLOADED, PARTS, ROWS, engine, problem, reference, run
 
 PIPE = 4
 TRAINED = [name for name, family in SCHEDULES.items() if family.trains and "path" not in family.options]
