@@ -5,8 +5,8 @@
 
 The loss of a batch is a number for each adapter, over the weights of its own rows. None of them reads another's
 parameters, so one backward pass of their sum gives the gradient of each. Norm, clipping, health, decay, learning rate
-and the state of the optimizer are then each adapter's own: `configs/adapter_runs.py: alone` is the run that makes the same
-updates.
+and the state of the optimizer are then each adapter's own: `alone` in `configs/adapter_runs.py` is the run that makes
+the same updates.
 """
 
 import dataclasses
