@@ -19,7 +19,7 @@ from meshwright.models.attention.registry import IMPLEMENTATIONS
 from meshwright.parallel.outer.wire_formats import WIRES
 from meshwright.parallel.pipeline.tables.schedules.registry import SCHEDULES
 from meshwright.parallel.sequence.attend import STRATEGIES
-from meshwright.parallel.sharding import ACTIVATIONS, WEIGHTS
+from meshwright.parallel.sharding import ACTIVATION_RULES, WEIGHT_RULES
 from meshwright.train.cli.main import app
 from meshwright.train.core.run_directory import MAY_CHANGE
 from meshwright.train.data.packing import PACKERS
@@ -28,7 +28,7 @@ from meshwright.train.optim import optimizers
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]}
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]}
 ROOMS = ("configs", "models", "memory", "parallel", "checkpoint", "train", "benchmarks", "tests", "docs")
 
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -73,8 +73,14 @@ def anchors(text):
 
 
 def test_every_page_is_in_the_index_once():
-    linked = re.findall(r"\]\(([\w-]+\.md)\)", PAGES["docs/README.md"].split("| answers |")[1])
-    assert sorted(linked) == sorted({page.name for page in DOCS.glob("*.md")} - {"README.md"})
+    linked = re.findall(r"^\| \[[^\]]*\]\(([\w/-]+\.md)\)", PAGES["docs/README.md"], re.MULTILINE)
+    assert sorted(linked) == sorted({str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} - {"README.md"})
+
+
+@pytest.mark.parametrize("index", sorted(DOCS.glob("*/README.md")), ids=lambda index: index.parent.name)
+def test_every_page_of_a_folder_is_in_the_folders_index_once(index):
+    linked = re.findall(r"^\| \[[^\]]*\]\(([\w-]+\.md)\)", index.read_text(), re.MULTILINE)
+    assert sorted(linked) == sorted({page.name for page in index.parent.glob("*.md")} - {"README.md"})
 
 
 @each_page
@@ -213,9 +219,9 @@ LISTED = {
     "axes": ("docs/parallelism.md", "axis", names.MESH_AXES),
     "sources": ("docs/data.md", "`data.source`", SOURCES),
     "formats": ("docs/data.md", "`data.format`", data.FORMAT_COLUMNS),
-    "recipes": ("docs/finetune.md", "`recipe.name`", recipe.RECIPE_KEYS),
+    "recipes": ("docs/finetune/README.md", "`recipe.name`", recipe.RECIPE_KEYS),
     "packers": ("docs/data.md", "`data.packing.method`", PACKERS),
-    "adapters": ("docs/finetune.md", "`adapter.method`", adapter.METHOD_KEYS),
+    "adapters": ("docs/finetune/adapters.md", "`adapter.method`", adapter.METHOD_KEYS),
     "outer": ("docs/lowcomm.md", "`outer.name`", outer.RULES),
     "wires": ("docs/lowcomm.md", "`outer.wire`", WIRES),
     "optimizers": ("docs/optimizers.md", "`optimizer.name`", optimizers.RULES),
@@ -228,7 +234,9 @@ def test_a_table_lists_what_there_is(page, heading, listed):
     assert sorted(row[0][0] for row in table(page, heading)) == sorted(listed)
 
 
-@pytest.mark.parametrize(("heading", "rules"), [("weight dimension", WEIGHTS), ("activation dimension", ACTIVATIONS)])
+@pytest.mark.parametrize(
+    ("heading", "rules"), [("weight dimension", WEIGHT_RULES), ("activation dimension", ACTIVATION_RULES)]
+)
 def test_sharding_rules_are_the_codes(heading, rules):
     wanted = {name: [axes] if isinstance(axes, str) else list(axes or ()) for name, axes in rules.items()}
     assert {row[0][0]: row[1] for row in table("docs/parallelism.md", heading)} == wanted

@@ -1,4 +1,4 @@
-"""docs/finetune.md's table of adapters: as many weights as the code trains."""
+"""docs/finetune/adapters.md's table of adapters: as many weights as the code trains."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from meshwright.configs import loader
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.engine.program import build
 
-PAGE = (Path(__file__).parents[3] / "docs" / "finetune.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "finetune" / "adapters.md").read_text()
 TABLE = PAGE[PAGE.index("| `adapter.method` | trains |") :].partition("\n\n")[0]
 ALONE = [
     "mesh={data: 1, fsdp: 1, tensor: 1, devices: 1}",
