@@ -1,7 +1,7 @@
-"""Fencing: a process of an older epoch writes nothing more. JAX-free.
+"""Fencing: a process of an older epoch must not write to the run directory. JAX-free.
 
 Every start of a run claims the next epoch, a number in the file `epoch` of the run directory. A process that was
-stopped, declared dead and replaced, and then wakes up, finds a higher number there than its own and ends.
+stopped, declared dead, replaced, and then wakes up finds a higher number there than its own, and ends.
 """
 
 import contextlib
@@ -10,44 +10,46 @@ from pathlib import Path
 
 from ...configs.errors import MeshwrightError, UserError
 
-FILE = "epoch"
+EPOCH_FILE = "epoch"
 
 
 class Fenced(MeshwrightError):
-    """This process belongs to an epoch that is over; another one has the run directory."""
+    """This process belongs to an epoch that is over; a later epoch owns the run directory."""
 
 
 class Fence:
-    """The right of one epoch to write to a run directory. `epoch` None: no epoch was assigned, nothing is refused."""
+    """The right of one epoch to write to a run directory. With `epoch` None nothing is refused."""
 
     def __init__(self, directory: Path, epoch: int | None) -> None:
         self.directory, self.epoch = directory, epoch
 
     def claim(self) -> None:
-        """Take the directory for this epoch; the next one where none was assigned.
+        """Claim the directory for this epoch, or for the next epoch if none was assigned.
 
-        Raises Fenced where it is taken, UserError where it cannot be written.
+        Raises Fenced if a later epoch owns the directory, UserError if it cannot be written.
         """
         if self.epoch is None:
-            self.epoch = current(self.directory) + 1
+            self.epoch = current_epoch(self.directory) + 1
         self.check()
-        draft = self.directory / f".{FILE}.{os.getpid()}"
+        draft = self.directory / f".{EPOCH_FILE}.{os.getpid()}"
         try:
             draft.write_text(f"{self.epoch}\n")
-            os.replace(draft, self.directory / FILE)
+            os.replace(draft, self.directory / EPOCH_FILE)
         except OSError as error:
             raise UserError(
                 f"{self.directory}: cannot be written: {error.strerror}; make it writable and run the same command"
             ) from error
 
     def check(self) -> None:
-        """Raise Fenced where a later epoch has the directory."""
-        if self.epoch is not None and (now := current(self.directory)) > self.epoch:
-            raise Fenced(f"{self.directory} belongs to epoch {now} now; this process is of epoch {self.epoch} and ends")
+        """Raise Fenced if a later epoch owns the directory."""
+        if self.epoch is not None and (owner := current_epoch(self.directory)) > self.epoch:
+            raise Fenced(
+                f"{self.directory} is owned by epoch {owner}; this process belongs to epoch {self.epoch} and ends"
+            )
 
 
-def current(directory: Path) -> int:
-    """The epoch that has the directory; 0 where none has had it."""
+def current_epoch(directory: Path) -> int:
+    """Return the epoch that owns `directory`; 0 if it was never claimed."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        return int((directory / FILE).read_text())
+        return int((directory / EPOCH_FILE).read_text())
     return 0

@@ -1,8 +1,8 @@
-"""Files of one JSON object a line, that survive being killed at any byte.
+"""JSON Lines files (one JSON object a line) that survive a process killed at any byte.
 
-A line is written by one system call, so a killed process leaves at most a torn last line: `mend` cuts it off before the
-next line is appended, and `read` skips it. JSON has no NaN and no infinity, and runs do: they travel as the strings
-"NaN", "Infinity" and "-Infinity" (as in protobuf's JSON mapping), which `float` reads back.
+A line is written by one system call, so a killed process leaves at most a torn last line: `repair_last_line` cuts it
+off before the next line is appended, and `read_rows` skips it. JSON has no NaN and no infinity; they are written as the
+strings "NaN", "Infinity" and "-Infinity" (as in protobuf's JSON mapping), which `float` reads back.
 """
 
 import errno
@@ -18,51 +18,54 @@ from typing import Any
 
 from ...configs.errors import UserError
 
-KEPT = 100_000  # lines that wait for a disk
+MAX_PENDING_LINES = 100_000  # lines held in memory while the disk refuses them
 
 logger = logging.getLogger(__name__)
 
 
-class Lines:
-    """A file of lines that are appended as they come.
+class LineWriter:
+    """Appends rows to a file.
 
-    A disk that refuses a later one (it is full, errs, or has become read-only) stops nobody: lines are kept, and
-    written before the next one that it takes. The oldest of more than `KEPT` are lost.
+    The first row must succeed. If the disk refuses a later row (it is full, fails, or became read-only), the run goes
+    on: rows are held in memory and written before the next row that succeeds. Beyond `MAX_PENDING_LINES` the oldest
+    are lost.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._good = False  # a line has been written
-        self._kept: deque[bytes] = deque(maxlen=KEPT)
+        self._has_written = False
+        self._pending: deque[bytes] = deque(maxlen=MAX_PENDING_LINES)
 
     def append(self, row: Mapping[str, Any], *, sync: bool) -> None:
-        """Add `row` as the last line; `sync` waits until it is on the disk. Raises UserError where the first is not."""
-        told = bool(self._kept)
-        self._kept.append(encoded(row))
+        """Add `row` as the last line; `sync` waits until it is on the disk. Raises UserError if the first row fails."""
+        warned = bool(self._pending)
+        self._pending.append(encode_row(row))
         try:
-            write(self.path, b"".join(self._kept), sync=sync)
+            append_bytes(self.path, b"".join(self._pending), sync=sync)
         except OSError as error:
-            if not self._good:
-                raise unwritable(self.path, error) from error
-            if not told:
-                logger.warning("%s: cannot be written: %s; its lines wait until it can be", self.path, error.strerror)
+            if not self._has_written:
+                raise write_error(self.path, error) from error
+            if not warned:
+                logger.warning(
+                    "%s cannot be written: %s; its lines are held in memory until it can be", self.path, error.strerror
+                )
             return
-        self._good = True
-        self._kept.clear()
+        self._has_written = True
+        self._pending.clear()
 
 
-def append(path: Path, row: Mapping[str, Any], *, sync: bool) -> None:
+def append_row(path: Path, row: Mapping[str, Any], *, sync: bool) -> None:
     """Add `row` as the last line of `path`; `sync` waits until it is on the disk.
 
-    Raises UserError where the file cannot be written (a full disk, a directory that is read-only).
+    Raises UserError if the file cannot be written (a full disk, a read-only directory).
     """
-    Lines(path).append(row, sync=sync)
+    LineWriter(path).append(row, sync=sync)
 
 
-def write(path: Path, text: bytes, *, sync: bool) -> None:
-    """Append `text`, all of it or nothing. Raises OSError."""
+def append_bytes(path: Path, text: bytes, *, sync: bool) -> None:
+    """Append `text` to `path`, all of it or nothing. Raises OSError if it cannot be written."""
     with path.open("ab", buffering=0) as file:
-        before = file.tell()
+        size = file.tell()
         try:
             if file.write(text) < len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -70,24 +73,24 @@ def write(path: Path, text: bytes, *, sync: bool) -> None:
                 os.fsync(file.fileno())
         except OSError:
             with suppress(OSError):
-                file.truncate(before)
+                file.truncate(size)
             raise
 
 
-def replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Let `path` hold `rows` and nothing else, whole or not at all. Raises UserError where it cannot be written."""
+def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the content of `path` by `rows`, atomically. Raises UserError if it cannot be written."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_bytes(b"".join(map(encoded, rows)))
+        draft.write_bytes(b"".join(map(encode_row, rows)))
         os.replace(draft, path)
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise write_error(path, error) from error
 
 
-def mend(path: Path) -> None:
-    """Cut off a torn last line; give a whole one that lacks its newline what it lacks. A missing file is whole.
+def repair_last_line(path: Path) -> None:
+    """Cut off a torn last line; add the newline that a complete last line lacks. A missing file needs no repair.
 
-    Raises UserError where the file would have to be written and cannot be.
+    Raises UserError if the file needs a repair and cannot be written.
     """
     if not path.exists():
         return
@@ -96,26 +99,26 @@ def mend(path: Path) -> None:
         if not (tail := content[content.rfind(b"\n") + 1 :]):
             return
         with path.open("rb+") as file:
-            if decoded(tail) is None:
+            if decode_row(tail) is None:
                 file.truncate(len(content) - len(tail))
             else:
                 file.seek(0, os.SEEK_END)
                 file.write(b"\n")
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise write_error(path, error) from error
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of `path`, in order; a torn last line is skipped in silence, any other with a warning.
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of `path`, in order; empty if there is no file.
 
-    A missing file has no lines.
+    A torn last line is skipped silently, any other line that is not a JSON object with a warning.
     """
     if not path.exists():
         return []
     rows = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
-        row = decoded(line)
+        row = decode_row(line)
         if row is not None:
             rows.append(row)
         elif line.strip() and number < len(lines):
@@ -123,13 +126,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def encoded(row: Mapping[str, Any]) -> bytes:
-    """One line of JSON, newline included."""
-    return json.dumps(portable(row), default=str, allow_nan=False).encode() + b"\n"
+def encode_row(row: Mapping[str, Any]) -> bytes:
+    """Return `row` as one line of JSON, newline included."""
+    return json.dumps(to_json_value(row), default=str, allow_nan=False).encode() + b"\n"
 
 
-def decoded(line: bytes) -> dict[str, Any] | None:
-    """The object on `line`, None where there is none."""
+def decode_row(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object on `line`; None if it is not one."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -137,12 +140,12 @@ def decoded(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def portable(value: Any) -> Any:
-    """`value` with numbers that JSON lacks as strings, NumPy scalars as numbers, and keys as text."""
+def to_json_value(value: Any) -> Any:
+    """Convert `value` to what JSON can hold: NaN and infinities become strings, NumPy scalars numbers, keys strings."""
     if isinstance(value, Mapping):
-        return {str(key): portable(inner) for key, inner in value.items()}
+        return {str(key): to_json_value(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [portable(inner) for inner in value]
+        return [to_json_value(inner) for inner in value]
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -150,6 +153,6 @@ def portable(value: Any) -> Any:
     return value
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
-    """What to tell the user about a file that cannot be written."""
-    return UserError(f"{path}: cannot be written: {error.strerror}; make room or choose another place, then go on")
+def write_error(path: Path, error: OSError) -> UserError:
+    """Return the UserError for a file that cannot be written."""
+    return UserError(f"{path} cannot be written: {error.strerror}; make room or choose another place, and run again")

@@ -1,15 +1,16 @@
-"""Rendezvous: who takes part, until when, and in which epoch. JAX-free.
+"""Rendezvous: the members of a group, with time-to-live and epochs. JAX-free.
 
-A member has a name and stays as long as it sends a heartbeat within its time-to-live. Whenever somebody joins, leaves
-or expires the epoch goes up by one, so a number says which membership is meant. A member holds the *ticket* it was
-given when it joined; one whose name was given to another since then (a process that was stopped, declared dead, and
-woke up) is refused by its ticket.
+A member has a name and stays as long as it sends a heartbeat within its time-to-live. Whenever a member joins, leaves
+or expires, the epoch goes up by one, so the epoch identifies a membership. A member holds the *ticket* that it got when
+it joined: if its name was given to another member since then (the process was stopped, declared dead, and woke up), its
+ticket is refused.
 
-    membership = joined(Membership(), "a", now=0.0, ttl=5.0)        a pure value, advanced by pure functions
-    with Server() as server: ...                                    one small server holds it, JSON lines over TCP
-    client = Client(server.address, "a"); client.join(); client.beat({"step": 3}); client.wait(beyond=1, timeout=5.0)
+    membership = join_member(Membership(), "a", now=0.0, ttl=5.0)   a pure value, advanced by pure functions
+    with Server() as server: ...                                    serves it over TCP, one JSON object a line
+    client = Client(server.address, "a")
+    client.join(); client.heartbeat({"step": 3}); client.wait(beyond=1, timeout=5.0)
 
-Supervisors use it to watch steps; replicas that meet rarely use it to find each other.
+Supervisors use it to watch steps; islands use it to find each other.
 """
 
 import json
@@ -24,78 +25,78 @@ from typing import Any
 
 from ...configs.errors import MeshwrightError
 
-TTL = 30.0  # seconds without a heartbeat
+TTL = 30.0  # seconds without a heartbeat after which a member expires
 Operation = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-class Refused(MeshwrightError):
-    """The rendezvous does not know this member any more: it expired, or another took its name."""
+class NotAMember(MeshwrightError):
+    """The member expired, or another member took its name."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One who takes part."""
+    """One member of a group."""
 
     ticket: int  # the epoch in which it joined: no two members of one name share it
-    expires: float  # by the server's clock
-    ttl: float
-    info: Mapping[str, Any] = field(default_factory=dict)  # what it last told: an address, a step
+    expires: float  # time of the server's clock
+    ttl: float  # seconds
+    info: Mapping[str, Any] = field(default_factory=dict)  # what it last published: an address, a step
 
 
 @dataclass(frozen=True)
 class Membership:
-    """Who takes part, and the number of this membership."""
+    """The members, and the epoch of this membership."""
 
     epoch: int = 0
     members: Mapping[str, Member] = field(default_factory=dict)
 
-    def public(self) -> dict[str, Any]:
-        """What members are told: of each one its ticket, and what it told."""
-        told = {name: {**one.info, "ticket": one.ticket} for name, one in sorted(self.members.items())}
-        return {"epoch": self.epoch, "members": told}
+    def to_json(self) -> dict[str, Any]:
+        """Return what members are sent: the epoch, and the info and ticket of every member."""
+        members = {name: {**member.info, "ticket": member.ticket} for name, member in sorted(self.members.items())}
+        return {"epoch": self.epoch, "members": members}
 
 
-def joined(
+def join_member(
     membership: Membership, name: str, *, now: float, ttl: float = TTL, info: Mapping[str, Any] | None = None
 ) -> Membership:
-    """`name` takes part in a new epoch; one of that name before it is replaced."""
+    """Add the member `name`, in a new epoch; an earlier member of that name is replaced."""
     epoch = membership.epoch + 1
     return Membership(epoch, {**membership.members, name: Member(epoch, now + ttl, ttl, info or {})})
 
 
-def beaten(membership: Membership, name: str, ticket: int, *, now: float, info: Mapping[str, Any]) -> Membership:
-    """`name` is alive and tells `info`. Raises Refused where its ticket is not the member's."""
-    member = known(membership, name, ticket)
-    fresh = replace(member, expires=now + member.ttl, info={**member.info, **info})
-    return replace(membership, members={**membership.members, name: fresh})
+def record_heartbeat(
+    membership: Membership, name: str, ticket: int, *, now: float, info: Mapping[str, Any]
+) -> Membership:
+    """Extend the life of `name` and update its info. Raises NotAMember if the ticket is not the member's."""
+    member = require_member(membership, name, ticket)
+    renewed = replace(member, expires=now + member.ttl, info={**member.info, **info})
+    return replace(membership, members={**membership.members, name: renewed})
 
 
-def left(membership: Membership, name: str, ticket: int) -> Membership:
-    """`name` has gone; a new epoch. Raises Refused where its ticket is not the member's."""
-    known(membership, name, ticket)
-    others = {other: member for other, member in membership.members.items() if other != name}
-    return Membership(membership.epoch + 1, others)
+def remove_member(membership: Membership, name: str, ticket: int) -> Membership:
+    """Remove the member `name`, in a new epoch. Raises NotAMember if the ticket is not the member's."""
+    require_member(membership, name, ticket)
+    remaining = {other: member for other, member in membership.members.items() if other != name}
+    return Membership(membership.epoch + 1, remaining)
 
 
-def expired(membership: Membership, *, now: float) -> Membership:
-    """Those whose time is over have gone, all in one new epoch; the same value where there are none."""
+def expire_members(membership: Membership, *, now: float) -> Membership:
+    """Remove all members whose time is over, in one new epoch; return the same value if there are none."""
     alive = {name: member for name, member in membership.members.items() if member.expires > now}
     return membership if len(alive) == len(membership.members) else Membership(membership.epoch + 1, alive)
 
 
-def known(membership: Membership, name: str, ticket: int) -> Member:
-    """The member `name`. Raises Refused where there is none with this ticket."""
+def require_member(membership: Membership, name: str, ticket: int) -> Member:
+    """Return the member `name`. Raises NotAMember if there is none with this ticket."""
     member = membership.members.get(name)
     if member is None or member.ticket != ticket:
-        there = "gone" if member is None else f"another one, of epoch {member.ticket}"
-        raise Refused(
-            f"rendezvous: {name} of epoch {ticket} is not a member in epoch {membership.epoch}: it is {there}"
-        )
+        reason = "it left or expired" if member is None else f"its name belongs to a member of epoch {member.ticket}"
+        raise NotAMember(f"rendezvous: {name} of epoch {ticket} is not a member in epoch {membership.epoch}: {reason}")
     return member
 
 
-class Room:
-    """A membership that several threads change, and wait for. `clock` is monotonic seconds."""
+class MembershipStore:
+    """A membership that several threads change and wait for. `clock` returns monotonic seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -104,33 +105,33 @@ class Room:
 
     @property
     def membership(self) -> Membership:
-        """The members of this moment."""
+        """The membership of this moment, without expired members."""
         return self.change(lambda membership, now: membership)
 
-    def change(self, step: Callable[[Membership, float], Membership]) -> Membership:
-        """Advance the membership by `step(membership, now)`, after those whose time is over."""
+    def change(self, update: Callable[[Membership, float], Membership]) -> Membership:
+        """Remove expired members, apply `update(membership, now)`, and return the new membership."""
         with self._changed:
-            now = self._clock()
-            before = self._membership
-            self._membership = step(expired(before, now=now), now)
-            if self._membership.epoch != before.epoch:
+            now, epoch = self._clock(), self._membership.epoch
+            self._membership = update(expire_members(self._membership, now=now), now)
+            if self._membership.epoch != epoch:
                 self._changed.notify_all()
             return self._membership
 
     def wait(self, *, beyond: int, timeout: float) -> Membership:
-        """The membership once its epoch is above `beyond`, or after `timeout` seconds as it is then."""
+        """Wait until the epoch is above `beyond`, `timeout` seconds at most; return the membership."""
         deadline = self._clock() + timeout
         with self._changed:
-            while (membership := self.membership).epoch <= beyond and (left_over := deadline - self._clock()) > 0:
-                soonest = min((one.expires for one in membership.members.values()), default=deadline) - self._clock()
-                self._changed.wait(max(min(left_over, soonest), 0.001))
+            while (membership := self.membership).epoch <= beyond and (remaining := deadline - self._clock()) > 0:
+                next_expiry = min((member.expires for member in membership.members.values()), default=deadline)
+                self._changed.wait(max(min(remaining, next_expiry - self._clock()), 0.001))
             return membership
 
 
 class Server:
-    """A room behind a TCP port, one JSON object a line each way. `with Server() as server: server.address`.
+    """Serves a membership store on a TCP port, one JSON object a line each way.
 
-    `operations` are further things a client may ask for, by name: functions from the request to the answer.
+    `with Server() as server: server.address`. `operations` are further requests that clients may make, by name:
+    functions from the request to the answer.
     """
 
     def __init__(
@@ -139,24 +140,24 @@ class Server:
         port: int = 0,
         *,
         clock: Callable[[], float] = time.monotonic,
-        room: Room | None = None,
+        store: MembershipStore | None = None,
         operations: Mapping[str, Operation] | None = None,
     ) -> None:
-        self.room = room = room or Room(clock)
+        self.store = store = store or MembershipStore(clock)
 
         class Handler(socketserver.StreamRequestHandler):
             def setup(self) -> None:
                 super().setup()
-                probed(self.connection)
+                enable_keepalive(self.connection)
 
             def handle(self) -> None:
                 for line in self.rfile:
-                    self.wfile.write(json.dumps(answer(room, line, operations or {})).encode() + b"\n")
+                    self.wfile.write(json.dumps(answer_request(store, line, operations or {})).encode() + b"\n")
 
         class Listener(socketserver.ThreadingTCPServer):
             allow_reuse_address = True
             daemon_threads = True
-            handle_error = staticmethod(lambda *_: None)  # a member that dies in mid-sentence
+            handle_error = staticmethod(lambda *_: None)  # a member may die in the middle of a request
 
         self._listener = Listener((host, port), Handler)
         self.address = f"{host}:{self._listener.server_address[1]}"
@@ -170,72 +171,75 @@ class Server:
         self._listener.server_close()
 
 
-def probed(connection: socket.socket) -> None:
-    """Have the kernel end `connection` two minutes after the other machine went away without hanging up."""
+def enable_keepalive(connection: socket.socket) -> None:
+    """Let the kernel close `connection` two minutes after the other machine vanished without closing it."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):  # seconds, seconds, probes
-        if hasattr(socket, name):  # where it has not, the kernel's own times hold
+        if hasattr(socket, name):  # elsewhere the kernel's defaults hold
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def answer(room: Room, line: bytes, operations: Mapping[str, Operation] = MappingProxyType({})) -> dict[str, Any]:
-    """What a line of a client is answered: the membership, or {"error": ...}; never an exception."""
+def answer_request(
+    store: MembershipStore, line: bytes, operations: Mapping[str, Operation] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Answer one line of a client: the membership, {"refused": ...} or {"error": ...}. Raises nothing."""
     try:
-        asked = json.loads(line)
-        do, name = asked["do"], asked.get("name", "")
+        request = json.loads(line)
+        do, name = request["do"], request.get("name", "")
         if do == "join":
-            ttl, told = float(asked["ttl"]), dict(asked["info"])
-            membership = room.change(lambda m, now: joined(m, name, now=now, ttl=ttl, info=told))
-            return {**membership.public(), "ticket": membership.members[name].ticket}
+            ttl, info = float(request["ttl"]), dict(request["info"])
+            membership = store.change(lambda m, now: join_member(m, name, now=now, ttl=ttl, info=info))
+            return {**membership.to_json(), "ticket": membership.members[name].ticket}
         if do == "beat":
-            ticket, told = int(asked["ticket"]), dict(asked["info"])
-            return room.change(lambda m, now: beaten(m, name, ticket, now=now, info=told)).public()
+            ticket, info = int(request["ticket"]), dict(request["info"])
+            return store.change(lambda m, now: record_heartbeat(m, name, ticket, now=now, info=info)).to_json()
         if do == "leave":
-            return room.change(lambda m, _: left(m, name, int(asked["ticket"]))).public()
+            return store.change(lambda m, _: remove_member(m, name, int(request["ticket"]))).to_json()
         if do == "wait":
-            return room.wait(beyond=int(asked["beyond"]), timeout=float(asked["timeout"])).public()
+            return store.wait(beyond=int(request["beyond"]), timeout=float(request["timeout"])).to_json()
         if do in operations:
-            return operations[do](asked)
+            return operations[do](request)
         raise ValueError(f"do: {do!r} is none of {', '.join(['join', 'beat', 'leave', 'wait', *operations])}")
-    except Refused as error:
+    except NotAMember as error:
         return {"refused": str(error)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
 class Client:
-    """A member's end, closed by `with`; for one thread.
+    """The connection of one member to a server, closed by `with`; for one thread.
 
-    Each call raises Refused where the member is not one any more, OSError where nobody answers.
+    Its requests return the membership as JSON: {"epoch": ..., "members": {name: info}}. They raise NotAMember if the
+    member has expired or was replaced, OSError if the server does not answer.
     """
 
     def __init__(self, address: str, name: str, *, ttl: float = TTL, timeout: float = 10.0) -> None:
         host, _, port = address.rpartition(":")
-        self._place, self._name, self._ttl, self._timeout = (host, int(port)), name, ttl, timeout
+        self._address, self._name, self._ttl, self._timeout = (host, int(port)), name, ttl, timeout
         self._socket: socket.socket | None = None
         self.ticket = -1
 
     def join(self, info: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Take part; the membership."""
-        told = self._ask({"do": "join", "ttl": self._ttl, "info": dict(info or {})})
-        self.ticket = told["ticket"]
-        return told
+        """Become a member."""
+        answer = self._request({"do": "join", "ttl": self._ttl, "info": dict(info or {})})
+        self.ticket = answer["ticket"]
+        return answer
 
-    def beat(self, info: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Say that this member is alive, and `info`; the membership."""
-        return self._ask({"do": "beat", "ticket": self.ticket, "info": dict(info or {})})
+    def heartbeat(self, info: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Extend the life of this member and update its info."""
+        return self._request({"do": "beat", "ticket": self.ticket, "info": dict(info or {})})
 
     def leave(self) -> dict[str, Any]:
-        """Take part no longer; the membership without this member."""
-        return self._ask({"do": "leave", "ticket": self.ticket})
+        """Stop being a member."""
+        return self._request({"do": "leave", "ticket": self.ticket})
 
     def wait(self, *, beyond: int, timeout: float) -> dict[str, Any]:
-        """The membership once its epoch is above `beyond`, or as it is after `timeout` seconds."""
-        return self._ask({"do": "wait", "beyond": beyond, "timeout": timeout}, patience=timeout)
+        """Wait until the epoch is above `beyond`, `timeout` seconds at most."""
+        return self._request({"do": "wait", "beyond": beyond, "timeout": timeout}, patience=timeout)
 
     def ask(self, do: str, *, within: float = 0.0, **fields: Any) -> dict[str, Any]:
-        """The answer to one of the server's further operations, which may take `within` seconds."""
-        return self._ask({"do": do, "ticket": self.ticket, **fields}, patience=within)
+        """Return the answer of one of the server's `operations`, which may take `within` seconds."""
+        return self._request({"do": do, "ticket": self.ticket, **fields}, patience=within)
 
     def __enter__(self) -> "Client":
         return self
@@ -243,33 +247,33 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, request: dict[str, Any], *, patience: float = 0.0) -> dict[str, Any]:
+    def _request(self, request: dict[str, Any], *, patience: float = 0.0) -> dict[str, Any]:
         try:
             if self._socket is None:
-                self._socket = socket.create_connection(self._place, self._timeout)
+                self._socket = socket.create_connection(self._address, self._timeout)
             self._socket.settimeout(self._timeout + patience)
             self._socket.sendall(json.dumps({**request, "name": self._name}).encode() + b"\n")
-            told = json.loads(self._line())
+            answer = json.loads(self._read_line())
         except (OSError, ValueError) as error:
             self.close()
-            raise OSError(f"rendezvous {self._place[0]}:{self._place[1]}: {error}") from error
-        if "refused" in told:
-            raise Refused(told["refused"])
-        if "error" in told:
-            raise MeshwrightError(f"rendezvous: {told['error']} in answer to {request}")
-        return told
+            raise OSError(f"rendezvous {self._address[0]}:{self._address[1]}: {error}") from error
+        if "refused" in answer:
+            raise NotAMember(answer["refused"])
+        if "error" in answer:
+            raise MeshwrightError(f"rendezvous: {answer['error']} in answer to {request}")
+        return answer
 
-    def _line(self) -> bytes:
+    def _read_line(self) -> bytes:
         text = b""
         while not text.endswith(b"\n"):
-            part = self._socket.recv(65536)
-            if not part:
-                raise OSError("closed the connection")
-            text += part
+            received = self._socket.recv(65536)
+            if not received:
+                raise OSError("the server closed the connection")
+            text += received
         return text
 
     def close(self) -> None:
-        """Hang up; the next call dials again."""
+        """Close the connection; the next request opens it again."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None

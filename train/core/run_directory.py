@@ -1,4 +1,4 @@
-"""The run directory `runs/NAME/`: opened once, refused where it belongs to another configuration.
+"""The run directory `runs/NAME/`. A directory that belongs to another configuration is refused.
 
 config.yaml  environment.json  plan.json  metrics.jsonl  events.jsonl  tensorboard/  checkpoints/  report.html
 """
@@ -15,7 +15,7 @@ from ...configs.errors import UserError
 from ...configs.loader import dump, parse, validated
 from ...configs.run import RunConfig
 
-# What may change between two sittings of one run: none of it changes what is computed, but how long the run is.
+# Sections that may change between two sessions of a run: none changes what is computed, except the length of the run.
 MAY_CHANGE = (
     "steps",
     "microbatches",
@@ -31,33 +31,36 @@ MAY_CHANGE = (
     "logging",
 )
 MAY_CHANGE_KEYS = ("data.cache", "data.prefetch")
-MAY_NOT_CHANGE_KEYS = ("mesh.replica", "islands.count")  # replicas train by themselves: another number, another run
+MAY_NOT_CHANGE_KEYS = ("mesh.replica", "islands.count")  # the number of replicas changes what is computed
 
 
 def open_directory(config: RunConfig, *, root: Path, name: str | None = None, write: bool = True) -> Path:
-    """`root`/NAME (default the run's) with this run's config.yaml in it.
+    """Return `root`/NAME (default: `config.name`), with the config.yaml of this run in it.
 
-    `write` false: only look (processes other than the first).
-
-    Raises UserError where the directory holds a run of another configuration, naming the keys that differ.
+    With `write` false the directory is only checked (processes other than the first). Raises UserError if it holds a
+    run of another configuration, and names the keys that differ.
     """
     directory = root / (name or config.name)
     file = directory / "config.yaml"
-    # Islands of the same name may have been here by themselves: they are runs of their own.
+    # Folders of islands do not make it a run: each island is a run of its own.
     if directory.exists() and any(not item.name.startswith("island-") for item in directory.iterdir()):
-        if not file.exists():  # in this order: a run's directory comes with its config.yaml
-            raise UserError(f"name: {directory} exists and is not a run (no config.yaml); choose another name")
-        check_same(read_config(directory), config, directory=directory)
+        if not file.exists():  # asked second, because a run directory appears together with its config.yaml
+            raise UserError(
+                f"name: {directory} exists and is not a run directory (no config.yaml); choose another name"
+            )
+        check_same_run(read_config(directory), config, directory=directory)
     if write:
         try:
             write_config(file, dump(config))
         except OSError as error:
-            raise UserError(f"name: {directory} cannot be written: {error.strerror}") from error
+            raise UserError(
+                f"name: {directory} cannot be written: {error.strerror}; make it writable, or choose another name"
+            ) from error
     return directory
 
 
 def write_config(file: Path, text: str) -> None:
-    """Write `file`, and its directory with it: other processes never see the one without the other."""
+    """Write `file` and create its directory in one step: other processes never see an empty directory."""
     if file.parent.is_dir() and any(file.parent.iterdir()):
         write_text(file, text)
         return
@@ -71,62 +74,63 @@ def write_config(file: Path, text: str) -> None:
 
 
 def read_config(directory: Path) -> RunConfig:
-    """The configuration of the run in `directory`. Raises UserError where there is none."""
+    """Return the configuration of the run in `directory`. Raises UserError if there is none."""
     file = directory / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{directory}: not a run directory (no config.yaml); {runs_beside(directory)}")
+        raise UserError(f"{directory} is not a run directory (it has no config.yaml); {suggest_runs(directory)}")
     return validated(parse(file.read_text(encoding="utf-8"), origin=str(file)))
 
 
-def runs_beside(directory: Path) -> str:
-    """What to name instead of `directory`: the runs there are in it (islands), where it would be, or in `runs/`."""
+def suggest_runs(directory: Path) -> str:
+    """Suggest runs to name instead of `directory`: those in it (islands), beside it, or in `runs/`."""
     for root in dict.fromkeys((directory, directory.parent, Path("runs"))):
-        if found := sorted(str(file.parent) for file in root.glob("*/config.yaml")):
-            near = difflib.get_close_matches(directory.name, [Path(run).name for run in found], n=1)
-            return f"there are {', '.join(found)}" if not near else f"did you mean {root / near[0]}?"
+        if runs := sorted(str(file.parent) for file in root.glob("*/config.yaml")):
+            matches = difflib.get_close_matches(directory.name, [Path(run).name for run in runs], n=1)
+            return f"there are {', '.join(runs)}" if not matches else f"did you mean {root / matches[0]}?"
     return f"`meshwright train` makes one ({Path.cwd()} has no runs)"
 
 
-def check_same(old: RunConfig, new: RunConfig, *, directory: Path) -> None:
-    """Raise UserError listing the keys in which `new` is another run than `old`."""
-    before, after = dict(flat(old.model_dump(mode="json"))), dict(flat(new.model_dump(mode="json")))
-    # The noise of a private run was chosen for its steps: with more of them, more would be told than was allowed.
+def check_same_run(old: RunConfig, new: RunConfig, *, directory: Path) -> None:
+    """Raise UserError if `new` would continue the run of `old` with other settings; name the keys that differ."""
+    before, after = dict(flatten_keys(old.model_dump(mode="json"))), dict(flatten_keys(new.model_dump(mode="json")))
+    # The noise of a private run was calibrated for its number of steps: more steps would exceed its epsilon.
     fixed = {"steps"} if new.privacy is not None and new.privacy.epsilon is not None else set()
     changed = [
-        f"{key} ({before.get(key)} there, {after.get(key)} here)"
+        f"{key}={before.get(key)} (now {after.get(key)})"
         for key in sorted(before.keys() | after.keys())
         if (key in fixed or not may_change(key)) and before.get(key) != after.get(key)
     ]
     if changed:
         raise UserError(
-            f"name: {directory} holds a run with another {', '.join(changed[:4])}"
-            f"{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}; choose another name, or remove it"
+            f"name: {directory} holds a run that was started with {', '.join(changed[:4])}"
+            f"{f' and {len(changed) - 4} other differences' if len(changed) > 4 else ''}; "
+            "set them back, choose another name, or remove the directory"
         )
 
 
 def may_change(key: str) -> bool:
-    """Whether the setting changes nothing of what is computed."""
+    """Whether a setting may change between two sessions of a run."""
     if key in MAY_NOT_CHANGE_KEYS:
         return False
     return key.split(".")[0] in MAY_CHANGE or key in MAY_CHANGE_KEYS
 
 
-def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf."""
+def flatten_keys(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of every leaf of nested mappings."""
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
-            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten_keys(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, tree
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replace `file` whole or not at all."""
+    """Replace `file` atomically."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, file)
 
 
 def write_json(file: Path, value: Any) -> None:
-    """`write_text` of readable JSON."""
+    """Replace `file` atomically by `value` as indented JSON."""
     write_text(file, json.dumps(value, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Where a run writes: runs/NAME, and for each of its islands runs/NAME/island-3. JAX-free."""
+"""Directories of runs: runs/NAME, and for each island of a run runs/NAME/island-3. JAX-free."""
 
 from pathlib import Path
 
@@ -6,8 +6,11 @@ from ...configs.errors import UserError
 from ...configs.run import RunConfig
 
 
-def place(config: RunConfig, root: Path) -> tuple[Path, str]:
-    """(parent, name) of a run's directory: root/NAME, or root/NAME/island-3. Raises UserError for an island of none."""
+def parent_and_name(config: RunConfig, root: Path) -> tuple[Path, str]:
+    """Return (parent, name) of the directory of a run: root/NAME, or root/NAME/island-3.
+
+    Raises UserError if the run has islands and this process is not told which one it is.
+    """
     if config.islands is None:
         return root, config.name
     if config.islands.number is None or config.islands.meet is None:
@@ -18,14 +21,14 @@ def place(config: RunConfig, root: Path) -> tuple[Path, str]:
     return root / config.name, f"island-{config.islands.number}"
 
 
-def run_directory(config: RunConfig, *, root: Path) -> Path:
-    """The directory itself. Raises as `place`."""
-    parent, name = place(config, root)
+def directory_of_run(config: RunConfig, *, root: Path) -> Path:
+    """Return the directory of a run. Raises like `parent_and_name`."""
+    parent, name = parent_and_name(config, root)
     return parent / name
 
 
-def newest(run: Path) -> Path:
-    """`run`, or where it is a run of islands, the island whose checkpoint is the newest."""
+def newest_island(run: Path) -> Path:
+    """Return `run`, or if it is a run of islands, the directory of the island with the newest checkpoint."""
     steps = {
         island: max((int(step.name) for step in (island / "checkpoints").iterdir() if step.name.isdigit()), default=-1)
         for island in sorted(run.glob("island-*"))

@@ -1,26 +1,28 @@
-"""SIGTERM and Ctrl-C as a request that is answered when it suits. JAX-free."""
+"""SIGTERM and Ctrl-C as a request to stop, which the program checks between steps. JAX-free."""
 
 import signal
 from types import FrameType
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C as a request: `asked`. A second Ctrl-C interrupts at once."""
+    """Sets `requested` on SIGTERM or Ctrl-C while in a `with`. A second Ctrl-C raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, object] = {}
+        self.requested = False
+        self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {signum: signal.signal(signum, self._ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+        self._previous_handlers = {
+            signum: signal.signal(signum, self._request) for signum in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
+        for signum, handler in self._previous_handlers.items():
             signal.signal(signum, handler)
 
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
+    def _request(self, signum: int, frame: FrameType | None) -> None:
         del frame
-        if self.asked and signum == signal.SIGINT:
+        if self.requested and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True

@@ -108,7 +108,7 @@ def test_one_island_that_was_here_before_is_in_nobodys_way(tmp_path):
     assert open_directory(load("lowcomm/islands"), root=tmp_path) == tmp_path / "islands"
     (tmp_path / "diloco").mkdir()
     (tmp_path / "diloco" / "notes.txt").touch()
-    with pytest.raises(UserError, match="exists and is not a run"):
+    with pytest.raises(UserError, match=r"name: .*no config.yaml"):
         open_directory(load("lowcomm/diloco"), root=tmp_path)
 
 

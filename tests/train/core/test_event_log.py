@@ -56,7 +56,7 @@ def test_a_spoilt_line_in_the_middle_is_skipped_and_told(tmp_path, caplog):
 
 
 def test_a_journal_that_cannot_be_written_says_where_and_why(tmp_path):
-    with pytest.raises(UserError, match=r"gone/events.jsonl: cannot be written: No such file"):
+    with pytest.raises(UserError, match=r"gone/events.jsonl.*No such file"):
         Journal(tmp_path / "gone").record("start", step=0)
 
 

@@ -3,22 +3,22 @@
 import pytest
 
 from meshwright.configs.errors import UserError
-from meshwright.train.core.process_env import World, first_host, world
+from meshwright.train.core.process_env import ProcessInfo, first_host, read_process_info
 
 LAUNCHED = {"MESHWRIGHT_COORDINATOR": "h:1", "MESHWRIGHT_PROCESSES": "4", "MESHWRIGHT_PROCESS": "3"}
 SLURM = {"SLURM_NTASKS": "8", "SLURM_PROCID": "2", "SLURM_JOB_ID": "4097", "SLURM_JOB_NODELIST": "gpu[07-09]"}
 WORLDS = {
-    "alone": ({}, World()),
-    "launched": (LAUNCHED, World(3, 4, "h:1")),
-    "launched with devices": (LAUNCHED | {"MESHWRIGHT_DEVICES_PER_PROCESS": "2"}, World(3, 4, "h:1", 2)),
-    "slurm": (SLURM, World(2, 8, "gpu07:61001")),
-    "slurm, one task": (SLURM | {"SLURM_NTASKS": "1"}, World()),
+    "alone": ({}, ProcessInfo()),
+    "launched": (LAUNCHED, ProcessInfo(3, 4, "h:1")),
+    "launched with devices": (LAUNCHED | {"MESHWRIGHT_DEVICES_PER_PROCESS": "2"}, ProcessInfo(3, 4, "h:1", 2)),
+    "slurm": (SLURM, ProcessInfo(2, 8, "gpu07:61001")),
+    "slurm, one task": (SLURM | {"SLURM_NTASKS": "1"}, ProcessInfo()),
 }
 
 
 @pytest.mark.parametrize(("environment", "expected"), WORLDS.values(), ids=WORLDS)
 def test_the_place_of_a_process(environment, expected):
-    assert world(environment) == expected
+    assert read_process_info(environment) == expected
 
 
 NODES = {"gpu[07-09,12],x": "gpu07", "a,b": "a", "n[3,5]": "n3", "solo": "solo"}
@@ -31,4 +31,4 @@ def test_first_host(nodes, host):
 
 def test_half_a_place_is_refused():
     with pytest.raises(UserError, match="MESHWRIGHT_PROCESS is not a number"):
-        world({key: value for key, value in LAUNCHED.items() if key != "MESHWRIGHT_PROCESS"})
+        read_process_info({key: value for key, value in LAUNCHED.items() if key != "MESHWRIGHT_PROCESS"})

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from meshwright.train.core.rendezvous import (  # fmt: skip
     Client,
     Membership,
-    Refused,
-    Room,
+    MembershipStore,
+    NotAMember,
     Server,
-    answer,
-    beaten,
-    expired,
-    joined,
-    left,
+    answer_request,
+    expire_members,
+    join_member,
+    record_heartbeat,
+    remove_member,
 )
 
 NAMES = ("a", "b", "c")
@@ -35,44 +35,44 @@ def test_membership_is_who_was_heard_of_within_the_time_to_live(actions):
     membership, heard, tickets, now = Membership(), {}, {}, 0.0
     for action, name, seconds in actions:
         now += seconds
-        before = membership = expired(membership, now=now)
+        before = membership = expire_members(membership, now=now)
         heard = {one: last for one, last in heard.items() if last + 5.0 > now}
         assert set(membership.members) == set(heard)
         if action == "join":
-            membership = joined(membership, name, now=now, ttl=5.0)
+            membership = join_member(membership, name, now=now, ttl=5.0)
             heard[name], tickets[name] = now, membership.epoch
         elif action in ("beat", "leave") and name not in heard:
-            with pytest.raises(Refused, match="is not a member"):
-                beaten(membership, name, tickets.get(name, 0), now=now, info={})
+            with pytest.raises(NotAMember, match="is not a member"):
+                record_heartbeat(membership, name, tickets.get(name, 0), now=now, info={})
         elif action == "beat":
-            membership = beaten(membership, name, tickets[name], now=now, info={"step": 1})
+            membership = record_heartbeat(membership, name, tickets[name], now=now, info={"step": 1})
             heard[name] = now
         elif action == "leave":
-            membership = left(membership, name, tickets[name])
+            membership = remove_member(membership, name, tickets[name])
             del heard[name]
         assert membership.epoch - before.epoch == (action == "join" or set(membership.members) != set(before.members))
 
 
 def test_a_member_whose_name_was_given_away_is_refused():
     """A process that was stopped and declared dead, and wakes up."""
-    first = joined(Membership(), "a", now=0.0)
-    second = joined(first, "a", now=1.0)
-    beaten(second, "a", second.members["a"].ticket, now=1.0, info={})
-    with pytest.raises(Refused, match=r"a of epoch 1 is not a member in epoch 2: it is another one, of epoch 2"):
-        beaten(second, "a", first.members["a"].ticket, now=1.0, info={})
+    first = join_member(Membership(), "a", now=0.0)
+    second = join_member(first, "a", now=1.0)
+    record_heartbeat(second, "a", second.members["a"].ticket, now=1.0, info={})
+    with pytest.raises(NotAMember, match=r"a of epoch 1 .* in epoch 2"):
+        record_heartbeat(second, "a", first.members["a"].ticket, now=1.0, info={})
 
 
 def test_two_who_expire_together_are_one_epoch():
-    membership = joined(joined(Membership(), "a", now=0.0, ttl=1.0), "b", now=0.5, ttl=1.0)
-    assert expired(membership, now=0.9) is membership
-    assert expired(membership, now=2.0) == Membership(3, {})
+    membership = join_member(join_member(Membership(), "a", now=0.0, ttl=1.0), "b", now=0.5, ttl=1.0)
+    assert expire_members(membership, now=0.9) is membership
+    assert expire_members(membership, now=2.0) == Membership(3, {})
 
 
 def test_waiting_ends_with_the_epoch_or_the_time():
     """By a clock of the test: the member's time is over while somebody waits for that."""
     now = [0.0]
-    room = Room(lambda: now[0])
-    room.change(lambda m, at: joined(m, "a", now=at, ttl=5.0))
+    room = MembershipStore(lambda: now[0])
+    room.change(lambda m, at: join_member(m, "a", now=at, ttl=5.0))
     waited = []
     thread = threading.Thread(target=lambda: waited.append(room.wait(beyond=1, timeout=60.0)))
     thread.start()
@@ -88,13 +88,13 @@ def test_members_meet_over_a_socket():
         one = {"port": 1, "ticket": 1}
         assert a.join({"port": 1})["members"] == {"a": one}
         b.join()
-        assert b.beat({"step": 7}) == {"epoch": 2, "members": {"a": one, "b": {"step": 7, "ticket": 2}}}
+        assert b.heartbeat({"step": 7}) == {"epoch": 2, "members": {"a": one, "b": {"step": 7, "ticket": 2}}}
         gone = threading.Timer(0.05, b.leave)
         gone.start()
         assert a.wait(beyond=2, timeout=10.0) == {"epoch": 3, "members": {"a": one}}
         gone.join()
-        with pytest.raises(Refused):
-            b.beat()
+        with pytest.raises(NotAMember):
+            b.heartbeat()
     with pytest.raises(OSError, match=r"rendezvous 127\.0\.0\.1"):
         Client(server.address, "c", timeout=1.0).join()
 
@@ -109,8 +109,8 @@ def test_a_silent_member_expires_while_others_wait():
 
 @pytest.mark.parametrize("line", [b"", b"x\n", b"[]\n", b'{"do": "dance"}\n', b'{"do": "join", "name": "a"}\n'])
 def test_nonsense_is_answered_and_changes_nothing(line):
-    room = Room()
-    assert "error" in answer(room, line) and room.membership == Membership()
+    room = MembershipStore()
+    assert "error" in answer_request(room, line) and room.membership == Membership()
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of connections")

@@ -9,7 +9,7 @@ import pytest
 from support.equivalence import tiny
 
 from meshwright.configs.errors import UserError
-from meshwright.train.core.process_env import World
+from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.infer import inference_session
 from meshwright.train.run import train
 
@@ -37,7 +37,7 @@ def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        return root, train(small(), world=World(), root=root)
+        return root, train(small(), world=ProcessInfo(), root=root)
 
 
 def rows(root):
@@ -50,7 +50,7 @@ def test_going_on_between_two_meetings_is_the_same_run_bit_for_bit(whole, tmp_pa
     shutil.copytree(root / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    again = train(small(), world=World(), root=tmp_path)
+    again = train(small(), world=ProcessInfo(), root=tmp_path)
     seen = {row["step"]: row["loss"] for row in rows(tmp_path) if "loss" in row}
     assert (
         seen == {row["step"]: row["loss"] for row in rows(root) if row["step"] > 3 and "loss" in row} and len(seen) == 3
@@ -63,7 +63,7 @@ def test_a_run_is_evaluated_and_used_by_its_outer_parameters(whole):
     found = inference_session.evaluate(root / "run", [])
     assert found["held_out_loss"] == pytest.approx(summary.metrics["held_out_loss"], rel=1e-5)
     program, state = inference_session.opened(inference_session.read(root / "run", []), root / "run")
-    params, anchor = program.evaluated(state), state.outer.anchor
+    params, anchor = program.eval_params(state), state.outer.anchor
     jax.tree.map(np.testing.assert_array_equal, params, anchor)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(anchor)} == {"pinned_host"}
     assert not np.array_equal(anchor["head"]["kernel"], state.params["head"]["kernel"][0])
@@ -74,5 +74,5 @@ def test_another_number_of_replicas_or_another_rule_is_another_run(whole):
         ({"mesh": {"replica": 4}}, "mesh.replica"),
         ({"outer": {"name": "diloco", "every": 2}}, "outer.fragments"),
     ):
-        with pytest.raises(UserError, match=f"holds a run with another .*{key}"):
-            train(small(**changes), world=World(), root=whole[0])
+        with pytest.raises(UserError, match=f"{key}="):
+            train(small(**changes), world=ProcessInfo(), root=whole[0])
