@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..models.attention.interface import Mask, Where, attend
+from ..models.attention.interface import Mask, TokenIndices, attend
 from ..models.attention.registry import IMPLEMENTATIONS
 
 
@@ -88,7 +88,7 @@ def _contestants(q) -> dict[str, Callable]:
     ours = {
         name: partial(_attend, implementation)
         for name, implementation in IMPLEMENTATIONS.items()
-        if not implementation.refuse(Mask(), Where(), q, q, platform)
+        if not implementation.refuse(Mask(), TokenIndices(), q, q, platform)
     }
     return {**ours, "jax.nn": partial(jax.nn.dot_product_attention, is_causal=True)}
 

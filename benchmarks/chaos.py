@@ -27,7 +27,7 @@ from meshwright.configs.errors import MeshwrightError, Preempted, UserError
 from meshwright.configs.loader import load
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.process_env import NUMBER, SLOT
-from meshwright.train.launch.drain import drain, drained
+from meshwright.train.launch.drain import drain, read_drained
 from meshwright.train.report.goodput import accounted
 from meshwright.train.report.run_audit import Verdict, audit
 from meshwright.train.report.run_record import read_record
@@ -140,7 +140,7 @@ class Killer:
     def strike(self, launcher: subprocess.Popen) -> None:
         """One fault, whichever the die says among those that are possible."""
         trainers, directory = found(launcher, NUMBER), Path("runs") / self.name
-        out, slots = drained(directory), found(launcher, SLOT)
+        out, slots = read_drained(directory), found(launcher, SLOT)
         possible: dict[str, Callable[[], object]] = {}
         if trainers:
             possible["a trainer killed"] = lambda: trainers[self.die.choice(sorted(trainers))].kill()

@@ -29,24 +29,24 @@ def saves(state: Any, megabytes: int) -> dict[str, Save]:
     """Name -> a save of `state`, timed."""
     from orbax.checkpoint import v1 as ocp
 
-    from meshwright.checkpoint.async_copy import independent
+    from meshwright.checkpoint.async_copy import donation_safe_copy
     from meshwright.checkpoint.layout_conversion import Layout
-    from meshwright.checkpoint.memory_store import Memory
-    from meshwright.checkpoint.storage import Storage, tree
+    from meshwright.checkpoint.memory_store import MemoryStore
+    from meshwright.checkpoint.storage import Storage, saved_tree
 
     plain = Layout("plain", lambda path, shape: [(path, ())])
-    memory = Memory(Path("/dev/shm") / f"meshwright-bench-{time.time_ns()}")
+    memory = MemoryStore(Path("/dev/shm") / f"meshwright-bench-{time.time_ns()}")
     memory.save(state, step=0, data={})  # its pages are there from now on
     memory.save(state, step=1, data={})
 
     def synchronous(directory: Path) -> tuple[float, float]:
         began = time.monotonic()
-        ocp.save(directory / "1", tree(state))
+        ocp.save(directory / "1", saved_tree(state))
         return (took := time.monotonic() - began), took
 
     def asynchronous(directory: Path) -> tuple[float, float]:
         began = time.monotonic()
-        response = ocp.save_async(directory / "1", tree(state))
+        response = ocp.save_async(directory / "1", saved_tree(state))
         stall = time.monotonic() - began
         response.result()
         return stall, time.monotonic() - began
@@ -54,7 +54,7 @@ def saves(state: Any, megabytes: int) -> dict[str, Save]:
     def ours(directory: Path) -> tuple[float, float]:
         storage = Storage(directory, layout=plain)
         began = time.monotonic()
-        storage.save(independent(state), step=1, data={})
+        storage.save(donation_safe_copy(state), step=1, data={})
         stall = time.monotonic() - began
         storage.close()
         return stall, time.monotonic() - began
@@ -62,7 +62,7 @@ def saves(state: Any, megabytes: int) -> dict[str, Save]:
     def snapshot(directory: Path) -> tuple[float, float]:
         del directory
         began = time.monotonic()
-        copy = independent(state)
+        copy = donation_safe_copy(state)
         stall = time.monotonic() - began
         memory.save(copy, step=int(began * 1e6), data={})
         return stall, time.monotonic() - began

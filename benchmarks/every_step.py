@@ -46,19 +46,19 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
     """Medians over steps with and without snapshots; the slowdown is that of neighbouring blocks of steps."""
     import jax
 
-    from meshwright.checkpoint.async_copy import independent
-    from meshwright.checkpoint.memory_store import Memory
-    from meshwright.checkpoint.redundancy.agent_files import directory_of
-    from meshwright.checkpoint.redundancy.parity_plan import planned
+    from meshwright.checkpoint.async_copy import donation_safe_copy
+    from meshwright.checkpoint.memory_store import MemoryStore
+    from meshwright.checkpoint.redundancy.agent_files import memory_directory
+    from meshwright.checkpoint.redundancy.parity_plan import make_parity_plan
     from meshwright.configs.sections.training import CheckpointConfig
     from meshwright.train.core.event_log import Journal
     from meshwright.train.core.rendezvous import Server
-    from meshwright.train.launch.snapshot_agent_process import Here
-    from meshwright.train.launch.snapshot_agents import Keepers
-    from meshwright.train.snapshot_writer import Snapshots
+    from meshwright.train.launch.snapshot_agent_process import LocalSnapshotAgents
+    from meshwright.train.launch.snapshot_agents import SnapshotAgents
+    from meshwright.train.snapshot_writer import SnapshotWriter
 
     config = CheckpointConfig(memory_every=1, parity="xor")
-    plan = planned(config, hosts=HOSTS, processes=HOSTS)
+    plan = make_parity_plan(config, hosts=HOSTS, processes=HOSTS)
     step, repeats = step_of(seconds, side)
     states = [state_of(megabytes // HOSTS, seed=host) for host in range(HOSTS)]
     taken: dict[bool, list[list[float]]] = {False: [], True: []}  # blocks of steps
@@ -67,11 +67,11 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
     with ExitStack() as stack:
         run = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         server = stack.enter_context(Server())
-        here = Here(run, rendezvous=server.address)
-        stack.enter_context(Keepers(plan, run=run, room=server.room, tending=here)).recover()
-        memories = [Memory(directory_of(run, host=host), place=host) for host in range(HOSTS)]
+        here = LocalSnapshotAgents(run, rendezvous=server.address)
+        stack.enter_context(SnapshotAgents(plan, run=run, room=server.store, tending=here)).recover()
+        memories = [MemoryStore(memory_directory(run, host=host), launch_slot=host) for host in range(HOSTS)]
         journal = Journal(run, enabled=False)
-        snapshots = [stack.enter_context(closing(Snapshots(config, memory, journal))) for memory in memories]
+        snapshots = [stack.enter_context(closing(SnapshotWriter(config, memory, journal))) for memory in memories]
         for one, state in zip(snapshots, states, strict=True):
             one.reserve(state)
         number = 0
@@ -85,15 +85,15 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
                     number += 1
                     for host, one in enumerate(snapshots):
                         asked = time.monotonic()
-                        one.takes(number)
-                        copy = independent(states[host])
-                        one.begin(copy, number, data={}, stall=time.monotonic() - asked)
+                        one.accepts(number)
+                        copy = donation_safe_copy(states[host])
+                        one.start_snapshot(copy, number, data={}, stall=time.monotonic() - asked)
                         del copy
                     stalls.append(time.monotonic() - began)
                 states = jax.block_until_ready(step(states, repeats))
                 block.append(time.monotonic() - began)
             for one in snapshots:
-                one.takes(number)  # what is still being protected is not the next turn's
+                one.accepts(number)  # what is still being protected is not the next turn's
             if turn > 1:  # the first turns touch memory and compile
                 taken[bool(turn % 2)].append(block)
                 cpu[bool(turn % 2)] += time.process_time() - before

@@ -64,11 +64,11 @@ def logits(run: Path, tokens: np.ndarray) -> np.ndarray:
         decoder = nnx.merge(program.graph, params)
         hidden, _ = decoder.hidden(tokens, Context(positions=jnp.broadcast_to(jnp.arange(TOKENS), tokens.shape)))
         kernel = decoder.head_kernel(jnp.float32)
-        return vocabulary.logits(
+        return vocabulary.compute_logits(
             hidden, kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=unconstrained
         )
 
-    return np.asarray(forward(combine(program.evaluated(state), state.frozen)))[..., : model.vocab]
+    return np.asarray(forward(combine(program.eval_params(state), state.frozen)))[..., : model.vocab]
 
 
 def with_peft(base: Path, adapter: Path, tokens: np.ndarray) -> np.ndarray:

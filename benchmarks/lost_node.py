@@ -23,7 +23,7 @@ from meshwright.benchmarks.chaos import PATIENCE, Job, check, closing_table, end
 from meshwright.configs.errors import MeshwrightError
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.process_env import NUMBER
-from meshwright.train.launch.job import needed
+from meshwright.train.launch.job import import_optional
 from meshwright.train.report.run_audit import audit
 
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=400, help="enough to lose a node and get one back")
     options = parser.parse_args(arguments)
     check(options.config, options.overrides)
-    needed("ray", "ray")
+    import_optional("ray", "ray")
     name = f"lost-node-{int(time.time())}"
     job = Job(options.config, tuple(options.overrides), options.processes)
     disturbed(job, name, options.steps)

@@ -41,7 +41,7 @@ def held_out_loss(tree: dict[str, Any]) -> float:
 
     config = validated(tree)
     program = build(config, make_mesh(config.mesh))
-    state = program.initialized()
+    state = program.initialize()
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
     return evaluate(program, program.compiled_evaluation(), state.params, state.frozen, data)["held_out_loss"]
 
@@ -49,7 +49,7 @@ def held_out_loss(tree: dict[str, Any]) -> float:
 def measure(tree: dict[str, Any]) -> dict[str, float]:
     """The three losses, what was recovered, and what the adapter weighs beside the base."""
     from meshwright.parallel.mesh import make_mesh, prepare_devices
-    from meshwright.train.core.process_env import World
+    from meshwright.train.core.process_env import ProcessInfo
     from meshwright.train.engine.program import build
     from meshwright.train.plan.compile_plan import storage_plan
     from meshwright.train.run import train
@@ -59,7 +59,7 @@ def measure(tree: dict[str, Any]) -> dict[str, float]:
     full = held_out_loss(tree | {"quantization": None, "adapter": None, "recipe": {"name": "pretrain"}})
     quantized = held_out_loss(tree)
     with tempfile.TemporaryDirectory() as root:
-        repaired = train(config, world=World(), root=Path(root)).metrics["held_out_loss"]
+        repaired = train(config, process_info=ProcessInfo(), root=Path(root)).metrics["held_out_loss"]
     arrays = storage_plan(build(config, make_mesh(config.mesh)))["arrays"]
     sizes = {array["name"]: array["bytes_per_device"] for array in arrays}
     codes = sum(size for name, size in sizes.items() if name.startswith("frozen/") and "/kernel/" in name)

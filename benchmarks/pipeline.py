@@ -58,7 +58,7 @@ class Case:
         import numpy as np
 
         from meshwright.parallel.mesh import make_mesh
-        from meshwright.train.engine.host_data import to_devices
+        from meshwright.train.engine.host_data import make_global_arrays
         from meshwright.train.engine.program import build
 
         mesh = make_mesh(config.mesh)
@@ -76,8 +76,8 @@ class Case:
             "segment_ids": np.ones(shape, np.int32),
             "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
         }
-        self.batch = to_devices(fields, config, mesh)
-        self.state = self.program.initialized()
+        self.batch = make_global_arrays(fields, config, mesh)
+        self.state = self.program.initialize()
         self.ready: Callable[[Any], Any] = jax.block_until_ready
 
     def seconds(self, clock: Clock = time.perf_counter) -> float:
@@ -140,16 +140,16 @@ def compared(told: dict[str, Any]) -> dict[str, Any]:
     """Measured and simulated seconds by schedule, from what `pipeline_order` tells, and which pairs agree."""
     from meshwright.parallel.pipeline.tables.costs import Costs
     from meshwright.parallel.pipeline.tables.simulator import simulate
-    from meshwright.train.engine.pipeline.pipeline_plan import staging
+    from meshwright.train.engine.pipeline.pipeline_plan import make_pipeline_plan
 
     prices = common(told["costs"])
     rows = {}
     for name, of in SCHEDULES.items():
-        stages = staging(configuration({"pipe": 2}, pipeline=of), pipe=2)
+        stages = make_pipeline_plan(configuration({"pipe": 2}, pipeline=of), pipe=2)
         own = {op: prices[op] for op, price in told["costs"][name].items() if price is not None and op in prices}
         if of.get("backward") == "fused":
             own |= {"input_gradient": told["costs"][name]["input_gradient"], "weight_gradient": 0.0}
-        costs = Costs(**own, stages=tuple(one / stages.most for one in stages.repeats))
+        costs = Costs(**own, stages=tuple(one / stages.max_repeats for one in stages.repeats))
         rows[name] = {"measured": told["seconds"][name], "simulated": simulate(stages.table, costs).lockstep,
                       "ticks": stages.table.ticks}  # fmt: skip
     names = list(rows)
@@ -184,11 +184,11 @@ def memory(rounds: int) -> dict[str, Any]:
 
     few, many = (case("1f1b", count).temporaries for count in (8, 64))
     gpipe = case("gpipe", 8)
-    rest = gpipe.temporaries - pool_bytes(gpipe.program.staging.table, **saved_bytes(gpipe))
+    rest = gpipe.temporaries - pool_bytes(gpipe.program.pipeline_plan.table, **saved_bytes(gpipe))
     rows = {}
     for name in ("1f1b", "zb-h1", "zb-v", "v-half", "v-min"):
         one = case(name, 16)
-        table, saved = one.program.staging.table, saved_bytes(one)
+        table, saved = one.program.pipeline_plan.table, saved_bytes(one)
         predicted = rest + pool_bytes(table, **saved)
         rows[name] = {"most at once": round(float(stash_bytes(table, **saved).max())), "compiled": one.temporaries,
                       "predicted": round(predicted), "ratio": round(one.temporaries / predicted, 3)}  # fmt: skip
@@ -200,7 +200,7 @@ def saved_bytes(case: Case) -> dict[str, float]:
     """Bytes that a stage saves of a microbatch, by pool, where only `pipe` cuts the run."""
     import jax
 
-    from meshwright.parallel.pipeline.executor.table_executor import traced_block
+    from meshwright.parallel.pipeline.executor.table_executor import split_block
     from meshwright.train.engine import forward_backward
     from meshwright.train.engine.pipeline import stages as pipeline
 
@@ -211,12 +211,14 @@ def saved_bytes(case: Case) -> dict[str, float]:
         for name, leaf in program.batch_shapes.items()
     }
     with jax.set_mesh(program.mesh):
-        parts = forward_backward.parts(config, program.mesh, program.graph)
-        block, _ = traced_block(parts, *map(pipeline.cut, (program.shapes.params, program.shapes.frozen)), fields, None)
+        parts = forward_backward.make_stage_functions(config, program.mesh, program.graph)
+        block, _ = split_block(
+            parts, *map(pipeline.split_stages, (program.shapes.params, program.shapes.frozen)), fields, None
+        )
     each = {
         name: sum(leaf.size * leaf.dtype.itemsize for leaf in shapes) for name, shapes in block.shapes._asdict().items()
     }
-    return {name: float(size * program.staging.most) for name, size in each.items()}
+    return {name: float(size * program.pipeline_plan.max_repeats) for name, size in each.items()}
 
 
 def compile(rounds: int) -> dict[str, Any]:

@@ -24,12 +24,13 @@ def main(arguments: Sequence[str]) -> None:
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, 2, int(number))
-    from meshwright.train.engine.op_profiler import op_times
+    from meshwright.train.engine.op_profiler import measure_costs
 
     cases = {name: Case(configuration({"pipe": 2}, pipeline=of)) for name, of in SCHEDULES.items()}
     seconds = paired(cases, rounds=int(rounds))
     costs = {
-        name: op_times(case.program, case.state.params, case.state.frozen, case.batch) for name, case in cases.items()
+        name: measure_costs(case.program, case.state.params, case.state.frozen, case.batch)
+        for name, case in cases.items()
     }
     if number == "0":
         told = {

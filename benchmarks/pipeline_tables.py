@@ -21,9 +21,9 @@ from scipy.optimize import brentq
 
 from ..configs.errors import UserError
 from ..parallel.pipeline.tables.costs import Costs
-from ..parallel.pipeline.tables.fused_backward import fused
-from ..parallel.pipeline.tables.layer_balance import even, redistributed
-from ..parallel.pipeline.tables.schedules.registry import make
+from ..parallel.pipeline.tables.fused_backward import fuse_backward
+from ..parallel.pipeline.tables.layer_balance import even_layers, redistribute_layers
+from ..parallel.pipeline.tables.schedules.registry import make_table
 from ..parallel.pipeline.tables.simulator import Timeline, simulate
 from ..parallel.pipeline.tables.table import Table
 from .published import BUBBLES, BUBBLES_AT, MICROBATCHES, VOCABULARIES, VOCABULARY, Setup
@@ -59,15 +59,15 @@ def formulas(p: int = 8, m: int = 24) -> Rows:
         asked.append((what, formula, value, read, table))
 
     def table(name: str, **more: int) -> Table:
-        return make(name, devices=p, microbatches=m, **more)
+        return make_table(name, devices=p, microbatches=m, **more)
 
     bubble, between = lambda clock: clock.bubble, lambda clock: clock.bubble_between_steps
     held, idle = lambda clock: clock.in_flight.max(), lambda clock: clock.makespan - 3 * m
-    add("gpipe, fused: bubble", "(p-1)/(m+p-1)", (p - 1) / (m + p - 1), bubble, fused(table("gpipe")))
-    add("1f1b, fused: bubble", "(p-1)/(m+p-1)", (p - 1) / (m + p - 1), bubble, fused(table("1f1b")))
+    add("gpipe, fused: bubble", "(p-1)/(m+p-1)", (p - 1) / (m + p - 1), bubble, fuse_backward(table("gpipe")))
+    add("1f1b, fused: bubble", "(p-1)/(m+p-1)", (p - 1) / (m + p - 1), bubble, fuse_backward(table("1f1b")))
     add("1f1b: idle", "(p-1)(F+I)", 2 * (p - 1), idle, table("1f1b"))
     add("1f1b: held", "p", p, held, table("1f1b"))
-    add("interleaved, fused: bubble", "(p-1)/(vm+p-1)", (p - 1) / (v * m + p - 1), bubble, fused(table("interleaved")))
+    add("interleaved, fused: bubble", "(p-1)/(vm+p-1)", (p - 1) / (v * m + p - 1), bubble, fuse_backward(table("interleaved")))
     add("interleaved: held", "p(1+(p-1)/(pv))", p + (p - 1) / v, held, table("interleaved"))
     add("zb-h1: idle", "(p-1)(F+I-W)", p - 1, idle, table("zb-h1"))
     add("zb-h1: held", "p", p, held, table("zb-h1"))
@@ -97,8 +97,8 @@ def zero_bubble() -> Rows:
     The paper gives rates, not times. A message's time is fitted to 1F1B's rate, then W's share to that of ZB-H1; I
     and F share the rest as their FLOPs do. The other rates are predictions.
     """
-    tables = {name: make(name, **BUBBLES_AT) for name in BUBBLES}
-    tables |= {name: fused(tables[name]) for name in ("1f1b", "interleaved")}
+    tables = {name: make_table(name, **BUBBLES_AT) for name in BUBBLES}
+    tables |= {name: fuse_backward(tables[name]) for name in ("1f1b", "interleaved")}
 
     def rate(name: str, costs: Costs) -> float:
         return simulate(tables[name], costs).bubble_between_steps
@@ -136,8 +136,8 @@ def table_of(schedule: str, gpus: int, method: str) -> Table:
     """The table a method runs: the paper's 1F1B does not split its backward."""
     algorithm = {"algorithm 1": 1, "algorithm 2": 2, "interlaced": 1}.get(method, 0)
     name = "interlaced" if method == "interlaced" else schedule
-    table = make(name, devices=gpus, microbatches=MICROBATCHES, vocabulary=algorithm)
-    return fused(table) if schedule == "1f1b" else table
+    table = make_table(name, devices=gpus, microbatches=MICROBATCHES, vocabulary=algorithm)
+    return fuse_backward(table) if schedule == "1f1b" else table
 
 
 def predict(setup: Setup, vocabulary: int, method: str) -> Prediction:
@@ -146,9 +146,9 @@ def predict(setup: Setup, vocabulary: int, method: str) -> Prediction:
     table = table_of(setup.schedule, gpus, method)
     layer = np.array([s * h * (24 * h + 4 * s), s * h * (24 * h + 8 * s), 24 * s * h * h], float)  # F, I, W
     head = 2.0 * s * h * vocabulary  # of F, of I and of W
-    held = even(layers, stages=table.stages)
+    held = even_layers(layers, stages=table.stages)
     if method == "redistributed":
-        held = redistributed(layers, stages=table.stages, head_cost=3 * head / layer.sum())
+        held = redistribute_layers(layers, stages=table.stages, head_cost=3 * head / layer.sum())
     per_device = layers / gpus
     passes = (2, 1) if table.algorithm == 2 else (1, 2)  # Algorithm 2 multiplies P by W in S already
     costs = Costs(

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from meshwright.checkpoint.redundancy.agent_files import directory_of
+from meshwright.checkpoint.redundancy.agent_files import memory_directory
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.process_env import NUMBER
 
@@ -76,7 +76,7 @@ def measured(root: Path, level: str, processes: int) -> dict[str, Any]:
         os.kill(process, signal.SIGKILL)
         if keeper is not None:
             os.kill(keeper, signal.SIGKILL)
-            shutil.rmtree(directory_of(directory, host=victim))
+            shutil.rmtree(memory_directory(directory, host=victim))
         wait(launcher, lambda: len([e for e in events(directory) if e["event"] == "compile"]) == 2)
         reached = next(event["step"] for event in events(directory) if event["event"] == "restart")
         wait(launcher, lambda: any(row["step"] > reached for row in rows(directory)))

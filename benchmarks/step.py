@@ -53,14 +53,14 @@ class Ours:
         import jax
 
         from meshwright.parallel.mesh import make_mesh
-        from meshwright.train.engine.host_data import to_devices
+        from meshwright.train.engine.host_data import make_global_arrays
         from meshwright.train.engine.program import build
         from meshwright.train.plan.compile_plan import memory
 
         program = build(config, make_mesh(config.mesh))
         self._step, self._wait = program.compiled_step(), jax.block_until_ready
-        self._batch = to_devices(rows(config), config, program.mesh)
-        self._state = program.initialized()
+        self._batch = make_global_arrays(rows(config), config, program.mesh)
+        self._state = program.initialize()
         self.memory = memory(self._step)  # bytes
 
     def run(self) -> float:

@@ -1,11 +1,11 @@
-"""A copy of a state that no later step changes, begun at once and finished beside the next step.
+"""An asynchronous copy of the state, which runs beside the next training step.
 
-A training step that donates its state has no phase in which the state is known to stay: what is saved later must be
-copied first. The copy goes from the devices to memory of the host that the runtime owns (`pinned_host`): the runtime
-orders it before the next step's reuse of the arrays, so the step may be sent off at once and keeps its donation.
+A training step donates its state, so the state never stays unchanged: what is saved later must be copied first. The
+copy goes from the devices to host memory that the runtime owns (`pinned_host`). The runtime orders the copy before the
+next step reuses the arrays, so that step can be dispatched at once and keeps its donation.
 
-Source: the immutability window of DataStates-LLM, arXiv:2406.10707, section 4. How the ways compare on a CPU:
-docs/reliability.md.
+Source: the immutability window of DataStates-LLM, arXiv:2406.10707, section 4. docs/reliability.md compares the
+alternatives on a CPU.
 """
 
 from typing import Any
@@ -15,11 +15,11 @@ import jax
 PINNED = "pinned_host"
 
 
-def independent(state: Any) -> Any:
-    """A copy of the arrays of `state` on the host, in the same shardings. Returns before it has been made.
+def donation_safe_copy(state: Any) -> Any:
+    """Start to copy the arrays of `state` to the host, in the same shardings; return without waiting for the copy.
 
-    Arrays that live there already are copied too: placed where they are, they would be the same arrays.
+    Arrays that are on the host already are copied too (`may_alias=False`).
     """
     leaves, structure = jax.tree.flatten(state)
-    where = [leaf.sharding.with_memory_kind(PINNED) for leaf in leaves]
-    return jax.tree.unflatten(structure, jax.device_put(leaves, where, may_alias=False))
+    shardings = [leaf.sharding.with_memory_kind(PINNED) for leaf in leaves]
+    return jax.tree.unflatten(structure, jax.device_put(leaves, shardings, may_alias=False))

@@ -1,10 +1,10 @@
-"""The directory of a run's checkpoints: which steps are committed, what is left over, what was set aside.
+"""The directory of a run's checkpoints: committed steps, interrupted saves, quarantined checkpoints.
 
-    checkpoints/12/             a checkpoint; committed where it has a manifest
-    checkpoints/.parts-12/      what each process saw of step 12, until the manifest is written
+    checkpoints/12/             a checkpoint; it is committed once it has a manifest
+    checkpoints/.parts-12/      the part of the manifest of step 12 from each process, until the manifest is written
     checkpoints/quarantine/     damaged checkpoints, moved here and never deleted
 
-One process of a run changes the directory; the others read.
+Only process 0 of a run changes the directory, except that each process writes its own part.
 """
 
 import json
@@ -19,111 +19,110 @@ from .manifest import DamagedCheckpoint, Manifest
 QUARANTINE, PROCESSES = "quarantine", "processes"
 
 
-class Shelf:
+class CheckpointDirectory:
     """The checkpoints under `directory`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of `step` is or will be."""
+        """Return the path of the checkpoint of `step`."""
         return self.directory / str(step)
 
     @property
-    def present(self) -> list[int]:
-        """Steps with a directory, whole or not, oldest first."""
+    def step_directories(self) -> list[int]:
+        """Steps that have a directory, committed or not, oldest first."""
         if not self.directory.is_dir():
             return []
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit() and path.is_dir())
 
     @property
     def steps(self) -> list[int]:
-        """Committed steps, oldest first; what they hold is verified when it is read."""
-        return [step for step in self.present if (self.path(step) / manifest.NAME).exists()]
+        """Committed steps, oldest first; their content is verified only when it is read."""
+        return [step for step in self.step_directories if (self.path(step) / manifest.NAME).exists()]
 
     @property
     def quarantined(self) -> list[str]:
-        """Names of what was set aside."""
-        place = self.directory / QUARANTINE
-        return sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+        """Names of the quarantined checkpoints."""
+        return sorted(path.name for path in (self.directory / QUARANTINE).glob("*") if path.is_dir())
 
-    def parts(self, step: int) -> Path:
-        """Where the processes put what they saw of `step`."""
+    def parts_directory(self, step: int) -> Path:
+        """Return the directory for the manifest parts of `step`."""
         return self.directory / f".parts-{step}"
 
     def begin(self, step: int, *, processes: int) -> None:
-        """A save of `step` by so many processes begins: until it is committed it is known to be unfinished."""
-        place = self.parts(step)
-        place.mkdir(parents=True, exist_ok=True)
-        (place / PROCESSES).write_text(json.dumps(processes))  # torn, it only means unfinished
+        """Note that a save of `step` by this many processes has started; it is unfinished until it is committed."""
+        directory = self.parts_directory(step)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / PROCESSES).write_text(json.dumps(processes))  # a torn file also means unfinished
 
-    def put_part(self, part: Manifest, *, process: int) -> None:
-        """What `process` saw of the state."""
-        place = self.parts(part.step)
-        place.mkdir(parents=True, exist_ok=True)
-        manifest.write_whole(place / f"{process}.json", manifest.text_of(part))
+    def write_part(self, part: Manifest, *, process: int) -> None:
+        """Write the part of the manifest that `process` knows."""
+        directory = self.parts_directory(part.step)
+        directory.mkdir(parents=True, exist_ok=True)
+        manifest.write_durably(directory / f"{process}.json", manifest.manifest_text(part))
 
-    def commit(self, step: int, *, patience: float = 0.0) -> None:
+    def commit(self, step: int, *, timeout: float = 0.0) -> None:
         """Write the manifest of `step`, whose arrays are on disk.
 
-        `patience`: seconds to wait for the parts of other processes. Raises DamagedCheckpoint where one is missing.
+        `timeout`: seconds to wait for the parts of other processes. Raises DamagedCheckpoint if one is missing.
         """
-        place, deadline = self.parts(step), time.monotonic() + patience
-        while (parts := self._found(place)) is None:
+        directory, deadline = self.parts_directory(step), time.monotonic() + timeout
+        while (parts := self._read_parts(directory)) is None:
             if time.monotonic() >= deadline:
-                raise DamagedCheckpoint(f"checkpoint {step}: {place} is not whole")
+                raise DamagedCheckpoint(f"checkpoint {step}: {directory} lacks the manifest part of a process")
             time.sleep(0.01)
-        manifest.write(self.path(step), manifest.merged(parts))
-        shutil.rmtree(place, ignore_errors=True)  # it is committed; what stays is tidied up
+        manifest.write(self.path(step), manifest.merge_parts(parts))
+        shutil.rmtree(directory, ignore_errors=True)  # leftovers are removed by `remove_unfinished`
 
-    def _found(self, place: Path) -> list[Manifest] | None:
-        """What each process saw; None where one has not said it yet."""
+    def _read_parts(self, directory: Path) -> list[Manifest] | None:
+        """Return the part of each process; None if one is not written yet."""
         try:
-            count = json.loads((place / PROCESSES).read_text())
-            return [manifest.parsed((place / f"{number}.json").read_text()) for number in range(count)]
+            count = json.loads((directory / PROCESSES).read_text())
+            return [manifest.parse_manifest((directory / f"{process}.json").read_text()) for process in range(count)]
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
     def quarantine(self, step: int) -> Path:
-        """Move `step` aside; the place it is now in."""
-        place = self.directory / QUARANTINE
-        place.mkdir(exist_ok=True)
+        """Move the checkpoint of `step` to the quarantine directory; return its new path."""
+        directory = self.directory / QUARANTINE
+        directory.mkdir(exist_ok=True)
         number = sum(1 for name in self.quarantined if name.split(".")[0] == str(step))
-        target = place / (f"{step}.{number}" if number else str(step))
+        target = directory / (f"{step}.{number}" if number else str(step))
         self.path(step).rename(target)
         return target
 
     def remove(self, step: int) -> None:
-        """Delete `step`: out of sight first, so that nobody reads half of it."""
-        draft = self.directory / f".removed-{step}"
-        self.path(step).rename(draft)
-        shutil.rmtree(draft)
+        """Delete the checkpoint of `step`; it is renamed first, so that nobody reads half of it."""
+        removed = self.directory / f".removed-{step}"
+        self.path(step).rename(removed)
+        shutil.rmtree(removed)
 
-    def tidy(self, told: Callable[[int, str], None]) -> None:
-        """Before a sitting: finish interrupted commits, set aside what cannot be one, delete unfinished saves.
+    def recover_interrupted(self, on_quarantine: Callable[[int, str], None]) -> None:
+        """Before a session: finish interrupted commits, quarantine damaged checkpoints, delete unfinished saves.
 
-        `told(step, reason)` hears what is set aside.
+        `on_quarantine(step, reason)` is called for each checkpoint that is quarantined.
         """
-        for step in sorted(set(self.present) - set(self.steps)):
-            unfinished = self.parts(step).is_dir()
+        for step in sorted(set(self.step_directories) - set(self.steps)):
+            unfinished = self.parts_directory(step).is_dir()
             try:
                 self.commit(step)
             except DamagedCheckpoint as error:
-                if unfinished:  # killed before every process had said what it saw: it was never a checkpoint
+                if unfinished:  # killed before every process had written its part: it never was a checkpoint
                     self.remove(step)
                 else:
-                    told(step, str(error))
+                    on_quarantine(step, str(error))
                     self.quarantine(step)
-        self.clear_unfinished()
+        self.remove_unfinished()
 
-    def abandon(self, step: int) -> None:
-        """Delete what a save of `step` left behind that did not end well, unless it was committed before it failed."""
+    def discard(self, step: int) -> None:
+        """Delete what a failed save of `step` left behind, unless the step was committed before it failed."""
         if step not in self.steps:
             shutil.rmtree(self.path(step), ignore_errors=True)
-        self.clear_unfinished()
+        self.remove_unfinished()
 
-    def clear_unfinished(self) -> None:
-        """Delete what saves that were begun and not finished left behind: they were never checkpoints."""
+    def remove_unfinished(self) -> None:
+        """Delete what unfinished saves left behind: they never were checkpoints."""
         if not self.directory.is_dir():
             return
         for path in self.directory.iterdir():

@@ -1,7 +1,7 @@
-"""What a damaged checkpoint or snapshot raises. JAX-free."""
+"""The error for a damaged checkpoint or snapshot. JAX-free."""
 
 from ..configs.errors import MeshwrightError
 
 
 class DamagedCheckpoint(MeshwrightError):
-    """A checkpoint is not what was saved; the message says which array and block, or which file."""
+    """A checkpoint or snapshot differs from what was saved; the message names the array and block, or the file."""

@@ -1,14 +1,15 @@
-"""Fingerprints of arrays: xxh3 over each block of the logical array, the same for every mesh.
+"""Fingerprints of arrays: xxh3 of each block of a logical array, the same for every mesh.
 
-A logical array is cut into blocks by its shape alone, into at most `PIECES` along a dimension. A block's fingerprint is
-xxh3 of its bytes in C order, so it knows the order of elements, where a norm or a sum does not. A process hashes the
-blocks that its own shards hold; shards of the usual divisions hold whole blocks, so nothing travels. Where a block lies
-across processes the array is gathered.
+A logical array is one canonical array: an unpadded slice of an array of the run. Its shape alone determines its blocks,
+at most `MAX_BLOCKS` along a dimension. The fingerprint of a block is xxh3 of its bytes in C order, so unlike a norm or
+a sum it depends on the order of the elements. A process hashes the blocks that its own shards hold. Usual shardings do
+not split a block between processes, so nothing is communicated; otherwise the array is gathered.
 
-    blocks((16, 24))                             the boxes of a logical array, in order
-    fingerprints(array, [(slice(61),)])          of the logical arrays that lie in a run's array at these indices
+    blocks((16, 24))                             the boxes of the blocks of a logical array, in order
+    fingerprints(array, [(slice(61),)])          of the logical arrays at these indices of a run's array
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,133 +18,132 @@ import jax
 import numpy as np
 import xxhash
 
-Box = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
+Box = tuple[tuple[int, int], ...]  # (start, stop) in each dimension
 Index = tuple[Any, ...]  # integers and slices into a run's array
-Held = list[tuple[Box, Any]]  # disjoint parts of an array: where, and what
+LocalParts = list[tuple[Box, Any]]  # disjoint parts of an array: (box, elements)
 
-# Pieces a dimension is cut into at most, by the number of dimensions: enough for usual shards, yet a small manifest.
-PIECES = {0: 1, 1: 16, 2: 8, 3: 4}
-SMALLEST = 64  # elements of a block of a matrix, below which it is cut into fewer
+# Maximum number of blocks along a dimension, by the number of dimensions: one per shard in usual meshes, and few enough
+# for a small manifest.
+MAX_BLOCKS = {0: 1, 1: 16, 2: 8, 3: 4}
+MIN_BLOCK_ELEMENTS = 64  # arrays with two or more dimensions get fewer blocks rather than smaller ones
 
 
-def edges(size: int, pieces: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) along one dimension: equal parts where `pieces` shares a factor with `size`, else powers of two.
+def block_edges(size: int, count: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of about `count` blocks along a dimension of `size`.
+
+    The blocks are equal if `count` and `size` share a factor; else their length is a power of two.
 
     >>> list(edges(12, 8))
     [(0, 3), (3, 6), (6, 9), (9, 12)]
     >>> list(edges(5, 2))
     [(0, 4), (4, 5)]
     """
-    shared = math.gcd(size, pieces)
-    edge = size // shared if shared > 1 or pieces == 1 else 2 ** math.ceil(math.log2(max(size / pieces, 1)))
-    for start in range(0, size, max(edge, 1)):
-        yield start, min(start + edge, size)
+    divisor = math.gcd(size, count)
+    length = size // divisor if divisor > 1 or count == 1 else 2 ** math.ceil(math.log2(max(size / count, 1)))
+    for start in range(0, size, max(length, 1)):
+        yield start, min(start + length, size)
 
 
 def blocks(shape: Sequence[int]) -> list[Box]:
-    """The blocks of a logical array, in C order."""
-    pieces = PIECES.get(len(shape), 2)
-    while len(shape) > 1 and pieces > 1 and math.prod(shape) < SMALLEST * pieces ** len(shape):
-        pieces //= 2
-    result: list[Box] = [()]
-    for size in shape:
-        cuts = list(edges(size, pieces))
-        result = [(*box, cut) for box in result for cut in cuts]
-    return result
+    """Return the boxes of the blocks of a logical array, in C order."""
+    count = MAX_BLOCKS.get(len(shape), 2)
+    while len(shape) > 1 and count > 1 and math.prod(shape) < MIN_BLOCK_ELEMENTS * count ** len(shape):
+        count //= 2
+    return list(itertools.product(*(block_edges(size, count) for size in shape)))
 
 
 def logical_shape(shape: Sequence[int], index: Index) -> tuple[int, ...]:
-    """Shape of `array[index]` for an array of `shape`; `index` holds integers and slices of step 1.
+    """Return the shape of `array[index]` for an array of `shape`; `index` holds integers and slices of step 1.
 
     >>> logical_shape((4, 64, 16), (2, slice(61)))
     (61, 16)
     """
-    return tuple(stop - start for (start, stop), kept in bounds(shape, index) if kept)
+    return tuple(stop - start for (start, stop), is_slice in index_bounds(shape, index) if is_slice)
 
 
-def bounds(shape: Sequence[int], index: Index) -> list[tuple[tuple[int, int], bool]]:
-    """(start, stop) of each dimension of the run's array, and whether the logical array keeps that dimension."""
+def index_bounds(shape: Sequence[int], index: Index) -> list[tuple[tuple[int, int], bool]]:
+    """Return for each dimension (start, stop) and whether `index` has a slice there, which keeps the dimension."""
     result = []
-    for size, part in zip(shape, (*index, *[slice(None)] * (len(shape) - len(index))), strict=True):
-        if isinstance(part, slice):
-            start, stop, step = part.indices(size)
+    for size, entry in zip(shape, (*index, *[slice(None)] * (len(shape) - len(index))), strict=True):
+        if isinstance(entry, slice):
+            start, stop, step = entry.indices(size)
             if step != 1:
-                raise ValueError(f"index {index}: step {step}; a logical array is a box of the run's")
+                raise ValueError(f"index {index} has step {step}; a logical array must be a box of the run's array")
             result.append(((start, stop), True))
         else:
-            result.append(((int(part), int(part) + 1), False))
+            result.append(((int(entry), int(entry) + 1), False))
     return result
 
 
-def placed(block: Box, shape: Sequence[int], index: Index) -> Box:
-    """Where a block of the logical array lies in the run's array."""
-    inner = iter(block)
+def box_in_array(block: Box, shape: Sequence[int], index: Index) -> Box:
+    """Return the box in the run's array of a `block` of the logical array at `index`."""
+    edges = iter(block)
     box = []
-    for (start, stop), kept in bounds(shape, index):
-        low, high = next(inner) if kept else (0, stop - start)
+    for (start, stop), is_slice in index_bounds(shape, index):
+        low, high = next(edges) if is_slice else (0, stop - start)
         box.append((start + low, start + high))
     return tuple(box)
 
 
-class Prepared(NamedTuple):
-    """An array's elements on the host, and the boxes to hash: all that hashing needs, on any thread."""
+class HashInputs(NamedTuple):
+    """The elements of an array on the host, and the boxes to hash. Any thread can hash them."""
 
-    parts: Held  # where the backend allows it views: the array's memory is not reused while they live
-    boxes: list[list[Box | None]]  # of every logical array, in the run's array; None: another process's
+    parts: LocalParts  # views if the backend allows it: they keep the memory of the array from being reused
+    boxes: list[list[Box | None]]  # for each logical array, boxes in the run's array; None: another process hashes it
     dtype: Any
 
 
 def fingerprints(array: Any, indices: Sequence[Index]) -> list[list[str | None]]:
-    """Of every logical array `array[index]`: the fingerprints of its blocks; None where another process holds one.
+    """Return the fingerprints of the blocks of each logical array `array[index]`; None if another process has a block.
 
-    Collective where `array` is: every process of the run must ask for the same arrays in the same order.
+    Collective if `array` is distributed: every process must call it for the same arrays in the same order.
     """
-    return hashed(prepared(array, indices))
+    return hash_blocks(prepare_hashing(array, indices))
 
 
-def prepared(array: Any, indices: Sequence[Index]) -> Prepared:
-    """What `hashed` needs. Collective where `array` is."""
-    wanted = [[placed(block, array.shape, index) for block in blocks(logical_shape(array.shape, index))]
+def prepare_hashing(array: Any, indices: Sequence[Index]) -> HashInputs:
+    """Return the inputs of `hash_blocks`. Collective if `array` is distributed."""
+    targets = [[box_in_array(block, array.shape, index) for block in blocks(logical_shape(array.shape, index))]
               for index in indices]  # fmt: skip
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        owner = owners(array, [box for boxes in wanted for box in boxes])
-        if None in owner.values():  # a block across processes
+        owners = block_owners(array, [box for boxes in targets for box in boxes])
+        if None in owners.values():  # a block is split between processes
             from jax.experimental import multihost_utils
 
             array = jax.device_put(array, array.sharding.with_memory_kind("device"))
             array = np.asarray(multihost_utils.process_allgather(array, tiled=True))
         else:
-            mine = jax.process_index()
-            wanted = [[box if owner[box] == mine else None for box in boxes] for boxes in wanted]
-    return Prepared(held(array), wanted, array.dtype)
+            process = jax.process_index()
+            targets = [[box if owners[box] == process else None for box in boxes] for boxes in targets]
+    return HashInputs(local_shards(array), targets, array.dtype)
 
 
-def hashed(ready: Prepared) -> list[list[str | None]]:
-    """The fingerprints; None where another process holds a block."""
+def hash_blocks(inputs: HashInputs) -> list[list[str | None]]:
+    """Return the fingerprints of the blocks of each logical array; None if another process has a block."""
     return [
-        [None if box is None else fingerprint(cut(ready.parts, box, ready.dtype)) for box in boxes]
-        for boxes in ready.boxes
+        [None if box is None else fingerprint(extract_box(inputs.parts, box, inputs.dtype)) for box in boxes]
+        for boxes in inputs.boxes
     ]
 
 
-def owners(array: jax.Array, boxes: Sequence[Box]) -> dict[Box, int | None]:
-    """Box -> the lowest process whose shards hold all of it; None where no process does."""
+def block_owners(array: jax.Array, boxes: Sequence[Box]) -> dict[Box, int | None]:
+    """Return box -> the lowest process whose shards hold all of it; None if no process does."""
     by_process: dict[int, set[Box]] = {}
     for device, index in array.sharding.devices_indices_map(array.shape).items():
         by_process.setdefault(device.process_index, set()).add(box_of(index, array.shape))
     return {
-        box: next((process for process in sorted(by_process) if covered(by_process[process], box)), None)
+        box: next((process for process in sorted(by_process) if covers(by_process[process], box)), None)
         for box in boxes
     }
 
 
-def covered(parts: set[Box], box: Box) -> bool:
-    """Whether disjoint `parts` hold all of `box`."""
+def covers(parts: set[Box], box: Box) -> bool:
+    """Return whether the disjoint `parts` hold all of `box`."""
     return sum(volume(overlap(part, box)) for part in parts) == volume(box)
 
 
-def held(array: Any) -> Held:
-    """This process's distinct shards of `array`, on the host, without a copy where the backend allows it."""
+def local_shards(array: Any) -> LocalParts:
+    """Return the distinct shards of `array` of this process, on the host, without a copy if the backend allows it."""
     if not isinstance(array, jax.Array):
         return [(tuple((0, size) for size in array.shape), np.asarray(array))]
     parts: dict[Box, Any] = {}
@@ -152,35 +152,40 @@ def held(array: Any) -> Held:
     return [(box, np.asarray(data)) for box, data in parts.items()]
 
 
-def cut(parts: Held, box: Box, dtype: Any) -> np.ndarray:
-    """The elements of `box`, out of one part or put together from several."""
+def extract_box(parts: LocalParts, box: Box, dtype: Any) -> np.ndarray:
+    """Return the elements of `box`: a view of one part, or a copy assembled from several."""
     result = np.empty([stop - start for start, stop in box], dtype)
-    for where, data in parts:
-        common = overlap(where, box)
+    for part_box, data in parts:
+        common = overlap(part_box, box)
         if volume(common) != volume(box) and not volume(common):
             continue
-        inside = data[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, where, strict=True))]
+        elements = data[relative_slices(common, part_box)]
         if common == box:
-            return inside
-        result[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))] = inside
+            return elements
+        result[relative_slices(common, box)] = elements
     return result
 
 
+def relative_slices(inner: Box, outer: Box) -> tuple[slice, ...]:
+    """Return the slices of the box `inner` in an array that holds the box `outer`."""
+    return tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(inner, outer, strict=True))
+
+
 def fingerprint(block: np.ndarray) -> str:
-    """xxh3 of a block's bytes in C order, 16 hexadecimal digits."""
+    """Return the xxh3 of the bytes of `block` in C order, 16 hexadecimal digits."""
     return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
 
 
 def box_of(index: Index, shape: Sequence[int]) -> Box:
-    """A shard's index as a box."""
-    return tuple(part for part, _ in bounds(shape, index))
+    """Return `index` into an array of `shape` as a box."""
+    return tuple(edges for edges, _ in index_bounds(shape, index))
 
 
 def overlap(a: Box, b: Box) -> Box:
-    """What two boxes share; empty dimensions have stop = start."""
+    """Return the intersection of two boxes; empty dimensions have stop = start."""
     return tuple((max(x, u), max(min(y, v), max(x, u))) for (x, y), (u, v) in zip(a, b, strict=True))
 
 
 def volume(box: Box) -> int:
-    """Elements in a box; 1 for a scalar's."""
+    """Return the number of elements in a box; 1 for the box of a scalar."""
     return math.prod(stop - start for start, stop in box)

@@ -1,7 +1,7 @@
-"""What a state is (its manifest), and whether what was read is that.
+"""Manifests of arrays, and the comparison of arrays with a manifest.
 
-part = described(arrays, step=12, layout=layout, data={"samples": 192})
-verify(loaded, manifest, where=directory)             # raises DamagedCheckpoint naming array and block
+part = describe(arrays, step=12, layout=layout, data={"samples": 192})
+verify_arrays(loaded, manifest, where=directory)      # raises DamagedCheckpoint, which names array and block
 """
 
 from collections.abc import Callable, Mapping
@@ -10,73 +10,72 @@ from typing import Any
 
 import jax
 
-from .fingerprints import Index, blocks, fingerprints, hashed, logical_shape, prepared
-from .layout_conversion import Layout, whole
-from .manifest import DamagedCheckpoint, Logical, Manifest, decoded, encoded
+from .fingerprints import Index, blocks, fingerprints, hash_blocks, logical_shape, prepare_hashing
+from .layout_conversion import Layout, covers_array
+from .manifest import DamagedCheckpoint, LogicalArray, Manifest, index_from_json, index_to_json
 
 
-def described(arrays: Mapping[str, Any], *, step: int, layout: Layout, data: Mapping[str, Any]) -> Manifest:
-    """The manifest of a state by path, as far as this process sees it. Of shapes alone: without fingerprints."""
-    return describing(arrays, step=step, layout=layout, data=data)()
+def describe(arrays: Mapping[str, Any], *, step: int, layout: Layout, data: Mapping[str, Any]) -> Manifest:
+    """Return the part of a manifest that this process knows. `arrays`: path -> array, or a shape (no fingerprints)."""
+    return prepare_description(arrays, step=step, layout=layout, data=data)()
 
 
-def describing(
+def prepare_description(
     arrays: Mapping[str, Any], *, step: int, layout: Layout, data: Mapping[str, Any]
 ) -> Callable[[], Manifest]:
-    """`described`, with the hashing put off: the arrays may be given up now, and any thread may call the result."""
-    placed = {path: layout.places(path, tuple(array.shape)) for path, array in sorted(arrays.items())}
+    """Return a function that does the hashing of `describe`. Any thread may call it, and `arrays` may be freed now."""
+    canonical = {path: layout.locate(path, tuple(array.shape)) for path, array in sorted(arrays.items())}
     indices: dict[str, list[Index]] = {}
-    for path, named in placed.items():
-        own = [index for _, index in named]
-        # Padding, and what optax keeps where it has nothing to remember, have no name and are vouched for as stored.
-        indices[path] = own if whole(tuple(arrays[path].shape), own) else [*own, ()]
+    for path, located in canonical.items():
+        named = [index for _, index in located]
+        # Padding and optax's placeholders have no canonical name: the whole array is fingerprinted as stored.
+        indices[path] = named if covers_array(tuple(arrays[path].shape), named) else [*named, ()]
     for array in arrays.values():
         if isinstance(array, jax.Array):
-            array.copy_to_host_async()  # all at once, before the first is waited for
-    ready = {
-        path: None if isinstance(arrays[path], jax.ShapeDtypeStruct) else prepared(arrays[path], indices[path])
-        for path in placed
+            array.copy_to_host_async()  # start all copies before the first is waited for
+    inputs = {
+        path: None if isinstance(arrays[path], jax.ShapeDtypeStruct) else prepare_hashing(arrays[path], indices[path])
+        for path in canonical
     }
-    stored = {path: [list(arrays[path].shape), str(arrays[path].dtype)] for path in placed}
+    stored = {path: [list(arrays[path].shape), str(arrays[path].dtype)] for path in canonical}
 
-    def described() -> Manifest:
-        named: dict[str, Logical] = {}
-        rest: dict[str, Logical] = {}
+    def build_manifest() -> Manifest:
+        named: dict[str, LogicalArray] = {}
+        rest: dict[str, LogicalArray] = {}
         for path, (shape, dtype) in stored.items():
-            hold = ready[path]
-            seen = [[] for _ in indices[path]] if hold is None else hashed(hold)
+            hash_inputs = inputs[path]
+            hashes = [[] for _ in indices[path]] if hash_inputs is None else hash_blocks(hash_inputs)
             entries = [
-                Logical(path, encoded(index), list(logical_shape(shape, index)), dtype, found)
-                for index, found in zip(indices[path], seen, strict=True)
+                LogicalArray(path, index_to_json(index), list(logical_shape(shape, index)), dtype, block_hashes)
+                for index, block_hashes in zip(indices[path], hashes, strict=True)
             ]
-            named |= {name: entry for (name, _), entry in zip(placed[path], entries, strict=False)}
-            if len(entries) > len(placed[path]):
+            named |= {name: entry for (name, _), entry in zip(canonical[path], entries, strict=False)}
+            if len(entries) > len(canonical[path]):
                 rest[path] = entries[-1]
-            ready[path] = None  # its memory is free again
+            inputs[path] = None  # free its memory
         return Manifest(step, layout.name, dict(data), stored, named, rest)
 
-    return described
+    return build_manifest
 
 
-def verify(arrays: Mapping[str, Any], manifest: Manifest, *, where: Path) -> None:
-    """Compare arrays by path, as stored, with the manifest. Raises DamagedCheckpoint naming array and block.
+def verify_arrays(arrays: Mapping[str, Any], manifest: Manifest, *, where: Path) -> None:
+    """Compare stored arrays (path -> array) with `manifest`. Raises DamagedCheckpoint, which names array and block.
 
-    With several processes each compares the blocks it holds; they must agree on the verdict afterwards.
+    Each process compares the blocks that it holds; afterwards the processes must agree on the verdict.
     """
-    entries: dict[str, list[tuple[str, Logical]]] = {}
-    for name, entry in manifest.everything().items():
+    entries: dict[str, list[tuple[str, LogicalArray]]] = {}
+    for name, entry in manifest.all_entries().items():
         entries.setdefault(entry.path, []).append((name, entry))
     damaged = []
     for path, array in sorted(arrays.items()):
-        own = entries.get(path, [])
-        found = fingerprints(array, [decoded(entry.index) for _, entry in own])
-        for (name, entry), seen in zip(own, found, strict=True):
-            boxes = blocks(entry.shape)
+        named_entries = entries.get(path, [])
+        hashes = fingerprints(array, [index_from_json(entry.index) for _, entry in named_entries])
+        for (name, entry), actual in zip(named_entries, hashes, strict=True):
             damaged += [
                 f"{name} block {number} {box}"
-                for number, (one, wanted, box) in enumerate(zip(seen, entry.blocks, boxes, strict=True))
-                if one not in (None, wanted)
+                for number, (block, expected, box) in enumerate(zip(actual, entry.blocks, blocks(entry.shape), strict=True))
+                if block not in (None, expected)
             ]
     if damaged:
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-        raise DamagedCheckpoint(f"checkpoint {where}: {damaged[0]}{more} is not what was saved")
+        raise DamagedCheckpoint(f"checkpoint {where}: {damaged[0]}{more} differs from what was saved")

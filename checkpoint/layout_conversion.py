@@ -1,10 +1,11 @@
-"""Between the arrays a run holds and the canonical ones: what a checkpoint needs to know of a layout.
+"""Run layouts in checkpoints: where the canonical arrays lie in the arrays of a run, and conversion between layouts.
 
-A layout is a name and a function (path, shape) -> [(canonical name, index into the run's array)]. A checkpoint stores
-the run's arrays as they are and records where each canonical array lies in them, so that a run of another layout
-(layers stacked otherwise, another padding of the vocabulary) can take them apart and put its own together.
+A checkpoint stores the arrays of the run as they are, and its manifest records where each canonical array lies in them.
+So a run with another layout (other stacks of layers, another padding of the vocabulary) can extract the canonical
+arrays and build its own.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,62 +14,62 @@ import jax
 import jax.numpy as jnp
 
 from ..configs.sections.model import ModelConfig
-from ..parallel.layout import Order, places
-from .fingerprints import Index, logical_shape, volume
-from .manifest import Manifest, decoded
+from ..parallel.layout import LayerOrder, canonical_slices
+from .fingerprints import Index, logical_shape
+from .manifest import Manifest, index_from_json
 
-Places = Callable[[str, tuple[int, ...]], list[tuple[str, Index]]]
+# (path, shape) of an array of the run -> (canonical name, index into that array) of each canonical array in it
+Locate = Callable[[str, tuple[int, ...]], list[tuple[str, Index]]]
 
 
 class Layout(NamedTuple):
-    """How a run's arrays hold the canonical ones."""
+    """The name of a run layout, and where it puts the canonical arrays."""
 
     name: str
-    places: Places
+    locate: Locate
 
 
-def layout_of(
-    model: ModelConfig, order: Order = None, *, owners: Sequence[str] = (), several: Sequence[str] = ()
+def make_layout(
+    model: ModelConfig, order: LayerOrder = None, *, owners: Sequence[str] = (), per_owner: Sequence[str] = ()
 ) -> Layout:
-    """The layout of a run: layers stacked by segment, in a pipeline's `order`, vocabulary padded.
+    """Return the layout of a run: layers stacked by segment, in the `order` of a pipeline, vocabulary padded.
 
-    The arrays under the names `several` have a leading dimension, one for each of `owners`: what stands before the
-    canonical names of its own (`replica/3`).
+    Arrays under the state fields `per_owner` have a leading dimension [owners]. Each of `owners` is the prefix of the
+    canonical names of its slice (`replica/3`).
     """
-    named = partial(places, model=model, order=order)
+    locate = partial(canonical_slices, model=model, order=order)
 
-    def of_owners(path: str, shape: tuple[int, ...]) -> list[tuple[str, Index]]:
-        if path.split("/")[0] not in several:
-            return named(path, shape)
-        one = named(path, shape[1:])
-        return [(f"{owner}/{name}", (number, *index)) for number, owner in enumerate(owners) for name, index in one]
+    def locate_with_owners(path: str, shape: tuple[int, ...]) -> list[tuple[str, Index]]:
+        if path.split("/")[0] not in per_owner:
+            return locate(path, shape)
+        slices = locate(path, shape[1:])
+        return [(f"{owner}/{name}", (number, *index)) for number, owner in enumerate(owners) for name, index in slices]
 
     stages = "" if order is None else f" as {','.join(map(str, order))}"
-    return Layout(f"stacked{stages}", of_owners if owners else named)
+    return Layout(f"stacked{stages}", locate_with_owners if owners else locate)
 
 
-def whole(shape: Sequence[int], indices: Sequence[Index]) -> bool:
-    """Whether the disjoint logical arrays at `indices` make up all of a run's array."""
-    sizes = [volume(tuple((0, size) for size in logical_shape(shape, index))) for index in indices]
-    return sum(sizes) == volume(tuple((0, size) for size in shape))
+def covers_array(shape: Sequence[int], indices: Sequence[Index]) -> bool:
+    """Return whether the disjoint logical arrays at `indices` together are all of an array of `shape`."""
+    return sum(math.prod(logical_shape(shape, index)) for index in indices) == math.prod(shape)
 
 
-def converted(
+def convert_arrays(
     stored: Mapping[str, jax.Array], manifest: Manifest, *, shapes: Mapping[str, Any], layout: Layout
 ) -> dict[str, jax.Array]:
-    """The run's arrays by path, shaped as `shapes`, from the arrays of a checkpoint by path; padding is zero.
+    """Convert the `stored` arrays of a checkpoint to the arrays of a run, shaped as `shapes`, all by path; padding is 0.
 
-    A run's array that holds no canonical one (optax remembers nothing there) is taken over where shapes agree.
+    An array of the run without canonical arrays in it (a placeholder of optax) is copied if the shapes agree.
     """
     result = {}
     for path, like in shapes.items():
-        named = layout.places(path, tuple(like.shape))
-        if not named and path in stored and stored[path].shape == like.shape:
+        locate = layout.locate(path, tuple(like.shape))
+        if not locate and path in stored and stored[path].shape == like.shape:
             result[path] = stored[path]
             continue
         array = jnp.zeros(like.shape, like.dtype)
-        for name, index in named:
+        for name, index in locate:
             entry = manifest.arrays[name]
-            array = array.at[index].set(stored[entry.path][decoded(entry.index)])
+            array = array.at[index].set(stored[entry.path][index_from_json(entry.index)])
         result[path] = array
     return result

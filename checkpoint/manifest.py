@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: what is in it and its fingerprints, written last. With it a checkpoint is committed.
+"""The manifest of a checkpoint: its arrays and their fingerprints. It is written last, and commits the checkpoint.
 
-    CHECKPOINTS/12/manifest.json        the manifest, inside the checkpoint it vouches for
-    CHECKPOINTS/.parts-12/0.json        what process 0 saw of step 12; merged once the arrays are there
+    CHECKPOINTS/12/manifest.json        the manifest of the checkpoint of step 12
+    CHECKPOINTS/.parts-12/0.json        the part from process 0; the parts are merged once the arrays are on disk
 
 The file is one line of JSON, {"body": ..., "fingerprint": xxh3 of the body}, and must be that line byte for byte.
 """
@@ -9,7 +9,7 @@ The file is one line of JSON, {"body": ..., "fingerprint": xxh3 of the body}, an
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,69 +23,69 @@ NAME = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Logical:
+class LogicalArray:
     """One logical array of a checkpoint."""
 
-    path: str  # of the run's array that holds it
-    index: list[int | list[int | None]]  # where in that array: integers, and [start, stop] for slices
+    path: str  # of the array of the run that holds it
+    index: list[int | list[int | None]]  # index into that array: integers, and [start, stop] for slices
     shape: list[int]
     dtype: str
-    blocks: list[str | None]  # fingerprints, in order; None in a part: another process's
+    blocks: list[str | None]  # fingerprints in order; None in a part: hashed by another process
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds. `arrays` are by canonical name; `rest` are whole run arrays that no name covers."""
+    """The content of a checkpoint. The field names are the keys of the JSON."""
 
     step: int
     layout: str  # name of the run layout the arrays are stored in
-    data: dict[str, Any]  # the data's integers
+    data: dict[str, Any]  # position in the data, a few integers
     stored: dict[str, list[Any]]  # path -> [shape, dtype] of every array as stored
-    arrays: dict[str, Logical]
-    rest: dict[str, Logical]
+    arrays: dict[str, LogicalArray]  # by canonical name
+    rest: dict[str, LogicalArray]  # by path: whole arrays of the run, where `arrays` do not cover all elements
     version: int = VERSION
 
-    def everything(self) -> dict[str, Logical]:
-        """Canonical name, or path of a whole run array -> entry."""
+    def all_entries(self) -> dict[str, LogicalArray]:
+        """Return `arrays` by canonical name and `rest` by path together."""
         return {**self.arrays, **{f"{path} (as stored)": entry for path, entry in self.rest.items()}}
 
 
-def encoded(index: Index) -> list[int | list[int | None]]:
-    """An index as JSON.
+def index_to_json(index: Index) -> list[int | list[int | None]]:
+    """Convert an index to JSON.
 
     >>> encoded((2, slice(None, 61)))
     [2, [None, 61]]
     """
-    return [[part.start, part.stop] if isinstance(part, slice) else int(part) for part in index]
+    return [[entry.start, entry.stop] if isinstance(entry, slice) else int(entry) for entry in index]
 
 
-def decoded(index: Sequence[Any]) -> Index:
-    """The inverse of `encoded`."""
-    return tuple(slice(*part) if isinstance(part, list) else part for part in index)
+def index_from_json(index: Sequence[Any]) -> Index:
+    """Invert `index_to_json`."""
+    return tuple(slice(*entry) if isinstance(entry, list) else entry for entry in index)
 
 
-def text_of(manifest: Manifest) -> str:
-    """The one line that is the file."""
+def manifest_text(manifest: Manifest) -> str:
+    """Return the content of the file."""
     body = json.dumps(asdict(manifest), sort_keys=True, separators=(",", ":"))
     return f'{{"body":{body},"fingerprint":"{xxhash.xxh3_64_hexdigest(body.encode())}"}}\n'
 
 
-def parsed(text: str) -> Manifest:
-    """The manifest that `text` spells. Raises ValueError where it is not exactly what `text_of` writes."""
+def parse_manifest(text: str) -> Manifest:
+    """Parse a manifest. Raises ValueError unless `text` is exactly what `manifest_text` writes."""
     body = json.loads(text)["body"]
     if body["version"] != VERSION:
-        raise ValueError(f"version {body['version']}, and this program reads version {VERSION}")
-    made = {key: {name: Logical(**entry) for name, entry in body[key].items()} for key in ("arrays", "rest")}
-    manifest = Manifest(**{**body, **made})
-    if text_of(manifest) != text:
+        raise ValueError(f"it has version {body['version']}, but this program reads version {VERSION}")
+    entries = {key: {name: LogicalArray(**entry) for name, entry in body[key].items()} for key in ("arrays", "rest")}
+    manifest = Manifest(**{**body, **entries})
+    if manifest_text(manifest) != text:
         raise ValueError("its own fingerprint does not match")
     return manifest
 
 
 def read(directory: Path) -> Manifest:
-    """The manifest of the checkpoint in `directory`. Raises DamagedCheckpoint where there is none that is whole."""
+    """Read the manifest of the checkpoint in `directory`. Raises DamagedCheckpoint if it is missing or damaged."""
     try:
-        manifest = parsed((directory / NAME).read_bytes().decode())
+        manifest = parse_manifest((directory / NAME).read_bytes().decode())
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"checkpoint {directory}: {NAME} is missing") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -96,12 +96,12 @@ def read(directory: Path) -> Manifest:
 
 
 def write(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest so that it is there whole or not at all, also after a loss of power."""
-    write_whole(directory / NAME, text_of(manifest))
+    """Write the manifest atomically, even if the power fails."""
+    write_durably(directory / NAME, manifest_text(manifest))
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Replace `file` atomically and durably."""
+def write_durably(file: Path, text: str) -> None:
+    """Replace `file` atomically, and wait until it is on the disk."""
     draft = file.with_name(f".{file.name}.draft")
     with draft.open("w", encoding="utf-8") as out:
         out.write(text)
@@ -115,28 +115,26 @@ def write_whole(file: Path, text: str) -> None:
         os.close(descriptor)
 
 
-def merged(parts: Sequence[Manifest]) -> Manifest:
-    """One manifest of what each process saw. Raises DamagedCheckpoint where a block was seen by nobody."""
+def merge_parts(parts: Sequence[Manifest]) -> Manifest:
+    """Merge the parts of all processes. Raises DamagedCheckpoint if no part has the fingerprint of a block."""
     first = parts[0]
     for part in parts:
         if (part.step, part.data, part.stored) != (first.step, first.data, first.stored):
-            raise DamagedCheckpoint(f"checkpoint {first.step}: its processes saved different things")
-    return Manifest(
-        **{
-            **vars(first),
-            "arrays": joined([part.arrays for part in parts], step=first.step),
-            "rest": joined([part.rest for part in parts], step=first.step),
-        }
+            raise DamagedCheckpoint(f"checkpoint {first.step}: its processes saved different arrays or data")
+    return replace(
+        first,
+        arrays=merge_blocks([part.arrays for part in parts], step=first.step),
+        rest=merge_blocks([part.rest for part in parts], step=first.step),
     )
 
 
-def joined(parts: Sequence[Mapping[str, Logical]], *, step: int) -> dict[str, Logical]:
-    """Entries with the blocks of all processes."""
+def merge_blocks(parts: Sequence[Mapping[str, LogicalArray]], *, step: int) -> dict[str, LogicalArray]:
+    """Return entries with the fingerprints of all processes."""
     result = {}
     for name, entry in parts[0].items():
-        seen = [next((one for one in block if one is not None), None)
-                for block in zip(*(part[name].blocks for part in parts), strict=True)]  # fmt: skip
-        if None in seen:
-            raise DamagedCheckpoint(f"checkpoint {step}: nobody saw block {seen.index(None)} of {name}")
-        result[name] = Logical(**{**vars(entry), "blocks": seen})
+        blocks = [next((hash_ for hash_ in hashes if hash_ is not None), None)
+                  for hashes in zip(*(part[name].blocks for part in parts), strict=True)]  # fmt: skip
+        if None in blocks:
+            raise DamagedCheckpoint(f"checkpoint {step}: no process hashed block {blocks.index(None)} of {name}")
+        result[name] = replace(entry, blocks=blocks)
     return result

@@ -30,11 +30,11 @@ from ..configs.errors import MeshwrightError, UserError, first_line
 from ..parallel.sharding import path_name
 from ..parallel.state import TrainState
 from . import manifest as manifests
-from .checkpoint_directory import Shelf
-from .integrity import described, describing, verify
-from .layout_conversion import Layout, converted
+from .checkpoint_directory import CheckpointDirectory
+from .integrity import describe, prepare_description, verify_arrays
+from .layout_conversion import Layout, convert_arrays
 from .manifest import DamagedCheckpoint, Manifest
-from .storage_timeout import WRITER, StorageHangs
+from .storage_timeout import WRITER, StorageTimeout
 
 PATIENCE = 300.0  # seconds for the other processes to finish hashing
 TIMEOUT = 600.0  # seconds for a save
@@ -42,7 +42,7 @@ SAVED = ("step", "params", "opt_state", "outer", "rng")  # `frozen` never change
 
 
 @dataclass(frozen=True)
-class Spent:
+class SaveStats:
     """What a save took beside training."""
 
     copy: float = 0.0  # seconds until the copy was on the host
@@ -59,23 +59,28 @@ class Storage:
     """
 
     def __init__(
-        self, directory: Path, *, layout: Layout, allowed: Callable[[], None] = lambda: None, timeout: float = TIMEOUT
+        self,
+        directory: Path,
+        *,
+        layout: Layout,
+        check_allowed: Callable[[], None] = lambda: None,
+        timeout: float = TIMEOUT,
     ):
         for narrator in ("absl", "asyncio"):  # Orbax narrates every save, and every array of a failed read
             logging.getLogger(narrator).setLevel(logging.CRITICAL)
-        self.shelf = Shelf(directory.absolute())
+        self.checkpoints = CheckpointDirectory(directory.absolute())
         self._layout = layout
-        self._allowed, self._timeout = allowed, timeout
+        self._allowed, self._timeout = check_allowed, timeout
         self._pending: tuple[int, Future] | None = None
         self._began = 0.0  # when the save under way did
         self._saved: set[int] = set()  # in this sitting
         self._waiter = ThreadPoolExecutor(1, WRITER)
-        self.spent = Spent()  # on the last save, beside training
+        self.save_stats = SaveStats()  # on the last save, beside training
 
     @property
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
-        return self.shelf.steps
+        return self.checkpoints.steps
 
     def save(self, state: TrainState, *, step: int, data: Mapping[str, Any]) -> None:
         """Begin to save `state` after `step` updates. `data` is JSON.
@@ -90,7 +95,7 @@ class Storage:
         self._allowed()
         self._saved.add(step)
         self._began = time.monotonic()
-        begin = partial(self._begun, tree(state), step, data)
+        begin = partial(self._begun, saved_tree(state), step, data)
         if jax.process_count() == 1:
             self._pending = (step, self._waiter.submit(lambda: begin()()))
             return
@@ -103,53 +108,53 @@ class Storage:
         """Begin to write; what is left to do, on any thread."""
         began = time.monotonic()
         if jax.process_index() == 0:
-            self.shelf.begin(step, processes=jax.process_count())
-        describe = describing(by_path(saved), step=step, layout=self._layout, data=data)
+            self.checkpoints.begin(step, processes=jax.process_count())
+        describe = prepare_description(flatten_paths(saved), step=step, layout=self._layout, data=data)
         copied = time.monotonic() - began
-        response = ocp.save_async(self.shelf.path(step), saved)
-        size = sum(shard.data.nbytes for leaf in by_path(saved).values() for shard in leaf.addressable_shards)
+        response = ocp.save_async(self.checkpoints.path(step), saved)
+        size = sum(shard.data.nbytes for leaf in flatten_paths(saved).values() for shard in leaf.addressable_shards)
 
         def ended() -> None:
             hashing = time.monotonic()
             try:
                 part = describe()
                 hashed = time.monotonic() - hashing
-                self.shelf.put_part(part, process=jax.process_index())
+                self.checkpoints.write_part(part, process=jax.process_index())
             finally:
                 response.result()  # whatever has failed, nobody writes any more when it is cleared away
             self._allowed()
             if jax.process_index() == 0:
-                self.shelf.commit(step, patience=PATIENCE)
-            self.spent = Spent(copied, hashed, time.monotonic() - began, size)
+                self.checkpoints.commit(step, patience=PATIENCE)
+            self.save_stats = SaveStats(copied, hashed, time.monotonic() - began, size)
 
         return ended
 
     @property
-    def pending(self) -> int | None:
+    def pending_step(self) -> int | None:
         """The step whose save is under way."""
         return None if self._pending is None else self._pending[0]
 
     @property
-    def ended(self) -> bool:
+    def finished(self) -> bool:
         """Whether the save under way has ended, well or not: `wait` will not."""
         return self._pending is not None and self._pending[1].done()
 
     @property
-    def busy(self) -> bool:
+    def saving(self) -> bool:
         """Whether a save is under way."""
-        return self._pending is not None and not self.ended
+        return self._pending is not None and not self.finished
 
     @property
-    def hangs(self) -> bool:
+    def timed_out(self) -> bool:
         """Whether the save under way should have ended."""
-        return self.busy and time.monotonic() > self._began + self._timeout
+        return self.saving and time.monotonic() > self._began + self._timeout
 
-    def under_way(self, seconds: float) -> bool:
+    def still_saving_after(self, seconds: float) -> bool:
         """Whether a save will still be under way in so many seconds, and in time; waits to see."""
-        if not self.busy or self.hangs:
+        if not self.saving or self.timed_out:
             return False
         futures.wait([self._pending[1]], min(seconds, self._began + self._timeout - time.monotonic()))
-        return self.busy and not self.hangs
+        return self.saving and not self.timed_out
 
     def wait(self) -> int | None:
         """Wait for the save under way; its step, or None. Raises MeshwrightError where it failed.
@@ -160,11 +165,11 @@ class Storage:
         if self._pending is None:
             return None
         step, future = self._pending
-        while self.under_way(self._timeout):
+        while self.still_saving_after(self._timeout):
             pass
         if not future.done():
-            raise StorageHangs(
-                f"checkpoint {step} has not been written to {self.shelf.directory} within {self._timeout:g} s "
+            raise StorageTimeout(
+                f"checkpoint {step} has not been written to {self.checkpoints.directory} within {self._timeout:g} s "
                 "(checkpoint.timeout): the storage hangs"
             )
         self._pending = None
@@ -180,35 +185,36 @@ class Storage:
         Raises UserError where the checkpoint holds another model's arrays, DamagedCheckpoint where it is not what was
         saved, or cannot be read.
         """
-        manifest = manifests.read(self.shelf.path(step))
-        wanted = by_path(tree(shapes))
-        placed = by_path(tree(shardings))
-        check_same(wanted, manifest, layout=self._layout)
+        manifest = manifests.read(self.checkpoints.path(step))
+        wanted = flatten_paths(saved_tree(shapes))
+        placed = flatten_paths(saved_tree(shardings))
+        check_compatible(wanted, manifest, layout=self._layout)
         alike = {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in wanted.items()} == manifest.stored
         direct = alike and manifest.layout == self._layout.name
         mesh = next(iter(placed.values())).mesh
-        loaded = load(self.shelf, manifest, placed if direct else spread(manifest, mesh))
-        verify(loaded, manifest, where=self.shelf.path(step))
+        loaded = load(self.checkpoints, manifest, placed if direct else shard_evenly(manifest, mesh))
+        verify_arrays(loaded, manifest, where=self.checkpoints.path(step))
         if not direct:
             convert = jax.jit(
-                lambda stored: converted(stored, manifest, shapes=wanted, layout=self._layout), out_shardings=placed
+                lambda stored: convert_arrays(stored, manifest, shapes=wanted, layout=self._layout),
+                out_shardings=placed,
             )
             loaded = convert(loaded)
-        leaves = [loaded.get(name) for name in names(shapes)]
+        leaves = [loaded.get(name) for name in leaf_paths(shapes)]
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves), manifest.data
 
-    def keep_only(self, steps: Collection[int]) -> None:
+    def delete_except(self, steps: Collection[int]) -> None:
         """Delete the committed checkpoints of other steps."""
         self._allowed()
         for step in set(self.steps) - set(steps):
-            self.shelf.remove(step)
+            self.checkpoints.remove(step)
 
     def close(self) -> None:
         """Wait for what is under way, and let go; of a thread that hangs, too (`hanging.py`)."""
         try:
             self.wait()
         finally:
-            self._waiter.shutdown(wait=not self.busy)
+            self._waiter.shutdown(wait=not self.saving)
 
     def _failed(self, step: int, error: Exception) -> MeshwrightError:
         """What to raise for a save that did not happen; what it left is deleted, so that its space is free again."""
@@ -216,21 +222,21 @@ class Storage:
         with suppress(MeshwrightError):  # one of an older membership: what is unfinished there is another's
             self._allowed()
             if jax.process_index() == 0:
-                self.shelf.abandon(step)
-        return failed(step, self.shelf.directory, error)
+                self.checkpoints.discard(step)
+        return save_error(step, self.checkpoints.directory, error)
 
 
-def load(shelf: Shelf, manifest: Manifest, shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
+def load(shelf: CheckpointDirectory, manifest: Manifest, shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The arrays of a checkpoint by path, as stored, unverified. Raises DamagedCheckpoint where one is missing."""
-    abstract = nested(
+    abstract = unflatten_paths(
         {
             path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=shardings[path])
             for path, (shape, dtype) in manifest.stored.items()
         }
     )
-    with quiet():
+    with silence_abandoned_reads():
         try:
-            return by_path(ocp.load(shelf.path(manifest.step), abstract))
+            return flatten_paths(ocp.load(shelf.path(manifest.step), abstract))
         except MemoryError:
             raise
         except Exception as error:
@@ -242,7 +248,7 @@ def load(shelf: Shelf, manifest: Manifest, shardings: Mapping[str, Any]) -> dict
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_abandoned_reads() -> Iterator[None]:
     """A failed read leaves other reads behind that nobody waits for: collect them here, unheard."""
     before = sys.unraisablehook
     sys.unraisablehook = lambda _: None
@@ -254,7 +260,7 @@ def quiet() -> Iterator[None]:
         sys.unraisablehook = before
 
 
-def spread(manifest: Manifest, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
+def shard_evenly(manifest: Manifest, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
     """A sharding for every stored array, whatever its layout: its longest divisible dimension over all devices."""
     result = {}
     for path, (shape, _) in manifest.stored.items():
@@ -265,33 +271,33 @@ def spread(manifest: Manifest, mesh: jax.sharding.Mesh) -> dict[str, NamedShardi
     return result
 
 
-def tree(state: TrainState) -> dict[str, Any]:
+def saved_tree(state: TrainState) -> dict[str, Any]:
     """The saved part as nested dicts by path: what is on disk does not depend on any library's state classes."""
     saved = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-    return nested({path: leaf for path, leaf in saved.items() if path.split("/")[0] in SAVED})
+    return unflatten_paths({path: leaf for path, leaf in saved.items() if path.split("/")[0] in SAVED})
 
 
-def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def unflatten_paths(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts of arrays by path."""
     return unflatten_dict(dict(arrays), sep="/")
 
 
-def by_path(nest: Any) -> dict[str, Any]:
+def flatten_paths(nest: Any) -> dict[str, Any]:
     """The leaves of nested dicts by path; the inverse of `nested`."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(nest)}
 
 
-def names(state: Any) -> list[str]:
+def leaf_paths(state: Any) -> list[str]:
     """Path of every leaf, in order."""
-    return list(by_path(state))
+    return list(flatten_paths(state))
 
 
-def check_same(wanted: Mapping[str, Any], manifest: Manifest, *, layout: Layout) -> None:
+def check_compatible(wanted: Mapping[str, Any], manifest: Manifest, *, layout: Layout) -> None:
     """Raise UserError where logical names, shapes or dtypes on disk (`manifest`) are not this run's (`wanted`)."""
     theirs = {name: f"{tuple(entry.shape)} {entry.dtype}" for name, entry in manifest.arrays.items()}
     ours = {
         name: f"{tuple(entry.shape)} {entry.dtype}"
-        for name, entry in described(wanted, step=manifest.step, layout=layout, data={}).arrays.items()
+        for name, entry in describe(wanted, step=manifest.step, layout=layout, data={}).arrays.items()
     }
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
@@ -301,7 +307,7 @@ def check_same(wanted: Mapping[str, Any], manifest: Manifest, *, layout: Layout)
             )
 
 
-def failed(step: int, directory: Path, error: Exception) -> MeshwrightError:
+def save_error(step: int, directory: Path, error: Exception) -> MeshwrightError:
     """What to raise for a save that did not happen."""
     message = f"checkpoint {step} could not be written to {directory}: {first_line(error)}"
     if "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:

@@ -1,20 +1,20 @@
-"""Storage that hangs: a write or an fsync that never returns. What waits for it has a time-out. JAX-free.
+"""Storage that hangs: a write or an fsync may never return, so waiting for it has a timeout. JAX-free.
 
-Nothing can end a thread that is caught in such a call, and the interpreter waits for its threads before it ends: a
-process that leaves such a thread behind ends by `os._exit`.
+Nothing can end a thread that is stuck in such a call, and the interpreter waits for its threads before it exits. So a
+process with a stuck thread must end by `os._exit`.
 """
 
 import threading
 
 from ..configs.errors import MeshwrightError
 
-WRITER = "checkpoint"  # name of the threads that wait for storage, which end with `Storage.close` where it answers
+WRITER = "checkpoint"  # name of the threads that wait for storage; they end with `Storage.close` unless storage hangs
 
 
-class StorageHangs(MeshwrightError):
-    """A save has not ended in time, and may never do."""
+class StorageTimeout(MeshwrightError):
+    """A save did not end within `checkpoint.timeout`, and may never end."""
 
 
-def left_behind() -> bool:
-    """Whether a thread is caught in a call to storage, after everything was closed."""
+def has_stuck_writer() -> bool:
+    """Return whether a thread is stuck in a call to storage; to be asked after everything was closed."""
     return any(thread.name.startswith(WRITER) for thread in threading.enumerate())

@@ -22,12 +22,12 @@ def equations(jaxpr: Any) -> Iterator[tuple[core.JaxprEqn, int]]:
     """
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield equation, 1
-        times = repeats(equation)
-        for value in called(equation):
+        times = run_count(equation)
+        for value in inner_jaxprs(equation):
             yield from ((found, count * times) for found, count in equations(value))
 
 
-def called(equation: core.JaxprEqn) -> Iterator[Any]:
+def inner_jaxprs(equation: core.JaxprEqn) -> Iterator[Any]:
     """The jaxprs among the parameters of `equation`, branches one by one."""
     for value in equation.params.values():
         for each in value if isinstance(value, tuple | list) else (value,):
@@ -35,7 +35,7 @@ def called(equation: core.JaxprEqn) -> Iterator[Any]:
                 yield each
 
 
-def repeats(equation: core.JaxprEqn) -> int:
+def run_count(equation: core.JaxprEqn) -> int:
     """How often the body of `equation` runs."""
     if equation.primitive.name == "scan":
         return equation.params["length"]
@@ -53,22 +53,22 @@ def host_bytes(jaxpr: Any) -> int:
     """
     total = 0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if any(hosted(var.aval) for var in equation.invars):
+        if any(is_on_host(var.aval) for var in equation.invars):
             continue
-        made = [var.aval for var in equation.outvars if hosted(var.aval)]
+        made = [var.aval for var in equation.outvars if is_on_host(var.aval)]
         total += sum(math.prod(one.shape) * one.dtype.itemsize for one in made)
         if not made:  # the rounds of a loop follow each other, the devices of a shard_map do not
-            times = repeats(equation) if equation.primitive.name == "shard_map" else 1
-            total += times * sum(map(host_bytes, called(equation)))
+            times = run_count(equation) if equation.primitive.name == "shard_map" else 1
+            total += times * sum(map(host_bytes, inner_jaxprs(equation)))
     return total
 
 
-def hosted(aval: Any) -> bool:
+def is_on_host(aval: Any) -> bool:
     """Whether an array lives in host memory."""
     return getattr(aval, "memory_space", None) == jax.memory.Space.Host
 
 
-def names(jaxpr: Any) -> list[str]:
+def checkpoint_names(jaxpr: Any) -> list[str]:
     """Names given by `checkpoint_name`, in order of first appearance."""
     found = [equation.params["name"] for equation, _ in equations(jaxpr) if equation.primitive.name == "name"]
     return list(dict.fromkeys(found))

@@ -18,8 +18,8 @@ from ..configs.errors import MeshwrightError
 from ..configs.sections.base import Decision
 from ..configs.sections.model import ModelConfig
 from ..models.context import Context
-from ..models.decoder import graph, initial_params
-from .policy import rematerialized
+from ..models.decoder import decoder_graphdef, initial_params
+from .policy import make_remat
 
 Remat = Callable[..., Callable[[Callable], Callable]]
 Gradient = Callable[[ModelConfig, Mapping[str, Decision] | None], Any]  # under these decisions, by all parameters
@@ -40,9 +40,9 @@ def check_offload(
     offloaded = sorted(name for name, decision in (chosen or {}).items() if decision == "offload")
     if not offloaded or platform == "cpu":
         return
-    small = shrunk(model)
+    small = shrink_model(model)
     plain, moved = gradient(small, None), gradient(small, chosen)
-    wrong = {name: error for name, error in errors(plain, moved).items() if not error <= TOLERANCE}
+    wrong = {name: error for name, error in relative_errors(plain, moved).items() if not error <= TOLERANCE}
     if wrong:
         name, error = max(wrong.items(), key=lambda item: item[1])
         raise MeshwrightError(
@@ -51,7 +51,7 @@ def check_offload(
         )
 
 
-def shrunk(model: ModelConfig) -> ModelConfig:
+def shrink_model(model: ModelConfig) -> ModelConfig:
     """The same kind of blocks, few and small, scanned."""
     heads = 2 if model.key_value_heads < model.heads else 1
     sizes = {"vocab": 64, "vocab_multiple": 64, "embed": 64, "heads": heads, "kv_heads": 1, "head_dim": 64, "mlp": 128}
@@ -60,16 +60,16 @@ def shrunk(model: ModelConfig) -> ModelConfig:
 
 
 def scanned_gradient(
-    model: ModelConfig, chosen: Mapping[str, Decision] | None, *, compute: Any, remat: Remat = rematerialized
+    model: ModelConfig, chosen: Mapping[str, Decision] | None, *, compute: Any, remat: Remat = make_remat
 ) -> Any:
     """Of a fixed function of the last hidden state. `remat` turns decisions into a wrapper; a test has another."""
     tokens, params = tokens_and_params(model)
     weights = np.random.default_rng(1).standard_normal((*tokens.shape, model.embed), np.float32)
-    structure = graph(model)
+    structure = decoder_graphdef(model)
     ctx = Context(
         positions=jnp.broadcast_to(jnp.arange(SEQUENCE), (BATCH, SEQUENCE)),
         remat=remat(chosen, scanned=True),
-        compute=compute,
+        compute_dtype=compute,
     )
 
     def loss(params: Any) -> jax.Array:
@@ -87,7 +87,7 @@ def tokens_and_params(model: ModelConfig) -> tuple[np.ndarray, Any]:
     return tokens, jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32) * model.embed**-0.5, shapes)
 
 
-def errors(expected: Any, found: Any) -> dict[str, float]:
+def relative_errors(expected: Any, found: Any) -> dict[str, float]:
     """Path -> norm of the difference over the norm expected; NaN where either is."""
     expected, found = jax.device_get((expected, found))
     relative = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / (np.linalg.norm(a) + 1e-30), expected, found)

@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Decision]] = {
 }
 
 
-def emitted(model: ModelConfig) -> tuple[str, ...]:
+def emitted_tensors(model: ModelConfig) -> tuple[str, ...]:
     """Names of the tensors that this model's blocks really emit, in order."""
     absent = {"mlp_gate"} if model.activation == "gelu" else set()
     absent |= {"mlp_norm"} if model.parallel_block else set()
@@ -33,7 +33,7 @@ def emitted(model: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in POLICY_TENSORS if name not in absent)
 
 
-def decisions(memory: MemoryConfig, *, tensors: Collection[str]) -> dict[str, Decision] | None:
+def tensor_decisions(memory: MemoryConfig, *, tensors: Collection[str]) -> dict[str, Decision] | None:
     """Decision per tensor, of those the model emits (`tensors`); None: keep everything and wrap nothing.
 
     Raises UserError on a name the model does not emit: a policy must not silently do nothing.
@@ -46,12 +46,12 @@ def decisions(memory: MemoryConfig, *, tensors: Collection[str]) -> dict[str, De
     return {name: decision for name, decision in preset.items() if name in tensors} | memory.names
 
 
-def rematerialized(chosen: Mapping[str, Decision] | None, *, scanned: bool) -> Callable[[Callable], Callable]:
+def make_remat(decisions: Mapping[str, Decision] | None, *, scanned: bool) -> Callable[[Callable], Callable]:
     """`wrap(block)` that computes the same and saves what `chosen` says. `scanned`: the block is a scan's body."""
-    if chosen is None:
+    if decisions is None:
         return lambda block: block
-    kept = [name for name, decision in chosen.items() if decision == "keep"]
-    offloaded = [name for name, decision in chosen.items() if decision == "offload"]
+    kept = [name for name, decision in decisions.items() if decision == "keep"]
+    offloaded = [name for name, decision in decisions.items() if decision == "offload"]
     if offloaded:
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=kept,

@@ -14,9 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from ..configs.sections.model import ModelConfig
 from .attention.interface import Mask
 from .context import Context
-from .kv_cache import with_earlier
+from .kv_cache import attended_keys_values
 from .layers import LayerNorm, Linear, RMSNorm, dropout
-from .rope import rotate, rotations
+from .rope import make_rotations, rotate
 
 RESIDUAL = ("batch", "block_sequence", None)  # between blocks
 GATHERED = ("batch", "sequence", None)  # before a linear map
@@ -58,12 +58,12 @@ class Attention(nnx.Module):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if config.position_encoding == "rope":
-            turn = (ctx.rotations or rotations(config, ctx.positions))[self.window is not None]
+            turn = (ctx.rotations or make_rotations(config, ctx.positions))[self.window is not None]
             q, k = rotate(q, turn), rotate(k, turn)
         q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
         mask = Mask(window=self.window, softcap=config.attention_softcap, scale=config.attention_scale)
         prefix, attend = (ctx.prefix, ctx.attend) if self.prefix is None else self.prefix(x, ctx)
-        k, v, where, entries = with_earlier(k, v, ctx, prefix=prefix)
+        k, v, where, entries = attended_keys_values(k, v, ctx, prefix=prefix)
         out = ctx.constrain(attend(q, k, v, mask, where), ("batch", "sequence", "heads", None))
         y = self.o(out, ctx)
         if self.adapter is not None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .attention.dense import DENSE
-from .attention.interface import Mask, Where, attend
+from .attention.interface import Mask, TokenIndices, attend
 from .rope import Rotation
 
 
@@ -34,7 +34,7 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take(table, tokens, axis=0)
 
 
-def dense(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> jax.Array:
+def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: TokenIndices) -> jax.Array:
     """The reference attention."""
     return attend(DENSE, q, k, v, mask, where)
 
@@ -56,13 +56,13 @@ class Context:
     dropout_keys: jax.Array | None = None  # [batch] keys, one a row of the global batch; None: no dropout
     cache: Any = None  # keys and values of earlier tokens (`cache.py`); a block is given its own layer's
     cache_segment_ids: jax.Array | None = None  # [batch, capacity]: segment of each slot of the cache
-    adapters: jax.Array | None = None  # [batch] int32: which of several adapters each row belongs to
-    product: Callable[..., jax.Array] | None = None  # of rows and their own adapters' matrices (adapters/several.py)
-    shared: Any = None  # arrays that the adapters of all layers read (VeRA)
+    adapter_ids: jax.Array | None = None  # [batch] int32: which of several adapters each row belongs to
+    adapter_product: Callable[..., jax.Array] | None = None  # of rows and their own adapters' matrices (adapters/several.py)
+    shared_matrices: Any = None  # arrays that the adapters of all layers read (VeRA)
     prefix: Any = None  # {"k", "v"} in front of every document, shaped like a cache without rows; a block gets its own
-    attend: Callable[..., jax.Array] = dense  # (q, k, v, mask, where) -> out
+    attend: Callable[..., jax.Array] = dense_attention  # (q, k, v, mask, where) -> out
     linear: Callable[..., jax.Array] = linear
     lookup: Callable[[jax.Array, jax.Array], jax.Array] = lookup
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = unconstrained
     remat: Callable[[Callable], Callable] = lambda block: block  # wraps a block by the memory policy
-    compute: Any = jnp.float32  # dtype of matrix products and activations
+    compute_dtype: Any = jnp.float32  # dtype of matrix products and activations

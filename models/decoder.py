@@ -19,8 +19,8 @@ from flax import nnx
 from ..configs.sections.model import ModelConfig
 from .block import RESIDUAL, Block, norm
 from .context import Context
-from .kv_cache import Cache, empty
-from .rope import rotations
+from .kv_cache import Cache, empty_cache
+from .rope import make_rotations
 
 Params = dict[str, Any]
 
@@ -51,17 +51,17 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: jax.Array, ctx: Context) -> jax.Array:
         # Rows are cast, not the table: a frequent token's gradient is a long sum, made in the table's own dtype.
-        x = ctx.lookup(self.embedding[...], tokens).astype(ctx.compute)
+        x = ctx.lookup(self.embedding[...], tokens).astype(ctx.compute_dtype)
         if self.adapter is not None:
             x = self.adapter(tokens, x)
-        return ctx.constrain(self.placed(x, ctx), RESIDUAL)
+        return ctx.constrain(self.block_input(x, ctx), RESIDUAL)
 
-    def placed(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def block_input(self, x: jax.Array, ctx: Context) -> jax.Array:
         """What the first block reads of the table's rows x [batch, sequence, embed]: scaled, with their positions."""
         if self.config.embedding_scale:
             x = x * jnp.asarray(self.config.embed**0.5, x.dtype)
         if self.config.position_encoding == "learned":
-            x = x + jnp.take(self.positions[...], ctx.positions, axis=0).astype(ctx.compute)
+            x = x + jnp.take(self.positions[...], ctx.positions, axis=0).astype(ctx.compute_dtype)
         return x
 
     def table(self) -> jax.Array:
@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
 
     adapter = None  # what the adapters of all layers share, where they share anything
     prompt = None  # virtual tokens in front of every document (`adapters/prompt.py`)
-    ahead = 0  # how many tokens' keys stand in front of every document: their positions come first
+    prefix_length = 0  # how many tokens' keys stand in front of every document: their positions come first
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.embed = Embed(config, rngs=rngs)
@@ -107,11 +107,11 @@ class Decoder(nnx.Module):
         Entries are shaped like the cache, with these tokens only; None where `ctx` has no cache.
         """
         if self.adapter is not None:
-            ctx = dataclasses.replace(ctx, shared=self.adapter())
+            ctx = dataclasses.replace(ctx, shared_matrices=self.adapter())
         if self.prompt is not None and ctx.prefix is None:
             ctx = dataclasses.replace(ctx, prefix=self.prefix(ctx))
-        ctx = dataclasses.replace(ctx, positions=ctx.positions + self.ahead)
-        x, entries = self._through(self.embed(tokens, ctx), ctx)
+        ctx = dataclasses.replace(ctx, positions=ctx.positions + self.prefix_length)
+        x, entries = self._run_segments(self.embed(tokens, ctx), ctx)
         return self.final_norm(x), None if ctx.cache is None else entries
 
     def prefix(self, ctx: Context) -> Cache:
@@ -127,19 +127,19 @@ class Decoder(nnx.Module):
         alone = Context(
             positions=jnp.arange(count)[None],
             index=jnp.arange(count, dtype=jnp.int32),
-            shared=ctx.shared,
+            shared_matrices=ctx.shared_matrices,
             remat=ctx.remat,
-            compute=ctx.compute,
+            compute_dtype=ctx.compute_dtype,
         )
-        alone = dataclasses.replace(alone, cache=empty(self.config, rows=1, capacity=count, ctx=alone))
-        x = self.embed.placed(rows[None].astype(ctx.compute), alone)
-        _, entries = self._through(x, alone)
+        alone = dataclasses.replace(alone, cache=empty_cache(self.config, rows=1, capacity=count, ctx=alone))
+        x = self.embed.block_input(rows[None].astype(ctx.compute_dtype), alone)
+        _, entries = self._run_segments(x, alone)
         return jax.tree.map(lambda leaf: leaf[:, 0], entries)
 
-    def _through(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Cache]:
+    def _run_segments(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Cache]:
         """x [batch, sequence, embed] through all blocks, and their entries."""
-        ctx = dataclasses.replace(ctx, rotations=rotations(self.config, ctx.positions))
-        loop = jax.lax.scan if self.config.scan else unrolled
+        ctx = dataclasses.replace(ctx, rotations=make_rotations(self.config, ctx.positions))
+        loop = jax.lax.scan if self.config.scan else unrolled_scan
         entries, first = {}, 0
         for number, (pattern, repeats) in enumerate(self.config.segments):
             stacks = [self.segments[str(number)][str(place)] for place in range(len(pattern))]
@@ -187,7 +187,7 @@ def run_segment(
     return loop(pattern, x, (weights, cache, prefix, layers))
 
 
-def unrolled(body: Callable[..., Any], carry: Any, inputs: Any) -> tuple[Any, Any]:
+def unrolled_scan(body: Callable[..., Any], carry: Any, inputs: Any) -> tuple[Any, Any]:
     """`jax.lax.scan` without the loop: one copy of the body a step, which XLA:CPU runs 15-25 % faster."""
     # Split and not indexed: the gradient of one split is one concatenation, that of n indexings n padded sums.
     leaves, tree = jax.tree.flatten(inputs)
@@ -217,7 +217,7 @@ def layer_context(ctx: Context, layer: jax.Array, cache: Any = None, prefix: Any
     return dataclasses.replace(ctx, cache=cache, prefix=prefix, dropout_keys=keys)
 
 
-def graph(config: ModelConfig, adapted: Callable[[Decoder], None] = lambda decoder: None) -> Any:
+def decoder_graphdef(config: ModelConfig, insert_modules: Callable[[Decoder], None] = lambda decoder: None) -> Any:
     """The model's structure without its weights: what `nnx.merge` puts parameters into. Allocates nothing.
 
     `adapted` puts into a decoder what is to stand beside its own weights.
@@ -226,7 +226,7 @@ def graph(config: ModelConfig, adapted: Callable[[Decoder], None] = lambda decod
 
     def build() -> Params:
         decoder = Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)))
-        adapted(decoder)
+        insert_modules(decoder)
         definition, state = nnx.split(decoder)
         found.append(definition)
         return nnx.to_pure_dict(state)

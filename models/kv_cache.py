@@ -13,20 +13,20 @@ import jax
 import jax.numpy as jnp
 
 from ..configs.sections.model import ModelConfig
-from .attention.interface import EVERY, Where
+from .attention.interface import ALL_SEGMENTS, TokenIndices
 from .context import Context
 
-LAYER = ("batch", None, "kv_heads", None)  # one layer's keys or values
+LAYER_AXES = ("batch", None, "kv_heads", None)  # one layer's keys or values
 
 Cache = dict[str, list[dict[str, jax.Array]]]
 
 
-def empty(model: ModelConfig, *, rows: int, capacity: int, ctx: Context) -> Cache:
+def empty_cache(model: ModelConfig, *, rows: int, capacity: int, ctx: Context) -> Cache:
     """A cache of zeros for `rows` sequences of up to `capacity` tokens, of `ctx`'s dtype and placed by it."""
     shape = (rows, capacity, model.key_value_heads, model.head_width)
 
     def layers(repeats: int) -> jax.Array:
-        return ctx.constrain(jnp.zeros((repeats, *shape), ctx.compute), (None, *LAYER))
+        return ctx.constrain(jnp.zeros((repeats, *shape), ctx.compute_dtype), (None, *LAYER_AXES))
 
     return {
         str(number): [{"k": layers(repeats), "v": layers(repeats)} for _ in pattern]
@@ -39,7 +39,7 @@ def capacity(cache: Cache) -> int:
     return jax.tree.leaves(cache)[0].shape[2]
 
 
-def write(cache: Cache, entries: Cache, *, index: jax.Array) -> Cache:
+def write_entries(cache: Cache, entries: Cache, *, index: jax.Array) -> Cache:
     """The cache with `entries`, as `Decoder.hidden` returned them, in the slots from `index` (a scalar) on."""
     return jax.tree.map(
         lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new.astype(whole.dtype), index, axis=2),
@@ -48,24 +48,24 @@ def write(cache: Cache, entries: Cache, *, index: jax.Array) -> Cache:
     )
 
 
-def with_earlier(
+def attended_keys_values(
     k: jax.Array, v: jax.Array, ctx: Context, *, prefix: dict[str, jax.Array] | None = None
-) -> tuple[jax.Array, jax.Array, Where, dict[str, jax.Array] | None]:
+) -> tuple[jax.Array, jax.Array, TokenIndices, dict[str, jax.Array] | None]:
     """Keys and values [batch, keys, kv_heads, head_dim] that new tokens attend to, where they stand, and their entries.
 
     Without a cache these are the new tokens' own. With one they are all its slots: those not yet written lie after
     every query, so the causal mask hides them. Every document sees a `prefix` in front of its own.
     """
     if ctx.cache is None:
-        where, entries = Where(ctx.index, ctx.index, ctx.segment_ids, ctx.segment_ids), None
+        where, entries = TokenIndices(ctx.index, ctx.index, ctx.segment_ids, ctx.segment_ids), None
     else:
-        k, v, where, entries = with_slots(k, v, ctx)
-    return (k, v, where, entries) if prefix is None else (*behind(prefix, k, v, where, ctx), entries)
+        k, v, where, entries = update_slots(k, v, ctx)
+    return (k, v, where, entries) if prefix is None else (*prepend_prefix(prefix, k, v, where, ctx), entries)
 
 
-def behind(
-    prefix: dict[str, jax.Array], k: jax.Array, v: jax.Array, where: Where, ctx: Context
-) -> tuple[jax.Array, jax.Array, Where]:
+def prepend_prefix(
+    prefix: dict[str, jax.Array], k: jax.Array, v: jax.Array, where: TokenIndices, ctx: Context
+) -> tuple[jax.Array, jax.Array, TokenIndices]:
     """Keys and values after those of `prefix`, {"k", "v"} [length, kv_heads, head_dim], which all documents share.
 
     A token's keys depend on what stands before it, so those of a prefix are the same in front of every document.
@@ -76,13 +76,13 @@ def behind(
     def joined(name: str, x: jax.Array) -> jax.Array:
         same = jnp.broadcast_to(prefix[name].astype(x.dtype), (rows, *prefix[name].shape))
         # Cut like the keys before they are joined: else the partitioner may move them by permutes, inside a block.
-        return ctx.constrain(jnp.concatenate([ctx.constrain(same, LAYER), x], axis=1), LAYER)
+        return ctx.constrain(jnp.concatenate([ctx.constrain(same, LAYER_AXES), x], axis=1), LAYER_AXES)
 
     index = jnp.arange(own, dtype=jnp.int32) if where.key_index is None else where.key_index
     segments = where.key_segments
     if segments is not None:
-        segments = jnp.concatenate([jnp.full((rows, length), EVERY, segments.dtype), segments], axis=1)
-    where = Where(
+        segments = jnp.concatenate([jnp.full((rows, length), ALL_SEGMENTS, segments.dtype), segments], axis=1)
+    where = TokenIndices(
         query_index=index if where.query_index is None else where.query_index,
         key_index=jnp.concatenate([jnp.arange(-length, 0, dtype=jnp.int32), index]),
         query_segments=where.query_segments,
@@ -91,14 +91,17 @@ def behind(
     return joined("k", k), joined("v", v), where
 
 
-def with_slots(k: jax.Array, v: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, Where, dict[str, jax.Array]]:
+def update_slots(
+    k: jax.Array, v: jax.Array, ctx: Context
+) -> tuple[jax.Array, jax.Array, TokenIndices, dict[str, jax.Array]]:
     """`with_earlier` of a cache."""
     entries = {"k": k, "v": v}
     whole: Any = {
         name: ctx.constrain(
-            jax.lax.dynamic_update_slice_in_dim(ctx.cache[name], new.astype(ctx.compute), ctx.index[0], axis=1), LAYER
+            jax.lax.dynamic_update_slice_in_dim(ctx.cache[name], new.astype(ctx.compute_dtype), ctx.index[0], axis=1),
+            LAYER_AXES,
         )
         for name, new in entries.items()
     }
     slots = jnp.arange(whole["k"].shape[1], dtype=jnp.int32)
-    return whole["k"], whole["v"], Where(ctx.index, slots, ctx.segment_ids, ctx.cache_segment_ids), entries
+    return whole["k"], whole["v"], TokenIndices(ctx.index, slots, ctx.segment_ids, ctx.cache_segment_ids), entries

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .context import Context
-from .quantized.kernel import product
+from .quantized.kernel import linear_product
 
 # Standard deviation over fan-in, truncated at two sigma: keeps activations at unit scale whatever the width.
 initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -32,8 +32,8 @@ class Linear(nnx.Module):
         if self.adapter is not None:
             bias = None if self.bias is None else self.bias[...]
             return self.adapter(x, self.kernel[...], bias, ctx, inputs=self.inputs)
-        y = product(x, self.kernel[...], ctx, inputs=self.inputs)
-        return y if self.bias is None else y + self.bias[...].astype(ctx.compute)
+        y = linear_product(x, self.kernel[...], ctx, inputs=self.inputs)
+        return y if self.bias is None else y + self.bias[...].astype(ctx.compute_dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -1,6 +1,6 @@
 """The one function from a weight's path to the names of its dimensions."""
 
-NAMES = {
+WEIGHT_AXES = {
     "embed/embedding": ("vocab", "embed"),
     "embed/positions": (None, "embed"),
     "head/kernel": ("embed", "vocab"),
@@ -32,23 +32,23 @@ def axis_names(path: str) -> tuple[str | None, ...]:
     """
     parts = path.split("/")
     if len(parts) > 3 and parts[-2] == "kernel":
-        return quantized_names("/".join(parts[-4:-2]), parts[-1])
+        return quantized_axis_names("/".join(parts[-4:-2]), parts[-1])
     if len(parts) > 3 and parts[-2] == "adapter":
-        return adapter_names("/".join(parts[-4:-2]), parts[-1])
+        return adapter_axis_names("/".join(parts[-4:-2]), parts[-1])
     for length in (3, 2):
-        if (names := NAMES.get("/".join(parts[-length:]))) is not None:
+        if (names := WEIGHT_AXES.get("/".join(parts[-length:]))) is not None:
             return names
     return (None,)
 
 
-def adapter_names(linear: str, leaf: str) -> tuple[str | None, ...]:
+def adapter_axis_names(linear: str, leaf: str) -> tuple[str | None, ...]:
     """Dimensions of an adapter's `leaf` beside the kernel of `linear`: those of the kernel it has, and its rank.
 
     >>> adapter_names("attn/o", "a"), adapter_names("attn/q", "a")
     (('heads', 'head_dim', None), (None, None))
     """
     # Not cut over `fsdp`: thin matrices weigh little, and cut ones the partitioner moves by permutes, inside a block.
-    kernel = tuple(None if name == "embed" else name for name in NAMES.get(f"{linear}/kernel", ()))
+    kernel = tuple(None if name == "embed" else name for name in WEIGHT_AXES.get(f"{linear}/kernel", ()))
     inputs = 2 if linear == "attn/o" else 1
     shapes = {
         "a": (*kernel[:inputs], None),
@@ -65,17 +65,17 @@ def adapter_names(linear: str, leaf: str) -> tuple[str | None, ...]:
     return shapes.get(leaf, (None,))
 
 
-def quantized_names(linear: str, leaf: str) -> tuple[str | None, ...]:
+def quantized_axis_names(linear: str, leaf: str) -> tuple[str | None, ...]:
     """Dimensions of a `leaf` in the place of the kernel of `linear`: its inputs are flattened, and cut by the first.
 
     >>> quantized_names("attn/o", "codes"), quantized_names("attn/q", "scale_mean")
     (('heads', 'embed'), (None,))
     """
-    kernel = NAMES[f"{linear}/kernel"]
+    kernel = WEIGHT_AXES[f"{linear}/kernel"]
     inputs = 2 if linear == "attn/o" else 1
     return (kernel[0], *kernel[inputs:]) if leaf in ("codes", "scale", "zero") else (None,)
 
 
-def stacked(path: str) -> bool:
+def is_stacked(path: str) -> bool:
     """Whether the weight at `path` has a leading [repeats]."""
     return path.startswith(("segments/", "teacher/segments/"))

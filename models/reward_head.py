@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-class Score(nnx.Module):
+class RewardHead(nnx.Module):
     """hidden kernel, in float32."""
 
     def __init__(self, embed: int):
@@ -16,6 +16,6 @@ class Score(nnx.Module):
         return (hidden.astype(jnp.float32) @ self.kernel[...].astype(jnp.float32)).squeeze(-1)
 
 
-def started(embed: int, key: jax.Array) -> dict[str, jax.Array]:
+def init_reward_head(embed: int, key: jax.Array) -> dict[str, jax.Array]:
     """The weights before the first step: normal, of variance 1 / (embed + 1). Source: arXiv:2009.01325, appendix C."""
     return {"kernel": jax.random.normal(key, (embed, 1)) * (embed + 1) ** -0.5}

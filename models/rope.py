@@ -21,8 +21,8 @@ def frequencies(rope: RopeConfig, *, head_dim: int, local: bool) -> tuple[np.nda
     `local` layers turn by `rope.local_theta`, unstretched, where it is set.
     """
     if local and rope.local_theta is not None:
-        return geometric(rope.local_theta, head_dim=head_dim), 1.0
-    plain = geometric(rope.theta, head_dim=head_dim)
+        return base_frequencies(rope.local_theta, head_dim=head_dim), 1.0
+    plain = base_frequencies(rope.theta, head_dim=head_dim)
     if rope.scaling == "none":
         return plain, 1.0
     if rope.scaling == "linear":
@@ -32,10 +32,10 @@ def frequencies(rope: RopeConfig, *, head_dim: int, local: bool) -> tuple[np.nda
         low, high = rope.low_frequency_factor, rope.high_frequency_factor
         unstretched = np.clip((rotations - low) / (high - low), 0, 1)
         return plain * ((1 - unstretched) / rope.factor + unstretched), 1.0
-    return yarn(rope, plain, head_dim=head_dim)
+    return yarn_frequencies(rope, plain, head_dim=head_dim)
 
 
-def geometric(theta: float, *, head_dim: int) -> np.ndarray:
+def base_frequencies(theta: float, *, head_dim: int) -> np.ndarray:
     """theta ** (-2 i / head_dim) for pair i.
 
     >>> geometric(100.0, head_dim=4)
@@ -44,7 +44,7 @@ def geometric(theta: float, *, head_dim: int) -> np.ndarray:
     return theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
 
-def yarn(rope: RopeConfig, plain: np.ndarray, *, head_dim: int) -> tuple[np.ndarray, float]:
+def yarn_frequencies(rope: RopeConfig, plain: np.ndarray, *, head_dim: int) -> tuple[np.ndarray, float]:
     """A blend of left alone and divided by `factor`, on a ramp over pairs. Source: YaRN, arXiv:2309.00071, 3.2."""
 
     def dimension(rotations: float) -> float:
@@ -65,7 +65,7 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
 
-def rotation(rope: RopeConfig, positions: jax.Array, *, head_dim: int, local: bool) -> Rotation:
+def make_rotation(rope: RopeConfig, positions: jax.Array, *, head_dim: int, local: bool) -> Rotation:
     """The turn of tokens at `positions` [batch, sequence]; angles in float32."""
     rates, factor = frequencies(rope, head_dim=head_dim, local=local)
     angles = positions.astype(jnp.float32)[..., None, None] * jnp.asarray(rates, jnp.float32)
@@ -74,16 +74,18 @@ def rotation(rope: RopeConfig, positions: jax.Array, *, head_dim: int, local: bo
     return Rotation(cos, sin)
 
 
-def rotations(model: ModelConfig, positions: jax.Array) -> dict[bool, Rotation]:
+def make_rotations(model: ModelConfig, positions: jax.Array) -> dict[bool, Rotation]:
     """The turns of a model's layers, by whether a layer is local (has a window); {} where nothing rotates."""
     if model.position_encoding != "rope":
         return {}
     kinds = {window is not None for window in model.windows}
-    return {kind: rotation(model.rope, positions, head_dim=model.head_width, local=kind) for kind in kinds}
+    return {kind: make_rotation(model.rope, positions, head_dim=model.head_width, local=kind) for kind in kinds}
 
 
-def rotate(x: jax.Array, turn: Rotation) -> jax.Array:
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """x [batch, sequence, heads, head_dim], each pair (i, i + head_dim / 2) turned, in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * turn.cos - second * turn.sin, second * turn.cos + first * turn.sin], axis=-1)
+    turned = jnp.concatenate(
+        [first * rotation.cos - second * rotation.sin, second * rotation.cos + first * rotation.sin], axis=-1
+    )
     return turned.astype(x.dtype)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ..models.attention.interface import Mask, Where, attend
+from ..models.attention.interface import Mask, TokenIndices, attend
 from ..models.attention.registry import choose
 from .sequence.attend import sequence_parallel
 from .sequence.token_order import ORDER_OF
@@ -20,7 +20,7 @@ def sharded_attention(name: str, *, mesh: Mesh, strategy: str) -> Callable[..., 
     """
     platform = mesh.devices.flat[0].platform
 
-    def sharded(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> jax.Array:
+    def sharded(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: TokenIndices) -> jax.Array:
         implementation = choose(name, mask=mask, where=where, q=q, k=k, platform=platform)
         if mesh.size == 1:
             return attend(implementation, q, k, v, mask, where)

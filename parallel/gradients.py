@@ -28,7 +28,7 @@ class Sums(NamedTuple):
 Engine = Callable[[Any, Any, Batch, jax.Array | None], Sums]
 
 
-def plain(loss: Loss, *, dtype: Any = jnp.float32) -> Engine:
+def plain_engine(loss: Loss, *, dtype: Any = jnp.float32) -> Engine:
     """Loss and gradient of the whole batch at once; gradients are `dtype`. `loss` is (numerator, (weight, metrics)).
 
     Where these are of several adapters, the gradient of all together is that of each: none reads another's parameters.
@@ -47,7 +47,7 @@ def plain(loss: Loss, *, dtype: Any = jnp.float32) -> Engine:
     return engine
 
 
-def accumulated(engine: Engine, *, microbatches: int) -> Engine:
+def accumulate_gradients(engine: Engine, *, microbatches: int) -> Engine:
     """`engine` over `microbatches` parts of the batch, one after another; with one part it is `engine` itself.
 
     Part i takes rows i, i + microbatches, ...: every device keeps the rows it has.

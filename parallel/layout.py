@@ -24,29 +24,29 @@ from ..configs.sections.model import ModelConfig
 from .sharding import path_name
 
 STACKED = re.compile(r"(?P<before>.*/)?segments/(?P<segment>\d+)/(?P<place>\d+)/block/(?P<rest>.*)")
-Order = Sequence[int] | None
+LayerOrder = Sequence[int] | None
 VOCAB_DIMENSION = {"embed/embedding": 0, "head/kernel": 1}
 
 
-def canonical(tree: Any, model: ModelConfig, order: Order = None) -> dict[str, jax.Array]:
+def to_canonical(tree: Any, model: ModelConfig, order: LayerOrder = None) -> dict[str, jax.Array]:
     """Every array of `tree` (parameters, or a state holding trees like them) by canonical name."""
     return {
         name: leaf[index]
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        for name, index in places(path_name(path), jnp.shape(leaf), model, order)
+        for name, index in canonical_slices(path_name(path), jnp.shape(leaf), model, order)
     }
 
 
-def run_shapes(tree: Any, model: ModelConfig, order: Order = None) -> dict[str, tuple[int, ...]]:
+def run_shapes(tree: Any, model: ModelConfig, order: LayerOrder = None) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape in the run of every array of `tree` (or shapes); a padded vocabulary stays so."""
     return {
         name: tuple(size for size, part in zip_longest(leaf.shape, index) if part is None or isinstance(part, slice))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        for name, index in places(path_name(path), leaf.shape, model, order)
+        for name, index in canonical_slices(path_name(path), leaf.shape, model, order)
     }
 
 
-def from_canonical(arrays: Mapping[str, Any], like: Any, model: ModelConfig, order: Order = None) -> Any:
+def from_canonical(arrays: Mapping[str, Any], like: Any, model: ModelConfig, order: LayerOrder = None) -> Any:
     """The inverse: a tree shaped as `like` (arrays or shapes), padding and empty places filled with zeros.
 
     Raises KeyError for a canonical name that `arrays` lacks.
@@ -54,19 +54,21 @@ def from_canonical(arrays: Mapping[str, Any], like: Any, model: ModelConfig, ord
 
     def leaf(path: tuple[Any, ...], shape: Any) -> jax.Array:
         result = jnp.zeros(shape.shape, shape.dtype)
-        for name, index in places(path_name(path), shape.shape, model, order):
+        for name, index in canonical_slices(path_name(path), shape.shape, model, order):
             result = result.at[index].set(arrays[name])
         return result
 
     return jax.tree_util.tree_map_with_path(leaf, like)
 
 
-def canonical_replicas(tree: Any, model: ModelConfig, *, replicas: int, order: Order = None) -> dict[str, jax.Array]:
+def to_canonical_replicas(
+    tree: Any, model: ModelConfig, *, replicas: int, order: LayerOrder = None
+) -> dict[str, jax.Array]:
     """`canonical` of a tree whose arrays have a leading [replica]: every replica's own, under `replica/N/`."""
     return {
         f"replica/{replica}/{name}": leaf
         for replica in range(replicas)
-        for name, leaf in canonical(jax.tree.map(lambda leaf: leaf[replica], tree), model, order).items()  # noqa: B023
+        for name, leaf in to_canonical(jax.tree.map(lambda leaf: leaf[replica], tree), model, order).items()  # noqa: B023
     }
 
 
@@ -81,8 +83,8 @@ def from_canonical_replicas(arrays: Mapping[str, Any], like: Any, model: ModelCo
     return jax.tree.map(lambda *each: jnp.stack(each), *parts)
 
 
-def places(
-    path: str, shape: tuple[int, ...], model: ModelConfig, order: Order = None
+def canonical_slices(
+    path: str, shape: tuple[int, ...], model: ModelConfig, order: LayerOrder = None
 ) -> list[tuple[str, tuple[Any, ...]]]:
     """(canonical name, index into the run's array) of everything the array at `path` holds."""
     if match := STACKED.fullmatch(path):
@@ -100,7 +102,7 @@ def places(
     return [(path, ())]
 
 
-def rearranged(tree: Any, *, before: Order, after: Order) -> Any:
+def reorder_layers(tree: Any, *, before: LayerOrder, after: LayerOrder) -> Any:
     """`tree` (arrays of JAX or numpy) with stacks in the order `after` instead of `before`; empty places are zeros.
 
     None is the plain order, of as many repeats as the other one has.

@@ -9,7 +9,7 @@ MEETING = itertools.count()
 PART = 1 << 30  # bytes told at once: sizes and indices on devices have 32 bits
 
 
-def together(*, seconds: float) -> None:
+def barrier(*, seconds: float) -> None:
     """Wait until every process is here, for `seconds` at most.
 
     Not a collective: on a CPU the first one between some devices waits half a minute for the slowest, and then fails.
@@ -20,7 +20,7 @@ def together(*, seconds: float) -> None:
         multihost.get_barrier_sync_fn()(key=f"meshwright {next(MEETING)}", timeout_ms=int(1000 * seconds))
 
 
-def everyones(value: int) -> list[int]:
+def all_gather_int(value: int) -> list[int]:
     """The value of each process."""
     if jax.process_count() == 1:
         return [value]
@@ -29,7 +29,7 @@ def everyones(value: int) -> list[int]:
     return [int(one) for one in multihost_utils.process_allgather(np.int32(value)).reshape(-1)]
 
 
-def firsts(value: int) -> int:
+def broadcast_int(value: int) -> int:
     """The first process's value."""
     if jax.process_count() == 1:
         return value
@@ -38,14 +38,14 @@ def firsts(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def firsts_bytes(value: bytes | None) -> bytes | None:
+def broadcast_bytes(value: bytes | None) -> bytes | None:
     """The first process's bytes, in parts of `PART` where they are many."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
 
     whole, rest = (-1, 0) if value is None else divmod(len(value), PART)
-    whole, rest = firsts(whole), firsts(rest)
+    whole, rest = broadcast_int(whole), broadcast_int(rest)
     if whole < 0:
         return None
     parts = []
@@ -56,6 +56,6 @@ def firsts_bytes(value: bytes | None) -> bytes | None:
     return b"".join(parts)
 
 
-def anyone(yes: bool) -> bool:
+def any_process(yes: bool) -> bool:
     """Whether any process says yes."""
-    return bool(max(everyones(int(yes))))
+    return bool(max(all_gather_int(int(yes))))

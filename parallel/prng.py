@@ -14,12 +14,12 @@ import numpy as np
 from ..configs.run import RunConfig
 
 
-def of_weights(config: RunConfig) -> jax.Array:
+def init_key(config: RunConfig) -> jax.Array:
     """The key of the weights before step 0."""
     return jax.random.key(config.seed) if config.privacy is None else hashed(config.seed, purpose="weights")
 
 
-def of_steps(config: RunConfig) -> jax.Array:
+def step_key(config: RunConfig) -> jax.Array:
     """The key from which each step makes its own: of dropout and of noise."""
     if config.privacy is None:
         return jax.random.fold_in(jax.random.key(config.seed), 1)

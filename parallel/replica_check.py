@@ -25,20 +25,20 @@ SPREAD = 2654435761  # Knuth's multiplicative hash: neighbours get unrelated fac
 
 
 @dataclass(frozen=True)
-class Difference:
+class ReplicaMismatch:
     """A part of an array that is not the same on all devices that hold it."""
 
     path: str
-    devices: tuple[jax.Device, ...]  # that hold what most do not; all of them where no value has a majority
-    others: tuple[jax.Device, ...]  # that agree with each other
+    suspects: tuple[jax.Device, ...]  # that hold what most do not; all of them where no value has a majority
+    majority: tuple[jax.Device, ...]  # that agree with each other
 
     def __str__(self) -> str:
-        if not self.others:
-            return f"{self.path} differs between {told(self.devices)}"
-        return f"{self.path} is other bits on {told(self.devices)} than on {told(self.others)}"
+        if not self.majority:
+            return f"{self.path} differs between {told(self.suspects)}"
+        return f"{self.path} is other bits on {told(self.suspects)} than on {told(self.majority)}"
 
 
-class Duplicates:
+class ReplicaCheck:
     """Compares what devices of `mesh` hold twice of states with these `shapes` and `shardings`.
 
     Arrays that live in the host's memory are no device's, and left out.
@@ -61,11 +61,11 @@ class Duplicates:
         self._fingerprints = jax.jit(each, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     @property
-    def any(self) -> bool:
+    def has_replicas(self) -> bool:
         """Whether several devices hold the same part of anything."""
         return any(len(rows) > 1 for _, groups in self._parts for rows in groups)
 
-    def differing(self, state: Any) -> list[Difference]:
+    def find_mismatches(self, state: Any) -> list[ReplicaMismatch]:
         """What is not the same where it should be, the same list on every process; waits for the devices.
 
         Collective: every process asks at the same place.
@@ -111,13 +111,13 @@ def sharers(like: Any, where: NamedSharding, mesh: Mesh) -> list[list[int]]:
     return list(groups.values()) if prod(like.shape) else []
 
 
-def difference(path: str, devices: list[jax.Device], seen: np.ndarray) -> Difference:
+def difference(path: str, devices: list[jax.Device], seen: np.ndarray) -> ReplicaMismatch:
     """Who is to blame where `devices` saw different things of a part: those that most do not agree with."""
     (common, count), *_ = Counter(seen.tolist()).most_common(1)
     if 2 * count <= len(devices):
-        return Difference(path, tuple(devices), ())
+        return ReplicaMismatch(path, tuple(devices), ())
     alike = [value == common for value in seen.tolist()]
-    return Difference(
+    return ReplicaMismatch(
         path,
         tuple(device for device, same in zip(devices, alike, strict=True) if not same),
         tuple(device for device, same in zip(devices, alike, strict=True) if same),

@@ -12,11 +12,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..configs.names import BATCH_FIELDS
-from ..models.logical_axes import axis_names, stacked
+from ..models.logical_axes import axis_names, is_stacked
 
 Axes = str | tuple[str, ...] | None
 
-WEIGHTS: dict[str, Axes] = {
+WEIGHT_RULES: dict[str, Axes] = {
     "vocab": ("pipe", "tensor"),
     "embed": "fsdp",
     "heads": "tensor",
@@ -27,7 +27,7 @@ WEIGHTS: dict[str, Axes] = {
     "layers": "pipe",
 }
 
-ACTIVATIONS: dict[str, Axes] = {
+ACTIVATION_RULES: dict[str, Axes] = {
     "batch": ("data", "fsdp"),
     "sequence": "seq",
     "block_sequence": ("seq", "tensor"),  # between blocks, where every token is computed once (arXiv:2205.05198)
@@ -38,7 +38,7 @@ ACTIVATIONS: dict[str, Axes] = {
 }
 
 
-def spec(
+def partition_spec(
     names: tuple[str | None, ...], *, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, Axes]
 ) -> PartitionSpec:
     """Mesh axes for dimensions called `names`. ValueError where one does not fit; key-value heads are repeated."""
@@ -66,10 +66,10 @@ def fitting(axes: Axes, name: str | None, size: int, mesh: Mesh) -> Axes:
 def weight_spec(path: str, shape: tuple[int, ...], *, mesh: Mesh, zero: int) -> PartitionSpec:
     """The sharding of the weight at `path`; `zero` 1 leaves out `fsdp`."""
     names = axis_names(path) if len(shape) else ()
-    names = ((None,) * (len(shape) - len(names) - stacked(path)) + names)[: len(shape) - stacked(path)]
-    rules = WEIGHTS | {"embed": None} if zero == 1 else WEIGHTS
-    inner = spec(names, shape=shape[stacked(path) :], mesh=mesh, rules=rules)
-    return PartitionSpec(*([fitting(rules["layers"], "layers", shape[0], mesh)] if stacked(path) else []), *inner)
+    names = ((None,) * (len(shape) - len(names) - is_stacked(path)) + names)[: len(shape) - is_stacked(path)]
+    rules = WEIGHT_RULES | {"embed": None} if zero == 1 else WEIGHT_RULES
+    inner = partition_spec(names, shape=shape[is_stacked(path) :], mesh=mesh, rules=rules)
+    return PartitionSpec(*([fitting(rules["layers"], "layers", shape[0], mesh)] if is_stacked(path) else []), *inner)
 
 
 def weight_shardings(params: Any, *, mesh: Mesh, zero: int) -> Any:
@@ -93,12 +93,12 @@ def optimizer_shardings(opt_state: Any, params: Any, *, mesh: Mesh) -> Any:
         if owner is None:
             return NamedSharding(mesh, PartitionSpec())
         whole = weight_spec(owner, weights[owner], mesh=mesh, zero=3)
-        return NamedSharding(mesh, inherited(whole, weights[owner], leaf.shape))
+        return NamedSharding(mesh, statistic_spec(whole, weights[owner], leaf.shape))
 
     return jax.tree_util.tree_map_with_path(one, opt_state)
 
 
-def inherited(whole: PartitionSpec, shape: tuple[int, ...], own: tuple[int, ...]) -> PartitionSpec:
+def statistic_spec(whole: PartitionSpec, shape: tuple[int, ...], own: tuple[int, ...]) -> PartitionSpec:
     """The sharding of an array of shape `own` beside a weight of `shape` that is sharded as `whole`."""
     if own == shape:
         return whole
@@ -120,33 +120,35 @@ def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax
     """
 
     def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        taken = taken_axes()
-        rules = {name: without(axes, taken) for name, axes in ACTIVATIONS.items()} if taken else ACTIVATIONS
-        return jax.lax.with_sharding_constraint(x, spec(names, shape=x.shape, mesh=mesh, rules=rules))
+        taken = manual_axes()
+        rules = (
+            {name: exclude_axes(axes, taken) for name, axes in ACTIVATION_RULES.items()} if taken else ACTIVATION_RULES
+        )
+        return jax.lax.with_sharding_constraint(x, partition_spec(names, shape=x.shape, mesh=mesh, rules=rules))
 
     return constrain
 
 
-def taken_axes() -> set[str]:
+def manual_axes() -> set[str]:
     """Mesh axes of the `shard_map` that is being traced; none outside of one."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = jax.sharding.AxisType.Manual
     return {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == manual}
 
 
-def without(axes: Axes, taken: set[str]) -> Axes:
+def exclude_axes(axes: Axes, taken: set[str]) -> Axes:
     """`axes` that are not `taken`; None where none is left."""
     left = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in taken)
     return left or None
 
 
-def cuts(name: str) -> int:
+def shard_count(name: str) -> int:
     """How often the mesh in use (`jax.set_mesh`) cuts the activation dimension `name`; 1 without a mesh.
 
     Inside a `shard_map` an axis that it took counts no more: the dimension is cut already.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = (ACTIVATIONS[name],) if isinstance(ACTIVATIONS[name], str) else ACTIVATIONS[name]
+    axes = (ACTIVATION_RULES[name],) if isinstance(ACTIVATION_RULES[name], str) else ACTIVATION_RULES[name]
     automatic = jax.sharding.AxisType.Auto
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return math.prod(mesh.shape[axis] for axis in axes if kinds.get(axis) == automatic)

@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .sharding import cuts
+from .sharding import shard_count
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
 
-def lookup(table: jax.Array, tokens: jax.Array, *, constrain: Constrain) -> jax.Array:
+def embedding_lookup(table: jax.Array, tokens: jax.Array, *, constrain: Constrain) -> jax.Array:
     """Rows [batch, sequence, embed] of `table` [padded_vocab, embed] at `tokens` [batch, sequence].
 
     Indexing along the sharded dimension would make the partitioner collect the table, and all of its gradient; here
     every shard is indexed by itself. Cast the rows, not the table: the gradient of a frequent token's row is a sum of
     thousands of terms, in the table's dtype.
     """
-    shards = cuts("vocab")
+    shards = shard_count("vocab")
     if shards == 1:
         return jnp.take(constrain(table, (None, None)), tokens, axis=0)
     vocab, embed = table.shape
@@ -53,8 +53,8 @@ def token_logprobs(
 
     Columns at and beyond `vocab` are padding. `chunks` must divide each device's part of the sequence.
     """
-    head = Head(hidden, kernel, softcap)
-    return over_tokens(target_logprobs, (head,), (targets,), vocab=vocab, chunks=chunks, constrain=constrain)
+    head = OutputHead(hidden, kernel, softcap)
+    return map_over_logits(target_logprobs, (head,), (targets,), vocab=vocab, chunks=chunks, constrain=constrain)
 
 
 def target_logprobs(scores: jax.Array, targets: jax.Array) -> jax.Array:
@@ -64,7 +64,7 @@ def target_logprobs(scores: jax.Array, targets: jax.Array) -> jax.Array:
     return target - jax.nn.logsumexp(scores, axis=-1)
 
 
-class Head(NamedTuple):
+class OutputHead(NamedTuple):
     """What a model's logits are made of."""
 
     hidden: jax.Array  # [batch, sequence, embed]
@@ -72,9 +72,9 @@ class Head(NamedTuple):
     softcap: float | None = None
 
 
-def over_tokens(
+def map_over_logits(
     function: Callable[..., Any],
-    heads: Sequence[Head],
+    heads: Sequence[OutputHead],
     fields: Sequence[jax.Array],
     *,
     vocab: int,
@@ -86,7 +86,7 @@ def over_tokens(
     It is given scores [..., tokens, padded_vocab] of each head and parts [..., tokens, ...] of `fields` [batch,
     sequence, ...], and gives arrays [..., tokens, ...].
     """
-    shards = cuts("batch"), cuts("sequence")
+    shards = shard_count("batch"), shard_count("sequence")
     names = ("batch", "sequence", None, "vocab")
     # One copy of a kernel a shard: gathered once before the loop over chunks, its gradient reduced once after it.
     # With a single kernel the partitioner does both in every chunk.
@@ -97,7 +97,7 @@ def over_tokens(
         for hidden, head, copies in zip(hiddens, heads, kernels, strict=True):
             hidden = constrain(hidden, ("batch", "sequence", None, None, None))
             tokens = hidden.reshape(*shards, -1, hidden.shape[-1])  # one flat product a device
-            scores.append(finished(constrain(product(tokens, copies), names), vocab=vocab, softcap=head.softcap))
+            scores.append(cap_and_mask(constrain(product(tokens, copies), names), vocab=vocab, softcap=head.softcap))
         rows = hiddens[0].shape[:-1]
         found = function(*scores, *(field.reshape(*shards, -1, *field.shape[4:]) for field in fields))
         return jax.tree.map(lambda x: x.reshape(*rows, *x.shape[3:]), found)
@@ -134,15 +134,15 @@ def joined(parts: jax.Array, *, shape: tuple[int, int]) -> jax.Array:
     return parts.transpose(1, 3, 2, 4, 0, *range(5, parts.ndim)).reshape(*shape, *parts.shape[5:])
 
 
-def logits(
+def compute_logits(
     hidden: jax.Array, kernel: jax.Array, *, vocab: int, softcap: float | None, constrain: Constrain
 ) -> jax.Array:
     """float32 [batch, sequence, padded_vocab], sharded over the vocabulary; -inf in padding columns."""
     scores = jnp.dot(constrain(hidden, ("batch", "sequence", None)), kernel, preferred_element_type=jnp.float32)
-    return finished(constrain(scores, ("batch", "sequence", "vocab")), vocab=vocab, softcap=softcap)
+    return cap_and_mask(constrain(scores, ("batch", "sequence", "vocab")), vocab=vocab, softcap=softcap)
 
 
-def finished(scores: jax.Array, *, vocab: int, softcap: float | None) -> jax.Array:
+def cap_and_mask(scores: jax.Array, *, vocab: int, softcap: float | None) -> jax.Array:
     """softcap * tanh(scores / softcap), and -inf from column `vocab` on."""
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)

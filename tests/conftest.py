@@ -1,6 +1,9 @@
 """Every test sees eight simulated CPU devices, strict numerics, and a compiler that hurries."""
 
 import os
+import sys
+
+import pytest
 
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
@@ -13,3 +16,12 @@ FLAGS = (
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def idle_coordination_service(monkeypatch):
+    """The coordination service does nothing: fake workers do not speak JAX."""
+    from meshwright.train.launch import local_processes
+
+    idle = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(local_processes, "COORDINATION_SERVICE", idle)

@@ -1,8 +1,9 @@
-"""When the state is saved to storage: every so many steps, or, `checkpoint.every: auto`, as often as loses the least.
+"""The checkpoint schedule says after which steps the state is saved to storage.
 
-Saving too often costs the stalls, too seldom the steps that a failure takes along. Daly's interval balances them, from
-what this run itself measured, in all its sittings: the stall of a save, the time to come back, and how often something
-failed that storage was needed for. It is worked out anew at every save, by the first process, and told to all.
+`checkpoint.every` is a number of steps, or "auto": then the interval is the one that loses the least time. Every save
+costs a stall, and every failure costs the steps since the last save. Daly's formula balances the two, from what this
+run has measured over all its sessions: the stall of a save, the time to recover, and how often a failure needed
+storage. The first process computes the interval anew at every save and broadcasts it.
 """
 
 from collections.abc import Callable
@@ -16,55 +17,49 @@ from .core.event_log import Journal
 from .report.goodput import accounted, daly
 from .report.run_record import Record, read_record
 
-FIRST = 20  # steps before the first save of a run that has measured nothing yet
-EXPECTED = 24 * 3600.0  # seconds to the first failure, until some have been seen
+FIRST_SAVE_STEPS = 20  # steps before the first save of a run that has measured nothing yet
+EXPECTED_SECONDS_TO_FAILURE = 24 * 3600.0  # assumed until the run has seen failures
 
 
 @dataclass
-class Pace:
-    """Which steps are saved. `agreed` makes the first process's number everybody's."""
+class CheckpointSchedule:
+    """Which steps are saved. `broadcast` returns the first process's integer on every process."""
 
-    every: int | Literal["auto"]
+    interval: int | Literal["auto"]
     directory: Path
     journal: Journal
-    agreed: Callable[[int], int]
-    next: int | None = None  # the step of the next save, where it is worked out
+    broadcast: Callable[[int], int]
+    next_step: int | None = None  # the step of the next save if `interval` is "auto"
 
-    def began(self, step: int) -> None:
-        """The sitting goes on from `step`; every process calls it."""
-        if self.every == "auto":
-            self.next = step + self._steps(step)
+    def restart(self, step: int) -> None:
+        """Plan the next save, at the start of a session at `step` or after a save of `step`. Collective."""
+        if self.interval == "auto":
+            self.next_step = step + self.broadcast(self._best_steps(step) if self.journal.enabled else 0)
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether to save after `step`."""
-        if self.every == "auto":
-            return self.next is not None and step >= self.next
-        return self.every > 0 and step % self.every == 0
+        if self.interval == "auto":
+            return self.next_step is not None and step >= self.next_step
+        return self.interval > 0 and step % self.interval == 0
 
-    def saved(self, step: int) -> None:
-        """A save has begun after `step`; every process calls it."""
-        self.began(step)
-
-    def _steps(self, step: int) -> int:
-        """Steps to the next save, the same on every process."""
-        if not self.journal.enabled:
-            return self.agreed(0)
-        found = interval(read_record(self.directory))
-        if found is None:
-            return self.agreed(FIRST)
-        self.journal.record("interval", step=step, **found)
-        return self.agreed(found["steps"])
+    def _best_steps(self, step: int) -> int:
+        """Compute and record the steps to the next save."""
+        best = best_interval(read_record(self.directory))
+        if best is None:
+            return FIRST_SAVE_STEPS
+        self.journal.record("interval", step=step, **best)
+        return best["steps"]
 
 
-def interval(record: Record) -> dict[str, Any] | None:
-    """Steps between saves that lose the least, and what they were worked out from; None before anything was saved.
+def best_interval(record: Record) -> dict[str, Any] | None:
+    """Return the interval that loses the least time, with what it was computed from, as fields of an "interval" event.
 
-    A save is never begun before the one before it has been written.
+    None before the first save of the run. The interval is at least the time to write a save.
     """
     goodput = accounted(record)
     if goodput.stall is None or not goodput.step:
         return None
-    failure = (goodput.wall + EXPECTED) / (needed(record) + 1)
+    failure = (goodput.wall + EXPECTED_SECONDS_TO_FAILURE) / (count_storage_failures(record) + 1)
     stall = max(goodput.stall, 1e-3)
     best = daly(stall=stall, failure=failure, recovery=goodput.recovery or 0.0)
     flush = fmean([event["seconds"] for event in record.of("commit") if "seconds" in event] or [0.0])
@@ -78,8 +73,8 @@ def interval(record: Record) -> dict[str, Any] | None:
     }
 
 
-def needed(record: Record) -> int:
-    """Failures that storage was needed for: those that a snapshot in memory did not answer."""
+def count_storage_failures(record: Record) -> int:
+    """Count the failures from which the run did not recover by a snapshot in memory."""
     sittings = list(record.sittings())
     return sum(
         any(event["event"] == "restart" for event in before) and after[0].get("level") not in ("memory", "parity")

@@ -1,11 +1,11 @@
-"""The saves of a sitting: begun, journalled, thinned out, and what a failed one means.
+"""The checkpointer starts the saves of a session, records how they end, and deletes old checkpoints.
 
-saving.begin(state, step, samples=n, storage=True)      returns when the arrays may change
-saving.poll()                                           between steps: journals what has become whole
-saving.finish()                                         raises where the last save failed: no run ends well without it
+    checkpointer.start_save(state, step, samples=n)     returns as soon as the arrays may change
+    checkpointer.poll()                                 between steps: records the saves that have ended
+    checkpointer.finish()                               raises if the last save failed: such a run does not end well
 
-A save is a copy of the state, begun at once (`checkpoint/async_copy.py`), that the next step does not wait for; from
-the copy a snapshot is written to the host's memory (`snapshot_writer.py`), a checkpoint to storage, or both.
+A save starts with a copy of the state (`checkpoint/async_copy.py`), which the next step does not wait for. The copy is
+written to the host's memory as a snapshot (`snapshot_writer.py`), to storage as a checkpoint, or both.
 """
 
 import dataclasses
@@ -15,212 +15,217 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..checkpoint.async_copy import independent
-from ..checkpoint.retention import retained
+from ..checkpoint.async_copy import donation_safe_copy
+from ..checkpoint.retention import select_retained
 from ..checkpoint.storage import Storage
-from ..checkpoint.storage_timeout import StorageHangs
+from ..checkpoint.storage_timeout import StorageTimeout
 from ..configs.errors import MeshwrightError
 from ..configs.sections.training import CheckpointConfig
-from ..parallel.multihost import anyone, firsts
+from ..parallel.multihost import any_process, broadcast_int
 from ..parallel.state import TrainState
 from .core.event_log import Journal, read_events
-from .sdc_check import Vouch
-from .snapshot_writer import Snapshots
+from .sdc_check import StateCheck
+from .snapshot_writer import SnapshotWriter
 
 NOW, LATER, NEVER = "now", "later", "never"
-NEWS = 1.0  # seconds between two words while a save is waited for
+REPORT_SECONDS = 1.0  # between two progress reports while the run waits for a save
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """A copy that waits for the storage to be free."""
+class QueuedSave:
+    """A copy of the state that waits until the storage is free."""
 
     state: TrainState
     step: int
     samples: int
-    stall: float  # seconds that it kept training waiting
+    stall: float  # seconds that training waited for the copy
 
 
 @dataclass
-class Saving:
-    """Saves of one run by `config`. Every process of the run begins the same ones; the first one journals.
+class Checkpointer:
+    """Saves the state as `config` asks. Every process of the run starts the same saves; the first one records events.
 
-    `alive` is told what is waited for, so that waiting for storage is not taken for a hang: that has its own time-out.
+    `report_waiting` publishes what the run waits for, so that the supervisor does not take a slow storage for a hang:
+    the storage has a time-out of its own.
     """
 
     config: CheckpointConfig
     storage: Storage
     journal: Journal
-    stamp: Mapping[str, Any]  # what is written into every checkpoint beside the state
-    snapshots: Snapshots | None = None  # in the host's memory
-    alive: Callable[[str], None] = lambda _: None
-    vouch: Vouch = lambda state, step: None  # raises where a state is not to be saved
-    failure: MeshwrightError | None = None  # of the newest save; None where it became whole
-    failed_at: int = -1  # the step of that save
-    waiting: Waiting | None = None  # when_busy: drop-oldest
-    began: dict[int, float] = field(default_factory=dict)  # step -> when its save began
-    numbers: dict[str, float] = field(default_factory=dict)  # for the next row of metrics
+    metadata: Mapping[str, Any]  # written into every checkpoint beside the state
+    snapshots: SnapshotWriter | None = None  # None: no snapshots in the host's memory
+    report_waiting: Callable[[str], None] = lambda _: None
+    check_state: StateCheck = lambda state, step: None  # raises for a state that must not be saved
+    failure: MeshwrightError | None = None  # of the newest save; None if it is complete
+    failed_step: int = -1  # the step of that save
+    queued: QueuedSave | None = None  # only with when_busy: drop-oldest
+    start_times: dict[int, float] = field(default_factory=dict)  # step -> monotonic seconds when its save started
+    metrics: dict[str, float] = field(default_factory=dict)  # for the next row of metrics
 
-    def begin(self, state: TrainState, step: int, *, samples: int, storage: bool = True, memory: bool = False) -> None:
-        """Begin to save `state` after `step` updates, where `config.when_busy` does not say otherwise."""
+    def start_save(
+        self, state: TrainState, step: int, *, samples: int, storage: bool = True, memory: bool = False
+    ) -> None:
+        """Start to save `state` after `step` updates, unless `config.when_busy` drops this save. Collective."""
         began = time.monotonic()
-        memory = memory and self.snapshots is not None and self.snapshots.takes(step)
-        when = self.when(step) if storage else NEVER
+        memory = memory and self.snapshots is not None and self.snapshots.accepts(step)
+        when = self.decide(step) if storage else NEVER
         if when == NEVER and not memory:
             return
-        self.vouch(state, step)
-        copied = independent(dataclasses.replace(state, frozen={}))  # what never changes is not saved
+        self.check_state(state, step)
+        copy = donation_safe_copy(dataclasses.replace(state, frozen={}))  # frozen weights never change
         stall = time.monotonic() - began
         if memory:
-            self.snapshots.begin(copied, step, data={**self.stamp, "samples": samples}, stall=stall)
+            self.snapshots.start_snapshot(copy, step, data={**self.metadata, "samples": samples}, stall=stall)
         if when == NEVER:
             return
-        if self.waiting is not None:
-            self.journal.record("save-dropped", step=self.waiting.step, reason=f"step {step} is newer")
-        self.waiting = Waiting(copied, step, samples, stall)
+        if self.queued is not None:
+            self.journal.record("save-dropped", step=self.queued.step, reason=f"step {step} is newer")
+        self.queued = QueuedSave(copy, step, samples, stall)
         if when == NOW:
-            self.write()
+            self.write_queued()
 
-    def when(self, step: int) -> str:
-        """When storage takes a save of `step`: back-pressure, the same on every process."""
+    def decide(self, step: int) -> str:
+        """Return NOW, LATER or NEVER for a save of `step` to a storage that may be busy. Collective."""
         if self.config.when_busy == "wait":
-            self.settle()
-        if not anyone(self.storage.busy):
-            self.note()
+            self.wait()
+        if not any_process(self.storage.saving):
+            self.record_result()
             return NOW
         if self.config.when_busy == "drop-oldest":
             return LATER
-        if anyone(self.storage.hangs):
-            self.note()
-            self.failed(StorageHangs(f"step {step} is not saved: the save before it hangs"), step)
+        if any_process(self.storage.timed_out):
+            self.record_result()
+            self.record_failure(StorageTimeout(f"step {step} is not saved: the save before it hangs"), step)
         else:
             self.journal.record("save-skipped", step=step, reason="the save before it is still being written")
         return NEVER
 
-    def write(self) -> None:
-        """Hand the copy that waits to the storage, which is free."""
-        one, self.waiting = self.waiting, None
-        began = self.began[one.step] = time.monotonic()
+    def write_queued(self) -> None:
+        """Start to write the queued copy; the storage must be free."""
+        save, self.queued = self.queued, None
+        began = self.start_times[save.step] = time.monotonic()
         try:
-            self.storage.save(one.state, step=one.step, data={**self.stamp, "samples": one.samples})
+            self.storage.save(save.state, step=save.step, data={**self.metadata, "samples": save.samples})
         except MeshwrightError as error:
-            self.failed(error, one.step)
+            self.record_failure(error, save.step)
             return
-        stall = one.stall + time.monotonic() - began
-        self.numbers["save_stall_seconds"] = stall
-        snapshots = self.snapshots.taken() if self.snapshots is not None else {}
-        self.journal.record("save", step=one.step, stall_seconds=stall, **snapshots)
+        stall = save.stall + time.monotonic() - began
+        self.metrics["save_stall_seconds"] = stall
+        snapshot_totals = self.snapshots.take_totals() if self.snapshots is not None else {}
+        self.journal.record("save", step=save.step, stall_seconds=stall, **snapshot_totals)
 
     def poll(self) -> None:
-        """Note a save that has ended, and begin the one that waits; does not wait."""
+        """Record a save that has ended, and start the queued one. Does not wait."""
         if self.snapshots is not None:
             self.snapshots.poll()
-            self.numbers |= self.snapshots.numbers()
-        if self.waiting is not None and not anyone(self.storage.busy):
-            self.note()
-            self.write()
-        elif self.storage.ended or self.storage.hangs:
-            self.note()
+            self.metrics |= self.snapshots.take_metrics()
+        if self.queued is not None and not any_process(self.storage.saving):
+            self.record_result()
+            self.write_queued()
+        elif self.storage.finished or self.storage.timed_out:
+            self.record_result()
 
-    def row(self) -> dict[str, float]:
-        """What saves took since the last row of metrics."""
-        numbers, self.numbers = self.numbers, {}
-        return numbers
+    def take_metrics(self) -> dict[str, float]:
+        """Return the metrics of saves since the last call: seconds and bytes by metric name."""
+        metrics, self.metrics = self.metrics, {}
+        return metrics
 
-    def settle(self) -> None:
-        """Wait for the save under way, on all processes, and note how it ended."""
-        step, began = self.storage.pending, time.monotonic()
-        while anyone(self.storage.under_way(NEWS)):
-            self.alive(f"waits for the save of step {step}, {time.monotonic() - began:.0f} s")
-        self.note()
+    def wait(self) -> None:
+        """Wait until no process is saving, and record how the save ended. Collective."""
+        step, began = self.storage.pending_step, time.monotonic()
+        while any_process(self.storage.still_saving_after(REPORT_SECONDS)):
+            self.report_waiting(f"waits for the save of step {step}, {time.monotonic() - began:.0f} s")
+        self.record_result()
 
-    def note(self) -> None:
-        """How the save ended that is not under way any more, or has been for too long."""
-        step = self.storage.pending
-        if step is None or (self.storage.hangs and step <= self.failed_at):
-            return  # nothing new
+    def record_result(self) -> None:
+        """Record how the pending save ended: committed, failed, or timed out."""
+        step = self.storage.pending_step
+        if step is None or (self.storage.timed_out and step <= self.failed_step):
+            return  # its result is recorded already
         try:
             committed = self.storage.wait()
         except MeshwrightError as error:
-            self.failed(error, step)
+            self.record_failure(error, step)
             return
-        if committed >= self.failed_at:
+        if committed >= self.failed_step:
             self.failure = None
-        spent = {name if name == "bytes" else f"{name}_seconds": one for name, one in vars(self.storage.spent).items()}
-        self.numbers |= {f"save_{name}": float(value) for name, value in spent.items()}
-        self.journal.record("commit", step=committed, seconds=time.monotonic() - self.began[committed], **spent)
+        stats = {
+            name if name == "bytes" else f"{name}_seconds": value
+            for name, value in vars(self.storage.save_stats).items()
+        }
+        self.metrics |= {f"save_{name}": float(value) for name, value in stats.items()}
+        self.journal.record("commit", step=committed, seconds=time.monotonic() - self.start_times[committed], **stats)
         if self.journal.enabled:
-            self.thin_out()
+            self.apply_retention()
 
-    def last(self, state: TrainState, step: int, *, samples: int) -> None:
-        """Save what the sitting ends with, whatever is under way."""
-        self.settle()
-        if self.waiting is not None:
-            self.journal.record("save-dropped", step=self.waiting.step, reason=f"step {step} is the last")
-            self.waiting = None
-        self.begin(state, step, samples=samples)
+    def save_final(self, state: TrainState, step: int, *, samples: int) -> None:
+        """Start to save the last state of the session, after the save under way has ended."""
+        self.wait()
+        if self.queued is not None:
+            self.journal.record("save-dropped", step=self.queued.step, reason=f"step {step} is the last")
+            self.queued = None
+        self.start_save(state, step, samples=samples)
 
-    def go_back(self, state: TrainState, step: int, *, samples: int) -> None:
-        """A sitting begins with `state` after `step` updates, though the run has saved later ones of its own.
+    def rewind(self, state: TrainState, step: int, *, samples: int) -> None:
+        """Start this session from `state` after `step` updates, although the run has saved later steps. Collective.
 
-        Nobody is on their time line any more: their checkpoints are set aside, journalled, and their snapshots
-        forgotten; `state` is saved in their place.
+        The later steps no longer belong to the run: their checkpoints are quarantined, their snapshots deleted, and
+        `state` is saved instead.
         """
-        shelf = self.storage.shelf
-        for later in shelf.steps if self.journal.enabled else ():
+        checkpoints = self.storage.checkpoints
+        for later in checkpoints.steps if self.journal.enabled else ():
             if later > step:
-                place = shelf.quarantine(later).relative_to(shelf.directory)
+                place = checkpoints.quarantine(later).relative_to(checkpoints.directory)
                 reason = f"the run went back to {step}, where the others are"
                 self.journal.record("quarantine", step=later, level="storage", reason=reason, place=str(place))
         if self.snapshots is not None:
-            self.snapshots.forget(beyond=step)
-        if firsts(int(step not in shelf.steps)):
-            self.begin(state, step, samples=samples)
-            self.settle()  # until then a restart would find nothing but what was set aside
+            self.snapshots.delete_after(step)
+        if broadcast_int(int(step not in checkpoints.steps)):
+            self.start_save(state, step, samples=samples)
+            self.wait()  # until it is complete, a restart would find quarantined checkpoints only
 
     def finish(self) -> None:
-        """Wait for the last save, of all processes. Raises MeshwrightError where it failed on any."""
+        """Wait for the last save of all processes. Raises MeshwrightError if it failed on any of them."""
         try:
-            self.settle()
-            if self.waiting is not None and not anyone(self.storage.busy):
-                self.write()
-                self.settle()
+            self.wait()
+            if self.queued is not None and not any_process(self.storage.saving):
+                self.write_queued()
+                self.wait()
         except MeshwrightError:
             if self.failure is None:
                 raise
-        if anyone(self.failure is not None):
-            raise self.failure or MeshwrightError("the last save failed on another process, which says why")
+        if any_process(self.failure is not None):
+            raise self.failure or MeshwrightError("the last save failed on another process; its log says why")
         if self.snapshots is not None:
-            self.snapshots.clear()  # storage has the state: the memory is the host's again
+            self.snapshots.clear()  # the state is in storage, so the host gets its memory back
 
-    def failed(self, error: MeshwrightError, step: int | None) -> None:
-        """Journal a save that failed; raise where the policy says stop."""
-        self.failure, self.failed_at = error, -1 if step is None else step
+    def record_failure(self, error: MeshwrightError, step: int | None) -> None:
+        """Record a failed save; raise `error` if `config.on_failure` is "stop"."""
+        self.failure, self.failed_step = error, -1 if step is None else step
         logger.warning("%s", error)
         self.journal.record("save-failed", step=step, message=str(error)[:500])
         if self.config.on_failure == "stop":
             raise error
 
-    def thin_out(self) -> None:
-        """Delete the checkpoints that need not stay."""
-        steps = self.storage.steps
-        kept = retained(
-            steps,
-            newest=self.config.keep,
-            every=self.config.keep_every,
-            best=self.config.keep_best,
-            scores=scores(self.journal) if self.config.keep_best else None,
+    def apply_retention(self) -> None:
+        """Delete the checkpoints that `config` does not keep."""
+        kept = select_retained(
+            self.storage.steps,
+            keep_newest=self.config.keep,
+            keep_every=self.config.keep_every,
+            keep_best=self.config.keep_best,
+            scores=held_out_losses(self.journal) if self.config.keep_best else None,
         )
         try:
-            self.storage.keep_only(kept)
+            self.storage.delete_except(kept)
         except OSError as error:  # the next commit tries again
             logger.warning("old checkpoints cannot be deleted: %s", error)
 
 
-def scores(journal: Journal) -> dict[int, float]:
-    """Step -> held-out loss, as evaluated in any sitting."""
+def held_out_losses(journal: Journal) -> dict[int, float]:
+    """Return step -> held-out loss, over all sessions of the run."""
     return {
         event["step"]: float(event["held_out_loss"])
         for event in read_events(journal.path.parent)

@@ -1,4 +1,4 @@
-"""The last words of a run: what it reached, beside what a compressor makes of the same bytes, and what to try next."""
+"""The end summary of a run: what it reached, next to gzip on the same text, and which commands to try next."""
 
 import json
 import os
@@ -13,58 +13,54 @@ from .core.run_directory import read_config
 from .run import Summary
 
 
-def closing_words(summary: Summary) -> str:
-    """A few lines for the terminal."""
+def render_end_summary(summary: Summary) -> str:
+    """Return a few lines for the terminal."""
     directory, metrics = summary.directory, summary.metrics
     loss = f", training loss {metrics['loss']:.3f}" if "loss" in metrics else ", nothing left to train"
     lines = [f"\n{directory}: {summary.steps} steps{loss}"]
     if (bits := metrics.get("held_out_bits_per_byte")) is not None:
         gzip = json.loads((directory / "environment.json").read_text())["corpus"]["gzip_bits_per_byte"]
         lines.append(f"held-out text: {bits:.3f} bits per byte; gzip -9 on the same bytes: {gzip:.3f}")
-    for name, before in summary.first.items():
+    for name, before in summary.initial_metrics.items():
         if name in metrics and not name.endswith("held_out_perplexity"):
             lines.append(
                 f"{name.replace('_', ' ')}: {before:.3f} before the first step, {metrics[name]:.3f} after the last"
             )
     lines += [f"report:   {directory / 'report.html'}", "", "Try next:"]
-    lines += [f"  {typed()} {words}" for words in nexts(read_config(directory), directory)]
+    lines += [f"  {program_name()} {command}" for command in next_commands(read_config(directory), directory)]
     return "\n".join(lines)
 
 
-def nexts(config: RunConfig, directory: Path) -> list[str]:
-    """What one can do with the run in `directory`, as it is typed."""
-    named = f"--adapter {next(iter(config.adapters))} " if config.adapters else ""
-    away = f"{directory / 'config.yaml'} name={directory.name}-elsewhere mesh.tensor=1 mesh.fsdp=4"
-    words = [
-        f"generate {directory} {named}{shlex.quote(prompt_of(config))}",
+def next_commands(config: RunConfig, directory: Path) -> list[str]:
+    """Return commands that fit the run in `directory`, without the name of the program."""
+    adapter = f"--adapter {next(iter(config.adapters))} " if config.adapters else ""
+    commands = [
+        f"generate {directory} {adapter}{shlex.quote(example_prompt(config))}",
         f"evaluate {directory}",
     ]
-    if config.islands is None:  # one of them goes on with all the others
-        words.append(f"train {directory / 'config.yaml'} steps={2 * config.steps}  # goes on")
-    if on_quickstarts_mesh(config):
-        words.append(f"train {away}  # the same run on another mesh")
-    if config.adapter is None or config.recipe.name == "reward":  # a file of PEFT's has no place for a score
-        words.append(f"checkpoint export {directory} {directory / 'exported'}  # as transformers loads it")
-    elif config.adapter.method in (*peft_writer.KINDS, *peft_prompt.KINDS) and config.quantization is None:
-        words.append(f"adapter export {directory} {directory / 'adapter'}  # as PEFT loads it")
-    return words if config.recipe.name != "reward" else words[1:]
+    if config.islands is None:  # an island continues only together with all the others
+        commands.append(f"train {directory / 'config.yaml'} steps={2 * config.steps}  # goes on")
+    # Data 2 x fsdp 2 x tensor 2 of simulated devices, the quickstart's mesh, can as well be data 2 x fsdp 4.
+    if config.mesh.platform == "cpu" and config.mesh.sizes.items() >= {"data": 2, "fsdp": 2, "tensor": 2}.items():
+        other_mesh = f"name={directory.name}-elsewhere mesh.tensor=1 mesh.fsdp=4"
+        commands.append(f"train {directory / 'config.yaml'} {other_mesh}  # the same run on another mesh")
+    if config.adapter is None or config.recipe.name == "reward":  # a PEFT file has no place for a reward head
+        commands.append(f"checkpoint export {directory} {directory / 'exported'}  # as transformers loads it")
+    elif config.adapter.method in (*peft_writer.PEFT_TYPES, *peft_prompt.PEFT_TYPES) and config.quantization is None:
+        commands.append(f"adapter export {directory} {directory / 'adapter'}  # as PEFT loads it")
+    return commands if config.recipe.name != "reward" else commands[1:]
 
 
-def prompt_of(config: RunConfig) -> str:
-    """The beginning of a text such as the run has read."""
+def example_prompt(config: RunConfig) -> str:
+    """Return the beginning of a text like those the run was trained on."""
     if config.evaluation.prompts:
         return config.evaluation.prompts[0].splitlines()[0]
     return "def " if config.data.source in ("stdlib", "docstrings") else "Once upon a time"
 
 
-def on_quickstarts_mesh(config: RunConfig) -> bool:
-    """Whether data 2 x fsdp 2 x tensor 2 of simulated devices, which can as well be data 2 x fsdp 4."""
-    return config.mesh.platform == "cpu" and config.mesh.sizes.items() >= {"data": 2, "fsdp": 2, "tensor": 2}.items()
-
-
-def typed() -> str:
-    """What to type for `meshwright` here: the name, or its path where it was called by one."""
-    called, found = Path(sys.argv[0]), shutil.which("meshwright")
-    if called.name != "meshwright" or (found is not None and Path(found).resolve() == called.resolve()):
+def program_name() -> str:
+    """Return what to type for `meshwright` here: the name, or a relative path if it was called by one."""
+    called, on_path = Path(sys.argv[0]), shutil.which("meshwright")
+    if called.name != "meshwright" or (on_path is not None and Path(on_path).resolve() == called.resolve()):
         return "meshwright"
     return os.path.relpath(called)

@@ -1,8 +1,9 @@
-"""The training loop: feed, step, meet; between two steps save, evaluate, stop. It never waits for the device.
+"""The training loop: read a batch, make a step, synchronize; between two steps save, evaluate or stop.
 
     state = Loop(...).run(state, start)
 
-The metrics of a step are read while the next one runs.
+The loop reads the metrics of a step while the next one runs, so the device never waits for the host. Steps are counted
+from 1; "after step 0" is before the first one.
 """
 
 import math
@@ -18,188 +19,195 @@ import jax
 from ..configs.errors import MeshwrightError, Preempted
 from ..parallel.outer.traffic import sent
 from ..parallel.state import TrainState
-from .checkpoint_schedule import Pace
-from .checkpointer import Saving
-from .core.heartbeat import Progress
-from .core.sample_log import Ledger
+from .checkpoint_schedule import CheckpointSchedule
+from .checkpointer import Checkpointer
+from .core.heartbeat import ProgressReporter
+from .core.sample_log import SampleLog
 from .data.assemble import Data
 from .data.batches import batches
-from .engine.host_data import Share, to_devices
+from .engine.host_data import ProcessShard, make_global_arrays
 from .engine.program import Program
-from .engine.replicas import Meet, on_host
+from .engine.replicas import Synchronize, metrics_to_host
 from .engine.step import Step
 from .infer.evaluator import Assessment
-from .islands.sync import Meetings, Moved
+from .islands.sync import IslandSync, StateReplaced
 from .launch.straggler_detection import WAIT
 from .metrics.metrics_logger import Telling
 from .metrics.throughput import Meter
 from .preemption import StopRequest
-from .profiling import Profile
+from .profiling import StepProfiler
 
 
 @dataclass
 class Loop:
-    """The loop and what it is told by and tells."""
+    """The training loop of one session, with everything it reads from and reports to."""
 
     program: Program
     data: Data
-    reread: Callable[[int], Data]  # `data`, with what is noted beforehand of what is read after an update
-    share: Share
+    data_from: Callable[[int], Data]  # step -> `data`, annotated (reference log p, teacher tokens) from that step on
+    shard: ProcessShard
     directory: Path
-    step: Step
-    meet: Meet
-    meetings: Meetings | None  # of an island with the others; it is `meet`
-    assess: Assessment | None  # None: nothing to evaluate
-    saving: Saving
-    pace: Pace
-    ledger: Ledger
-    stop: StopRequest
-    progress: Progress
+    train_step: Step
+    synchronize: Synchronize
+    island_sync: IslandSync | None  # synchronization with other islands; then it is `synchronize`, too
+    evaluator: Assessment | None  # None: the data hold nothing out
+    checkpointer: Checkpointer
+    checkpoint_schedule: CheckpointSchedule
+    sample_log: SampleLog
+    stop_request: StopRequest
+    progress: ProgressReporter
     meter: Meter
-    told: Telling
-    spent: Callable[[int], dict[str, float]]  # of a private run, after a step
+    metrics_logger: Telling
+    privacy_metrics: Callable[[int], dict[str, float]]  # step -> epsilon spent so far; empty without privacy
 
     def run(self, state: TrainState, start: int) -> TrainState:
-        """From update `start` to the last, saved and evaluated. Raises Preempted, the state saved, where asked to."""
+        """Train from step `start` to `config.steps`, save and evaluate; return the last state.
+
+        Raises Preempted, after the state was saved, if the process is asked to stop.
+        """
         config = self.program.config
-        if self.assess is not None and config.evaluation.start and start == 0:
+        if self.evaluator is not None and config.evaluation.start and start == 0:
             self.evaluate(state, 0)
             self.meter.restart()
-        if self.meetings and start < config.steps:
-            state, begun = self.meetings.begin(state, start)
-            if begun < start:
-                self.gone_back(state, begun)
-            start = begun
-        state = self.to_the_end(state, start)
+        if self.island_sync and start < config.steps:
+            state, agreed_start = self.island_sync.begin(state, start)
+            if agreed_start < start:  # the other islands are behind
+                samples = agreed_start * config.data.global_batch
+                self.checkpointer.rewind(state, agreed_start, samples=samples)
+                self.data = self.data_from(agreed_start)
+            start = agreed_start
+        state = self.run_to_end(state, start)
         self.progress.report(config.steps, "finish")
-        if config.steps > start or config.steps not in self.saving.storage.steps:
-            self.saving.last(state, config.steps, samples=config.steps * config.data.global_batch)
-        if self.assess is not None:
+        if config.steps > start or config.steps not in self.checkpointer.storage.steps:
+            self.checkpointer.save_final(state, config.steps, samples=config.steps * config.data.global_batch)
+        if self.evaluator is not None:
             self.evaluate(state, config.steps)
-        if self.meetings:
-            self.meetings.finish(state, config.steps)
+        if self.island_sync:
+            self.island_sync.finish(state, config.steps)
         return state
 
-    def gone_back(self, state: TrainState, step: int) -> None:
-        """The others are at `step`, and this island was further: what it is about to read again is noted too."""
-        self.saving.go_back(state, step, samples=step * self.program.config.data.global_batch)
-        self.data = self.reread(step)
-
-    def to_the_end(self, state: TrainState, start: int) -> TrainState:
-        """`steps` from wherever the other islands are."""
+    def run_to_end(self, state: TrainState, start: int) -> TrainState:
+        """Run steps from `start` to the last; start over wherever this island takes the state of another one."""
         while True:
             try:
-                return self.steps(state, start)
-            except Moved as moved:
+                return self.run_steps(state, start)
+            except StateReplaced as moved:
                 state, start = moved.state, moved.step
 
-    def steps(self, state: TrainState, start: int) -> TrainState:
-        """From update `start` to the last; metrics are read one step behind."""
+    def run_steps(self, state: TrainState, start: int) -> TrainState:
+        """Run the steps after `start` up to the last. Raises Moved if this island takes the state of another one."""
         config = self.program.config
-        pending = None
-        self.ledger.began(start)
-        self.pace.began(start)
-        profile = Profile(config.logging.profile, self.directory)
-        with closing(profile), closing(self.batches(start)) as feed:
-            for number in range(start + 1, config.steps + 1):
-                with profile.step(number):
-                    self.progress.enters("input")
+        pending = None  # (step, metrics on device) that nobody has read yet
+        self.sample_log.record_start(start)
+        self.checkpoint_schedule.restart(start)
+        profiler = StepProfiler(config.logging.profile, self.directory)
+        with closing(profiler), closing(self.batches(start)) as feed:
+            for step in range(start + 1, config.steps + 1):
+                with profiler.step(step):
+                    self.progress.set_activity("input")
                     with self.meter.host():
                         rows = next(feed)
-                        self.ledger.fed(number, rows, first=self.share.first(number - 1))
-                        batch = to_devices(rows, config, self.program.mesh)
-                    self.progress.enters(WAIT)
-                    state, metrics = self.step(state, batch)
-                    self.read(pending)
-                    pending = (number, metrics)
+                        self.sample_log.record_rows(step, rows, first=self.shard.first_sample(step - 1))
+                        batch = make_global_arrays(rows, config, self.program.mesh)
+                    self.progress.set_activity(WAIT)
+                    state, metrics = self.train_step(state, batch)
+                    self.log_step(pending)
+                    pending = (step, metrics)
                     try:
-                        state = self.meet(state, number)  # may wait for others, which is this update's time
-                    except Moved:  # the updates up to here were made, whatever comes of them
-                        self.read(pending)
+                        state = self.synchronize(state, step)  # if it waits for others, that counts as time of `step`
+                    except StateReplaced:  # the steps up to here were made, even if their result is dropped
+                        self.log_step(pending)
                         raise
-                self.progress.report(number - 1)  # whose metrics have been read: it is done
-                self.progress.enters("host")
-                self.saving.poll()
-                stopping = self.stop.requested(number) and number < config.steps
-                if stopping or self.pauses(number):
-                    self.progress.enters(WAIT)
-                    self.read(pending)  # what is saved or evaluated has been judged, and its row stands before theirs
+                self.progress.report(step - 1)  # its metrics have been read, so it is done
+                self.progress.set_activity("host")
+                self.checkpointer.poll()
+                stopping = self.stop_request.requested(step) and step < config.steps
+                if stopping or self.needs_pause(step):
+                    self.progress.set_activity(WAIT)
+                    # Read the metrics first: an unhealthy step is not saved, and rows of metrics stay in order.
+                    self.log_step(pending)
                     pending = None
-                    state = self.settled(state)
-                    self.pause(state, number, stopping=stopping)
+                    state = self.drain(state)
+                    self.pause(state, step, stopping=stopping)
                     self.meter.restart()
-            self.read(pending)
-        return self.settled(state)
+            self.log_step(pending)
+        return self.drain(state)
 
-    def pauses(self, number: int) -> bool:
-        """Whether anything is saved or evaluated after update `number`."""
-        pauses = (self.program.config.checkpoint.memory_every, self.program.config.evaluation.every)
-        return self.pace.due(number) or any(self.due(every, number) for every in pauses)
+    def needs_pause(self, step: int) -> bool:
+        """Whether the run saves or evaluates after `step`."""
+        intervals = (self.program.config.checkpoint.memory_every, self.program.config.evaluation.every)
+        return self.checkpoint_schedule.is_due(step) or any(self.is_due(interval, step) for interval in intervals)
 
-    def pause(self, state: TrainState, number: int, *, stopping: bool) -> None:
-        """What happens between update `number` and the next. Raises Preempted, the state saved, where asked to stop."""
-        self.progress.report(number, "save or evaluate")
-        self.progress.enters("save or evaluate")
+    def pause(self, state: TrainState, step: int, *, stopping: bool) -> None:
+        """Save and evaluate after `step`, as far as they are due.
+
+        If `stopping`, save the state and raise Preempted.
+        """
+        self.progress.report(step, "save or evaluate")
+        self.progress.set_activity("save or evaluate")
         config = self.program.config
-        samples = number * config.data.global_batch
+        samples = step * config.data.global_batch
         if stopping:
-            self.saving.last(state, number, samples=samples)
-            self.saving.finish()
-            self.told.stopped(number)
-            raise Preempted(f"stopped after step {number}, state saved; run the same command to go on")
-        storage = self.pace.due(number) and number < config.steps
-        memory = self.due(config.checkpoint.memory_every, number)
+            self.checkpointer.save_final(state, step, samples=samples)
+            self.checkpointer.finish()
+            self.metrics_logger.stopped(step)
+            raise Preempted(f"stopped after step {step}, state saved; run the same command to go on")
+        storage = self.checkpoint_schedule.is_due(step) and step < config.steps
+        memory = self.is_due(config.checkpoint.memory_every, step)
         if storage or memory:
-            self.saving.begin(state, number, samples=samples, storage=storage, memory=memory)
+            self.checkpointer.start_save(state, step, samples=samples, storage=storage, memory=memory)
         if storage:
-            self.pace.saved(number)
-        if self.assess is not None and self.due(config.evaluation.every, number):
-            self.evaluate(state, number)
+            self.checkpoint_schedule.restart(step)
+        if self.evaluator is not None and self.is_due(config.evaluation.every, step):
+            self.evaluate(state, step)
 
-    def due(self, every: int, step: int) -> bool:
-        """Whether what happens `every` so many steps (0: never) happens after `step`; the last step has its own."""
-        return every > 0 and step % every == 0 and step < self.program.config.steps
+    def is_due(self, interval: int, step: int) -> bool:
+        """Whether `step` is a multiple of `interval` (0: never). The last step is left out: `run` handles it."""
+        return interval > 0 and step % interval == 0 and step < self.program.config.steps
 
-    def settled(self, state: TrainState) -> TrainState:
-        """`state` when what is under way between islands has been used."""
-        return self.meetings.settled(state) if self.meetings else state
+    def drain(self, state: TrainState) -> TrainState:
+        """Finish every exchange with other islands that is under way; return the state with its result."""
+        return self.island_sync.drain(state) if self.island_sync else state
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:
-        """This process's rows of every global batch from update `start` on."""
+        """Yield this process's rows of every global batch after step `start`."""
         return batches(
             self.data.train,
-            start=start * self.share.every,
-            global_batch=self.share.every,
-            rows=self.share.rows,
+            start=start * self.shard.run_batch,
+            global_batch=self.shard.run_batch,
+            rows=self.shard.rows,
             prefetch=self.program.config.data.prefetch,
         )
 
-    def read(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
-        """Wait for a step's metrics, judge and tell them. Raises MeshwrightError where they are not numbers."""
+    def log_step(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+        """Wait for the metrics of a step and publish them; None: nothing to do.
+
+        Raises MeshwrightError if loss or gradient norm is not finite and `logging.on_nan` is "stop".
+        """
         if pending is None:
             return
         step, arrays = pending
-        metrics = on_host(arrays)  # waits for the device
-        self.ledger.applied(step)
+        metrics = metrics_to_host(arrays)  # waits for the device
+        self.sample_log.record_update(step)
         with self.meter.host():
-            metrics |= self.meter.lap() | self.saving.row() | self.spent(step)
-            if self.meetings:
-                metrics |= self.meetings.measured(step)
+            metrics |= self.meter.lap() | self.checkpointer.take_metrics() | self.privacy_metrics(step)
+            if self.island_sync:
+                metrics |= self.island_sync.traffic_metrics(step)
             elif self.program.traffic:
                 metrics["sent_bytes"] = sent(self.program.traffic, step)
-            self.told.step(step, metrics)
+            self.metrics_logger.step(step, metrics)
             if metrics["skipped"] and self.program.config.logging.on_nan == "stop":
                 check_finite(step, metrics)
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        """Held-out loss and samples of `state`."""
+        """Compute and publish the held-out metrics and samples of `state`."""
         began = time.monotonic()
-        values, samples = self.assess(state)
-        self.told.evaluation(step, values, samples, seconds=time.monotonic() - began)
+        values, samples = self.evaluator(state)
+        self.metrics_logger.evaluation(step, values, samples, seconds=time.monotonic() - began)
 
 
 def check_finite(step: int, metrics: dict[str, float]) -> None:
-    """Raise MeshwrightError where the loss or the gradient of a step is not a number."""
+    """Raise MeshwrightError if the loss or the gradient norm of a step is not finite."""
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         raise MeshwrightError(
             f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the update was not applied. "

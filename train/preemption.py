@@ -1,4 +1,4 @@
-"""Asked to stop: SIGTERM and Ctrl-C become a request that the loop answers between two steps."""
+"""Preemption: SIGTERM and Ctrl-C become a request to stop, which the loop checks between two steps."""
 
 from contextlib import ExitStack
 
@@ -8,34 +8,34 @@ from .core.signals import StopSignals
 
 
 class StopRequest:
-    """`with StopRequest() as stop: ... if stop.requested(step): save and leave`. A second Ctrl-C interrupts at once."""
+    """`with StopRequest() as stop: ... if stop.requested(step): save and exit`. A second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self._signals = StopSignals()
-        self._questions, self._reached = 0, False
-        self._held = ExitStack()
+        self._sync_points, self._reached = 0, False
+        self._stack = ExitStack()
 
     def __enter__(self) -> "StopRequest":
         if jax.process_count() == 1:
-            self._held.enter_context(self._signals)
+            self._stack.enter_context(self._signals)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._held.close()
+        self._stack.close()
 
     def requested(self, step: int) -> bool:
-        """Whether to stop, asked after `step`, as often as one likes; once it is yes, it stays so.
+        """Whether to stop after `step`. Once true, it stays true.
 
-        Several processes ask equally often, and all of them get the same answer to the same question.
+        Several processes must call this equally often; all of them get the same answer to the same call.
         """
         del step
         if jax.process_count() == 1:
-            return self._signals.asked
-        # JAX's own notifier has taken SIGTERM; it agrees on a question that no process has put, and says yes to that
-        # one alone. Questions are counted, not steps: there are several in a step that waits for other islands, and an
-        # island that takes another's state leaves steps out.
+            return self._signals.requested
+        # JAX's own notifier handles SIGTERM here. It agrees on a sync point that no process has reached yet, and is
+        # true at this one only. Calls are counted, not steps: a step that waits for other islands calls several times,
+        # and an island that takes the state of another one skips steps.
         from jax.experimental import multihost_utils
 
-        self._questions += 1
-        self._reached = self._reached or multihost_utils.reached_preemption_sync_point(self._questions)
+        self._sync_points += 1
+        self._reached = self._reached or multihost_utils.reached_preemption_sync_point(self._sync_points)
         return self._reached

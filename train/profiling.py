@@ -1,4 +1,4 @@
-"""A profiler trace of the steps the configuration asks for, under `profile/` in the run directory."""
+"""Writes a profiler trace of the steps in `logging.profile` to `profile/` in the run directory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,10 @@ import jax
 from ..configs.sections.training import ProfileConfig
 
 
-class Profile:
-    """`with profile.step(n):` around every step; traces `steps` of them from `start` on, as far as they are made here.
+class StepProfiler:
+    """`with profiler.step(n):` around every step traces `profile.steps` steps from `profile.start` on.
 
-    `close` ends a trace that the last step did not.
+    `close` ends a trace whose last step this session did not reach.
     """
 
     def __init__(self, profile: ProfileConfig, directory: Path):
@@ -22,11 +22,11 @@ class Profile:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """One step of the loop."""
+        """Run step `number` inside the block."""
         if not self._first <= number <= self._last:
             yield
             return
-        if not self._tracing:  # the first of them, or the first of a sitting that goes on among them
+        if not self._tracing:  # the first step to trace, or a session that starts among these steps
             jax.profiler.start_trace(str(self._directory))
             self._tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
@@ -35,7 +35,7 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Write the trace, if one is under way."""
+        """Write the trace that is under way, if there is one."""
         if self._tracing:
             jax.effects_barrier()
             jax.profiler.stop_trace()

@@ -1,6 +1,6 @@
-"""A training run, in order of time: configuration -> mesh -> data -> program -> state -> loop -> report.
+"""A training run, in order of time: configuration -> data -> mesh -> program -> state -> loop -> report.
 
-train(config, world=world()) -> Summary
+summary = train(config, process_info=read_process_info())
 """
 
 import logging
@@ -13,42 +13,42 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from ..checkpoint.checkpoint_directory import Shelf
-from ..checkpoint.memory_store import memory_of
+from ..checkpoint.checkpoint_directory import CheckpointDirectory
+from ..checkpoint.memory_store import open_memory_store
 from ..checkpoint.storage import Storage
 from ..configs.checks.mesh_fit import check_fits
 from ..configs.errors import Preempted, UserError
 from ..configs.run import RunConfig
 from ..configs.sections.training import CheckpointConfig
 from ..memory.offload_check import check_offload, scanned_gradient
-from ..memory.policy import decisions, emitted
+from ..memory.policy import emitted_tensors, tensor_decisions
 from ..models.families.safetensors_files import copy_companions
 from ..parallel.mesh import make_mesh
-from ..parallel.multihost import firsts, together
-from .checkpoint_schedule import Pace
-from .checkpointer import Saving
+from ..parallel.multihost import barrier, broadcast_int
+from .checkpoint_schedule import CheckpointSchedule
+from .checkpointer import Checkpointer
 from .core.event_log import Journal
 from .core.fence import Fence, Fenced
-from .core.heartbeat import Progress
-from .core.process_env import World
+from .core.heartbeat import ProgressReporter
+from .core.process_env import ProcessInfo
 from .core.run_directory import open_directory, write_json
-from .core.run_paths import place
-from .core.sample_log import Ledger
+from .core.run_paths import parent_and_name
+from .core.sample_log import SampleLog
 from .data import assemble
 from .data.assemble import Data
 from .engine import runtime
-from .engine.host_data import share_of
-from .engine.island_replica import own
-from .engine.op_profiler import time_ops
-from .engine.pipeline.pipeline_plan import check_staging
+from .engine.host_data import make_process_shard
+from .engine.island_replica import island_config
+from .engine.op_profiler import profile_ops
+from .engine.pipeline.pipeline_plan import check_pipeline
 from .engine.pipeline.pool_offload_check import pooled_gradient
 from .engine.privacy.accounting import budgeted, dealt, spending
 from .engine.program import Program, build
-from .engine.quantized_base import keep
+from .engine.quantized_base import save_base
 from .infer.evaluator import Assessment
 from .infer.generation_eval import Metric, metric_functions
 from .infer.precompute_logprobs import referenced
-from .islands.join import joined
+from .islands.join import join_islands
 from .loop import Loop
 from .metrics.metric_sinks import check_sinks
 from .metrics.metrics_logger import Telling
@@ -57,212 +57,217 @@ from .objectives.distillation import check_teacher
 from .plan import compile_plan
 from .preemption import StopRequest
 from .report.html import write_report
-from .restore import recovered
-from .sdc_check import vouching
-from .snapshot_writer import Snapshots
+from .restore import restore_latest
+from .sdc_check import make_state_check
+from .snapshot_writer import SnapshotWriter
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run amounts to."""
+    """The result of a finished run."""
 
     directory: Path
     steps: int
-    metrics: dict[str, float]  # of the last step and the last evaluation
-    first: dict[str, float]  # of the evaluation before the first step, where there was one
+    metrics: dict[str, float]  # the newest value of each metric
+    initial_metrics: dict[str, float]  # of the evaluation before the first step; empty without one
 
 
-def train(config: RunConfig, *, world: World, root: Path = Path("runs")) -> Summary:
-    """Train from the newest checkpoint of runs/NAME, or from the seed, to `config.steps`.
+def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("runs")) -> Summary:
+    """Train from the newest checkpoint in runs/NAME, or from the seed, up to step `config.steps`.
 
-    Raises UserError before a device is touched where the request cannot work, and Preempted, the state saved, where
-    asked to stop.
+    Raises UserError, before a device is touched, if the request cannot work. Raises Preempted, after the state was
+    saved, if the process is asked to stop.
     """
-    parent, name = place(config, root)
-    # Refuses another run's directory; nothing is written until all is checked.
-    found = open_directory(config, root=parent, name=name, write=False)
-    check_ahead(config.steps, max(Shelf(found / "checkpoints").steps, default=0), found)
-    data, metrics = checked(config, world)
-    program = programmed(budgeted(config, data), world)
-    directory = open_directory(config, root=parent, name=name, write=world.first)
-    fence = fence_of(directory, world)
-    journal = Journal(directory, enabled=world.first, allowed=fence.check)
+    parent, name = parent_and_name(config, root)
+    # This refuses the directory of another run. Nothing is written until everything is checked.
+    directory = open_directory(config, root=parent, name=name, write=False)
+    check_steps_reached(config.steps, max(CheckpointDirectory(directory / "checkpoints").steps, default=0), directory)
+    data, score_functions = load_checked_data(config, process_info)
+    program = build_program(budgeted(config, data), process_info)
+    open_directory(config, root=parent, name=name, write=process_info.is_first)
+    fence = Fence(directory, process_info.epoch)
+    if process_info.is_first:
+        fence.claim()
+    journal = Journal(directory, enabled=process_info.is_first, check_allowed=fence.check)
     checkpoint, corpus = program.config.checkpoint, data.fingerprint
     with ExitStack() as stack:
-        progress = stack.enter_context(closing(Progress(world, fence)))
+        progress = stack.enter_context(closing(ProgressReporter(process_info, fence)))
         storage = Storage(
-            directory / "checkpoints", layout=program.layout, allowed=fence.check, timeout=checkpoint.timeout
+            directory / "checkpoints", layout=program.layout, check_allowed=fence.check, timeout=checkpoint.timeout
         )
         stack.enter_context(closing(storage))
         stop = stack.enter_context(StopRequest())
-        stack.enter_context(failures_told(journal))
+        stack.enter_context(log_failures(journal))
 
         memory = None
         if checkpoint.memory_every:
-            memory = memory_of(directory, layout=program.layout.name, host=world.host or 0, place=world.slot)
-        together(seconds=config.elastic.start_timeout)
-        state, start = recovered(program, storage, memory, journal, corpus=corpus)
-        check_ahead(config.steps, start, directory)
+            memory = open_memory_store(
+                directory, layout=program.layout.name, host=process_info.host or 0, launch_slot=process_info.slot
+            )
+        barrier(seconds=config.elastic.start_timeout)
+        state, start = restore_latest(program, storage, memory, journal, corpus=corpus)
+        check_steps_reached(config.steps, start, directory)
         if start == 0:
-            keep(program, state, directory, allowed=fence.check)
-        share = share_of(program)
+            save_base(program, state, directory, allowed=fence.check)
+        shard = make_process_shard(program)
 
-        def reread(first: int, data: Data = data) -> Data:
-            return referenced(program, data, samples=share.samples(first, config.steps))
+        def data_from(step: int, data: Data = data) -> Data:
+            return referenced(program, data, samples=shard.samples(step, config.steps))
 
-        data = reread(start)
+        data = data_from(start)
         snapshots = None
         if memory is not None:
-            snapshots = Snapshots(checkpoint, memory, journal, fence.check)
+            snapshots = SnapshotWriter(checkpoint, memory, journal, fence.check)
             stack.callback(snapshots.close)
             snapshots.reserve(state)
-        stamp = {"corpus": corpus, "origin": program.origin}
-        saving = Saving(checkpoint, storage, journal, stamp, snapshots, progress.waits, vouching(program, progress))
-        meetings = None
+        checkpointer = Checkpointer(
+            checkpoint,
+            storage,
+            journal,
+            metadata={"corpus": corpus, "origin": program.origin},
+            snapshots=snapshots,
+            report_waiting=progress.report_waiting,
+            check_state=make_state_check(program, progress),
+        )
+        island_sync = None
         if config.islands:
-            meetings = stack.enter_context(
-                joined(config, program, journal, corpus=corpus, alive=progress.waits, stop=stop.requested)
+            island_sync = stack.enter_context(
+                join_islands(
+                    config, program, journal, corpus=corpus, alive=progress.report_waiting, stop=stop.requested
+                )
             )
 
-        if world.first:
-            logger.info(
-                "%s: %s to step %d; compiling",
-                directory,
-                f"from step {start}" if start else "from the start",
-                config.steps,
-            )
+        if process_info.is_first:
+            logger.info("%s: from step %d to step %d; compiling", directory, start, config.steps)
         began = time.monotonic()
-        step, meet = program.compiled_step(), meetings or program.compiled_meetings()
-        assess = Assessment(program, data, program.compiled_evaluation(), metrics) if data.held_out else None
+        train_step = program.compiled_step()
+        synchronize = island_sync or program.compiled_synchronization()
+        evaluator = None
+        if data.held_out:
+            evaluator = Assessment(program, data, program.compiled_evaluation(), score_functions)
         journal.record("compile", seconds=time.monotonic() - began)
-        together(seconds=config.elastic.start_timeout)
-        made = compile_plan.make_plan(program, step)
-        if world.first:
-            describe(program, data, made, directory)
-        with Telling(program.config, directory, journal, start=start) as told:
-            told.note(compile_plan.render(made))
+        barrier(seconds=config.elastic.start_timeout)
+        plan = compile_plan.make_plan(program, train_step)
+        if process_info.is_first:
+            write_description(program, data, plan, directory)
+        with Telling(program.config, directory, journal, start=start) as metrics_logger:
+            metrics_logger.note(compile_plan.render(plan))
             loop = Loop(
                 program=program,
                 data=data,
-                reread=reread,
-                share=share,
+                data_from=data_from,
+                shard=shard,
                 directory=directory,
-                step=step,
-                meet=meet,
-                meetings=meetings,
-                assess=assess,
-                saving=saving,
-                pace=Pace(checkpoint.every, directory, journal, firsts),
-                ledger=ledger_of(directory, world, fence, kept=config.logging.ledger),
-                stop=stop,
+                train_step=train_step,
+                synchronize=synchronize,
+                island_sync=island_sync,
+                evaluator=evaluator,
+                checkpointer=checkpointer,
+                checkpoint_schedule=CheckpointSchedule(checkpoint.every, directory, journal, broadcast_int),
+                sample_log=open_sample_log(directory, process_info, fence, enabled=config.logging.ledger),
+                stop_request=stop,
                 progress=progress,
-                meter=Meter.of(program.config, made),
-                told=told,
-                spent=spending(program.config, data),
+                meter=Meter.of(program.config, plan),
+                metrics_logger=metrics_logger,
+                privacy_metrics=spending(program.config, data),
             )
             state = loop.run(state, start)
-        saving.finish()
-        if program.staging is not None and config.pipeline.measure:
+        checkpointer.finish()
+        if program.pipeline_plan is not None and config.pipeline.measure:
             progress.report(config.steps, "measure")
-            measured = time_ops(program, state, data)
-            if world.first:
+            measured = profile_ops(program, state, data)
+            if process_info.is_first:
                 write_json(directory / "pipeline.json", measured)
-        journal.record("finish", step=config.steps, **told.last)
-    if world.first:
+        journal.record("finish", step=config.steps, **metrics_logger.last)
+    if process_info.is_first:
         write_report(directory)
-    return Summary(directory, config.steps, told.last, told.first)
+    return Summary(directory, config.steps, metrics_logger.last, metrics_logger.first)
 
 
-def checked(config: RunConfig, world: World) -> tuple[Data, Sequence[Metric]]:
-    """The data and the user's measures, with all that can be refused without touching a device. Raises UserError."""
-    check_staging(config)
-    check_keepers(config.checkpoint, world)
+def load_checked_data(config: RunConfig, process_info: ProcessInfo) -> tuple[Data, Sequence[Metric]]:
+    """Return the data and the user's score functions, after every check that needs no device. Raises UserError."""
+    check_pipeline(config)
+    check_snapshot_agents(config.checkpoint, process_info)
     check_sinks(config.logging)
-    data = assemble.of_run(own(config))
+    data = assemble.of_run(island_config(config))
     check_teacher(config, data.tokenizer)
     return dealt(config, data), metric_functions(config.evaluation.metrics)
 
 
-def programmed(config: RunConfig, world: World) -> Program:
-    """This job's program on its mesh. Raises UserError where the mesh there is does not fit the request."""
-    mine = own(config)
-    runtime.start(mine, world)
-    mesh = make_mesh(mine.mesh)
+def build_program(config: RunConfig, process_info: ProcessInfo) -> Program:
+    """Return the program of this job on its mesh. Raises UserError if the mesh at hand does not fit `config`."""
+    job_config = island_config(config)
+    runtime.start(job_config, process_info)
+    mesh = make_mesh(job_config.mesh)
     try:
         check_fits(config, dict(mesh.shape))
     except ValueError as error:
         raise UserError(str(error)) from None
-    program = build(mine, mesh)
+    program = build(job_config, mesh)
     check_offload(
-        mine.model,
-        decisions(mine.memory, tensors=emitted(mine.model)),
+        job_config.model,
+        tensor_decisions(job_config.memory, tensors=emitted_tensors(job_config.model)),
         platform=mesh.devices.flat[0].platform,
         gradient=partial(
-            scanned_gradient if program.staging is None else pooled_gradient, compute=jnp.dtype(mine.precision.compute)
+            scanned_gradient if program.pipeline_plan is None else pooled_gradient,
+            compute=jnp.dtype(job_config.precision.compute),
         ),
     )
     return program
 
 
-def check_ahead(steps: int, reached: int, directory: Path) -> None:
-    """Raise UserError where the run has gone further than it is asked to: nothing goes back."""
+def check_steps_reached(steps: int, reached: int, directory: Path) -> None:
+    """Raise UserError if the run is already past the last step it is asked for: a run never loses updates."""
     if reached > steps:
         raise UserError(
-            f"steps: {steps}, but {directory} has reached {reached}; use {reached} or more, or another name"
+            f"steps: {steps}, but {directory} has reached step {reached}; set steps to at least {reached}, or choose "
+            "another name"
         )
 
 
-def check_keepers(checkpoint: CheckpointConfig, world: World) -> None:
-    """Raise UserError where snapshots are to be protected and nobody is there to do it."""
-    if checkpoint.parity != "none" and world.host is None:
+def check_snapshot_agents(checkpoint: CheckpointConfig, process_info: ProcessInfo) -> None:
+    """Raise UserError if snapshots are to be protected by parity and this host has no snapshot agent."""
+    if checkpoint.parity != "none" and process_info.host is None:
         raise UserError(
-            f"checkpoint.parity: {checkpoint.parity} needs a keeper on every host, which `meshwright launch` starts; "
-            "launch the run, or set it to none"
+            f"checkpoint.parity: {checkpoint.parity} needs a snapshot agent on every host, which `meshwright launch` "
+            "starts; use `meshwright launch`, or set checkpoint.parity to none"
         )
 
 
-def fence_of(directory: Path, world: World) -> Fence:
-    """The right of this process's epoch to write to the run directory; the first process claims it."""
-    fence = Fence(directory, world.epoch)
-    if world.first:
-        fence.claim()
-    return fence
-
-
-def ledger_of(directory: Path, world: World, fence: Fence, *, kept: bool) -> Ledger:
-    """Where this process notes which samples it fed to which step, where such notes are `kept`."""
-    return Ledger(
+def open_sample_log(directory: Path, process_info: ProcessInfo, fence: Fence, *, enabled: bool) -> SampleLog:
+    """Open the log of which samples this process feeds to which step."""
+    return SampleLog(
         directory,
         epoch=fence.epoch or 0,
-        process=world.process,
-        processes=world.processes,
-        enabled=kept,
-        allowed=fence.check,
+        process=process_info.process,
+        processes=process_info.processes,
+        enabled=enabled,
+        check_allowed=fence.check,
     )
 
 
 @contextmanager
-def failures_told(journal: Journal) -> Iterator[None]:
-    """What goes wrong inside is journalled."""
+def log_failures(journal: Journal) -> Iterator[None]:
+    """Record a failure inside the block in the event log. Being stopped from outside is no failure."""
     try:
         yield
     except (Preempted, Fenced, KeyboardInterrupt):
         raise
     except BaseException as error:
-        with suppress(UserError):  # a full disk must not hide what happened
+        with suppress(UserError):  # a full disk must not hide the failure itself
             journal.record("failure", error=type(error).__name__, message=str(error)[:500])
         raise
 
 
-def describe(program: Program, data: Data, made: dict, directory: Path) -> None:
-    """Write what goes with the run's checkpoints: tokenizer, chat template, plan, environment."""
+def write_description(program: Program, data: Data, plan: dict, directory: Path) -> None:
+    """Write what belongs to the run's checkpoints into `directory`: tokenizer, chat template, plan, environment."""
     config = program.config
     data.tokenizer.save(directory)
     if config.model.origin is not None and config.data.tokenizer.file == config.model.origin:
         copy_companions(config.model.origin, directory)
     if config.reads.chats and data.template is not None:
         (directory / "chat_template.jinja").write_text(data.template.source, encoding="utf-8")
-    write_json(directory / "plan.json", made)
-    write_json(directory / "environment.json", runtime.describe(config, data, program.mesh))
+    write_json(directory / "plan.json", plan)
+    write_json(directory / "environment.json", runtime.environment(config, data, program.mesh))

@@ -1,7 +1,9 @@
-"""No state is saved that a device has damaged: with `checkpoint.compare`, what several devices hold is compared before.
+"""Silent data corruption check: before every save, devices that should hold the same bits are compared.
 
-vouch = vouching(program)
-vouch(state, 12)            raises Corrupted, naming array and device
+`checkpoint.compare` turns it on, so that no state is saved that a device has corrupted.
+
+    check_state = make_state_check(program, progress)
+    check_state(state, 12)            raises Corrupted, which names the array and the device
 """
 
 import logging
@@ -11,49 +13,47 @@ from collections.abc import Callable
 import jax
 
 from ..configs.errors import MeshwrightError
-from ..parallel.replica_check import Difference, Duplicates
+from ..parallel.replica_check import ReplicaCheck, ReplicaMismatch
 from ..parallel.state import TrainState
-from .core.heartbeat import ERRS, Progress
+from .core.heartbeat import CORRUPT_PHASE, ProgressReporter
 from .engine.program import Program
 
-CONFESSION = 1.0  # seconds for the launcher to hear from the process to blame, before any ends
+REPORT_GRACE_SECONDS = 1.0  # wait before exit, so that the supervisor reads the corrupt process's report first
 
-Vouch = Callable[[TrainState, int], None]
+StateCheck = Callable[[TrainState, int], None]
 
 logger = logging.getLogger(__name__)
 
 
 class Corrupted(MeshwrightError):
-    """Devices hold different bits of what should be the same: one of them computes or remembers wrongly."""
+    """Devices hold different bits of one array: one of them computes or stores wrong values."""
 
 
-def vouching(program: Program, progress: Progress) -> Vouch:
-    """Raises where `checkpoint.compare` is set and a state is not the same on all devices that hold it. Collective.
+def make_state_check(program: Program, progress: ProgressReporter) -> StateCheck:
+    """Return a collective check that raises Corrupted if devices differ. It does nothing without `checkpoint.compare`.
 
-    The process to blame tells `progress`.
+    A process whose devices are suspect reports so to `progress`.
     """
     if not program.config.checkpoint.compare:
         return lambda state, step: None
-    duplicates = Duplicates(program.shapes, program.shardings, program.mesh)
-    if not duplicates.any:
-        logger.warning(
-            "checkpoint.compare: true, but every device holds a part of its own: there is nothing to compare"
-        )
+    check = ReplicaCheck(program.shapes, program.shardings, program.mesh)
+    if not check.has_replicas:
+        logger.warning("checkpoint.compare: true, but no array is on two devices, so there is nothing to compare")
 
-    def vouch(state: TrainState, step: int) -> None:
-        if found := duplicates.differing(state):
-            if jax.process_index() in blamed(found):
-                progress.report(step, ERRS)
-            time.sleep(CONFESSION)
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    def check_state(state: TrainState, step: int) -> None:
+        if mismatches := check.find_mismatches(state):
+            if jax.process_index() in processes_to_blame(mismatches):
+                progress.report(step, CORRUPT_PHASE)
+            time.sleep(REPORT_GRACE_SECONDS)
+            more = f" and {len(mismatches) - 1} more" if len(mismatches) > 1 else ""
             raise Corrupted(
-                f"step {step} is not saved: {found[0]}{more}; a device computes or remembers wrongly, which "
+                f"step {step} is not saved: {mismatches[0]}{more}; a device computes or stores wrong values, which "
                 "`meshwright doctor` may find. Run the same command to go on from the save before"
             )
 
-    return vouch
+    return check_state
 
 
-def blamed(found: list[Difference]) -> set[int]:
-    """The processes whose devices hold what most do not; none where there is no most."""
-    return {device.process_index for one in found if one.others for device in one.devices}
+def processes_to_blame(mismatches: list[ReplicaMismatch]) -> set[int]:
+    """Return the processes whose devices differ from the majority; none for a mismatch without a majority."""
+    return {device.process_index for mismatch in mismatches if mismatch.majority for device in mismatch.suspects}

@@ -1,10 +1,11 @@
-"""Snapshots of a sitting in the host's memory, written beside training from a copy of the state.
+"""The snapshot writer writes copies of the state into the host's memory while training goes on.
 
-A snapshot is *safe* once it is whole and, with `checkpoint.parity`, protected by every group of hosts. The newest safe
-one of all processes is never overwritten: whatever dies, one step is whole everywhere. Two slots hold it and the next.
+A snapshot is *safe* once it is complete and, with `checkpoint.parity`, protected by every parity group. The newest step
+that is safe on all processes is never overwritten, so whatever fails, one step is complete everywhere. Two slots hold
+this step and the next one.
 
-    snapshots.takes(step)       back-pressure: waits, or says no, where the one before is not safe yet
-    snapshots.begin(copy, ...)  returns at once
+    snapshots.accepts(step)               back-pressure: waits, or refuses, while the snapshot before is not safe
+    snapshots.start_snapshot(copy, ...)   returns at once
 """
 
 import time
@@ -12,145 +13,155 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from ..checkpoint.memory_store import Memory
+from ..checkpoint.memory_store import MemoryStore
 from ..configs.sections.training import CheckpointConfig
-from ..parallel.multihost import everyones
+from ..parallel.multihost import all_gather_int
 from ..parallel.state import TrainState
 from .core.event_log import Journal
 
-PATIENCE = 60.0  # seconds to wait for keepers to protect a snapshot; after that training goes on without
-GIVEN_UP = -2  # what a process that could not write says to the others
-LOOK = 0.005
+PROTECTION_TIMEOUT = 60.0  # seconds to wait until snapshot agents have protected a snapshot; then training goes on
+WRITE_FAILED = -2  # gathered in place of a step from a process that could not write
+POLL_SECONDS = 0.005
 
 
-class Snapshots:
-    """Snapshots to `memory` by `config`, every process the same ones. `allowed` raises where it may not write."""
+class SnapshotWriter:
+    """Writes snapshots to `memory` as `config` asks; all processes write the same steps.
+
+    `check_allowed` raises if this process may not write any more.
+    """
 
     def __init__(
-        self, config: CheckpointConfig, memory: Memory, journal: Journal, allowed: Callable[[], None] = lambda: None
+        self,
+        config: CheckpointConfig,
+        memory: MemoryStore,
+        journal: Journal,
+        check_allowed: Callable[[], None] = lambda: None,
     ) -> None:
-        self._config, self._memory, self._journal, self._allowed = config, memory, journal, allowed
+        self._config, self._memory, self._journal, self._check_allowed = config, memory, journal, check_allowed
         self._worker = ThreadPoolExecutor(1, "snapshot")
-        self._jobs: list[tuple[int, Future]] = []  # under way, and waiting
-        self._offered = self._written = self._keep = -1
-        self._unprotected: int | None = None  # the step that keepers failed to protect in time
-        self._failed = self._over = False  # this process could not write; so no process does any more
-        self._waited = 0.0  # seconds that the next snapshot kept training waiting so far
-        self._stalls: list[float] = []
-        self._copies: list[float] = []
-        self._bytes, self._row = 0, dict[str, float]()
+        self._jobs: list[tuple[int, Future]] = []  # (step, write): running and queued
+        self._started_step = self._written_step = -1
+        self._keep_step = -1  # the newest step that is safe on all processes
+        self._unprotected_step: int | None = None  # that snapshot agents did not protect in time
+        self._failed = False  # this process could not write
+        self._stopped = False  # some process could not write, so no process writes any more
+        self._waited = 0.0  # seconds that training has waited for the next snapshot so far
+        self._stalls: list[float] = []  # seconds, of each snapshot since `take_totals`
+        self._write_seconds: list[float] = []  # of each snapshot since `take_totals`
+        self._bytes, self._metrics = 0, dict[str, float]()
 
     def reserve(self, state: TrainState) -> None:
-        """Have the memory of both slots touched, beside whatever comes next."""
+        """Touch the memory of both slots in the background, so that the first snapshots find it allocated."""
         self._jobs.append((-1, self._worker.submit(self._memory.reserve, state)))
 
     @property
-    def safe(self) -> int:
-        """The newest step that may be relied on, as far as this process knows; -1: none."""
-        return self._written if self._config.parity == "none" else self._memory.protected.step
+    def safe_step(self) -> int:
+        """The newest safe step, as far as this process knows; -1: none."""
+        return self._written_step if self._config.parity == "none" else self._memory.protected.step
 
-    def takes(self, step: int) -> bool:
-        """Whether a snapshot of `step` is to be taken, the same on every process."""
-        if self._over:
+    def accepts(self, step: int) -> bool:
+        """Whether to take a snapshot of `step`. Collective; waits if `config.when_busy` says so."""
+        if self._stopped:
             return False
         self.poll()
         began = time.monotonic()
         if self._config.when_busy == "wait":
             self._wait()
-        known = everyones(GIVEN_UP if self._failed else self.safe)
-        if GIVEN_UP in known:
-            self._over = True
+        safe_steps = all_gather_int(WRITE_FAILED if self._failed else self.safe_step)
+        if WRITE_FAILED in safe_steps:
+            self._stopped = True
             if not self._failed:
-                self._fail(f"process {known.index(GIVEN_UP)} could not write its snapshot")
+                self._record_failure(f"process {safe_steps.index(WRITE_FAILED)} could not write its snapshot")
             return False
-        self._keep = min(known)
-        if self._config.when_busy == "skip" and self._keep < self._offered:
-            self._journal.record("save-skipped", step=step, level="memory", reason=f"{self._offered} is not safe yet")
+        self._keep_step = min(safe_steps)
+        if self._config.when_busy == "skip" and self._keep_step < self._started_step:
+            reason = f"step {self._started_step} is not safe yet"
+            self._journal.record("save-skipped", step=step, level="memory", reason=reason)
             return False
         self._waited = time.monotonic() - began
         return True
 
     def _wait(self) -> None:
-        """Until the snapshot before is safe. Training does not stand still for keepers that do not protect."""
-        while self._written < self._offered and not self._failed:
-            time.sleep(LOOK)
+        """Wait until the snapshot before is safe. After a time-out training no longer waits for its protection."""
+        step = self._started_step
+        while self._written_step < step and not self._failed:
+            time.sleep(POLL_SECONDS)
             self.poll()
-        if self._config.parity == "none" or self._failed or self._offered < 0:
+        if self._config.parity == "none" or self._failed or step < 0:
             return
-        patience = PATIENCE if self._unprotected is None else 0.0
-        deadline = time.monotonic() + patience
-        while self.safe < self._offered and time.monotonic() < deadline:
-            time.sleep(LOOK)
-        if self.safe >= self._offered:
-            self._unprotected = None
-        elif self._unprotected is None:
-            self._unprotected = self._offered
-            reason = f"no parity of step {self._offered} after {PATIENCE:.0f} s; step {self.safe} stays protected"
-            self._journal.record("unprotected", step=self._offered, reason=reason)
+        deadline = time.monotonic() + (PROTECTION_TIMEOUT if self._unprotected_step is None else 0.0)
+        while self.safe_step < step and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        if self.safe_step >= step:
+            self._unprotected_step = None
+        elif self._unprotected_step is None:
+            self._unprotected_step = step
+            reason = f"no parity of step {step} after {PROTECTION_TIMEOUT:.0f} s; step {self.safe_step} stays protected"
+            self._journal.record("unprotected", step=step, reason=reason)
 
-    def begin(self, copy: TrainState, step: int, *, data: Mapping[str, Any], stall: float) -> None:
-        """Write `copy` to a slot, beside training. `stall`: seconds that copying kept training waiting."""
-        self._allowed()
-        for number, (dropped, job) in enumerate(self._jobs):
-            if dropped >= 0 and job.cancel():
+    def start_snapshot(self, copy: TrainState, step: int, *, data: Mapping[str, Any], stall: float) -> None:
+        """Write `copy` to a slot in the background. `stall`: seconds that training waited for the copy."""
+        self._check_allowed()
+        for number, (queued_step, job) in enumerate(self._jobs):
+            if queued_step >= 0 and job.cancel():
                 del self._jobs[number]
-                self._journal.record("save-dropped", step=dropped, level="memory", reason=f"step {step} is newer")
-        self._offered = step
+                self._journal.record("save-dropped", step=queued_step, level="memory", reason=f"step {step} is newer")
+        self._started_step = step
         self._stalls.append(stall + self._waited)
-        self._row["snapshot_stall_seconds"] = stall + self._waited
-        job = self._worker.submit(self._write, copy, step, dict(data), self._keep)
-        self._jobs.append((step, job))
+        self._metrics["snapshot_stall_seconds"] = stall + self._waited
+        self._jobs.append((step, self._worker.submit(self._write, copy, step, dict(data), self._keep_step)))
 
-    def _write(self, copy: TrainState, step: int, data: dict[str, Any], keep: int) -> tuple[int, float]:
+    def _write(self, copy: TrainState, step: int, data: dict[str, Any], keep_step: int) -> tuple[int, float]:
+        """Return (bytes, seconds)."""
         began = time.monotonic()
-        return self._memory.save(copy, step=step, data=data, keep=keep), time.monotonic() - began
+        return self._memory.save(copy, step=step, data=data, keep_step=keep_step), time.monotonic() - began
 
     def poll(self) -> None:
-        """Note what has ended; does not wait."""
+        """Record the writes that have ended. Does not wait."""
         ended = [(step, job) for step, job in self._jobs if job.done()]
         self._jobs = [(step, job) for step, job in self._jobs if not job.done()]
         for step, job in ended:
             try:
                 result = job.result()
-            except OSError as error:  # a full memory does not empty itself; storage goes on
+            except OSError as error:  # a full memory stays full; saves to storage go on
                 self._failed = True
-                self._fail(str(error))
+                self._record_failure(str(error))
                 continue
             if step >= 0:
-                self._written, (self._bytes, took) = step, result
-                self._copies.append(took)
-                self._row |= {"snapshot_copy_seconds": took, "snapshot_bytes": float(self._bytes)}
+                self._written_step, (self._bytes, seconds) = step, result
+                self._write_seconds.append(seconds)
+                self._metrics |= {"snapshot_copy_seconds": seconds, "snapshot_bytes": float(self._bytes)}
 
-    def numbers(self) -> dict[str, float]:
-        """For a row of metrics."""
-        row, self._row = self._row, {}
+    def take_metrics(self) -> dict[str, float]:
+        """Return the metrics of snapshots since the last call: seconds and bytes by metric name."""
+        metrics, self._metrics = self._metrics, {}
         if self._config.parity != "none" and (protected := self._memory.protected).step >= 0:
-            row |= {"protect_seconds": protected.seconds, "parity_bytes": float(protected.bytes)}
-        return row
+            metrics |= {"protect_seconds": protected.seconds, "parity_bytes": float(protected.bytes)}
+        return metrics
 
-    def taken(self) -> dict[str, Any]:
-        """What the snapshots since the last checkpoint took, for its line in the journal."""
-        found = {
+    def take_totals(self) -> dict[str, Any]:
+        """Return count, seconds and bytes of the snapshots since the last call, as fields of a "save" event."""
+        totals = {
             "snapshots": len(self._stalls),
             "snapshot_seconds": sum(self._stalls),
-            "snapshot_copy_seconds": sum(self._copies),
+            "snapshot_copy_seconds": sum(self._write_seconds),
             "snapshot_bytes": self._bytes,
         }
-        self._stalls.clear(), self._copies.clear()
-        return found
+        self._stalls.clear(), self._write_seconds.clear()
+        return totals
 
-    def _fail(self, why: str) -> None:
-        self._journal.record("save-failed", step=self._offered, level="memory", message=why[:500])
+    def _record_failure(self, reason: str) -> None:
+        self._journal.record("save-failed", step=self._started_step, level="memory", message=reason[:500])
 
-    def forget(self, *, beyond: int) -> None:
-        """Delete the snapshots of later steps than `beyond`, once what is under way has ended."""
-        self._worker.submit(self._memory.forget, beyond=beyond).result()
+    def delete_after(self, step: int) -> None:
+        """Wait for the writes under way, and delete the snapshots of later steps than `step`."""
+        self._worker.submit(self._memory.delete_after, beyond=step).result()
 
     def clear(self) -> None:
-        """Delete the snapshots: storage has the state."""
+        """Wait for the writes under way, and delete all snapshots."""
         self.close()
         self._memory.clear()
 
     def close(self) -> None:
-        """Let what is under way end."""
+        """Wait for the writes under way."""
         self._worker.shutdown()

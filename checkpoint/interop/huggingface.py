@@ -14,8 +14,8 @@ import numpy as np
 from ...configs.huggingface import FORMATS
 from ...configs.sections.model import ModelConfig
 from ...models.families import safetensors_files as storage
-from ...models.families.tensor_regions import Index, assembled, place_of, tensors
-from ...parallel.layout import places
+from ...models.families.tensor_regions import Index, assemble_tensor, find_region, regions_by_tensor
+from ...parallel.layout import canonical_slices
 from ...parallel.sharding import path_name
 
 Shapes = dict[str, tuple[int, ...]]
@@ -26,7 +26,7 @@ def canonical_shapes(params: Any, model: ModelConfig) -> Shapes:
     return {
         name: sub_shape(leaf.shape, index)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        for name, index in places(path_name(path), leaf.shape, model)
+        for name, index in canonical_slices(path_name(path), leaf.shape, model)
     }
 
 
@@ -47,17 +47,17 @@ def format_kind(model: ModelConfig) -> str:
     return next(kind for kind, form in FORMATS.items() if form.family == model.family)
 
 
-def check(directory: str | Path, model: ModelConfig, *, shapes: Any) -> None:
+def check_files(directory: str | Path, model: ModelConfig, *, shapes: Any) -> None:
     """Raise UserError where the files in `directory` are not the model that `model` describes; reads no weight."""
     canonical = canonical_shapes(shapes, model)
-    wanted = [place_of(name, canonical, kind=format_kind(model)) for name in canonical]
-    files = storage.Files(directory)
+    wanted = [find_region(name, canonical, kind=format_kind(model)) for name in canonical]
+    files = storage.WeightFiles(directory)
     storage.check_complete(files, {place.tensor: place.tensor_shape for place in wanted}, tied=model.tied_embeddings)
 
 
 def fingerprint(directory: str | Path) -> str:
     """Tells the weights in `directory` from any other model's; see `Files.fingerprint`."""
-    return storage.Files(directory).fingerprint()
+    return storage.WeightFiles(directory).fingerprint()
 
 
 def read(directory: str | Path, model: ModelConfig, *, shapes: Any, shardings: Any) -> Any:
@@ -65,21 +65,21 @@ def read(directory: str | Path, model: ModelConfig, *, shapes: Any, shardings: A
 
     Raises as `check`.
     """
-    check(directory, model, shapes=shapes)
-    files = storage.Files(directory)
+    check_files(directory, model, shapes=shapes)
+    files = storage.WeightFiles(directory)
     canonical = canonical_shapes(shapes, model)
-    where = {name: place_of(name, canonical, kind=format_kind(model)) for name in canonical}
+    where = {name: find_region(name, canonical, kind=format_kind(model)) for name in canonical}
 
     def leaf(path: tuple[Any, ...], like: Any, sharding: Any) -> jax.Array:
-        pieces = places(path_name(path), like.shape, model)
+        pieces = canonical_slices(path_name(path), like.shape, model)
 
         def block(index: Index) -> np.ndarray:
             result = np.zeros(sub_shape(like.shape, index), like.dtype)
             for name, at in pieces:
-                if (met := meeting(at, index, like.shape)) is not None:
+                if (met := intersect_regions(at, index, like.shape)) is not None:
                     ours, theirs = met
                     place = where[name]
-                    result[ours] = place.read(lambda part, tensor=place.tensor: files.part(tensor, part), theirs)
+                    result[ours] = place.read(lambda part, tensor=place.tensor: files.read_region(tensor, part), theirs)
             return result
 
         return jax.make_array_from_callback(like.shape, sharding, block)
@@ -87,7 +87,9 @@ def read(directory: str | Path, model: ModelConfig, *, shapes: Any, shardings: A
     return jax.tree_util.tree_map_with_path(leaf, shapes, shardings)
 
 
-def meeting(at: tuple[Any, ...], index: Index, shape: tuple[int, ...]) -> tuple[tuple[Any, ...], Index] | None:
+def intersect_regions(
+    at: tuple[Any, ...], index: Index, shape: tuple[int, ...]
+) -> tuple[tuple[Any, ...], Index] | None:
     """Where a piece that lies `at` in an array of `shape` and the block `index` of the array meet: in block and piece.
 
     None where they do not.
@@ -114,19 +116,19 @@ def meeting(at: tuple[Any, ...], index: Index, shape: tuple[int, ...]) -> tuple[
 
 def write(params: Any, model: ModelConfig, directory: Path, *, kind: str, limit: int) -> list[Path]:
     """Write `params` (in the run's layout) as files of format `kind`, each of at most `limit` bytes; their paths."""
-    shapes, fetch = canonical_shapes(params, model), fetcher(params, model)
-    parts = tensors(shapes, kind=kind)
+    shapes, fetch = canonical_shapes(params, model), host_fetcher(params, model)
+    parts = regions_by_tensor(shapes, kind=kind)
     width = {path.dtype.itemsize for path in jax.tree.leaves(params)}
     sizes = {tensor: math.prod(held[0][1].tensor_shape) * max(width) for tensor, held in parts.items()}
-    return storage.write(directory, sizes, lambda tensor: assembled(parts[tensor], fetch), limit=limit)
+    return storage.write_shards(directory, sizes, lambda tensor: assemble_tensor(parts[tensor], fetch), limit=limit)
 
 
-def fetcher(params: Any, model: ModelConfig) -> Callable[[str], np.ndarray]:
+def host_fetcher(params: Any, model: ModelConfig) -> Callable[[str], np.ndarray]:
     """Canonical name -> the array, brought to the host when it is asked for."""
     found: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
         name: (leaf, index)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        for name, index in places(path_name(path), leaf.shape, model)
+        for name, index in canonical_slices(path_name(path), leaf.shape, model)
     }
 
     def fetch(name: str) -> np.ndarray:

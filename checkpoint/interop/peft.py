@@ -14,51 +14,53 @@ from ...configs.errors import UserError, first_line
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
 from ...models.adapters import peft_reader, peft_writer
-from ...models.adapters.adapted_modules import sites
-from ...models.adapters.attach import at, copied, fresh_addition
-from ...models.adapters.registry import ADDITIONS
+from ...models.adapters.adapted_modules import find_adapted_modules
+from ...models.adapters.attach import added_leaves, copy_dicts, subtree
+from ...models.adapters.registry import ADDED_MODULES
 from ...models.adapters.selection import canonical_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-STARTED = ("pissa", "olora")  # what took its start out of the base model
+STARTS_FROM_BASE = ("pissa", "olora")  # what took its start out of the base model
 
 
-def leaves_of(tree: Any, model: ModelConfig, adapter: AdapterConfig) -> dict[str, peft_writer.Leaves]:
+def adapter_leaves(tree: Any, model: ModelConfig, adapter: AdapterConfig) -> dict[str, peft_writer.Leaves]:
     """The adapters in `tree` (the run's layout) by canonical module, each as wide as its own rank, on the host."""
     found = {}
-    for path, modules in added(model, adapter).items():
-        whole = jax.device_get(at(tree, path))
+    for path, modules in added_modules(model, adapter).items():
+        whole = jax.device_get(subtree(tree, path))
         stacked = path.startswith("segments/")
         for layer, module in enumerate(modules):
             found[module] = {name: leaf[layer] if stacked else leaf for name, leaf in whole.items()}
     if found:
         return found
-    for site in sites(model, adapter):
-        stack = jax.device_get(at(tree, f"{site.path}/adapter"))
-        for layer, (module, rank) in enumerate(zip(site.modules, site.ranks, strict=True)):
+    for site in find_adapted_modules(model, adapter):
+        stack = jax.device_get(subtree(tree, f"{site.path}/adapter"))
+        for layer, (module, rank) in enumerate(zip(site.layer_names, site.ranks, strict=True)):
             if rank:
-                found[module] = {name: cut(name, leaf[layer], rank) for name, leaf in stack.items()}
+                found[module] = {name: trim_to_rank(name, leaf[layer], rank) for name, leaf in stack.items()}
     if adapter.method == "vera":
         found[""] = jax.device_get(tree["adapter"])
     return found
 
 
-def added(model: ModelConfig, adapter: AdapterConfig) -> dict[str, list[str]]:
+def added_modules(model: ModelConfig, adapter: AdapterConfig) -> dict[str, list[str]]:
     """Path in the run -> canonical names of the modules that a method adds elsewhere than to linear maps."""
     paths: list[str] = []
-    for addition in ADDITIONS.get(adapter.method, ()):
-        paths += jax.eval_shape(partial(fresh_addition, addition, model, adapter))
+    for addition in ADDED_MODULES.get(adapter.method, ()):
+        paths += jax.eval_shape(partial(added_leaves, addition, model, adapter))
     return canonical_names(paths, model)
 
 
-def cut(name: str, leaf: np.ndarray, rank: int) -> np.ndarray:
+def trim_to_rank(name: str, leaf: np.ndarray, rank: int) -> np.ndarray:
     """A layer's leaf without the part that only wider layers of its stack use."""
     if name == "a":
         return leaf[..., :rank]
     return leaf[:rank] if name in ("b", "e", "scale", "vera_d") else leaf
 
 
-def since(start: dict[str, peft_writer.Leaves], now: dict[str, peft_writer.Leaves]) -> dict[str, peft_writer.Leaves]:
+def change_since_start(
+    start: dict[str, peft_writer.Leaves], now: dict[str, peft_writer.Leaves]
+) -> dict[str, peft_writer.Leaves]:
     """Adapters for the model as it was before PiSSA or OLoRA took their start out of it: twice as wide.
 
     A B now - A B then = [A now, A then] [B now, -B then].
@@ -75,24 +77,30 @@ def since(start: dict[str, peft_writer.Leaves], now: dict[str, peft_writer.Leave
 
 
 def write(
-    tree: Any, model: ModelConfig, adapter: AdapterConfig, directory: Path, *, kind: str, started: Callable[[], Any]
+    tree: Any,
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    directory: Path,
+    *,
+    kind: str,
+    initial_tree: Callable[[], Any],
 ) -> list[str]:
     """Write the adapters of `tree` for a base model of format `kind`; the names written.
 
     `started` makes the tree before the first step, which only some starts need. Raises as `peft.written`.
     """
-    leaves = leaves_of(tree, model, adapter)
-    if adapter.start in STARTED:
-        leaves = since(leaves_of(started(), model, adapter), leaves)
+    leaves = adapter_leaves(tree, model, adapter)
+    if adapter.start in STARTS_FROM_BASE:
+        leaves = change_since_start(adapter_leaves(initial_tree(), model, adapter), leaves)
 
     def lengths(module: str) -> np.ndarray:
-        site, layer = next((site, site.modules.index(module)) for site in every if module in site.modules)
-        kernel = np.asarray(at(tree, f"{site.path}/kernel")[layer], np.float32)
+        site, layer = next((site, site.layer_names.index(module)) for site in every if module in site.layer_names)
+        kernel = np.asarray(subtree(tree, f"{site.path}/kernel")[layer], np.float32)
         return np.sqrt(np.square(kernel).sum(tuple(range(len(site.inputs)))))
 
-    every = sites(model, AdapterConfig())
-    config, tensors = peft_writer.written(
-        adapter, model, kind=kind, leaves=leaves, lengths=lengths, base=model.origin or ""
+    every = find_adapted_modules(model, AdapterConfig())
+    config, tensors = peft_writer.to_peft(
+        adapter, model, kind=kind, leaves=leaves, column_norms=lengths, base=model.origin or ""
     )
     from safetensors.numpy import save_file
 
@@ -101,7 +109,7 @@ def write(
     return [CONFIG, WEIGHTS]
 
 
-def read(directory: Path, model: ModelConfig, *, kind: str) -> peft_reader.Read:
+def read(directory: Path, model: ModelConfig, *, kind: str) -> peft_reader.PeftAdapter:
     """The adapter in `directory`, for `model` with files of format `kind`. Raises as `peft_reader.read`."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -113,26 +121,26 @@ def read(directory: Path, model: ModelConfig, *, kind: str) -> peft_reader.Read:
         raise UserError(
             f"{directory}: not an adapter ({first_line(error)}); it must hold {CONFIG} and {WEIGHTS}"
         ) from None
-    return peft_reader.read(config, tensors, model, kind=kind)
+    return peft_reader.from_peft(config, tensors, model, kind=kind)
 
 
-def filled(tree: Any, found: peft_reader.Read, model: ModelConfig) -> Any:
+def load_adapters(tree: Any, found: peft_reader.PeftAdapter, model: ModelConfig) -> Any:
     """`tree` (the run's layout, adapters started) with the leaves that were read in place of its own."""
-    result = copied(tree)
-    for path, modules in added(model, found.adapter).items():
-        own = at(result, path)
+    result = copy_dicts(tree)
+    for path, modules in added_modules(model, found.adapter).items():
+        own = subtree(result, path)
         for name in own:
             layers = [found.leaves[module][name] for module in modules]
             own[name] = jnp.asarray(np.stack(layers) if path.startswith("segments/") else layers[0])
-    if found.adapter.method in ADDITIONS:
+    if found.adapter.method in ADDED_MODULES:
         return result
-    for site in sites(model, found.adapter):
-        stack = at(result, f"{site.path}/adapter")
+    for site in find_adapted_modules(model, found.adapter):
+        stack = subtree(result, f"{site.path}/adapter")
         for name, leaf in stack.items():
             layers = np.zeros(leaf.shape, leaf.dtype)
-            for layer, module in enumerate(site.modules):
+            for layer, module in enumerate(site.layer_names):
                 if module in found.leaves:
-                    put(layers[layer], found.leaves[module][name], last=name == "a")
+                    copy_leaf(layers[layer], found.leaves[module][name], last=name == "a")
             stack[name] = jnp.asarray(layers)
     if "" in found.leaves:
         for name, leaf in result["adapter"].items():
@@ -143,7 +151,7 @@ def filled(tree: Any, found: peft_reader.Read, model: ModelConfig) -> Any:
     return result
 
 
-def put(layer: np.ndarray, leaf: np.ndarray, *, last: bool) -> None:
+def copy_leaf(layer: np.ndarray, leaf: np.ndarray, *, last: bool) -> None:
     """Write a leaf, its inputs and outputs flattened, into a layer's array that may be wider; `last`: along its end."""
     if last:
         layer[..., : leaf.shape[-1]] = leaf.reshape(*layer.shape[:-1], leaf.shape[-1])

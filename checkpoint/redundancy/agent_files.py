@@ -13,8 +13,8 @@ from pathlib import Path
 import xxhash
 
 PROTECTED, RECOVERY = "protected.json", "recovery.json"
-SHARES = "parity.[01]"
-PLACE = "MESHWRIGHT_MEMORY"  # of the environment: a directory in a file system that lives in memory
+PARITY_GLOB = "parity.[01]"
+MEMORY_VARIABLE = "MESHWRIGHT_MEMORY"  # of the environment: a directory in a file system that lives in memory
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Recovery:
     seconds: float = 0.0  # that checking and rebuilding took
 
 
-def tell(directory: Path, word: Protected | Recovery) -> None:
+def write_status(directory: Path, word: Protected | Recovery) -> None:
     """Replace the word of this kind."""
     name = PROTECTED if isinstance(word, Protected) else RECOVERY
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -47,29 +47,29 @@ def tell(directory: Path, word: Protected | Recovery) -> None:
     os.replace(draft, directory / name)
 
 
-def protected(directory: Path) -> Protected:
+def read_protected(directory: Path) -> Protected:
     """The keeper's last word; nothing is protected where it said none."""
     told = _read(directory / PROTECTED)
     return Protected(**told) if told else Protected()
 
 
-def recovery(directory: Path) -> Recovery | None:
+def read_recovery(directory: Path) -> Recovery | None:
     """What the keeper said before this sitting; None where there is no keeper."""
     told = _read(directory / RECOVERY)
-    return word_of(told) if told else None
+    return recovery_from_json(told) if told else None
 
 
-def word_of(told: dict) -> Recovery:
+def recovery_from_json(told: dict) -> Recovery:
     """A recovery from JSON."""
     return Recovery(told["step"], tuple(told["rebuilt"]), told["note"], tuple(told["damaged"]), told["seconds"])
 
 
 def files(directory: Path) -> list[Path]:
     """Everything a keeper leaves."""
-    return [*directory.glob(SHARES), *directory.glob("*.json"), *directory.glob(".*"), *directory.glob("*.draft")]
+    return [*directory.glob(PARITY_GLOB), *directory.glob("*.json"), *directory.glob(".*"), *directory.glob("*.draft")]
 
 
-def sweep(directory: Path) -> None:
+def remove_leftovers(directory: Path) -> None:
     """Delete what a keeper left in a directory without snapshots."""
     if not directory.is_dir() or any(directory.glob("[0-9]*.[01]")):
         return
@@ -80,11 +80,11 @@ def sweep(directory: Path) -> None:
             place.rmdir()
 
 
-def directory_of(run: Path, *, host: int) -> Path:
+def memory_directory(run: Path, *, host: int) -> Path:
     """Where the slots of a host are: where this machine's environment says (`PLACE`), else in /dev/shm where the system
     has it. Hosts simulated on one machine differ.
     """
-    base = Path(os.environ.get(PLACE) or ("/dev/shm" if Path("/dev/shm").is_dir() else run / "memory"))
+    base = Path(os.environ.get(MEMORY_VARIABLE) or ("/dev/shm" if Path("/dev/shm").is_dir() else run / "memory"))
     return base / f"meshwright-{os.getuid()}" / xxhash.xxh3_64_hexdigest(str(run.absolute()).encode()) / f"host-{host}"
 
 

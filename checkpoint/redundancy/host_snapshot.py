@@ -11,7 +11,7 @@ from .parity_groups import Holding
 
 
 @dataclass(frozen=True)
-class Piece:
+class ProcessSlot:
     """One process's slot in a host's snapshot."""
 
     process: int
@@ -25,44 +25,44 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class HostSnapshot:
     """A host's snapshot of a step."""
 
     step: int
-    pieces: tuple[Piece, ...]
+    slots: tuple[ProcessSlot, ...]
 
     @property
     def seal(self) -> str:
         """Tells it from any other snapshot."""
-        return xxhash.xxh3_64_hexdigest("".join(piece.head for piece in self.pieces).encode())
+        return xxhash.xxh3_64_hexdigest("".join(piece.head for piece in self.slots).encode())
 
     @property
     def bytes(self) -> int:
         """Of the string."""
-        return sum(piece.padded for piece in self.pieces)
+        return sum(piece.padded for piece in self.slots)
 
-    def public(self) -> list[list[Any]]:
+    def to_json(self) -> list[list[Any]]:
         """As JSON."""
-        return [[piece.process, piece.bytes, piece.head] for piece in self.pieces]
+        return [[piece.process, piece.bytes, piece.head] for piece in self.slots]
 
 
-def snapshot_of(step: int, pieces: Sequence[Sequence[Any]]) -> Snapshot:
+def snapshot_from_json(step: int, pieces: Sequence[Sequence[Any]]) -> HostSnapshot:
     """The inverse of `Snapshot.public`."""
-    return Snapshot(step, tuple(Piece(*piece) for piece in pieces))
+    return HostSnapshot(step, tuple(ProcessSlot(*piece) for piece in pieces))
 
 
-def holding_of(info: Mapping[str, Any]) -> Holding:
+def holding_from_json(info: Mapping[str, Any]) -> Holding:
     """What a keeper told, as the planner reads it."""
     return Holding(
-        {int(step): snapshot_of(int(step), pieces).seal for step, pieces in info["held"].items()},
+        {int(step): snapshot_from_json(int(step), pieces).seal for step, pieces in info["held"].items()},
         {int(step): {int(host): seal for host, seal in made.items()} for step, made in info["shares"].items()},
     )
 
 
-def scatter(content: np.ndarray, drafts: Sequence[np.ndarray], lost: Snapshot, *, start: int) -> None:
+def scatter_to_slots(content: np.ndarray, drafts: Sequence[np.ndarray], lost: HostSnapshot, *, start: int) -> None:
     """Write bytes of a host's snapshot, from byte `start` of the string on, to the slots they belong to."""
     offset = 0
-    for piece, draft in zip(lost.pieces, drafts, strict=True):
+    for piece, draft in zip(lost.slots, drafts, strict=True):
         low, high = max(start, offset), min(start + len(content), offset + piece.bytes)
         if low < high:
             draft[low - offset : high - offset] = content[low - start : high - start]

@@ -27,7 +27,7 @@ class TooManyLost(MeshwrightError):
     """More hosts of a group are gone than its parity bears."""
 
 
-def members(stripe: int, *, hosts: int, losses: int) -> tuple[list[int], list[int]]:
+def stripe_hosts(stripe: int, *, hosts: int, losses: int) -> tuple[list[int], list[int]]:
     """(hosts that give data to a stripe, in order; hosts that keep its parity: P, then Q).
 
     >>> members(1, hosts=4, losses=2)
@@ -39,18 +39,18 @@ def members(stripe: int, *, hosts: int, losses: int) -> tuple[list[int], list[in
 
 def stripes_of(place: int, *, hosts: int, losses: int) -> list[int]:
     """The stripes that the host at `place` gives a block to, in the order of its blocks."""
-    return [stripe for stripe in range(hosts) if place in members(stripe, hosts=hosts, losses=losses)[0]]
+    return [stripe for stripe in range(hosts) if place in stripe_hosts(stripe, hosts=hosts, losses=losses)[0]]
 
 
-def checked(hosts: int, losses: int) -> None:
+def check_group(hosts: int, losses: int) -> None:
     """Raise MeshwrightError where a group cannot be protected so."""
     if losses not in (1, 2) or hosts < losses + 1:
         raise MeshwrightError(f"parity: {hosts} hosts cannot bear {losses} losses; 1 or 2, of at least one more host")
 
 
-def cut(snapshot: Bytes, *, host: int, hosts: int, losses: int, length: int) -> dict[int, Bytes]:
+def split_blocks(snapshot: Bytes, *, host: int, hosts: int, losses: int, length: int) -> dict[int, Bytes]:
     """Stripe -> the block that a host gives to it; `length` is the longest snapshot's, shorter ones are padded."""
-    stripes = [stripe for stripe in range(hosts) if host in members(stripe, hosts=hosts, losses=losses)[0]]
+    stripes = [stripe for stripe in range(hosts) if host in stripe_hosts(stripe, hosts=hosts, losses=losses)[0]]
     block = block_length(length, hosts=hosts, losses=losses)
     padded = np.zeros(block * len(stripes), np.uint8)
     padded[: len(snapshot)] = snapshot
@@ -62,22 +62,24 @@ def block_length(length: int, *, hosts: int, losses: int) -> int:
     return -(-length // (hosts - losses) // 8) * 8 if length else 8
 
 
-def protect(snapshots: Sequence[Bytes], *, losses: int) -> list[list[Bytes]]:
+def compute_parity(snapshots: Sequence[Bytes], *, losses: int) -> list[list[Bytes]]:
     """What each host keeps beside its snapshot: for every parity of the code the one it is keeper of."""
     hosts = len(snapshots)
-    checked(hosts, losses)
+    check_group(hosts, losses)
     length = max(map(len, snapshots))
-    blocks = [cut(one, host=host, hosts=hosts, losses=losses, length=length) for host, one in enumerate(snapshots)]
+    blocks = [
+        split_blocks(one, host=host, hosts=hosts, losses=losses, length=length) for host, one in enumerate(snapshots)
+    ]
     shares: list[list[Bytes]] = [[] for _ in snapshots]
     for number in range(losses):
         for stripe in range(hosts):
-            givers, keepers = members(stripe, hosts=hosts, losses=losses)
-            parity = (xor, weighted)[number]([blocks[host][stripe] for host in givers])
+            givers, keepers = stripe_hosts(stripe, hosts=hosts, losses=losses)
+            parity = (xor, weighted_sum)[number]([blocks[host][stripe] for host in givers])
             shares[keepers[number]].append(parity)
     return shares
 
 
-def rebuild(
+def rebuild_snapshots(
     snapshots: Mapping[int, Bytes], shares: Mapping[int, Sequence[Bytes]], *, lengths: Sequence[int], losses: int
 ) -> dict[int, Bytes]:
     """The snapshots of the hosts that `snapshots` lacks. `lengths`: bytes of every host's snapshot.
@@ -85,27 +87,27 @@ def rebuild(
     Raises TooManyLost where it cannot be done. The caller verifies the result by its fingerprints.
     """
     hosts = len(lengths)
-    checked(hosts, losses)
+    check_group(hosts, losses)
     lost = sorted(set(range(hosts)) - snapshots.keys())
     if len(lost) > losses:
         raise TooManyLost(f"parity: hosts {lost} of {hosts} are lost, and the group bears {losses}")
     shape = {"hosts": hosts, "losses": losses, "length": max(lengths)}
-    blocks = {host: cut(one, host=host, **shape) for host, one in snapshots.items()}
+    blocks = {host: split_blocks(one, host=host, **shape) for host, one in snapshots.items()}
     found: dict[int, list[Bytes]] = {host: [] for host in lost}
     for stripe in range(hosts):
-        givers, keepers = members(stripe, hosts=hosts, losses=losses)
+        givers, keepers = stripe_hosts(stripe, hosts=hosts, losses=losses)
         # A keeper's first share is P of its own stripe, its second Q of the stripe before it.
         parities = [shares[host][number] if host in snapshots else None for number, host in enumerate(keepers)]
         data = {place: blocks[host][stripe] for place, host in enumerate(givers) if host in snapshots}
-        solved = solve(data, parities, places=len(givers))
+        solved = solve_stripe(data, parities, count=len(givers))
         for place, block in solved.items():
             found[givers[place]].append(block)
     return {host: np.concatenate(parts)[: lengths[host]] for host, parts in found.items() if parts}
 
 
-def solve(data: Mapping[int, Bytes], parities: Sequence[Bytes | None], *, places: int) -> dict[int, Bytes]:
+def solve_stripe(data: Mapping[int, Bytes], parities: Sequence[Bytes | None], *, count: int) -> dict[int, Bytes]:
     """The blocks of a stripe that `data` lacks, by place."""
-    missing = [place for place in range(places) if place not in data]
+    missing = [place for place in range(count) if place not in data]
     if not missing:
         return {}
     known = list(data.values())
@@ -113,12 +115,14 @@ def solve(data: Mapping[int, Bytes], parities: Sequence[Bytes | None], *, places
     if len(missing) == 1 and first is not None:
         return {missing[0]: xor([*known, first])}
     second = parities[1]
-    weighed = [times(power(place), block) for place, block in data.items()]
+    weighed = [scale_block(power_of_two(place), block) for place, block in data.items()]
     if len(missing) == 1:
-        return {missing[0]: times(inverse(power(missing[0])), xor([*weighed, second]))}
+        return {missing[0]: scale_block(inverse(power_of_two(missing[0])), xor([*weighed, second]))}
     # P + P' = a + b and Q + Q' = g^i a + g^j b, of places i < j, give b = (Q + Q' + g^i (P + P')) / (g^i + g^j).
     (low, high), sums = missing, xor([*known, first])
-    other = times(inverse(power(low) ^ power(high)), xor([*weighed, second, times(power(low), sums)]))
+    other = scale_block(
+        inverse(power_of_two(low) ^ power_of_two(high)), xor([*weighed, second, scale_block(power_of_two(low), sums)])
+    )
     return {low: xor([sums, other]), high: other}
 
 
@@ -129,7 +133,7 @@ def xor(blocks: Sequence[Bytes]) -> Bytes:
     return result
 
 
-def weighted(blocks: Sequence[Bytes]) -> Bytes:
+def weighted_sum(blocks: Sequence[Bytes]) -> Bytes:
     """The sum of 2^i times block i over GF(2^8)."""
     result = blocks[-1].copy()
     add_doubling(result, blocks[-2::-1])
@@ -168,7 +172,7 @@ def multiply(a: int, b: int) -> int:
     return result
 
 
-def power(exponent: int) -> int:
+def power_of_two(exponent: int) -> int:
     """2 to the `exponent` in GF(2^8)."""
     result = 1
     for _ in range(exponent):
@@ -184,6 +188,6 @@ def inverse(value: int) -> int:
     return result
 
 
-def times(factor: int, block: Bytes) -> Bytes:
+def scale_block(factor: int, block: Bytes) -> Bytes:
     """A block times a constant, by a table of all products."""
     return np.array([multiply(value, factor) for value in range(256)], np.uint8)[block]

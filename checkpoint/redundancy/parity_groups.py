@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 
 from ...configs.errors import UserError
 from .agent_files import Recovery
-from .parity import members
+from .parity import stripe_hosts
 
 Groups = Sequence[Sequence[int]]
 
 
-def laid(hosts: int, *, size: int, losses: int, domains: Sequence[str] = ()) -> list[list[int]]:
+def assign_groups(hosts: int, *, size: int, losses: int, domains: Sequence[str] = ()) -> list[list[int]]:
     """Hosts by group, each of at most `size`, hosts of one failure domain in as many groups as there are.
 
     `domains`: of each host; empty: each host is its own. Raises UserError where a group would be too small for its
@@ -58,47 +58,47 @@ def laid(hosts: int, *, size: int, losses: int, domains: Sequence[str] = ()) -> 
 class Holding:
     """What a host has, verified. A seal tells a host's snapshot of a step from any other snapshot."""
 
-    held: Mapping[int, str] = field(default_factory=dict)  # step -> seal of this host's snapshot
-    shares: Mapping[int, Mapping[int, str]] = field(default_factory=dict)  # step -> host -> seal of what it is made of
+    snapshots: Mapping[int, str] = field(default_factory=dict)  # step -> seal of this host's snapshot
+    parity: Mapping[int, Mapping[int, str]] = field(default_factory=dict)  # step -> host -> seal of what it is made of
 
 
-def of(group: Sequence[int], holdings: Mapping[int, Holding]) -> dict[int, Holding]:
+def group_holdings(group: Sequence[int], holdings: Mapping[int, Holding]) -> dict[int, Holding]:
     """The holdings of the hosts of a group; nothing where a host told nothing."""
     return {host: holdings.get(host, Holding()) for host in group}
 
 
-def recoverable(holdings: Mapping[int, Holding], groups: Groups, *, losses: int) -> Recovery:
+def choose_recovery(holdings: Mapping[int, Holding], groups: Groups, *, losses: int) -> Recovery:
     """The newest step that every group has or can rebuild; step -1, with the reason, where there is none."""
-    steps = {step for one in holdings.values() for step in (*one.held, *one.shares)}
+    steps = {step for one in holdings.values() for step in (*one.snapshots, *one.parity)}
     failures: list[tuple[int, int, str]] = []  # (hosts that have it, step, why not)
     for step in sorted(steps, reverse=True):
         rebuilt: list[int] = []
         reasons = []
         for group in groups:
-            ours = of(group, holdings)
-            lost = [host for host in group if step not in ours[host].held]
-            if reason := hopeless(step, lost, ours, losses=losses):
+            ours = group_holdings(group, holdings)
+            lost = [host for host in group if step not in ours[host].snapshots]
+            if reason := why_unrecoverable(step, lost, ours, losses=losses):
                 reasons.append(reason)
             rebuilt += lost
         if not reasons:
             names = ", ".join(map(str, rebuilt))
             note = f"host {names} lost its snapshot of step {step}; rebuilt from parity and verified" if rebuilt else ""
             return Recovery(step, tuple(rebuilt), note)
-        count = sum(step in one.held for one in holdings.values())
+        count = sum(step in one.snapshots for one in holdings.values())
         failures.append((count, step, "; ".join(reasons)))
     return Recovery(-1, (), max(failures)[2] if failures else "")
 
 
-def hopeless(step: int, lost: Sequence[int], ours: Mapping[int, Holding], *, losses: int) -> str | None:
+def why_unrecoverable(step: int, lost: Sequence[int], ours: Mapping[int, Holding], *, losses: int) -> str | None:
     """Why the snapshots of the hosts `lost` of one group cannot be rebuilt; None where they can."""
     if not lost:
         return None
     hosts = list(ours)
     if not losses:
         return f"step {step}: hosts {list(lost)} lost their snapshots, and checkpoint.parity is none"
-    holders = sharers(step, ours)
+    holders = parity_holders(step, ours)
     for stripe in range(len(hosts)):
-        givers, keepers = members(stripe, hosts=len(hosts), losses=losses)
+        givers, keepers = stripe_hosts(stripe, hosts=len(hosts), losses=losses)
         missing = sum(hosts[place] in lost for place in givers)
         if missing > sum(hosts[place] in holders for place in keepers):
             return (
@@ -108,13 +108,13 @@ def hopeless(step: int, lost: Sequence[int], ours: Mapping[int, Holding], *, los
     return None
 
 
-def sharers(step: int, ours: Mapping[int, Holding]) -> list[int]:
+def parity_holders(step: int, ours: Mapping[int, Holding]) -> list[int]:
     """The hosts of a group whose parity of `step` is made of the snapshots that the others have."""
-    seals = {host: one.held[step] for host, one in ours.items() if step in one.held}
+    seals = {host: one.snapshots[step] for host, one in ours.items() if step in one.snapshots}
     return [
         host
         for host, one in ours.items()
-        if step in one.shares
-        and one.shares[step].keys() == ours.keys()  # else it was made by another group, of other stripes
-        and all(one.shares[step][other] == seal for other, seal in seals.items())
+        if step in one.parity
+        and one.parity[step].keys() == ours.keys()  # else it was made by another group, of other stripes
+        and all(one.parity[step][other] == seal for other, seal in seals.items())
     ]

@@ -30,18 +30,18 @@ from ..errors import DamagedCheckpoint
 MAGIC, WHOLE, EMPTY = b"MESHSLOT", 2, 0
 HEAD = struct.Struct("<8sqQQQQ16x")  # magic, step, header's offset, its length, xxh3 of the header, state
 START = ALIGNED = 64  # bytes
-PIECE = 4 * 2**20  # bytes copied, then hashed while they are still in the cache
+CHUNK_BYTES = 4 * 2**20  # bytes copied, then hashed while they are still in the cache
 
 Header = dict[str, Any]
 
 
-class Pool:
+class SlotPool:
     """The slots a process has open: memory that is there already. Bounded by the number of paths it is asked for."""
 
     def __init__(self) -> None:
         self._open: dict[Path, mmap.mmap] = {}
 
-    def slot(self, path: Path, size: int) -> mmap.mmap:
+    def map_slot(self, path: Path, size: int) -> mmap.mmap:
         """The memory of a slot of at least `size` bytes, touched. Raises OSError where there is no room."""
         slot = self._open.get(path)
         if slot is None or len(slot) < size or not path.exists():
@@ -58,25 +58,25 @@ class Pool:
         self._open.clear()
 
 
-class Filling:
+class SlotWriter:
     """A slot that is being filled."""
 
     def __init__(self, memory: mmap.mmap, sizes: Sequence[int], total: int) -> None:
         self._memory = np.frombuffer(memory, np.uint8, total)
-        self.offsets = offsets(sizes)
+        self.offsets = block_offsets(sizes)
         self._hashes = [xxhash.xxh3_64() for _ in sizes]
         self._sizes, self._filled = sizes, [0] * len(sizes)
 
-    def put(self, number: int, content: np.ndarray) -> None:
+    def write(self, number: int, content: np.ndarray) -> None:
         """The next bytes of block `number`."""
         content = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
-        for start in range(0, len(content), PIECE):
-            piece = content[start : start + PIECE]
-            with self.space(number, len(piece)) as target:
+        for start in range(0, len(content), CHUNK_BYTES):
+            piece = content[start : start + CHUNK_BYTES]
+            with self.write_region(number, len(piece)) as target:
                 np.copyto(target, piece)
 
     @contextmanager
-    def space(self, number: int, size: int) -> Iterator[np.ndarray]:
+    def write_region(self, number: int, size: int) -> Iterator[np.ndarray]:
         """The next `size` bytes of block `number`, to be written in the `with`."""
         place = self.offsets[number] + self._filled[number]
         target = self._memory[place : place + size]
@@ -89,19 +89,19 @@ class Filling:
         if self._filled != list(self._sizes):
             raise ValueError(f"a slot was declared whole with {self._filled} of {list(self._sizes)} bytes in it")
         for place, size, hash_ in zip(self.offsets, self._sizes, self._hashes, strict=True):
-            rest = self._memory[place + size : place + padded(size)]
+            rest = self._memory[place + size : place + padded_size(size)]
             rest[:] = 0  # what an earlier snapshot left there; parity is made of every byte
             hash_.update(rest)
         hashes = [one.hexdigest() for one in self._hashes]
         return [list(block) for block in zip(self.offsets, self._sizes, hashes, strict=True)]
 
 
-def padded(size: int) -> int:
+def padded_size(size: int) -> int:
     """Bytes up to the next block."""
     return -(-size // ALIGNED) * ALIGNED
 
 
-def offsets(sizes: Sequence[int]) -> list[int]:
+def block_offsets(sizes: Sequence[int]) -> list[int]:
     """Where blocks of these sizes begin.
 
     >>> offsets([8, 100, 4])
@@ -110,33 +110,33 @@ def offsets(sizes: Sequence[int]) -> list[int]:
     result, offset = [], START
     for size in sizes:
         result.append(offset)
-        offset += padded(size)
+        offset += padded_size(size)
     return result
 
 
-def room(sizes: Sequence[int]) -> int:
+def header_offset(sizes: Sequence[int]) -> int:
     """Bytes up to the header."""
-    return START + sum(map(padded, sizes))
+    return START + sum(map(padded_size, sizes))
 
 
 @contextmanager
-def filling(pool: Pool, path: Path, sizes: Sequence[int], header: Mapping[str, Any]) -> Iterator[Filling]:
+def write_slot(pool: SlotPool, path: Path, sizes: Sequence[int], header: Mapping[str, Any]) -> Iterator[SlotWriter]:
     """Fill the slot at `path` with blocks of `sizes`; it is whole once the `with` has ended well, empty before.
 
     Raises OSError where there is no room.
     """
-    end = room(sizes)
-    longest = end + len(encoded(header, [[end, end, "0" * 16]] * len(sizes)))
-    memory = pool.slot(path, longest)
+    end = header_offset(sizes)
+    longest = end + len(encode_header(header, [[end, end, "0" * 16]] * len(sizes)))
+    memory = pool.map_slot(path, longest)
     memory[: HEAD.size] = HEAD.pack(MAGIC, -1, 0, 0, 0, EMPTY)
-    slot = Filling(memory, sizes, longest)
+    slot = SlotWriter(memory, sizes, longest)
     yield slot
-    text = encoded(header, slot.blocks())
+    text = encode_header(header, slot.blocks())
     memory[end : end + len(text)] = text
     memory[: HEAD.size] = HEAD.pack(MAGIC, header["step"], end, len(text), xxhash.xxh3_64_intdigest(text), WHOLE)
 
 
-def encoded(header: Mapping[str, Any], blocks: Sequence[Any]) -> bytes:
+def encode_header(header: Mapping[str, Any], blocks: Sequence[Any]) -> bytes:
     """The header's bytes."""
     return json.dumps({**header, "blocks": blocks}).encode()
 
@@ -148,7 +148,7 @@ class Head(NamedTuple):
     step: int
     offset: int  # of the header
     length: int  # of the header
-    seen: int  # xxh3 of the header
+    checksum: int  # xxh3 of the header
 
     @property
     def bytes(self) -> int:
@@ -156,7 +156,7 @@ class Head(NamedTuple):
         return self.offset + self.length
 
 
-def head_of(path: Path) -> Head | None:
+def read_head(path: Path) -> Head | None:
     """The head of a whole slot; None of any other."""
     try:
         with path.open("rb") as file:
@@ -172,28 +172,28 @@ def head_of(path: Path) -> Head | None:
     return Head(raw, step, offset, length, seen)
 
 
-def header_of(path: Path) -> Header | None:
+def read_header(path: Path) -> Header | None:
     """The header of a whole slot, which is what was written; None where there is no such slot."""
-    head = head_of(path)
+    head = read_head(path)
     if head is None:
         return None
     with path.open("rb") as file:
         file.seek(head.offset)
         text = file.read(head.length)
-    if xxhash.xxh3_64_intdigest(text) != head.seen:
+    if xxhash.xxh3_64_intdigest(text) != head.checksum:
         return None
     header = json.loads(text)
     # Neither of a slot that was emptied meanwhile, nor under another step's head.
-    return header if header["step"] == head.step and head_of(path) == head else None
+    return header if header["step"] == head.step and read_head(path) == head else None
 
 
-def verify(path: Path, header: Header) -> np.ndarray:
+def verify_slot(path: Path, header: Header) -> np.ndarray:
     """The content of the slot, block by block what was written. Raises DamagedCheckpoint where it is not."""
     try:
         content = np.fromfile(path, np.uint8)
     except OSError as error:
         raise DamagedCheckpoint(f"snapshot {header['step']}: {path} cannot be read: {error}") from error
     for number, (offset, size, seen) in enumerate(header["blocks"]):
-        if xxhash.xxh3_64_hexdigest(content[offset : offset + padded(size)]) != seen:
+        if xxhash.xxh3_64_hexdigest(content[offset : offset + padded_size(size)]) != seen:
             raise DamagedCheckpoint(f"snapshot {header['step']}: block {number} of {path} is not what was written")
     return content

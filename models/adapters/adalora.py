@@ -10,37 +10,37 @@ import jax
 import jax.numpy as jnp
 
 from ..context import Context
-from .interface import Inside, Leaves, Method, Setting
-from .lora import lora, merge_lora
+from .interface import BaseLinear, InitContext, Leaves, LinearMethod
+from .lora import apply_lora, merge_lora
 
-DEVIATION = 0.02  # of the first A and B, as in PEFT
+INIT_DEVIATION = 0.02  # of the first A and B, as in PEFT
 
 
-def start(key: jax.Array, kernel: jax.Array, setting: Setting) -> tuple[jax.Array, Leaves]:
+def init(key: jax.Array, kernel: jax.Array, context: InitContext) -> tuple[jax.Array, Leaves]:
     """(kernel, leaves) before the first step."""
-    rank = setting.scale.shape[0]
+    rank = context.scale.shape[0]
     first, second = jax.random.split(key)
     return kernel, {
-        "a": DEVIATION * jax.random.normal(first, (*setting.inputs, rank)),
-        "b": DEVIATION * jax.random.normal(second, (rank, *setting.outputs)),
+        "a": INIT_DEVIATION * jax.random.normal(first, (*context.inputs, rank)),
+        "b": INIT_DEVIATION * jax.random.normal(second, (rank, *context.outputs)),
         "e": jnp.zeros(rank),
-        "scale": setting.scale,
+        "scale": context.scale,
     }
 
 
-def plain(leaves: Leaves) -> Leaves:
+def as_lora(leaves: Leaves) -> Leaves:
     """The leaves of LoRA that computes the same."""
     return {"a": leaves["a"], "b": leaves["b"], "scale": leaves["e"] * leaves["scale"]}
 
 
-def adalora(leaves: Leaves, x: jax.Array, inside: Inside, ctx: Context) -> jax.Array:
+def apply(leaves: Leaves, x: jax.Array, base: BaseLinear, ctx: Context) -> jax.Array:
     """The adapted map of x [batch, sequence, inputs...]."""
-    return lora(plain(leaves), x, inside, ctx)
+    return apply_lora(as_lora(leaves), x, base, ctx)
 
 
-def merge(leaves: Leaves, inside: Inside) -> Inside:
+def merge(leaves: Leaves, base: BaseLinear) -> BaseLinear:
     """The plain map that computes the same."""
-    return merge_lora(plain(leaves), inside)
+    return merge_lora(as_lora(leaves), base)
 
 
-ADALORA = Method(starts={"zero": start}, apply=adalora, merge=merge, trained=("a", "b", "e"))
+ADALORA = LinearMethod(initializers={"zero": init}, apply=apply, merge=merge, trained_leaves=("a", "b", "e"))

@@ -23,16 +23,16 @@ DEFAULT_TARGETS = {"ia3": ["k", "v", "down"], "bitfit": ["*/bias"], "norms": ["*
 
 
 @dataclass(frozen=True)
-class Site:
+class AdaptedModule:
     """A stack of linear maps that gets adapters."""
 
     path: str  # in the run: segments/0/1/block/attn/q
-    modules: tuple[str, ...]  # canonical name of each layer's
+    layer_names: tuple[str, ...]  # canonical name of each layer's
     inputs: tuple[int, ...]  # dimensions of what the map reads
     outputs: tuple[int, ...]  # and of what it makes
     ranks: tuple[int, ...]  # of each layer; 0: none
     scales: tuple[float, ...]  # what multiplies each layer's added map
-    number: int  # of the map in its block: what its dropout is drawn by
+    map_index: int  # of the map in its block: what its dropout is drawn by
 
     @property
     def rank(self) -> int:
@@ -62,7 +62,7 @@ def linear_maps(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[in
     return {name: sizes for name, sizes in maps.items() if name != "mlp/gate" or model.activation != "gelu"}
 
 
-def stacks(model: ModelConfig) -> Iterator[tuple[str, list[int]]]:
+def layer_stacks(model: ModelConfig) -> Iterator[tuple[str, list[int]]]:
     """(path of a stack's block, numbers of its layers) of every stack."""
     first = 0
     for number, (pattern, repeats) in enumerate(model.segments):
@@ -81,7 +81,7 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*/{pattern}")
 
 
-def picked(key: str, patterns: Iterable[str], names: Iterable[str]) -> set[str]:
+def select_names(key: str, patterns: Iterable[str], names: Iterable[str]) -> set[str]:
     """The names some pattern matches. Raises UserError, listing what there is, for a pattern that matches none."""
     names, found = list(names), set()
     for pattern in patterns:
@@ -92,32 +92,32 @@ def picked(key: str, patterns: Iterable[str], names: Iterable[str]) -> set[str]:
     return found
 
 
-def above(names: Iterable[str], model: ModelConfig, adapter: AdapterConfig) -> set[str]:
+def in_trained_layers(names: Iterable[str], model: ModelConfig, adapter: AdapterConfig) -> set[str]:
     """Without the names in layers that `adapter.layers` leaves alone."""
     first = first_trained(model, adapter)
     return {name for name in names if not name.startswith("layers/") or int(name.split("/")[1]) >= first}
 
 
-def sites(model: ModelConfig, adapter: AdapterConfig) -> list[Site]:
+def find_adapted_modules(model: ModelConfig, adapter: AdapterConfig) -> list[AdaptedModule]:
     """The stacks of linear maps that `adapter` adds to. Raises UserError for a pattern that matches nothing."""
     maps = linear_maps(model)
     names = [f"layers/{layer}/{name}" for layer in range(model.layers) for name in maps]
     patterns = DEFAULT_TARGETS.get(adapter.method, ["*"]) if adapter.targets is None else adapter.targets
-    chosen = above(picked("adapter.targets", patterns, names), model, adapter)
+    chosen = in_trained_layers(select_names("adapter.targets", patterns, names), model, adapter)
     for key, given in (("ranks", adapter.ranks), ("alphas", adapter.alphas)):
-        picked(f"adapter.{key}", given, chosen)
+        select_names(f"adapter.{key}", given, chosen)
     found = []
-    for path, layers in stacks(model):
+    for path, layers in layer_stacks(model):
         for number, (name, (inputs, outputs)) in enumerate(maps.items()):
             modules = tuple(f"layers/{layer}/{name}" for layer in layers)
-            sizes = [strength(module, adapter) if module in chosen else (0, 0.0) for module in modules]
+            sizes = [rank_and_scale(module, adapter) if module in chosen else (0, 0.0) for module in modules]
             if any(rank for rank, _ in sizes):
                 ranks, scales = zip(*sizes, strict=True)
-                found.append(Site(f"{path}/{name}", modules, inputs, outputs, ranks, scales, number))
+                found.append(AdaptedModule(f"{path}/{name}", modules, inputs, outputs, ranks, scales, number))
     return found
 
 
-def strength(module: str, adapter: AdapterConfig) -> tuple[int, float]:
+def rank_and_scale(module: str, adapter: AdapterConfig) -> tuple[int, float]:
     """(rank, what multiplies the added map) of one module; methods without a rank have 1 and 1."""
     if adapter.method in ("ia3", "oft", "shira"):
         return 1, 1.0

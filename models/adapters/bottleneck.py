@@ -15,11 +15,11 @@ from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
 from ..context import Context
 from ..decoder import Params
-from .adapted_modules import above, picked, stacks
-from .interface import Addition, Leaves
+from .adapted_modules import in_trained_layers, layer_stacks, select_names
+from .interface import AddedModule, Leaves
 
 GATHERED = ("batch", "sequence", None)
-TRAINED = tuple(
+TRAINED_SUFFIXES = tuple(
     f"/{part}/adapter/{leaf}" for part in ("attn", "mlp") for leaf in ("down", "down_bias", "up", "up_bias")
 )
 
@@ -34,15 +34,15 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x: jax.Array, y: jax.Array, ctx: Context) -> jax.Array:
         """x is what the part reads, y what it makes, both [batch, sequence, embed]."""
-        return y + self.added(ctx.constrain(y, GATHERED) if self.behind else x, ctx)
+        return y + self.update(ctx.constrain(y, GATHERED) if self.behind else x, ctx)
 
-    def added(self, read: jax.Array, ctx: Context) -> jax.Array:
+    def update(self, read: jax.Array, ctx: Context) -> jax.Array:
         """What is added to y [batch, sequence, embed]."""
         down, up, bias, last = (
-            leaf[...].astype(ctx.compute) for leaf in (self.down, self.up, self.down_bias, self.up_bias)
+            leaf[...].astype(ctx.compute_dtype) for leaf in (self.down, self.up, self.down_bias, self.up_bias)
         )
         made = ctx.linear(jax.nn.relu(ctx.linear(read, down, inputs=1) + bias), up, inputs=1) + last
-        return self.scale[...].astype(ctx.compute) * made
+        return self.scale[...].astype(ctx.compute_dtype) * made
 
 
 def serial(leaves: Leaves) -> Bottleneck:
@@ -55,16 +55,16 @@ def parallel(leaves: Leaves) -> Bottleneck:
     return Bottleneck(leaves, behind=False)
 
 
-def start(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
+def init(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
     """Leaves of every stack with a layer that `adapter` picks. Raises UserError for a pattern that matches nothing."""
     del weights
     parts = ("attn", "mlp")
     names = [f"layers/{layer}/{part}" for layer in range(model.layers) for part in parts]
     usual = parts if adapter.method == "serial" else ("mlp",)
-    chosen = above(picked("adapter.targets", adapter.targets or usual, names), model, adapter)
+    chosen = in_trained_layers(select_names("adapter.targets", adapter.targets or usual, names), model, adapter)
     factor = 1.0 if adapter.alpha is None else adapter.alpha / adapter.rank
     found = {}
-    for number, (path, layers) in enumerate(stacks(model)):
+    for number, (path, layers) in enumerate(layer_stacks(model)):
         for place, part in enumerate(parts):
             scales = [factor if f"layers/{layer}/{part}" in chosen else 0.0 for layer in layers]
             if any(scales):
@@ -82,5 +82,5 @@ def start(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.
     return found
 
 
-SERIAL = Addition(start, serial, trained=TRAINED)
-PARALLEL = Addition(start, parallel, trained=TRAINED)
+SERIAL = AddedModule(init, serial, trained_suffixes=TRAINED_SUFFIXES)
+PARALLEL = AddedModule(init, parallel, trained_suffixes=TRAINED_SUFFIXES)

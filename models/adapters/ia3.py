@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from ..context import Context
-from .interface import Inside, Leaves, Method, Setting
+from .interface import BaseLinear, InitContext, Leaves, LinearMethod
 
 
-def start(key: jax.Array, kernel: jax.Array, setting: Setting) -> tuple[jax.Array, Leaves]:
+def init(key: jax.Array, kernel: jax.Array, context: InitContext) -> tuple[jax.Array, Leaves]:
     """(kernel, leaves) before the first step: a vector of ones where the map reads, or where it answers."""
     del key
-    vector = {"input_scale": jnp.ones(setting.inputs)} if setting.scales_input else {}
-    return kernel, (vector or {"output_scale": jnp.ones(setting.outputs)}) | {"scale": setting.scale}
+    vector = {"input_scale": jnp.ones(context.inputs)} if context.is_down_projection else {}
+    return kernel, (vector or {"output_scale": jnp.ones(context.outputs)}) | {"scale": context.scale}
 
 
 def vector(leaves: Leaves) -> jax.Array:
@@ -25,20 +25,22 @@ def vector(leaves: Leaves) -> jax.Array:
     return 1 + leaves["scale"] * (given - 1) if given.ndim == 1 else 1 + leaves["scale"][:, None] * (given - 1)
 
 
-def ia3(leaves: Leaves, x: jax.Array, inside: Inside, ctx: Context) -> jax.Array:
+def apply(leaves: Leaves, x: jax.Array, base: BaseLinear, ctx: Context) -> jax.Array:
     """The adapted map of x [batch, sequence, inputs...]."""
     if "input_scale" in leaves:
-        return inside.biased(inside.product(x * vector(leaves).astype(x.dtype), ctx))
-    y = inside.biased(inside.product(x, ctx))
+        return base.add_bias(base.multiply(x * vector(leaves).astype(x.dtype), ctx))
+    y = base.add_bias(base.multiply(x, ctx))
     return y * vector(leaves).astype(y.dtype)
 
 
-def merge(leaves: Leaves, inside: Inside) -> Inside:
+def merge(leaves: Leaves, base: BaseLinear) -> BaseLinear:
     """The plain map that computes the same."""
     own = vector(leaves)
     if "input_scale" in leaves:
-        return inside.replaced(kernel=inside.kernel * own.reshape(*own.shape, *[1] * (inside.kernel.ndim - own.ndim)))
-    return inside.replaced(kernel=inside.kernel * own, bias=None if inside.bias is None else inside.bias * own)
+        return base.replace(kernel=base.kernel * own.reshape(*own.shape, *[1] * (base.kernel.ndim - own.ndim)))
+    return base.replace(kernel=base.kernel * own, bias=None if base.bias is None else base.bias * own)
 
 
-IA3 = Method(starts={"zero": start}, apply=ia3, merge=merge, trained=("input_scale", "output_scale"))
+IA3 = LinearMethod(
+    initializers={"zero": init}, apply=apply, merge=merge, trained_leaves=("input_scale", "output_scale")
+)

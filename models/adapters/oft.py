@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..context import Context
-from .interface import Inside, Leaves, Method, Setting
+from .interface import BaseLinear, InitContext, Leaves, LinearMethod
 
 
-def start(key: jax.Array, kernel: jax.Array, setting: Setting) -> tuple[jax.Array, Leaves]:
+def init(key: jax.Array, kernel: jax.Array, context: InitContext) -> tuple[jax.Array, Leaves]:
     """(kernel, leaves) before the first step: nothing is turned."""
     del key
-    blocks = math.prod(setting.inputs) // setting.block
-    return kernel, {"r": jnp.zeros((blocks, setting.block * (setting.block - 1) // 2)), "scale": setting.scale}
+    blocks = math.prod(context.inputs) // context.block
+    return kernel, {"r": jnp.zeros((blocks, context.block * (context.block - 1) // 2)), "scale": context.scale}
 
 
-def rotations(leaves: Leaves) -> jax.Array:
+def rotation_blocks(leaves: Leaves) -> jax.Array:
     """R's blocks [blocks, block, block] float32."""
     above = leaves["r"] * leaves["scale"]
     size = math.isqrt(2 * above.shape[1]) + 1
@@ -35,18 +35,18 @@ def rotations(leaves: Leaves) -> jax.Array:
     return jnp.eye(size) + 2 * q + 2 * squared + 2 * squared @ q + squared @ squared
 
 
-def oft(leaves: Leaves, x: jax.Array, inside: Inside, ctx: Context) -> jax.Array:
+def apply(leaves: Leaves, x: jax.Array, base: BaseLinear, ctx: Context) -> jax.Array:
     """The adapted map of x [batch, sequence, inputs...]."""
-    turns = rotations(leaves).astype(x.dtype)
+    turns = rotation_blocks(leaves).astype(x.dtype)
     parts = x.reshape(*x.shape[:2], *turns.shape[:2])
-    return inside.biased(inside.product(jnp.einsum("bsrk,rkc->bsrc", parts, turns).reshape(x.shape), ctx))
+    return base.add_bias(base.multiply(jnp.einsum("bsrk,rkc->bsrc", parts, turns).reshape(x.shape), ctx))
 
 
-def merge(leaves: Leaves, inside: Inside) -> Inside:
+def merge(leaves: Leaves, base: BaseLinear) -> BaseLinear:
     """The plain map that computes the same."""
-    turns = rotations(leaves)
-    parts = inside.kernel.reshape(*turns.shape[:2], -1)
-    return inside.replaced(kernel=jnp.einsum("rkc,rco->rko", turns, parts).reshape(inside.kernel.shape))
+    turns = rotation_blocks(leaves)
+    parts = base.kernel.reshape(*turns.shape[:2], -1)
+    return base.replace(kernel=jnp.einsum("rkc,rco->rko", turns, parts).reshape(base.kernel.shape))
 
 
-OFT = Method(starts={"zero": start}, apply=oft, merge=merge, trained=("r",))
+OFT = LinearMethod(initializers={"zero": init}, apply=apply, merge=merge, trained_leaves=("r",))

@@ -13,34 +13,39 @@ import numpy as np
 from ...configs.errors import UserError
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
-from ..families.weight_names import MODULES
+from ..families.weight_names import MODULE_NAMES
 
 Leaves = dict[str, np.ndarray]
-KINDS = {
+PEFT_TYPES = {
     "prefix": "PREFIX_TUNING",
     "prompt": "PROMPT_TUNING",
     "p-tuning": "PROMPT_TUNING",
     "tokens": "TRAINABLE_TOKENS",
 }
-READ = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "P_TUNING": "prompt", "TRAINABLE_TOKENS": "tokens"}
-NAME = "prompt_embeddings"
-DELTA = "base_model.model.{}.trainable_tokens_delta"
+METHOD_BY_PEFT_TYPE = {
+    "PREFIX_TUNING": "prefix",
+    "PROMPT_TUNING": "prompt",
+    "P_TUNING": "prompt",
+    "TRAINABLE_TOKENS": "tokens",
+}
+PROMPT_TENSOR = "prompt_embeddings"
+TOKENS_TENSOR = "base_model.model.{}.trainable_tokens_delta"
 
 
-def written(
+def prompt_to_peft(
     adapter: AdapterConfig, model: ModelConfig, *, kind: str, leaves: Mapping[str, Leaves], base: str
 ) -> tuple[dict[str, Any], Leaves]:
     """(adapter_config.json, tensors) of what is in `leaves`, by canonical module, for files of format `kind`."""
     common = {
-        "peft_type": KINDS[adapter.method],
+        "peft_type": PEFT_TYPES[adapter.method],
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
     }
     if adapter.method == "tokens":
-        place, own = MODULES[kind]["embed"], leaves["embed/adapter"]
+        place, own = MODULE_NAMES[kind]["embed"], leaves["embed/adapter"]
         config = {"target_modules": [place.rpartition(".")[2]], "token_indices": adapter.tokens, "init_weights": True}
-        return common | config, {DELTA.format(place): np.asarray(own["rows"])}
+        return common | config, {TOKENS_TENSOR.format(place): np.asarray(own["rows"])}
     config = {
         "num_virtual_tokens": adapter.length,
         "num_transformer_submodules": 1,
@@ -54,18 +59,18 @@ def written(
         every = [leaves[f"layers/{layer}/attn/prefix"][name] for layer in range(model.layers) for name in ("k", "v")]
         rows = np.concatenate([one.reshape(adapter.length, width) for one in every], axis=1)
     else:
-        refuse_scaled(model)
-        rows = leaves["prompt"]["rows"] if adapter.method == "prompt" else encoded(leaves["prompt"])
-    return common | config, {NAME: np.ascontiguousarray(rows, np.float32)}
+        refuse_scaled_embeddings(model)
+        rows = leaves["prompt"]["rows"] if adapter.method == "prompt" else encode_prompt(leaves["prompt"])
+    return common | config, {PROMPT_TENSOR: np.ascontiguousarray(rows, np.float32)}
 
 
-def encoded(own: Leaves) -> np.ndarray:
+def encode_prompt(encoder: Leaves) -> np.ndarray:
     """The rows that P-tuning's perceptron makes."""
-    first = np.maximum(own["seeds"] @ own["w1"] + own["b1"], 0)
-    return np.maximum(first @ own["w2"] + own["b2"], 0) @ own["w3"] + own["b3"]
+    first = np.maximum(encoder["seeds"] @ encoder["w1"] + encoder["b1"], 0)
+    return np.maximum(first @ encoder["w2"] + encoder["b2"], 0) @ encoder["w3"] + encoder["b3"]
 
 
-def refuse_scaled(model: ModelConfig) -> None:
+def refuse_scaled_embeddings(model: ModelConfig) -> None:
     """Raise UserError where it is open whether rows are scaled before or behind the prompt."""
     if model.embedding_scale:
         raise UserError(
@@ -74,12 +79,12 @@ def refuse_scaled(model: ModelConfig) -> None:
         )
 
 
-def read(
+def prompt_from_peft(
     config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: ModelConfig, *, kind: str
 ) -> tuple[AdapterConfig, dict[str, Leaves]]:
     """Settings and leaves of an adapter whose `peft_type` is in READ. Raises UserError for what does not fit."""
-    method = READ[config["peft_type"]]
-    name = DELTA.format(MODULES[kind]["embed"]) if method == "tokens" else NAME
+    method = METHOD_BY_PEFT_TYPE[config["peft_type"]]
+    name = TOKENS_TENSOR.format(MODULE_NAMES[kind]["embed"]) if method == "tokens" else PROMPT_TENSOR
     if left := sorted(tensors.keys() ^ {name}):
         raise UserError(f"adapter_model.safetensors: {', '.join(left[:3])}: expected {name} and nothing else")
     rows = tensors[name]
@@ -94,7 +99,7 @@ def read(
         return AdapterConfig(method="tokens", tokens=tokens), {"embed/adapter": {"rows": rows, "numbers": numbers}}
     adapter = AdapterConfig(method=method, length=len(rows))
     if method == "prompt":
-        refuse_scaled(model)
+        refuse_scaled_embeddings(model)
         return adapter, {"prompt": {"rows": rows}}
     parts = rows.reshape(len(rows), model.layers, 2, model.key_value_heads, model.head_width)
     return adapter, {

@@ -15,10 +15,10 @@ from ...configs.errors import UserError
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
 from . import peft_prompt
-from .peft_writer import OFT_SINCE, PREFIX, Fused, Leaves, modules
+from .peft_writer import OFT_SINCE, PREFIX, Leaves, PeftModule, peft_modules
 
 # Keys with the only values that mean what we compute.
-ONLY: dict[str, tuple[Any, ...]] = {
+REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "lora_bias": (False, None),
     "layer_replication": (None,),
@@ -27,25 +27,27 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "target_parameters": (None, []),
 }
-STARTS = (True, False, "gaussian", "orthogonal", "eva", None)  # these leave the base model as it is
+SUPPORTED_INITS = (True, False, "gaussian", "orthogonal", "eva", None)  # these leave the base model as it is
 
 
-class Read(NamedTuple):
+class PeftAdapter(NamedTuple):
     """An adapter as this framework has it."""
 
     adapter: AdapterConfig
     leaves: dict[str, Leaves]  # by canonical module; "" holds VeRA's shared pair
 
 
-def read(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: ModelConfig, *, kind: str) -> Read:
+def from_peft(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: ModelConfig, *, kind: str
+) -> PeftAdapter:
     """Settings and leaves for `model`, whose files are of format `kind`. Raises UserError for what we do not have."""
-    if config.get("peft_type") in peft_prompt.READ:
-        return Read(*peft_prompt.read(config, tensors, model, kind=kind))
-    method = method_of(config)
+    if config.get("peft_type") in peft_prompt.METHOD_BY_PEFT_TYPE:
+        return PeftAdapter(*peft_prompt.prompt_from_peft(config, tensors, model, kind=kind))
+    method = find_method(config)
     left = dict(tensors)
     leaves: dict[str, Leaves] = {}
-    for module in modules(model, kind):
-        own = taken(left, f"{PREFIX}{module.name}.")
+    for module in peft_modules(model, kind):
+        own = pop_module(left, f"{PREFIX}{module.name}.")
         if own:
             leaves |= READERS[method](module, own, config)
     if method == "vera":
@@ -55,10 +57,10 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: Mo
             f"adapter_model.safetensors: {', '.join(sorted(left)[:3])} ({len(left)} in all) has no place here; "
             "only linear maps of its blocks can be adapted here"
         )
-    return Read(settings(method, leaves, model, config), leaves)
+    return PeftAdapter(adapter_settings(method, leaves, model, config), leaves)
 
 
-def method_of(config: Mapping[str, Any]) -> str:
+def find_method(config: Mapping[str, Any]) -> str:
     """Our name of the method. Raises UserError for one we do not have, or a variant of it."""
     kind = str(config.get("peft_type"))
     methods = {
@@ -70,14 +72,16 @@ def method_of(config: Mapping[str, Any]) -> str:
         "SHIRA": "shira",
     }
     if kind not in methods:
-        raise UserError.no_match("adapter_config.json: peft_type", [kind], known=methods | peft_prompt.READ)
-    for key, choices in ONLY.items():
+        raise UserError.no_match(
+            "adapter_config.json: peft_type", [kind], known=methods | peft_prompt.METHOD_BY_PEFT_TYPE
+        )
+    for key, choices in REQUIRED_VALUES.items():
         if config.get(key) not in choices:
             raise UserError(
                 f"adapter_config.json: {key}: {config[key]!r:.80} is not supported; only {choices[0]!r} is read"
             )
     start = config.get("init_lora_weights")
-    if start not in STARTS:
+    if start not in SUPPORTED_INITS:
         raise UserError(
             f"adapter_config.json: init_lora_weights: {start!r} changes the base model too; "
             "convert the adapter in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
@@ -85,12 +89,12 @@ def method_of(config: Mapping[str, Any]) -> str:
     return methods[kind]
 
 
-def taken(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def pop_module(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """Remove the tensors of one module, and return them by the rest of their names."""
     return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
 
 
-def parts(module: Fused) -> Iterator[tuple[str, slice]]:
+def part_outputs(module: PeftModule) -> Iterator[tuple[str, slice]]:
     """(canonical module, its outputs) of each map a module of theirs is."""
     first = 0
     for part, width in zip(module.parts, module.widths, strict=True):
@@ -98,27 +102,27 @@ def parts(module: Fused) -> Iterator[tuple[str, slice]]:
         first += width
 
 
-def read_lora(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
+def read_lora(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
     """a [inputs, rank], b [rank, outputs], scale [rank], magnitude [outputs] of each part; inputs, outputs flattened.
 
     A part of a fused map has the whole A and its own rows of B.
     """
-    a, b = own["lora_A.weight"].T, own["lora_B.weight"].T
+    a, b = tensors["lora_A.weight"].T, tensors["lora_B.weight"].T
     rank = a.shape[1]
-    alpha = pattern(config.get("alpha_pattern") or {}, module.name, config.get("lora_alpha", 8))
+    alpha = match_pattern(config.get("alpha_pattern") or {}, module.name, config.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     found = {}
-    for part, outputs in parts(module):
+    for part, outputs in part_outputs(module):
         found[part] = {"a": a, "b": b[:, outputs], "scale": np.full(rank, scale, np.float32)}
-        if "lora_magnitude_vector" in own:
-            found[part]["magnitude"] = own["lora_magnitude_vector"].reshape(-1)[outputs]
+        if "lora_magnitude_vector" in tensors:
+            found[part]["magnitude"] = tensors["lora_magnitude_vector"].reshape(-1)[outputs]
     return found
 
 
-def read_ia3(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
+def read_ia3(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
     """The vector of each part."""
     del config
-    vector, on = own["ia3_l"], {"scale": np.ones(1, np.float32)}
+    vector, on = tensors["ia3_l"], {"scale": np.ones(1, np.float32)}
     reads = vector.shape[0] == 1 and vector.shape[1] == module.inputs
     if reads != module.parts[0].endswith("mlp/down"):
         raise UserError(
@@ -127,24 +131,26 @@ def read_ia3(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, 
         )
     if reads:
         return {module.parts[0]: {"input_scale": vector.reshape(-1)} | on}
-    return {part: {"output_scale": vector.reshape(-1)[outputs]} | on for part, outputs in parts(module)}
+    return {part: {"output_scale": vector.reshape(-1)[outputs]} | on for part, outputs in part_outputs(module)}
 
 
-def read_vera(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
+def read_vera(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
     """The two vectors of a map."""
     del config
-    scale = np.ones(len(own["vera_lambda_d"]), np.float32)
-    return {one_map(module): {"vera_d": own["vera_lambda_d"], "vera_b": own["vera_lambda_b"], "scale": scale}}
+    scale = np.ones(len(tensors["vera_lambda_d"]), np.float32)
+    return {
+        single_part(module): {"vera_d": tensors["vera_lambda_d"], "vera_b": tensors["vera_lambda_b"], "scale": scale}
+    }
 
 
-def one_map(module: Fused) -> str:
+def single_part(module: PeftModule) -> str:
     """The map that a module of theirs is. Raises UserError where it is several."""
     if len(module.parts) > 1:
         raise UserError(f"adapter_model.safetensors: {module.name} is one map in the file and several here; merge it")
     return module.parts[0]
 
 
-def read_oft(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
+def read_oft(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
     """The rotations of a map."""
     for key, only in (("block_share", False), ("coft", False), ("use_cayley_neumann", True)):
         if config.get(key, only) != only:
@@ -157,7 +163,7 @@ def read_oft(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, 
             f"adapter_config.json: peft_version: {version}, but rotations are read as PEFT makes them since "
             f"{OFT_SINCE}, by another series; train it again there, or merge it with the version that made it"
         )
-    return {one_map(module): {"r": own["oft_R.weight"], "scale": np.ones(1, np.float32)}}
+    return {single_part(module): {"r": tensors["oft_R.weight"], "scale": np.ones(1, np.float32)}}
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -165,29 +171,31 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-def read_adalora(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
+def read_adalora(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
     """The triplets of a map. Those that were taken away are not in the file: they become zeros."""
     first = int(config["init_r"])
-    if len(own["lora_E"]) > first:
-        raise UserError(f"adapter_config.json: init_r: {first}, but {module.name} has {len(own['lora_E'])} ranks")
-    room = first - len(own["lora_E"])
-    e = own["lora_E"][:, 0] / (1 + 1e-5 / first)
+    if len(tensors["lora_E"]) > first:
+        raise UserError(f"adapter_config.json: init_r: {first}, but {module.name} has {len(tensors['lora_E'])} ranks")
+    room = first - len(tensors["lora_E"])
+    e = tensors["lora_E"][:, 0] / (1 + 1e-5 / first)
     scale = np.full(first, float(config["lora_alpha"]) / first, np.float32)
     return {
-        one_map(module): {
-            "a": np.pad(own["lora_A"].T, ((0, 0), (0, room))),
-            "b": np.pad(own["lora_B"].T, ((0, room), (0, 0))),
+        single_part(module): {
+            "a": np.pad(tensors["lora_A"].T, ((0, 0), (0, room))),
+            "b": np.pad(tensors["lora_B"].T, ((0, room), (0, 0))),
             "e": np.pad(e, (0, room)),
             "scale": scale,
         }
     }
 
 
-def read_shira(module: Fused, own: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
+def read_shira(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
     """The entries of a map, and where they are."""
     del config
-    indices = own["shira_indices"][::-1].astype(np.int32)
-    return {one_map(module): {"values": own["shira_weight"], "indices": indices, "scale": np.ones(1, np.float32)}}
+    indices = tensors["shira_indices"][::-1].astype(np.int32)
+    return {
+        single_part(module): {"values": tensors["shira_weight"], "indices": indices, "scale": np.ones(1, np.float32)}
+    }
 
 
 READERS = {
@@ -201,15 +209,17 @@ READERS = {
 }
 
 
-def pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """What PEFT gives the module called `name`: the value of the first key it ends in, as a regular expression."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def settings(method: str, leaves: Mapping[str, Leaves], model: ModelConfig, config: Mapping[str, Any]) -> AdapterConfig:
+def adapter_settings(
+    method: str, leaves: Mapping[str, Leaves], model: ModelConfig, config: Mapping[str, Any]
+) -> AdapterConfig:
     """The adapter section that has exactly these leaves."""
     found = [name for name in leaves if name]
-    given: dict[str, Any] = {"method": method, "targets": named(found, model)}
+    given: dict[str, Any] = {"method": method, "targets": target_patterns(found, model)}
     if method == "ia3":
         return AdapterConfig(**given)
     if method == "oft":
@@ -245,7 +255,7 @@ def settings(method: str, leaves: Mapping[str, Leaves], model: ModelConfig, conf
     )
 
 
-def named(names: list[str], model: ModelConfig) -> list[str]:
+def target_patterns(names: list[str], model: ModelConfig) -> list[str]:
     """Patterns for these modules: `attn/q` where every layer's is among them."""
     by_map: dict[str, list[str]] = {}
     for name in names:

@@ -15,9 +15,9 @@ from flax import nnx
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
 from ..context import Context
-from ..decoder import Params, graph
-from .interface import Addition, Leaves
-from .prompt import sampled
+from ..decoder import Params, decoder_graphdef
+from .interface import AddedModule, Leaves
+from .prompt import sample_embeddings
 
 
 class Prefix(nnx.Module):
@@ -32,11 +32,11 @@ class Prefix(nnx.Module):
         return {"k": self.k[...], "v": self.v[...]}, ctx.attend
 
 
-def start(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
+def init(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
     """Leaves [layers, length, kv_heads, head_dim] of every stack."""
-    decoder = nnx.merge(graph(model), weights)
+    decoder = nnx.merge(decoder_graphdef(model), weights)
     entries = decoder.keys_and_values(
-        sampled(weights, model, adapter, key), Context(positions=jnp.zeros((1, 1), jnp.int32))
+        sample_embeddings(weights, model, adapter, key), Context(positions=jnp.zeros((1, 1), jnp.int32))
     )
     return {
         f"segments/{segment}/{place}/block/attn/prefix": own
@@ -45,4 +45,4 @@ def start(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.
     }
 
 
-PREFIX = Addition(start, Prefix, trained=("/attn/prefix/k", "/attn/prefix/v"), ahead=True)
+PREFIX = AddedModule(init, Prefix, trained_suffixes=("/attn/prefix/k", "/attn/prefix/v"), is_prefix=True)

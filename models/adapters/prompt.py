@@ -14,10 +14,10 @@ from flax import nnx
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
 from ..decoder import Params
-from .interface import Addition, Leaves
+from .interface import AddedModule, Leaves
 
 
-class Rows(nnx.Module):
+class PromptEmbedding(nnx.Module):
     """The rows [length, embed] of virtual tokens."""
 
     def __init__(self, leaves: Leaves):
@@ -28,7 +28,7 @@ class Rows(nnx.Module):
         return self.rows[...]
 
 
-class Encoded(nnx.Module):
+class PromptEncoder(nnx.Module):
     """Rows [length, embed] that a perceptron makes of seeds."""
 
     def __init__(self, leaves: Leaves):
@@ -41,18 +41,20 @@ class Encoded(nnx.Module):
         return jax.nn.relu(first @ self.w2[...] + self.b2[...]) @ self.w3[...] + self.b3[...]
 
 
-def sampled(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> jax.Array:
+def sample_embeddings(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> jax.Array:
     """The table's rows [length, embed] of tokens drawn at random, float32: where prompts start best."""
     tokens = jax.random.randint(key, (adapter.length,), 0, model.vocab)
     return jnp.take(weights["embed"]["embedding"], tokens, axis=0).astype(jnp.float32)
 
 
-def start(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
+def init_prompt(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
     """A prompt of real tokens."""
-    return {"prompt": {"rows": sampled(weights, model, adapter, key)}}
+    return {"prompt": {"rows": sample_embeddings(weights, model, adapter, key)}}
 
 
-def encoded(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
+def init_prompt_encoder(
+    weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array
+) -> dict[str, Leaves]:
     """Seeds of deviation 1; maps and biases as PEFT draws them, uniform within 1 / sqrt(inputs)."""
     del weights
     width, bound = model.embed, model.embed**-0.5
@@ -64,6 +66,11 @@ def encoded(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: ja
     return {"prompt": leaves}
 
 
-PROMPT = Addition(start, Rows, trained=("/prompt/rows",), ahead=True)
-ENCODER = ("seeds", "w1", "b1", "w2", "b2", "w3", "b3")
-P_TUNING = Addition(encoded, Encoded, trained=tuple(f"/prompt/{name}" for name in ENCODER), ahead=True)
+PROMPT = AddedModule(init_prompt, PromptEmbedding, trained_suffixes=("/prompt/rows",), is_prefix=True)
+ENCODER_LEAVES = ("seeds", "w1", "b1", "w2", "b2", "w3", "b3")
+P_TUNING = AddedModule(
+    init_prompt_encoder,
+    PromptEncoder,
+    trained_suffixes=tuple(f"/prompt/{name}" for name in ENCODER_LEAVES),
+    is_prefix=True,
+)

@@ -3,7 +3,7 @@
 from .adalora import ADALORA
 from .bottleneck import PARALLEL, SERIAL
 from .ia3 import IA3
-from .interface import Addition, Method
+from .interface import AddedModule, LinearMethod
 from .lora import DORA, LORA
 from .oft import OFT
 from .prefix import PREFIX
@@ -13,7 +13,7 @@ from .tokens import TOKENS
 from .unipelt import UNIPELT
 from .vera import VERA
 
-METHODS: dict[str, Method] = {
+LINEAR_METHODS: dict[str, LinearMethod] = {
     "lora": LORA,
     "dora": DORA,
     "adalora": ADALORA,
@@ -22,7 +22,7 @@ METHODS: dict[str, Method] = {
     "oft": OFT,
     "shira": SHIRA,
 }
-ADDITIONS: dict[str, tuple[Addition, ...]] = {
+ADDED_MODULES: dict[str, tuple[AddedModule, ...]] = {
     "prefix": (PREFIX,),
     "prompt": (PROMPT,),
     "p-tuning": (P_TUNING,),

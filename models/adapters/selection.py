@@ -14,17 +14,17 @@ import numpy as np
 from ...configs.errors import UserError
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
-from .adapted_modules import DEFAULT_TARGETS, above, matches, picked, stacks
-from .registry import ADDITIONS, METHODS
+from .adapted_modules import DEFAULT_TARGETS, in_trained_layers, layer_stacks, matches, select_names
+from .registry import ADDED_MODULES, LINEAR_METHODS
 
-BESIDE = "score/"  # a recipe's own weights: whatever the method chooses among the model's, they learn
+RECIPE_WEIGHTS = "score/"  # a recipe's own weights: whatever the method chooses among the model's, they learn
 
 Names = dict[str, list[str]]  # path in the run -> canonical name of each of its layers, or its own
 
 
 def canonical_names(paths: list[str], model: ModelConfig) -> Names:
     """The canonical names of what each of `paths` holds."""
-    layers = dict(stacks(model))
+    layers = dict(layer_stacks(model))
     names = {}
     for path in paths:
         block, found, rest = path.partition("/block/")
@@ -32,18 +32,18 @@ def canonical_names(paths: list[str], model: ModelConfig) -> Names:
     return names
 
 
-def trained(paths: list[str], model: ModelConfig, adapter: AdapterConfig) -> dict[str, np.ndarray]:
+def trained_masks(paths: list[str], model: ModelConfig, adapter: AdapterConfig) -> dict[str, np.ndarray]:
     """Path -> [layers] bool of every weight that learns, in some layer at least. UserError where there is none."""
     names = canonical_names(paths, model)
-    if adapter.method in METHODS:
-        leaves = set(METHODS[adapter.method].trained) - ({"a"} if adapter.freeze_a else set())
+    if adapter.method in LINEAR_METHODS:
+        leaves = set(LINEAR_METHODS[adapter.method].trained) - ({"a"} if adapter.freeze_a else set())
         return {
             path: np.ones(len(own), bool)
             for path, own in names.items()
             if "/block/" in path and path.split("/")[-2] == "adapter" and path.split("/")[-1] in leaves
         }
-    if adapter.method in ADDITIONS:
-        ends = tuple(end for addition in ADDITIONS[adapter.method] for end in addition.trained)
+    if adapter.method in ADDED_MODULES:
+        ends = tuple(end for addition in ADDED_MODULES[adapter.method] for end in addition.trained)
         return {path: np.ones(len(own), bool) for path, own in names.items() if f"/{path}".endswith(ends)}
     every = [name for own in names.values() for name in own]
     if adapter.method in ("bitfit", "norms"):
@@ -51,12 +51,14 @@ def trained(paths: list[str], model: ModelConfig, adapter: AdapterConfig) -> dic
         every = [name for name in every if any(matches(name, pattern) for pattern in patterns)]
         if not every:
             raise UserError(f"adapter.method: {adapter.method} trains {patterns[0]}, of which this model has none")
-    chosen = above(picked("adapter.targets", adapter.targets or usual(adapter), every), model, adapter)
+    chosen = in_trained_layers(
+        select_names("adapter.targets", adapter.targets or default_patterns(adapter), every), model, adapter
+    )
     flags = {path: np.array([name in chosen for name in own]) for path, own in names.items()}
     return {path: own for path, own in flags.items() if own.any()}
 
 
-def multipliers(
+def update_scaler(
     model: ModelConfig, adapter: AdapterConfig, *, order: Sequence[int] | None = None
 ) -> Callable[[str, Any], Any] | None:
     """(path, update) -> the update as `adapter` wants it; None where nothing is to be done to any.
@@ -65,13 +67,13 @@ def multipliers(
     adds of its own takes all. `order` says which repeat stands at each place of the stacks, -1: none; by default they
     stand in order.
     """
-    if adapter.method in METHODS | ADDITIONS:
+    if adapter.method in LINEAR_METHODS | ADDED_MODULES:
         if adapter.ratio == 1:
             return None
         return lambda path, update: update * adapter.ratio if path.endswith("/adapter/b") else update
 
     def masked(path: str, update: jax.Array) -> jax.Array:
-        if path.startswith(BESIDE):
+        if path.startswith(RECIPE_WEIGHTS):
             return update
         flags = trained_layers(path, model, adapter)
         if order is not None and "/block/" in path:
@@ -85,12 +87,12 @@ def multipliers(
 
 def trained_layers(path: str, model: ModelConfig, adapter: AdapterConfig) -> np.ndarray:
     """[layers] bool: which layers of the trained weight at `path` learn."""
-    patterns = adapter.targets or usual(adapter)
+    patterns = adapter.targets or default_patterns(adapter)
     own = canonical_names([path], model)[path]
-    inside = above(own, model, adapter)
+    inside = in_trained_layers(own, model, adapter)
     return np.array([name in inside and any(matches(name, pattern) for pattern in patterns) for name in own])
 
 
-def usual(adapter: AdapterConfig) -> list[str]:
+def default_patterns(adapter: AdapterConfig) -> list[str]:
     """Patterns where the user gives none, of what the method may train."""
     return ["layers/*"] if adapter.method == "selective" else ["*"]

@@ -11,39 +11,39 @@ import jax
 import jax.numpy as jnp
 
 from ..context import Context
-from .interface import Inside, Leaves, Method, Setting
+from .interface import BaseLinear, InitContext, Leaves, LinearMethod
 
 
-def start(key: jax.Array, kernel: jax.Array, setting: Setting) -> tuple[jax.Array, Leaves]:
+def init(key: jax.Array, kernel: jax.Array, context: InitContext) -> tuple[jax.Array, Leaves]:
     """(kernel, leaves) before the first step."""
-    inputs, outputs = math.prod(setting.inputs), math.prod(setting.outputs)
-    count = min(setting.rank * (inputs + outputs), inputs * outputs)
+    inputs, outputs = math.prod(context.inputs), math.prod(context.outputs)
+    count = min(context.rank * (inputs + outputs), inputs * outputs)
     places = jax.random.choice(key, inputs * outputs, (count,), replace=False).astype(jnp.int32)
     indices = jnp.stack([places // outputs, places % outputs])
-    return kernel, {"values": jnp.zeros(count), "indices": indices, "scale": setting.scale}
+    return kernel, {"values": jnp.zeros(count), "indices": indices, "scale": context.scale}
 
 
-def whole(leaves: Leaves, shape: tuple[int, ...], inputs: int) -> jax.Array:
+def dense_delta(leaves: Leaves, shape: tuple[int, ...], inputs: int) -> jax.Array:
     """D [inputs..., outputs...] float32."""
     rows, columns = leaves["indices"]
     flat = jnp.zeros((math.prod(shape[:inputs]), math.prod(shape[inputs:])))
     return flat.at[rows, columns].add(leaves["values"] * leaves["scale"]).reshape(shape)
 
 
-def shira(leaves: Leaves, x: jax.Array, inside: Inside, ctx: Context) -> jax.Array:
+def apply(leaves: Leaves, x: jax.Array, base: BaseLinear, ctx: Context) -> jax.Array:
     """The adapted map of x [batch, sequence, inputs...]."""
 
     def multiply(x: jax.Array, leaves: Leaves, kernel: jax.Array) -> jax.Array:
-        both = inside.replaced(kernel=kernel).whole_kernel(ctx) + whole(leaves, kernel.shape, inside.inputs)
-        return ctx.linear(x, both.astype(ctx.compute), inputs=inside.inputs)
+        both = base.replace(kernel=kernel).gathered_kernel(ctx) + dense_delta(leaves, kernel.shape, base.inputs)
+        return ctx.linear(x, both.astype(ctx.compute_dtype), inputs=base.inputs)
 
     # Made again for the backward pass: kept, the sums of all layers would be a second model.
-    return inside.biased(jax.checkpoint(multiply)(x, leaves, inside.kernel))
+    return base.add_bias(jax.checkpoint(multiply)(x, leaves, base.kernel))
 
 
-def merge(leaves: Leaves, inside: Inside) -> Inside:
+def merge(leaves: Leaves, base: BaseLinear) -> BaseLinear:
     """The plain map that computes the same."""
-    return inside.replaced(kernel=inside.kernel + whole(leaves, inside.kernel.shape, inside.inputs))
+    return base.replace(kernel=base.kernel + dense_delta(leaves, base.kernel.shape, base.inputs))
 
 
-SHIRA = Method(starts={"zero": start}, apply=shira, merge=merge, trained=("values",))
+SHIRA = LinearMethod(initializers={"zero": init}, apply=apply, merge=merge, trained_leaves=("values",))

@@ -13,10 +13,10 @@ from flax import nnx
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
 from ..decoder import Params
-from .interface import Addition, Leaves
+from .interface import AddedModule, Leaves
 
 
-class Tokens(nnx.Module):
+class TrainableTokens(nnx.Module):
     """Rows in the place of the table's; which, is `numbers` [tokens] int32."""
 
     def __init__(self, leaves: Leaves):
@@ -33,7 +33,7 @@ class Tokens(nnx.Module):
         return embedding.at[self.numbers[...]].set(self.rows[...].astype(embedding.dtype))
 
 
-def start(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
+def init(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
     """The table's own rows."""
     del model, key
     numbers = jnp.asarray(np.array(adapter.tokens, np.int32))
@@ -45,8 +45,8 @@ def merge(tree: Params, adapter: AdapterConfig) -> Params:
     """The plain weights, the rows in the table."""
     del adapter
     embed = dict(tree["embed"])
-    own = Tokens(embed.pop("adapter"))
+    own = TrainableTokens(embed.pop("adapter"))
     return tree | {"embed": embed | {"embedding": own.table(embed["embedding"])}}
 
 
-TOKENS = Addition(start, Tokens, trained=("/embed/adapter/rows",), merge=merge)
+TOKENS = AddedModule(init, TrainableTokens, trained_suffixes=("/embed/adapter/rows",), merge=merge)

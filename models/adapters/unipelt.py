@@ -22,13 +22,13 @@ from flax import nnx
 
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
-from ..attention.interface import Mask, Where
+from ..attention.interface import Mask, TokenIndices
 from ..context import Context
 from ..decoder import Params
-from ..quantized.kernel import Quantized
+from ..quantized.kernel import QuantizedArray
 from . import bottleneck, lora, prefix
-from .adapted_modules import linear_maps, picked, stacks, strength
-from .interface import Addition, Inside, Leaves, Setting
+from .adapted_modules import layer_stacks, linear_maps, rank_and_scale, select_names
+from .interface import AddedModule, BaseLinear, InitContext, Leaves
 
 MAPS = ("attn/q", "attn/v")  # that have LoRA
 GATE_DEVIATION = 0.02  # of the perceptron's gate in the authors' code, https://github.com/morningmoni/UniPELT
@@ -42,9 +42,9 @@ class Gate(nnx.Module):
         for name, leaf in leaves.items():
             setattr(self, name, nnx.Param(leaf))
 
-    def opened(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def gate_values(self, x: jax.Array, ctx: Context) -> jax.Array:
         """How far the gate is open, [batch, sequence, 1] in (0, 1), for x [batch, sequence, embed]."""
-        own, bias = (leaf[...].astype(ctx.compute) for leaf in (self.gate, self.gate_bias))
+        own, bias = (leaf[...].astype(ctx.compute_dtype) for leaf in (self.gate, self.gate_bias))
         return jax.nn.sigmoid(ctx.linear(x, own[:, None], inputs=1) + bias)
 
 
@@ -52,13 +52,13 @@ class GatedLora(Gate):
     """LoRA beside the kernel of one map."""
 
     def __call__(
-        self, x: jax.Array, kernel: jax.Array | Quantized, bias: jax.Array | None, ctx: Context, *, inputs: int
+        self, x: jax.Array, kernel: jax.Array | QuantizedArray, bias: jax.Array | None, ctx: Context, *, inputs: int
     ) -> jax.Array:
         """x [batch, sequence, embed] -> [batch, sequence, heads, head_dim]."""
-        inside = Inside(kernel, bias, inputs)
+        inside = BaseLinear(kernel, bias, inputs)
         leaves = {name: getattr(self, name)[...] for name in ("a", "b", "scale")}
-        gate = self.opened(x, ctx)[..., None]
-        return inside.biased(inside.product(x, ctx) + gate * lora.added(leaves, x, inside, ctx))
+        gate = self.gate_values(x, ctx)[..., None]
+        return inside.add_bias(inside.multiply(x, ctx) + gate * lora.low_rank_update(leaves, x, inside, ctx))
 
 
 class GatedPrefix(Gate):
@@ -67,7 +67,7 @@ class GatedPrefix(Gate):
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[Leaves, Callable[..., jax.Array]]:
         """What attention puts in front of its own, and how it attends then."""
         leaves = {"k": self.k[...], "v": self.v[...]}
-        return leaves, through(self.opened(x, ctx)[..., None], ctx.attend, length=len(leaves["k"]))
+        return leaves, gate_prefix(self.gate_values(x, ctx)[..., None], ctx.attend, length=len(leaves["k"]))
 
 
 class GatedBottleneck(Gate, bottleneck.Bottleneck):
@@ -80,17 +80,17 @@ class GatedBottleneck(Gate, bottleneck.Bottleneck):
         """x is what the MLP reads, y what it makes, both [batch, sequence, embed]."""
         del x
         read = ctx.constrain(y, bottleneck.GATHERED)
-        return y + self.opened(read, ctx) * self.added(read, ctx)
+        return y + self.gate_values(read, ctx) * self.added(read, ctx)
 
 
-def through(gate: jax.Array, attend: Callable[..., jax.Array], *, length: int) -> Callable[..., jax.Array]:
+def gate_prefix(gate: jax.Array, attend: Callable[..., jax.Array], *, length: int) -> Callable[..., jax.Array]:
     """`attend` over keys of which the first `length` and their values are multiplied by each query's own `gate`.
 
     `gate` is [batch, queries, 1, 1]. A key that depended on its query would fit no kernel. Heads twice as wide do: in
     one half of them lies what is gated and in the other what is not, and a query has itself in both, once gated.
     """
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> jax.Array:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: TokenIndices) -> jax.Array:
         gated = (jnp.arange(k.shape[1]) < length)[:, None, None]
 
         def halves(x: jax.Array) -> jax.Array:
@@ -104,73 +104,83 @@ def through(gate: jax.Array, attend: Callable[..., jax.Array], *, length: int) -
     return run
 
 
-def gates(key: jax.Array, *, layers: int, width: int) -> Leaves:
+def init_gates(key: jax.Array, *, layers: int, width: int) -> Leaves:
     """The leaves of one gate in each of `layers`."""
     return {"gate": GATE_DEVIATION * jax.random.normal(key, (layers, width)), "gate_bias": jnp.zeros((layers, 1))}
 
 
-def present(model: ModelConfig, adapter: AdapterConfig, part: str) -> dict[str, np.ndarray]:
+def rank_masks(model: ModelConfig, adapter: AdapterConfig, part: str) -> dict[str, np.ndarray]:
     """Path of each stack of `part` -> [layers, rank] float32: 1 up to a layer's own rank, 0 beyond.
 
     Raises UserError for a pattern of `adapter.ranks` that matches nothing.
     """
     names = [f"layers/{layer}/{one}" for layer in range(model.layers) for one in (*MAPS, "mlp")]
-    picked("adapter.ranks", adapter.ranks, names)
+    select_names("adapter.ranks", adapter.ranks, names)
     found = {}
-    for path, layers in stacks(model):
-        ranks = np.array([strength(f"layers/{layer}/{part}", adapter)[0] for layer in layers])
+    for path, layers in layer_stacks(model):
+        ranks = np.array([rank_and_scale(f"layers/{layer}/{part}", adapter)[0] for layer in layers])
         found[f"{path}/{part}"] = (np.arange(ranks.max()) < ranks[:, None]).astype(np.float32)
     return found
 
 
-def start_maps(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
+def init_lora(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
     """LoRA as it always starts; the gate is in the place of its scale."""
     del weights
     found = {}
     for place, part in enumerate(MAPS):
         sizes = linear_maps(model)[part]
-        for number, (path, inside) in enumerate(present(model, adapter, part).items()):
+        for number, (path, inside) in enumerate(rank_masks(model, adapter, part).items()):
             keys = jax.random.split(jax.random.fold_in(key, SALT + 2 * number + place), len(inside) + 1)
             leaves = jax.vmap(partial(factors, *sizes))(keys[1:], jnp.asarray(inside))
-            found[f"{path}/adapter"] = leaves | gates(keys[0], layers=len(inside), width=model.embed)
+            found[f"{path}/adapter"] = leaves | init_gates(keys[0], layers=len(inside), width=model.embed)
     return found
 
 
 def factors(inputs: tuple[int, ...], outputs: tuple[int, ...], key: jax.Array, scale: jax.Array) -> Leaves:
     """The leaves of LoRA beside one layer's map, `scale` [rank]."""
-    return lora.start(key, jnp.zeros(()), Setting(inputs, outputs, scale, scales_input=False))[1]
+    return lora.init_lora(key, jnp.zeros(()), InitContext(inputs, outputs, scale, is_down_projection=False))[1]
 
 
-def start_prefix(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
+def init_prefix(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
     """A prefix as it always starts."""
     own = jax.random.fold_in(key, SALT - 1)
     return {
-        path: leaves | gates(jax.random.fold_in(own, number), layers=len(leaves["k"]), width=model.embed)
-        for number, (path, leaves) in enumerate(prefix.start(weights, model, adapter, key).items())
+        path: leaves | init_gates(jax.random.fold_in(own, number), layers=len(leaves["k"]), width=model.embed)
+        for number, (path, leaves) in enumerate(prefix.init(weights, model, adapter, key).items())
     }
 
 
-def start_mlp(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
+def init_bottleneck(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
     """A serial perceptron as it always starts; what a narrower layer does not have is zero and stays so."""
     found, own = {}, jax.random.fold_in(key, SALT - 2)
-    for number, (path, inside) in enumerate(present(model, adapter, "mlp").items()):
+    for number, (path, inside) in enumerate(rank_masks(model, adapter, "mlp").items()):
         alone = {"method": "serial", "targets": ["mlp"], "rank": inside.shape[1]}
-        every = bottleneck.start(weights, model, adapter.model_copy(update=alone), key)
+        every = bottleneck.init(weights, model, adapter.model_copy(update=alone), key)
         leaves = every[f"{path}/adapter"]
         leaves["down"] *= inside[:, None, :]
-        found[f"{path}/adapter"] = leaves | gates(
+        found[f"{path}/adapter"] = leaves | init_gates(
             jax.random.fold_in(own, number), layers=len(inside), width=model.embed
         )
     return found
 
 
-def ends(*parts: str, leaves: tuple[str, ...]) -> tuple[str, ...]:
+def trained_suffixes(*parts: str, leaves: tuple[str, ...]) -> tuple[str, ...]:
     """Ends of the paths of `leaves` of `parts`, and of their gates."""
     return tuple(f"/{part}/{leaf}" for part in parts for leaf in (*leaves, "gate", "gate_bias"))
 
 
 UNIPELT = (
-    Addition(start_maps, GatedLora, trained=ends(*(f"{part}/adapter" for part in MAPS), leaves=("a", "b"))),
-    Addition(start_prefix, GatedPrefix, trained=ends("attn/prefix", leaves=("k", "v")), ahead=True),
-    Addition(start_mlp, GatedBottleneck, trained=ends("mlp/adapter", leaves=("down", "down_bias", "up", "up_bias"))),
+    AddedModule(
+        init_lora,
+        GatedLora,
+        trained_suffixes=trained_suffixes(*(f"{part}/adapter" for part in MAPS), leaves=("a", "b")),
+    ),
+    AddedModule(
+        init_prefix, GatedPrefix, trained_suffixes=trained_suffixes("attn/prefix", leaves=("k", "v")), is_prefix=True
+    ),
+    AddedModule(
+        init_bottleneck,
+        GatedBottleneck,
+        trained_suffixes=trained_suffixes("mlp/adapter", leaves=("down", "down_bias", "up", "up_bias")),
+    ),
 )

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..context import Context
-from .interface import Inside, Leaves, Method, Setting
+from .interface import BaseLinear, InitContext, Leaves, LinearMethod
 
 
-class Shared(nnx.Module):
+class SharedMatrices(nnx.Module):
     """The random pair of all layers."""
 
     def __init__(self, a: jax.Array, b: jax.Array):
@@ -27,7 +27,7 @@ class Shared(nnx.Module):
         return {"a": self.a[...], "b": self.b[...]}
 
 
-def shared(key: jax.Array, *, inputs: int, outputs: int, rank: int) -> dict[str, jax.Array]:
+def draw_shared_matrices(key: jax.Array, *, inputs: int, outputs: int, rank: int) -> dict[str, jax.Array]:
     """A [inputs, rank] and B [rank, outputs], uniform as by Kaiming's rule with slope 0."""
 
     def uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -38,17 +38,17 @@ def shared(key: jax.Array, *, inputs: int, outputs: int, rank: int) -> dict[str,
     return {"a": uniform(first, (inputs, rank)), "b": uniform(second, (rank, outputs))}
 
 
-def start(key: jax.Array, kernel: jax.Array, setting: Setting) -> tuple[jax.Array, Leaves]:
+def init(key: jax.Array, kernel: jax.Array, context: InitContext) -> tuple[jax.Array, Leaves]:
     """(kernel, leaves) before the first step."""
     del key
-    rank = setting.scale.shape[0]
-    return kernel, {"vera_d": jnp.full(rank, 0.1), "vera_b": jnp.zeros(setting.outputs), "scale": setting.scale}
+    rank = context.scale.shape[0]
+    return kernel, {"vera_d": jnp.full(rank, 0.1), "vera_b": jnp.zeros(context.outputs), "scale": context.scale}
 
 
-def cut(inside: Inside, pair: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def slice_shared_matrices(base: BaseLinear, pair: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """As much of the shared pair as this map is wide."""
-    shape = inside.kernel.shape
-    inputs, outputs = math.prod(shape[: inside.inputs]), math.prod(shape[inside.inputs :])
+    shape = base.kernel.shape
+    inputs, outputs = math.prod(shape[: base.inputs]), math.prod(shape[base.inputs :])
     return {"a": pair["a"][:inputs], "b": pair["b"][:, :outputs]}
 
 
@@ -59,20 +59,23 @@ def factors(leaves: Leaves, kernel: jax.Array, inputs: int, pair: dict[str, jax.
     return pair["a"].reshape(*kernel.shape[:inputs], -1), wide
 
 
-def vera(leaves: Leaves, x: jax.Array, inside: Inside, ctx: Context) -> jax.Array:
+def apply(leaves: Leaves, x: jax.Array, base: BaseLinear, ctx: Context) -> jax.Array:
     """The adapted map of x [batch, sequence, inputs...]."""
     # Cut out whole: a slice of a cut dimension would be moved by permutes.
-    pair = {name: ctx.constrain(leaf, (None, None)) for name, leaf in cut(inside, ctx.shared).items()}
-    a, b = factors(leaves, inside.kernel, inside.inputs, pair)
-    narrow = ctx.linear(inside.dropped(x, ctx), a.astype(ctx.compute), inputs=inside.inputs)
-    wide = ctx.linear(narrow, b.astype(ctx.compute), inputs=1) * leaves["vera_b"].astype(ctx.compute)
-    return inside.biased(inside.product(x, ctx) + wide)
+    pair = {
+        name: ctx.constrain(leaf, (None, None))
+        for name, leaf in slice_shared_matrices(base, ctx.shared_matrices).items()
+    }
+    a, b = factors(leaves, base.kernel, base.inputs, pair)
+    narrow = ctx.linear(base.dropout(x, ctx), a.astype(ctx.compute_dtype), inputs=base.inputs)
+    wide = ctx.linear(narrow, b.astype(ctx.compute_dtype), inputs=1) * leaves["vera_b"].astype(ctx.compute_dtype)
+    return base.add_bias(base.multiply(x, ctx) + wide)
 
 
-def merge(leaves: Leaves, inside: Inside) -> Inside:
+def merge(leaves: Leaves, base: BaseLinear) -> BaseLinear:
     """The plain map that computes the same; the shared pair is among the leaves as `a` and `b`."""
-    a, b = factors(leaves, inside.kernel, inside.inputs, cut(inside, leaves))
-    return inside.replaced(kernel=inside.kernel + jnp.tensordot(a, b, axes=1) * leaves["vera_b"])
+    a, b = factors(leaves, base.kernel, base.inputs, slice_shared_matrices(base, leaves))
+    return base.replace(kernel=base.kernel + jnp.tensordot(a, b, axes=1) * leaves["vera_b"])
 
 
-VERA = Method(starts={"zero": start}, apply=vera, merge=merge, trained=("vera_d", "vera_b"))
+VERA = LinearMethod(initializers={"zero": init}, apply=apply, merge=merge, trained_leaves=("vera_d", "vera_b"))

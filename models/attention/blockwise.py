@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 
 from . import query_blocks, tile_pairs
-from .interface import Implementation, Mask, Where
+from .interface import Implementation, Mask, TokenIndices
 
 # Measured on 2 cores, float32 (`meshwright bench attention`).
 ROW_BLOCK = 128
@@ -18,39 +18,39 @@ TILE_SCORES = 2**20  # of all heads and rows of a batch together; larger tiles f
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512
 
 
-def refuse(mask: Mask, where: Where, q, k, platform: str | None) -> str | None:
+def refuse(mask: Mask, where: TokenIndices, q, k, platform: str | None) -> str | None:
     """Never: every mask, order and type, on every device."""
     del mask, where, q, k, platform
     return None
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> tuple[jax.Array, jax.Array]:
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: TokenIndices) -> tuple[jax.Array, jax.Array]:
     """out like q, and lse [batch, queries, heads]."""
-    if _short(q, k, where):
+    if _uses_query_blocks(q, k, where):
 
         def part(q, k, v, where):
             return query_blocks.forward(q, k, v, mask, where, block=ROW_BLOCK)
 
-        return _by_parts(part, (q, k, v), where)
+        return _by_batch_slices(part, (q, k, v), where)
     return tile_pairs.forward(q, k, v, mask, where, block=_pair_block(q))
 
 
-def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv like q, k, v, given `out` and `lse` over all keys."""
-    if _short(q, k, where):
+    if _uses_query_blocks(q, k, where):
 
         def part(q, k, v, out, lse, d_out, where):
             return query_blocks.backward(q, k, v, out, lse, d_out, mask, where, block=ROW_BLOCK)
 
-        return _by_parts(part, (q, k, v, out, lse, d_out), where)
+        return _by_batch_slices(part, (q, k, v, out, lse, d_out), where)
     return tile_pairs.backward(q, k, v, out, lse, d_out, mask, where, block=_pair_block(q))
 
 
-def _short(q, k, where: Where) -> bool:
+def _uses_query_blocks(q, k, where: TokenIndices) -> bool:
     return where.query_index is None and max(q.shape[1], k.shape[1]) <= LONGEST_UNROLLED
 
 
-def _by_parts(function: Callable, arrays: tuple[jax.Array, ...], where: Where) -> tuple[jax.Array, ...]:
+def _by_batch_slices(function: Callable, arrays: tuple[jax.Array, ...], where: TokenIndices) -> tuple[jax.Array, ...]:
     """`function(*arrays, where)` over as many rows of the batch at a time as keep a tile in the cache of a CPU.
 
     Twice the speed of the whole batch at once at 8 x 512 tokens: scores that leave the cache cost more than products.

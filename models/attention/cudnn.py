@@ -13,12 +13,12 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
-from .interface import Implementation, Mask, Where
+from .interface import Implementation, Mask, TokenIndices
 
 OLDEST_GPU, WIDE_HEADS_GPU = 8.0, 9.0  # compute capability: Ampere has the kernels, Hopper heads wider than 128
 
 
-def refuse(mask: Mask, where: Where, q, k, platform: str | None) -> str | None:
+def refuse(mask: Mask, where: TokenIndices, q, k, platform: str | None) -> str | None:
     """Why cuDNN cannot do this exactly, or None. Reads the GPU's generation if `platform` is "gpu"."""
     head_dim = q.shape[-1]
     if mask.softcap is not None:
@@ -38,14 +38,14 @@ def refuse(mask: Mask, where: Where, q, k, platform: str | None) -> str | None:
     return None
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> tuple[jax.Array, jax.Array]:
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: TokenIndices) -> tuple[jax.Array, jax.Array]:
     """out like q, and lse [batch, queries, heads] as float32 with the precision of q."""
     del where
     out, lse = _attention(q, k, v, mask, return_residual=True)
     return out, lse.astype(jnp.float32)
 
 
-def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv of attention over exactly these keys."""
     del out, lse, where
     return jax.vjp(lambda q, k, v: _attention(q, k, v, mask), q, k, v)[1](d_out)

@@ -46,12 +46,12 @@ class Mask:
             raise UserError(f"model.attention_softcap: {self.softcap} must be positive; use none for no cap")
 
 
-EVERY = -1  # the segment of a key that every document sees
+ALL_SEGMENTS = -1  # the segment of a key that every document sees
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Where:
+class TokenIndices:
     """Where queries and keys stand in the uncut sequence, and which document each belongs to. All int32.
 
     Both indices None: queries and keys are the same contiguous run of tokens, counted from 0, and an implementation may
@@ -74,7 +74,12 @@ class Implementation(NamedTuple):
 
 
 def attend(
-    implementation: Implementation, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where = Where()
+    implementation: Implementation,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    where: TokenIndices = TokenIndices(),
 ) -> jax.Array:
     """Attention of q [batch, queries, heads, head_dim] over k, v [batch, keys, kv_heads, head_dim]; out is like q.
 
@@ -85,14 +90,16 @@ def attend(
     return _attend(implementation, mask, q, k, v, where)
 
 
-def check(implementation: Implementation, q, k, v, mask: Mask, where: Where, *, platform: str | None = None) -> None:
+def check(
+    implementation: Implementation, q, k, v, mask: Mask, where: TokenIndices, *, platform: str | None = None
+) -> None:
     """Raise UserError if shapes do not fit or `implementation` refuses; `platform` None leaves the device out of it."""
     _check_shapes(q, k, v, where)
     if reason := implementation.refuse(mask, where, q, k, platform):
         raise UserError(f"model.attention: {implementation.name} {reason}; use blockwise, which has no such limit")
 
 
-def _check_shapes(q, k, v, where: Where) -> None:
+def _check_shapes(q, k, v, where: TokenIndices) -> None:
     (batch, queries, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
         raise UserError(f"model.attention: q {q.shape}, k {k.shape} and v {v.shape} differ in batch, keys or head_dim")

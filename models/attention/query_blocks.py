@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from . import tile
-from .interface import Mask, Where
+from .interface import Mask, TokenIndices
 
 
-def forward(q, k, v, mask: Mask, where: Where, *, block: int) -> tuple[jax.Array, jax.Array]:
+def forward(q, k, v, mask: Mask, where: TokenIndices, *, block: int) -> tuple[jax.Array, jax.Array]:
     """out like q, and lse [batch, queries, heads]; `block` queries at a time."""
     kv_heads = k.shape[2]
     k_tile, v_tile = tile.to_tile(k, kv_heads), tile.to_tile(v, kv_heads)
     outs, lses = [], []
     for queries, keys in _tiles(q.shape[1], k.shape[1], mask, block):
-        hidden = tile.hide(
+        hidden = tile.apply_visibility(
             tile.scores(tile.to_tile(q[:, queries], kv_heads), k_tile[:, :, keys], mask),
             _visible(mask, where, queries, keys),
         )
@@ -34,7 +34,7 @@ def forward(q, k, v, mask: Mask, where: Where, *, block: int) -> tuple[jax.Array
     return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
 
 
-def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where, *, block: int):
+def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices, *, block: int):
     """dq, dk, dv like q, k, v."""
     kv_heads = k.shape[2]
     k_tile, v_tile = tile.to_tile(k, kv_heads), tile.to_tile(v, kv_heads)
@@ -72,10 +72,10 @@ def _tiles(queries: int, keys: int, mask: Mask, block: int) -> list[tuple[slice,
     return tiles
 
 
-def _visible(mask: Mask, where: Where, queries: slice, keys: slice):
+def _visible(mask: Mask, where: TokenIndices, queries: slice, keys: slice):
     """The tile's mask; no index is compared where every key is in the past of every query."""
     segments = (None, None)
     if where.query_segments is not None:
         segments = where.query_segments[:, queries], where.key_segments[:, keys]
     query_index, key_index = jnp.arange(queries.start, queries.stop), jnp.arange(keys.start, keys.stop)
-    return tile.visible(mask, query_index, key_index, *segments)
+    return tile.visibility(mask, query_index, key_index, *segments)

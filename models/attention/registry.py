@@ -4,12 +4,12 @@ from ...configs.errors import UserError
 from .blockwise import BLOCKWISE
 from .cudnn import CUDNN
 from .dense import DENSE
-from .interface import Implementation, Mask, Where, check
+from .interface import Implementation, Mask, TokenIndices, check
 
 IMPLEMENTATIONS: dict[str, Implementation] = {each.name: each for each in (DENSE, BLOCKWISE, CUDNN)}
 
 
-def choose(name: str, *, mask: Mask, where: Where, q, k, platform: str) -> Implementation:
+def choose(name: str, *, mask: Mask, where: TokenIndices, q, k, platform: str) -> Implementation:
     """The implementation called `name` for arrays like q and k; "auto" is cudnn unless it refuses, then blockwise.
 
     q, k and the members of `where` need only have `shape` and `dtype`, so `jax.ShapeDtypeStruct` will do. `platform` is

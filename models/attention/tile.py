@@ -8,7 +8,7 @@ Statistics are float32; matrix products take the inputs' type and accumulate in 
 import jax
 import jax.numpy as jnp
 
-from .interface import EVERY, Mask
+from .interface import ALL_SEGMENTS, Mask
 
 # Index of a key that only pads a block: past every query, hence invisible wherever there is an order.
 PADDING = jnp.iinfo(jnp.int32).max
@@ -43,22 +43,22 @@ def statistics_from_tile(x: jax.Array, tokens: int) -> jax.Array:
     return from_tile(x[..., None], tokens)[..., 0]
 
 
-def visible(mask: Mask, query_index, key_index, query_segments, key_segments, *, padded: bool = False):
+def visibility(mask: Mask, query_index, key_index, query_segments, key_segments, *, padded: bool = False):
     """Which key each query sees, [batch or 1, queries, keys], or None if all do. `padded`: some keys are PADDING."""
-    seen = None
+    visible = None
     age = query_index[:, None] - key_index[None, :]  # how far back the key is
     if mask.causal or mask.window is not None:
-        seen = age >= 0
+        visible = age >= 0
     if mask.window is not None:
-        seen = seen & (age < mask.window)
-    if seen is None and padded:
-        seen = jnp.broadcast_to(key_index[None, :] != PADDING, age.shape)
-    seen = None if seen is None else seen[None]
+        visible = visible & (age < mask.window)
+    if visible is None and padded:
+        visible = jnp.broadcast_to(key_index[None, :] != PADDING, age.shape)
+    visible = None if visible is None else visible[None]
     if query_segments is not None:
         keys = key_segments[:, None, :]
-        same = (query_segments[:, :, None] == keys) | (keys == EVERY)
-        seen = same if seen is None else seen & same
-    return seen
+        same = (query_segments[:, :, None] == keys) | (keys == ALL_SEGMENTS)
+        visible = same if visible is None else visible & same
+    return visible
 
 
 def scores(q: jax.Array, k: jax.Array, mask: Mask) -> jax.Array:
@@ -68,13 +68,13 @@ def scores(q: jax.Array, k: jax.Array, mask: Mask) -> jax.Array:
     return raw if mask.softcap is None else mask.softcap * jnp.tanh(raw / mask.softcap)
 
 
-def hide(scores: jax.Array, seen) -> jax.Array:
+def apply_visibility(scores: jax.Array, visible) -> jax.Array:
     """-inf where `seen` [batch or 1, queries, keys] is False, for each of the heads stacked along rows."""
-    if seen is None:
+    if visible is None:
         return scores
     batch, kv_heads, rows, keys = scores.shape
-    grouped = scores.reshape(batch, kv_heads, rows // seen.shape[1], seen.shape[1], keys)
-    return jnp.where(seen[:, None, None], grouped, -jnp.inf).reshape(scores.shape)
+    grouped = scores.reshape(batch, kv_heads, rows // visible.shape[1], visible.shape[1], keys)
+    return jnp.where(visible[:, None, None], grouped, -jnp.inf).reshape(scores.shape)
 
 
 def finite(statistic: jax.Array) -> jax.Array:
@@ -87,14 +87,14 @@ def log_sum_exp(maximum: jax.Array, total: jax.Array) -> jax.Array:
     return jnp.where(total > 0, finite(maximum) + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
 
 
-def tile_gradients(q, k, v, lse, delta, d_out, seen, mask: Mask):
+def tile_gradients(q, k, v, lse, delta, d_out, visible, mask: Mask):
     """What one tile adds to dq [batch, kv_heads, rows, head_dim], dk and dv [batch, kv_heads, head_dim, keys]; float32.
 
     `lse` and `delta` = rowsum(d_out * out), [batch, kv_heads, rows], are over all keys, of which the tile may see some.
     """
     scale = q.shape[-1] ** -0.5 if mask.scale is None else mask.scale
     capped = scores(q, k, mask)
-    p = jnp.exp(hide(capped, seen) - finite(lse)[..., None])
+    p = jnp.exp(apply_visibility(capped, visible) - finite(lse)[..., None])
     # Keys last in dk and dv: a CPU transposes the narrow operand of the product and not the scores, at half the time.
     dv = jnp.einsum("bhqd,bhqk->bhdk", d_out, p.astype(d_out.dtype), preferred_element_type=jnp.float32)
     dp = jnp.einsum("bhqd,bhkd->bhqk", d_out, v, preferred_element_type=jnp.float32)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import tile
-from .interface import Mask, Where
+from .interface import Mask, TokenIndices
 
 
 class Blocks(NamedTuple):
@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
         """Block number `block` (traced) of a padded array."""
         return jax.lax.dynamic_slice_in_dim(x, block * self.size, self.size, axis)
 
-    def put(self, x, part, block):
+    def update(self, x, part, block):
         """`x` with block number `block` replaced, along axis 1."""
         return jax.lax.dynamic_update_slice_in_dim(x, part, block * self.size, axis=1)
 
@@ -60,17 +60,17 @@ class Plan(NamedTuple):
     visits: jax.Array  # [query blocks, key blocks]: numbers of the key blocks each query block visits, those first
     visit_counts: jax.Array  # [query blocks]: how many of them
 
-    def seen(self, mask: Mask, i, j):
+    def visibility(self, mask: Mask, i, j):
         """The mask of tile (i, j)."""
         segments = (None, None)
         if self.query_segments is not None:
             segments = self.queries.take(self.query_segments, i), self.keys.take(self.key_segments, j)
         indices = self.queries.take(self.query_index, i, axis=0), self.keys.take(self.key_index, j, axis=0)
         padded = self.keys.size * self.keys.count > self.keys.tokens
-        return tile.visible(mask, *indices, *segments, padded=padded)
+        return tile.visibility(mask, *indices, *segments, padded=padded)
 
 
-def forward(q, k, v, mask: Mask, where: Where, *, block: int) -> tuple[jax.Array, jax.Array]:
+def forward(q, k, v, mask: Mask, where: TokenIndices, *, block: int) -> tuple[jax.Array, jax.Array]:
     """out like q, and lse [batch, queries, heads]."""
     plan = _plan(q.shape[1], k.shape[1], mask, where, block)
     kv_heads = k.shape[2]
@@ -83,7 +83,7 @@ def forward(q, k, v, mask: Mask, where: Where, *, block: int) -> tuple[jax.Array
         def key_block_step(n, running):
             j = plan.visits[i, n]
             k_tile, v_tile = (tile.to_tile(plan.keys.take(x, j), kv_heads) for x in (k, v))
-            return _accumulate(running, q_tile, k_tile, v_tile, plan.seen(mask, i, j), mask)
+            return _accumulate(running, q_tile, k_tile, v_tile, plan.visibility(mask, i, j), mask)
 
         accumulator = _zeros_like(q_tile)
         total = accumulator[..., 0]
@@ -93,8 +93,8 @@ def forward(q, k, v, mask: Mask, where: Where, *, block: int) -> tuple[jax.Array
         block_lse = tile.log_sum_exp(maximum, total)
         size = plan.queries.size
         return (
-            plan.queries.put(out, tile.from_tile(block_out.astype(out.dtype), size), i),
-            plan.queries.put(lse, tile.statistics_from_tile(block_lse, size), i),
+            plan.queries.update(out, tile.from_tile(block_out.astype(out.dtype), size), i),
+            plan.queries.update(lse, tile.statistics_from_tile(block_lse, size), i),
         )
 
     start = (_zeros_like(q, q.dtype), _zeros_like(q)[..., 0])
@@ -102,7 +102,7 @@ def forward(q, k, v, mask: Mask, where: Where, *, block: int) -> tuple[jax.Array
     return out[:, : plan.queries.tokens], lse[:, : plan.queries.tokens]
 
 
-def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where, *, block: int):
+def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices, *, block: int):
     """dq, dk, dv like q, k, v."""
     plan = _plan(q.shape[1], k.shape[1], mask, where, block)
     kv_heads, like = k.shape[2], (q.dtype, k.dtype, v.dtype)
@@ -121,15 +121,15 @@ def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where, *, block: int):
             j = plan.visits[i, n]
             k_tile, v_tile = (tile.to_tile(plan.keys.take(x, j), kv_heads) for x in (k, v))
             dq_part, dk_part, dv_part = tile.tile_gradients(
-                q_tile, k_tile, v_tile, *statistics, d_out_tile, plan.seen(mask, i, j), mask
+                q_tile, k_tile, v_tile, *statistics, d_out_tile, plan.visibility(mask, i, j), mask
             )
-            dk = plan.keys.put(dk, plan.keys.take(dk, j) + tile.keys_from_tile(dk_part), j)
-            dv = plan.keys.put(dv, plan.keys.take(dv, j) + tile.keys_from_tile(dv_part), j)
+            dk = plan.keys.update(dk, plan.keys.take(dk, j) + tile.keys_from_tile(dk_part), j)
+            dv = plan.keys.update(dv, plan.keys.take(dv, j) + tile.keys_from_tile(dv_part), j)
             return dq_tile + dq_part, dk, dv
 
         start = (_zeros_like(q_tile), dk, dv)
         dq_tile, dk, dv = jax.lax.fori_loop(0, plan.visit_counts[i], key_block_step, start)
-        return plan.queries.put(dq, tile.from_tile(dq_tile.astype(dq.dtype), plan.queries.size), i), dk, dv
+        return plan.queries.update(dq, tile.from_tile(dq_tile.astype(dq.dtype), plan.queries.size), i), dk, dv
 
     start = (_zeros_like(q, q.dtype), _zeros_like(k), _zeros_like(v))
     gradients = jax.lax.fori_loop(0, plan.queries.count, query_block_step, start)
@@ -137,10 +137,10 @@ def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where, *, block: int):
     return tuple(x[:, :end].astype(dtype) for x, end, dtype in zip(gradients, ends, like, strict=True))
 
 
-def _accumulate(running, q_tile, k_tile, v_tile, seen, mask: Mask):
+def _accumulate(running, q_tile, k_tile, v_tile, visible, mask: Mask):
     """One more tile of a running softmax: (sum of weights @ v, largest score, sum of weights), rescaled."""
     accumulator, maximum, total = running
-    hidden = tile.hide(tile.scores(q_tile, k_tile, mask), seen)
+    hidden = tile.apply_visibility(tile.scores(q_tile, k_tile, mask), visible)
     higher = jnp.maximum(maximum, jnp.max(hidden, axis=-1))
     weights = jnp.exp(hidden - tile.finite(higher)[..., None])
     rescale = jnp.exp(maximum - tile.finite(higher))
@@ -153,7 +153,7 @@ def _zeros_like(x: jax.Array, dtype=jnp.float32) -> jax.Array:
     return jnp.where(jnp.zeros(x.shape, bool), x, 0).astype(dtype)
 
 
-def _plan(queries: int, keys: int, mask: Mask, where: Where, block: int) -> Plan:
+def _plan(queries: int, keys: int, mask: Mask, where: TokenIndices, block: int) -> Plan:
     query_blocks, key_blocks = Blocks.of(queries, block), Blocks.of(keys, block)
     query_index = np.arange(queries) if where.query_index is None else where.query_index
     key_index = np.arange(keys) if where.key_index is None else where.key_index

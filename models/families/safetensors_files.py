@@ -35,19 +35,19 @@ ALIASES: tuple[Callable[[str], str], ...] = (
 )
 
 
-class Files:
+class WeightFiles:
     """The tensors of a directory, by transformers' name; nothing is read before it is asked for."""
 
     def __init__(self, directory: str | Path):
         """Raises UserError where there are no safetensors files, or one cannot be opened."""
         self.directory = Path(directory).expanduser()
         self._opened: dict[Path, Any] = {}
-        self._files = located(self.directory)
+        self._files = locate_tensors(self.directory)
 
     def __iter__(self) -> Any:
         return iter(self._files)
 
-    def stored(self, tensor: str) -> str:
+    def resolve_name(self, tensor: str) -> str:
         """What the files call `tensor`. Raises UserError where they do not have it."""
         found = next((alias(tensor) for alias in ALIASES if alias(tensor) in self._files), None)
         if found is None:
@@ -58,7 +58,7 @@ class Files:
         """Of `tensor`."""
         return tuple(self._slice(tensor).get_shape())
 
-    def part(self, tensor: str, index: Index) -> np.ndarray:
+    def read_region(self, tensor: str, index: Index) -> np.ndarray:
         """The rectangle `index` of `tensor`; only it is read. Raises UserError for codes that are no numbers."""
         source = self._slice(tensor)
         if source.get_dtype() not in ("F64", "F32", "F16", "BF16"):
@@ -83,14 +83,14 @@ class Files:
         return state.hexdigest()
 
     def _slice(self, tensor: str) -> Any:
-        name = self.stored(tensor)
+        name = self.resolve_name(tensor)
         file = self._files[name]
         if file not in self._opened:
-            self._opened[file] = opened(file)
+            self._opened[file] = open_safetensors(file)
         return self._opened[file].get_slice(name)
 
 
-def opened(file: Path) -> Any:
+def open_safetensors(file: Path) -> Any:
     """The file, mapped. Raises UserError where it is not one of safetensors."""
     from safetensors import SafetensorError, safe_open
 
@@ -100,7 +100,7 @@ def opened(file: Path) -> Any:
         raise UserError(f"model.from: {file} cannot be read: {first_line(error)}; copy it again") from None
 
 
-def located(directory: Path) -> dict[str, Path]:
+def locate_tensors(directory: Path) -> dict[str, Path]:
     """Tensor -> the file that holds it. Raises UserError where the directory has none, or lacks one of them."""
     index, single = directory / INDEX, directory / "model.safetensors"
     if index.is_file():
@@ -116,10 +116,10 @@ def located(directory: Path) -> dict[str, Path]:
             f"model.from: {directory} holds no model.safetensors and no {INDEX}; pickled weights (*.bin) are never "
             "loaded: save the model again with safetensors"
         )
-    return dict.fromkeys(opened(single).keys(), single)
+    return dict.fromkeys(open_safetensors(single).keys(), single)
 
 
-def check_complete(files: Files, shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+def check_complete(files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
     """Raise UserError where a tensor is missing, has another shape than `shapes` wants, or is none of ours."""
     for tensor, wanted in shapes.items():
         if (found := files.shape(tensor)) != wanted:
@@ -127,7 +127,7 @@ def check_complete(files: Files, shapes: Mapping[str, tuple[int, ...]], *, tied:
                 f"model.from: {files.directory}: {tensor} is {list(found)} and the model section wants {list(wanted)}; "
                 "leave the sizes to config.json"
             )
-    used = {files.stored(tensor) for tensor in shapes} | ({"lm_head.weight"} if tied else set())
+    used = {files.resolve_name(tensor) for tensor in shapes} | ({"lm_head.weight"} if tied else set())
     unused = [name for name in files if name not in used]
     unused = [name for name in unused if not name.endswith(NOT_WEIGHTS) and not name.startswith(OTHER_TOWERS)]
     if unused:
@@ -137,7 +137,7 @@ def check_complete(files: Files, shapes: Mapping[str, tuple[int, ...]], *, tied:
         )
 
 
-def shards(sizes: Mapping[str, int], *, limit: int) -> list[list[str]]:
+def split_into_shards(sizes: Mapping[str, int], *, limit: int) -> list[list[str]]:
     """Names in order, cut into groups whose sizes add to at most `limit` bytes, or hold one name.
 
     >>> shards({"a": 3, "b": 2, "c": 2, "d": 9}, limit=5)
@@ -154,11 +154,13 @@ def shards(sizes: Mapping[str, int], *, limit: int) -> list[list[str]]:
     return groups
 
 
-def write(directory: Path, sizes: Mapping[str, int], get: Callable[[str], np.ndarray], *, limit: int) -> list[Path]:
+def write_shards(
+    directory: Path, sizes: Mapping[str, int], get: Callable[[str], np.ndarray], *, limit: int
+) -> list[Path]:
     """Write every tensor of `sizes` (name -> bytes), a shard of at most `limit` bytes in memory at a time."""
     from safetensors.numpy import save_file
 
-    groups = shards(sizes, limit=limit)
+    groups = split_into_shards(sizes, limit=limit)
     names = ["model.safetensors"]
     if len(groups) > 1:
         names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]

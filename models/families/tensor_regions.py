@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...configs.errors import UserError
-from .weight_names import INPUTS_FIRST, MODULES
+from .weight_names import INPUTS_FIRST, MODULE_NAMES
 
 Shapes = Mapping[str, tuple[int, ...]]  # canonical name -> shape
 Index = tuple[slice, ...]
@@ -25,76 +25,76 @@ INPUT_DIMENSIONS = {"attn/o/kernel": 2}  # other matrices have one
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorRegion:
     """A rectangle of a tensor. `inputs` dimensions of `shape` come first; a vector (a bias, a norm) has none."""
 
     tensor: str
     shape: tuple[int, ...]  # ours
     inputs: int
     transposed: bool  # theirs is [outputs, inputs]
-    first: int  # output at which ours begins
-    width: int  # outputs of the whole tensor
+    first_output: int  # output at which ours begins
+    tensor_outputs: int  # outputs of the whole tensor
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Of the whole tensor of theirs."""
         if not self.inputs:
-            return (self.width,)
-        sides = (math.prod(self.shape[: self.inputs]), self.width)
+            return (self.tensor_outputs,)
+        sides = (math.prod(self.shape[: self.inputs]), self.tensor_outputs)
         return sides[::-1] if self.transposed else sides
 
     def read(self, source: Callable[[Index], np.ndarray], index: Index) -> np.ndarray:
         """The block `index` (one slice a dimension) of ours; `source` gives a rectangle of the tensor."""
-        inputs, inner = flat(self.shape[: self.inputs], index[: self.inputs])
-        outputs, outer = flat(self.shape[self.inputs :], index[self.inputs :])
-        outputs = slice(self.first + outputs.start, self.first + outputs.stop)
+        inputs, inner = flatten_index(self.shape[: self.inputs], index[: self.inputs])
+        outputs, outer = flatten_index(self.shape[self.inputs :], index[self.inputs :])
+        outputs = slice(self.first_output + outputs.start, self.first_output + outputs.stop)
         if not self.inputs:
             found = source((outputs,))
         else:
             found = source((outputs, inputs)).T if self.transposed else source((inputs, outputs))
-        return found.reshape(*inner.shape, *outer.shape)[(*inner.rest, *outer.rest)]
+        return found.reshape(*inner.shape, *outer.shape)[(*inner.index, *outer.index)]
 
-    def written(self, array: np.ndarray) -> np.ndarray:
+    def to_file_layout(self, array: np.ndarray) -> np.ndarray:
         """Ours as a block of the tensor, all of its inputs and its own outputs, [inputs, outputs] or [outputs]."""
         return array.reshape(math.prod(self.shape[: self.inputs]), -1) if self.inputs else array.reshape(-1)
 
 
 @dataclass(frozen=True)
-class Cut:
+class Unflatten:
     """How a flattened range is unfolded again: to `shape`, of which `rest` is wanted."""
 
     shape: tuple[int, ...]
-    rest: Index
+    index: Index
 
 
-def flat(shape: tuple[int, ...], index: Index) -> tuple[slice, Cut]:
+def flatten_index(shape: tuple[int, ...], index: Index) -> tuple[slice, Unflatten]:
     """The range of flattened dimensions that holds block `index`: no more than that where only the first is cut.
 
     >>> flat((4, 8), (slice(1, 3), slice(0, 8)))[0]
     slice(8, 24, None)
     """
     if not shape:
-        return slice(0, 1), Cut((), ())
+        return slice(0, 1), Unflatten((), ())
     (start, stop, _), inside = index[0].indices(shape[0]), math.prod(shape[1:])
     rest = tuple(slice(*cut.indices(size)) for cut, size in zip(index[1:], shape[1:], strict=True))
-    return slice(start * inside, stop * inside), Cut((stop - start, *shape[1:]), (slice(None), *rest))
+    return slice(start * inside, stop * inside), Unflatten((stop - start, *shape[1:]), (slice(None), *rest))
 
 
-def module_of(name: str, modules: Mapping[str, str]) -> tuple[str, str]:
+def find_module(name: str, modules: Mapping[str, str]) -> tuple[str, str]:
     """(our module, its key in the table) of the weight called `name`."""
     whole = LAYER.sub("layers/{}/", name)
     return (name, whole) if whole in modules else (name.rpartition("/")[0], whole.rpartition("/")[0])
 
 
-def siblings(key: str, modules: Mapping[str, str]) -> list[str]:
+def fused_modules(key: str, modules: Mapping[str, str]) -> list[str]:
     """Keys of the modules fused with `key`, itself included, in order."""
     return [other for other, theirs in modules.items() if theirs == modules[key]]
 
 
-def place_of(name: str, shapes: Shapes, *, kind: str) -> Place:
+def find_region(name: str, shapes: Shapes, *, kind: str) -> TensorRegion:
     """The place of the weight with canonical `name` in a file of format `kind`. UserError where it has none."""
-    modules = MODULES[kind]
-    _, key = module_of(name, modules)
+    modules = MODULE_NAMES[kind]
+    _, key = find_module(name, modules)
     if key not in modules:
         raise UserError(f"model: {name} has no place in a file of model_type {kind}; it cannot be exported")
     leaf = name.rpartition("/")[2]
@@ -102,30 +102,30 @@ def place_of(name: str, shapes: Shapes, *, kind: str) -> Place:
     inputs = INPUT_DIMENSIONS.get("/".join(name.split("/")[-3:]), 1) if leaf in MATRICES else 0
     sizes = {
         other: math.prod(shapes[f"{other.format(layer)}/{leaf}"][inputs:]) if other != key else None
-        for other in siblings(key, modules)
+        for other in fused_modules(key, modules)
     }
     sizes[key] = math.prod(shapes[name][inputs:])
     order = list(sizes)
-    return Place(
+    return TensorRegion(
         tensor=f"{modules[key].format(layer)}.{'bias' if leaf == 'bias' else 'weight'}",
         shape=tuple(shapes[name]),
         inputs=inputs,
         transposed=leaf == "kernel" and (kind not in INPUTS_FIRST or name.startswith(("head/", "score/"))),
-        first=sum(sizes[other] for other in order[: order.index(key)]),
-        width=sum(sizes.values()),
+        first_output=sum(sizes[other] for other in order[: order.index(key)]),
+        tensor_outputs=sum(sizes.values()),
     )
 
 
-def tensors(shapes: Shapes, *, kind: str) -> dict[str, list[tuple[str, Place]]]:
+def regions_by_tensor(shapes: Shapes, *, kind: str) -> dict[str, list[tuple[str, TensorRegion]]]:
     """Every tensor of a file -> what of ours it holds, in the order of outputs. UserError where one has no place."""
-    found: dict[str, list[tuple[str, Place]]] = {}
+    found: dict[str, list[tuple[str, TensorRegion]]] = {}
     for name in shapes:
-        place = place_of(name, shapes, kind=kind)
+        place = find_region(name, shapes, kind=kind)
         found.setdefault(place.tensor, []).append((name, place))
-    return {tensor: sorted(parts, key=lambda part: part[1].first) for tensor, parts in found.items()}
+    return {tensor: sorted(parts, key=lambda part: part[1].first_output) for tensor, parts in found.items()}
 
 
-def assembled(parts: list[tuple[str, Place]], get: Callable[[str], np.ndarray]) -> Any:
+def assemble_tensor(parts: list[tuple[str, TensorRegion]], get: Callable[[str], np.ndarray]) -> Any:
     """A whole tensor of theirs from ours; `get` gives an array by canonical name."""
-    whole = np.concatenate([place.written(get(name)) for name, place in parts], axis=-1)
+    whole = np.concatenate([place.to_file_layout(get(name)) for name, place in parts], axis=-1)
     return np.ascontiguousarray(whole.T if parts[0][1].transposed else whole)

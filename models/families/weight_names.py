@@ -53,7 +53,7 @@ GPT2 = {
 }
 
 # model_type -> table.
-MODULES: dict[str, Mapping[str, str]] = {
+MODULE_NAMES: dict[str, Mapping[str, str]] = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
@@ -67,7 +67,7 @@ MODULES: dict[str, Mapping[str, str]] = {
 }
 
 # model_type -> the class of transformers that has a score in the head's place, where there is one.
-SCORED = {
+SEQUENCE_CLASSIFIERS = {
     "llama": "LlamaForSequenceClassification",
     "mistral": "MistralForSequenceClassification",
     "qwen2": "Qwen2ForSequenceClassification",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 PACKS = {8: (1, 1), 4: (2, 1), 3: (8, 3), 2: (4, 1)}  # bits -> (codes, bytes) of a pack
 
 
-def packed(codes: jax.Array, *, bits: int) -> jax.Array:
+def pack_codes(codes: jax.Array, *, bits: int) -> jax.Array:
     """codes [n, ...] uint8 below 2^bits -> [n bits / 8, ...] uint8."""
     count, size = PACKS[bits]
     parts = codes.reshape(-1, count, *codes.shape[1:]).astype(jnp.uint32)
@@ -20,7 +20,7 @@ def packed(codes: jax.Array, *, bits: int) -> jax.Array:
     return whole.reshape(-1, *codes.shape[1:]).astype(jnp.uint8)
 
 
-def unpacked(packs: jax.Array, *, bits: int) -> jax.Array:
+def unpack_codes(packs: jax.Array, *, bits: int) -> jax.Array:
     """The inverse of `packed`."""
     count, size = PACKS[bits]
     if count == 1:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .interface import Leaves
-from .nf4 import looked_up, nearest
+from .nf4 import look_up_levels, nearest_level
 
 BLOCK = 256
 
@@ -34,13 +34,13 @@ def dynamic_levels() -> np.ndarray:
 LEVELS = dynamic_levels()
 
 
-def encode(scale: jax.Array) -> Leaves:
+def quantize_scales(scale: jax.Array) -> Leaves:
     """Leaves in the place of `scale` [groups, outputs]."""
     mean = jnp.mean(scale)
     flat = (scale - mean).T.reshape(-1)
     blocks = jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
     largest = jnp.max(jnp.abs(blocks), axis=1)
-    codes = nearest(blocks / jnp.where(largest > 0, largest, 1)[:, None], LEVELS)
+    codes = nearest_level(blocks / jnp.where(largest > 0, largest, 1)[:, None], LEVELS)
     return {
         "scale": codes.reshape(-1)[: flat.size].reshape(scale.shape[::-1]).T,
         "scale_largest": largest,
@@ -48,15 +48,15 @@ def encode(scale: jax.Array) -> Leaves:
     }
 
 
-def decode(leaves: Leaves) -> jax.Array:
+def dequantize_scales(leaves: Leaves) -> jax.Array:
     """`scale` [groups, outputs] float32."""
     groups, outputs = leaves["scale"].shape
     # Computed, not stored: it is cut like the codes, and every device has all of the few `scale_largest`.
     block = (jnp.arange(outputs) * groups + jnp.arange(groups)[:, None]) // BLOCK
     largest = leaves["scale_largest"].at[block].get(mode="promise_in_bounds")
-    return looked_up(leaves["scale"], LEVELS) * largest + leaves["scale_mean"]
+    return look_up_levels(leaves["scale"], LEVELS) * largest + leaves["scale_mean"]
 
 
-def count(groups: int, outputs: int) -> int:
+def block_count(groups: int, outputs: int) -> int:
     """Blocks of a map."""
     return math.ceil(groups * outputs / BLOCK)

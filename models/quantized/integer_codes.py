@@ -6,10 +6,10 @@ w = (code - zero) * scale
 import jax
 import jax.numpy as jnp
 
-from .interface import Format, Leaves
+from .interface import CodeFormat, Leaves
 
 
-def integers(bits: int) -> Format:
+def integer_format(bits: int) -> CodeFormat:
     """Codes from 0 to 2^bits - 1."""
     last = 2**bits - 1
 
@@ -24,4 +24,4 @@ def integers(bits: int) -> Format:
         steps = codes.astype(jnp.float32) - statistics["zero"][:, None].astype(jnp.float32)
         return steps * statistics["scale"][:, None]
 
-    return Format(bits=bits, encode=encode, decode=decode)
+    return CodeFormat(bits=bits, encode=encode, decode=decode)

@@ -13,7 +13,7 @@ Leaves = dict[str, jax.Array]
 
 
 @dataclass(frozen=True, eq=False)  # compared as the one object it is
-class Format:
+class CodeFormat:
     """One way to keep weights in few bits."""
 
     bits: int

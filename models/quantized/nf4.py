@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .interface import Format, Leaves
+from .interface import CodeFormat, Leaves
 
 LEVELS = np.array(
     [
@@ -19,12 +19,12 @@ LEVELS = np.array(
 )  # fmt: skip
 
 
-def nearest(values: jax.Array, levels: np.ndarray) -> jax.Array:
+def nearest_level(values: jax.Array, levels: np.ndarray) -> jax.Array:
     """uint8 place of the nearest of the sorted `levels`."""
     return jnp.searchsorted(jnp.asarray((levels[:-1] + levels[1:]) / 2), values).astype(jnp.uint8)
 
 
-def looked_up(codes: jax.Array, levels: np.ndarray) -> jax.Array:
+def look_up_levels(codes: jax.Array, levels: np.ndarray) -> jax.Array:
     """levels[codes]."""
     return jnp.asarray(levels).at[codes].get(mode="promise_in_bounds")
 
@@ -32,12 +32,12 @@ def looked_up(codes: jax.Array, levels: np.ndarray) -> jax.Array:
 def encode(groups: jax.Array) -> tuple[jax.Array, Leaves]:
     """Codes, and the largest of each group."""
     scale = jnp.max(jnp.abs(groups), axis=1)
-    return nearest(groups / jnp.where(scale > 0, scale, 1)[:, None], LEVELS), {"scale": scale}
+    return nearest_level(groups / jnp.where(scale > 0, scale, 1)[:, None], LEVELS), {"scale": scale}
 
 
 def decode(codes: jax.Array, statistics: Leaves) -> jax.Array:
     """The weights."""
-    return looked_up(codes, LEVELS) * statistics["scale"][:, None]
+    return look_up_levels(codes, LEVELS) * statistics["scale"][:, None]
 
 
-NF4 = Format(bits=4, encode=encode, decode=decode)
+NF4 = CodeFormat(bits=4, encode=encode, decode=decode)

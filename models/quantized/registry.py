@@ -1,7 +1,7 @@
 """Formats by the name in `quantization.format`."""
 
-from .integer_codes import integers
-from .interface import Format
+from .integer_codes import integer_format
+from .interface import CodeFormat
 from .nf4 import NF4
 
-FORMATS: dict[str, Format] = {"nf4": NF4} | {f"int{bits}": integers(bits) for bits in (8, 4, 3, 2)}
+FORMATS: dict[str, CodeFormat] = {"nf4": NF4} | {f"int{bits}": integer_format(bits) for bits in (8, 4, 3, 2)}

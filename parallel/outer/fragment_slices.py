@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ...configs.sections.model import ModelConfig
-from ..layout import Order, places
+from ..layout import LayerOrder, canonical_slices
 from ..sharding import path_name
 from .fragments import Fragment
 
@@ -24,7 +24,7 @@ class Cut(NamedTuple):
     put: Callable[..., Any]  # (tree, piece, leading) -> tree
 
 
-def cut(fragment: Fragment, model: ModelConfig, layers_order: Order = None) -> Cut:
+def cut(fragment: Fragment, model: ModelConfig, layers_order: LayerOrder = None) -> Cut:
     """How to take `fragment` out of a tree of `model`'s parameters and put it back.
 
     `layers_order` is that of the run's stacks (`parallel/layout.py`).
@@ -53,10 +53,10 @@ def cut(fragment: Fragment, model: ModelConfig, layers_order: Order = None) -> C
 
 
 def rows(
-    path: str, shape: tuple[int, ...], fragment: Fragment, model: ModelConfig, layers_order: Order = None
+    path: str, shape: tuple[int, ...], fragment: Fragment, model: ModelConfig, layers_order: LayerOrder = None
 ) -> tuple[Any, ...] | None:
     """Index of the fragment's part of the array at `path`: () for all of it, None for nothing."""
-    held = places(path, shape, model, layers_order)
+    held = canonical_slices(path, shape, model, layers_order)
     indices = [index for name, index in held if fragment.owns(name)]
     if len(indices) == len(held):
         return () if held else None

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ...configs.sections.model import ModelConfig
 from ...configs.sections.outer import OuterConfig
-from ..layout import Order
+from ..layout import LayerOrder
 from .diloco import diloco
 from .eager import eager
 from .exchange import Wires
@@ -19,11 +19,13 @@ from .streaming_diloco import streaming
 Travel = Callable[[Wires], Exchange]  # wire format, or one for each of a tuple of trees -> how they travel here
 
 
-def _diloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: Order) -> OuterOptimizer:
+def _diloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: LayerOrder) -> OuterOptimizer:
     return diloco(travel(outer.wire), every=outer.every, learning_rate=outer.learning_rate, momentum=outer.momentum)
 
 
-def _streaming(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: Order) -> OuterOptimizer:
+def _streaming(
+    outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: LayerOrder
+) -> OuterOptimizer:
     return streaming(
         travel(outer.wire),
         cuts=[cut(part, model, order) for part in fragments(model.layers, count=outer.fragments, order=outer.order)],
@@ -35,7 +37,7 @@ def _streaming(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas:
     )
 
 
-def _noloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: Order) -> OuterOptimizer:
+def _noloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: LayerOrder) -> OuterOptimizer:
     return noloco(
         travel((outer.wire, "float32")),
         every=outer.every,
@@ -45,7 +47,7 @@ def _noloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: in
     )
 
 
-def _eager(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: Order) -> OuterOptimizer:
+def _eager(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: LayerOrder) -> OuterOptimizer:
     return eager(
         travel(outer.wire),
         replicas=replicas,
@@ -55,7 +57,7 @@ def _eager(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int
     )
 
 
-OUTER: dict[str, Callable[[OuterConfig, ModelConfig, Travel, int, Order], OuterOptimizer]] = {
+OUTER: dict[str, Callable[[OuterConfig, ModelConfig, Travel, int, LayerOrder], OuterOptimizer]] = {
     "diloco": _diloco,
     "streaming": _streaming,
     "noloco": _noloco,
@@ -68,7 +70,7 @@ OUTER: dict[str, Callable[[OuterConfig, ModelConfig, Travel, int, Order], OuterO
 
 
 def build(
-    outer: OuterConfig, *, model: ModelConfig, travel: Travel, replicas: int, order: Order = None
+    outer: OuterConfig, *, model: ModelConfig, travel: Travel, replicas: int, order: LayerOrder = None
 ) -> OuterOptimizer:
     """The outer optimizer of the section `outer` for `replicas` replicas of `model`.
 

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ...models.attention.interface import Implementation, Mask, Where
+from ...models.attention.interface import Implementation, Mask, TokenIndices
 
 
 @functools.cache
@@ -21,10 +21,10 @@ def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implement
     For use where `mesh_axis` is manual. `where` holds this device's part and must have indices.
     """
 
-    def forward(q, k, v, mask: Mask, where: Where):
+    def forward(q, k, v, mask: Mask, where: TokenIndices):
         return implementation.forward(q, *_gather((k, v), mesh_axis), mask, _with_all_keys(where, mesh_axis))
 
-    def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where):
+    def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices):
         k, v = _gather((k, v), mesh_axis)
         dq, dk, dv = implementation.backward(q, k, v, out, lse, d_out, mask, _with_all_keys(where, mesh_axis))
         return dq, _scatter_sum(dk, mesh_axis), _scatter_sum(dv, mesh_axis)
@@ -32,9 +32,9 @@ def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implement
     return implementation._replace(forward=forward, backward=backward)
 
 
-def _with_all_keys(where: Where, mesh_axis: str) -> Where:
+def _with_all_keys(where: TokenIndices, mesh_axis: str) -> TokenIndices:
     """This device's queries against the row's keys."""
-    return Where(
+    return TokenIndices(
         where.query_index,
         jax.lax.all_gather(where.key_index, mesh_axis, tiled=True),
         where.query_segments,

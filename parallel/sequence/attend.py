@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from ...configs.errors import UserError
-from ...models.attention.interface import Implementation, Mask, Where
+from ...models.attention.interface import Implementation, Mask, TokenIndices
 from ...models.attention.interface import attend as attend_with
-from ..sharding import taken_axes, without
+from ..sharding import exclude_axes, manual_axes
 from . import all_gather, ring, ulysses
 
 STRATEGIES = {"all-gather": all_gather.wrap, "ring": ring.wrap, "ulysses": ulysses.wrap}
@@ -40,7 +40,7 @@ def sequence_parallel(implementation: Implementation, *, strategy: str, mesh: Me
     mapped = _mapped(local, mesh)
     starts_anywhere = not whole_rows and strategy != "ulysses"
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: Where) -> jax.Array:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: TokenIndices) -> jax.Array:
         _check_cut(q, k, mesh)
         if where.query_index is None and starts_anywhere:  # a part of a row does not start at 0
             order = jnp.arange(q.shape[1], dtype=jnp.int32)
@@ -62,14 +62,14 @@ class _Specs(NamedTuple):
 
     heads: PartitionSpec
     statistics: PartitionSpec
-    where: Where
+    where: TokenIndices
     axes: set[str]
 
 
 def _mapped(local: Implementation, mesh: Mesh) -> Implementation:
     """`local`, which works on one device's part, over global arrays."""
 
-    def over_devices(function, axes, arguments, where: Where, cut, results):
+    def over_devices(function, axes, arguments, where: TokenIndices, cut, results):
         specs = _specs(arguments[0], where, mesh, axes)
         return jax.shard_map(
             function,
@@ -80,20 +80,20 @@ def _mapped(local: Implementation, mesh: Mesh) -> Implementation:
             axis_names=specs.axes,
         )(*arguments, where)
 
-    def forward(q, k, v, mask: Mask, where: Where):
+    def forward(q, k, v, mask: Mask, where: TokenIndices):
         def part(q, k, v, where):
             return local.forward(q, k, v, mask, where)
 
-        def run(axes, *arguments, where: Where):
+        def run(axes, *arguments, where: TokenIndices):
             return over_devices(part, axes, arguments, where, ["heads"] * 3, ("heads", "statistics"))
 
         return more_rows_for_replicas(run)((q, k, v), where)
 
-    def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where):
+    def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices):
         def part(q, k, v, out, lse, d_out, where):
             return local.backward(q, k, v, out, lse, d_out, mask, where)
 
-        def run(axes, *arguments, where: Where):
+        def run(axes, *arguments, where: TokenIndices):
             cut = [*["heads"] * 4, "statistics", "heads"]
             return over_devices(part, axes, arguments, where, cut, ["heads"] * 3)
 
@@ -125,8 +125,8 @@ def more_rows_for_replicas(run: Callable[..., tuple[jax.Array, ...]]) -> Callabl
     return alone
 
 
-def _specs(q, where: Where, mesh: Mesh, axes: tuple[str, ...]) -> _Specs:
-    free = without(axes, taken_axes()) or ()  # inside a pipeline's map rows are cut already
+def _specs(q, where: TokenIndices, mesh: Mesh, axes: tuple[str, ...]) -> _Specs:
+    free = exclude_axes(axes, manual_axes()) or ()  # inside a pipeline's map rows are cut already
     rows = free if free and q.shape[0] % math.prod(mesh.shape[axis] for axis in free) == 0 else None
     return _Specs(
         heads=PartitionSpec(rows, "seq", "tensor", None),

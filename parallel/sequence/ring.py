@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...models.attention.interface import Implementation, Mask, Where
+from ...models.attention.interface import Implementation, Mask, TokenIndices
 
 
 class Part(NamedTuple):
@@ -35,7 +35,7 @@ def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implement
     For use where `mesh_axis` is manual. `where` holds this device's part and must have indices.
     """
 
-    def forward(q, k, v, mask: Mask, where: Where):
+    def forward(q, k, v, mask: Mask, where: TokenIndices):
         def merged(out, lse, part: Part):
             def attended():
                 part_out, part_lse = implementation.forward(q, part.k, part.v, mask, _against(part, where))
@@ -54,7 +54,7 @@ def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implement
         out, lse = merged(out, lse, part)
         return out.astype(q.dtype), lse
 
-    def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where):
+    def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices):
         def added(dq, dk, dv, part: Part):
             def attended():
                 more = implementation.backward(q, part.k, part.v, out, lse, d_out, mask, _against(part, where))
@@ -90,11 +90,11 @@ def _pass_on(tree, mesh_axis: str):
     return jax.lax.ppermute(tree, mesh_axis, [(rank, (rank + 1) % ranks) for rank in range(ranks)])
 
 
-def _against(part: Part, where: Where) -> Where:
-    return Where(where.query_index, part.index, where.query_segments, part.segments)
+def _against(part: Part, where: TokenIndices) -> TokenIndices:
+    return TokenIndices(where.query_index, part.index, where.query_segments, part.segments)
 
 
-def _may_see(part: Part, mask: Mask, where: Where) -> jax.Array:
+def _may_see(part: Part, mask: Mask, where: TokenIndices) -> jax.Array:
     """Whether any of our queries may see any of the part's keys, by the ranges of indices and documents."""
     query, key = where.query_index, part.index
     possible = jnp.asarray(True)

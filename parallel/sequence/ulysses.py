@@ -10,7 +10,7 @@ import functools
 import jax
 
 from ...configs.errors import UserError
-from ...models.attention.interface import Implementation, Mask, Where
+from ...models.attention.interface import Implementation, Mask, TokenIndices
 
 
 @functools.cache
@@ -21,12 +21,12 @@ def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implement
     is in plain order. Raises UserError where the devices cannot share this device's key-value heads evenly.
     """
 
-    def forward(q, k, v, mask: Mask, where: Where):
+    def forward(q, k, v, mask: Mask, where: TokenIndices):
         _check_heads(k, mesh_axis)
         rows = (_to_rows(x, mesh_axis) for x in (q, k, v))
         return tuple(_to_heads(x, mesh_axis) for x in implementation.forward(*rows, mask, _whole(where, mesh_axis)))
 
-    def backward(q, k, v, out, lse, d_out, mask: Mask, where: Where):
+    def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices):
         rows = (_to_rows(x, mesh_axis) for x in (q, k, v, out, lse, d_out))
         return tuple(_to_heads(x, mesh_axis) for x in implementation.backward(*rows, mask, _whole(where, mesh_axis)))
 
@@ -43,7 +43,7 @@ def _to_heads(x, mesh_axis: str):
     return jax.lax.all_to_all(x, mesh_axis, split_axis=1, concat_axis=2, tiled=True)
 
 
-def _whole(where: Where, mesh_axis: str) -> Where:
+def _whole(where: TokenIndices, mesh_axis: str) -> TokenIndices:
     """Whole rows of indices [sequence / ranks] and segments [batch, sequence / ranks]."""
     return jax.tree.map(lambda x: jax.lax.all_gather(x, mesh_axis, axis=x.ndim - 1, tiled=True), where)
 

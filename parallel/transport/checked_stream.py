@@ -28,7 +28,7 @@ TIMEOUT = 10.0  # seconds for an answer that needs no work
 Answer = Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]
 
 
-class NotGiven(MeshwrightError):
+class RequestRefused(MeshwrightError):
     """The other side answered that it cannot give what was asked for, and why."""
 
 
@@ -61,7 +61,7 @@ def _fill(content: np.ndarray, source: socket.socket) -> np.ndarray:
     return content
 
 
-class Listener:
+class RequestServer:
     """Answers requests on a port of its own, each connection in a thread.
 
     `host` is the name by which others reach it; it listens at `bind`, by default there.
@@ -84,7 +84,7 @@ class Listener:
         self._server = Server((host if bind is None else bind, 0), Handler)
         self.address = f"{host}:{self._server.server_address[1]}"
 
-    def __enter__(self) -> "Listener":
+    def __enter__(self) -> "RequestServer":
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -101,7 +101,7 @@ def answered(answer: Answer, request: np.ndarray) -> tuple[dict[str, Any], Any]:
         return {"error": f"{type(error).__name__}: {error}"}, b""
 
 
-class Peer:
+class RequestClient:
     """The other side's address, and a connection to it that is opened when first needed; for several threads."""
 
     def __init__(self, address: str) -> None:
@@ -110,7 +110,7 @@ class Peer:
         self._socket: socket.socket | None = None
         self._turn = threading.Lock()
 
-    def ask(
+    def request(
         self, request: Mapping[str, Any], *, timeout: float = TIMEOUT, into: np.ndarray | None = None
     ) -> tuple[dict[str, Any], np.ndarray]:
         """The answer, its bytes in `into` if given.
@@ -130,12 +130,12 @@ class Peer:
                 self._hang_up()
                 raise OSError(f"keeper at {self.address}: {error}") from error
         if "error" in told:
-            raise NotGiven(f"keeper at {self.address}: {told['error']}")
+            raise RequestRefused(f"keeper at {self.address}: {told['error']}")
         if into is not None and content is not into:
             raise OSError(f"keeper at {self.address}: gave {len(content)} bytes where {len(into)} were asked for")
         return told, content
 
-    def __enter__(self) -> "Peer":
+    def __enter__(self) -> "RequestClient":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,19 +152,19 @@ class Peer:
             self._hang_up()
 
 
-class Peers:
+class ClientPool:
     """Connections to others by number, each at the address it tells now."""
 
     def __init__(self) -> None:
-        self._peers: dict[int, Peer] = {}
+        self._peers: dict[int, RequestClient] = {}
 
-    def at(self, number: int, address: str) -> Peer:
+    def client_for(self, number: int, address: str) -> RequestClient:
         """The peer of that number, which may have moved."""
         known = self._peers.get(number)
         if known is None or known.address != address:
             if known is not None:
                 known.close()
-            known = self._peers[number] = Peer(address)
+            known = self._peers[number] = RequestClient(address)
         return known
 
     def close(self) -> None:

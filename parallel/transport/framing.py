@@ -17,11 +17,11 @@ CHUNK = 256 * 1024  # bytes of a payload in one frame: what a cut or damaged con
 LONGEST = 4 * CHUNK
 
 
-class Corrupt(ConnectionError):
+class CorruptFrame(ConnectionError):
     """What arrived is not what was sent."""
 
 
-def framed(payload: bytes | memoryview) -> bytes:
+def encode_frame(payload: bytes | memoryview) -> bytes:
     """`payload` as a frame."""
     return HEAD.pack(len(payload), xxhash.xxh3_64_intdigest(payload)) + bytes(payload)
 
@@ -30,16 +30,16 @@ async def read_frame(reader: asyncio.StreamReader) -> bytes:
     """The next frame's payload. Raises Corrupt where it is damaged, IncompleteReadError where the stream ends."""
     length, checksum = HEAD.unpack(await reader.readexactly(HEAD.size))
     if length > LONGEST:
-        raise Corrupt(f"a frame of {length} bytes was announced, and none is longer than {LONGEST}")
+        raise CorruptFrame(f"a frame of {length} bytes was announced, and none is longer than {LONGEST}")
     payload = await reader.readexactly(length)
     if (found := xxhash.xxh3_64_intdigest(payload)) != checksum:
-        raise Corrupt(f"a frame of {length} bytes has the checksum {found:016x}, not {checksum:016x}")
+        raise CorruptFrame(f"a frame of {length} bytes has the checksum {found:016x}, not {checksum:016x}")
     return payload
 
 
-def message(**fields: Any) -> bytes:
+def encode_message(**fields: Any) -> bytes:
     """A frame that holds a JSON object."""
-    return framed(json.dumps(fields, separators=(",", ":")).encode())
+    return encode_frame(json.dumps(fields, separators=(",", ":")).encode())
 
 
 async def read_message(reader: asyncio.StreamReader) -> dict[str, Any]:
@@ -48,7 +48,7 @@ async def read_message(reader: asyncio.StreamReader) -> dict[str, Any]:
     try:
         found = json.loads(payload)
     except ValueError as error:
-        raise Corrupt(f"a message is no JSON: {error}") from error
+        raise CorruptFrame(f"a message is no JSON: {error}") from error
     if not isinstance(found, dict):
-        raise Corrupt(f"a message is {found!r:.50}, not an object")
+        raise CorruptFrame(f"a message is {found!r:.50}, not an object")
     return found

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from .framing import CHUNK, Corrupt, framed, message, read_frame, read_message
+from .framing import CHUNK, CorruptFrame, encode_frame, encode_message, read_frame, read_message
 from .throttle import Throttle
 
 PROTOCOL = 2
@@ -46,33 +46,33 @@ class Held(NamedTuple):
     reader: str | None  # the only one who will ask for it
 
 
-class Failed(NamedTuple):
+class FetchFailure(NamedTuple):
     """Why a payload did not arrive."""
 
-    why: str
+    reason: str
 
 
 @dataclass
-class Counters:
+class TransferCounters:
     """What an office has done since it opened, in bytes and events."""
 
-    sent: int = 0  # written to other islands: payloads, their frames, and requests
-    received: int = 0  # of payloads, frame by frame
+    sent_bytes: int = 0  # written to other islands: payloads, their frames, and requests
+    received_bytes: int = 0  # of payloads, frame by frame
     resumed: int = 0  # transfers that went on after a cut
-    refused: int = 0  # frames and payloads that were damaged
+    corrupted: int = 0  # frames and payloads that were damaged
     by_kind: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # sent, by the first word of the key
 
 
-class Settings(NamedTuple):
+class ServerSettings(NamedTuple):
     """How an office behaves; seconds, and a link."""
 
     timeout: float = 30.0  # without a byte
-    hold: float = 10.0  # a question for what is not there yet, before it is answered that it is not
+    wait_seconds: float = 10.0  # a question for what is not there yet, before it is answered that it is not
     retries: int = 3
     throttle: Throttle | None = None
 
 
-class Office:
+class PayloadServer:
     """Serves payloads and fetches others'. `fingerprint` is of the run, `description` the settings that
     tell two runs apart.
 
@@ -85,16 +85,16 @@ class Office:
         *,
         fingerprint: str,
         description: Mapping[str, Any],
-        settings: Settings,
+        settings: ServerSettings,
         host: str = "127.0.0.1",
         port: int = 0,
-        wanted: Callable[[str], None] = lambda key: None,
+        on_missing: Callable[[str], None] = lambda key: None,
     ) -> None:
-        self.name, self.counters = name, Counters()
+        self.name, self.counters = name, TransferCounters()
         self.fingerprint, self._description, self._settings = fingerprint, dict(description), settings
         self._throttle = settings.throttle or Throttle()
-        self._wanted, self._ticket = wanted, -1
-        self.giving = 0  # payloads on their way to others
+        self._wanted, self._ticket = on_missing, -1
+        self.active_sends = 0  # payloads on their way to others
         self._shelf: dict[str, Held] = {}
         self._news = asyncio.Event()
         self._loop = asyncio.new_event_loop()
@@ -133,20 +133,20 @@ class Office:
         deadline: float,
         patience: float,
         alive: Callable[[Peer], bool] = lambda peer: True,
-    ) -> dict[str, bytes | Failed]:
+    ) -> dict[str, bytes | FetchFailure]:
         """The payload `key` of each of `peers`, all at once: bytes, or why not within `deadline` seconds.
 
         A peer that has nothing of that key yet is asked again for `patience` seconds, and as long as it is `alive`,
         a question that is put in the office's thread.
         """
 
-        async def all_of_them() -> dict[str, bytes | Failed]:
+        async def all_of_them() -> dict[str, bytes | FetchFailure]:
             found = await asyncio.gather(*(self._fetch(key, peer, deadline, patience, alive) for peer in peers))
             return {peer.name: one for peer, one in zip(peers, found, strict=True)}
 
         return self._call(all_of_them())
 
-    def compare(self, peer: Peer) -> dict[str, tuple[Any, Any]] | None:
+    def compare_settings(self, peer: Peer) -> dict[str, tuple[Any, Any]] | None:
         """Settings in which `peer` is of another run: key -> (there, here); {} where none. None: it does not answer."""
         return self._call(self._compare(peer))
 
@@ -188,7 +188,7 @@ class Office:
         if held is None:
             await self._say(writer, kind(key), absent=True)
             return
-        self.giving += 1
+        self.active_sends += 1
         try:
             await self._give(kind(key), held, offset, writer)
             if held.reader == asked["name"]:
@@ -196,17 +196,17 @@ class Office:
                 if self._shelf.get(key) is held:
                     del self._shelf[key]
         finally:
-            self.giving -= 1
+            self.active_sends -= 1
 
     async def _give(self, what: str, held: Held, offset: int, writer: asyncio.StreamWriter) -> None:
         await self._say(writer, what, size=len(held.payload), digest=held.digest, confirm=held.reader is not None)
         view = memoryview(held.payload)
         for start in range(offset, len(view), CHUNK):
-            await self._write(writer, what, framed(view[start : start + CHUNK]))
+            await self._write(writer, what, encode_frame(view[start : start + CHUNK]))
 
     async def _awaited(self, key: str, ticket: int) -> Held | None:
         """The payload, waited for a while: it may be a moment away. None: not there, or of another life."""
-        until = time.monotonic() + self._settings.hold
+        until = time.monotonic() + self._settings.wait_seconds
         while True:
             held = self._shelf.get(key)
             if held is not None:
@@ -219,22 +219,22 @@ class Office:
                 return None
 
     async def _say(self, writer: asyncio.StreamWriter, what: str, **fields: Any) -> None:
-        await self._throttle.begin()
-        await self._write(writer, what, message(**fields))
+        await self._throttle.wait_latency()
+        await self._write(writer, what, encode_message(**fields))
 
     async def _write(self, writer: asyncio.StreamWriter, what: str, data: bytes) -> None:
-        await self._throttle.pay(len(data))
+        await self._throttle.wait_to_send(len(data))
         writer.write(data)
         async with asyncio.timeout(self._settings.timeout):
             await writer.drain()
-        self.counters.sent += len(data)
+        self.counters.sent_bytes += len(data)
         self.counters.by_kind[what] += len(data)
 
     # ---- fetching
 
     async def _fetch(
         self, key: str, peer: Peer, deadline: float, patience: float, alive: Callable[[Peer], bool]
-    ) -> bytes | Failed:
+    ) -> bytes | FetchFailure:
         arrived, attempts, began = Arriving(), 0, time.monotonic()
         try:
             async with asyncio.timeout(deadline):
@@ -244,22 +244,24 @@ class Office:
                         if await self._attempt(key, peer, arrived):
                             return bytes(arrived.data)
                         if not alive(peer):
-                            return Failed(f"{peer.name} has gone")
+                            return FetchFailure(f"{peer.name} has gone")
                         if time.monotonic() - began > patience:
-                            return Failed(f"{peer.name} had nothing to give within {patience:g} s")
+                            return FetchFailure(f"{peer.name} had nothing to give within {patience:g} s")
                         continue  # it has not got there yet
                     except Refusal as error:
-                        return Failed(str(error))
+                        return FetchFailure(str(error))
                     except (OSError, EOFError, TimeoutError, KeyError, ValueError) as error:
-                        if isinstance(error, Corrupt):
-                            self.counters.refused += 1
-                        attempts = 0 if len(arrived.data) > before and not isinstance(error, Corrupt) else attempts + 1
+                        if isinstance(error, CorruptFrame):
+                            self.counters.corrupted += 1
+                        attempts = (
+                            0 if len(arrived.data) > before and not isinstance(error, CorruptFrame) else attempts + 1
+                        )
                         if attempts > self._settings.retries:
-                            return Failed(f"{peer.name}: {error or type(error).__name__} ({attempts} attempts)")
+                            return FetchFailure(f"{peer.name}: {error or type(error).__name__} ({attempts} attempts)")
                     await asyncio.sleep(AGAIN * 2**attempts)
                     self.counters.resumed += bool(arrived.data)
         except TimeoutError:
-            return Failed(f"{peer.name}: {len(arrived.data)} bytes after {deadline:g} s")
+            return FetchFailure(f"{peer.name}: {len(arrived.data)} bytes after {deadline:g} s")
 
     async def _attempt(self, key: str, peer: Peer, arrived: "Arriving") -> bool:
         """Go on with a transfer; whether it has ended. False: the peer has nothing of that key yet."""
@@ -277,10 +279,10 @@ class Office:
             while len(arrived.data) < arrived.size:
                 frame = await self._within(read_frame(reader))
                 arrived.data += frame
-                self.counters.received += len(frame)
+                self.counters.received_bytes += len(frame)
             arrived.check()
             if told["confirm"]:
-                await self._write(writer, kind(key), message(whole=True))
+                await self._write(writer, kind(key), encode_message(whole=True))
             return True
         finally:
             writer.close()
@@ -344,4 +346,4 @@ class Arriving:
         if len(self.data) != self.size or found != self.digest:
             size = len(self.data)
             self.data.clear()
-            raise Corrupt(f"{size} bytes have the checksum {found}, not {self.digest} of {self.size}")
+            raise CorruptFrame(f"{size} bytes have the checksum {found}, not {self.digest} of {self.size}")

@@ -17,17 +17,17 @@ class Throttle:
         self._latency, self._clock = latency, clock
         self._free = -float("inf")  # when the link has carried everything it was given
 
-    async def begin(self) -> None:
+    async def wait_latency(self) -> None:
         """Wait for what a message needs to cross the link, however short it is."""
         if self._latency:
             await asyncio.sleep(self._latency)
 
-    async def pay(self, size: int) -> None:
+    async def wait_to_send(self, size: int) -> None:
         """Wait until `size` more bytes may leave."""
-        if (wait := self.due(size)) > 0:
+        if (wait := self.charge(size)) > 0:
             await asyncio.sleep(wait)
 
-    def due(self, size: int) -> float:
+    def charge(self, size: int) -> float:
         """Seconds until the link has carried `size` bytes more, which are charged now; up to a burst is free."""
         if self._rate is None:
             return 0.0

@@ -70,6 +70,6 @@ def test_a_block_across_processes_has_no_owner():
     """Two processes hold half the rows each: blocks of eight rows are theirs, the whole is nobody's."""
     halves = {0: {((0, 32), (0, 8))}, 1: {((32, 64), (0, 8))}}
     boxes = [((0, 8), (0, 8)), ((56, 64), (0, 8)), ((0, 64), (0, 8))]
-    assert [[fp.covered(parts, box) for parts in halves.values()] for box in boxes] == [
+    assert [[fp.covers(parts, box) for parts in halves.values()] for box in boxes] == [
         [True, False], [False, True], [False, False]
     ]  # fmt: skip

@@ -135,14 +135,14 @@ def test_arrays_swapped_between_names_are_refused(tmp_path):
 def test_a_commit_cut_short_is_finished_and_an_unfinished_save_is_cleared(directory):
     """Killed between the arrays and the manifest: the parts are there, and the manifest is made of them."""
     storage, whole = opened(directory), (directory / "2" / "manifest.json").read_text()
-    storage.shelf.commit = lambda *_, **__: None
+    storage.checkpoints.commit = lambda *_, **__: None
     storage.save(state(3), step=3, data={"samples": 3})
     storage.close()
     (directory / "9.orbax-checkpoint-tmp").mkdir()
     again = opened(directory)
     assert again.steps == [1, 2]
     told = []
-    again.shelf.tidy(lambda step, why: told.append(step))
+    again.checkpoints.recover_interrupted(lambda step, why: told.append(step))
     assert (
         again.steps == [1, 2, 3] and not told and sorted(path.name for path in directory.iterdir()) == ["1", "2", "3"]
     )
@@ -152,17 +152,17 @@ def test_a_commit_cut_short_is_finished_and_an_unfinished_save_is_cleared(direct
 def test_a_step_without_manifest_or_parts_is_set_aside_not_deleted(directory):
     (directory / "2" / "manifest.json").unlink()
     told = []
-    shelf = opened(directory).shelf
-    shelf.tidy(lambda step, why: told.append((step, why)))
+    shelf = opened(directory).checkpoints
+    shelf.recover_interrupted(lambda step, why: told.append((step, why)))
     assert shelf.steps == [1] and shelf.quarantined == ["2"] and told[0][0] == 2
     assert (directory / "quarantine" / "2" / "state").is_dir()
 
 
 def test_a_save_that_not_every_process_described_was_never_a_checkpoint(directory):
     """Killed after the arrays, before a process had hashed its part: deleted, not set aside as damaged."""
-    shelf = opened(directory).shelf
+    shelf = opened(directory).checkpoints
     (directory / "2" / "manifest.json").unlink()
     shelf.begin(2, processes=2)
     told = []
-    shelf.tidy(lambda step, why: told.append(step))
-    assert shelf.present == [1] and not shelf.quarantined and not told
+    shelf.recover_interrupted(lambda step, why: told.append(step))
+    assert shelf.step_directories == [1] and not shelf.quarantined and not told

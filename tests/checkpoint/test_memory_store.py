@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshwright.checkpoint.manifest import DamagedCheckpoint
-from meshwright.checkpoint.memory_store import Memory
-from meshwright.checkpoint.redundancy.shm_slots import header_of
-from meshwright.checkpoint.storage import by_path, tree
+from meshwright.checkpoint.memory_store import MemoryStore
+from meshwright.checkpoint.redundancy.shm_slots import read_header
+from meshwright.checkpoint.storage import flatten_paths, saved_tree
 from meshwright.parallel.state import TrainState
 
 
@@ -36,7 +36,7 @@ def restored(memory, step, saved, shardings):
 
 
 def listed(memory, saved, shardings):
-    return memory.steps(by_path(tree(shardings)), by_path(tree(shapes(saved))))
+    return memory.steps(flatten_paths(saved_tree(shardings)), flatten_paths(saved_tree(shapes(saved))))
 
 
 def files(memory):
@@ -49,7 +49,7 @@ def same(found, wanted):
 
 @pytest.fixture
 def memory(tmp_path):
-    return Memory(tmp_path / "slots")
+    return MemoryStore(tmp_path / "slots")
 
 
 @pytest.mark.parametrize("spec", [("x", "y"), (None, "x"), (), (("x", "y"),)], ids=str)
@@ -57,7 +57,7 @@ def test_a_snapshot_comes_back_on_any_mesh(memory, spec):
     saved, _ = state(1, "x", "y")
     memory.save(saved, step=1, data={"samples": 8})
     _, shardings = state(1, *spec)
-    found, data = restored(Memory(memory.directory), 1, saved, shardings)
+    found, data = restored(MemoryStore(memory.directory), 1, saved, shardings)
     assert same(found, saved) and data == {"samples": 8} and found.params["a"].sharding == shardings.params["a"]
 
 
@@ -94,13 +94,13 @@ def test_no_flipped_bit_is_returned(memory):
     memory.save(saved, step=1, data={"samples": 8})
     (file,) = files(memory)
     before, draw, refused = file.read_bytes(), random.Random(0), 0
-    held = [range(offset, offset + size) for offset, size, _ in header_of(file)["blocks"]]
+    held = [range(offset, offset + size) for offset, size, _ in read_header(file)["blocks"]]
     for _ in range(300):
         place = draw.randrange(8 * len(before))
         damaged = bytearray(before)
         damaged[place // 8] ^= 1 << place % 8
         file.write_bytes(damaged)
-        again = Memory(memory.directory)
+        again = MemoryStore(memory.directory)
         try:
             found, data = restored(again, 1, saved, shardings)
             assert same(found, saved) and data == {"samples": 8}, place
@@ -115,6 +115,6 @@ def test_another_models_snapshot_is_not_offered(memory):
     memory.save(saved, step=1, data={})
     other = shapes(saved)
     other.params["a"] = jax.ShapeDtypeStruct((16, 16), np.float32)
-    assert memory.steps(by_path(tree(shardings)), by_path(tree(other))) == []
+    assert memory.steps(flatten_paths(saved_tree(shardings)), flatten_paths(saved_tree(other))) == []
     memory.clear()
     assert not files(memory)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshwright.checkpoint.retention import retained
+from meshwright.checkpoint.retention import select_retained
 
 STEPS = [10, 20, 30, 40, 50]
 CASES = {
@@ -18,8 +18,8 @@ CASES = {
 
 @pytest.mark.parametrize(("asked", "kept"), CASES.values(), ids=CASES)
 def test_what_survives(asked, kept):
-    assert retained(STEPS, **asked) == kept
+    assert select_retained(STEPS, **asked) == kept
 
 
 def test_nothing_of_nothing():
-    assert retained([], newest=3, every=2, best=1, scores={2: 1.0}) == set()
+    assert select_retained([], keep_newest=3, keep_every=2, keep_best=1, scores={2: 1.0}) == set()

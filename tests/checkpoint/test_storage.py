@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from support.equivalence import batches, tiny, to_devices
+from support.equivalence import batches, make_global_arrays, tiny
 
-from meshwright.checkpoint.async_copy import independent
-from meshwright.checkpoint.layout_conversion import layout_of
+from meshwright.checkpoint.async_copy import donation_safe_copy
+from meshwright.checkpoint.layout_conversion import make_layout
 from meshwright.checkpoint.storage import Storage
 from meshwright.configs.errors import MeshwrightError, UserError
-from meshwright.parallel.layout import canonical
+from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.engine.program import build
 
@@ -22,19 +22,19 @@ class Run:
         self.config = tiny(**changes)
         self.program = build(self.config, make_mesh(self.config.mesh))
         self.step = self.program.compiled_step()
-        self.state = self.program.initialized()
+        self.state = self.program.initialize()
 
     def go(self, first, last):
         for batch in batches(self.config, last)[first:last]:
-            self.state, _ = self.step(self.state, to_devices(batch, self.config, self.program.mesh))
+            self.state, _ = self.step(self.state, make_global_arrays(batch, self.config, self.program.mesh))
         return self
 
     def arrays(self):
-        return jax.device_get(canonical(self.state, self.config.model))
+        return jax.device_get(to_canonical(self.state, self.config.model))
 
 
 def opened(directory, **changes):
-    return Storage(directory, layout=layout_of(tiny(**changes).model))
+    return Storage(directory, layout=make_layout(tiny(**changes).model))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def saved(sharded, tmp_path_factory):
     sharded.go(0, 2)
     before = jax.tree.map(np.array, sharded.arrays())
     storage = opened(directory)
-    storage.save(independent(sharded.state), step=2, data={"samples": 16})
+    storage.save(donation_safe_copy(sharded.state), step=2, data={"samples": 16})
     sharded.go(2, 4)  # donates the arrays whose copy is being written
     storage.close()
     return directory, before
@@ -60,7 +60,7 @@ def test_a_save_is_untouched_by_the_steps_that_follow_it(saved, sharded):
     storage = opened(directory)
     state, data = storage.restore(2, shapes=sharded.program.shapes, shardings=sharded.program.shardings)
     assert data == {"samples": 16} and storage.steps == [2]
-    jax.tree.map(np.testing.assert_array_equal, canonical(state, sharded.config.model), before)
+    jax.tree.map(np.testing.assert_array_equal, to_canonical(state, sharded.config.model), before)
 
 
 def test_resuming_on_another_mesh_goes_on_the_same_trajectory(saved, sharded):
@@ -93,7 +93,7 @@ def test_a_checkpoint_of_another_layout_loads_by_canonical_names(saved, changes)
     config = tiny(**changes)
     program = build(config, make_mesh(config.mesh))
     state, data = opened(directory, **changes).restore(2, shapes=program.shapes, shardings=program.shardings)
-    after = jax.device_get(canonical(state, config.model))
+    after = jax.device_get(to_canonical(state, config.model))
     assert data == {"samples": 16} and after.keys() == before.keys()
     for name, array in before.items():
         np.testing.assert_array_equal(after[name], array, err_msg=name)

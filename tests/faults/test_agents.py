@@ -88,7 +88,7 @@ class Machines:
         raise AssertionError(f"agent {number} has no trainer")
 
     def memory(self, host):
-        return agent_files.directory_of(self.run, host=host)
+        return agent_files.memory_directory(self.run, host=host)
 
     def until(self, condition, what):
         deadline = time.monotonic() + PATIENCE
@@ -99,7 +99,7 @@ class Machines:
 
     def protected(self, step, *, hosts):
         self.until(
-            lambda: min(agent_files.protected(self.memory(host)).step for host in hosts) >= step,
+            lambda: min(agent_files.read_protected(self.memory(host)).step for host in hosts) >= step,
             f"step {step} was never protected on {hosts}",
         )
 
@@ -164,7 +164,7 @@ def test_a_keeper_outlives_trainers_and_is_replaced_when_it_dies(undisturbed, tm
         machines.until(lambda: len(machines.events("restore")) == 1, "no restore")
         assert [below(number, "launch.keeper") for number in (0, 1)] == keepers
         os.kill(keepers[1], signal.SIGKILL)
-        machines.protected(agent_files.protected(machines.memory(0)).step + 5, hosts=[0, 1])
+        machines.protected(agent_files.read_protected(machines.memory(0)).step + 5, hosts=[0, 1])
         assert machines.finished() == undisturbed
         assert [event["level"] for event in machines.events("restore")] == ["memory"]
         told = [json.loads(line) for line in (machines.run / "keepers.jsonl").read_text().splitlines()]

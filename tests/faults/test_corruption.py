@@ -11,9 +11,9 @@ from support.small_run import SMALL
 from meshwright.checkpoint import manifest
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
 from meshwright.train.core.event_log import read_events
-from meshwright.train.core.process_env import World
+from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.launch.job import Job
-from meshwright.train.launch.launchers import launch_here
+from meshwright.train.launch.launchers import launch_local
 from meshwright.train.loop import Loop
 from meshwright.train.run import train
 from meshwright.train.sdc_check import Corrupted
@@ -38,26 +38,26 @@ def blocks(run, step):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     root = tmp_path_factory.mktemp("undisturbed")
-    train(small(), world=World(), root=root)
+    train(small(), process_info=ProcessInfo(), root=root)
     return blocks(root / "run", 5)
 
 
 def test_a_run_stops_before_it_saves_what_a_device_has_damaged(undisturbed, tmp_path, monkeypatch):
     """The array and the device are named, and the run goes on from before, to the end it would have had."""
-    monkeypatch.setattr(Loop, "settled", flips(Loop.settled, step=3, device=2))
+    monkeypatch.setattr(Loop, "drain", flips(Loop.drain, step=3, device=2))
     blame = r"step 3 is not saved: params/\S+ is other bits on devices 2 \(process 0\) than on devices 0, 1, 3"
     with pytest.raises(Corrupted, match=blame):
-        train(small(), world=World(), root=tmp_path)
+        train(small(), process_info=ProcessInfo(), root=tmp_path)
     assert max(int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == 2
     monkeypatch.undo()
-    train(small(), world=World(), root=tmp_path)
+    train(small(), process_info=ProcessInfo(), root=tmp_path)
     assert blocks(tmp_path / "run", 5) == undisturbed
 
 
 def test_without_comparing_nobody_notices(undisturbed, tmp_path, monkeypatch):
     """Why there is something to ask for: the run ends well, with other parameters."""
-    monkeypatch.setattr(Loop, "settled", flips(Loop.settled, step=3, device=0))
-    train(small(checkpoint={"every": 1, "keep": 9, "compare": False}), world=World(), root=tmp_path)
+    monkeypatch.setattr(Loop, "drain", flips(Loop.drain, step=3, device=0))
+    train(small(checkpoint={"every": 1, "keep": 9, "compare": False}), process_info=ProcessInfo(), root=tmp_path)
     assert blocks(tmp_path / "run", 5) != undisturbed
 
 
@@ -86,7 +86,7 @@ def test_the_launcher_blames_the_process_of_the_device_and_starts_again_from_bef
     monkeypatch.chdir(tmp_path)
     command = [sys.executable, "-c", PATCHED, "train", "quickstart", *WORDS]
     run = tmp_path / "runs" / "run"
-    launch_here(Job("run", command, 2, run, ElasticConfig(backoff=0.1, hang_floor=60), devices_per_process=2))
+    launch_local(Job("run", command, 2, run, ElasticConfig(backoff=0.1, hang_floor=60), devices_per_process=2))
     told = [event for event in read_events(run) if event["event"] in ("failure", "restart", "restore", "finish")]
     assert [event["event"] for event in told] == ["failure", "restart", "restore", "finish"]
     assert told[1]["suspect"] == 1 and told[2]["step"] == 10 and "(process 1) than on" in told[0]["message"]

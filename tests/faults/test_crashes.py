@@ -15,7 +15,7 @@ from meshwright.checkpoint.layout_conversion import Layout
 from meshwright.checkpoint.storage import Storage
 from meshwright.configs.sections.training import CheckpointConfig
 from meshwright.parallel.state import TrainState
-from meshwright.train.checkpointer import Saving
+from meshwright.train.checkpointer import Checkpointer
 from meshwright.train.core.event_log import Journal, read_events
 
 PLAIN = Layout("plain", lambda path, shape: [(path, ())])
@@ -84,9 +84,9 @@ def saving(root):
     """Of the next sitting: what the one before left is tidied up."""
     storage = Storage(root / "checkpoints", layout=PLAIN)
     told = []
-    storage.shelf.tidy(lambda step, why: told.append((step, why)))
+    storage.checkpoints.recover_interrupted(lambda step, why: told.append((step, why)))
     assert not told, "what was cut short was taken for damage"
-    return Saving(CheckpointConfig(every=1, keep=1), storage, Journal(root), {})
+    return Checkpointer(CheckpointConfig(every=1, keep=1), storage, Journal(root), {})
 
 
 def check(storage, step):
@@ -105,13 +105,13 @@ def test_a_save_that_fails_at_any_operation_leaves_the_newest_that_was_committed
         root = tmp_path / str(number)
         root.mkdir()
         saves = saving(root)
-        saves.begin(state(1), 1, samples=1)
-        saves.settle()
+        saves.start_save(state(1), 1, samples=1)
+        saves.wait()
         with monkeypatch.context() as patched:
             crash = Crash(patched, number, how)
             try:
-                saves.begin(state(2), 2, samples=2)
-                saves.settle()
+                saves.start_save(state(2), 2, samples=2)
+                saves.wait()
             except Killed:
                 saves.storage._waiter.shutdown()
                 saves = None
@@ -124,7 +124,7 @@ def test_a_save_that_fails_at_any_operation_leaves_the_newest_that_was_committed
         elif saves.failure is not None:
             check(saves.storage, saves.storage.steps[-1])  # 2 where what failed came after its manifest
         assert {path.name for path in (root / "checkpoints").iterdir()} <= {"1", "2", ".removed-1"}
-        saves.last(state(3), 3, samples=3)
+        saves.save_final(state(3), 3, samples=3)
         saves.finish()
         check(saves.storage, 3)
         saves.storage.close()

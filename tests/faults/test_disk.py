@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from meshwright.checkpoint.async_copy import donation_safe_copy
 from meshwright.checkpoint.layout_conversion import Layout
 from meshwright.checkpoint.manifest import DamagedCheckpoint
-from meshwright.checkpoint.memory_store import Memory
+from meshwright.checkpoint.memory_store import MemoryStore
 from meshwright.checkpoint.storage import Storage
 from meshwright.configs.errors import MeshwrightError, UserError
 from meshwright.configs.sections.training import CheckpointConfig
@@ -81,7 +81,7 @@ def disk(tmp_path):
 def test_storage_that_becomes_read_only_stops_nobody_and_no_line_is_lost(disk, tmp_path):
     place, remount = disk
     config = CheckpointConfig(every=1, keep=1, memory_every=1)
-    memory, journal, metrics = Memory(tmp_path / "slots"), Journal(place), JsonLines(place / "metrics.jsonl")
+    memory, journal, metrics = MemoryStore(tmp_path / "slots"), Journal(place), JsonLines(place / "metrics.jsonl")
     storage, snapshots = Storage(place / "checkpoints", layout=PLAIN), SnapshotWriter(config, memory, journal)
     saving = Checkpointer(config, storage, journal, {}, snapshots)
     for step, how in ((1, "rw"), (2, "rw"), (3, "ro"), (4, "ro"), (5, "rw")):
@@ -105,7 +105,11 @@ def test_storage_that_becomes_read_only_stops_nobody_and_no_line_is_lost(disk, t
 def test_a_run_whose_storage_is_read_only_at_its_end_fails_and_leaves_its_snapshots(disk, tmp_path):
     place, remount = disk
     config = CheckpointConfig(memory_every=1)
-    memory, journal, storage = Memory(tmp_path / "slots"), Journal(place), Storage(place / "checkpoints", layout=PLAIN)
+    memory, journal, storage = (
+        MemoryStore(tmp_path / "slots"),
+        Journal(place),
+        Storage(place / "checkpoints", layout=PLAIN),
+    )
     saving = Checkpointer(config, storage, journal, {}, SnapshotWriter(config, memory, journal))
     saving.start_save(state(1000), 1, samples=8)
     saving.wait()
@@ -154,7 +158,7 @@ def test_a_full_disk_fails_the_save_and_leaves_the_one_before(small):
 
 
 def test_a_full_memory_ends_the_snapshots_not_the_run(small, tmp_path):
-    memory = Memory(small / "slots")
+    memory = MemoryStore(small / "slots")
     snapshots = SnapshotWriter(CheckpointConfig(memory_every=1), memory, Journal(tmp_path))
     assert snapshots.accepts(1)
     snapshots.start_snapshot(donation_safe_copy(state(4 * ROOM)), 1, data={}, stall=0.0)

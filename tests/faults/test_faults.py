@@ -20,7 +20,7 @@ from meshwright.train.core.event_log import read_events
 from meshwright.train.core.rendezvous import Server
 from meshwright.train.launch import local_processes
 from meshwright.train.launch.job import Job
-from meshwright.train.launch.launchers import launch_here
+from meshwright.train.launch.launchers import launch_local
 from meshwright.train.launch.local_processes import LocalEngine
 from meshwright.train.launch.supervisor import supervise
 
@@ -39,7 +39,7 @@ def run(directory, *faults, **settings):
     """The job under the supervisor; what it raised."""
     prepare(directory, *faults)
     elastic = ElasticConfig(**{**SETTINGS, **settings})
-    launch_here(Job("run", [*WORKER, str(directory)], PROCESSES, directory, elastic))
+    launch_local(Job("run", [*WORKER, str(directory)], PROCESSES, directory, elastic))
 
 
 def prepare(directory, *faults):
@@ -191,7 +191,7 @@ def test_a_zombie_of_an_old_epoch_writes_nothing_more(tmp_path):
     with Server() as server:
         engine = Unreachable([*WORKER, str(tmp_path)], processes=PROCESSES, rendezvous=server.address)
         settings = ElasticConfig(**SETTINGS)
-        supervise(engine, settings=settings, directory=tmp_path, room=server.room, stop=SimpleNamespace(asked=False))
+        supervise(engine, settings=settings, directory=tmp_path, room=server.store, stop=SimpleNamespace(asked=False))
     before = journal(tmp_path, 1)
     (tmp_path / "met" / "1" / "5" / "1").touch()
     engine.zombie.send_signal(signal.SIGCONT)

@@ -15,15 +15,15 @@ from support.small_run import SMALL
 
 from meshwright.checkpoint import manifest
 from meshwright.checkpoint.layout_conversion import Layout
-from meshwright.checkpoint.memory_store import Memory
+from meshwright.checkpoint.memory_store import MemoryStore
 from meshwright.checkpoint.storage import Storage
-from meshwright.checkpoint.storage_timeout import StorageHangs, left_behind
+from meshwright.checkpoint.storage_timeout import StorageTimeout, has_stuck_writer
 from meshwright.configs.sections.training import CheckpointConfig
 from meshwright.parallel.state import TrainState
 from meshwright.train import checkpointer as module
-from meshwright.train.checkpointer import Saving
+from meshwright.train.checkpointer import Checkpointer
 from meshwright.train.core.event_log import Journal, read_events
-from meshwright.train.snapshot_writer import Snapshots
+from meshwright.train.snapshot_writer import SnapshotWriter
 
 PLAIN = Layout("plain", lambda path, shape: [(path, ())])
 
@@ -62,10 +62,12 @@ def here(gate):
 def saves(tmp_path, request):
     """(saves by the policy that the test names, their memory)."""
     config = CheckpointConfig(every=1, keep=99, memory_every=1, when_busy=request.param, timeout=2)
-    memory = Memory(tmp_path / "slots")
+    memory = MemoryStore(tmp_path / "slots")
     storage = Storage(tmp_path / "checkpoints", layout=PLAIN, timeout=config.timeout)
     journal = Journal(tmp_path)
-    saving = Saving(config, storage, journal, {}, Snapshots(config, memory, journal), alive=(told := []).append)
+    saving = Checkpointer(
+        config, storage, journal, {}, SnapshotWriter(config, memory, journal), report_waiting=(told := []).append
+    )
     yield saving, memory, told
     saving.snapshots.close()
 
@@ -82,42 +84,42 @@ def test_a_save_that_never_ends_is_told_and_later_ones_with_it_and_memory_goes_o
     saving, memory, told = saves
     monkeypatch.setattr(module, "NEWS", 0.1)
     for step in (1, 2, 3):
-        saving.begin(state(step), step, samples=step, memory=True)
+        saving.start_save(state(step), step, samples=step, memory=True)
         saving.snapshots._worker.submit(int).result()  # it is in memory
         if step == 2:
             saving.storage._began -= 2.0  # it has been under way for so much longer
         saving.poll()
-    saving.last(state(4), 4, samples=4)
+    saving.save_final(state(4), 4, samples=4)
     began = time.monotonic()
-    with pytest.raises(StorageHangs, match="hangs"):
+    with pytest.raises(StorageTimeout, match="hangs"):
         saving.finish()
-    with pytest.raises(StorageHangs, match=r"checkpoint 1 .* within 2 s \(checkpoint.timeout\)"):
+    with pytest.raises(StorageTimeout, match=r"checkpoint 1 .* within 2 s \(checkpoint.timeout\)"):
         saving.storage.close()
-    assert time.monotonic() - began < 5 and left_behind()
+    assert time.monotonic() - began < 5 and has_stuck_writer()
     policy = saving.config.when_busy
     assert events(tmp_path) == HUNG[policy] and bool(told) == (policy == "wait")  # the launcher hears why it waits
-    assert memory.newest == 3  # a restart goes on from there
+    assert memory.newest_step == 3  # a restart goes on from there
     stuck.set()
     saving.storage._waiter.shutdown()
-    assert not left_behind()
+    assert not has_stuck_writer()
 
 
 @pytest.mark.parametrize("saves", ["wait"], indirect=True)
 def test_storage_that_answers_again_commits_what_hung_and_what_comes_after(tmp_path, saves, stuck):
     saving, _, _ = saves
-    saving.begin(state(1), 1, samples=1)
-    saving.begin(state(2), 2, samples=2)
+    saving.start_save(state(1), 1, samples=1)
+    saving.start_save(state(2), 2, samples=2)
     stuck.set()
     saving.storage._timeout = 60.0
-    while saving.storage.busy:
+    while saving.storage.saving:
         time.sleep(0.01)
     saving.poll()
     assert saving.failure is not None  # of step 2, which is nowhere
-    saving.last(state(3), 3, samples=3)
+    saving.save_final(state(3), 3, samples=3)
     saving.finish()
     saving.storage.close()
     assert events(tmp_path) == [("save-failed", 1), ("save-failed", 2), ("commit", 1), ("commit", 3)]
-    assert saving.storage.steps == [1, 3] and not left_behind()
+    assert saving.storage.steps == [1, 3] and not has_stuck_writer()
 
 
 SHIM = r"""

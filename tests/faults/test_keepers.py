@@ -57,8 +57,8 @@ def children(launcher):
 def reached(launcher, directory, step, *, hosts=range(2)):
     """Wait until `step` is protected on all hosts."""
     deadline = time.monotonic() + 240
-    slots = [agent_files.directory_of(directory / "runs" / "run", host=host) for host in hosts]
-    while min(agent_files.protected(slot).step for slot in slots) < step:
+    slots = [agent_files.memory_directory(directory / "runs" / "run", host=host) for host in hosts]
+    while min(agent_files.read_protected(slot).step for slot in slots) < step:
         assert launcher.poll() is None, launcher.communicate()[1].decode()[-3000:]
         assert time.monotonic() < deadline, f"step {step} was never protected"
         time.sleep(0.01)
@@ -134,7 +134,10 @@ def test_a_lost_node_of_a_ray_cluster_is_rebuilt_from_parity(undisturbed, tmp_pa
 
     directory, memory = tmp_path / "job", tempfile.TemporaryDirectory(dir="/dev/shm")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = {cluster.add_node(num_cpus=1, env_vars={agent_files.PLACE: f"{memory.name}/{one}"}): one for one in "abc"}
+    nodes = {
+        cluster.add_node(num_cpus=1, env_vars={agent_files.MEMORY_VARIABLE: f"{memory.name}/{one}"}): one
+        for one in "abc"
+    }
     try:
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         launcher = launched(directory, "--engine", "ray")
@@ -161,7 +164,7 @@ def test_a_lost_node_of_a_ray_cluster_is_rebuilt_from_parity(undisturbed, tmp_pa
 def memories(place):
     """Directory of each host's slots -> the step that its keeper says is protected."""
     found = [word.parent for word in Path(place).glob("*/*/*/host-*/protected.json")]
-    return {where: agent_files.protected(where).step for where in found}
+    return {where: agent_files.read_protected(where).step for where in found}
 
 
 FEWER = (

@@ -17,14 +17,14 @@ from support.small_run import SMALL
 from meshwright.checkpoint.redundancy import agent_files
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
 from meshwright.configs.sections.launch import LaunchConfig
-from meshwright.parallel.transport.checked_stream import Peer
+from meshwright.parallel.transport.checked_stream import RequestClient
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.rendezvous import Server
 from meshwright.train.launch import agent_server, local_processes, snapshot_agents
 from meshwright.train.launch.job import Job
-from meshwright.train.launch.launchers import launch_here
+from meshwright.train.launch.launchers import launch_local
 from meshwright.train.launch.local_processes import LocalEngine
-from meshwright.train.launch.remote_processes import run_on
+from meshwright.train.launch.remote_processes import run_on_hosts
 from meshwright.train.launch.supervisor import supervise
 
 WORKER = [sys.executable, str(Path(__file__).parents[1] / "support" / "fake_worker.py")]
@@ -41,12 +41,12 @@ FAILURES = {
 @pytest.fixture
 def hasty(monkeypatch):
     """Nobody is waited for longer than half a second."""
-    monkeypatch.setitem(Peer.ask.__kwdefaults__, "timeout", 0.5)
+    monkeypatch.setitem(RequestClient.request.__kwdefaults__, "timeout", 0.5)
     monkeypatch.setattr(snapshot_agents, "REACH", 1.0)
 
 
 def protected(hosts):
-    return [agent_files.protected(hosts.directory(host)).step for host in range(hosts.plan.hosts)]
+    return [agent_files.read_protected(hosts.directory(host)).step for host in range(hosts.plan.hosts)]
 
 
 @pytest.mark.parametrize("fail", FAILURES.values(), ids=FAILURES)
@@ -170,7 +170,7 @@ def test_a_machine_that_cannot_be_reached_is_replaced_and_kills_its_trainer(tmp_
     machines = Machines(directory)
     when(directory / "met/1/6", lambda: fail(machines.between))
     job = Job("run", [*WORKER, str(directory)], 2, directory, ElasticConfig(**SETTINGS), LaunchConfig())
-    run_on(machines, job, stop=SimpleNamespace(asked=False))
+    run_on_hosts(machines, job, stop=SimpleNamespace(asked=False))
     assert ended_as_ever(directory, 2) and not machines.left
     told = restarts(directory)  # one that is heard and hears nothing may dial again, and be lost again
     assert told and all(one["suspect"] == 1 and "lost with" in one["reason"] for one in told)
@@ -185,7 +185,7 @@ def test_trainers_cut_off_from_the_launcher(tmp_path, coordination, monkeypatch,
         engine = LocalEngine([*WORKER, str(directory)], processes=2, rendezvous=between.address)
         when(directory / "met/1/30", lambda: FAILURES[fail](between))
         when(directory / ("met/2" if again else "met/1/40"), between.heal)
-        supervise(engine, settings=settings, directory=directory, room=server.room, stop=SimpleNamespace(asked=False))
+        supervise(engine, settings=settings, directory=directory, room=server.store, stop=SimpleNamespace(asked=False))
     assert ended_as_ever(directory, 2, steps=120) and len(restarts(directory)) == again
 
 
@@ -213,7 +213,7 @@ def test_trainers_cut_off_from_the_coordination_service(tmp_path, monkeypatch):
     )
     elastic = ElasticConfig(backoff=0.1, hang_floor=15, grace=10)
     command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart", *WORDS]
-    launch_here(Job("run", command, 2, directory, elastic, devices_per_process=1))
+    launch_local(Job("run", command, 2, directory, elastic, devices_per_process=1))
     (told,) = restarts(directory)
     assert "no step for" in told["reason"]
     audit = [sys.executable, "-m", "meshwright.train.cli", "audit", str(directory)]

@@ -40,23 +40,26 @@ def test_names_change_no_number_in_unrolled_blocks():
 def test_a_name_that_nothing_emits_is_refused_with_what_there_is():
     memory = tiny(memory={"names": {"mlp_upp": "keep"}}).memory
     with pytest.raises(UserError, match=r"memory.names: mlp_upp matches nothing; .*Did you mean mlp_up\?"):
-        policy.decisions(memory, tensors=policy.emitted(tiny().model))
+        policy.tensor_decisions(memory, tensors=policy.emitted_tensors(tiny().model))
 
 
 def test_a_tensor_of_another_architecture_is_refused():
     model = tiny(model={"activation": "gelu"}).model
     with pytest.raises(UserError, match=r"memory.names: mlp_gate matches nothing"):
-        policy.decisions(tiny(memory={"names": {"mlp_gate": "keep"}}).memory, tensors=policy.emitted(model))
+        policy.tensor_decisions(
+            tiny(memory={"names": {"mlp_gate": "keep"}}).memory, tensors=policy.emitted_tensors(model)
+        )
 
 
 def test_names_come_on_top_of_a_preset_and_nothing_wraps_nothing():
-    chosen = policy.decisions(
-        tiny(memory={"policy": "minimal", "names": {"q": "recompute"}}).memory, tensors=policy.emitted(tiny().model)
+    chosen = policy.tensor_decisions(
+        tiny(memory={"policy": "minimal", "names": {"q": "recompute"}}).memory,
+        tensors=policy.emitted_tensors(tiny().model),
     )
     assert chosen == policy.PRESETS["minimal"] | {"q": "recompute"}
-    assert policy.decisions(tiny().memory, tensors=policy.emitted(tiny().model)) is None
+    assert policy.tensor_decisions(tiny().memory, tensors=policy.emitted_tensors(tiny().model)) is None
     block = object()
-    assert policy.rematerialized(None, scanned=True)(block) is block
+    assert policy.make_remat(None, scanned=True)(block) is block
 
 
 @pytest.mark.parametrize("preset", policy.PRESETS)

@@ -54,8 +54,8 @@ def test_attention_runs_again_unless_its_output_and_log_sum_exp_are_both_kept():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_emitted_names_are_those_a_block_gives(family):
     model = {"family": family, "max_positions": 16}
-    names = jaxpr_stats.names(backward({}, **model))
-    assert sorted(names) == sorted(policy.emitted(tiny(model=model).model))
+    names = jaxpr_stats.checkpoint_names(backward({}, **model))
+    assert sorted(names) == sorted(policy.emitted_tensors(tiny(model=model).model))
 
 
 def temporary_bytes(preset):

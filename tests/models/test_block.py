@@ -13,7 +13,7 @@ from meshwright.memory import policy
 from meshwright.models import decoder
 from meshwright.models.block import Block
 from meshwright.models.context import Context
-from meshwright.models.decoder import graph, layer_context
+from meshwright.models.decoder import decoder_graphdef, layer_context
 from meshwright.models.layers import dropout
 
 TINY = {"vocab": 61, "vocab_multiple": 8, "layers": 3, "embed": 16, "heads": 4, "kv_heads": 2, "mlp": 20}
@@ -41,7 +41,7 @@ def test_a_block_emits_exactly_the_names_a_policy_may_use(settings):
         return jax.vjp(lambda x: block(x, Context(positions=positions))[0], x)[1](x)
 
     jaxpr = jax.make_jaxpr(run)(jnp.ones((1, 6, 16)))
-    assert names(jaxpr.jaxpr) == set(policy.emitted(model))
+    assert names(jaxpr.jaxpr) == set(policy.emitted_tensors(model))
 
 
 def after_dropout(keys, **settings):
@@ -52,7 +52,7 @@ def after_dropout(keys, **settings):
     def hidden(keys):
         tokens = jnp.zeros((len(keys), 2), jnp.int32)
         ctx = Context(positions=jnp.zeros_like(tokens), dropout_keys=keys)
-        return nnx.merge(graph(model), weights_of(model)).hidden(tokens, ctx)[0]
+        return nnx.merge(decoder_graphdef(model), weights_of(model)).hidden(tokens, ctx)[0]
 
     return np.asarray(hidden(keys))
 
@@ -70,7 +70,7 @@ def test_layers_are_numbered_through_all_segments(monkeypatch):
     monkeypatch.setattr(decoder, "run_block", lambda graph, weights, x, ctx: (x, None))
     model = ModelConfig(**TINY | {"layers": 5}, windows=[2, None], scan=False)
     tokens = jnp.zeros((1, 2), jnp.int32)
-    nnx.merge(graph(model), weights_of(model)).hidden(tokens, Context(positions=tokens))
+    nnx.merge(decoder_graphdef(model), weights_of(model)).hidden(tokens, Context(positions=tokens))
     assert numbers == [0, 1, 2, 3, 4]
 
 

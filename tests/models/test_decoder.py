@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from support.equivalence import TINY, batches, tiny, to_devices
+from support.equivalence import TINY, batches, make_global_arrays, tiny
 from support.weights import weights_of
 
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.models.context import Context
-from meshwright.models.decoder import graph
+from meshwright.models.decoder import decoder_graphdef
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.engine.program import build
 
@@ -22,7 +22,7 @@ def test_unrolled_equals_scanned_and_so_do_the_gradients():
         def loss(params, model=model):
             tokens = jnp.arange(24).reshape(2, 12)
             ctx = Context(positions=jnp.broadcast_to(jnp.arange(12), (2, 12)))
-            return jnp.sum(jnp.sin(nnx.merge(graph(model), params).hidden(tokens, ctx)[0]))
+            return jnp.sum(jnp.sin(nnx.merge(decoder_graphdef(model), params).hidden(tokens, ctx)[0]))
 
         found.append(jax.jit(jax.value_and_grad(loss))(weights_of(model)))
     for scanned, unrolled in zip(*map(jax.tree.leaves, found), strict=True):
@@ -33,8 +33,8 @@ def test_a_two_layer_model_memorizes_one_batch():
     config = tiny(steps=60, optimizer={"weight_decay": 0.0})
     mesh = make_mesh(config.mesh)
     program = build(config, mesh)
-    state, step = program.initialized(), program.compiled_step()
-    batch = to_devices(batches(config, 1)[0], config, mesh)
+    state, step = program.initialize(), program.compiled_step()
+    batch = make_global_arrays(batches(config, 1)[0], config, mesh)
     losses = []
     for _ in range(60):
         state, metrics = step(state, batch)

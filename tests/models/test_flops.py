@@ -7,7 +7,7 @@ import pytest
 from meshwright.configs.sections.model import FAMILIES, ModelConfig
 from meshwright.models.decoder import initial_params
 from meshwright.models.flops import flops_per_token, parameter_count
-from meshwright.parallel.layout import places
+from meshwright.parallel.layout import canonical_slices
 from meshwright.parallel.sharding import path_name
 
 TINY = {"vocab": 61, "vocab_multiple": 8, "layers": 3, "embed": 16, "heads": 4, "kv_heads": 2, "head_dim": 6, "mlp": 20}
@@ -24,7 +24,7 @@ def test_parameters_are_those_of_the_canonical_leaves(settings):
     count = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         whole = np.broadcast_to(np.int8(0), leaf.shape)
-        count += sum(whole[index].size for _, index in places(path_name(path), leaf.shape, model))
+        count += sum(whole[index].size for _, index in canonical_slices(path_name(path), leaf.shape, model))
     assert parameter_count(model) == count
 
 

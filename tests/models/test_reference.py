@@ -10,7 +10,7 @@ from support.weights import by_name, weights_of
 
 from meshwright.configs.sections.model import FAMILIES, ModelConfig
 from meshwright.models.context import Context, flat_linear, unconstrained
-from meshwright.models.decoder import graph, initial_params
+from meshwright.models.decoder import decoder_graphdef, initial_params
 from meshwright.models.logical_axes import axis_names
 from meshwright.parallel import vocabulary
 from meshwright.parallel.sharding import path_name
@@ -63,10 +63,12 @@ def packed_rows() -> dict[str, np.ndarray]:
 def forward(model: ModelConfig, params, tokens, segments, positions, linear=flat_linear):
     """Logits [rows, sequence, padded_vocab]."""
     ctx = Context(positions=positions, segment_ids=segments, linear=linear)
-    decoder = nnx.merge(graph(model), params)
+    decoder = nnx.merge(decoder_graphdef(model), params)
     hidden, _ = decoder.hidden(tokens, ctx)
     kernel = decoder.head_kernel(jnp.float32)
-    return vocabulary.logits(hidden, kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=unconstrained)
+    return vocabulary.compute_logits(
+        hidden, kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=unconstrained
+    )
 
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)

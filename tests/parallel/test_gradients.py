@@ -2,12 +2,12 @@
 
 from support.equivalence import assert_same, tiny
 
-from meshwright.parallel.gradients import accumulated
+from meshwright.parallel.gradients import accumulate_gradients
 
 
 def test_one_part_is_the_engine_itself():
     engine = object()
-    assert accumulated(engine, microbatches=1) is engine
+    assert accumulate_gradients(engine, microbatches=1) is engine
 
 
 def test_accumulation_equals_one_pass_under_uneven_weights():

@@ -6,7 +6,7 @@ import pytest
 from support.equivalence import tiny
 
 from meshwright.models.decoder import initial_params
-from meshwright.parallel.layout import canonical, from_canonical, places
+from meshwright.parallel.layout import canonical_slices, from_canonical, to_canonical
 
 
 def weights(model):
@@ -31,7 +31,7 @@ MODELS = {
 def test_canonical_is_invertible_and_unpadded(model):
     config = tiny(model=model).model
     params = weights(config)
-    arrays = canonical({"params": params}, config)
+    arrays = to_canonical({"params": params}, config)
     assert {name.split("/")[2] for name in arrays if name.startswith("params/layers/")} == set(
         map(str, range(config.layers))
     )
@@ -44,7 +44,7 @@ def test_layers_are_numbered_through_the_pattern():
     """Layer 3 of the pattern [window, full] is the second repeat of its second place."""
     config = tiny(model={"layers": 5, "windows": [4, None]}).model
     params = weights(config)
-    arrays = canonical(params, config)
+    arrays = to_canonical(params, config)
     stack = params["segments"]["0"]["1"]["block"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(arrays["layers/3/mlp/up/kernel"], stack[1])
     np.testing.assert_array_equal(
@@ -58,12 +58,12 @@ UP = "opt_state/adafactor/v/segments/0/0/block/mlp/up/kernel"
 def test_a_place_where_nothing_is_remembered_has_no_canonical_name():
     """optax keeps one zero where a factored statistic leaves nothing to remember: there is no layer to name."""
     model = tiny(model={"layers": 3}).model
-    assert places(UP, (1,), model) == []
-    assert [name for name, _ in places(UP, (3, 16, 24), model)] == [
+    assert canonical_slices(UP, (1,), model) == []
+    assert [name for name, _ in canonical_slices(UP, (3, 16, 24), model)] == [
         f"opt_state/adafactor/v/layers/{layer}/mlp/up/kernel" for layer in range(3)
     ]
 
 
 def test_an_array_that_is_no_stack_of_its_layers_is_refused():
     with pytest.raises(ValueError, match=r"mlp/up/kernel: shape \(2, 16\) does not begin with the 3 layers"):
-        places(UP, (2, 16), tiny(model={"layers": 3}).model)
+        canonical_slices(UP, (2, 16), tiny(model={"layers": 3}).model)

@@ -13,7 +13,7 @@ def test_bytes_arrive_whole_however_many_parts_they_take(said, monkeypatch):
     monkeypatch.setattr(multihost, "PART", 4)
     told = []
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda one: told.append(one) or one)
-    assert multihost.firsts_bytes(said) == said
+    assert multihost.broadcast_bytes(said) == said
     waiting = iter(told)
 
     def heard(own):
@@ -22,5 +22,5 @@ def test_bytes_arrive_whole_however_many_parts_they_take(said, monkeypatch):
         return arrived
 
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", heard)
-    assert multihost.firsts_bytes(None) == said
+    assert multihost.broadcast_bytes(None) == said
     assert next(waiting, None) is None

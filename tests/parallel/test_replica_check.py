@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support.corruption import flipped
 
-from meshwright.parallel.replica_check import Duplicates
+from meshwright.parallel.replica_check import ReplicaCheck
 
 MESH = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "fsdp"))
 SPECS = {
@@ -37,7 +37,7 @@ def state():
 def duplicates():
     whole = state()
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), whole)
-    return Duplicates(shapes, jax.tree.map(lambda leaf: leaf.sharding, whole), MESH)
+    return ReplicaCheck(shapes, jax.tree.map(lambda leaf: leaf.sharding, whole), MESH)
 
 
 def test_equal_copies_and_parts_of_their_own_do_not_differ(duplicates):
@@ -63,8 +63,8 @@ def test_what_one_device_alone_holds_cannot_be_compared(duplicates):
 def test_two_that_differ_are_both_named():
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     whole = {"a": jax.device_put(jnp.arange(4.0), NamedSharding(mesh, PartitionSpec()))}
-    two = Duplicates(jax.eval_shape(lambda: whole), {"a": whole["a"].sharding}, mesh)
-    (found,) = two.differing({"a": flipped(whole["a"], jax.devices()[1], 3)})
+    two = ReplicaCheck(jax.eval_shape(lambda: whole), {"a": whole["a"].sharding}, mesh)
+    (found,) = two.find_mismatches({"a": flipped(whole["a"], jax.devices()[1], 3)})
     assert str(found) == "a differs between devices 0, 1 (process 0)"
 
 

@@ -33,8 +33,8 @@ def test_a_weight_is_sharded_by_its_path(path, shape, axes):
 
 
 def test_every_name_has_a_rule_and_every_rule_an_axis():
-    assert set(sharding.WEIGHTS) == set(LOGICAL_AXES)
-    for axes in (sharding.WEIGHTS | sharding.ACTIVATIONS).values():
+    assert set(sharding.WEIGHT_RULES) == set(LOGICAL_AXES)
+    for axes in (sharding.WEIGHT_RULES | sharding.ACTIVATION_RULES).values():
         assert set((axes,) if isinstance(axes, str) else axes or ()) <= set(MESH_AXES)
 
 
@@ -54,21 +54,21 @@ FACTORED = {
 @pytest.mark.parametrize(("own", "axes"), FACTORED.values(), ids=FACTORED)
 def test_statistics_keep_the_sharding_of_the_dimensions_they_have(own, axes):
     whole = PartitionSpec(None, "fsdp", "tensor")
-    assert sharding.inherited(whole, (3, 16, 24), own) == PartitionSpec(*axes)
+    assert sharding.statistic_spec(whole, (3, 16, 24), own) == PartitionSpec(*axes)
 
 
 def test_cuts_are_those_of_the_mesh_in_use():
     names = ("batch", "sequence", "block_sequence", "vocab")
-    assert [sharding.cuts(name) for name in names] == [1, 1, 1, 1]
+    assert [sharding.shard_count(name) for name in names] == [1, 1, 1, 1]
     with jax.set_mesh(MESH):
-        assert [sharding.cuts(name) for name in names] == [2, 2, 4, 2]
+        assert [sharding.shard_count(name) for name in names] == [2, 2, 4, 2]
 
 
 def test_an_axis_that_a_shard_map_took_cuts_no_more():
     seen = []
 
     def inside(x):
-        seen.append(sharding.cuts("block_sequence"))
+        seen.append(sharding.shard_count("block_sequence"))
         return x
 
     with jax.set_mesh(MESH):

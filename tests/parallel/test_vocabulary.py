@@ -10,8 +10,8 @@ from support.equivalence import tiny
 from meshwright.configs.sections.parallel import MeshConfig
 from meshwright.parallel import hlo
 from meshwright.parallel.mesh import make_mesh
-from meshwright.parallel.sharding import ACTIVATIONS, WEIGHTS, constrainer, spec
-from meshwright.parallel.vocabulary import logits, lookup, token_logprobs
+from meshwright.parallel.sharding import ACTIVATION_RULES, WEIGHT_RULES, constrainer, partition_spec
+from meshwright.parallel.vocabulary import compute_logits, embedding_lookup, token_logprobs
 from meshwright.train.engine.program import build
 
 BATCH, SEQUENCE, EMBED, ROWS = 8, 16, 8, 1024  # one device's columns of the logits weigh more than all hidden states
@@ -28,16 +28,16 @@ def mesh_of(axes):
 
 
 def shaped(shape, names, *, mesh, rules, dtype=jnp.float32):
-    sharding = NamedSharding(mesh, spec(names, shape=shape, mesh=mesh, rules=rules))
+    sharding = NamedSharding(mesh, partition_spec(names, shape=shape, mesh=mesh, rules=rules))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def arguments(mesh, *, kernel):
     """Shapes of hidden states or their weights, tokens or targets, and the table, as a step has them."""
-    hidden = shaped((BATCH, SEQUENCE, EMBED), ("batch", "block_sequence", None), mesh=mesh, rules=ACTIVATIONS)
-    tokens = shaped((BATCH, SEQUENCE), ("batch", "sequence"), mesh=mesh, rules=ACTIVATIONS, dtype=jnp.int32)
+    hidden = shaped((BATCH, SEQUENCE, EMBED), ("batch", "block_sequence", None), mesh=mesh, rules=ACTIVATION_RULES)
+    tokens = shaped((BATCH, SEQUENCE), ("batch", "sequence"), mesh=mesh, rules=ACTIVATION_RULES, dtype=jnp.int32)
     names = ("embed", "vocab") if kernel else ("vocab", "embed")
-    table = shaped((EMBED, ROWS) if kernel else (ROWS, EMBED), names, mesh=mesh, rules=WEIGHTS)
+    table = shaped((EMBED, ROWS) if kernel else (ROWS, EMBED), names, mesh=mesh, rules=WEIGHT_RULES)
     return table, hidden, tokens
 
 
@@ -54,7 +54,9 @@ def compiled(f, mesh, shapes, **jit):
 
 def looked_up(mesh):
     def loss(table, weights, tokens):
-        rows = constrainer(mesh)(lookup(table, tokens, constrain=constrainer(mesh)), ("batch", "block_sequence", None))
+        rows = constrainer(mesh)(
+            embedding_lookup(table, tokens, constrain=constrainer(mesh)), ("batch", "block_sequence", None)
+        )
         return (rows * weights).sum()
 
     return jax.value_and_grad(loss)
@@ -168,7 +170,7 @@ def test_chunks_change_no_gradient_and_save_memory():
 
 def test_padding_has_no_probability():
     hidden, kernel = jnp.ones((1, 2, EMBED)), jnp.ones((EMBED, 16))
-    scores = logits(hidden, kernel, vocab=13, softcap=None, constrain=lambda x, names: x)
+    scores = compute_logits(hidden, kernel, vocab=13, softcap=None, constrain=lambda x, names: x)
     assert np.isneginf(scores[..., 13:]).all() and np.isfinite(scores[..., :13]).all()
 
 

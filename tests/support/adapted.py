@@ -12,10 +12,10 @@ def trees(model, adapter, *, scale):
 
     def born():
         base = initial_params(model, jax.random.key(0))
-        return base, attach.started(base, model, adapter, jax.random.key(1))
+        return base, attach.init_adapters(base, model, adapter, jax.random.key(1))
 
     base, tree = jax.jit(born)()
-    params, frozen = (attach.flat(part) for part in attach.split(tree, model, adapter))
+    params, frozen = (attach.flatten(part) for part in attach.split_trained(tree, model, adapter))
     random = np.random.default_rng(1)
     moved = {path: leaf + scale * random.normal(size=leaf.shape).astype(np.float32) for path, leaf in params.items()}
-    return base, tree, attach.nested(moved | frozen)
+    return base, tree, attach.unflatten(moved | frozen)

@@ -30,12 +30,12 @@ def block_of(model_json):
 def loss_of(model, memory):
     """(loss, shapes of its arguments) of one block of `model` under `memory`."""
     graph, shapes = block_of(model.model_dump_json())
-    chosen = policy.decisions(memory, tensors=policy.emitted(model))
+    chosen = policy.tensor_decisions(memory, tensors=policy.emitted_tensors(model))
     x = jax.ShapeDtypeStruct((2, 8, model.embed), jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
 
     def loss(weights, x):
-        ctx = Context(positions=positions, remat=policy.rematerialized(chosen, scanned=False))
+        ctx = Context(positions=positions, remat=policy.make_remat(chosen, scanned=False))
         return run_block(graph, weights, x, ctx)[0].sum()
 
     return loss, (shapes, x)

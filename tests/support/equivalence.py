@@ -16,12 +16,12 @@ from meshwright.configs.loader import merged, validated
 from meshwright.configs.run import RunConfig
 from meshwright.configs.sections.outer import OuterConfig
 from meshwright.configs.sections.parallel import MemoryConfig, MeshConfig, PipelineConfig
-from meshwright.parallel.layout import canonical, rearranged
+from meshwright.parallel.layout import reorder_layers, to_canonical
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.state import TrainState
-from meshwright.train.engine.host_data import to_devices
+from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import Program, build
-from meshwright.train.engine.replicas import on_host
+from meshwright.train.engine.replicas import metrics_to_host
 
 TINY = {
     "steps": 5,
@@ -83,26 +83,26 @@ def _trajectory(config_json: str, steps: int) -> tuple[list[dict[str, np.ndarray
     program = build(config, mesh)
     start = in_order_of(program, born(config))
     state, step = jax.device_put(start, program.shardings, may_alias=False), program.compiled_step()
-    meet, seen = program.compiled_meetings(), []
+    meet, seen = program.compiled_synchronization(), []
     for number, batch in enumerate(batches(config, steps), 1):
-        state, metrics = step(state, to_devices(batch, config, mesh))
+        state, metrics = step(state, make_global_arrays(batch, config, mesh))
         state = meet(state, number)
-        seen.append(on_host(metrics))
+        seen.append(metrics_to_host(metrics))
     state = jax.device_get(state)
     if program.replicas:
         return seen, program.replicas.canonical(state, config.model, program.order)
-    return seen, canonical({"params": state.params, "opt_state": state.opt_state}, config.model, program.order)
+    return seen, to_canonical({"params": state.params, "opt_state": state.opt_state}, config.model, program.order)
 
 
 def in_order_of(program: Program, state: TrainState) -> TrainState:
     """`state`, its layers stacked in their plain order, as `program` stacks them."""
     parts = {part.name: getattr(state, part.name) for part in dataclasses.fields(state)}
     if program.replicas is None:
-        return TrainState(**program.arranged(parts))
+        return TrainState(**program.to_run_order(parts))
     several = ("params", "opt_state", *(["outer"] if program.replicas.outer.per_replica else []))
-    move = functools.partial(rearranged, before=None, after=program.order)
+    move = functools.partial(reorder_layers, before=None, after=program.order)
     moved = {name: jax.vmap(move)(part) if name in several else move(part) for name, part in parts.items()}
-    return TrainState(**moved | program.arranged({"frozen": state.frozen}))
+    return TrainState(**moved | program.to_run_order({"frozen": state.frozen}))
 
 
 def born(config: RunConfig) -> TrainState:
@@ -118,7 +118,7 @@ def _born(config_json: str, outer_json: str | None, replicas: int) -> TrainState
     config = RunConfig.model_validate_json(config_json)
     if outer_json:
         config = config.model_copy(update={"outer": OuterConfig.model_validate_json(outer_json)})
-    return jax.device_get(build(config, make_mesh(config.mesh), replica_count=replicas).initialized())
+    return jax.device_get(build(config, make_mesh(config.mesh), replica_count=replicas).initialize())
 
 
 def assert_same(a: RunConfig, b: RunConfig, *, steps: int = 5, tolerance: float = 2e-5) -> None:

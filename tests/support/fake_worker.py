@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 from meshwright.train.core.fence import Fence
-from meshwright.train.core.heartbeat import Progress
-from meshwright.train.core.process_env import world
+from meshwright.train.core.heartbeat import ProgressReporter
+from meshwright.train.core.process_env import read_process_info
 from meshwright.train.launch.straggler_detection import WAIT
 
 STEPS, EVERY, ROWS = int(os.environ.get("WORKER_STEPS", 12)), 3, 2
-DIRECTORY, PLACE = Path(sys.argv[1]), world()
+DIRECTORY, PLACE = Path(sys.argv[1]), read_process_info()
 KINDS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -70,7 +70,7 @@ def save(state, step):
 
 def leave(state, step):
     """Save and say: start me again."""
-    if PLACE.first and not (DIRECTORY / "checkpoints" / str(step)).exists():
+    if PLACE.is_first and not (DIRECTORY / "checkpoints" / str(step)).exists():
         save(state, step)
     sys.exit(75)
 
@@ -80,9 +80,9 @@ def main():
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     fence = Fence(DIRECTORY, PLACE.epoch)
-    if PLACE.first:
+    if PLACE.is_first:
         fence.claim()
-    progress = Progress(PLACE, fence)
+    progress = ProgressReporter(PLACE, fence)
     progress.report(0, "start")
     fault("start", 0)
     saved = list((DIRECTORY / "checkpoints").glob("[0-9]*"))
@@ -90,10 +90,10 @@ def main():
     state, start = (json.loads(newest.read_text())[key] for key in ("state", "step")) if newest else ("seed", 0)
     tell("restore", step=start)
     for step in range(start + 1, STEPS + 1):
-        progress.enters("work")
+        progress.set_activity("work")
         fault("step", step)
         progress.report(step - 1)  # a trainer has sent its step off when it reads the metrics of the one before
-        progress.enters(WAIT)
+        progress.set_activity(WAIT)
         if not meet(step, asked):
             leave(state, step - 1)
         fence.check()
@@ -101,7 +101,7 @@ def main():
         row = (step * PLACE.processes + PLACE.process) * ROWS
         tell("applied", step=step, samples=list(range(row, row + ROWS)))
         time.sleep(0.03)
-        if PLACE.first and step % EVERY == 0:
+        if PLACE.is_first and step % EVERY == 0:
             fault("save", step)
             save(state, step)
         if asked:

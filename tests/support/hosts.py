@@ -5,11 +5,11 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from meshwright.checkpoint.redundancy.parity_plan import Plan
-from meshwright.checkpoint.redundancy.shm_slots import Pool, filling
-from meshwright.checkpoint.redundancy.snapshot_agent import Keeper
-from meshwright.parallel.transport.checked_stream import Listener, Peer
-from meshwright.train.launch.snapshot_agents import recover
+from meshwright.checkpoint.redundancy.parity_plan import ParityPlan
+from meshwright.checkpoint.redundancy.shm_slots import SlotPool, write_slot
+from meshwright.checkpoint.redundancy.snapshot_agent import SnapshotAgent
+from meshwright.parallel.transport.checked_stream import RequestClient, RequestServer
+from meshwright.train.launch.snapshot_agents import recover_snapshots
 
 
 def content(host, process, step, size):
@@ -22,9 +22,9 @@ class Hosts:
 
     def __init__(self, root, *, hosts, losses, groups=None, per_host=1, sizes=(1000, 777, 1311, 64, 900, 12)):
         groups = groups or [list(range(hosts))]
-        self.plan = Plan(hosts, hosts * per_host, tuple(map(tuple, groups)), losses)
+        self.plan = ParityPlan(hosts, hosts * per_host, tuple(map(tuple, groups)), losses)
         self.root, self.sizes, self._stack = root, sizes, ExitStack()
-        self.pools = {host: Pool() for host in range(hosts)}
+        self.pools = {host: SlotPool() for host in range(hosts)}
         self.keepers, self.listeners = {}, {}
 
     def __enter__(self):
@@ -44,28 +44,28 @@ class Hosts:
         """A keeper for `host`, in place of an earlier one."""
         if host in self.keepers:
             self.keepers[host].close()
-        self.keepers[host] = Keeper(
+        self.keepers[host] = SnapshotAgent(
             self.directory(host),
             host=host,
-            places=self.plan.places_of(host),
+            launch_slots=self.plan.slots_of(host),
             groups=self.plan.groups,
             losses=self.plan.losses,
         )
-        self.listeners[host] = self._stack.enter_context(Listener(self.keepers[host].answer))
+        self.listeners[host] = self._stack.enter_context(RequestServer(self.keepers[host].answer))
 
     def snapshot(self, step, *, hosts=None, slot=None):
         """Every process (of `hosts`) writes `step` to its slot."""
         for host in self.keepers if hosts is None else hosts:
-            for process in self.plan.places_of(host):
+            for process in self.plan.slots_of(host):
                 self.write(host, process, step, slot=step % 2 if slot is None else slot)
 
     def write(self, host, process, step, *, slot):
         blocks = content(host, process, step, self.sizes[process % len(self.sizes)])
         header = {"step": step, "layout": "", "data": {}, "arrays": {}}
         path = self.directory(host) / f"{process}.{slot}"
-        with filling(self.pools[host], path, [len(block) for block in blocks], header) as filled:
+        with write_slot(self.pools[host], path, [len(block) for block in blocks], header) as filled:
             for number, block in enumerate(blocks):
-                filled.put(number, block)
+                filled.write(number, block)
 
     def infos(self):
         return {
@@ -82,13 +82,13 @@ class Hosts:
         """Hosts are gone with their memory; others stand in their place."""
         for host in lost:
             shutil.rmtree(self.directory(host))
-            self.pools[host] = Pool()
+            self.pools[host] = SlotPool()
             self.start(host)
 
-    def recover(self, plan=None, *, before=None):
+    def recover_snapshots(self, plan=None, *, before=None):
         with ExitStack() as stack:
-            peers = {host: stack.enter_context(Peer(one.address)) for host, one in self.listeners.items()}
-            return recover(peers, plan or self.plan, before=before)
+            peers = {host: stack.enter_context(RequestClient(one.address)) for host, one in self.listeners.items()}
+            return recover_snapshots(peers, plan or self.plan, before=before)
 
     def files(self, host):
         """Name -> content of the slots of a host."""

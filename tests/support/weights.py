@@ -7,7 +7,7 @@ import numpy as np
 
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.models.decoder import initial_params
-from meshwright.parallel.layout import places
+from meshwright.parallel.layout import canonical_slices
 from meshwright.parallel.sharding import path_name
 
 
@@ -23,5 +23,5 @@ def by_name(model: ModelConfig, params: Any) -> dict[str, np.ndarray]:
     return {
         name: leaf[index]
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        for name, index in places(path_name(path), leaf.shape, model)
+        for name, index in canonical_slices(path_name(path), leaf.shape, model)
     }

@@ -5,7 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from meshwright.train.checkpoint_schedule import EXPECTED, FIRST, Pace, interval
+from meshwright.train.checkpoint_schedule import (
+    EXPECTED_SECONDS_TO_FAILURE,
+    FIRST_SAVE_STEPS,
+    CheckpointSchedule,
+    best_interval,
+)
 from meshwright.train.core.event_log import Journal
 from meshwright.train.report.goodput import daly
 from meshwright.train.report.run_record import read_record
@@ -22,12 +27,12 @@ def written(directory, *events):
 
 
 def test_before_anything_was_measured_there_is_no_interval(tmp_path):
-    assert interval(read_record(written(tmp_path, (0.0, "start", {"step": 0})))) is None
+    assert best_interval(read_record(written(tmp_path, (0.0, "start", {"step": 0})))) is None
 
 
 def test_without_failures_one_a_day_is_expected(tmp_path):
-    found = interval(read_record(written(tmp_path, *BEGUN)))
-    seconds = daly(stall=2.0, failure=EXPECTED + 14.0, recovery=0.0)
+    found = best_interval(read_record(written(tmp_path, *BEGUN)))
+    seconds = daly(stall=2.0, failure=EXPECTED_SECONDS_TO_FAILURE + 14.0, recovery=0.0)
     assert found["steps"] == round(seconds / 0.5) and found["interval_seconds"] == pytest.approx(seconds)
 
 
@@ -35,28 +40,34 @@ def test_without_failures_one_a_day_is_expected(tmp_path):
 def test_a_failure_counts_where_storage_was_needed(tmp_path, level, failures):
     again = [(20.0, "restart", {"detect_seconds": 1.0}), (30.0, "restore", {"step": 20, "level": level}),
              (40.0, "finish", {"step": 40})]  # fmt: skip
-    found = interval(read_record(written(tmp_path, *BEGUN, *again)))
-    assert found["failure_seconds"] == pytest.approx((EXPECTED + 40.0) / (failures + 1))
+    found = best_interval(read_record(written(tmp_path, *BEGUN, *again)))
+    assert found["failure_seconds"] == pytest.approx((EXPECTED_SECONDS_TO_FAILURE + 40.0) / (failures + 1))
 
 
 def test_a_save_waits_until_the_one_before_it_is_written(tmp_path):
     slow = [*BEGUN[:2], (5000.0, "commit", {"step": 20, "seconds": 4990.0})]
-    assert interval(read_record(written(tmp_path, *slow)))["interval_seconds"] == 4990.0
+    assert best_interval(read_record(written(tmp_path, *slow)))["interval_seconds"] == 4990.0
 
 
 def test_the_pace_is_the_first_processs(tmp_path):
     told = []
-    first = Pace("auto", written(tmp_path, *BEGUN), Journal(tmp_path), lambda steps: told.append(steps) or steps)
-    first.began(20)
-    other = Pace("auto", tmp_path, SimpleNamespace(enabled=False), lambda steps: told[0])
-    other.began(20)
-    assert first.next == other.next == 20 + told[0] and first.due(first.next) and not first.due(first.next - 1)
-    first.saved(first.next)
-    assert first.next > 20 + told[0]
+    first = CheckpointSchedule(
+        "auto", written(tmp_path, *BEGUN), Journal(tmp_path), lambda steps: told.append(steps) or steps
+    )
+    first.restart(20)
+    other = CheckpointSchedule("auto", tmp_path, SimpleNamespace(enabled=False), lambda steps: told[0])
+    other.restart(20)
+    assert (
+        first.next_step == other.next_step == 20 + told[0]
+        and first.is_due(first.next_step)
+        and not first.is_due(first.next_step - 1)
+    )
+    first.saved(first.next_step)
+    assert first.next_step > 20 + told[0]
 
 
 def test_a_number_of_steps_is_kept_to(tmp_path):
-    pace = Pace(5, tmp_path, Journal(tmp_path), int)
-    pace.began(0)
-    assert [step for step in range(1, 16) if pace.due(step)] == [5, 10, 15]
-    assert not Pace(0, tmp_path, Journal(tmp_path), int).due(FIRST)
+    pace = CheckpointSchedule(5, tmp_path, Journal(tmp_path), int)
+    pace.restart(0)
+    assert [step for step in range(1, 16) if pace.is_due(step)] == [5, 10, 15]
+    assert not CheckpointSchedule(0, tmp_path, Journal(tmp_path), int).is_due(FIRST_SAVE_STEPS)

@@ -8,17 +8,17 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from meshwright.checkpoint.async_copy import independent
+from meshwright.checkpoint.async_copy import donation_safe_copy
 from meshwright.checkpoint.layout_conversion import Layout
-from meshwright.checkpoint.memory_store import Memory
-from meshwright.checkpoint.redundancy.agent_files import Protected, tell
+from meshwright.checkpoint.memory_store import MemoryStore
+from meshwright.checkpoint.redundancy.agent_files import Protected, write_status
 from meshwright.checkpoint.storage import Storage
 from meshwright.configs.sections.training import CheckpointConfig
 from meshwright.parallel.state import TrainState
 from meshwright.train import snapshot_writer as module
-from meshwright.train.checkpointer import Saving
+from meshwright.train.checkpointer import Checkpointer
 from meshwright.train.core.event_log import Journal, read_events
-from meshwright.train.snapshot_writer import Snapshots
+from meshwright.train.snapshot_writer import SnapshotWriter
 
 PLAIN = Layout("plain", lambda path, shape: [(path, ())])
 
@@ -50,7 +50,7 @@ def gate(monkeypatch):
 
 def saving(root, policy, snapshots=None):
     config = CheckpointConfig(every=1, keep=99, when_busy=policy, memory_every=1)
-    return Saving(config, Storage(root / "checkpoints", layout=PLAIN), Journal(root), {}, snapshots)
+    return Checkpointer(config, Storage(root / "checkpoints", layout=PLAIN), Journal(root), {}, snapshots)
 
 
 def events(root):
@@ -59,8 +59,8 @@ def events(root):
 
 def test_a_copy_survives_the_donation_of_what_it_was_made_of():
     one = state(3)
-    copy = independent(one)
-    again = independent(copy)  # of arrays that are on the host already
+    copy = donation_safe_copy(one)
+    again = donation_safe_copy(copy)  # of arrays that are on the host already
     jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(one)
     assert one.params["a"].is_deleted()
     for found in (copy, again):
@@ -70,9 +70,9 @@ def test_a_copy_survives_the_donation_of_what_it_was_made_of():
 
 def test_wait_keeps_training_until_the_disk_is_free(tmp_path, gate):
     saves = saving(tmp_path, "wait")
-    saves.begin(state(1), 1, samples=8)
+    saves.start_save(state(1), 1, samples=8)
     threading.Timer(0.3, gate.set).start()
-    saves.begin(state(2), 2, samples=16)
+    saves.start_save(state(2), 2, samples=16)
     saves.finish()
     assert events(tmp_path) == [("save", 1), ("commit", 1), ("save", 2), ("commit", 2)]
     told = [event for event in read_events(tmp_path) if event["event"] == "commit"]
@@ -83,9 +83,9 @@ def test_wait_keeps_training_until_the_disk_is_free(tmp_path, gate):
 def test_skip_leaves_out_what_comes_too_early(tmp_path, gate):
     saves = saving(tmp_path, "skip")
     for step in (1, 2, 3):
-        saves.begin(state(step), step, samples=8 * step)
+        saves.start_save(state(step), step, samples=8 * step)
     gate.set()
-    saves.last(state(4), 4, samples=32)  # the last one is never left out
+    saves.save_final(state(4), 4, samples=32)  # the last one is never left out
     saves.finish()
     assert events(tmp_path) == [
         ("save", 1), ("save-skipped", 2), ("save-skipped", 3), ("commit", 1), ("save", 4), ("commit", 4),
@@ -96,10 +96,10 @@ def test_skip_leaves_out_what_comes_too_early(tmp_path, gate):
 def test_drop_oldest_writes_the_newest_that_waits(tmp_path, gate):
     saves = saving(tmp_path, "drop-oldest")
     for step in (1, 2, 3):
-        saves.begin(state(step), step, samples=8 * step)
+        saves.start_save(state(step), step, samples=8 * step)
         saves.poll()
     gate.set()
-    while 3 not in saves.began:
+    while 3 not in saves.start_times:
         saves.poll()
     saves.finish()
     assert events(tmp_path) == [("save", 1), ("save-dropped", 2), ("commit", 1), ("save", 3), ("commit", 3)]
@@ -115,58 +115,58 @@ def test_drop_oldest_writes_the_newest_that_waits(tmp_path, gate):
 )
 def test_snapshots_in_memory_follow_the_same_policy(tmp_path, monkeypatch, policy, written, told):
     config = CheckpointConfig(memory_every=1, when_busy=policy)
-    memory, gate, done, save = Memory(tmp_path / "slots"), threading.Event(), [], Memory.save
+    memory, gate, done, save = MemoryStore(tmp_path / "slots"), threading.Event(), [], MemoryStore.save
 
     def slow(self, copy, *, step, data, keep):
         assert gate.wait(30)
         done.append(step)
-        return save(self, copy, step=step, data=data, keep=keep)
+        return save(self, copy, step=step, data=data, keep_step=keep)
 
-    monkeypatch.setattr(Memory, "save", slow)
-    snapshots = Snapshots(config, memory, Journal(tmp_path))
+    monkeypatch.setattr(MemoryStore, "save", slow)
+    snapshots = SnapshotWriter(config, memory, Journal(tmp_path))
     if policy == "wait":
         threading.Timer(0.2, gate.set).start()
     for step in (1, 2, 3):
-        if snapshots.takes(step):
-            snapshots.begin(independent(state(step)), step, data={}, stall=0.0)
+        if snapshots.accepts(step):
+            snapshots.start_snapshot(donation_safe_copy(state(step)), step, data={}, stall=0.0)
         while step == 1 and not snapshots._jobs[0][1].running():
             pass
     gate.set()
     snapshots.close()
     assert done == written and [event["event"] for event in read_events(tmp_path)] == told
-    assert memory.newest == written[-1]
+    assert memory.newest_step == written[-1]
 
 
 def test_a_protected_snapshot_is_not_overwritten_before_a_newer_one_is(tmp_path, monkeypatch):
     """Keepers that do not protect step 2: training goes on after a while, and step 1 stays whatever comes."""
     monkeypatch.setattr(module, "PATIENCE", 0.1)
-    memory = Memory(tmp_path / "slots")
-    snapshots = Snapshots(CheckpointConfig(memory_every=1, parity="xor"), memory, Journal(tmp_path))
+    memory = MemoryStore(tmp_path / "slots")
+    snapshots = SnapshotWriter(CheckpointConfig(memory_every=1, parity="xor"), memory, Journal(tmp_path))
     for step in range(1, 6):
-        assert snapshots.takes(step)
-        snapshots.begin(independent(state(step)), step, data={}, stall=0.0)
+        assert snapshots.accepts(step)
+        snapshots.start_snapshot(donation_safe_copy(state(step)), step, data={}, stall=0.0)
         while not snapshots._jobs[-1][1].done():
             pass
         if step == 1:
-            tell(memory.directory, Protected(1))
+            write_status(memory.directory, Protected(1))
     snapshots.close()
     assert sorted(header["step"] for _, header in memory._headers()) == [1, 5]
     assert [(event["event"], event["step"]) for event in read_events(tmp_path)] == [("unprotected", 2)]
 
 
 def test_a_run_that_goes_back_sets_aside_what_it_saved_beyond(tmp_path):
-    taken = Snapshots(CheckpointConfig(memory_every=1), Memory(tmp_path / "memory"), Journal(tmp_path))
+    taken = SnapshotWriter(CheckpointConfig(memory_every=1), MemoryStore(tmp_path / "memory"), Journal(tmp_path))
     saves = saving(tmp_path, "wait", taken)
     for step in (2, 4, 6):
-        saves.begin(state(step), step, samples=step, memory=True)
-    saves.settle()
+        saves.start_save(state(step), step, samples=step, memory=True)
+    saves.wait()
     saves.storage.close()
     saves = saving(tmp_path, "wait", taken)  # the next sitting, which finds the others behind
-    saves.go_back(state(3), 3, samples=3)
-    assert saves.storage.steps == [2, 3] and saves.storage.shelf.quarantined == ["4", "6"]
+    saves.rewind(state(3), 3, samples=3)
+    assert saves.storage.steps == [2, 3] and saves.storage.checkpoints.quarantined == ["4", "6"]
     assert events(tmp_path)[-4:] == [("quarantine", 4), ("quarantine", 6), ("save", 3), ("commit", 3)]
-    assert Memory(tmp_path / "memory").newest < 4
-    saves.begin(state(4), 4, samples=4)
+    assert MemoryStore(tmp_path / "memory").newest_step < 4
+    saves.start_save(state(4), 4, samples=4)
     saves.finish()
     assert saves.storage.steps == [2, 3, 4]
     saves.storage.close()

@@ -8,7 +8,7 @@ import typer
 
 from meshwright.configs.loader import load
 from meshwright.train.cli.main import app
-from meshwright.train.end_summary import nexts, typed
+from meshwright.train.end_summary import program_name, next_commands
 
 RUN = Path("runs/mine")
 
@@ -37,13 +37,15 @@ def parsed(words):
     ],
 )
 def test_what_is_advised_can_be_typed(recipe, verbs):
-    found = nexts(load(recipe), RUN)
+    found = next_commands(load(recipe), RUN)
     assert [parsed(words) for words in found] == verbs
 
 
 def test_the_prompt_is_one_of_the_runs_own():
-    assert nexts(load("quickstart"), RUN)[0] == "generate runs/mine 'def '"
-    assert nexts(load("finetune/docstrings"), RUN)[0] == "generate runs/mine '# Return True if the name is valid.'"
+    assert next_commands(load("quickstart"), RUN)[0] == "generate runs/mine 'def '"
+    assert (
+        next_commands(load("finetune/docstrings"), RUN)[0] == "generate runs/mine '# Return True if the name is valid.'"
+    )
 
 
 def test_the_command_is_a_name_where_the_shell_knows_it_and_else_a_path(tmp_path, monkeypatch):
@@ -53,11 +55,11 @@ def test_the_command_is_a_name_where_the_shell_knows_it_and_else_a_path(tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [str(program)])
     monkeypatch.setenv("PATH", "")
-    assert typed() == ".venv/bin/meshwright"
+    assert program_name() == ".venv/bin/meshwright"
     monkeypatch.setenv("PATH", str(program.parent))
-    assert typed() == "meshwright"
+    assert program_name() == "meshwright"
 
 
 def test_only_a_run_on_the_quickstarts_mesh_is_told_of_another():
-    assert any("mesh.fsdp=4" in words for words in nexts(load("quickstart"), RUN))
-    assert not any("mesh.fsdp=4" in words for words in nexts(load("pretrain/pipeline-1f1b"), RUN))
+    assert any("mesh.fsdp=4" in words for words in next_commands(load("quickstart"), RUN))
+    assert not any("mesh.fsdp=4" in words for words in next_commands(load("pretrain/pipeline-1f1b"), RUN))

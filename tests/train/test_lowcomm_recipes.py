@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from meshwright.configs.loader import load
-from meshwright.train.launch.launch_islands import island_words
+from meshwright.train.launch.launch_islands import island_overrides
 
 RECIPES = {"lowcomm/diloco": 2, "lowcomm/streaming": 2, "lowcomm/noloco": 4}
 SHORT = ("steps=8", "outer.every=4", "optimizer.warmup_steps=2", "evaluation={every: 8, batches: 1, prompts: []}")
@@ -18,7 +18,7 @@ TINY = "model={vocab: 512, layers: 3, embed: 32, mlp: 64}"
 @pytest.mark.parametrize(("recipe", "replicas"), RECIPES.items(), ids=RECIPES)
 def test_islands_of_a_recipe_are_its_replicas_each_on_its_share_of_the_devices(recipe, replicas):
     whole = load(recipe)
-    islands = load(recipe, overrides=island_words(whole, count=replicas))
+    islands = load(recipe, overrides=island_overrides(whole, count=replicas))
     assert whole.mesh.replica == islands.islands.count == replicas
     assert islands.mesh.devices * replicas == whole.mesh.devices and islands.outer == whole.outer
 

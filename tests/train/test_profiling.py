@@ -4,7 +4,7 @@ import pytest
 
 from meshwright.configs.sections.training import ProfileConfig
 from meshwright.train import profiling
-from meshwright.train.profiling import Profile
+from meshwright.train.profiling import StepProfiler
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_a_trace_begins_and_ends_with_the_steps_there_are(monkeypatch, tmp_path,
     seen, now = [], []
     monkeypatch.setattr(profiling.jax.profiler, "start_trace", lambda path: seen.append(("start", now[-1])))
     monkeypatch.setattr(profiling.jax.profiler, "stop_trace", lambda: seen.append(("stop", now[-1])))
-    profile = Profile(ProfileConfig(start=3, steps=3), tmp_path)
+    profile = StepProfiler(ProfileConfig(start=3, steps=3), tmp_path)
     for number in steps:
         now.append(number)
         with profile.step(number):

@@ -1,5 +1,6 @@
 """Arguments that several verbs take. JAX-free."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,5 +8,7 @@ import typer
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-OfSeveral = Annotated[str | None, typer.Option("--adapter", help="Which of several adapters.")]
+AdapterName = Annotated[str | None, typer.Option("--adapter", help="Which of several adapters.")]
 RunPath = Annotated[str, typer.Argument(help="A run directory, e.g. runs/quickstart.")]
+NewRun = Annotated[Path, typer.Argument(help="The run directory to make, e.g. runs/base.")]
+NewDirectory = Annotated[Path, typer.Argument(help="A directory to make.")]

@@ -32,11 +32,11 @@ def continue_texts(
     from ..infer.draft_data import Asked, write
     from ..infer.sampling import Sampling
 
-    place = Path(teacher.origin) if target is None else target
-    found = write(loaded, place, file, Asked(texts, prompt_tokens, tokens, Sampling(temperature=temperature), seed))
-    typer.echo(
-        f"{file}: {found.written} texts by {place}; {found.ended} ended, the others were cut after {tokens} tokens"
-    )
+    model_path = Path(teacher.origin) if target is None else target
+    request = Asked(texts, prompt_tokens, tokens, Sampling(temperature=temperature), seed)
+    counts = write(loaded, model_path, file, request)
+    how_ended = f"{counts.ended} ended, the others were cut after {tokens} tokens"
+    typer.echo(f"{file}: {counts.written} texts by {model_path}; {how_ended}")
 
 
 def speculate(
@@ -55,17 +55,17 @@ def speculate(
     from ..infer.draft_data import Asked, measured
     from ..infer.sampling import Sampling
 
-    asked = Asked(texts, prompt_tokens, tokens, Sampling(temperature=temperature), seed)
-    found, begun, written = measured(Path(run), target, prompts or [], ahead=ahead, asked=asked)
+    request = Asked(texts, prompt_tokens, tokens, Sampling(temperature=temperature), seed)
+    result, prompt_texts, continuations = measured(Path(run), target, prompts or [], ahead=ahead, asked=request)
     if as_json:
-        numbers: dict[str, Any] = {"acceptance": found.acceptance, "block_efficiency": found.block_efficiency}
-        numbers |= {"tokens": found.tokens, "passes": found.passes, "ahead": ahead}
-        pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(begun, written, strict=True)]
-        typer.echo(json.dumps(numbers | {"texts": pairs}, indent=1))
+        metrics: dict[str, Any] = {"acceptance": result.acceptance, "block_efficiency": result.block_efficiency}
+        metrics |= {"tokens": result.tokens, "passes": result.passes, "ahead": ahead}
+        pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(prompt_texts, continuations, strict=True)]
+        typer.echo(json.dumps(metrics | {"texts": pairs}, indent=1))
         return
-    for prompt, text in zip(begun if prompts else (), written, strict=False):
+    for prompt, text in zip(prompt_texts if prompts else (), continuations, strict=False):
         typer.echo(prompt + text)
     typer.echo(
-        f"{found.tokens} tokens in {found.passes} passes of the target: {found.block_efficiency:.2f} tokens a pass; it "
-        f"kept {100 * found.acceptance:.1f} % of what it read of the draft"
+        f"{result.tokens} tokens in {result.passes} passes of the target: {result.block_efficiency:.2f} tokens a pass; "
+        f"it kept {100 * result.acceptance:.1f} % of what it read of the draft"
     )

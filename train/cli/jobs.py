@@ -1,4 +1,4 @@
-"""Verbs about jobs of several processes: launch, hosts taken out and put back, what became of the promises."""
+"""Verbs about jobs of several processes: launch, rendezvous, drain, audit. JAX-free."""
 
 import sys
 import time
@@ -24,41 +24,42 @@ def launch(
 ) -> None:
     """Train in several processes, and start them again when one dies or hangs."""
     if islands is not None:
-        from ..launch.launch_islands import launched
+        from ..launch.launch_islands import train_islands
 
-        launched(config, overrides or (), count=islands, processes=processes, devices=devices_per_process)
+        train_islands(config, overrides or (), count=islands, processes=processes, devices=devices_per_process)
         return
-    from ...checkpoint.redundancy.parity_plan import planned
+    from ...checkpoint.redundancy.parity_plan import make_parity_plan
+    from ..launch import launchers
     from ..launch.job import Job
-    from ..launch.launchers import ENGINES, hosts_of, start
-    from ..launch.mesh_options import formations
+    from ..launch.mesh_options import mesh_options
 
-    if engine not in ENGINES:
-        raise UserError.no_match("--engine", [engine], known=ENGINES)
-    from ..core.run_paths import run_directory
+    if engine not in launchers.ENGINES:
+        raise UserError.no_match("--engine", [engine], known=launchers.ENGINES)
+    from ..core.run_paths import directory_of_run
 
     loaded = loading.load(config, overrides=overrides or ())
     settings = loaded.launch
-    count, shares = loaded.mesh.count, processes or settings.processes
-    if count is not None and devices_per_process is None and settings.devices_per_process is None and count % shares:
+    count, processes = loaded.mesh.count, processes or settings.processes
+    devices = devices_per_process or settings.devices_per_process
+    if count is not None and devices is None and count % processes:
         raise UserError(
-            f"--processes: {shares} do not share the {count} devices of mesh evenly; use a divisor of {count}, or "
+            f"--processes: {processes} do not share the {count} devices of mesh evenly; use a divisor of {count}, or "
             "--devices-per-process"
         )
-    devices = devices_per_process or settings.devices_per_process
+    hosts = launchers.count_hosts(engine, settings, processes=processes)
     job = Job(
         name=loaded.name,
         command=[sys.executable, "-m", "meshwright.train.cli", "train", config, *(overrides or ())],
-        processes=shares,
-        directory=run_directory(loaded, root=Path("runs")),
+        processes=processes,
+        directory=directory_of_run(loaded, root=Path("runs")),
         elastic=loaded.elastic,
         settings=settings,
         devices_per_process=devices,
-        formations=formations(loaded, processes=shares, devices_per_process=devices),
-        keepers=planned(loaded.checkpoint, hosts=hosts_of(engine, settings, processes=shares), processes=shares),
+        mesh_options=mesh_options(loaded, processes=processes, devices_per_process=devices),
+        parity_plan=make_parity_plan(loaded.checkpoint, hosts=hosts, processes=processes),
         document=loading.dump(loaded),
     )
-    start(engine, job)
+    launchers.launch(engine, job)
 
 
 def rendezvous(
@@ -67,12 +68,12 @@ def rendezvous(
 ) -> None:
     """Where the islands of a run find each other; ends with Ctrl-C."""
     from ..core.signals import StopSignals
-    from ..launch.local_islands import meeting_place
+    from ..launch.local_islands import serve_rendezvous
 
-    with StopSignals() as stop, meeting_place(host, port) as address:
+    with StopSignals() as stop, serve_rendezvous(host, port) as address:
         typer.echo(f"listening at {address}")
         typer.echo(f"sites say islands.meet=HOST:{address.rpartition(':')[2]}, HOST being this machine seen from there")
-        while not stop.asked:
+        while not stop.requested:
             time.sleep(0.2)
 
 
@@ -83,14 +84,14 @@ def drain(
 ) -> None:
     """Take slots out of a running job, saved, or put them back: it goes on with a mesh of elastic.meshes."""
     from ..core.run_directory import read_config
-    from ..launch.drain import drain as drained
+    from ..launch.drain import drain as drain_slots
 
     if not read_config(run).elastic.meshes and not undo:
         raise UserError(
             f"elastic.meshes: {run} has none to go on with without slots {sorted(slots)}; stop it, name some (they may "
             "change under one name), and start it again"
         )
-    out = sorted(drained(run, slots, undo=undo))
+    out = sorted(drain_slots(run, slots, undo=undo))
     typer.echo(f"{run}: {f'slots {out} are' if out else 'no slot is'} drained")
 
 
@@ -100,9 +101,9 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Whether a run that kept a ledger lost, repeated or left out a step or a sample; exits 0 only if it did not."""
-    from ..report.run_audit import audit as audited
+    from ..report.run_audit import audit as audit_run
     from ..report.run_audit import exit_code, rendered
 
-    verdicts = audited(run, against=against)
+    verdicts = audit_run(run, against=against)
     typer.echo(rendered(verdicts, as_json=as_json))
     raise typer.Exit(exit_code(verdicts))

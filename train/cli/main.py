@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from ...checkpoint.storage_timeout import left_behind
+from ...checkpoint.storage_timeout import has_stuck_writer
 from ...configs import loader as loading
 from ...configs.checks.privacy import check_secret
 from ...configs.errors import MeshwrightError, UserError
@@ -22,8 +22,8 @@ from ...configs.run import RunConfig
 from ...configs.sections.launch import SlurmConfig
 from ...configs.sections.parallel import PipelineConfig
 from ..data.missing_files import absent
-from . import drafts, jobs, recipes
-from .arguments import Config, Json, OfSeveral, Overrides, RunPath
+from . import adapters, checkpoint, drafts, jobs, recipes
+from .arguments import AdapterName, Config, Json, Overrides, RunPath
 from .bench import BENCHMARKS
 from .bench import run as run_benchmark
 
@@ -35,47 +35,41 @@ Exit codes: 0 done, 2 your mistake (one clear line), 75 stopped on request and s
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="What the model will read.")
-checkpoint_app = typer.Typer(no_args_is_help=True, help="The checkpoints of a run, and weights in and out.")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data_app, name="data")
-app.add_typer(checkpoint_app, name="checkpoint")
-adapter_app = typer.Typer(no_args_is_help=True, help="Adapters, as PEFT keeps them.")
-app.add_typer(adapter_app, name="adapter")
-
-SHARD_BYTES = 5 * 10**9
-NewDirectory = Annotated[Path, typer.Argument(help="A directory to make.")]
-NewRun = Annotated[Path, typer.Argument(help="The run directory to make, e.g. runs/base.")]
+app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(adapters.app, name="adapter")
 
 
-def print_version(wanted: bool) -> None:
-    """Of the option --version, which ends the program."""
-    if wanted:
+def print_version(requested: bool) -> None:
+    """Print the version and end the program, where --version is given."""
+    if requested:
         typer.echo(f"meshwright {version('meshwright')}")
         raise typer.Exit
 
 
 @app.callback(help=HELP)
-def versioned(
-    wanted: Annotated[
+def root(
+    show_version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What stands before a verb."""
+    """Options that stand before a verb."""
 
 
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train, or go on where the run of that name stopped."""
     loaded = loading.load(config, overrides=overrides or ())
-    from ..core.process_env import world
+    from ..core.process_env import read_process_info
     from ..run import train as run
 
-    place = world()
-    summary = run(loaded, world=place)
-    if place.first:
-        from ..end_summary import closing_words
+    process = read_process_info()
+    summary = run(loaded, process_info=process)
+    if process.is_first:
+        from ..end_summary import render_end_summary
 
-        typer.echo(closing_words(summary))
+        typer.echo(render_end_summary(summary))
 
 
 @app.command()
@@ -88,18 +82,18 @@ def validate(
     """Check a configuration; allocates nothing."""
     loaded = loading.load(config, overrides=overrides or ())
     if loaded.mesh.pipe != 1 or loaded.pipeline != PipelineConfig():
-        from ..engine.pipeline.pipeline_plan import check_staging
+        from ..engine.pipeline.pipeline_plan import check_pipeline
 
-        check_staging(loaded)
+        check_pipeline(loaded)
     if loaded.privacy is not None:
         check_secret(loaded)
     if loaded.checkpoint.parity != "none":
-        from ...checkpoint.redundancy.parity_plan import planned
+        from ...checkpoint.redundancy.parity_plan import make_parity_plan
 
         processes = loaded.launch.processes
-        planned(loaded.checkpoint, hosts=loaded.launch.hosts or processes, processes=processes)
+        make_parity_plan(loaded.checkpoint, hosts=loaded.launch.hosts or processes, processes=processes)
     if loaded.launch.processes > 1 and loaded.launch.slurm != SlurmConfig():  # with one, the number is yet to be said
-        from ..launch.slurm import check as check_nodes
+        from ..launch.slurm import check_nodes
 
         check_nodes(loaded.launch.slurm, processes=loaded.launch.processes)
     if deep:
@@ -112,7 +106,7 @@ def validate(
 
 
 def summary_line(config: RunConfig) -> str:
-    """A configuration in a few words."""
+    """A configuration in a few words, e.g. `llama, 4 layers of 192, data 2, 300 steps`."""
     axes = " x ".join(f"{axis} {size}" for axis, size in config.mesh.sizes.items() if size != 1) or "one device"
     model = config.model
     return f"{model.family}, {model.layers} layers of {model.embed}, {axes}, {config.steps} steps"
@@ -136,81 +130,6 @@ def data_preview(
     from ..data.preview import render
 
     Console().print(render(of_run(loaded), rows=rows))
-
-
-@checkpoint_app.command("import")
-def checkpoint_import(
-    directory: Annotated[Path, typer.Argument(help="A Hugging Face model directory.")], run: NewRun
-) -> None:
-    """Make a run out of a Hugging Face directory, to generate from and to evaluate."""
-    from ..infer.import_export import import_directory
-
-    typer.echo(f"{import_directory(directory, run)}: try `meshwright generate {run} 'Once'`")
-
-
-@checkpoint_app.command("export")
-def checkpoint_export(
-    run: RunPath,
-    target: NewDirectory,
-    shard_bytes: Annotated[int, typer.Option(help="Largest file.")] = SHARD_BYTES,
-    adapter: OfSeveral = None,
-) -> None:
-    """Write a run's newest checkpoint as a Hugging Face directory, adapters merged."""
-    from ..infer.import_export import export_run
-
-    typer.echo(f"{target}: {', '.join(export_run(Path(run), target, limit=shard_bytes, adapter=adapter))}")
-
-
-@adapter_app.command("import")
-def adapter_import(
-    base: Annotated[Path, typer.Argument(help="The Hugging Face directory of the model it belongs to.")],
-    adapter: Annotated[Path, typer.Argument(help="A directory with adapter_config.json.")],
-    run: NewRun,
-) -> None:
-    """Make a run out of a model and an adapter of PEFT."""
-    from ..infer.import_export import import_directory
-
-    typer.echo(f"{import_directory(base, run, adapter=adapter)}: try `meshwright generate {run} 'Once'`")
-
-
-@adapter_app.command("export")
-def adapter_export(run: RunPath, target: NewDirectory, adapter: OfSeveral = None) -> None:
-    """Write a run's adapter as PEFT keeps it, beside the tokenizer; of several each to a directory of its name."""
-    from ..infer.import_export import export_adapter
-
-    typer.echo(f"{target}: {', '.join(export_adapter(Path(run), target, adapter=adapter))}")
-
-
-@adapter_app.command("merge")
-def adapter_merge(run: RunPath, target: NewDirectory, adapter: OfSeveral = None) -> None:
-    """Write the model with the run's adapter merged into it, as a Hugging Face directory (`checkpoint export`)."""
-    checkpoint_export(run, target, SHARD_BYTES, adapter)
-
-
-@checkpoint_app.command("ls")
-def checkpoint_ls(run: RunPath, as_json: Json = False) -> None:
-    """List checkpoints: committed, unfinished, damaged, set aside. Reads manifests only."""
-    from .checkpoint import ls
-
-    typer.echo(ls(Path(run), as_json=as_json))
-
-
-@checkpoint_app.command("verify")
-def checkpoint_verify(run: RunPath, as_json: Json = False) -> None:
-    """Read every checkpoint and compare it with its fingerprints; exits 0 only if all committed ones are whole."""
-    from .checkpoint import verify
-
-    text, code = verify(Path(run), as_json=as_json)
-    typer.echo(text)
-    raise typer.Exit(code)
-
-
-@checkpoint_app.command("repair")
-def checkpoint_repair(run: RunPath) -> None:
-    """Finish interrupted commits, set damaged checkpoints aside, bring mended ones back. Not while the run trains."""
-    from .checkpoint import repair
-
-    typer.echo(repair(Path(run)))
 
 
 @app.command()
@@ -264,16 +183,17 @@ def schedule(
     """A pipeline schedule: bubble, memory, time; its picture and table. Needs no devices."""
     from rich.console import Console
 
-    from .schedule import Wanted, check_targets, examine, facts, keep, render
+    from .schedule import ScheduleRequest, check_targets, make_schedule, render, to_json, write_files
 
     check_targets(drawing=draw, csv=csv)
-    examined = examine(Wanted(name, stages, microbatches, chunks, vocab_parallel, memory_limit, backward, costs, cores))
-    keep(examined, drawing=draw, csv=csv, costs=costs)
+    request = ScheduleRequest(name, stages, microbatches, chunks, vocab_parallel, memory_limit, backward, costs, cores)
+    result = make_schedule(request)
+    write_files(result, drawing=draw, csv=csv, costs=costs)
     if as_json:
-        typer.echo(json.dumps(facts(examined), indent=1))
+        typer.echo(json.dumps(to_json(result), indent=1))
     else:
         console = Console()
-        console.print(render(examined, width=console.width, limit=memory_limit))
+        console.print(render(result, width=console.width, limit=memory_limit))
         for file in filter(None, (draw, csv)):
             typer.echo(f"{file}: written")
 
@@ -282,7 +202,7 @@ def schedule(
 def generate(
     run: RunPath,
     prompts: Annotated[list[str], typer.Argument(help="Texts to continue.")],
-    adapter: OfSeveral = None,
+    adapter: AdapterName = None,
     tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
@@ -291,10 +211,10 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue texts with a trained model."""
-    from ..infer.inference_session import generate as continued
+    from ..infer.inference_session import generate as generate_texts
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    texts = continued(Path(run), prompts, adapter=adapter, tokens=tokens, **sampling)
+    texts = generate_texts(Path(run), prompts, adapter=adapter, tokens=tokens, **sampling)
     if as_json:
         typer.echo(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)], indent=1))
     else:
@@ -305,11 +225,11 @@ def generate(
 @app.command()
 def evaluate(run: RunPath, overrides: Overrides = None, as_json: Json = False) -> None:
     """Held-out loss, perplexity and bits per byte of a run's newest checkpoint."""
-    from ..infer.inference_session import evaluate as evaluated
+    from ..infer.inference_session import evaluate as evaluate_run
 
-    values = evaluated(Path(run), overrides or [])
-    wide = max(map(len, values), default=0)
-    typer.echo(json.dumps(values) if as_json else "\n".join(f"{name:{wide}}  {values[name]:.4f}" for name in values))
+    values = evaluate_run(Path(run), overrides or [])
+    width = max(map(len, values), default=0)
+    typer.echo(json.dumps(values) if as_json else "\n".join(f"{name:{width}}  {values[name]:.4f}" for name in values))
 
 
 @app.command()
@@ -320,7 +240,7 @@ def report(run: RunPath) -> None:
     from ..report.merge_islands import merge
 
     read_config(Path(run))
-    merge(Path(run))  # of islands, as far as they are
+    merge(Path(run))  # what islands have written so far
     typer.echo(str(write_report(Path(run))))
 
 
@@ -335,16 +255,16 @@ def doctor(
 ) -> None:
     """Versions, devices, collectives, and what is missing for what; with --cluster, a test of many machines."""
     if cluster:
-        from ..launch.cluster_test import on_cluster
+        from ..launch.cluster_test import run_cluster_test
 
-        launch_section = loading.load(config).launch if config is not None else RunConfig().launch
-        on_cluster(
-            engine, launch_section, processes=processes, devices_per_process=devices_per_process, as_json=as_json
+        settings = loading.load(config).launch if config is not None else RunConfig().launch
+        run_cluster_test(
+            engine, settings, processes=processes, devices_per_process=devices_per_process, as_json=as_json
         )
         return
-    from ..doctor.machine import main as examined
+    from ..doctor.machine import main as check_machine
 
-    raise typer.Exit(examined(as_json=as_json))
+    raise typer.Exit(check_machine(as_json=as_json))
 
 
 @app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})
@@ -362,26 +282,26 @@ data_app.command("continue")(drafts.continue_texts)
 
 def main() -> None:
     """Run a verb; turn errors into one line and an exit code."""
-    narrator = logging.getLogger("meshwright")  # what takes a while says so
-    narrator.addHandler(logging.StreamHandler())
-    narrator.setLevel(logging.INFO)
-    narrator.propagate = False
+    logger = logging.getLogger("meshwright")
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     code = exit_code()
-    if left_behind():  # storage hangs, and the interpreter would wait for it
+    if has_stuck_writer():  # storage hangs, and the interpreter would wait for it
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
 def exit_code() -> int:
-    """Of the verb that was typed."""
+    """Run the verb that was typed; its exit code."""
     try:
         app(standalone_mode=True)
     except MeshwrightError as error:
         print(f"meshwright: {error}", file=sys.stderr)
         return error.exit_code
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(bool(error.code))
     except Exception:
         traceback.print_exc()
         return 1

@@ -16,8 +16,8 @@ Recipe = Annotated[str, typer.Argument(help="As `recipes ls` lists it, e.g. fine
 def ls() -> None:
     """List the shipped configurations."""
     for name in loading.recipes():
-        head = loading.find(name).read_text().splitlines()[0].removeprefix("#").strip()
-        typer.echo(f"{name:28} {head}")
+        summary = loading.find(name).read_text().splitlines()[0].removeprefix("#").strip()
+        typer.echo(f"{name:28} {summary}")
 
 
 @app.command("show")

@@ -48,7 +48,7 @@ class SampleLog:
         self._write({"from": step})
 
     def record_rows(self, step: int, batch: Mapping[str, np.ndarray], *, first: int) -> None:
-        """Note the rows of `batch` ("tokens" and "targets", [rows, sequence]): rows `first`, `first` + 1, ... of the data."""
+        """Note the rows of `batch`, each value [rows, sequence]: rows `first`, `first` + 1, ... of the data."""
         if self._enabled:
             rows = zip(batch["tokens"], batch["targets"], strict=True)
             self._unfinished[step] = {"first": first, "rows": [row_fingerprint(*row) for row in rows]}

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ..core.process_env import World, world
+from ..core.process_env import ProcessInfo, read_process_info
 from ..core.rendezvous import Client
 from ..launch import network_probe
 from ..report.markup import size
@@ -43,7 +43,7 @@ FULL = 0.9  # of the memory in use
 Report = dict[str, Any]
 
 
-def examined(place: World) -> Report:
+def examined(place: ProcessInfo) -> Report:
     """What this process finds of its machine. Touches every device."""
     from .machine import all_reduce
 
@@ -63,7 +63,7 @@ def examined(place: World) -> Report:
     }
 
 
-def join(place: World) -> None:
+def join(place: ProcessInfo) -> None:
     """Bring devices up as a trainer does."""
     import jax
 
@@ -72,7 +72,7 @@ def join(place: World) -> None:
 
     prepare_devices(MeshConfig(platform="cpu" if place.local_devices else "auto"), local_devices=place.local_devices)
     if place.processes > 1:
-        unused = "127.0.0.1:0" if place.outside and place.first else None
+        unused = "127.0.0.1:0" if place.external_coordinator and place.is_first else None
         jax.distributed.initialize(place.coordinator, place.processes, place.process, coordinator_bind_address=unused)
 
 
@@ -189,7 +189,7 @@ def gathered(client: Client, processes: int) -> tuple[dict[int, Report], network
     """What every process reported, those that did within the time."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        members = client.beat()["members"]
+        members = client.heartbeat()["members"]
         reports = {n: members[f"selftest/{n}"] for n in range(processes) if "host" in members.get(f"selftest/{n}", {})}
         if len(reports) == processes or time.monotonic() > deadline:
             infos = {
@@ -201,7 +201,7 @@ def gathered(client: Client, processes: int) -> tuple[dict[int, Report], network
 
 def main() -> int:
     """Measure, report; the first process prints what all found. 1 where something stands out."""
-    place = world()
+    place = read_process_info()
     if place.rendezvous is None:
         print("meshwright: this runs under `meshwright doctor --cluster`", file=sys.stderr)
         return 2
@@ -211,7 +211,7 @@ def main() -> int:
         )
     with Client(place.rendezvous, f"selftest/{place.process}", ttl=2 * PATIENCE) as client:
         client.join(examined(place))
-        if not place.first:
+        if not place.is_first:
             return 0
         reports, measured = gathered(client, place.processes)
     problems = findings(reports, measured, processes=place.processes)

@@ -22,7 +22,7 @@ from ..data.disk_cache import cached
 logger = logging.getLogger(__name__)
 
 
-def compiled(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+def compile_cached(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
     """`lowered`, a program over `mesh`, compiled here or by this process of an earlier run."""
     directory = jax.config.jax_compilation_cache_dir
     if directory is None or jax.process_index() == 0 or mesh.devices.flat[0].platform != "cpu":
@@ -40,13 +40,13 @@ def compiled(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
         return deserialize_and_load(payload, lowered.in_tree, lowered.out_tree, execution_devices=devices)
 
     try:
-        return cached(Path(directory) / "other-processes" / key(lowered, mesh), read=read, write=write)
+        return cached(Path(directory) / "other-processes" / cache_key(lowered, mesh), read=read, write=write)
     except UserError as error:  # it cannot be kept, which costs time at the next start and nothing else
         logger.warning("%s", error)
         return made[0] if made else lowered.compile()
 
 
-def key(lowered: jax.stages.Lowered, mesh: Mesh) -> str:
+def cache_key(lowered: jax.stages.Lowered, mesh: Mesh) -> str:
     """128 bits of all that the executable depends on: program, compiler, flags, this process, the mesh's devices."""
     devices = [device.id for device in mesh.devices.flat]
     place = f"{jax.process_index()} of {jax.process_count()}, {devices}"

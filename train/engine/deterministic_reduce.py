@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ...parallel.gradients import Batch, Engine, Sums
 
 
-def in_fixed_order(engine: Engine, *, mesh: Mesh, microbatches: int) -> Engine:
+def tree_ordered_engine(engine: Engine, *, mesh: Mesh, microbatches: int) -> Engine:
     """`engine` on each of `microbatches` consecutive parts of the batch, by one device each, added in the fixed tree.
 
     `engine` must know of no mesh. `data` is the only axis of `mesh` above 1, divides `microbatches`, and leaves each
@@ -32,8 +32,8 @@ def in_fixed_order(engine: Engine, *, mesh: Mesh, microbatches: int) -> Engine:
 
     def on_device(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> Sums:
         parts = jax.tree.map(lambda leaf: leaf.reshape(own, -1, *leaf.shape[1:]), (batch, keys))
-        sums = folded(lambda part: engine(params, frozen, *part), parts, count=own)
-        return jax.tree.map(partial(met, devices=devices), sums)
+        sums = tree_accumulate(lambda part: engine(params, frozen, *part), parts, count=own)
+        return jax.tree.map(partial(tree_all_reduce, devices=devices), sums)
 
     rows, repeated = PartitionSpec("data"), PartitionSpec()
     mapped = jax.shard_map(
@@ -51,7 +51,7 @@ def in_fixed_order(engine: Engine, *, mesh: Mesh, microbatches: int) -> Engine:
     return run
 
 
-def folded(function: Callable[[Any], Sums], parts: Any, *, count: int) -> Sums:
+def tree_accumulate(function: Callable[[Any], Sums], parts: Any, *, count: int) -> Sums:
     """`function` of each of the `count` parts [count, ...], one after another, added in the tree.
 
     A binary counter: slot b holds the sum of 2^b consecutive parts, so log2(count) + 1 sums are alive at most.
@@ -62,7 +62,7 @@ def folded(function: Callable[[Any], Sums], parts: Any, *, count: int) -> Sums:
 
         def land(slots: list[Sums], new: Sums) -> list[Sums]:
             for slot in slots[:level]:
-                new = added(slot, new)
+                new = add_sums(slot, new)
             return [*slots[:level], new, *slots[level + 1 :]]
 
         return land
@@ -82,7 +82,7 @@ def folded(function: Callable[[Any], Sums], parts: Any, *, count: int) -> Sums:
     full = [slot for level, slot in enumerate(slots) if count >> level & 1]
     total = full[0]
     for slot in full[1:]:
-        total = added(slot, total)
+        total = add_sums(slot, total)
     return total
 
 
@@ -91,12 +91,12 @@ def trailing_ones(number: jax.Array) -> jax.Array:
     return jax.lax.population_count(number & ~(number + 1))
 
 
-def added(left: Sums, right: Sums) -> Sums:
+def add_sums(left: Sums, right: Sums) -> Sums:
     """The sum of two nodes of the tree."""
     return jax.tree.map(jnp.add, left, right)
 
 
-def met(leaf: jax.Array, *, devices: int) -> jax.Array:
+def tree_all_reduce(leaf: jax.Array, *, devices: int) -> jax.Array:
     """The sum of all devices' `leaf` in the tree over their numbers, on every device.
 
     Each adds up one share of the elements: what a reduce-scatter and an all-gather send, in an order of ours.
@@ -106,11 +106,11 @@ def met(leaf: jax.Array, *, devices: int) -> jax.Array:
     share = -(-leaf.size // devices)
     padded = jnp.pad(leaf.reshape(-1), (0, share * devices - leaf.size)).reshape(devices, share)
     theirs = jax.lax.all_to_all(padded, "data", split_axis=0, concat_axis=0)  # [devices, share]: one of each
-    summed = jax.lax.all_gather(pairwise(list(theirs)), "data", tiled=True)
+    summed = jax.lax.all_gather(tree_sum(list(theirs)), "data", tiled=True)
     return summed[: leaf.size].reshape(leaf.shape)
 
 
-def pairwise(nodes: Sequence[jax.Array]) -> jax.Array:
+def tree_sum(nodes: Sequence[jax.Array]) -> jax.Array:
     """The root of the tree over `nodes`: neighbours are added, one without a partner is passed up."""
     while len(nodes) > 1:
         nodes = [sum(nodes[i + 1 : i + 2], nodes[i]) for i in range(0, len(nodes), 2)]

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ...parallel.gradients import Batch, Engine, Loss, Sums
 from ...parallel.state import TrainState
-from ..optim.sparse_finetuning import beside, with_path
+from ..optim.sparse_finetuning import is_extra_weight, map_with_path
 
 ROWS = ("data", "fsdp")  # axes that share the rows of a batch
 
@@ -25,7 +25,7 @@ ROWS = ("data", "fsdp")  # axes that share the rows of a batch
 OfRows = Callable[[Any, Any, Batch, jax.Array | None, jax.Array], Sums]
 
 
-def squared(loss: Loss, *, segments: int) -> OfRows:
+def per_example_squared_gradients(loss: Loss, *, segments: int) -> OfRows:
     """Sums whose gradient is that of squares; what a recipe adds of its own has its gradient as it is.
 
     An example has `segments` segments of its row.
@@ -33,10 +33,10 @@ def squared(loss: Loss, *, segments: int) -> OfRows:
 
     def run(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None, counts: jax.Array) -> Sums:
         def of_example(row: Batch, key: jax.Array | None, number: jax.Array) -> Sums:
-            counted = jnp.where(example_of(row, segments) == number, row["loss_weights"], 0)
+            counted = jnp.where(example_ids(row, segments) == number, row["loss_weights"], 0)
             own = row | {"loss_weights": counted}
             (numerator, (weight, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(params, frozen, own, key)
-            return Sums(numerator, weight, with_path(raised, gradient), metrics)
+            return Sums(numerator, weight, map_with_path(square_if_maskable, gradient), metrics)
 
         def of_row(total: Sums, one: tuple[tuple[Batch, jax.Array | None], jax.Array]) -> tuple[Sums, None]:
             row, count = one
@@ -54,31 +54,31 @@ def squared(loss: Loss, *, segments: int) -> OfRows:
     return run
 
 
-def example_of(batch: Batch, segments: int) -> jax.Array:
+def example_ids(batch: Batch, segments: int) -> jax.Array:
     """Number of the example in its row that each token belongs to, from 1 on; 0 is padding."""
     return (batch["segment_ids"] + segments - 1) // segments
 
 
-def raised(path: str, gradient: jax.Array) -> jax.Array:
+def square_if_maskable(path: str, gradient: jax.Array) -> jax.Array:
     """The square, float32, of a gradient by a weight that is chosen among; any other as it is."""
     wide = gradient.astype(jnp.float32)
-    return wide if beside(path) else jnp.square(wide)
+    return wide if is_extra_weight(path) else jnp.square(wide)
 
 
-def whole(of_rows: OfRows, *, segments: int) -> Engine:
+def single_device_engine(of_rows: OfRows, *, segments: int) -> Engine:
     """`of_rows` on one device."""
 
     def engine(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> Sums:
-        return of_rows(params, frozen, batch, keys, example_of(batch, segments).max(axis=1))
+        return of_rows(params, frozen, batch, keys, example_ids(batch, segments).max(axis=1))
 
     return engine
 
 
-def spread(of_rows: OfRows, *, segments: int, mesh: Mesh) -> Engine:
+def shard_over_data(of_rows: OfRows, *, segments: int, mesh: Mesh) -> Engine:
     """`of_rows` by each device of `mesh` for the rows it has; what cuts a row or a weight otherwise, still does."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if devices == 1:
-        return whole(of_rows, segments=segments)
+        return single_device_engine(of_rows, segments=segments)
 
     def on_device(*given: Any) -> Sums:
         return jax.tree.map(lambda leaf: jax.lax.psum(leaf, ROWS), of_rows(*given))
@@ -95,13 +95,15 @@ def spread(of_rows: OfRows, *, segments: int, mesh: Mesh) -> Engine:
 
     def engine(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> Sums:
         # As many turns on every device: some of them may wait for each other in each.
-        counts = example_of(batch, segments).max(axis=1).reshape(devices, -1).max(axis=0)
+        counts = example_ids(batch, segments).max(axis=1).reshape(devices, -1).max(axis=0)
         return mapped(params, frozen, batch, keys, counts)
 
     return engine
 
 
-def until(searched: Callable[[TrainState], jax.Array], examples: Engine, engine: Engine) -> tuple[Engine, Callable]:
+def two_phase_engine(
+    searched: Callable[[TrainState], jax.Array], examples: Engine, engine: Engine
+) -> tuple[Engine, Callable]:
     """(an engine, what it is told of the state): `engine` once `searched(state)`, before it the roots of squares.
 
     The step divides by the weight; what comes out of that are the roots themselves, whatever a batch weighs.
@@ -110,7 +112,9 @@ def until(searched: Callable[[TrainState], jax.Array], examples: Engine, engine:
     def rooted(*given: Any) -> Sums:
         sums = examples(*given)
         weight = jnp.maximum(sums.weight, 1e-9)
-        roots = with_path(lambda path, leaf: leaf if beside(path) else weight * jnp.sqrt(leaf), sums.gradient)
+        roots = map_with_path(
+            lambda path, leaf: leaf if is_extra_weight(path) else weight * jnp.sqrt(leaf), sums.gradient
+        )
         return sums._replace(gradient=roots)
 
     def plain(*given: Any) -> Sums:

@@ -18,40 +18,48 @@ from ...configs.names import ADAPTER_FIELD
 from ...configs.run import RunConfig
 from ...memory import policy
 from ...models.adapters import multi_lora
-from ...models.adapters.attach import attached, split, started
+from ...models.adapters.attach import adapter_inserter, init_adapters, split_trained
 from ...models.context import Context, flat_linear, linear, unconstrained
 from ...models.decoder import Decoder
-from ...models.decoder import graph as decoder_graph
-from ...models.quantized_model import put, quantized, reading
-from ...models.reward_head import Score
-from ...models.reward_head import started as score
+from ...models.decoder import decoder_graphdef as decoder_graph
+from ...models.quantized_model import make_fake_quantize, quantize_frozen, quantized_kernel_inserter
+from ...models.reward_head import RewardHead
+from ...models.reward_head import init_reward_head as score
 from ...parallel.attention import sharded_attention, token_order
-from ...parallel.gradients import Batch, Engine, Loss, accumulated, plain
-from ...parallel.pipeline.executor.stage_functions import Parts
-from ...parallel.pipeline.tables.lowering import wired
+from ...parallel.gradients import Batch, Engine, Loss, accumulate_gradients, plain_engine
+from ...parallel.pipeline.executor.stage_functions import StageFunctions
+from ...parallel.pipeline.tables.lowering import lower_table
 from ...parallel.pipeline.tables.table import Table
-from ...parallel.prng import of_weights
+from ...parallel.prng import init_key
 from ...parallel.sharding import constrainer
 from ...parallel.state import combine
-from ...parallel.vocabulary import lookup
+from ...parallel.vocabulary import embedding_lookup
 from ..objectives import interface as recipes
 from ..objectives.distillation import (
-    acceptance,
-    beside_teacher,
-    fresh_weights,
-    taught,
+    acceptance_head,
+    distillation_head,
+    init_weights,
+    loss_with_teacher,
     teacher_of,
     with_teacher,
     without_teacher,
 )
-from ..objectives.loss_heads import Ending, Values, by_parameters, ending, make_loss, scores, target_logprobs
+from ..objectives.loss_heads import (
+    LossHead,
+    TokenValues,
+    make_loss,
+    make_loss_head,
+    reward_scores,
+    target_logprobs,
+    values_fn,
+)
 from ..objectives.registry import RECIPES
 from . import fisher
-from .deterministic_reduce import in_fixed_order
-from .multi_adapter import product_on, several_of
+from .deterministic_reduce import tree_ordered_engine
+from .multi_adapter import make_multi_adapter, sharded_product
 from .pipeline import stages
-from .pipeline.pipeline_plan import Staging
-from .privacy.dp_sgd import make_norms, private
+from .pipeline.pipeline_plan import PipelinePlan
+from .privacy.dp_sgd import clipped_engine, make_norms
 
 Evaluate = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
 
@@ -62,49 +70,55 @@ class Engines(NamedTuple):
     train: Engine
     evaluate: Evaluate
     measures: Mapping[str, Evaluate] = {}  # what else is told of held-out text
-    squares: Engine | None = None  # of single examples' gradients, where an adapter chooses by them
+    squared_gradients: Engine | None = None  # of single examples' gradients, where an adapter chooses by them
 
 
-def whole(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
+def single_stage_engines(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     """Every device computes with all layers."""
     kind = RECIPES[config.recipe.name]
     recipe, measures = kind.loss(config.recipe), kind.measures
-    told = partial(context, config, mesh)
-    values = partial(by_parameters, values_of(config))
-    if lift := several_of(config):
+    told = partial(make_context, config, mesh)
+    values = partial(values_fn, token_values(config))
+    if lift := make_multi_adapter(config):
         values, recipe = lift.values(values), lift.loss(recipe)
         measures = {name: lift.loss(measure) for name, measure in measures.items()}
     loss = make_loss(values(graph, context=told), recipe, measures)
-    learned = beside_teacher(config, graph, taught(config), told=told) if config.recipe.compares_words else loss
+    learned = (
+        loss_with_teacher(config, graph, distillation_head(config), context=told)
+        if config.recipe.compares_words
+        else loss
+    )
 
-    evaluate = evaluated(lambda params, frozen, *rest: loss(params, without_teacher(frozen), *rest))
+    evaluate = without_dropout(lambda params, frozen, *rest: loss(params, without_teacher(frozen), *rest))
     further = {name: measured(values(graph, context=told), measure) for name, measure in measures.items()}
     if teacher_of(config) is not None:
-        further["acceptance"] = evaluated(beside_teacher(config, graph, acceptance(config), told=told))
+        further["acceptance"] = without_dropout(loss_with_teacher(config, graph, acceptance_head(config), context=told))
     dtype = jnp.dtype(config.precision.gradients)
     if config.privacy is not None:
-        free = partial(context_alone, config, mesh)
-        norms = make_norms(graph, recipe, model=config.model, adapter=config.adapter, alone=free)
-        clipped = private(
+        free = partial(local_context, config, mesh)
+        norms = make_norms(graph, recipe, model=config.model, adapter=config.adapter, context=free)
+        clipped = clipped_engine(
             values(graph, context=told), recipe, squared_norms=norms, clip=config.privacy.clip, dtype=dtype
         )
-        return Engines(accumulated(clipped, microbatches=config.microbatches), evaluate, further)
+        return Engines(accumulate_gradients(clipped, microbatches=config.microbatches), evaluate, further)
     if config.elastic.deterministic:
-        alone = make_loss(values(graph, context=partial(context_alone, config, mesh)), recipe, measures)
-        fixed = partial(in_fixed_order, mesh=mesh, microbatches=config.microbatches)
-        squares = by_example(config, alone, lambda found, segments: fixed(fisher.whole(found, segments=segments)))
-        return Engines(fixed(plain(alone, dtype=dtype)), evaluate, further, squares)
-    squares = by_example(config, learned, partial(fisher.spread, mesh=mesh))
-    engine = accumulated(plain(learned, dtype=dtype), microbatches=config.microbatches)
+        alone = make_loss(values(graph, context=partial(local_context, config, mesh)), recipe, measures)
+        fixed = partial(tree_ordered_engine, mesh=mesh, microbatches=config.microbatches)
+        squares = per_example_engine(
+            config, alone, lambda found, segments: fixed(fisher.single_device_engine(found, segments=segments))
+        )
+        return Engines(fixed(plain_engine(alone, dtype=dtype)), evaluate, further, squares)
+    squares = per_example_engine(config, learned, partial(fisher.shard_over_data, mesh=mesh))
+    engine = accumulate_gradients(plain_engine(learned, dtype=dtype), microbatches=config.microbatches)
     return Engines(engine, evaluate, further, squares)
 
 
-def by_example(config: RunConfig, loss: Loss, spread: Callable[..., Engine]) -> Engine | None:
+def per_example_engine(config: RunConfig, loss: Loss, spread: Callable[..., Engine]) -> Engine | None:
     """Squares of the gradients of single examples, where the adapter chooses by them. An answer is one of a pair."""
     if config.adapter is None or config.adapter.method != "fishmask":
         return None
     segments = 1 if RECIPES[config.recipe.name].unit == "token" else 2
-    return spread(fisher.squared(loss, segments=segments), segments=segments)
+    return spread(fisher.per_example_squared_gradients(loss, segments=segments), segments=segments)
 
 
 def measured(values: Callable[..., jax.Array], measure: recipes.Loss) -> Evaluate:
@@ -112,7 +126,7 @@ def measured(values: Callable[..., jax.Array], measure: recipes.Loss) -> Evaluat
     return lambda params, frozen, batch: measure(values(params, frozen, batch, None), batch)
 
 
-def evaluated(loss: Loss) -> Evaluate:
+def without_dropout(loss: Loss) -> Evaluate:
     """The sums of `loss`, nothing dropped out."""
 
     def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -122,29 +136,29 @@ def evaluated(loss: Loss) -> Evaluate:
     return evaluate
 
 
-def values_of(config: RunConfig) -> Values:
+def token_values(config: RunConfig) -> TokenValues:
     """What the recipe's loss is of: a number for each token."""
-    return scores if RECIPES[config.recipe.name].scored else target_logprobs(config.model, config.memory)
+    return reward_scores if RECIPES[config.recipe.name].scored else target_logprobs(config.model, config.memory)
 
 
-def ending_of(config: RunConfig) -> Ending:
+def training_head(config: RunConfig) -> LossHead:
     """What is made of the last hidden states to train."""
     kind = RECIPES[config.recipe.name]
     if config.recipe.compares_words:
-        return taught(config)
-    return ending(values_of(config), kind.loss(config.recipe), kind.measures)
+        return distillation_head(config)
+    return make_loss_head(token_values(config), kind.loss(config.recipe), kind.measures)
 
 
-def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> Engines:
+def pipelined_engines(config: RunConfig, mesh: Mesh, graph: Any, staging: PipelinePlan) -> Engines:
     """Devices along `pipe` hold some layers each."""
-    kind, teacher = RECIPES[config.recipe.name], teacher_in(config, mesh, staging)
-    values = values_of(config)
+    kind, teacher = RECIPES[config.recipe.name], pipelined_teacher(config, mesh, staging)
+    values = token_values(config)
 
-    def engine(table: Table, ending: Ending, teacher: stages.Teacher | None) -> Engine:
+    def engine(table: Table, ending: LossHead, teacher: stages.Teacher | None) -> Engine:
         return stages.make_engine(
-            parts(config, mesh, graph, ending),
-            wired(table, repeats=staging.repeats),
-            repeats=staging.most,
+            make_stage_functions(config, mesh, graph, ending),
+            lower_table(table, repeats=staging.repeats),
+            repeats=staging.max_repeats,
             mesh=mesh,
             zero=config.mesh.zero,
             compute=jnp.dtype(config.precision.compute),
@@ -152,7 +166,7 @@ def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> En
             teacher=teacher,
         )
 
-    def evaluate(ending: Ending, teacher: stages.Teacher | None = None) -> Evaluate:
+    def evaluate(ending: LossHead, teacher: stages.Teacher | None = None) -> Evaluate:
         forward = engine(staging.forward, ending, teacher)
 
         def sums(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -161,38 +175,38 @@ def pipelined(config: RunConfig, mesh: Mesh, graph: Any, staging: Staging) -> En
 
         return sums
 
-    further = {name: evaluate(ending(values, measure)) for name, measure in kind.measures.items()}
+    further = {name: evaluate(make_loss_head(values, measure)) for name, measure in kind.measures.items()}
     if teacher is not None:
-        further["acceptance"] = evaluate(acceptance(config), teacher)
-    train = engine(staging.table, ending_of(config), teacher)
+        further["acceptance"] = evaluate(acceptance_head(config), teacher)
+    train = engine(staging.table, training_head(config), teacher)
     if config.pipeline.post_validation:
-        train = stages.weighed(train, kind.loss(config.recipe))
-    return Engines(train, evaluate(ending(values, kind.loss(config.recipe))), further)
+        train = stages.with_batch_weight(train, kind.loss(config.recipe))
+    return Engines(train, evaluate(make_loss_head(values, kind.loss(config.recipe))), further)
 
 
-def teacher_in(config: RunConfig, mesh: Mesh, staging: Staging) -> stages.Teacher | None:
+def pipelined_teacher(config: RunConfig, mesh: Mesh, staging: PipelinePlan) -> stages.Teacher | None:
     """The teacher, through a pipeline of its own; None where there is none."""
     model, own = teacher_of(config), staging.teacher
     if model is None or own is None:
         return None
-    shapes = jax.eval_shape(partial(fresh_weights, model, config))
-    cut = stages.parts(decoder_graph(model), shapes, model=model, **surroundings(config, mesh))
-    return stages.make_teacher(cut, wired(own.table, repeats=own.repeats), repeats=own.most, mesh=mesh)
+    shapes = jax.eval_shape(partial(init_weights, model, config))
+    cut = stages.make_stage_functions(decoder_graph(model), shapes, model=model, **surroundings(config, mesh))
+    return stages.make_teacher(cut, lower_table(own.table, repeats=own.repeats), repeats=own.max_repeats, mesh=mesh)
 
 
-def parts(config: RunConfig, mesh: Mesh, graph: Any, ending: Ending | None = None) -> Parts:
+def make_stage_functions(config: RunConfig, mesh: Mesh, graph: Any, ending: LossHead | None = None) -> StageFunctions:
     """The model as a pipeline cuts it; `ending` is that of training by default."""
 
     def weights() -> Any:
-        params, frozen = divided(config, fresh(config))
+        params, frozen = partition_params(config, init_params(config))
         return combine(params, without_teacher(frozen))
 
-    return stages.parts(
+    return stages.make_stage_functions(
         graph,
         jax.eval_shape(weights),
         model=config.model,
         recipe=RECIPES[config.recipe.name].loss(config.recipe),
-        ending=ending_of(config) if ending is None else ending,
+        ending=training_head(config) if ending is None else ending,
         teacher=teacher_of(config),
         **surroundings(config, mesh),
     )
@@ -201,62 +215,66 @@ def parts(config: RunConfig, mesh: Mesh, graph: Any, ending: Ending | None = Non
 def surroundings(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """What every model of the run is told, in a pipeline."""
     compute = jnp.dtype(config.precision.compute)
-    return {"context": partial(context, config, mesh), "constrain": constrainer(mesh), "compute": compute}
+    return {"context": partial(make_context, config, mesh), "constrain": constrainer(mesh), "compute": compute}
 
 
-def fresh(config: RunConfig) -> Any:
+def init_params(config: RunConfig) -> Any:
     """Random weights of the whole model, by the seed."""
-    return fresh_weights(config.model, config)
+    return init_weights(config.model, config)
 
 
-def structure(config: RunConfig) -> Any:
+def model_graphdef(config: RunConfig) -> Any:
     """The model's structure, with adapters beside its kernels and quantized kernels in the place of others."""
     if config.adapters:
-        adapters = multi_lora.attached(config.model, adapters_of(config))
+        adapters = multi_lora.adapter_inserter(config.model, adapters_of(config))
     else:
-        adapters = attached(config.model, config.adapter)
-    kernels = put(
-        config.model, config.quantization, without_teacher(jax.eval_shape(lambda: divided(config, fresh(config)))[1])
+        adapters = adapter_inserter(config.model, config.adapter)
+    kernels = quantized_kernel_inserter(
+        config.model,
+        config.quantization,
+        without_teacher(jax.eval_shape(lambda: partition_params(config, init_params(config)))[1]),
     )
 
     def all_of_it(decoder: Decoder) -> None:
         adapters(decoder)
         kernels(decoder)
         if RECIPES[config.recipe.name].scored:
-            decoder.score = Score(config.model.embed)
+            decoder.score = RewardHead(config.model.embed)
 
     return decoder_graph(config.model, all_of_it)
 
 
-def divided(config: RunConfig, weights: Any, teacher: Any = None) -> tuple[Any, Any]:
+def partition_params(config: RunConfig, weights: Any, teacher: Any = None) -> tuple[Any, Any]:
     """(what is trained, what is not) of the model that starts from `weights`: adapters added, the rest quantized.
 
     `teacher` are the weights of a teacher from elsewhere; None: for shapes alone, where there is one.
     """
-    given, key = weights, jax.random.fold_in(of_weights(config), 2)
+    given, key = weights, jax.random.fold_in(init_key(config), 2)
     if config.adapters:
-        given = multi_lora.started(weights, config.model, adapters_of(config), key)
-        params, frozen = multi_lora.split(given, config.model, adapters_of(config))
+        given = multi_lora.init_adapters(weights, config.model, adapters_of(config), key)
+        params, frozen = multi_lora.split_trained(given, config.model, adapters_of(config))
     else:
         if config.adapter is not None:
-            given = started(weights, config.model, config.adapter, key, read=reading(config.quantization))
-        params, frozen = split(given, config.model, config.adapter)
+            given = init_adapters(
+                weights, config.model, config.adapter, key, fake_quantize=make_fake_quantize(config.quantization)
+            )
+        params, frozen = split_trained(given, config.model, config.adapter)
     if RECIPES[config.recipe.name].scored:
-        params = params | {"score": score(config.model.embed, jax.random.fold_in(of_weights(config), 3))}
-    frozen = quantized(frozen, config.model, config.quantization)
+        params = params | {"score": score(config.model.embed, jax.random.fold_in(init_key(config), 3))}
+    frozen = quantize_frozen(frozen, config.model, config.quantization)
     return params, with_teacher(frozen, config, own=weights, given=teacher)
 
 
-def context_alone(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
+def local_context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
     """What the blocks are told on one device of `mesh`, which computes whole rows by itself."""
     one = Mesh(mesh.devices.reshape(-1)[:1].reshape([1] * mesh.devices.ndim), mesh.axis_names)
-    free = partial(lookup, constrain=unconstrained)
-    return dataclasses.replace(context(config, one, batch, keys), constrain=unconstrained, lookup=free)
+    free = partial(embedding_lookup, constrain=unconstrained)
+    return dataclasses.replace(make_context(config, one, batch, keys), constrain=unconstrained, lookup=free)
 
 
-def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
+def make_context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
     """What the blocks are told for one batch on one mesh."""
-    chosen = policy.decisions(config.memory, tensors=policy.emitted(config.model))
+    chosen = policy.tensor_decisions(config.memory, tensors=policy.emitted_tensors(config.model))
     constrain = constrainer(mesh)
     order = token_order(batch["tokens"].shape[1], mesh=mesh, strategy=config.sequence.parallel)
     return Context(
@@ -264,12 +282,12 @@ def context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None)
         segment_ids=batch["segment_ids"],
         index=None if order is None else jnp.asarray(order),
         dropout_keys=keys,
-        adapters=batch[ADAPTER_FIELD][:, 0] if config.adapters else None,
-        product=product_on(config.adapter.product, mesh) if config.adapters else None,
+        adapter_ids=batch[ADAPTER_FIELD][:, 0] if config.adapters else None,
+        adapter_product=sharded_product(config.adapter.product, mesh) if config.adapters else None,
         attend=sharded_attention(config.model.attention, mesh=mesh, strategy=config.sequence.parallel),
         linear=flat_linear if mesh.shape["seq"] == 1 else linear,
-        lookup=partial(lookup, constrain=constrain),
+        lookup=partial(embedding_lookup, constrain=constrain),
         constrain=constrain,
-        remat=policy.rematerialized(chosen, scanned=config.model.scan),
-        compute=jnp.dtype(config.precision.compute),
+        remat=policy.make_remat(chosen, scanned=config.model.scan),
+        compute_dtype=jnp.dtype(config.precision.compute),
     )

@@ -23,31 +23,31 @@ def local_rows(config: RunConfig, mesh: Mesh) -> slice:
 
 
 @dataclass(frozen=True)
-class Share:
+class ProcessShard:
     """Which samples of the data are read here: of each `every`, the `job`'s, and of those this process's `rows`."""
 
-    every: int  # samples of an update of the whole run, islands and all
-    job: range
+    run_batch: int  # samples of an update of the whole run, islands and all
+    job_rows: range
     rows: slice  # of the `every`
 
-    def first(self, update: int) -> int:
+    def first_sample(self, update: int) -> int:
         """The number of this process's first sample of the update after `update` others."""
-        return update * self.every + self.rows.start
+        return update * self.run_batch + self.rows.start
 
     def samples(self, start: int, stop: int) -> Iterable[int]:
         """The job's samples of the updates after `start` others and before `stop`."""
-        return (update * self.every + row for update in range(start, stop) for row in self.job)
+        return (update * self.run_batch + row for update in range(start, stop) for row in self.job_rows)
 
 
-def share_of(program: Program) -> Share:
+def make_process_shard(program: Program) -> ProcessShard:
     """This process's share of what the run reads."""
     size, islands = program.config.data.global_batch, program.config.islands
     every = size * (islands.count if islands else 1)
     rows, job = local_rows(program.config, program.mesh), islands.rows(every) if islands else range(every)
-    return Share(every, job, slice(job.start + rows.start, job.start + rows.stop))
+    return ProcessShard(every, job, slice(job.start + rows.start, job.start + rows.stop))
 
 
-def to_devices(
+def make_global_arrays(
     batch: Mapping[str, np.ndarray], config: RunConfig, mesh: Mesh, *, fields: Iterable[str] | None = None
 ) -> dict[str, jax.Array]:
     """Global arrays [global_batch, sequence, ...] from this process's `local_rows` of `fields`; None: the recipe's.
@@ -67,5 +67,5 @@ def to_devices(
 
         return jax.make_array_from_callback((*shape, *rows.shape[2:]), sharding, part)
 
-    wanted = batch_shardings(mesh, registry.fields(config) if fields is None else fields)
+    wanted = batch_shardings(mesh, registry.batch_fields(config) if fields is None else fields)
     return {field: place(field, sharding) for field, sharding in wanted.items()}

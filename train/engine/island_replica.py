@@ -18,13 +18,13 @@ import xxhash
 from jax.sharding import Mesh
 
 from ...configs.run import RunConfig
-from ...parallel.layout import Order, rearranged
+from ...parallel.layout import LayerOrder, reorder_layers
 from ...parallel.outer import registry
 from ...parallel.outer.interface import Exchange, OuterOptimizer
 from ...parallel.outer.split_round import Halves, Travel, apart, several
 from ...parallel.sharding import optimizer_shardings
 from ...parallel.state import TrainState
-from ..core.run_directory import flat, may_change
+from ..core.run_directory import flatten_keys, may_change
 from .replicas import Evaluate
 from .step import Step
 
@@ -33,7 +33,7 @@ NOWHERE = Exchange(lambda tree: tree, lambda tree, row: tree)  # for what is rea
 OWN = ("name", "data.path", "model.from")
 
 
-def own(config: RunConfig) -> RunConfig:
+def island_config(config: RunConfig) -> RunConfig:
     """The configuration of one island's job: its part of the global batch, under a name of its own."""
     islands = config.islands
     if islands is None:
@@ -51,12 +51,12 @@ def own(config: RunConfig) -> RunConfig:
     )
 
 
-def description(config: RunConfig, *, corpus: str) -> dict[str, Any]:
+def shared_settings(config: RunConfig, *, corpus: str) -> dict[str, Any]:
     """What all islands of a run have in common, by key."""
     islands = config.islands
     common = {
         key: value
-        for key, value in flat(config.model_dump(mode="json"))
+        for key, value in flatten_keys(config.model_dump(mode="json"))
         if not may_change(key) and key not in OWN and not key.startswith("islands.")
     }
     return common | {"steps": config.steps, "islands.count": islands.count, "the data": corpus}
@@ -73,15 +73,15 @@ class Island:
 
     count: int
     number: int
-    build: Callable[[Travel], OuterOptimizer]  # the outer optimizer over any exchange
+    build_outer: Callable[[Travel], OuterOptimizer]  # the outer optimizer over any exchange
     mesh: Mesh
-    on_host: bool  # whether the outer state waits in the host's memory
-    order: Order = None  # of the layers in this island's stacks; what is sent has them in order
+    outer_on_host: bool  # whether the outer state waits in the host's memory
+    order: LayerOrder = None  # of the layers in this island's stacks; what is sent has them in order
 
     @cached_property
     def outer(self) -> OuterOptimizer:
         """The outer optimizer, for its state, its times, and what the run is; its meetings need `halves`."""
-        return self.build(lambda wire: NOWHERE)
+        return self.build_outer(lambda wire: NOWHERE)
 
     def initial(self, state: TrainState) -> TrainState:
         """Every island begins at the same parameters."""
@@ -90,7 +90,7 @@ class Island:
     def shardings(self, alone: TrainState, params: Any) -> TrainState:
         """From where one replica's arrays live, and the shapes of its parameters, to where the island's do."""
         outer = optimizer_shardings(jax.eval_shape(self.outer.init, params), params, mesh=self.mesh)
-        if self.on_host:
+        if self.outer_on_host:
             outer = jax.tree.map(lambda where: where.with_memory_kind("pinned_host"), outer)
         return dataclasses.replace(alone, outer=outer)
 
@@ -108,39 +108,39 @@ class Island:
 
     def parameters(self, state: TrainState) -> Any:
         """The outer parameters in the dtype of the inner ones: what the run is."""
-        outer = self.at_hand(state.outer)
+        outer = self.outer_on_device(state.outer)
         if self.outer.per_replica:
             outer = several(outer)
         found = self.outer.parameters(several(state.params), outer)
         return jax.tree.map(lambda mean, own: mean.astype(own.dtype), found, state.params)
 
-    def at_hand(self, outer: Any) -> Any:
+    def outer_on_device(self, outer: Any) -> Any:
         """The outer state in the device's memory; for use in a compiled function."""
-        return jax.device_put(outer, jax.memory.Space.Device) if self.on_host else outer
+        return jax.device_put(outer, jax.memory.Space.Device) if self.outer_on_host else outer
 
-    def halves(self, name: str) -> Halves:
+    def send_receive(self, name: str) -> Halves:
         """What the meeting `name` sends, and what it makes of what came."""
-        made = apart(self.build, name)
+        made = apart(self.build_outer, name)
 
         def at_hand(params: Any, outer: Any) -> Any:
-            return self.in_order((params, self.at_hand(outer)))
+            return self.to_canonical_order((params, self.outer_on_device(outer)))
 
         return Halves(
             lambda params, outer: made.outgoing(*at_hand(params, outer)),
-            lambda params, outer, arrived: self.in_own_order(made.incoming(*at_hand(params, outer), arrived)),
+            lambda params, outer, arrived: self.to_run_order(made.incoming(*at_hand(params, outer), arrived)),
             lambda params, outer: made.letters(*jax.eval_shape(at_hand, params, outer)),
         )
 
-    def in_order(self, tree: Any) -> Any:
+    def to_canonical_order(self, tree: Any) -> Any:
         """Any tree like the parameters (arrays of JAX or numpy) with the layers of its stacks in order."""
-        return rearranged(tree, before=self.order, after=None)
+        return reorder_layers(tree, before=self.order, after=None)
 
-    def in_own_order(self, tree: Any) -> Any:
+    def to_run_order(self, tree: Any) -> Any:
         """The inverse."""
-        return rearranged(tree, before=None, after=self.order)
+        return reorder_layers(tree, before=None, after=self.order)
 
 
-def island_of(config: RunConfig, mesh: Mesh, *, order: Order = None) -> Island:
+def make_island(config: RunConfig, mesh: Mesh, *, order: LayerOrder = None) -> Island:
     """The island of `config` on `mesh`; without a number it is the first one, for plans.
 
     `order` is that of the layers in its stacks.

@@ -23,20 +23,20 @@ from jax.sharding import Mesh, PartitionSpec
 from ...configs.adapter_runs import rows_of
 from ...configs.names import ADAPTER_FIELD
 from ...configs.run import RunConfig
-from ...models.adapters.multi_lora import PRODUCTS, read
+from ...models.adapters.multi_lora import PRODUCTS, to_decoder_order
 from ...parallel.gradients import Batch, Sums
 from ...parallel.state import TrainState
 from ..objectives.interface import Loss
 from ..optim.optimizer_wrappers import ADAPTER_AXIS, learning_rates
-from .step import Applied
+from .step import ApplyUpdate
 
 
 @dataclass(frozen=True)
-class Several:
+class MultiAdapter:
     """How what is computed for one adapter is computed for several."""
 
     rows: dict[str, int]  # of a batch, by name
-    rates: tuple[float, ...]  # each one's learning rate over the run's
+    learning_rate_ratios: tuple[float, ...]  # each one's learning rate over the run's
 
     def loss(self, recipe: Loss) -> Loss:
         """`recipe`, its numerator and weight [adapters]."""
@@ -55,11 +55,11 @@ class Several:
 
         def made(*given: Any, **named: Any) -> Callable[..., jax.Array]:
             values = make(*given, **named)
-            return lambda params, *rest: values(read(params), *rest)
+            return lambda params, *rest: values(to_decoder_order(params), *rest)
 
         return made
 
-    def numbers(self) -> jax.Array:
+    def row_ids(self) -> jax.Array:
         """Of each row of the global batch among its adapter's own: what dropout is drawn by."""
         return jnp.concatenate([jnp.arange(rows) for rows in self.rows.values()])
 
@@ -67,7 +67,7 @@ class Several:
         """`one` of each adapter."""
         return optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update, axis_name=ADAPTER_AXIS))
 
-    def applied(self, one: Applied) -> Applied:
+    def apply_update(self, one: ApplyUpdate) -> ApplyUpdate:
         """What `one` makes of an adapter's sums, of everybody's; metrics of all, and `name/metric` of each."""
 
         def every(sums: Sums, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -77,11 +77,11 @@ class Several:
 
             params, opt_state, metrics = jax.vmap(own, axis_name=ADAPTER_AXIS)(sums, state.params, state.opt_state)
             new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-            return new, self.told(metrics)
+            return new, self.flatten_metrics(metrics)
 
         return every
 
-    def told(self, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def flatten_metrics(self, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Metrics [adapters] as numbers: of all, then of each by name."""
         weights = metrics["tokens"] / jnp.maximum(metrics["tokens"].sum(), 1e-9)
         together = {name: jnp.sum(weights * one) for name, one in metrics.items()}
@@ -91,17 +91,17 @@ class Several:
             "grad_norm": jnp.sqrt(jnp.sum(jnp.square(metrics["grad_norm"]))),
             "skipped": metrics["skipped"].any(),
         }
-        metrics = metrics | {"learning_rate": metrics["learning_rate"] * jnp.array(self.rates)}
+        metrics = metrics | {"learning_rate": metrics["learning_rate"] * jnp.array(self.learning_rate_ratios)}
         each = {f"{name}/{key}": one[number] for number, name in enumerate(self.rows) for key, one in metrics.items()}
         return together | each
 
 
-def several_of(config: RunConfig) -> Several | None:
+def make_multi_adapter(config: RunConfig) -> MultiAdapter | None:
     """Of a run with several adapters; None: of one, or none."""
-    return Several(rows_of(config), learning_rates(config)) if config.adapters else None
+    return MultiAdapter(rows_of(config), learning_rates(config)) if config.adapters else None
 
 
-def product_on(name: str, mesh: Mesh) -> Callable[..., jax.Array]:
+def sharded_product(name: str, mesh: Mesh) -> Callable[..., jax.Array]:
     """`product(x, weights, own, inputs=)` by the name in `adapter.product`, of rows that `mesh` cuts.
 
     Rows of a shard are in order where those of the batch are, so `ragged` works on each shard's by themselves.

@@ -18,13 +18,13 @@ import numpy as np
 
 from ...configs.errors import MeshwrightError
 from ...parallel.pipeline.tables.costs import Costs
-from ...parallel.pipeline.tables.lowering import Wiring, rows_of, wired
+from ...parallel.pipeline.tables.lowering import LoweredTable, lower_table
 from ...parallel.pipeline.tables.table import Op
 from ...parallel.state import TrainState
 from ..data.assemble import Data
 from ..data.batches import batches
 from . import compile_cache
-from .host_data import share_of, to_devices
+from .host_data import make_global_arrays, make_process_shard
 from .program import Program
 from .replicas import Replicas
 
@@ -33,16 +33,16 @@ LONGER = 40  # rows in which nobody does anything, for the time of a tick
 ROUNDS = 3
 
 
-def time_ops(program: Program, state: TrainState, data: Data) -> dict[str, Any]:
+def profile_ops(program: Program, state: TrainState, data: Data) -> dict[str, Any]:
     """What `pipeline.json` holds: each op's seconds, and the schedule they were measured for."""
-    share, config = share_of(program), program.config
-    rows = batches(data.train, start=0, global_batch=share.every, rows=share.rows, prefetch=config.data.prefetch)
+    share, config = make_process_shard(program), program.config
+    rows = batches(data.train, start=0, global_batch=share.run_batch, rows=share.rows, prefetch=config.data.prefetch)
     with closing(rows) as feed:
-        batch = to_devices(next(feed), config, program.mesh)
+        batch = make_global_arrays(next(feed), config, program.mesh)
     if isinstance(replicas := program.replicas, Replicas):  # all do the same, and no time depends on the numbers
-        batch = jax.jit(lambda batch: {field: leaf[0] for field, leaf in replicas.parts(batch).items()})(batch)
-    costs = op_times(program, program.evaluated(state), state.frozen, batch)
-    staging = program.staging
+        batch = jax.jit(lambda batch: {field: leaf[0] for field, leaf in replicas.split_rows(batch).items()})(batch)
+    costs = measure_costs(program, program.eval_params(state), state.frozen, batch)
+    staging = program.pipeline_plan
     return {
         "schedule": staging.table.name,
         "devices": staging.table.devices,
@@ -51,32 +51,35 @@ def time_ops(program: Program, state: TrainState, data: Data) -> dict[str, Any]:
     }
 
 
-def op_times(program: Program, params: Any, frozen: Any, batch: Any) -> Costs:
+def measure_costs(program: Program, params: Any, frozen: Any, batch: Any) -> Costs:
     """Seconds of each op over all layers of a device, of S and T, of what the head adds, and of a tick."""
-    staging = program.staging
+    staging = program.pipeline_plan
     if staging is None:
         raise MeshwrightError(f"mesh.pipe: {program.mesh.shape['pipe']}: only a pipeline has ops to time")
-    wiring = wired(staging.table, repeats=staging.repeats)
+    wiring = lower_table(staging.table, repeats=staging.repeats)
     idle, longer = idle_rows(wiring, ticks=TICKS), idle_rows(wiring, ticks=LONGER)
     with jax.set_mesh(program.mesh):
         engine = jax.jit(lambda params, frozen, batch, rows: program.gradients(params, frozen, batch, None, rows=rows))
         short, stretched = (
             partial(
-                compile_cache.compiled(engine.lower(params, frozen, batch, rows), program.mesh), params, frozen, batch
+                compile_cache.compile_cached(engine.lower(params, frozen, batch, rows), program.mesh),
+                params,
+                frozen,
+                batch,
             )
             for rows in (idle, longer)
         )
-    base = seconds(short, idle)  # what a step costs without any op: gathering, reducing, and some ticks
-    tick = max(seconds(stretched, longer) - base, 0.0) / (LONGER - TICKS)
+    base = median_seconds(short, idle)  # what a step costs without any op: gathering, reducing, and some ticks
+    tick = max(median_seconds(stretched, longer) - base, 0.0) / (LONGER - TICKS)
 
     def cost(op: Op, **fields: int) -> float:
         if op not in wiring.ops:
             return 0.0
-        rows = doing(idle, op, repeats=staging.most, slots=wiring.slots, **fields)
-        return max(seconds(short, rows) - base, 0.0) / TICKS
+        rows = busy_rows(idle, op, repeats=staging.max_repeats, slots=wiring.slots, **fields)
+        return max(median_seconds(short, rows) - base, 0.0) / TICKS
 
     times = {op: cost(op) for op in Op if op is not Op.IDLE}
-    whole = wiring.meetings is None
+    whole = wiring.vocab_exchanges is None
     backward = Op.B if Op.B in wiring.ops else Op.I
     head = max(cost(backward, last=1) - times[backward], 0.0) if whole else 0.0
     chunks = staging.table.chunks
@@ -88,21 +91,21 @@ def op_times(program: Program, params: Any, frozen: Any, batch: Any) -> Costs:
         vocabulary_t=None if whole else times[Op.T],
         head_input_gradient=head,
         tick=tick,
-        stages=tuple(repeats / staging.most for repeats in staging.repeats),
+        stages=tuple(repeats / staging.max_repeats for repeats in staging.repeats),
     )
 
 
-def idle_rows(wiring: Wiring, *, ticks: int) -> dict[str, np.ndarray]:
+def idle_rows(wiring: LoweredTable, *, ticks: int) -> dict[str, np.ndarray]:
     """Rows like those of `wiring`, with nothing to do in any tick."""
     kept = -1  # no slot, no meeting
     zeros = ("op", "microbatch", "chunk", "repeats", "first_repeat", "first", "last")
     return {
         name: np.full((ticks, *field.shape[1:]), 0 if name in zeros else kept, np.int32)
-        for name, field in rows_of(wiring).items()
+        for name, field in wiring.fields.items()
     }
 
 
-def doing(
+def busy_rows(
     idle: dict[str, np.ndarray], op: Op, *, repeats: int, slots: Mapping[str, int], last: int = 0
 ) -> dict[str, np.ndarray]:
     """`idle` rows in which every device does `op` over `repeats` repeats, as the last stage or not.
@@ -116,7 +119,7 @@ def doing(
     return idle | {name: np.full_like(idle[name], value) for name, value in wanted.items()}
 
 
-def seconds(compiled: Any, rows: dict[str, np.ndarray]) -> float:
+def median_seconds(compiled: Any, rows: dict[str, np.ndarray]) -> float:
     """The median time of a run over `rows`."""
     found = []
     for _ in range(ROUNDS + 1):  # the first warms up

@@ -18,35 +18,42 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ...checkpoint.interop import huggingface
-from ...checkpoint.layout_conversion import Layout, layout_of
+from ...checkpoint.layout_conversion import Layout, make_layout
 from ...configs.errors import UserError
 from ...configs.names import ADAPTER_FIELD, BATCH_FIELDS, RECIPE_FIELDS, TOP_FIELDS
 from ...configs.run import RunConfig
 from ...configs.sections.model import ModelConfig
-from ...models.quantized_model import dequantized, held
+from ...models.quantized_model import dequantize_tree, quantize_trained
 from ...parallel.gradients import Engine
 from ...parallel.hlo import refuse_permute_under_conditional
-from ...parallel.layout import rearranged, run_shapes
+from ...parallel.layout import reorder_layers, run_shapes
 from ...parallel.outer.traffic import Traffic, gathered_bytes, routed, traffic
-from ...parallel.prng import of_steps
+from ...parallel.prng import step_key
 from ...parallel.sharding import batch_shardings, optimizer_shardings, weight_shardings
 from ...parallel.state import TrainState, combine
-from ..objectives.distillation import fresh_weights, teacher_of, without_teacher
-from ..objectives.registry import fields
+from ..objectives.distillation import init_weights, teacher_of, without_teacher
+from ..objectives.registry import batch_fields
 from ..optim import optimizers, qat
-from ..optim.optimizer_update import guarded, post_validated
-from ..optim.optimizer_wrappers import optimizer_maker
-from ..optim.sparse_finetuning import searched
+from ..optim.optimizer_update import post_validated, skip_if_unhealthy
+from ..optim.optimizer_wrappers import optimizer_factory
+from ..optim.sparse_finetuning import mask_is_final
 from . import compile_cache
-from .fisher import until
-from .forward_backward import Evaluate, divided, fresh, pipelined, structure, whole
-from .island_replica import Island, island_of
-from .multi_adapter import several_of
-from .pipeline.pipeline_plan import Staging, staging
-from .pipeline.stages import routes
-from .privacy.dp_sgd import noised
-from .replicas import Meet, Replicas, replicas_of
-from .step import Step, make_applied, make_step, nothing
+from .fisher import two_phase_engine
+from .forward_backward import (
+    Evaluate,
+    init_params,
+    model_graphdef,
+    partition_params,
+    pipelined_engines,
+    single_stage_engines,
+)
+from .island_replica import Island, make_island
+from .multi_adapter import make_multi_adapter
+from .pipeline.pipeline_plan import PipelinePlan, make_pipeline_plan
+from .pipeline.stages import routing_inputs
+from .privacy.dp_sgd import add_noise
+from .replicas import Replicas, Synchronize, make_replicas
+from .step import Step, make_step, make_update, no_extra_inputs
 
 # Dtypes of a batch's fields.
 BATCH_DTYPES = dict.fromkeys(BATCH_FIELDS, jnp.int32) | dict.fromkeys(("loss_weights", *RECIPE_FIELDS), jnp.float32)
@@ -65,25 +72,25 @@ class Program:
     step: Step  # (state, batch) -> (state, metrics)
     evaluate: Evaluate
     measures: Mapping[str, Evaluate]  # what else is told of held-out text, likewise
-    staging: Staging | None = None  # where the layers stand in a pipeline; None without one
+    pipeline_plan: PipelinePlan | None = None  # where the layers stand in a pipeline; None without one
     replicas: Replicas | Island | None = None  # where several train by themselves: here, or one of them here
 
     @property
     def order(self) -> tuple[int, ...] | None:
         """Which repeat of the pattern stands at each place of the stacked arrays; None: in order."""
-        return None if self.staging is None else self.staging.order
+        return None if self.pipeline_plan is None else self.pipeline_plan.order
 
     @property
     def layout(self) -> Layout:
         """How the run's arrays hold the canonical ones."""
         if self.config.adapters:
             owners = [f"adapters/{name}" for name in self.config.adapters]
-            return layout_of(self.config.model, self.order, owners=owners, several=("params", "opt_state"))
+            return make_layout(self.config.model, self.order, owners=owners, per_owner=("params", "opt_state"))
         if not isinstance(self.replicas, Replicas):
-            return layout_of(self.config.model, self.order)
+            return make_layout(self.config.model, self.order)
         several = ("params", "opt_state", *(["outer"] if self.replicas.outer.per_replica else []))
         owners = [f"replica/{replica}" for replica in range(self.replicas.count)]
-        return layout_of(self.config.model, self.order, owners=owners, several=several)
+        return make_layout(self.config.model, self.order, owners=owners, per_owner=several)
 
     def initial(self, weights: Any = None, teacher: Any = None) -> TrainState:
         """The state before step 0, as a pure function of the seed, the `weights` it starts from and its teacher's."""
@@ -92,8 +99,10 @@ class Program:
 
     def _one(self, weights: Any = None, teacher: Any = None) -> TrainState:
         """`initial` of one replica."""
-        params, frozen = divided(self.config, fresh(self.config) if weights is None else weights, teacher)
-        parts = self.arranged({"params": params, "frozen": frozen})
+        params, frozen = partition_params(
+            self.config, init_params(self.config) if weights is None else weights, teacher
+        )
+        parts = self.to_run_order({"params": params, "frozen": frozen})
         params = self._held(parts["params"])
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -101,28 +110,28 @@ class Program:
             frozen=parts["frozen"],
             opt_state=self.optimizer.init(params),
             outer=(),
-            rng=jax.random.key_data(of_steps(self.config)),
+            rng=jax.random.key_data(step_key(self.config)),
         )
 
-    def arranged(self, tree: Any) -> Any:
+    def to_run_order(self, tree: Any) -> Any:
         """`tree`, layers in order, as the run stacks them: a teacher's in the order of its own pipeline."""
-        teacher = None if self.staging is None else self.staging.teacher
-        found = rearranged(tree, before=None, after=self.order)
+        teacher = None if self.pipeline_plan is None else self.pipeline_plan.teacher
+        found = reorder_layers(tree, before=None, after=self.order)
         if teacher is None:
             return found
-        own = rearranged({"teacher": tree["frozen"]["teacher"]}, before=None, after=teacher.order)
+        own = reorder_layers({"teacher": tree["frozen"]["teacher"]}, before=None, after=teacher.order)
         return found | {"frozen": found["frozen"] | own}
 
     def _held(self, params: Any) -> Any:
         """`params` as the state has them."""
-        return held(params, self.config.model, self.config.quantization)
+        return quantize_trained(params, self.config.model, self.config.quantization)
 
-    def first_weights(self) -> Any:
+    def initial_weights(self) -> Any:
         """All weights of the forward pass before step 0, their layers in order, born sharded."""
 
         def born(weights: Any) -> Any:
-            params, frozen = divided(self.config, fresh(self.config) if weights is None else weights)
-            return combine(qat.weights(self._held(params), self.config), without_teacher(frozen))
+            params, frozen = partition_params(self.config, init_params(self.config) if weights is None else weights)
+            return combine(qat.dequantized_weights(self._held(params), self.config), without_teacher(frozen))
 
         shapes = jax.eval_shape(born, None)
         where = weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero)
@@ -140,7 +149,7 @@ class Program:
     def _read(self, model: ModelConfig) -> Any:
         if model.origin is None:
             return None
-        shapes = jax.eval_shape(partial(fresh_weights, model, self.config))
+        shapes = jax.eval_shape(partial(init_weights, model, self.config))
         shardings = weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero)
         return huggingface.read(model.origin, model, shapes=shapes, shardings=shardings)
 
@@ -169,17 +178,17 @@ class Program:
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of one global batch."""
         shape = (self.config.data.global_batch, self.config.data.sequence_length)
-        shardings = batch_shardings(self.mesh, fields(self.config))
+        shardings = batch_shardings(self.mesh, batch_fields(self.config))
         return {
-            field: jax.ShapeDtypeStruct((*shape, *self.extra(field)), BATCH_DTYPES[field], sharding=sharding)
+            field: jax.ShapeDtypeStruct((*shape, *self.extra_dimensions(field)), BATCH_DTYPES[field], sharding=sharding)
             for field, sharding in shardings.items()
         }
 
-    def extra(self, field: str) -> tuple[int, ...]:
+    def extra_dimensions(self, field: str) -> tuple[int, ...]:
         """Dimensions of a batch's `field` beyond [global_batch, sequence]."""
         return (self.config.recipe.top_k,) if field in TOP_FIELDS else ()
 
-    def initialized(self) -> TrainState:
+    def initialize(self) -> TrainState:
         """The state before step 0, born sharded."""
         with jax.set_mesh(self.mesh):
             return jax.jit(self.initial, out_shardings=self.shardings)(*self._given())
@@ -200,7 +209,7 @@ class Program:
         needed = [config.model] * (based or config.recipe.reads_itself) + ([teacher] if teacher else [])
         return [model.origin for model in needed if model.origin is not None]
 
-    def completed(self, state: TrainState, *, origin: str | None) -> TrainState:
+    def restore_frozen(self, state: TrainState, *, origin: str | None) -> TrainState:
         """`state`, as a checkpoint holds it, with what never changes: made again from the seed, or from `model.from`.
 
         `origin` is that of the weights the checkpoint was trained on. Raises UserError where they are others now.
@@ -225,13 +234,13 @@ class Program:
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(self.step, out_shardings=(self.shardings, None), donate_argnums=0)
             lowered = jitted.lower(self._abstract_state(), self.batch_shapes)
-            return self._safe(compile_cache.compiled(lowered, self.mesh))
+            return self._safe(compile_cache.compile_cached(lowered, self.mesh))
 
-    def compiled_meetings(self) -> Meet:
+    def compiled_synchronization(self) -> Synchronize:
         """`meet(state, update)`: what replicas do here after update number `update`; a run of one does nothing."""
         if not isinstance(self.replicas, Replicas):
             return lambda state, update: state
-        return self.replicas.compiled_meetings(self.shapes, self.shardings)
+        return self.replicas.compiled_synchronization(self.shapes, self.shardings)
 
     def compiled_evaluation(self) -> jax.stages.Compiled:
         """Loss sums of a batch, compiled, for parameters as `evaluated` gives them."""
@@ -247,31 +256,33 @@ class Program:
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(evaluate, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
             lowered = jitted.lower(self._abstract_params(), frozen, self.batch_shapes)
-            return self._safe(compile_cache.compiled(lowered, self.mesh))
+            return self._safe(compile_cache.compile_cached(lowered, self.mesh))
 
     def _safe(self, compiled: jax.stages.Compiled) -> jax.stages.Compiled:
         """`compiled`, unless it is a pipeline that would wait for ever: MeshwrightError, naming the operation."""
-        if self.staging is not None:
+        if self.pipeline_plan is not None:
             refuse_permute_under_conditional(compiled.as_text(), self.mesh)
         return compiled
 
-    def in_order(self, params: Any) -> Any:
+    def to_canonical_order(self, params: Any) -> Any:
         """All weights of the forward pass with their layers in order, as what does not run in a pipeline reads them."""
         if self.order is None:
             return params
         with jax.set_mesh(self.mesh):
-            return jax.jit(lambda tree: rearranged({"params": tree}, before=self.order, after=None)["params"])(params)
+            return jax.jit(lambda tree: reorder_layers({"params": tree}, before=self.order, after=None)["params"])(
+                params
+            )
 
-    def whole(self, state: TrainState) -> Any:
+    def merged_weights(self, state: TrainState) -> Any:
         """All weights that the model reads, as it reads them."""
-        return combine(self.evaluated(state), without_teacher(state.frozen))
+        return combine(self.eval_params(state), without_teacher(state.frozen))
 
-    def plain(self, state: TrainState) -> Any:
+    def dequantized_weights(self, state: TrainState) -> Any:
         """All weights to export, none of them quantized."""
         dtype = jnp.dtype(self.config.precision.parameters)
-        return dequantized(self.whole(state), self.config.model, self.config.quantization, dtype=dtype)
+        return dequantize_tree(self.merged_weights(state), self.config.model, self.config.quantization, dtype=dtype)
 
-    def evaluated(self, state: TrainState) -> Any:
+    def eval_params(self, state: TrainState) -> Any:
         """The parameters to evaluate, sample from and export: the outer ones, an average where one is kept, or all."""
         return self._evaluated(state) if self._evaluated else state.params
 
@@ -281,7 +292,7 @@ class Program:
         if not (self.replicas or averages or qat.trains_codes(self.config)):
             return None
         where = jax.tree.map(lambda leaf: leaf.sharding, self._abstract_params())
-        own = averaged if averages else lambda state: qat.weights(state.params, self.config)
+        own = average_params if averages else lambda state: qat.dequantized_weights(state.params, self.config)
         return jax.jit(self.replicas.parameters if self.replicas else own, out_shardings=where)
 
     @cached_property
@@ -296,14 +307,14 @@ class Program:
             replicas=self.replicas.count,
             collected=gathered_bytes if isinstance(self.replicas, Island) else None,
         )
-        return (*meetings, self._routed()) if self.config.outer.routing and self.staging else meetings
+        return (*meetings, self._routed()) if self.config.outer.routing and self.pipeline_plan else meetings
 
     def _routed(self) -> Traffic:
         """What microbatches carry from replica to replica."""
-        table, config = self.staging.table, self.config
+        table, config = self.pipeline_plan.table, self.config
         tokens = config.data.global_batch * config.data.sequence_length // self.replicas.count
         of_token = config.model.embed * jnp.dtype(config.precision.compute).itemsize
-        keys = 8 * config.data.global_batch // self.replicas.count if drops(config) else 0
+        keys = 8 * config.data.global_batch // self.replicas.count if uses_dropout(config) else 0
         return routed(
             ticks=table.ticks,
             pipe=table.devices,
@@ -322,22 +333,22 @@ class Program:
     def _abstract_params(self) -> Any:
         """One replica's parameters as the model reads them, and where they live."""
         shapes = self._weight_shapes
-        return jax.tree.map(placed, shapes, weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero))
+        return jax.tree.map(with_sharding, shapes, weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero))
 
     @cached_property
     def _weight_shapes(self) -> Any:
-        return jax.eval_shape(lambda: qat.weights(self._one().params, self.config))
+        return jax.eval_shape(lambda: qat.dequantized_weights(self._one().params, self.config))
 
     def _abstract_state(self) -> TrainState:
-        return jax.tree.map(placed, self.shapes, self.shardings)
+        return jax.tree.map(with_sharding, self.shapes, self.shardings)
 
 
-def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def with_sharding(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     """The shape and dtype of `leaf`, at `sharding`."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def averaged(state: TrainState) -> Any:
+def average_params(state: TrainState) -> Any:
     """The moving average of the parameters, in their dtype."""
     return jax.tree.map(lambda mean, own: mean.astype(own.dtype), state.opt_state["average"].params, state.params)
 
@@ -347,39 +358,43 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
 
     `replica_count` is for a mesh that is not the run's own: replicas that it has no axis for are on every device.
     """
-    model = structure(config)
-    staged = staging(config, pipe=mesh.shape["pipe"])
-    engines = whole(config, mesh, model) if staged is None else pipelined(config, mesh, model, staged)
+    model = model_graphdef(config)
+    staged = make_pipeline_plan(config, pipe=mesh.shape["pipe"])
+    engines = (
+        single_stage_engines(config, mesh, model) if staged is None else pipelined_engines(config, mesh, model, staged)
+    )
     schedule = optimizers.schedule(config.optimizer, steps=config.steps)
     order = None if staged is None else staged.order
-    make = optimizer_maker(config, order=order)
-    optimizer, lift = make(), several_of(config)
-    update = guarded(optimizer)
+    make = optimizer_factory(config, order=order)
+    optimizer, lift = make(), make_multi_adapter(config)
+    update = skip_if_unhealthy(optimizer)
     if staged is not None and config.pipeline.post_validation:
         update = post_validated(optimizer, make(clip=optimizers.unclipped), clip=config.optimizer.clip)
     if config.privacy is not None:
-        update = noised(update, config.privacy, rows=config.data.global_batch)
-    gradients = qat.of_weights(engines.train, config)
-    train, told = gradients, nothing
-    if engines.squares is not None:
-        train, told = until(partial(searched, adapter=config.adapter), engines.squares, gradients)
+        update = add_noise(update, config.privacy, rows=config.data.global_batch)
+    gradients = qat.with_dequantized_weights(engines.train, config)
+    train, told = gradients, no_extra_inputs
+    if engines.squared_gradients is not None:
+        train, told = two_phase_engine(
+            partial(mask_is_final, adapter=config.adapter), engines.squared_gradients, gradients
+        )
     if staged is not None and config.outer is not None and config.outer.routing:
-        told = routes(config.seed, staged.table, replicas=config.mesh.replica)
-    applied, numbers = make_applied(update, schedule=schedule, spike=config.logging.spike), None
+        told = routing_inputs(config.seed, staged.table, replicas=config.mesh.replica)
+    applied, numbers = make_update(update, schedule=schedule, spike=config.logging.spike), None
     if lift is not None:
-        optimizer, applied, numbers = lift.optimizer(optimizer), lift.applied(applied), lift.numbers
-    step = make_step(train, applied, dropout=drops(config), told=told, numbers=numbers)
+        optimizer, applied, numbers = lift.optimizer(optimizer), lift.apply_update(applied), lift.row_ids
+    step = make_step(train, applied, dropout=uses_dropout(config), extra_inputs=told, row_ids=numbers)
     evaluate, measures = engines.evaluate, engines.measures
     if config.islands:
-        several = island_of(config, mesh, order=order)
+        several = make_island(config, mesh, order=order)
     else:
-        several = replicas_of(config, mesh, count=replica_count, order=order)
+        several = make_replicas(config, mesh, count=replica_count, order=order)
     if several:
         step, evaluate = several.step(step), several.evaluate(evaluate)
         measures = {name: several.evaluate(measure) for name, measure in measures.items()}
     return Program(config, mesh, model, optimizer, gradients, step, evaluate, measures, staged, several)
 
 
-def drops(config: RunConfig) -> bool:
+def uses_dropout(config: RunConfig) -> bool:
     """Whether anything is random in a forward pass of training."""
     return config.model.dropout > 0 or (config.adapter is not None and config.adapter.dropout > 0)

@@ -35,7 +35,7 @@ from . import compile_cache
 from .step import Step
 
 Evaluate = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
-Meet = Callable[[TrainState, int], TrainState]
+Synchronize = Callable[[TrainState, int], TrainState]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Replicas:
     outer: OuterOptimizer
     mesh: Mesh
     seed: int  # of the pairs
-    on_host: bool  # whether the outer state waits in the host's memory
+    outer_on_host: bool  # whether the outer state waits in the host's memory
 
     def initial(self, state: TrainState) -> TrainState:
         """Everybody begins at the same parameters."""
@@ -63,11 +63,11 @@ class Replicas:
         """From where one replica's arrays live, and the shapes of its parameters, to where everybody's do."""
         outer = optimizer_shardings(jax.eval_shape(self.outer.init, params), params, mesh=self.mesh)
         if self.outer.per_replica:
-            outer = cut_by_replica(outer)
-        if self.on_host:
+            outer = shard_over_replicas(outer)
+        if self.outer_on_host:
             outer = jax.tree.map(lambda where: where.with_memory_kind("pinned_host"), outer)
         return dataclasses.replace(
-            one, params=cut_by_replica(one.params), opt_state=cut_by_replica(one.opt_state), outer=outer
+            one, params=shard_over_replicas(one.params), opt_state=shard_over_replicas(one.opt_state), outer=outer
         )
 
     def step(self, step: Step) -> Step:
@@ -78,7 +78,7 @@ class Replicas:
             return new.params, new.opt_state, new.step, metrics
 
         def lifted(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-            parts = self.parts(batch)
+            parts = self.split_rows(batch)
             rows = parts["tokens"].shape[1]
             params, opt_state, counts, metrics = jax.vmap(inner, (0, 0, 0, 0, None))(
                 state.params,
@@ -96,21 +96,21 @@ class Replicas:
         """`evaluate` of one set of parameters, each replica on its own rows of the batch."""
 
         def lifted(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            sums = jax.vmap(evaluate, (None, None, 0))(params, frozen, self.parts(batch))
+            sums = jax.vmap(evaluate, (None, None, 0))(params, frozen, self.split_rows(batch))
             return tuple(jnp.sum(one) for one in sums)
 
         return lifted
 
-    def parts(self, batch: Batch) -> Batch:
+    def split_rows(self, batch: Batch) -> Batch:
         """[global_batch, ...] -> [replica, rows, ...]."""
         return {field: leaf.reshape(self.count, -1, *leaf.shape[1:]) for field, leaf in batch.items()}
 
     def parameters(self, state: TrainState) -> Any:
         """The outer parameters, without [replica], in the dtype of the inner ones: what the run is."""
-        found = self.outer.parameters(state.params, self.at_hand(state.outer))
+        found = self.outer.parameters(state.params, self.outer_on_device(state.outer))
         return jax.tree.map(lambda mean, own: mean.astype(own.dtype), found, state.params)
 
-    def apart(self, state: TrainState) -> dict[str, float]:
+    def replica_spread(self, state: TrainState) -> dict[str, float]:
         """replica_spread: a parameter's standard deviation over the replicas over its size, both root mean squares."""
 
         def squares(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -121,23 +121,25 @@ class Replicas:
         between, whole = jax.jit(squares, out_shardings=(repeated, repeated))(state.params)
         return {"replica_spread": float(jnp.sqrt(between / whole))}
 
-    def canonical(self, state: TrainState, model: ModelConfig, order: layout.Order = None) -> dict[str, jax.Array]:
+    def canonical(self, state: TrainState, model: ModelConfig, order: layout.LayerOrder = None) -> dict[str, jax.Array]:
         """Parameters, optimizer state and outer state by canonical name, what differs between replicas under theirs."""
         several = {"params": state.params, "opt_state": state.opt_state}
         one = {"outer": state.outer}
         if self.outer.per_replica:
             several, one = several | one, {}
-        return layout.canonical_replicas(several, model, replicas=self.count, order=order) | layout.canonical(
+        return layout.to_canonical_replicas(several, model, replicas=self.count, order=order) | layout.to_canonical(
             one, model, order
         )
 
-    def at_hand(self, outer: Any) -> Any:
+    def outer_on_device(self, outer: Any) -> Any:
         """The outer state in the device's memory; for use in a compiled function."""
-        return jax.device_put(outer, jax.memory.Space.Device) if self.on_host else outer
+        return jax.device_put(outer, jax.memory.Space.Device) if self.outer_on_host else outer
 
-    def compiled_meetings(self, shapes: TrainState, shardings: TrainState) -> Meet:
+    def compiled_synchronization(self, shapes: TrainState, shardings: TrainState) -> Synchronize:
         """`meet(state, update)` runs what is due after update number `update`; it consumes the state it is given."""
-        compiled = {meeting.name: self.compiled(meeting, shapes, shardings) for meeting in self.outer.meetings}
+        compiled = {
+            meeting.name: self.compile_outer_step(meeting, shapes, shardings) for meeting in self.outer.meetings
+        }
 
         def meet(state: TrainState, update: int) -> TrainState:
             for meeting in self.outer.meetings:
@@ -149,7 +151,7 @@ class Replicas:
 
         return meet
 
-    def compiled(self, meeting: Meeting, shapes: TrainState, shardings: TrainState) -> jax.stages.Compiled:
+    def compile_outer_step(self, meeting: Meeting, shapes: TrainState, shardings: TrainState) -> jax.stages.Compiled:
         """The program of one meeting, by whom nothing but parameters and outer state is read."""
         where = (shardings.params, shardings.outer)
         given = jax.tree.map(
@@ -160,15 +162,15 @@ class Replicas:
         row = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
 
         def run(params: Any, outer: Any, row: jax.Array) -> tuple[Any, Any]:
-            return meeting.run(params, self.at_hand(outer), row)
+            return meeting.run(params, self.outer_on_device(outer), row)
 
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(run, out_shardings=where, donate_argnums=(0, 1))
-            return compile_cache.compiled(jitted.lower(*given, row), self.mesh)
+            return compile_cache.compile_cached(jitted.lower(*given, row), self.mesh)
 
 
-def replicas_of(
-    config: RunConfig, mesh: Mesh, *, count: int | None = None, order: layout.Order = None
+def make_replicas(
+    config: RunConfig, mesh: Mesh, *, count: int | None = None, order: layout.LayerOrder = None
 ) -> Replicas | None:
     """The replicas of `config` on `mesh`; `count` where the mesh is smaller than the run's. None: a run of one.
 
@@ -185,17 +187,17 @@ def replicas_of(
     return Replicas(count, outer, mesh, config.seed, config.outer.memory == "host")
 
 
-def cut_by_replica(shardings: Any) -> Any:
+def shard_over_replicas(shardings: Any) -> Any:
     """The shardings of arrays with a leading [replica], from those without it."""
     return jax.tree.map(lambda one: NamedSharding(one.mesh, PartitionSpec(AXIS, *one.spec)), shardings)
 
 
-def on_host(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+def metrics_to_host(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
     """The metrics of a step as numbers: those of the replicas this process holds, put together.
 
     The loss is weighted by tokens, which add up, any update skipped counts, and the rest are means.
     """
-    seen = {name: own(array) for name, array in metrics.items()}
+    seen = {name: addressable(array) for name, array in metrics.items()}
     tokens = seen["tokens"]
     together = {"tokens": np.sum, "skipped": np.max}
     values = {name: float(together.get(name, np.mean)(array)) for name, array in seen.items()}
@@ -204,7 +206,7 @@ def on_host(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
     return values
 
 
-def own(array: jax.Array) -> np.ndarray:
+def addressable(array: jax.Array) -> np.ndarray:
     """What this process holds of an array [replica] or [], each element once; waits for it."""
     if array.is_fully_addressable:
         return np.asarray(jax.device_get(array))

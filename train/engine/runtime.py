@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from ...configs.run import RunConfig
 from ...parallel.mesh import prepare_devices
-from ..core.process_env import World
+from ..core.process_env import ProcessInfo
 from ..data.assemble import Data
 from ..data.dataset import HeldOut
 from ..data.disk_cache import cache_directory
@@ -22,21 +22,23 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def start(config: RunConfig, world: World) -> None:
+def start(config: RunConfig, process_info: ProcessInfo) -> None:
     """Choose the platform, join the other processes, and keep compiled programs between runs.
 
     Nothing may have touched a device before.
     """
-    local = world.local_devices
-    if local is None and world.processes > 1 and config.mesh.count is not None:
-        local = config.mesh.count // world.processes
+    local = process_info.local_devices
+    if local is None and process_info.processes > 1 and config.mesh.count is not None:
+        local = config.mesh.count // process_info.processes
     prepare_devices(config.mesh, local_devices=local)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache(config)))
-    if world.processes > 1 and not jax.distributed.is_initialized():
+    if process_info.processes > 1 and not jax.distributed.is_initialized():
         # Process 0 starts a service whatever we do: where another one is used, it gets a port that nobody knows.
-        unused = "127.0.0.1:0" if world.outside and world.first else None
-        jax.distributed.initialize(world.coordinator, world.processes, world.process, coordinator_bind_address=unused)
+        unused = "127.0.0.1:0" if process_info.external_coordinator and process_info.is_first else None
+        jax.distributed.initialize(
+            process_info.coordinator, process_info.processes, process_info.process, coordinator_bind_address=unused
+        )
 
 
 def compilation_cache(config: RunConfig) -> Path:
@@ -56,13 +58,13 @@ def processor() -> str:
     return xxhash.xxh3_64_hexdigest("\n".join(sorted(told)).encode())[:8]
 
 
-def describe(config: RunConfig, data: Data, mesh: Mesh) -> dict[str, Any]:
+def environment(config: RunConfig, data: Data, mesh: Mesh) -> dict[str, Any]:
     """What environment.json says: versions, devices, corpus, tokenizer."""
     corpus: dict[str, Any] = {"fingerprint": data.fingerprint, **data.summary}
     if data.held_out is not None:
         corpus["gzip_bits_per_byte"] = gzip_bits_per_byte(data.held_out)
     return {
-        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "versions": {name: version for name in PACKAGES if (version := package_version(name))},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [f"{device.device_kind} {device.id}" for device in mesh.devices.flat],
@@ -73,7 +75,7 @@ def describe(config: RunConfig, data: Data, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def installed(name: str) -> str | None:
+def package_version(name: str) -> str | None:
     """Version of an installed package, or None."""
     try:
         return importlib.metadata.version(name)

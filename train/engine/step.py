@@ -14,13 +14,13 @@ import optax
 from ...parallel.gradients import Batch, Engine, Sums
 from ...parallel.state import TrainState
 from ..optim.optimizer_update import Update
-from ..optim.optimizers import mean_norm
+from ..optim.optimizers import mean_gradient_norm
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch), and the number of its first row
-Applied = Callable[[Sums, TrainState], tuple[TrainState, dict[str, jax.Array]]]
+ApplyUpdate = Callable[[Sums, TrainState], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def nothing(state: TrainState) -> dict[str, Any]:
+def no_extra_inputs(state: TrainState) -> dict[str, Any]:
     """What an engine is told of the state besides: no more than a batch."""
     del state
     return {}
@@ -28,11 +28,11 @@ def nothing(state: TrainState) -> dict[str, Any]:
 
 def make_step(
     engine: Engine,
-    applied: Applied,
+    apply_update: ApplyUpdate,
     *,
     dropout: bool,
-    told: Callable[[TrainState], dict[str, Any]] = nothing,
-    numbers: Callable[[], jax.Array] | None = None,
+    extra_inputs: Callable[[TrainState], dict[str, Any]] = no_extra_inputs,
+    row_ids: Callable[[], jax.Array] | None = None,
 ) -> Step:
     """A pure step: the sums of a batch, and what `applied` makes of them.
 
@@ -40,14 +40,14 @@ def make_step(
     """
 
     def step(state: TrainState, batch: Batch, first_row: Any = 0) -> tuple[TrainState, dict[str, jax.Array]]:
-        rows = jnp.arange(batch["tokens"].shape[0]) if numbers is None else numbers()
+        rows = jnp.arange(batch["tokens"].shape[0]) if row_ids is None else row_ids()
         keys = row_keys(state, rows=first_row + rows) if dropout else None
-        return applied(engine(state.params, state.frozen, batch, keys, **told(state)), state)
+        return apply_update(engine(state.params, state.frozen, batch, keys, **extra_inputs(state)), state)
 
     return step
 
 
-def make_applied(update: Update, *, schedule: optax.Schedule, spike: float | None) -> Applied:
+def make_update(update: Update, *, schedule: optax.Schedule, spike: float | None) -> ApplyUpdate:
     """The update by what a batch added up to.
 
     None is healthy that is not finite, or whose norm exceeds `spike` times the mean so far.
@@ -59,7 +59,7 @@ def make_applied(update: Update, *, schedule: optax.Schedule, spike: float | Non
         norm = optax.global_norm(gradient)
         healthy = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
         if spike is not None:
-            healthy &= norm < spike * mean_norm(state.opt_state)
+            healthy &= norm < spike * mean_gradient_norm(state.opt_state)
         new = update(gradient, state, norm, healthy)
         metrics = {
             "loss": sums.loss / weight,

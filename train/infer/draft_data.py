@@ -21,8 +21,8 @@ from ...configs.loader import validated
 from ...configs.run import RunConfig
 from ...configs.sections.model import ModelConfig
 from ...parallel.mesh import make_mesh
-from ..core.process_env import World
-from ..core.run_paths import newest
+from ..core.process_env import ProcessInfo
+from ..core.run_paths import newest_island
 from ..data import assemble
 from ..data.batches import HasRows
 from ..data.tokenizer import Tokenizer, check_same, load
@@ -64,12 +64,12 @@ def writer_at(place: Path, *, platform: str) -> Writer:
         config = validated(
             {"model": {"from": str(place.absolute())}, "data": {"sequence_length": length}, "mesh": mesh}
         )
-        runtime.start(config, World())
+        runtime.start(config, ProcessInfo())
         program = build(config, make_mesh(config.mesh))
         return Writer(program, program.weights())
-    run = newest(place)
+    run = newest_island(place)
     program, state = opened(read(run, [f"mesh.platform={platform}"]), run)
-    return Writer(program, program.whole(state))
+    return Writer(program, program.merged_weights(state))
 
 
 def write(config: RunConfig, target: Path, file: Path, asked: Asked) -> Counts:
@@ -85,7 +85,7 @@ def write(config: RunConfig, target: Path, file: Path, asked: Asked) -> Counts:
         raise UserError(f"{target} continues texts and no {what}; set data.format to prompt-completion or text")
     one = writer_at(target, platform=config.mesh.platform)
     data = assemble.of_run(config)
-    check_same(data.tokenizer, newest(target) if (target / "config.yaml").exists() else target, key="--target")
+    check_same(data.tokenizer, newest_island(target) if (target / "config.yaml").exists() else target, key="--target")
     found = beginnings(data.train, data.tokenizer, rows=data.train.rows_per_epoch(0), tokens=asked.prompt_tokens)
     prompts, counts = whole(found, data.tokenizer), Counts(0, 0)
     with file.open("x", encoding="utf-8") as out:
@@ -133,14 +133,14 @@ def measured(
     `target` None: the teacher of the draft's run. No `prompts`: the beginnings of held-out documents of that run.
     Raises UserError where there is no target, or it has another tokenizer.
     """
-    run = newest(draft)
+    run = newest_island(draft)
     config = read(run, [])
     if target is None:
         if config.recipe.teacher is None:
             raise UserError(f"--target: {run} was not taught by another model; name the one it is to draft for")
         target = Path(config.recipe.teacher.origin)
     tokenizer = load(run)
-    check_same(tokenizer, newest(target) if (target / "config.yaml").exists() else target, key="--target")
+    check_same(tokenizer, newest_island(target) if (target / "config.yaml").exists() else target, key="--target")
     opened_prompts = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(list(prompts))]
     if not prompts:
         opened_prompts = held_out_beginnings(config, run, asked)

@@ -12,7 +12,7 @@ from ..data.assemble import Data
 from ..data.batches import batches
 from ..data.dataset import HeldOut
 from ..data.fixed_mixture import DealtHeldOut
-from ..engine.host_data import local_rows, to_devices
+from ..engine.host_data import local_rows, make_global_arrays
 from ..engine.program import Program
 from ..objectives.registry import RECIPES
 
@@ -71,4 +71,4 @@ def held_out_batches(
         stop = min(stop, config.evaluation.batches * size)
     rows = local_rows(config, program.mesh)
     for batch in batches(held_out, start=0, stop=stop, global_batch=size, rows=rows, prefetch=config.data.prefetch):
-        yield to_devices(batch, config, program.mesh)
+        yield make_global_arrays(batch, config, program.mesh)

@@ -8,7 +8,7 @@ import jax
 
 from ...parallel.state import TrainState
 from ..data.assemble import Data
-from ..engine.adapter_views import each
+from ..engine.adapter_views import per_adapter
 from ..engine.program import Program
 from ..engine.replicas import Replicas
 from .evaluation import evaluate
@@ -27,10 +27,10 @@ class Assessment:
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], list[tuple[str, str]]]:
         """Numbers by name, and (prompt, text) samples, of the parameters that the run stands for."""
-        params = self.program.evaluated(state)
+        params = self.program.eval_params(state)
         values = evaluate(self.program, self.compiled, params, state.frozen, self.data)
         if isinstance(self.program.replicas, Replicas):
-            values |= self.program.replicas.apart(state)
+            values |= self.program.replicas.replica_spread(state)
         measured, samples = self.written(state)
         return values | measured, samples
 
@@ -40,8 +40,8 @@ class Assessment:
         if not (config.prompts or config.answers) or jax.process_count() > 1:
             return {}, []
         values, samples = {}, []
-        for prefix, program, own, data in each(self.program, state, self.data):
-            weights = program.in_order(program.whole(own))
+        for prefix, program, own, data in per_adapter(self.program, state, self.data):
+            weights = program.to_canonical_order(program.merged_weights(own))
             texts = complete(
                 program,
                 weights,

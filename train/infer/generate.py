@@ -29,7 +29,7 @@ from ...models.attention.interface import Implementation, attend
 from ...models.context import Context, flat_linear
 from ...models.decoder import Decoder
 from ...parallel.sharding import constrainer, path_name
-from ...parallel.vocabulary import logits, lookup
+from ...parallel.vocabulary import compute_logits, embedding_lookup
 from ..engine.program import Program
 from .sampling import Sampling, sample, text_keys
 
@@ -143,7 +143,7 @@ def generator(
             scores, cache = next_scores(decoder, newest, here)
             return drawn(scores, written._replace(cache=cache))
 
-        empty = caches.empty(model, rows=rows, capacity=width + max_tokens, ctx=ctx)
+        empty = caches.empty_cache(model, rows=rows, capacity=width + max_tokens, ctx=ctx)
         here = standing(ctx, attention=BLOCKWISE, index=jnp.arange(width), first=first, cache=empty)
         scores, cache = next_scores(decoder, tokens, here)
         nothing = Written(jnp.int32(0), jnp.zeros((rows, max_tokens), jnp.int32), lengths == 0, cache)
@@ -166,9 +166,9 @@ def inference(mesh: Mesh, *, compute: Any) -> Context:
     return Context(
         positions=jnp.zeros((1, 1), jnp.int32),
         linear=flat_linear,
-        lookup=partial(lookup, constrain=constrain),
+        lookup=partial(embedding_lookup, constrain=constrain),
         constrain=constrain,
-        compute=compute,
+        compute_dtype=compute,
     )
 
 
@@ -198,9 +198,11 @@ def all_scores(decoder: Decoder, tokens: jax.Array, ctx: Context, *, last: int) 
     """Logits after each of the `last` of `tokens` [rows, tokens], float32 [rows, last, vocab], and the cache."""
     model = decoder.config
     hidden, entries = decoder.hidden(tokens, ctx)
-    kernel, constrain = decoder.head_kernel(ctx.compute), ctx.constrain
-    scores = logits(hidden[:, -last:], kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=constrain)
-    return scores[..., : model.vocab], caches.write(ctx.cache, entries, index=ctx.index[0])
+    kernel, constrain = decoder.head_kernel(ctx.compute_dtype), ctx.constrain
+    scores = compute_logits(
+        hidden[:, -last:], kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=constrain
+    )
+    return scores[..., : model.vocab], caches.write_entries(ctx.cache, entries, index=ctx.index[0])
 
 
 def rounded(params: Any, dtype: Any) -> Any:

@@ -12,14 +12,14 @@ from ...configs.errors import UserError
 from ...configs.huggingface import config_json
 from ...configs.loader import validated
 from ...configs.sections.model import ModelConfig
-from ...models.adapters.attach import merged, split
+from ...models.adapters.attach import merge_adapters, split_trained
 from ...models.families.safetensors_files import COMPANIONS, copy_companions
-from ...models.families.weight_names import SCORED
+from ...models.families.weight_names import SEQUENCE_CLASSIFIERS
 from ...parallel.mesh import make_mesh
 from ...parallel.state import combine
-from ..core.process_env import World
+from ..core.process_env import ProcessInfo
 from ..core.run_directory import open_directory
-from ..core.run_paths import newest
+from ..core.run_paths import newest_island
 from ..engine import runtime
 from ..engine.program import build
 from .inference_session import opened, read
@@ -53,12 +53,12 @@ def import_directory(source: Path, run: Path, *, adapter: Path | None = None) ->
         }
         | ({} if found is None else {"adapter": found.adapter.model_dump()})
     )
-    runtime.start(config, World())
+    runtime.start(config, ProcessInfo())
     program = build(config, make_mesh(config.mesh))
-    state = program.initialized()
+    state = program.initialize()
     if found is not None:
-        tree = peft.filled(combine(state.params, state.frozen), found, model)
-        params, frozen = split(tree, model, found.adapter)
+        tree = peft.load_adapters(combine(state.params, state.frozen), found, model)
+        params, frozen = split_trained(tree, model, found.adapter)
         state = dataclasses.replace(state, params=params, frozen=frozen)
     open_directory(config, root=run.parent)
     copy_companions(source, run)
@@ -75,10 +75,10 @@ def export_run(run: Path, target: Path, *, limit: int, adapter: str | None = Non
     Raises UserError where no format of transformers holds the model exactly, or `target` exists.
     """
     absent_or_empty(target)
-    run = newest(run)
+    run = newest_island(run)
     program, state = opened(read(run, []), run, adapter=adapter)
     config = program.config
-    params = merged(program.plain(state), config.model, config.adapter)
+    params = merge_adapters(program.dequantized_weights(state), config.model, config.adapter)
     dtype = str(params["embed"]["embedding"].dtype)
     tree = config_json(
         config.model, positions=max(config.data.sequence_length, made_for(config.model) or 0), dtype=dtype
@@ -95,11 +95,11 @@ def export_run(run: Path, target: Path, *, limit: int, adapter: str | None = Non
 
 def scoring(kind: str) -> dict[str, Any]:
     """What config.json says of a model of `kind` that scores. Raises UserError where transformers has none."""
-    if kind not in SCORED:
+    if kind not in SEQUENCE_CLASSIFIERS:
         raise UserError(
-            f"recipe.name: reward made a model of format {kind}, and transformers scores only with {', '.join(SCORED)}"
+            f"recipe.name: reward made a model of format {kind}, and transformers scores only with {', '.join(SEQUENCE_CLASSIFIERS)}"
         )
-    return {"architectures": [SCORED[kind]], "id2label": {"0": "score"}, "label2id": {"score": 0}}
+    return {"architectures": [SEQUENCE_CLASSIFIERS[kind]], "id2label": {"0": "score"}, "label2id": {"score": 0}}
 
 
 def export_adapter(run: Path, target: Path, *, adapter: str | None = None) -> list[str]:
@@ -110,7 +110,7 @@ def export_adapter(run: Path, target: Path, *, adapter: str | None = None) -> li
     Raises UserError where the run has no adapter, PEFT has no file for its method, or `target` exists.
     """
     absent_or_empty(target)
-    run = newest(run)
+    run = newest_island(run)
     config = read(run, [])
     if config.adapter is None:
         raise UserError(f"adapter: {run} has none, it trained the whole model; use `meshwright checkpoint export`")
@@ -131,12 +131,12 @@ def export_adapter(run: Path, target: Path, *, adapter: str | None = None) -> li
     config = program.config
 
     def started() -> Any:
-        first = program.initialized()
+        first = program.initialize()
         return combine(first.params, first.frozen)
 
     target.mkdir(parents=True, exist_ok=True)
-    tree = program.plain(state)
-    names = peft.write(tree, config.model, config.adapter, target, kind=kind, started=started)
+    tree = program.dequantized_weights(state)
+    names = peft.write(tree, config.model, config.adapter, target, kind=kind, initial_tree=started)
     return [*names, *copy_companions(run, target)]
 
 

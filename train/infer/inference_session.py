@@ -12,13 +12,13 @@ from ...configs.loader import merged, nested, parse, validated
 from ...configs.run import RunConfig
 from ...parallel.mesh import make_mesh
 from ...parallel.state import TrainState
-from ..core.process_env import World
+from ..core.process_env import ProcessInfo
 from ..core.run_directory import read_config
-from ..core.run_paths import newest
+from ..core.run_paths import newest_island
 from ..engine import runtime
-from ..engine.adapter_views import each, parted
+from ..engine.adapter_views import extract_adapter, per_adapter
 from ..engine.program import Program, build
-from ..engine.quantized_base import completed
+from ..engine.quantized_base import restore_frozen
 from .evaluation import evaluate as held_out
 from .precompute_logprobs import referenced
 
@@ -53,12 +53,12 @@ def generate(
     from .sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    run = newest(run)
+    run = newest_island(run)
     program, state = opened(read(run, []), run, adapter=adapter)
     config = program.config
     return complete(
         program,
-        program.whole(state),
+        program.merged_weights(state),
         load(run),
         list(prompts),
         template=find_template(None, tokenizer=str(run), tokens={}) if config.data.chats else None,
@@ -73,7 +73,7 @@ def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
     from ..data import assemble
     from .generation_eval import answered, metric_functions
 
-    run = newest(run)
+    run = newest_island(run)
     config = read(run, overrides)
     data = assemble.of_run(config)
     if data.held_out is None:
@@ -81,10 +81,10 @@ def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
     program, state, origin = restored(config, run)
     program.check_origin(origin)  # held-out text is compared with them again
     data = referenced(program, data, samples=range(0))
-    values = held_out(program, program.compiled_evaluation(), program.evaluated(state), state.frozen, data)
+    values = held_out(program, program.compiled_evaluation(), program.eval_params(state), state.frozen, data)
     metrics = metric_functions(config.evaluation.metrics)
-    for prefix, one, own, its in each(program, state, data):
-        found = answered(one, one.whole(own), its, config.evaluation, metrics)
+    for prefix, one, own, its in per_adapter(program, state, data):
+        found = answered(one, one.merged_weights(own), its, config.evaluation, metrics)
         values |= {f"{prefix}{name}": value for name, value in found.items()}
     return values
 
@@ -108,7 +108,7 @@ def opened(config: RunConfig, run: Path, *, adapter: str | None = None) -> tuple
     """
     check_named(config, run, adapter)
     program, state, _ = restored(config, run)
-    return (program, state) if adapter is None else parted(program, state, adapter)
+    return (program, state) if adapter is None else extract_adapter(program, state, adapter)
 
 
 def check_named(config: RunConfig, run: Path, adapter: str | None) -> None:
@@ -126,7 +126,7 @@ def restored(config: RunConfig, run: Path) -> tuple[Program, TrainState, str | N
 
     Replicas that trained on devices of their own are all on this one.
     """
-    runtime.start(config, World())
+    runtime.start(config, ProcessInfo())
     trained = read_config(run)
     together = config.model_copy(update={"outer": trained.outer, "islands": trained.islands})
     program = build(together, make_mesh(config.mesh), replica_count=trained.mesh.replica)
@@ -138,5 +138,5 @@ def restored(config: RunConfig, run: Path) -> tuple[Program, TrainState, str | N
                 logging.getLogger("meshwright").warning("%s; using an older one", error)
             else:
                 origin = saved.get("origin")
-                return program, completed(program, state, run, origin=origin), origin
+                return program, restore_frozen(program, state, run, origin=origin), origin
     raise UserError(f"{run}: no whole checkpoint; train it with `meshwright train {run / 'config.yaml'}`")

@@ -25,12 +25,12 @@ from ..data.assemble import Data
 from ..data.batches import HasRows
 from ..data.rows import Row
 from ..data.token_annotations import Annotate, Noted, fill, unseen
-from ..engine.forward_backward import context
-from ..engine.host_data import local_rows, to_devices
+from ..engine.forward_backward import make_context
+from ..engine.host_data import local_rows, make_global_arrays
 from ..engine.program import BATCH_DTYPES, Program, build
-from ..objectives.distillation import noted_words
-from ..objectives.loss_heads import by_parameters, target_logprobs
-from ..objectives.registry import fields
+from ..objectives.distillation import top_k_annotator
+from ..objectives.loss_heads import target_logprobs, values_fn
+from ..objectives.registry import batch_fields
 
 logger = logging.getLogger(__name__)
 REFERENCE = "reference_logprobs"
@@ -41,9 +41,9 @@ def referenced(program: Program, data: Data, *, samples: Iterable[int]) -> Data:
     config = program.config
     if not config.recipe.reads_ahead:
         return data
-    noted = [field for field in fields(config) if field == REFERENCE or program.extra(field)]
+    noted = [field for field in batch_fields(config) if field == REFERENCE or program.extra_dimensions(field)]
     logger.info("%s, once over what will be read", " and ".join(noted))
-    notes = {field: np.zeros((data.tokens, *program.extra(field)), BATCH_DTYPES[field]) for field in noted}
+    notes = {field: np.zeros((data.tokens, *program.extra_dimensions(field)), BATCH_DTYPES[field]) for field in noted}
     seen = np.zeros(data.tokens, bool)
     annotate = by_teacher(program) if config.recipe.top_k else by_first_weights(program)
     parts: list[tuple[HasRows, Iterable[int]]] = [(data.train, samples)]
@@ -61,14 +61,14 @@ def by_first_weights(program: Program) -> Annotate:
     if program.config.adapters:  # which are nothing yet: one is as good as several
         program = build(program.config.model_copy(update={"adapters": {}}), program.mesh)
     config = program.config
-    told = partial(context, config, program.mesh)
-    forward = by_parameters(target_logprobs(config.model, config.memory), program.graph, context=told)
-    return by(program.first_weights(), lambda weights, batch: {REFERENCE: forward(weights, {}, batch, None)}, program)
+    told = partial(make_context, config, program.mesh)
+    forward = values_fn(target_logprobs(config.model, config.memory), program.graph, context=told)
+    return by(program.initial_weights(), lambda weights, batch: {REFERENCE: forward(weights, {}, batch, None)}, program)
 
 
 def by_teacher(program: Program) -> Annotate:
     """A function from at most `global_batch` rows to the likeliest words of the teacher, which it holds."""
-    note = noted_words(program.config, told=partial(context, program.config, program.mesh))
+    note = top_k_annotator(program.config, context=partial(make_context, program.config, program.mesh))
     return by(program.teacher_weights(), note, program)
 
 
@@ -83,7 +83,7 @@ def by(weights: Any, forward: Callable[[Any, Batch], dict[str, jax.Array]], prog
         whole = [*rows, *rows[-1:] * (config.data.global_batch - len(rows))][mine]
         batch = {name: np.stack([row[name] for row in whole]) for name in BATCH_FIELDS}
         with jax.set_mesh(mesh):
-            found = jax.device_get(compiled(weights, to_devices(batch, config, mesh, fields=BATCH_FIELDS)))
+            found = jax.device_get(compiled(weights, make_global_arrays(batch, config, mesh, fields=BATCH_FIELDS)))
         if order is not None:
             found = {field: values[:, np.argsort(order)] for field, values in found.items()}
         return {field: values[: len(rows)] for field, values in found.items()}

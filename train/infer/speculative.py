@@ -161,13 +161,13 @@ def half(graph: Any, model: ModelConfig, compute: str, weights: Any, *, mesh: Me
     """A model with its weights, and what its blocks are told."""
     del model  # tells programs apart
     ctx = inference(mesh, compute=jnp.dtype(compute))
-    decoder = nnx.merge(graph, rounded(weights, ctx.compute))
+    decoder = nnx.merge(graph, rounded(weights, ctx.compute_dtype))
     return Half(decoder, ctx if decoder.prompt is None else dataclasses.replace(ctx, prefix=decoder.prefix(ctx)))
 
 
 def prefilled(one: Half, tokens: jax.Array, *, first: jax.Array, capacity: int) -> caches.Cache:
     """The cache after a prompt."""
-    empty = caches.empty(one.decoder.config, rows=1, capacity=capacity, ctx=one.ctx)
+    empty = caches.empty_cache(one.decoder.config, rows=1, capacity=capacity, ctx=one.ctx)
     index = jnp.arange(tokens.shape[1])
     here = standing(one.ctx, attention=BLOCKWISE, index=index, first=first, cache=empty)
     return all_scores(one.decoder, tokens, here, last=1)[1]

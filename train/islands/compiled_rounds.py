@@ -19,22 +19,22 @@ from ...parallel.state import TrainState
 from ..engine.island_replica import Island
 
 
-class Parcels(NamedTuple):
+class RoundPrograms(NamedTuple):
     """The programs of one meeting."""
 
     send: Callable[[Any, Any], list[Any]]  # (params, outer) -> codes, a tree a letter
     receive: Callable[..., tuple[Any, Any]]  # (params, outer, arrived); consumes the first two
-    letters: list[Letter]
+    messages: list[Letter]
     codes: list[Any]  # shapes
     decoders: list[Callable[[Any], Any]]  # of each letter
 
 
-def parcels(island: Island, name: str, shapes: TrainState, shardings: TrainState) -> Parcels:
+def make_round_programs(island: Island, name: str, shapes: TrainState, shardings: TrainState) -> RoundPrograms:
     """The programs of the meeting `name`; compiled when they are first called."""
-    halves = island.halves(name)
+    halves = island.send_receive(name)
     where = (shardings.params, shardings.outer)
     letters = halves.letters(shapes.params, shapes.outer)
-    return Parcels(
+    return RoundPrograms(
         jax.jit(halves.outgoing),
         jax.jit(halves.incoming, out_shardings=where, donate_argnums=(0, 1)),
         letters,
@@ -43,18 +43,18 @@ def parcels(island: Island, name: str, shapes: TrainState, shardings: TrainState
     )
 
 
-def placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+def make_global_array(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """`array`, which every process has whole, at `sharding`."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 @partial(jax.jit, donate_argnums=0)
-def added(total: Any, tree: Any) -> Any:
+def add_trees(total: Any, tree: Any) -> Any:
     """Leaf by leaf."""
     return jax.tree.map(jnp.add, total, tree)
 
 
 @partial(jax.jit, donate_argnums=0)
-def divided(total: Any, count: jax.Array) -> Any:
+def divide_tree(total: Any, count: jax.Array) -> Any:
     """Leaf by leaf."""
     return jax.tree.map(lambda leaf: leaf / count, total)

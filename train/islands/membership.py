@@ -21,15 +21,15 @@ from typing import Any
 from ...configs.errors import MeshwrightError, UserError
 from ...configs.sections.islands import IslandsConfig
 from ...parallel.outer.matchings import chosen, matchings
-from ...parallel.transport.payload_server import Failed, Office, Peer, kind
-from ..core.rendezvous import Client, Refused
+from ...parallel.transport.payload_server import FetchFailure, PayloadServer, Peer, kind
+from ..core.rendezvous import Client, NotAMember
 
-HEARTBEAT = 0.2  # seconds; less than that where the time-to-live is short
-PAUSE = 0.5  # seconds before a silent rendezvous is asked again
+HEARTBEAT_SECONDS = 0.2  # seconds; less than that where the time-to-live is short
+RETRY_SECONDS = 0.5  # seconds before a silent rendezvous is asked again
 
 
 @dataclass(frozen=True)
-class Met:
+class RoundResult:
     """How a meeting ended.
 
     applied   `payloads` are what counts, this island's own among them (in pairs: the partner's alone)
@@ -39,12 +39,12 @@ class Met:
 
     kind: str
     payloads: Mapping[str, bytes] = field(default_factory=dict)
-    lost: Mapping[str, str] = field(default_factory=dict)  # name -> why its payload does not count
+    failures: Mapping[str, str] = field(default_factory=dict)  # name -> why its payload does not count
     sources: Sequence[Peer] = ()
     seconds: float = 0.0
 
 
-class Forgotten(Exception):
+class RoundForgotten(Exception):
     """The rendezvous knows no more what the others did at a meeting: that was long ago."""
 
     def __init__(self, others: Sequence[Peer]) -> None:
@@ -52,14 +52,19 @@ class Forgotten(Exception):
         self.others = others
 
 
-class Group:
+class IslandGroup:
     """Membership of one island. `problem(meeting, payload)` says what is wrong with a payload, if anything."""
 
     def __init__(
-        self, office: Office, islands: IslandsConfig, *, address: str, problem: Callable[[str, bytes], str | None]
+        self,
+        office: PayloadServer,
+        islands: IslandsConfig,
+        *,
+        address: str,
+        find_problem: Callable[[str, bytes], str | None],
     ) -> None:
         self._office, self._islands, self.name = office, islands, office.name
-        self._problem = problem
+        self._problem = find_problem
         self._info: dict[str, Any] = {"address": address, "run": office.fingerprint, "step": 0, "active": False}
         self._members: dict[str, dict[str, Any]] = {}
         self._lock, self._ended = threading.Lock(), threading.Event()
@@ -75,22 +80,22 @@ class Group:
     def check_same_run(self) -> None:
         """Raise UserError where an island that joined earlier is of another run, naming what differs."""
         for peer in self._peers():
-            if peer.ticket < self.ticket and (different := self._office.compare(peer)):
+            if peer.ticket < self.ticket and (different := self._office.compare_settings(peer)):
                 keys = [f"{key} ({there} there, {here} here)" for key, (there, here) in different.items()]
                 raise UserError(
                     f"islands.meet: {peer.name} at {peer.address} is of another run: {', '.join(keys[:4])}; give all "
                     "islands one configuration, or another rendezvous"
                 )
 
-    def tell(self, **info: Any) -> None:
+    def publish_status(self, **info: Any) -> None:
         """What the others hear with the next heartbeat: step, finished, ... Raises UserError where displaced."""
         if self._taken is not None:
             raise UserError(self._taken)
         self._info.update(info)
 
-    def tell_now(self, **info: Any) -> None:
+    def publish_status_now(self, **info: Any) -> None:
         """`tell`, heard before this returns, if the rendezvous answers."""
-        self.tell(**info)
+        self.publish_status(**info)
         with suppress(OSError):
             self._ask("ended", run=self._info["run"])
 
@@ -99,7 +104,7 @@ class Group:
 
         Raises MeshwrightError where the rendezvous does not answer.
         """
-        self.tell(step=step)  # who begins is awaited at the first meeting, which may be a moment away
+        self.publish_status(step=step)  # who begins is awaited at the first meeting, which may be a moment away
         found = self._ask(
             "enter", patience=self._islands.gather + 10, run=self._info["run"], step=step, version=version,
             count=self._islands.count, gather=self._islands.gather,
@@ -110,29 +115,29 @@ class Group:
             return True, []
         return False, [peer for peer in self._peers() if peer.name in sources]
 
-    def average(self, key: str, payload: bytes, *, update: int, history: str) -> Met:
+    def average(self, key: str, payload: bytes, *, update: int, history: str) -> RoundResult:
         """Meet everybody: all whose answer is `applied` hold the same payloads, to be averaged."""
         return self._timed(lambda: self._average(key, payload, update, history))
 
-    def pair(self, key: str, payload: bytes, *, update: int, seed: int) -> Met:
+    def pair(self, key: str, payload: bytes, *, update: int, seed: int) -> RoundResult:
         """Meet this meeting's partner; alone (one's own payload) where the number is odd, or the partner fails."""
         return self._timed(lambda: self._pair(key, payload, update, seed))
 
-    def state(self, sources: Sequence[Peer]) -> bytes | None:
+    def fetch_state(self, sources: Sequence[Peer]) -> bytes | None:
         """The state of one of `sources`, another one first for each island; None where none gave it."""
         if not sources:
             return None
-        self.tell_now(catching_up=True)  # nobody waits for an island that catches up
+        self.publish_status_now(catching_up=True)  # nobody waits for an island that catches up
         turn = sum(self.name.encode()) % len(sources)
         for peer in [*sources[turn:], *sources[:turn]]:
             key = f"state {self.name}/{self.ticket}/{next(self._asked)}"
             found = self._collect(key, [peer])[peer.name]
-            if not isinstance(found, Failed):
+            if not isinstance(found, FetchFailure):
                 return found
-        self.tell(catching_up=False)  # it goes on with what it has
+        self.publish_status(catching_up=False)  # it goes on with what it has
         return None
 
-    def unfinished(self) -> bool:
+    def has_unfinished(self) -> bool:
         """Whether an island of the run has updates to make, be it here or not; False where the rendezvous is silent."""
         try:
             with self._client() as client:
@@ -141,7 +146,7 @@ class Group:
             return False
         return len(ended) < self._islands.count
 
-    def others(self) -> dict[str, Mapping[str, Any]]:
+    def peer_statuses(self) -> dict[str, Mapping[str, Any]]:
         """What the other members last told."""
         return {name: info for name, info in self._members.items() if name != self.name}
 
@@ -153,39 +158,41 @@ class Group:
             with self._client() as client:
                 client.ticket = self.ticket
                 client.leave()
-        except (OSError, Refused):
+        except (OSError, NotAMember):
             pass  # it is gone either way
 
     # ---- meetings
 
-    def _average(self, key: str, payload: bytes, update: int, history: str) -> Met:
+    def _average(self, key: str, payload: bytes, update: int, history: str) -> RoundResult:
         members, told = self._present(key, payload, update=update, history=history)
         if not members:
-            return Met("skipped", lost={"all": "too few"})
+            return RoundResult("skipped", failures={"all": "too few"})
         if self.name not in members:
             return (
-                self._late(key, members, update) if told == history else Met("behind", sources=list(members.values()))
+                self._late(key, members, update)
+                if told == history
+                else RoundResult("behind", sources=list(members.values()))
             )
-        found = self._judged(key, {self.name: payload} | self._collect(key, others_than(self.name, members)))
-        have = [name for name, one in found.items() if not isinstance(one, Failed)]
-        lost = {name: one.why for name, one in found.items() if isinstance(one, Failed)}
+        found = self._judged(key, {self.name: payload} | self._collect(key, peers_except(self.name, members)))
+        have = [name for name, one in found.items() if not isinstance(one, FetchFailure)]
+        lost = {name: one.reason for name, one in found.items() if isinstance(one, FetchFailure)}
         count, lost = self._voted(key, members, update, have=have, lost=lost)
         if not count:
-            return Met("skipped", lost=lost)
+            return RoundResult("skipped", failures=lost)
         if self.name not in have or not set(count) <= set(have):
             # Its own drift is of no use, or it lacks another's: it has to go where the others went.
-            return Met("behind", lost=lost, sources=[members[name] for name in count if name != self.name])
-        return Met("applied", {name: found[name] for name in sorted(count)}, lost)
+            return RoundResult("behind", failures=lost, sources=[members[name] for name in count if name != self.name])
+        return RoundResult("applied", {name: found[name] for name in sorted(count)}, lost)
 
-    def _late(self, key: str, members: Mapping[str, Peer], update: int) -> Met:
+    def _late(self, key: str, members: Mapping[str, Peer], update: int) -> RoundResult:
         """A meeting that took place without this island, which was with the others before: it takes what they took."""
         count, lost = self._voted(key, members, update, have=None, lost={})
         found = self._judged(key, self._collect(key, [members[name] for name in count]))
         if not count:
-            return Met("skipped", lost=lost)
-        if any(isinstance(one, Failed) for one in found.values()):
-            return Met("behind", lost=lost, sources=list(members.values()))
-        return Met("applied", {name: found[name] for name in sorted(count)}, lost | {self.name: "it came late"})
+            return RoundResult("skipped", failures=lost)
+        if any(isinstance(one, FetchFailure) for one in found.values()):
+            return RoundResult("behind", failures=lost, sources=list(members.values()))
+        return RoundResult("applied", {name: found[name] for name in sorted(count)}, lost | {self.name: "it came late"})
 
     def _voted(
         self, key: str, members: Mapping[str, Peer], update: int, *, have: list[str] | None, lost: Mapping[str, str]
@@ -213,7 +220,7 @@ class Group:
         )
         return {name: Peer(name, *whose) for name, whose in told["members"].items()}, told["history"]
 
-    def _pair(self, key: str, payload: bytes, update: int, seed: int) -> Met:
+    def _pair(self, key: str, payload: bytes, update: int, seed: int) -> RoundResult:
         told = self._ask(
             "roster",
             before=lambda: self._office.publish(key, payload, ticket=self.ticket),
@@ -223,45 +230,45 @@ class Group:
         )
         members = {name: Peer(name, *whose) for name, whose in told["members"].items()}
         if self.name not in members:
-            return Met("behind", sources=list(members.values()))
-        names = sorted(members, key=number_of)
+            return RoundResult("behind", sources=list(members.values()))
+        names = sorted(members, key=island_number)
         row = chosen(update, replicas=len(names), seed=seed)
         partner = names[int(matchings(len(names))[row, names.index(self.name)])]
         if problem := self._problem(kind(key), payload):
-            return Met("behind", lost={self.name: problem}, sources=others_than(self.name, members))
+            return RoundResult("behind", failures={self.name: problem}, sources=peers_except(self.name, members))
         if partner == self.name:
-            return Met("applied", {self.name: payload})
+            return RoundResult("applied", {self.name: payload})
         found = self._judged(key, self._collect(key, [members[partner]]))[partner]
-        if not isinstance(found, Failed):
-            return Met("applied", {partner: found})
+        if not isinstance(found, FetchFailure):
+            return RoundResult("applied", {partner: found})
         if self._islands.on_failure == "skip":
-            return Met("skipped", lost={partner: found.why})
-        return Met("applied", {self.name: payload}, {partner: found.why})
+            return RoundResult("skipped", failures={partner: found.reason})
+        return RoundResult("applied", {self.name: payload}, {partner: found.reason})
 
-    def _collect(self, key: str, peers: Sequence[Peer]) -> dict[str, bytes | Failed]:
+    def _collect(self, key: str, peers: Sequence[Peer]) -> dict[str, bytes | FetchFailure]:
         if not peers:
             return {}
         return self._office.collect(
             key, peers, deadline=self._islands.deadline, patience=self._islands.patience, alive=self._is_alive
         )
 
-    def _judged(self, key: str, found: Mapping[str, bytes | Failed]) -> dict[str, bytes | Failed]:
+    def _judged(self, key: str, found: Mapping[str, bytes | FetchFailure]) -> dict[str, bytes | FetchFailure]:
         """`found` without payloads that arrived whole and are of no use."""
         judged = dict(found)
         for name, one in found.items():
-            if not isinstance(one, Failed) and (problem := self._problem(kind(key), one)):
-                judged[name] = Failed(problem)
+            if not isinstance(one, FetchFailure) and (problem := self._problem(kind(key), one)):
+                judged[name] = FetchFailure(problem)
         return judged
 
-    def _timed(self, meeting: Callable[[], Met]) -> Met:
+    def _timed(self, meeting: Callable[[], RoundResult]) -> RoundResult:
         began = time.monotonic()
         try:
             met = meeting()
-        except Forgotten as error:
-            met = Met("behind", lost={self.name: "it came long after"}, sources=error.others)
-        except (OSError, Refused) as error:
-            met = Met("skipped", lost={"rendezvous": str(error)})
-        return Met(met.kind, met.payloads, met.lost, met.sources, time.monotonic() - began)
+        except RoundForgotten as error:
+            met = RoundResult("behind", failures={self.name: "it came long after"}, sources=error.others)
+        except (OSError, NotAMember) as error:
+            met = RoundResult("skipped", failures={"rendezvous": str(error)})
+        return RoundResult(met.kind, met.payloads, met.failures, met.sources, time.monotonic() - began)
 
     # ---- the rendezvous
 
@@ -285,15 +292,15 @@ class Group:
                     lost = False
                 with self._client() as client:
                     client.ticket = self.ticket
-                    client.beat(self._info)
+                    client.heartbeat(self._info)
                     before()
                     # The server ends its wait by `patience`; what is on top is for its answer.
                     told = client.ask(do, within=patience + 5.0, **fields, **timed(do, patience))
                     self._silent = False
                     if "forgotten" in told:
-                        raise Forgotten([Peer(name, *whose) for name, whose in told["forgotten"].items()])
+                        raise RoundForgotten([Peer(name, *whose) for name, whose in told["forgotten"].items()])
                     return told
-            except Refused:
+            except NotAMember:
                 if self._ended.is_set():
                     raise  # it left while it waited
                 lost = True
@@ -301,7 +308,7 @@ class Group:
                 if time.monotonic() > end or self._silent or self._ended.is_set():
                     self._silent = True
                     raise
-                time.sleep(PAUSE)
+                time.sleep(RETRY_SECONDS)
 
     def _rejoin(self) -> None:
         """Come back after having been given up. Raises UserError where another process has this island's name."""
@@ -320,13 +327,13 @@ class Group:
                 raise UserError(self._taken)
 
     def _beat(self) -> None:
-        often = min(HEARTBEAT, self._islands.ttl / 5)
+        often = min(HEARTBEAT_SECONDS, self._islands.ttl / 5)
         with self._client() as client:
             while not self._ended.wait(often):
                 try:
                     client.ticket = self.ticket
-                    self._members = client.beat(self._info)["members"]
-                except Refused:
+                    self._members = client.heartbeat(self._info)["members"]
+                except NotAMember:
                     try:
                         self._rejoin()
                     except (OSError, MeshwrightError):
@@ -345,12 +352,12 @@ class Group:
         return info is not None and info.get("ticket", peer.ticket) == peer.ticket
 
 
-def others_than(name: str, members: Mapping[str, Peer]) -> list[Peer]:
+def peers_except(name: str, members: Mapping[str, Peer]) -> list[Peer]:
     """All `members` but `name`."""
     return [peer for other, peer in members.items() if other != name]
 
 
-def number_of(name: str) -> int:
+def island_number(name: str) -> int:
     """Number of an island by its name: pairs are dealt by it."""
     return int(name.rpartition("-")[2])
 

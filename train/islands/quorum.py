@@ -22,14 +22,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ...parallel.transport.payload_server import kind
-from ..core.rendezvous import Room, known
+from ..core.rendezvous import MembershipStore, require_member
 
-SLICE = 0.05  # seconds between two looks at who is alive
-REMEMBERED = 512  # decisions
+POLL_SECONDS = 0.05  # seconds between two looks at who is alive
+MAX_DECISIONS = 512  # decisions
 
 
 @dataclass(frozen=True)
-class Alive:
+class LiveMember:
     """A member, as decisions see it."""
 
     ticket: int
@@ -42,7 +42,7 @@ class Alive:
 class Topic(NamedTuple):
     """What a decision is about: `what` happens again and again, `update` tells one time from another."""
 
-    what: str
+    name: str
     update: int
 
 
@@ -51,13 +51,13 @@ class Question:
     """What was asked under one key, and when the first one asked."""
 
     since: float
-    asked: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> what it said
-    decided: dict[str, Any] | None = None
+    requests: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> what it said
+    decision: dict[str, Any] | None = None
     waiting: int = 0  # calls that have no answer yet
 
 
-def begun(
-    question: Question, alive: Mapping[str, Alive], *, count: int, gather: float, now: float
+def decide_start(
+    question: Question, alive: Mapping[str, LiveMember], *, count: int, gather: float, now: float
 ) -> dict[str, Any] | None:
     """How those who asked begin: from the sources, who need nothing. None: not yet.
 
@@ -66,7 +66,7 @@ def begun(
     """
     if active := sorted(name for name, one in alive.items() if one.active):
         return {"sources": active}
-    here = {name: said for name, said in question.asked.items() if same_life(name, said, alive)}
+    here = {name: said for name, said in question.requests.items() if is_same_member(name, said, alive)}
     if not here or (len(here) < count and now - question.since < gather):
         return None
     first = min(here, key=lambda name: (-int(here[name]["step"]), name))
@@ -74,12 +74,12 @@ def begun(
     return {"sources": sorted(alike), "together": True}
 
 
-def met(
-    question: Question, alive: Mapping[str, Alive], *, update: int, staleness: int, patience: float, minimum: int,
+def decide_participants(
+    question: Question, alive: Mapping[str, LiveMember], *, update: int, staleness: int, patience: float, minimum: int,
     now: float,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Who takes part in a meeting after `update`: name -> [ticket, address]. None: not yet."""
-    here = {name: said for name, said in question.asked.items() if same_life(name, said, alive)}
+    here = {name: said for name, said in question.requests.items() if is_same_member(name, said, alive)}
     awaited = [
         name
         for name, one in alive.items()
@@ -87,12 +87,12 @@ def met(
     ]
     if awaited and now - question.since < patience:
         return None
-    chosen = newest(here) if len(here) >= minimum else []
+    chosen = most_common_history(here) if len(here) >= minimum else []
     history = here[chosen[0]]["history"] if chosen else None
     return {"members": {name: [alive[name].ticket, alive[name].address] for name in chosen}, "history": history}
 
 
-def newest(here: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def most_common_history(here: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Those whose history most have; the first by name decides a tie."""
     if not here:
         return []
@@ -101,8 +101,8 @@ def newest(here: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return sorted(name for name in here if here[name]["history"] == chosen)
 
 
-def counted(
-    question: Question, members: Mapping[str, int], alive: Mapping[str, Alive], *, policy: str, minimum: int,
+def decide_votes(
+    question: Question, members: Mapping[str, int], alive: Mapping[str, LiveMember], *, policy: str, minimum: int,
     patience: float, now: float,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Whose payloads count: those that every voter has; [] where that are too few. None: not yet.
@@ -112,19 +112,19 @@ def counted(
     waiting = [
         name
         for name, ticket in members.items()
-        if name not in question.asked and same_life(name, {"ticket": ticket}, alive)
+        if name not in question.requests and is_same_member(name, {"ticket": ticket}, alive)
     ]
     if waiting and now - question.since < patience:
         return None
-    held = [set(said["have"]) for said in question.asked.values()]
+    held = [set(said["have"]) for said in question.requests.values()]
     common = sorted(set.intersection(*held)) if held else []
-    reasons = {name: why for said in question.asked.values() for name, why in said["lost"].items()}
+    reasons = {name: why for said in question.requests.values() for name, why in said["lost"].items()}
     lost = {name: reasons.get(name, "it did not vote") for name in sorted(members) if name not in common}
     enough = len(common) >= minimum and (policy == "average" or not lost)
     return {"count": common if enough else [], "lost": lost}
 
 
-def listed(alive: Mapping[str, Alive], asking: str, *, update: int, staleness: int) -> dict[str, Any]:
+def decide_roster(alive: Mapping[str, LiveMember], asking: str, *, update: int, staleness: int) -> dict[str, Any]:
     """Who can be met after `update`: name -> [ticket, address] of all that are not far behind, `asking` among them."""
     near = [
         name
@@ -134,20 +134,20 @@ def listed(alive: Mapping[str, Alive], asking: str, *, update: int, staleness: i
     return {"members": {name: [alive[name].ticket, alive[name].address] for name in sorted(near)}}
 
 
-def same_life(name: str, said: Mapping[str, Any], alive: Mapping[str, Alive]) -> bool:
+def is_same_member(name: str, said: Mapping[str, Any], alive: Mapping[str, LiveMember]) -> bool:
     """Whether whoever asked is still there, and is the one that asked."""
     return name in alive and alive[name].ticket == said["ticket"]
 
 
-def topic(do: str, asked: Mapping[str, Any]) -> Topic:
+def topic_of(do: str, asked: Mapping[str, Any]) -> Topic:
     """What a question of a meeting is about."""
     return Topic(f"{do} {kind(asked['key'])}", int(asked["update"]))
 
 
-class Arbiter:
+class QuorumService:
     """Answers of a rendezvous to the islands in `room`: `operations` for its server."""
 
-    def __init__(self, room: Room, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, room: MembershipStore, clock: Callable[[], float] = time.monotonic) -> None:
         self._room, self._clock = room, clock
         self._changed = threading.Condition()
         self._questions: dict[Topic, Question] = {}
@@ -157,9 +157,9 @@ class Arbiter:
         self.operations: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
             "enter": self.enter,
             "present": self.present,
-            "voted": self.voted,
+            "voted": self.vote,
             "roster": self.roster,
-            "ended": self.ended,
+            "ended": self.list_finished,
         }
 
     def enter(self, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,9 +167,9 @@ class Arbiter:
         said = {key: asked[key] for key in ("ticket", "step", "version")}
         count, gather = int(asked["count"]), float(asked["gather"])
 
-        def decide(question: Question, alive: Mapping[str, Alive], now: float) -> dict[str, Any] | None:
+        def decide(question: Question, alive: Mapping[str, LiveMember], now: float) -> dict[str, Any] | None:
             left = sum(name not in alive for name in self._finished_of(asked["run"]))
-            found = begun(question, alive, count=count - left, gather=gather, now=now)
+            found = decide_start(question, alive, count=count - left, gather=gather, now=now)
             if found and found.get("together"):
                 self._began = {(name, alive[name].ticket) for name in found["sources"]}
                 self._questions, self._forgotten = {Topic("enter", 0): question}, {}
@@ -185,28 +185,31 @@ class Arbiter:
         }  # fmt: skip
         said = {"ticket": asked["ticket"], "history": asked["history"]}
         return self._decided(
-            topic("present", asked), asked, said, lambda q, alive, now: met(q, alive, **rules, now=now)
+            topic_of("present", asked),
+            asked,
+            said,
+            lambda q, alive, now: decide_participants(q, alive, **rules, now=now),
         )
 
-    def voted(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def vote(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """See `counted`. Who comes late asks too, with `have` null: it has no vote."""
         rules = {"policy": asked["policy"], "minimum": int(asked["minimum"]), "patience": float(asked["patience"])}
         said = None if asked["have"] is None else {"have": list(asked["have"]), "lost": dict(asked["lost"])}
         return self._decided(
-            topic("voted", asked),
+            topic_of("voted", asked),
             asked,
             said,
-            lambda q, alive, now: counted(q, asked["members"], alive, **rules, now=now),
+            lambda q, alive, now: decide_votes(q, asked["members"], alive, **rules, now=now),
         )
 
     def roster(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """See `listed`."""
         rules = {"update": int(asked["update"]), "staleness": int(asked["staleness"])}
         return self._decided(
-            topic("roster", asked), asked, {}, lambda q, alive, now: listed(alive, asked["name"], **rules)
+            topic_of("roster", asked), asked, {}, lambda q, alive, now: decide_roster(alive, asked["name"], **rules)
         )
 
-    def ended(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def list_finished(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The names of those of a run that have finished, also of those that have left since."""
         with self._changed:
             self._alive()
@@ -220,7 +223,7 @@ class Arbiter:
         key: Topic,
         asked: Mapping[str, Any],
         said: dict[str, Any] | None,
-        decide: Callable[[Question, Mapping[str, Alive], float], dict[str, Any] | None],
+        decide: Callable[[Question, Mapping[str, LiveMember], float], dict[str, Any] | None],
         *,
         keep: bool = True,
     ) -> dict[str, Any]:
@@ -229,35 +232,35 @@ class Arbiter:
         Raises Refused where whoever asks is not a member, or ceases to be one while it waits.
         """
         with self._changed:
-            known(self._room.membership, asked["name"], int(asked["ticket"]))
+            require_member(self._room.membership, asked["name"], int(asked["ticket"]))
             question = self._questions.get(key)
-            if question is None and keep and key.update <= self._forgotten.get(key.what, -1):
+            if question is None and keep and key.update <= self._forgotten.get(key.name, -1):
                 return {"forgotten": self._others(asked["name"])}
-            if question is None or (question.decided is not None and not keep):
+            if question is None or (question.decision is not None and not keep):
                 question = self._questions[key] = Question(self._clock())
                 self._forget()
-            if question.decided is None and said is not None:
-                question.asked[asked["name"]] = said
+            if question.decision is None and said is not None:
+                question.requests[asked["name"]] = said
                 self._changed.notify_all()
             question.waiting += 1
             try:
-                while question.decided is None:
-                    known(self._room.membership, asked["name"], int(asked["ticket"]))
-                    question.decided = decide(question, self._alive(), self._clock())
-                    if question.decided is None:
-                        self._changed.wait(SLICE)
+                while question.decision is None:
+                    require_member(self._room.membership, asked["name"], int(asked["ticket"]))
+                    question.decision = decide(question, self._alive(), self._clock())
+                    if question.decision is None:
+                        self._changed.wait(POLL_SECONDS)
             finally:
                 question.waiting -= 1
-                if question.decided is None and not question.waiting and self._questions.get(key) is question:
+                if question.decision is None and not question.waiting and self._questions.get(key) is question:
                     del self._questions[key]  # all who asked have gone: the next one has not waited as long as they
             self._changed.notify_all()
-            return question.decided
+            return question.decision
 
     def _forget(self) -> None:
         """Let go of the oldest decisions; who asks for them again must not be given others."""
-        decided = [key for key, question in self._questions.items() if question.decided is not None]
-        for key in decided[:-REMEMBERED]:
-            self._forgotten[key.what] = max(key.update, self._forgotten.get(key.what, -1))
+        decided = [key for key, question in self._questions.items() if question.decision is not None]
+        for key in decided[:-MAX_DECISIONS]:
+            self._forgotten[key.name] = max(key.update, self._forgotten.get(key.name, -1))
             del self._questions[key]
 
     def _others(self, asking: str) -> dict[str, Any]:
@@ -265,13 +268,13 @@ class Arbiter:
         there = self._alive().items()
         return {name: [one.ticket, one.address] for name, one in there if one.active and name != asking}
 
-    def _alive(self) -> dict[str, Alive]:
+    def _alive(self) -> dict[str, LiveMember]:
         members = self._room.membership.members
         for name, one in members.items():
             change = self._finished.add if one.info.get("finished") else self._finished.discard
             change((one.info.get("run", ""), name))
         return {
-            name: Alive(
+            name: LiveMember(
                 one.ticket,
                 int(one.info.get("step", 0)),
                 (bool(one.info.get("active")) or (name, one.ticket) in self._began) and not one.info.get("catching_up"),

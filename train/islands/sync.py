@@ -28,22 +28,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ...configs.errors import MeshwrightError, Preempted
 from ...configs.sections.outer import PAIRED
-from ...parallel.multihost import firsts_bytes
+from ...parallel.multihost import broadcast_bytes
 from ...parallel.outer.interface import Meeting
 from ...parallel.outer.split_round import packed, trouble, unpacked
 from ...parallel.outer.traffic import sent
 from ...parallel.state import TrainState
-from ...parallel.transport.payload_server import Counters, Peer
+from ...parallel.transport.payload_server import Peer, TransferCounters
 from ..core.event_log import Journal
 from ..engine.program import Program
-from .agreed_wait import GivenUp, Waiting, agreed
-from .compiled_rounds import Parcels, added, divided, parcels, placed
-from .membership import Group, Met
+from .agreed_wait import CollectiveWait, WaitStopped, broadcast_flag
+from .compiled_rounds import RoundPrograms, add_trees, divide_tree, make_global_array, make_round_programs
+from .membership import IslandGroup, RoundResult
 
 OTHERS = ("state", "handshake")  # traffic that is no meeting's
 
 
-class Moved(Exception):
+class StateReplaced(Exception):
     """The run goes on from `state` after update `step`: the others were there, and this island took their state."""
 
     def __init__(self, state: TrainState, step: int) -> None:
@@ -51,27 +51,27 @@ class Moved(Exception):
         self.state, self.step = state, step
 
 
-class Pending(NamedTuple):
+class PendingRound(NamedTuple):
     """An exchange under way."""
 
-    meeting: Meeting
+    outer_step: Meeting
     update: int
     future: Future | None  # of Met; None in other processes than the first
     codes: list[Any]  # shapes and shardings of what is sent, a tree a letter
 
 
 @dataclass
-class Correspondence:
+class IslandTransport:
     """The network's side, in an island's first process."""
 
-    group: Group
-    counters: Counters
+    group: IslandGroup
+    counters: TransferCounters
     publish: Callable[..., None]  # (key, payload, ticket=, reader=)
-    wanted: set[str]  # keys of states that others asked for
-    giving: Callable[[], bool]  # whether a payload is on its way to another island
+    requested_states: set[str]  # keys of states that others asked for
+    is_sending: Callable[[], bool]  # whether a payload is on its way to another island
 
 
-class Meetings:
+class IslandSync:
     """See above. `correspondence` is None in other processes than the first; `alive` is told what is waited for.
 
     `stop(update)` says whether the island was asked to stop, the same in every process: it waits no more then.
@@ -80,18 +80,18 @@ class Meetings:
     def __init__(
         self,
         program: Program,
-        correspondence: Correspondence | None,
+        transport: IslandTransport | None,
         journal: Journal,
         *,
-        alive: Callable[[str], None] = lambda phase: None,
-        stop: Callable[[int], bool] = lambda update: False,
+        report_waiting: Callable[[str], None] = lambda phase: None,
+        should_stop: Callable[[int], bool] = lambda update: False,
     ) -> None:
         self.program, self.island = program, program.replicas
-        self._mail, self._journal, self._stop = correspondence, journal, stop
-        self._waiting = Waiting(alive, lambda: stop(self._update), self._arrived)
+        self._mail, self._journal, self._stop = transport, journal, should_stop
+        self._waiting = CollectiveWait(report_waiting, lambda: should_stop(self._update), self._arrived)
         self._paired = program.config.outer.name in PAIRED
-        self._pending: dict[str, Pending] = {}
-        self._programs: dict[str, Parcels] = {}
+        self._pending: dict[str, PendingRound] = {}
+        self._programs: dict[str, RoundPrograms] = {}
         self._skipped: set[str] = set()  # sendings that came to nothing, until they are sent again
         self._history = {meeting.name: "" for meeting in self.island.outer.meetings}
         self._threads = ThreadPoolExecutor(max_workers=len(self.island.outer.meetings))
@@ -107,11 +107,11 @@ class Meetings:
         """
         try:
             return self._entered(state, step)
-        except GivenUp:
+        except WaitStopped:
             raise Preempted("stopped before the islands began; run the same command to go on") from None
 
     def _entered(self, state: TrainState, step: int) -> tuple[TrainState, int]:
-        params = self.program.evaluated(state)
+        params = self.program.eval_params(state)
         version = xxhash.xxh3_64_hexdigest(self._in_order(params))
         islands = self.program.config.islands
         end = time.monotonic() + islands.gather + islands.deadline
@@ -145,7 +145,7 @@ class Meetings:
                 state = self._completed(state, meeting.name)
         return self._served(state, update)
 
-    def settled(self, state: TrainState) -> TrainState:
+    def drain(self, state: TrainState) -> TrainState:
         """`state` when all that is under way has been used; what has to be mixed in later still will be."""
         for name in list(self._pending):
             state = self._completed(state, name)
@@ -153,13 +153,13 @@ class Meetings:
 
     def finish(self, state: TrainState, step: int) -> None:
         """Tell the others, and give them what they still need: begun within `patience`, ended within `deadline`."""
-        traffic = self.measured(step)
+        traffic = self.traffic_metrics(step)
         self._journal.record("traffic", step=step, **traffic)
         if self._mail:
-            self._mail.group.tell_now(finished=True)
+            self._mail.group.publish_status_now(finished=True)
         began = time.monotonic()
-        while agreed(self._is_needed(time.monotonic() - began)) and not self._stop(step):
-            self._waiting.alive(f"finished, others are not, {time.monotonic() - began:.0f} s")
+        while broadcast_flag(self._is_needed(time.monotonic() - began)) and not self._stop(step):
+            self._waiting.report_waiting(f"finished, others are not, {time.monotonic() - began:.0f} s")
             self._served(state, step)
             time.sleep(0.1)
 
@@ -167,7 +167,7 @@ class Meetings:
         """End the threads; the office and the group are whoever's opened them."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def measured(self, update: int) -> dict[str, float]:
+    def traffic_metrics(self, update: int) -> dict[str, float]:
         """Bytes sent so far by this process's office, beside what the configuration predicts by `update`."""
         traffic = self.program.traffic
         found = {"predicted_sent_bytes": float(sent(traffic, update))}
@@ -179,7 +179,7 @@ class Meetings:
                 "bootstrap_bytes": float(other),
                 "peak_step_bytes": float(self._peak[0]),
                 "peak_bytes_per_second": self._peak[1],
-                "islands": 1.0 + len(self._mail.group.others()),
+                "islands": 1.0 + len(self._mail.group.peer_statuses()),
             }
         return found
 
@@ -200,7 +200,7 @@ class Meetings:
                 history = self._history[meeting.name]
                 work = lambda: group.average(key, payload, update=update, history=history)
             future = self._threads.submit(work)
-        self._pending[meeting.name] = Pending(meeting, update, future, codes)
+        self._pending[meeting.name] = PendingRound(meeting, update, future, codes)
 
     def _completed(self, state: TrainState, name: str) -> TrainState:
         """`state` after the exchange `name`, if one is under way. Raises Moved where the others did without."""
@@ -209,8 +209,8 @@ class Meetings:
             return state
         try:
             met = self._shared(self._waiting.result(pending.future, name))
-        except GivenUp:
-            met = Met("skipped", lost={"all": "asked to stop"})
+        except WaitStopped:
+            met = RoundResult("skipped", failures={"all": "asked to stop"})
         self._noted(met, pending)
         if met.kind == "skipped":
             self._skipped.add(name)
@@ -218,46 +218,50 @@ class Meetings:
         if met.kind == "behind":
             self._skipped.add(name)
             found = None
-            with suppress(GivenUp):
+            with suppress(WaitStopped):
                 found = self._bootstrapped(state, met.sources, at_least=self._update)
             if found is None:
                 return state  # nobody gave its state; the next meeting asks again
-            raise Moved(*found)
-        letters = self._compiled(name).letters
+            raise StateReplaced(*found)
+        letters = self._compiled(name).messages
         arrived = [self._mean(met, pending, number) for number in range(len(letters))]
         text = " ".join([self._history[name], str(pending.update), *met.payloads])
         self._history[name] = xxhash.xxh3_64_hexdigest(text.encode())
-        return self._applied(state, pending.meeting, arrived)
+        return self._applied(state, pending.outer_step, arrived)
 
-    def _mean(self, met: Met, pending: Pending, number: int) -> Any:
+    def _mean(self, met: RoundResult, pending: PendingRound, number: int) -> Any:
         """Letter `number` of everybody who counts, decoded and averaged in float32, in the order of their names."""
         sizes = [len(jax.tree.leaves(codes)) for codes in pending.codes]
         mine = slice(sum(sizes[:number]), sum(sizes[: number + 1]))
-        leaves, decode = jax.tree.leaves(pending.codes), self._compiled(pending.meeting.name).decoders[number]
+        leaves, decode = jax.tree.leaves(pending.codes), self._compiled(pending.outer_step.name).decoders[number]
         total = None
         with jax.set_mesh(self.program.mesh):
             for payload in met.payloads.values():
                 arrays = unpacked(payload, leaves)[mine]
                 codes = jax.tree.unflatten(
                     jax.tree.structure(pending.codes[number]),
-                    [placed(array, like.sharding) for array, like in zip(arrays, leaves[mine], strict=True)],
+                    [make_global_array(array, like.sharding) for array, like in zip(arrays, leaves[mine], strict=True)],
                 )
                 tree = decode(codes)
-                total = tree if total is None else added(total, tree)
-            return divided(total, float(len(met.payloads)))
+                total = tree if total is None else add_trees(total, tree)
+            return divide_tree(total, float(len(met.payloads)))
 
     def _applied(self, state: TrainState, meeting: Meeting, arrived: Sequence[Any]) -> TrainState:
         with jax.set_mesh(self.program.mesh):
             params, outer = self._compiled(meeting.name).receive(state.params, state.outer, list(arrived))
         return dataclasses.replace(state, params=params, outer=outer)
 
-    def _noted(self, met: Met, pending: Pending) -> None:
+    def _noted(self, met: RoundResult, pending: PendingRound) -> None:
         """Journal a meeting that was not whole."""
-        if met.kind == "applied" and not met.lost:
+        if met.kind == "applied" and not met.failures:
             return
         event = {"applied": "excluded", "skipped": "meeting-skipped", "behind": "behind"}[met.kind]
         self._journal.record(
-            event, step=pending.update, meeting=pending.meeting.name, lost=dict(met.lost), meeting_seconds=met.seconds
+            event,
+            step=pending.update,
+            meeting=pending.outer_step.name,
+            lost=dict(met.failures),
+            meeting_seconds=met.seconds,
         )
 
     # ---- states of others
@@ -267,8 +271,8 @@ class Meetings:
     ) -> tuple[TrainState, int] | None:
         """A source's state, and the update it is after; None where none gave it. Exchanges under way are forgotten."""
         began = time.monotonic()
-        coming = self._submitted(lambda group: group.state(sources))
-        payload = firsts_bytes(self._waiting.result(coming, "another's state"))
+        coming = self._submitted(lambda group: group.fetch_state(sources))
+        payload = broadcast_bytes(self._waiting.result(coming, "another's state"))
         if payload is None:
             return None
         self._pending.clear()
@@ -278,31 +282,31 @@ class Meetings:
         step = max(int(head["step"]), at_least)
         self._history = dict(head["history"])
         shapes, where = self._shipped(self.program.shapes), self._shipped(self.program.shardings)
-        leaves, structure = jax.tree.flatten(jax.eval_shape(self.island.in_order, shapes))
+        leaves, structure = jax.tree.flatten(jax.eval_shape(self.island.to_canonical_order, shapes))
         arrays = jax.tree.unflatten(structure, unpacked(payload[8 + length :], leaves))
-        parts = jax.tree.map(placed, self.island.in_own_order(arrays), where)
+        parts = jax.tree.map(make_global_array, self.island.to_run_order(arrays), where)
         if self._mail:
-            self._mail.group.tell_now(active=True, catching_up=False, step=step)
+            self._mail.group.publish_status_now(active=True, catching_up=False, step=step)
         self._journal.record(
             "bootstrap", step=step, source=head["name"], bytes=len(payload), seconds=time.monotonic() - began
         )
-        counter = placed(np.asarray(step, np.int32), self.program.shardings.step)
+        counter = make_global_array(np.asarray(step, np.int32), self.program.shardings.step)
         return dataclasses.replace(state, step=counter, **parts), step
 
     def _served(self, state: TrainState, update: int) -> TrainState:
         """Give this island's state to whoever asked for it."""
-        if not agreed(bool(self._mail and self._mail.wanted)):
+        if not broadcast_flag(bool(self._mail and self._mail.requested_states)):
             return state
-        state = self.settled(state)
-        parts = self._shipped(dataclasses.replace(state, params=self.program.evaluated(state)))
+        state = self.drain(state)
+        parts = self._shipped(dataclasses.replace(state, params=self.program.eval_params(state)))
         body = self._in_order(parts)
         if self._mail:
             head = json.dumps({"step": update, "history": self._history, "name": self._mail.group.name}).encode()
             payload = len(head).to_bytes(8, "big") + head + body
-            for key in list(self._mail.wanted):
+            for key in list(self._mail.requested_states):
                 reader = key.removeprefix("state ").partition("/")[0]
                 self._mail.publish(key, payload, ticket=self._mail.group.ticket, reader=reader)
-                self._mail.wanted.discard(key)
+                self._mail.requested_states.discard(key)
         return state
 
     def _shipped(self, state: TrainState) -> dict[str, Any]:
@@ -311,37 +315,37 @@ class Meetings:
 
     # ---- between the processes of an island, and its threads
 
-    def _submitted(self, work: Callable[[Group], Any]) -> Future | None:
+    def _submitted(self, work: Callable[[IslandGroup], Any]) -> Future | None:
         return self._threads.submit(work, self._mail.group) if self._mail else None
 
     def _arrived(self) -> str:
         """What to say of it while it is waited for."""
-        return f", {self._mail.counters.received} bytes so far" if self._mail else ""
+        return f", {self._mail.counters.received_bytes} bytes so far" if self._mail else ""
 
-    def _asked(self, work: Callable[[Group], tuple[bool, list[Peer]]]) -> tuple[bool, list[Peer]]:
+    def _asked(self, work: Callable[[IslandGroup], tuple[bool, list[Peer]]]) -> tuple[bool, list[Peer]]:
         """An answer of the rendezvous, in every process."""
         found = self._waiting.result(self._submitted(work), "the others")
         text = None if found is None else json.dumps(found).encode()
-        first, peers = json.loads(firsts_bytes(text))
+        first, peers = json.loads(broadcast_bytes(text))
         return first, [Peer(*peer) for peer in peers]
 
-    def _shared(self, met: Met | None) -> Met:
+    def _shared(self, met: RoundResult | None) -> RoundResult:
         """How a meeting ended, in every process."""
         if jax.process_count() == 1:
             return met
         head = None
         if met is not None:
             head = json.dumps(
-                {"kind": met.kind, "lost": dict(met.lost), "sources": met.sources, "names": list(met.payloads)}
+                {"kind": met.kind, "lost": dict(met.failures), "sources": met.sources, "names": list(met.payloads)}
             ).encode()
-        told = json.loads(firsts_bytes(head))
-        payloads = {name: firsts_bytes(met.payloads[name] if met else None) for name in told["names"]}
-        return Met(told["kind"], payloads, told["lost"], [Peer(*peer) for peer in told["sources"]])
+        told = json.loads(broadcast_bytes(head))
+        payloads = {name: broadcast_bytes(met.payloads[name] if met else None) for name in told["names"]}
+        return RoundResult(told["kind"], payloads, told["lost"], [Peer(*peer) for peer in told["sources"]])
 
     def _in_order(self, tree: Any) -> bytes:
         """`tree` as it travels to islands whose stacks have their layers in another order."""
         whole = jax.tree.unflatten(jax.tree.structure(tree), list(self._held(tree)))
-        return packed(jax.tree.leaves(self.island.in_order(whole)))
+        return packed(jax.tree.leaves(self.island.to_canonical_order(whole)))
 
     def _held(self, tree: Any) -> Iterator[np.ndarray]:
         """Every array of `tree`, whole, on this host."""
@@ -358,8 +362,8 @@ class Meetings:
     def _tell(self, update: int) -> None:
         if self._mail is None:
             return
-        self._mail.group.tell(step=update)
-        now, total = time.monotonic(), self._mail.counters.sent
+        self._mail.group.publish_status(step=update)
+        now, total = time.monotonic(), self._mail.counters.sent_bytes
         before, then = self._last
         self._peak = (max(self._peak[0], total - before), max(self._peak[1], (total - before) / max(now - then, 1e-3)))
         self._last = (total, now)
@@ -369,17 +373,17 @@ class Meetings:
         islands = self.program.config.islands
         if not self._mail or waited > max(islands.patience, islands.deadline):
             return False
-        return self._mail.giving() or (waited < islands.patience and self._mail.group.unfinished())
+        return self._mail.is_sending() or (waited < islands.patience and self._mail.group.has_unfinished())
 
     # ---- compiled once
 
-    def problem(self, name: str, payload: bytes) -> str | None:
+    def find_problem(self, name: str, payload: bytes) -> str | None:
         """What is wrong with a payload of the meeting `name`, if anything."""
         made = self._compiled(name)
-        wires = [letter.wire for letter in made.letters]
+        wires = [letter.wire for letter in made.messages]
         return trouble(payload, [(wire, jax.tree.leaves(codes)) for wire, codes in zip(wires, made.codes, strict=True)])
 
-    def _compiled(self, name: str) -> Parcels:
+    def _compiled(self, name: str) -> RoundPrograms:
         if name not in self._programs:
-            self._programs[name] = parcels(self.island, name, self.program.shapes, self.program.shardings)
+            self._programs[name] = make_round_programs(self.island, name, self.program.shapes, self.program.shardings)
         return self._programs[name]

@@ -1,6 +1,11 @@
-"""The supervisor's end of the agents: who is there, what to tell them, how their trainers ended. JAX-free.
+"""The supervisor's connections to its agents: which slots have one, what it is told, how its trainers end. JAX-free.
 
-with Switchboard() as board: board.present; board.tell(3, {"do": "kill"}); board.code(3, epoch=1)
+    with AgentServer(processes=4) as server:
+        server.connected_slots                   # slots whose agent answers
+        server.send(3, {"do": "kill"})
+        server.exit_code(3, epoch=1)             # of the trainer; None while it runs
+
+A slot is the place of one process of the run; one agent (`agent.py`, which lists the messages) serves one slot.
 """
 
 import contextlib
@@ -13,194 +18,198 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-BEAT = 1.0  # seconds between two signs of life of an agent
-LOST = 15.0  # seconds without one after which it is gone with its machine
+HEARTBEAT_SECONDS = 1.0  # between two heartbeats of an agent
+AGENT_TIMEOUT = 15.0  # seconds without a heartbeat after which an agent is lost, and its machine with it
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Line:
+class AgentConnection:
     """The connection to one agent."""
 
     host: str
     socket: socket.socket
-    heard: float
+    last_seen: float
     open: bool = True
-    codes: dict[int, int] = field(default_factory=dict)  # exit code of the trainer, by epoch
-    killed: bool = True  # nothing it was told to start is left
-    epoch: int = 0  # of the trainer it was told to start
-    kept: bool = False  # it was told to start a keeper
-    keeper: int | None = None  # how that one ended
-    turn: threading.Lock = field(default_factory=threading.Lock)  # several threads tell it things
+    exit_codes: dict[int, int] = field(default_factory=dict)  # of trainers, by epoch
+    trainer_killed: bool = True  # nothing that the agent started for the supervisor is left
+    epoch: int = 0  # of the trainer that the agent was last told to start
+    has_snapshot_agent: bool = False  # it was told to start one
+    snapshot_agent_code: int | None = None  # exit code of that snapshot agent
+    lock: threading.Lock = field(default_factory=threading.Lock)  # several threads send
 
-    def send(self, words: Mapping[str, Any]) -> None:
-        """One line; hangs up where it cannot be sent."""
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send one message; close the connection where that fails."""
         try:
-            with self.turn:
-                self.socket.sendall(json.dumps(words).encode() + b"\n")
+            with self.lock:
+                self.socket.sendall(encode_message(message))
         except OSError:
-            self.drop()
+            self.close()
 
-    def drop(self) -> None:
+    def close(self) -> None:
         """Hang up: an agent that still lives kills its trainer."""
         self.open = False
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
 
-class Switchboard:
-    """Agents dial `port`. All methods may be called from one thread while readers run in theirs."""
+class AgentServer:
+    """Listens at `port` for agents. All methods may be called from one thread while readers run in theirs."""
 
     def __init__(self, processes: int, *, port: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self._processes, self._clock = processes, clock
-        self._lines: dict[int, Line] = {}
+        self._connections: dict[int, AgentConnection] = {}  # by slot
         self._changed = threading.Condition()
         self._listener = socket.create_server(("", port), backlog=1024)
         self.port = self._listener.getsockname()[1]
 
-    def __enter__(self) -> "Switchboard":
-        threading.Thread(target=self._accept, name="switchboard", daemon=True).start()
+    def __enter__(self) -> "AgentServer":
+        threading.Thread(target=self._accept, name="agent-server", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._listener.close()
-        for number in list(self._lines):
-            self.drop(number)
+        for slot in list(self._connections):
+            self.disconnect(slot)
 
     @property
-    def present(self) -> set[int]:
-        """Processes whose agent answers."""
+    def connected_slots(self) -> set[int]:
+        """Slots whose agent answers."""
         with self._changed:
-            return {number for number, line in self._lines.items() if self._alive(line)}
+            return {slot for slot, connection in self._connections.items() if self._is_alive(connection)}
 
-    def host(self, number: int) -> str:
-        """The machine of an agent that is or was there; "?" where none ever was."""
-        line = self._lines.get(number)
-        return line.host if line is not None else "?"
+    def host(self, slot: int) -> str:
+        """The machine of the slot's agent, which may be lost; "?" where there never was one."""
+        return self._connections[slot].host if slot in self._connections else "?"
 
-    def tell(self, number: int, words: Mapping[str, Any]) -> None:
-        """Send; one that is gone hears nothing."""
-        line = self._lines.get(number)
-        if line is None or not line.open:
+    def send(self, slot: int, message: Mapping[str, Any]) -> None:
+        """Send a message to the slot's agent; do nothing where that is gone."""
+        connection = self._connections.get(slot)
+        if connection is None or not connection.open:
             return
-        if words["do"] == "start":
-            line.killed, line.epoch = False, int(words["epoch"])
-        if words["do"] == "keep":
-            line.kept, line.keeper = True, None
-        line.send(words)
+        if message["do"] == "start":
+            connection.trainer_killed, connection.epoch = False, int(message["epoch"])
+        if message["do"] == "keep":
+            connection.has_snapshot_agent, connection.snapshot_agent_code = True, None
+        connection.send(message)
 
-    def code(self, number: int, *, epoch: int) -> int | None:
+    def exit_code(self, slot: int, *, epoch: int) -> int | None:
         """Exit code of the trainer of an epoch; None while it runs."""
-        line = self._lines.get(number)
-        return None if line is None else line.codes.get(epoch)
+        return self._connections[slot].exit_codes.get(epoch) if slot in self._connections else None
 
-    def serves(self, number: int, *, epoch: int) -> bool:
-        """Whether the agent is there that started the trainer of an epoch, not one that came after it."""
-        return number in self.present and self._lines[number].epoch == epoch
+    def started_trainer(self, slot: int, *, epoch: int) -> bool:
+        """Whether the agent that is connected now started the trainer of `epoch`; false for a later agent."""
+        return slot in self.connected_slots and self._connections[slot].epoch == epoch
 
-    def keeper(self, number: int) -> str | None:
-        """How the keeper that an agent was told to start ended, in words; None while it runs."""
-        line = self._lines[number]
-        if number not in self.present or not line.kept:
-            return f"lost with its agent on {line.host}"
-        return None if line.keeper is None else f"exit code {line.keeper}"
+    def snapshot_agent_failure(self, slot: int) -> str | None:
+        """How the snapshot agent of a slot's agent ended, as a text; None while it runs."""
+        connection = self._connections[slot]
+        if slot not in self.connected_slots or not connection.has_snapshot_agent:
+            return f"lost with its agent on {connection.host}"
+        code = connection.snapshot_agent_code
+        return None if code is None else f"exit code {code}"
 
-    def wait(self, numbers: Collection[int], timeout: float) -> set[int]:
-        """Those of `numbers` whose agent is not there after `timeout` seconds."""
+    def wait_connected(self, slots: Collection[int], timeout: float) -> set[int]:
+        """Wait for agents in `slots`; those that have none after `timeout` seconds."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._absent(numbers), timeout)
-            return self._absent(numbers)
+            self._changed.wait_for(lambda: not self._missing(slots), timeout)
+            return self._missing(slots)
 
-    def wait_killed(self, numbers: Collection[int], timeout: float) -> set[int]:
-        """Those of `numbers` that have not said within `timeout` seconds that nothing is left."""
+    def wait_killed(self, slots: Collection[int], timeout: float) -> set[int]:
+        """Wait until the agents in `slots` have killed their trainers; those that have not after `timeout` seconds."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._unkilled(numbers), timeout)
-            return self._unkilled(numbers)
+            self._changed.wait_for(lambda: not self._not_killed(slots), timeout)
+            return self._not_killed(slots)
 
-    def drop(self, number: int) -> None:
+    def disconnect(self, slot: int) -> None:
         """Hang up: an agent that still lives kills its trainer."""
-        if number in self._lines:
-            self._lines[number].drop()
+        if slot in self._connections:
+            self._connections[slot].close()
 
-    def _alive(self, line: Line) -> bool:
-        return line.open and self._clock() - line.heard < LOST
+    def _is_alive(self, connection: AgentConnection) -> bool:
+        return connection.open and self._clock() - connection.last_seen < AGENT_TIMEOUT
 
-    def _absent(self, numbers: Collection[int]) -> set[int]:
-        return {n for n in numbers if n not in self._lines or not self._alive(self._lines[n])}
+    def _missing(self, slots: Collection[int]) -> set[int]:
+        return {s for s in slots if s not in self._connections or not self._is_alive(self._connections[s])}
 
-    def _unkilled(self, numbers: Collection[int]) -> set[int]:
-        return {n for n in set(numbers) - self._absent(numbers) if not self._lines[n].killed}
+    def _not_killed(self, slots: Collection[int]) -> set[int]:
+        return {s for s in set(slots) - self._missing(slots) if not self._connections[s].trainer_killed}
 
     def _accept(self) -> None:
-        for dialled in accepted(self._listener):
-            threading.Thread(target=self._read, args=(dialled,), daemon=True).start()
+        for peer in accept_connections(self._listener):
+            threading.Thread(target=self._read, args=(peer,), daemon=True).start()
 
-    def _read(self, dialled: socket.socket) -> None:
-        patient(dialled)
-        line = None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), dialled, dialled.makefile("rb") as words:
-            line = self._seat(json.loads(next(words, b"{}")), dialled)
-            for text in words if line is not None else ():
-                told = json.loads(text)
-                self._hear(line, told)
-                if "beat" in told:
-                    line.send({"beat": True})
+    def _read(self, peer: socket.socket) -> None:
+        enable_keepalive(peer)
+        connection = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), peer, peer.makefile("rb") as lines:
+            connection = self._register(json.loads(next(lines, b"{}")), peer)
+            for line in lines if connection is not None else ():
+                message = json.loads(line)
+                self._record(connection, message)
+                if "beat" in message:
+                    connection.send({"beat": True})
         with self._changed:
-            if line is not None:
-                line.open = False
+            if connection is not None:
+                connection.open = False
             self._changed.notify_all()
 
-    def _seat(self, hello: Mapping[str, Any], dialled: socket.socket) -> Line | None:
-        """The line of who dials; None where it has no place: that of another that lives, or none is free."""
+    def _register(self, hello: Mapping[str, Any], peer: socket.socket) -> AgentConnection | None:
+        """Give a new agent the slot that it asks for, else the first free one; None where no such slot is free."""
         with self._changed:
-            free = [n for n in range(self._processes) if n in self._absent(range(self._processes))]
-            wanted = hello["hello"]
-            number = next(iter(free), None) if wanted is None else int(wanted)
-            if number not in free:
+            free = sorted(self._missing(range(self._processes)))
+            slot = next(iter(free), None) if hello["hello"] is None else int(hello["hello"])
+            if slot not in free:
                 return None
-            before = self._lines.get(number)
-            codes = before.codes if before is not None else {}
-            if before is not None:
-                before.drop()  # it was lost; should it be back, it is not the one
-            line = self._lines[number] = Line(str(hello["host"]), dialled, self._clock(), codes=codes)
+            previous = self._connections.get(slot)
+            if previous is not None:
+                previous.close()  # it was lost; should it come back, the slot is not its own any more
+            connection = AgentConnection(str(hello["host"]), peer, self._clock())
+            connection.exit_codes = previous.exit_codes if previous is not None else {}
+            self._connections[slot] = connection
             self._changed.notify_all()
-        logger.debug("process %d: agent on %s", number, hello["host"])
-        return line
+        logger.debug("process %d: agent on %s", slot, connection.host)
+        return connection
 
-    def _hear(self, line: Line, told: Mapping[str, Any]) -> None:
+    def _record(self, connection: AgentConnection, message: Mapping[str, Any]) -> None:
         with self._changed:
-            line.heard = self._clock()
-            if "exit" in told:
-                line.codes[int(told["epoch"])] = int(told["exit"])
-            if "keeper" in told:
-                line.keeper = int(told["keeper"])
-            line.killed = line.killed or "killed" in told
+            connection.last_seen = self._clock()
+            if "exit" in message:
+                connection.exit_codes[int(message["epoch"])] = int(message["exit"])
+            if "keeper" in message:
+                connection.snapshot_agent_code = int(message["keeper"])
+            connection.trainer_killed = connection.trainer_killed or "killed" in message
             self._changed.notify_all()
 
 
-def accepted(listener: socket.socket) -> Iterator[socket.socket]:
-    """Connections as they come, until `listener` is closed."""
+def encode_message(message: Mapping[str, Any]) -> bytes:
+    """A message as one line of JSON."""
+    return json.dumps(message).encode() + b"\n"
+
+
+def accept_connections(listener: socket.socket) -> Iterator[socket.socket]:
+    """Yield connections as they come, until `listener` is closed."""
     while True:
         try:
-            dialled, _ = listener.accept()
+            peer, _ = listener.accept()
         except OSError:
             return
-        yield dialled
+        yield peer
 
 
-def connected(address: str) -> socket.socket:
-    """A connection to HOST:PORT that notices a peer which is gone without a word."""
+def connect(address: str) -> socket.socket:
+    """A connection to HOST:PORT that notices a peer which is gone without closing it. Raises OSError."""
     host, _, port = address.rpartition(":")
-    line = socket.create_connection((host, int(port)), timeout=10)
-    line.settimeout(None)
-    return patient(line)
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    connection.settimeout(None)
+    return enable_keepalive(connection)
 
 
-def patient(line: socket.socket) -> socket.socket:
-    """Ask a silent peer's machine for a sign of life, and give up half a minute later."""
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def enable_keepalive(connection: socket.socket) -> socket.socket:
+    """Have the kernel probe a silent peer, and end the connection after half a minute without an answer."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000)):
         if hasattr(socket, option):
-            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return line
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return connection

@@ -7,23 +7,23 @@ from ...configs.errors import MeshwrightError, UserError
 from ...configs.sections.fault_tolerance import ElasticConfig
 from ...configs.sections.launch import LaunchConfig
 from .job import Job
-from .launchers import ENGINES, start
+from .launchers import ENGINES, launch
 
-SECONDS = 300.0  # until every machine must have come and be done
+TIMEOUT = 300.0  # seconds until every machine must be done
 
 
-def on_cluster(
+def run_cluster_test(
     engine: str, settings: LaunchConfig, *, processes: int, devices_per_process: int | None, as_json: bool
 ) -> None:
-    """Run it; process 0 prints. Raises MeshwrightError where something stands out."""
+    """Run it; process 0 prints. Raises MeshwrightError where it finds a problem."""
     if engine not in ENGINES or engine == "k8s":
         raise UserError.no_match("--engine", [engine], known=set(ENGINES) - {"k8s"})
     command = [sys.executable, "-m", "meshwright.train.doctor.cluster_selftest", *(["--json"] if as_json else [])]
-    elastic = ElasticConfig(restarts=0, start_timeout=SECONDS)
-    place = Path("runs") / ".selftest"  # is never made: there is nothing to journal
-    job = Job("selftest", command, processes, place, elastic, settings, devices_per_process)
+    elastic = ElasticConfig(restarts=0, start_timeout=TIMEOUT)
+    directory = Path("runs") / ".selftest"  # is never made: there is nothing to journal
+    job = Job("selftest", command, processes, directory, elastic, settings, devices_per_process)
     try:
-        start(engine, job)
+        launch(engine, job)
     except UserError:
         raise
     except MeshwrightError as error:

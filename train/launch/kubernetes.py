@@ -1,11 +1,11 @@
 """Engine `k8s`: a JobSet as YAML, for `kubectl apply -f -`. Nothing here talks to a cluster. JAX-free.
 
     Job `supervisor`   one pod, no accelerator: `meshwright launch --engine agents`
-    Job `workers`      one pod a process: an agent, under which trainers are started again in place
+    Job `workers`      one pod a process: an agent, which starts trainers again in place
 
 A trainer that dies or hangs is started again inside its living pod, by the supervisor through the agent. A pod that is
-lost with its node is replaced alone (`backoffLimit` at its greatest, as JobSet's own in-place strategy has it), and its
-agent joins. Only a supervisor that fails starts the whole set again, `launch.k8s.restarts` times at most.
+lost with its node is replaced alone (`backoffLimit` is the greatest number, as in JobSet's own in-place strategy), and
+its agent connects. Only the failure of the supervisor starts the whole set again, `launch.k8s.restarts` times at most.
 
 Fields: JobSet v1alpha2 (kubernetes-sigs/jobset, api/jobset/v1alpha2/jobset_types.go), Job and Pod of Kubernetes 1.31.
 """
@@ -24,67 +24,67 @@ from .job import Job
 PORT = 29400  # at which the supervisor's pod listens
 CONFIG = "/etc/meshwright"
 PYTHON = "python"  # of the image
-FOR_EVER = 2**31 - 1
-SAVING = 15  # seconds a pod has beyond elastic.grace
+UNLIMITED = 2**31 - 1
+MARGIN = 15  # seconds a pod has beyond elastic.grace, to end
 
 
 def launch(job: Job) -> None:
     """Print the manifests."""
-    sys.stdout.write(yaml.dump_all(manifests(job), Dumper=Readable, sort_keys=False))
+    sys.stdout.write(yaml.dump_all(manifests(job), Dumper=BlockDumper, sort_keys=False))
 
 
-class Readable(yaml.SafeDumper):
-    """Texts of several lines as they are."""
+class BlockDumper(yaml.SafeDumper):
+    """Writes texts of several lines as block scalars, as people write them."""
 
 
-Readable.add_representer(
+BlockDumper.add_representer(
     str,
     lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
 )
 
 
 def manifests(job: Job) -> list[dict[str, Any]]:
-    """The configuration and the JobSet. Raises UserError where something is missing that a cluster needs."""
+    """The configuration and the JobSet. Raises UserError where a key is missing that a cluster needs."""
     settings = job.settings.k8s
     for key in ("image", "claim"):
         if getattr(settings, key) is None:
             raise UserError(f"launch.k8s.{key}: null, and engine k8s needs it; see docs/launch.md")
-    name = label(job.name)
-    place = {"name": name, "namespace": settings.namespace}
-    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": place, "data": {"config.yaml": job.document}}
+    name = dns_label(job.name)
+    metadata = {"name": name, "namespace": settings.namespace}
+    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"config.yaml": job.document}}
     queue = {"labels": {"kueue.x-k8s.io/queue-name": settings.queue}} if settings.queue else {}
     jobset = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {**place, **queue},
+        "metadata": {**metadata, **queue},
         "spec": {
             "network": {"enableDNSHostnames": True, "subdomain": name, "publishNotReadyAddresses": True},
             "coordinator": {"replicatedJob": "supervisor", "jobIndex": 0, "podIndex": 0},
             "successPolicy": {"operator": "All", "targetReplicatedJobs": ["supervisor"]},
             "failurePolicy": failure_policy(settings),
             "replicatedJobs": [
-                {"name": "supervisor", "replicas": 1, "template": {"spec": supervisor(job, name)}},
-                {"name": "workers", "replicas": 1, "template": {"spec": workers(job, name)}},
+                {"name": "supervisor", "replicas": 1, "template": {"spec": supervisor_job(job, name)}},
+                {"name": "workers", "replicas": 1, "template": {"spec": worker_job(job, name)}},
             ],
         },
     }
     return [config, jobset]
 
 
-def label(name: str) -> str:
-    """A run's name as a DNS label that leaves room for what JobSet appends.
+def dns_label(name: str) -> str:
+    """A run's name as a DNS label that leaves room for what JobSet appends. Raises UserError.
 
-    >>> label("My_run 2")
+    >>> dns_label("My_run 2")
     'my-run-2'
     """
-    made = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-")
-    if not made or not made[0].isalpha():
-        raise UserError(f"name: {name} has no letter at its beginning, which Kubernetes needs")
-    return made
+    label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-")
+    if not label or not label[0].isalpha():
+        raise UserError(f"name: {name} has no letter at its beginning, which Kubernetes needs; choose another name")
+    return label
 
 
 def failure_policy(settings: KubernetesConfig) -> dict[str, Any]:
-    """A request that cannot work ends the set; another failure of the supervisor starts all again."""
+    """A refused configuration ends the set; another failure of the supervisor starts all again."""
     refused = {
         "name": "refused",
         "action": "FailJobSet",
@@ -94,13 +94,13 @@ def failure_policy(settings: KubernetesConfig) -> dict[str, Any]:
     return {"maxRestarts": settings.restarts, "restartStrategy": "BlockingRecreate", "rules": [refused]}
 
 
-def supervisor(job: Job, name: str) -> dict[str, Any]:
-    """The Job of the supervisor: asked to stop (75) or evicted it comes again, refused (2) it does not."""
+def supervisor_job(job: Job, name: str) -> dict[str, Any]:
+    """The Job of the supervisor: asked to stop (75) or evicted it is started again, refused (2) it is not."""
     command = [PYTHON, "-m", "meshwright.train.cli", "launch", f"{CONFIG}/config.yaml", "--engine", "agents"]
     command += ["--processes", str(job.processes)]
     if job.devices_per_process:
         command += ["--devices-per-process", str(job.devices_per_process)]
-    command += [f"launch.listen={host(name)}:{PORT}"]
+    command += [f"launch.listen={supervisor_host(name)}:{PORT}"]
     codes = {"containerName": "supervisor", "operator": "In"}
     rules = [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -114,35 +114,35 @@ def supervisor(job: Job, name: str) -> dict[str, Any]:
         "completionMode": "Indexed",
         "backoffLimit": 0,
         "podFailurePolicy": {"rules": rules},
-        "template": {"spec": pod(job, name, container)},
+        "template": {"spec": pod_spec(job, name, container)},
     }
 
 
-def workers(job: Job, name: str) -> dict[str, Any]:
-    """The Job of the agents, whose completion index is the process's number."""
+def worker_job(job: Job, name: str) -> dict[str, Any]:
+    """The Job of the agents, whose completion index is the slot."""
     settings = job.settings.k8s
-    command = [PYTHON, "-m", "meshwright.train.launch.agent", f"{host(name)}:{PORT}"]
-    asked = {"cpu": settings.cpu, "memory": settings.memory, "nvidia.com/gpu": settings.gpus or None}
-    limits = {what: str(much) for what, much in asked.items() if much is not None}
+    command = [PYTHON, "-m", "meshwright.train.launch.agent", f"{supervisor_host(name)}:{PORT}"]
+    amounts = {"cpu": settings.cpu, "memory": settings.memory, "nvidia.com/gpu": settings.gpus or None}
+    limits = {resource: str(amount) for resource, amount in amounts.items() if amount is not None}
     resources = {"resources": {"requests": limits, "limits": limits}} if limits else {}
     container = {"name": "agent", "command": command, **resources}
     return {
         "parallelism": job.processes,
         "completions": job.processes,
         "completionMode": "Indexed",
-        "backoffLimit": FOR_EVER,
+        "backoffLimit": UNLIMITED,
         "podReplacementPolicy": "Failed",
-        "template": {"spec": pod(job, name, container)},
+        "template": {"spec": pod_spec(job, name, container)},
     }
 
 
-def host(name: str) -> str:
-    """The supervisor's pod, as JobSet's headless service knows it."""
+def supervisor_host(name: str) -> str:
+    """The host name of the supervisor's pod, as JobSet's headless service knows it."""
     return f"{name}-supervisor-0-0.{name}"
 
 
-def pod(job: Job, name: str, container: dict[str, Any]) -> dict[str, Any]:
-    """A pod of one container, which has the time to save that a trainer has, the claim and its own shared memory."""
+def pod_spec(job: Job, name: str, container: dict[str, Any]) -> dict[str, Any]:
+    """A pod of one container, with the time to save that a trainer has, the claim and its own shared memory."""
     settings = job.settings.k8s
     mounts = [
         {"name": "work", "mountPath": settings.mount},
@@ -152,7 +152,7 @@ def pod(job: Job, name: str, container: dict[str, Any]) -> dict[str, Any]:
     environment = [{"name": "MESHWRIGHT_CACHE", "value": f"{settings.mount}/cache"}]
     spec = {
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": math.ceil(job.elastic.grace) + SAVING,
+        "terminationGracePeriodSeconds": math.ceil(job.elastic.grace) + MARGIN,
         "containers": [
             {**container, "image": settings.image, "workingDir": settings.mount, "env": environment}
             | {"volumeMounts": mounts}

@@ -1,7 +1,7 @@
 """`meshwright launch CONFIG --islands N`: a run of replicas, or of islands, as N jobs on this machine. JAX-free.
 
 runs/NAME/island-0/ ... island-N/    each a run directory of its own
-runs/NAME/                           all of them together: config.yaml, metrics, events, summary.json, report.html
+runs/NAME/                           of all of them: config.yaml, metrics, events, summary.json, report.html
 """
 
 import sys
@@ -13,10 +13,10 @@ from ...configs.loader import load
 from ...configs.run import RunConfig
 from ..core.run_directory import open_directory
 from ..report.merge_islands import merge
-from .local_islands import launch_islands
+from .local_islands import supervise_islands
 
 
-def launched(
+def train_islands(
     config: str,
     overrides: Sequence[str],
     *,
@@ -25,35 +25,35 @@ def launched(
     devices: int | None,
     root: Path = Path("runs"),
 ) -> None:
-    """Train `count` islands to their end and merge what they wrote. Raises as `launch_islands`."""
-    words = island_words(load(config, overrides=overrides), count=count)
-    whole = load(config, overrides=[*overrides, *words])
+    """Train `count` islands to their end and merge what they wrote. Raises as `supervise_islands` does.
+
+    `processes` and `devices` (simulated, of each process) are those of one island.
+    """
+    overrides = [*overrides, *island_overrides(load(config, overrides=overrides), count=count)]
     options = [
         *(["--processes", str(processes)] if processes else []),
         *(["--devices-per-process", str(devices)] if devices else []),
     ]
-
-    def command(number: int, meet: str) -> list[str]:
-        own = [f"islands.number={number}", f"islands.meet={meet}"]
-        return [
-            sys.executable, "-m", "meshwright.train.cli", "launch", *options, config, *overrides, *words, *own
-        ]  # fmt: skip
-
-    directory = open_directory(whole, root=root)
+    launch = [sys.executable, "-m", "meshwright.train.cli", "launch", *options, config, *overrides]
+    directory = open_directory(load(config, overrides=overrides), root=root)
     try:
-        launch_islands(command, count=count, directory=directory)
+        supervise_islands(
+            lambda number, address: [*launch, f"islands.number={number}", f"islands.meet={address}"],
+            count=count,
+            directory=directory,
+        )
     finally:
         merge(directory)
 
 
-def island_words(config: RunConfig, *, count: int) -> list[str]:
+def island_overrides(config: RunConfig, *, count: int) -> list[str]:
     """The overrides that make `count` islands of the replicas of `config`, each on a replica's share of the devices.
 
-    Raises UserError where nothing says how they meet.
+    Raises UserError where `config` has no outer optimizer.
     """
     if config.outer is None:
         raise UserError(f"--islands: {count} islands would never meet; add a section outer, e.g. outer.name=diloco")
-    words = ["mesh.replica=1", f"islands.count={count}"]
+    overrides = ["mesh.replica=1", f"islands.count={count}"]
     if config.mesh.replica > 1 and config.mesh.devices is not None:
-        words.append(f"mesh.devices={config.mesh.devices // config.mesh.replica}")
-    return words
+        overrides.append(f"mesh.devices={config.mesh.devices // config.mesh.replica}")
+    return overrides

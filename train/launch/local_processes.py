@@ -1,7 +1,6 @@
-"""Processes of one run on this machine, with gloo between them. JAX-free.
+"""The processes of one run on this machine, which compute together by gloo. JAX-free.
 
-A process of its own hosts JAX's coordination service: where it lives in process 0, the death of that one is the death
-of all.
+JAX's coordination service has a process of its own here: inside process 0, its death would be the death of all.
 """
 
 import contextlib
@@ -10,90 +9,79 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from ..core import process_env
+from .job import Job
 
-COORDINATOR_HOST = [sys.executable, "-m", "meshwright.train.launch.coordination_service"]
+COORDINATION_SERVICE = [sys.executable, "-m", "meshwright.train.launch.coordination_service"]
 
 
 class LocalEngine:
-    """`command` in `processes` processes; the first one's output is shown. `rendezvous` is where they report.
+    """Runs a job's processes on this machine; the output of the first one is shown.
 
-    `host_of`: the number of the host that a slot is on, where keepers look after it.
+    `rendezvous` is the HOST:PORT to which they report.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        *,
-        processes: int,
-        rendezvous: str,
-        devices_per_process: int | None = None,
-        coordinator: str | None = None,
-        host_of: Callable[[int], int | None] = lambda slot: None,
-    ) -> None:
-        self.processes = self._room = processes
-        self._command, self._coordinator, self._rendezvous = list(command), coordinator, rendezvous
-        self._devices = {process_env.DEVICES: str(devices_per_process)} if devices_per_process else {}
-        self._host_of = host_of
+    def __init__(self, job: Job, *, rendezvous: str) -> None:
+        self._job, self._rendezvous = job, rendezvous
+        self.processes = job.processes
         self._running: list[subprocess.Popen] = []
-        self._host: subprocess.Popen | None = None
+        self._service: subprocess.Popen | None = None  # the coordination service
 
-    def slots(self) -> Sequence[int]:
-        """One machine has room for as many as were asked for."""
-        return range(self._room)
+    def available_slots(self) -> Sequence[int]:
+        """One machine has as many slots as there were processes at first."""
+        return range(self._job.processes)
 
-    def gather(self, slots: Collection[int]) -> None:
+    def acquire(self, slots: Collection[int]) -> None:
         """They are all here."""
 
-    def start(self, epoch: int, *, slots: Sequence[int], words: Sequence[str]) -> None:
-        """Start the coordination service on a port of this epoch's, and every process."""
-        self.processes, command = len(slots), [*self._command, *words]
-        address = self._coordinator or f"127.0.0.1:{free_port()}"
-        shared = os.environ | self._devices | {
-            process_env.COORDINATOR: address,
-            process_env.COUNT: str(self.processes),
-            process_env.EPOCH: str(epoch),
-            process_env.RENDEZVOUS: self._rendezvous,
-            process_env.COORDINATED: "outside",
-        }  # fmt: skip
-        if self.processes > 1:
-            self._host = spawn([*COORDINATOR_HOST, address, str(self.processes)], os.environ)
-        self._running = [
-            spawn(command, shared | {process_env.NUMBER: str(number)} | self._seat(slot), quiet=number > 0)
-            for number, slot in enumerate(slots)
-        ]
+    def start(self, epoch: int, *, slots: Sequence[int], overrides: Sequence[str]) -> None:
+        """Start the coordination service, on a new port by default, and a process in each slot."""
+        self.processes, command = len(slots), [*self._job.command, *overrides]
+        address = self._job.settings.coordinator or f"127.0.0.1:{free_port()}"
+        self._service = start_coordination_service(address, self.processes)
+        for index, slot in enumerate(slots):
+            info = self._job.process_info(
+                index, slot, len(slots), epoch, coordinator=address, rendezvous=self._rendezvous
+            )
+            self._running.append(spawn(command, os.environ | info.to_environment(), quiet=index > 0))
 
-    def _seat(self, slot: int) -> dict[str, str]:
-        return process_env.seat(slot, host=self._host_of(slot))
-
-    def poll(self, number: int) -> int | None:
+    def poll(self, index: int) -> int | None:
         """Exit code of a process; None while it runs."""
-        return self._running[number].poll()
+        return self._running[index].poll()
 
-    def broken(self) -> str | None:
-        """Whether the coordination service died."""
-        code = self._host.poll() if self._host is not None else None
-        return None if code is None else f"the coordination service ended with exit code {code}"
+    def service_failure(self) -> str | None:
+        """How the coordination service ended; None while it runs."""
+        return describe_end(self._service)
 
-    def ask_to_stop(self) -> None:
-        """SIGTERM to all that run: they save and exit."""
+    def request_stop(self) -> None:
+        """Send SIGTERM to all that run: they save and exit."""
         for process in self._running:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to the process groups of all that are left, stopped ones too."""
-        for process in [*self._running, *([self._host] if self._host else [])]:
-            with contextlib.suppress(ProcessLookupError):  # it has ended, and so has all that it started
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        self._host = None
+        """Send SIGKILL to the process groups of all that are left, stopped ones too."""
+        kill_groups([*self._running, self._service])
+        self._running, self._service = [], None
+
+
+def start_coordination_service(address: str, processes: int) -> subprocess.Popen | None:
+    """Start the host of JAX's coordination service at `address` (HOST:PORT); None for one process, which needs none."""
+    return spawn([*COORDINATION_SERVICE, address, str(processes)], os.environ) if processes > 1 else None
+
+
+def describe_end(service: subprocess.Popen | None) -> str | None:
+    """How a coordination service ended; None while it runs, and where there is none."""
+    code = service.poll() if service is not None else None
+    return None if code is None else f"the coordination service ended with exit code {code}"
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], *, quiet: bool = False) -> subprocess.Popen:
-    """A process in a session of its own: Ctrl-C reaches it only through the supervisor; it is killed with its own."""
+    """Start a process in a session of its own: Ctrl-C reaches it only through the supervisor.
+
+    Its children are in its process group, and are killed with it. `quiet` drops its standard output.
+    """
     return subprocess.Popen(
         list(command),
         env=dict(environment),
@@ -102,8 +90,17 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], *, quiet: bool
     )
 
 
+def kill_groups(processes: Sequence[subprocess.Popen | None]) -> None:
+    """Send SIGKILL to the groups of processes that `spawn` started, and wait for their end."""
+    for process in processes:
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and so has all that it started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 def free_port() -> int:
-    """A TCP port nobody uses at the moment."""
+    """A TCP port that nobody uses at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -12,52 +12,43 @@ from collections.abc import Mapping
 from ...configs.errors import UserError
 from ..core.signals import StopSignals
 from .job import Job
-from .remote_processes import run_on
+from .remote_processes import Hosts, run_on_hosts
 
 logger = logging.getLogger(__name__)
 
 
-class AwaitedHosts:
+class ManualHosts(Hosts):
     """Machines whose agents come by themselves, and again when they are lost."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def start(self, places: Mapping[int, str], port: int) -> None:
-        """Say what to do."""
+    def start(self, machines: Mapping[int, str], port: int) -> None:
+        """Say which command to run on the machines."""
         command = f"{sys.executable} -m meshwright.train.launch.agent {self.name}:{port}"
-        logger.warning("waiting for %d agents; on each machine run: %s", len(places), command)
-
-    def trouble(self) -> str | None:
-        """None is known."""
+        logger.warning("waiting for %d agents; on each machine run: %s", len(machines), command)
 
     def hint(self) -> str:
         """What a reader can do."""
         return "; start one on each machine"
 
-    def discard(self, number: int) -> None:
-        """An agent that lost the supervisor kills its trainer by itself."""
-
-    def close(self) -> None:
-        """They end when they are told to."""
-
 
 def launch(job: Job) -> None:
     """Wait for agents at `launch.listen` and supervise."""
-    host, port = address(job.settings.listen)
+    host, port = parse_listen_address(job.settings.listen)
     with StopSignals() as stop:
-        run_on(AwaitedHosts(host), job, stop=stop, port=port)
+        run_on_hosts(ManualHosts(host), job, stop=stop, port=port)
 
 
-def address(listen: str | None) -> tuple[str, int]:
-    """(name, port) of HOST:PORT; this machine's name and any port where nothing is said.
+def parse_listen_address(listen: str | None) -> tuple[str, int]:
+    """(name, port) of HOST:PORT; for None this machine's name, and 0, any port. Raises UserError.
 
-    >>> address("node0:29400")
+    >>> parse_listen_address("node0:29400")
     ('node0', 29400)
     """
     if listen is None:
         return socket.gethostname(), 0
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise UserError(f"launch.listen: {listen} is not HOST:PORT")
+        raise UserError(f"launch.listen: {listen} is not HOST:PORT; e.g. node0:29400")
     return host, int(port)

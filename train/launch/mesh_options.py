@@ -1,7 +1,7 @@
-"""In which formations a run can compute: how many processes, on which mesh. And which slots fill one. JAX-free.
+"""On which meshes a run can compute, with how many processes each, and which slots fill one. JAX-free.
 
 A *slot* is a place that holds one process: a host, a node of an allocation, on one machine just a number. The run's own
-mesh comes first, then `elastic.meshes` in their order; a formation is what the launcher adds to the trainers' command.
+mesh comes first, then `elastic.meshes` in their order.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -11,49 +11,52 @@ from ...configs.checks.elastic_meshes import Axes, on_axes
 from ...configs.checks.mesh_fit import check_fits
 from ...configs.errors import UserError
 from ...configs.run import RunConfig
-from ..engine.pipeline.pipeline_plan import check_staging
+from ..engine.pipeline.pipeline_plan import check_pipeline
 
 
 @dataclass(frozen=True)
-class Formation:
-    """So many processes on one mesh."""
+class MeshOption:
+    """A mesh that the run can compute on, and the number of processes that make it."""
 
     processes: int
-    mesh: str = "its own mesh"  # in words, for people
-    words: tuple[str, ...] = ()  # `key=value` after the trainers' command
+    mesh: str = "its own mesh"  # as people read it, e.g. `data 2 x tensor 2`
+    overrides: tuple[str, ...] = ()  # `key=value` that the launcher adds to the trainers' command
 
 
 @dataclass(frozen=True)
-class Team:
-    """A formation and the slots that fill it: process n of the epoch is in slot `slots[n]`."""
+class Assignment:
+    """A mesh option and the slots that fill it: process n of the epoch is in slot `slots[n]`."""
 
-    formation: Formation
+    option: MeshOption
     slots: tuple[int, ...]
 
 
-def formations(config: RunConfig, *, processes: int, devices_per_process: int | None = None) -> tuple[Formation, ...]:
-    """The formations of a run that starts in `processes` processes, the preferred first.
+def mesh_options(
+    config: RunConfig, *, processes: int, devices_per_process: int | None = None
+) -> tuple[MeshOption, ...]:
+    """The mesh options of a run that starts in `processes` processes, the preferred first.
 
     Raises UserError where an entry of `elastic.meshes` does not divide into such processes.
     """
     if not config.elastic.meshes:
-        return (Formation(processes),)
-    each, own = shares(config, processes=processes, devices_per_process=devices_per_process)
-    found = [Formation(processes, spelt(own))]
-    for number, entry in enumerate(config.elastic.meshes):
-        sizes = [entry.product] if entry.product else [each * count for count in range(processes, 0, -1)]
-        fitting = list(fitted(config, number, sizes, own=own, each=each, processes=processes))
+        return (MeshOption(processes),)
+    devices, run_axes = process_devices(config, processes=processes, devices_per_process=devices_per_process)
+    options = [MeshOption(processes, describe_axes(run_axes))]
+    for index, entry in enumerate(config.elastic.meshes):
+        sizes = [entry.product] if entry.product else [devices * count for count in range(processes, 0, -1)]
+        sizes = [size for size in sizes if size % devices == 0 and size // devices <= processes]
+        fitting = list(fitting_options(config, index, sizes, run_axes=run_axes, devices_per_process=devices))
         if not fitting:
             raise UserError(
-                f"elastic.meshes.{number}: no number of processes with {each} devices each, up to {processes}, fits "
-                f"{spelt(entry.sizes)}, data.global_batch ({config.data.global_batch}) and microbatches "
-                f"({config.microbatches})"
+                f"elastic.meshes.{index}: no number of processes with {devices} devices each, up to {processes}, fits "
+                f"{describe_axes(entry.sizes)}, data.global_batch ({config.data.global_batch}) and microbatches "
+                f"({config.microbatches}); change the entry, or launch.processes"
             )
-        found += [formation for formation in fitting if formation.words != ()]
-    return tuple(found)
+        options += [option for option in fitting if option.overrides]
+    return tuple(options)
 
 
-def shares(config: RunConfig, *, processes: int, devices_per_process: int | None) -> tuple[int, Axes]:
+def process_devices(config: RunConfig, *, processes: int, devices_per_process: int | None) -> tuple[int, Axes]:
     """Devices of each process, and the sizes of the run's own axes. Raises UserError where they cannot be known."""
     count = config.mesh.count if devices_per_process is None else devices_per_process * processes
     if count is None:
@@ -67,44 +70,42 @@ def shares(config: RunConfig, *, processes: int, devices_per_process: int | None
         raise UserError(str(error)) from None
 
 
-def fitted(
-    config: RunConfig, number: int, sizes: Sequence[int], *, own: Axes, each: int, processes: int
-) -> Iterator[Formation]:
-    """The formations that entry `number` of `elastic.meshes` makes of `sizes` devices, where it fits."""
-    entry = config.elastic.meshes[number]
+def fitting_options(
+    config: RunConfig, index: int, sizes: Sequence[int], *, run_axes: Axes, devices_per_process: int
+) -> Iterator[MeshOption]:
+    """Yield the options that entry `index` of `elastic.meshes` makes of each size (devices) that it fits."""
+    entry = config.elastic.meshes[index]
     for size in sizes:
-        if size % each or size // each > processes:
-            continue
         try:
             axes = entry.resolved(size)
-            changed = on_axes(config, axes, own=own)
+            changed = on_axes(config, axes, own=run_axes)
             check_fits(changed, axes)
-            check_staging(changed)
+            check_pipeline(changed)
         except ValueError:
             continue
         except UserError:
             if entry.product:
                 raise
             continue
-        sizes_of = ", ".join(f"{axis}: {size}" for axis, size in axes.items())
-        words = (f"mesh={{{sizes_of}, devices: {size}}}", f"microbatches={changed.microbatches}")
-        yield Formation(size // each, spelt(axes), () if axes == own else words)
+        axis_sizes = ", ".join(f"{axis}: {size}" for axis, size in axes.items())
+        overrides = (f"mesh={{{axis_sizes}, devices: {size}}}", f"microbatches={changed.microbatches}")
+        yield MeshOption(size // devices_per_process, describe_axes(axes), () if axes == run_axes else overrides)
 
 
-def spelt(axes: Axes) -> str:
-    """Axes in words, e.g. `data 2 x tensor 2`."""
+def describe_axes(axes: Axes) -> str:
+    """Axes as people read them, e.g. `data 2 x tensor 2`."""
     return " x ".join(f"{axis} {size}" for axis, size in axes.items() if size != 1) or "one device"
 
 
-def team(
-    candidates: Sequence[Formation], slots: Collection[int], *, struck: Collection[int] = frozenset()
-) -> Team | None:
-    """The first formation that `slots` fill, and the slots; None where none does.
+def choose_assignment(
+    options: Sequence[MeshOption], slots: Collection[int], *, unreliable: Collection[int] = frozenset()
+) -> Assignment | None:
+    """The first option that `slots` fill, and the slots; None where none does.
 
-    Slots that are `struck` out are used where there is no formation without them.
+    `unreliable` slots are used where no option can be filled without them.
     """
-    for usable in (sorted(set(slots) - set(struck)), sorted(slots)):
-        for formation in candidates:
-            if formation.processes <= len(usable):
-                return Team(formation, tuple(usable[: formation.processes]))
+    for usable in (sorted(set(slots) - set(unreliable)), sorted(slots)):
+        for option in options:
+            if option.processes <= len(usable):
+                return Assignment(option, tuple(usable[: option.processes]))
     return None

@@ -1,79 +1,82 @@
 """When the processes of a run form up anew: fewer after a loss, more when a host is back. JAX-free.
 
 A lost host is waited for, `elastic.replace` seconds, since a replacement costs nothing but the wait. Then the run goes
-on with the first formation that is left. One that is smaller than it could be is stopped between two steps, saved, and
-started on the larger mesh once the hosts have been back for `elastic.settle` seconds.
+on with the first mesh option that is left. One that is smaller than it could be is stopped between two steps, saved,
+and started on the larger mesh once the hosts have been back for `elastic.settle` seconds.
 """
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from .mesh_options import Formation, Team, team
+from ...configs.sections.fault_tolerance import ElasticConfig
+from .mesh_options import Assignment, MeshOption, choose_assignment
 
 Slots = Callable[[], Collection[int]]
 
 
 @dataclass
-class Regroup:
-    """What formations there are, and what became of the slots. `slots()` are usable now, `drained()` taken out."""
+class Regrouping:
+    """The mesh options of a run, the state of its slots, and the assignment of the epoch."""
 
-    candidates: Sequence[Formation]
-    slots: Slots
-    drained: Slots
-    struck: Slots
-    replace: float
-    settle: float
-    patience: float  # seconds to wait for hosts without which nothing fits
-    present: Team | None = None  # the epoch's
-    better: float | None = None  # since when a larger formation has been possible
+    options: Sequence[MeshOption]  # the preferred first
+    settings: ElasticConfig
+    available_slots: Slots
+    drained_slots: Slots  # taken out by hand
+    unreliable_slots: Slots  # with too many failures
+    current: Assignment | None = None  # of the epoch
+    larger_since: float | None = None  # time since which a larger mesh has been possible
 
-    def found(self) -> Team | None:
-        """The best team of this moment."""
-        return team(self.candidates, set(self.slots()) - set(self.drained()), struck=self.struck())
+    def rank(self, assignment: Assignment | None) -> int:
+        """The position of an assignment's option in the list, 0 the best; None comes last."""
+        return len(self.options) if assignment is None else self.options.index(assignment.option)
 
-    def rank(self, found: Team | None) -> int:
-        """How far down the list a team is; none at all comes last."""
-        return len(self.candidates) if found is None else self.candidates.index(found.formation)
+    def wait_for_assignment(
+        self, *, stopped: Callable[[], bool], clock: Callable[[], float], sleep: Callable[[float], None]
+    ) -> Assignment | None:
+        """The assignment of the next epoch: as good as the one before, or what is left after `elastic.replace`
+        seconds.
 
-    def form(
-        self, *, enough: Callable[[], bool], clock: Callable[[], float], sleep: Callable[[float], None]
-    ) -> Team | None:
-        """The team of the next epoch: as good as the one before, or what is left after `replace` seconds.
-
-        A slot that was struck out or drained is not waited for. It waits no longer once `enough()`. None where nothing
-        fits; what fits nothing because hosts are missing is waited for as long as a start may take.
+        Slots that are unreliable or drained are not waited for, and nothing is once `stopped()`. None where no mesh
+        fits; where one would fit if the missing slots came, they are waited for as long as a start may take.
         """
-        began, wanted = clock(), self.rank(self.present) if self.present else 0
+        began, best_before = clock(), self.rank(self.current) if self.current else 0
         while True:
-            here, out = set(self.slots()), set(self.drained())  # asked once: what is decided is of one moment
-            found = team(self.candidates, here - out, struck=self.struck())
-            everywhere = set(range(self.candidates[0].processes)) | here
-            possible = team(self.candidates, everywhere - out)  # drained slots do not come
-            enough_for_now = wanted if possible is None else max(wanted, self.rank(possible))
-            replaced = team(self.candidates, here - out)
-            patience = self.replace if found or team(self.candidates, here) else self.patience
-            if self.rank(replaced) <= enough_for_now or clock() - began >= patience or enough():
-                self.better = None
-                return found
+            available, drained = (
+                set(self.available_slots()),
+                set(self.drained_slots()),
+            )  # read once: one consistent view
+            assignment = choose_assignment(self.options, available - drained, unreliable=self.unreliable_slots())
+            all_slots = set(range(self.options[0].processes)) | available
+            possible = choose_assignment(self.options, all_slots - drained)  # drained slots do not come
+            good_enough = best_before if possible is None else max(best_before, self.rank(possible))
+            with_unreliable = choose_assignment(self.options, available - drained)
+            fits_now = assignment or choose_assignment(self.options, available)
+            timeout = self.settings.replace if fits_now else max(self.settings.replace, self.settings.start_timeout)
+            if self.rank(with_unreliable) <= good_enough or clock() - began >= timeout or stopped():
+                self.larger_since = None
+                return assignment
             sleep(0.1)
 
-    def reason(self, *, now: float) -> str | None:
+    def stop_reason(self, *, now: float) -> str | None:
         """Why the epoch should be stopped to form up anew; None where it should not."""
-        if out := sorted(set(self.present.slots) & set(self.drained())):
-            return f"slots {out} were drained"
-        found = self.found()
-        if self.rank(found) >= self.rank(self.present):
-            self.better = None
+        drained = set(self.drained_slots())
+        if in_use := sorted(set(self.current.slots) & drained):
+            return f"slots {in_use} were drained"
+        best = choose_assignment(
+            self.options, set(self.available_slots()) - drained, unreliable=self.unreliable_slots()
+        )
+        if self.rank(best) >= self.rank(self.current):
+            self.larger_since = None
             return None
-        self.better = now if self.better is None else self.better
-        if now - self.better < self.settle:
+        self.larger_since = now if self.larger_since is None else self.larger_since
+        if now - self.larger_since < self.settings.settle:
             return None
-        return f"{found.formation.processes} processes fit again, on {found.formation.mesh}"
+        return f"{best.option.processes} processes fit again, on {best.option.mesh}"
 
 
-def change(before: Team, after: Team, *, candidates: Sequence[Formation]) -> str | None:
-    """The name of what happens between two teams: shrink, grow, move (other slots); None for nothing."""
+def change_event(before: Assignment, after: Assignment, *, options: Sequence[MeshOption]) -> str | None:
+    """The journal event of a change between two epochs: shrink, grow, move (other slots); None for no change."""
     if before == after:
         return None
-    ranks = [candidates.index(one.formation) for one in (before, after)]
-    return "move" if ranks[0] == ranks[1] else "shrink" if ranks[0] < ranks[1] else "grow"
+    old, new = (options.index(assignment.option) for assignment in (before, after))
+    return "move" if old == new else "shrink" if old < new else "grow"

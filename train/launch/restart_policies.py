@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 from ...configs.sections.fault_tolerance import ElasticConfig
 
-LONGEST_PAUSE = 60.0  # seconds between a failure and the restart, however many came before
+LONGEST_DELAY = 60.0  # seconds between a failure and the restart, however many failures came before
 
 
 @dataclass(frozen=True)
-class Report:
-    """The last that was heard of a process."""
+class ProcessReport:
+    """The newest report of a process; times are the supervisor's clock."""
 
     step: int  # updates done
     phase: str  # what it was about to do
-    time: float  # when that was new, by the supervisor's clock
-    heard: float  # when its last heartbeat came
+    changed_at: float  # when step or phase last changed
+    heartbeat_at: float  # when its last heartbeat came
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Failure:
     """One epoch that ended badly."""
 
     time: float
-    reached: int  # the highest step any process reported
-    slot: int | None = None  # where the suspect was
+    highest_step: int  # that any process reported
+    slot: int | None = None  # of the suspect
 
 
 @dataclass(frozen=True)
@@ -36,51 +36,57 @@ class Outcome:
 
     kind: str  # done | preempted | regroup | refused | failed
     reason: str
-    reached: int = 0  # the highest step reported
-    suspect: int | None = None
-    detected: float = 0.0  # seconds from the last news of the suspect to this outcome
+    highest_step: int = 0  # that any process reported
+    suspect: int | None = None  # the process to blame
+    detection_seconds: float = 0.0  # from the last news of the suspect to this outcome
     syndrome: str = ""  # of a hang: `hang, communication` or `hang, not communication`
 
 
-def gives_up(failures: Sequence[Failure], settings: ElasticConfig, *, now: float) -> bool:
+def too_many_failures(failures: Sequence[Failure], settings: ElasticConfig, *, now: float) -> bool:
     """Whether there were more failures than `restarts` within the window."""
     return sum(failure.time > now - settings.window for failure in failures) > settings.restarts
 
 
-def pause(failures: Sequence[Failure], settings: ElasticConfig) -> float:
-    """Seconds to wait before the next start: doubled for every failure in a row that got no further than before it."""
-    fruitless = 0
-    for before, after in zip(failures[-2::-1], failures[:0:-1], strict=True):
-        if after.reached > before.reached:
-            break
-        fruitless += 1
-    return min(settings.backoff * 2.0**fruitless, LONGEST_PAUSE)
+def restart_delay(failures: Sequence[Failure], settings: ElasticConfig) -> float:
+    """Seconds to wait before the next start.
 
-
-def patience(durations: Sequence[float], settings: ElasticConfig) -> float:
-    """Seconds without news after which a process hangs, from the seconds that steps of this epoch took so far."""
-    if not durations:
-        return settings.start_timeout
-    return max(settings.hang_floor, settings.hang_factor * statistics.median(durations))
-
-
-def suspect(reports: Mapping[int, Report], *, processes: int) -> int:
-    """The process that the others wait for: one never heard of, else the lowest step, else the oldest heartbeat."""
-    if silent := sorted(set(range(processes)) - reports.keys()):
-        return silent[0]
-    return min(reports, key=lambda number: (reports[number].step, reports[number].heard))
-
-
-def culprit(codes: Mapping[int, int]) -> int:
-    """The process to blame, by exit codes of those that failed: one that was killed before those that raised.
-
-    Whoever loses a peer raises or aborts soon after it, maybe before anybody looks.
+    The delay doubles with every failure in a row that got no further than the failure before it.
     """
-    return min(codes, key=lambda number: (codes[number] >= 0, codes[number] == -signal.SIGABRT, number))
+    without_progress = 0
+    for previous, failure in zip(failures[-2::-1], failures[:0:-1], strict=True):
+        if failure.highest_step > previous.highest_step:
+            break
+        without_progress += 1
+    return min(settings.backoff * 2.0**without_progress, LONGEST_DELAY)
 
 
-def struck(failures: Sequence[Failure], settings: ElasticConfig, *, now: float) -> frozenset[int]:
-    """The slots with so many failures within the window that the run had better go on without them."""
+def hang_timeout(step_seconds: Sequence[float], settings: ElasticConfig) -> float:
+    """Seconds without news after which a process hangs; `step_seconds` are those of this epoch's steps so far."""
+    if not step_seconds:
+        return settings.start_timeout
+    return max(settings.hang_floor, settings.hang_factor * statistics.median(step_seconds))
+
+
+def find_hanging_process(reports: Mapping[int, ProcessReport], processes: Sequence[int]) -> int:
+    """The process that the others wait for.
+
+    One of `processes` that never reported, else one at the lowest step, of those the one with the oldest heartbeat.
+    """
+    if silent := sorted(set(processes) - reports.keys()):
+        return silent[0]
+    return min(reports, key=lambda index: (reports[index].step, reports[index].heartbeat_at))
+
+
+def find_failed_process(codes: Mapping[int, int]) -> int:
+    """The process to blame, by the exit codes of those that failed: one that was killed before those that raised.
+
+    A process that loses a peer raises or aborts soon after it, maybe before the supervisor looks.
+    """
+    return min(codes, key=lambda index: (codes[index] >= 0, codes[index] == -signal.SIGABRT, index))
+
+
+def find_unreliable_slots(failures: Sequence[Failure], settings: ElasticConfig, *, now: float) -> frozenset[int]:
+    """The slots with `strikes` failures or more within the window: the run goes on without them if it can."""
     recent = Counter(failure.slot for failure in failures if failure.time > now - settings.window)
     del recent[None]
     return frozenset(slot for slot, count in recent.items() if settings.strikes and count >= settings.strikes)

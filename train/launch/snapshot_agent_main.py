@@ -1,7 +1,7 @@
 """A snapshot agent's process: `python -m meshwright.train.launch.snapshot_agent_main SETTINGS` (JSON). JAX-free.
 
-One thread tells the rendezvous what this host has and hears what the others have; the main one protects. It ends with
-the process that started it.
+One thread publishes in the membership store what this host has, and reads what the other hosts have; the main thread
+protects snapshots. The process ends with the one that started it.
 """
 
 import fcntl
@@ -14,84 +14,84 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.redundancy.snapshot_agent import Keeper
-from ...parallel.transport.checked_stream import Listener
-from ..core.rendezvous import Client, Refused
+from ...checkpoint.redundancy.snapshot_agent import SnapshotAgent
+from ...parallel.transport.checked_stream import RequestServer
+from ..core.rendezvous import Client, NotAMember
 
-OFTEN = 0.02  # seconds between two words
-IDLE = 0.5  # seconds between two words, and two looks, where nothing is new
-FOREVER = 1e9  # time-to-live: whether a keeper is alive is seen by whoever started it
-PREFIX = "keeper/"
+POLL_SECONDS = 0.02  # between two looks at this host's snapshots
+IDLE_SECONDS = 0.5  # between two heartbeats, and two looks at the others, where nothing is new
+NO_EXPIRY = 1e9  # seconds to live: whoever started a snapshot agent sees whether it lives
+PREFIX = "keeper/"  # of a snapshot agent's name in the membership store
 
 
-def keepers_in(members: Mapping[str, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
-    """What each keeper told, by host, out of a membership."""
+def read_statuses(members: Mapping[str, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """What each snapshot agent published, by host, out of the members of a store."""
     return {int(name[len(PREFIX) :]): info for name, info in members.items() if name.startswith(PREFIX)}
 
 
-def news(infos: Mapping[int, Mapping[str, Any]]) -> list[Any]:
-    """What matters of what the keepers told."""
-    return [(host, info["address"], info["held"], info["shares"]) for host, info in sorted(infos.items())]
+class StatusPublisher:
+    """The thread that publishes this agent's status and reads that of the others (`statuses`, by host)."""
 
-
-class Telling:
-    """The thread that talks to the rendezvous."""
-
-    def __init__(self, keeper: Keeper, *, rendezvous: str, address: str) -> None:
-        self.infos: dict[int, Mapping[str, Any]] = {}
-        self.heard = threading.Event()  # something new
-        self.ended = threading.Event()
-        self._keeper, self._place, self._address, self._beats = keeper, rendezvous, address, 0
+    def __init__(self, agent: SnapshotAgent, *, rendezvous: str, address: str) -> None:
+        self.statuses: dict[int, Mapping[str, Any]] = {}
+        self.changed = threading.Event()  # `statuses` has something new
+        self.replaced = threading.Event()  # another agent of this host took over
+        self._agent, self._rendezvous, self._address, self._beats = agent, rendezvous, address, 0
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        seen, info, spoken = None, dict[str, Any](), 0.0
-        with Client(self._place, f"{PREFIX}{self._keeper.host}", ttl=FOREVER) as client:
-            while not self.ended.wait(OFTEN):
+        published, info, published_at = None, dict[str, Any](), 0.0
+        with Client(self._rendezvous, f"{PREFIX}{self._agent.host}", ttl=NO_EXPIRY) as client:
+            while not self.replaced.wait(POLL_SECONDS):
                 try:
-                    heads, now = self._keeper.heads(), time.monotonic()
-                    if heads == seen and now - spoken < IDLE and not self._keeper.busy:
+                    heads, now = self._agent.slot_heads(), time.monotonic()
+                    if heads == published and now - published_at < IDLE_SECONDS and not self._agent.has_unprotected:
                         continue
-                    if heads != seen:
-                        info = self._keeper.info()
-                    self._tell(client, info)
-                    seen, spoken = heads, now
-                except Refused:  # another keeper of this host took over: this one is fenced
-                    self.ended.set()
+                    if heads != published:
+                        info = self._agent.info()
+                    self._publish(client, info)
+                    published, published_at = heads, now
+                except NotAMember:
+                    self.replaced.set()
                 except OSError:
-                    continue  # the rendezvous is gone, or the slots are changing
+                    continue  # the membership store is gone, or the slots are changing
 
-    def _tell(self, client: Client, info: Mapping[str, Any]) -> None:
+    def _publish(self, client: Client, info: Mapping[str, Any]) -> None:
         self._beats += 1
-        told = {"address": self._address, "beats": self._beats, "trouble": self._keeper.trouble, **info}
-        infos = keepers_in((client.beat if client.ticket >= 0 else client.join)(told)["members"])
-        if news(infos) != news(self.infos):
-            self.infos = infos
-            self.heard.set()
+        status = {"address": self._address, "beats": self._beats, "trouble": self._agent.last_error, **info}
+        statuses = read_statuses((client.heartbeat if client.ticket >= 0 else client.join)(status)["members"])
+        if snapshots_of(statuses) != snapshots_of(self.statuses):
+            self.statuses = statuses
+            self.changed.set()
+
+
+def snapshots_of(statuses: Mapping[int, Mapping[str, Any]]) -> list[Any]:
+    """Of each host what the others act on: its address, its snapshots and its parity."""
+    return [(host, info["address"], info["held"], info["shares"]) for host, info in sorted(statuses.items())]
 
 
 def main() -> None:
-    """Keep until the process that started this one is gone."""
+    """Protect this host's snapshots until the process that started this one is gone."""
     settings = json.loads(sys.argv[1])
     parent = os.getppid()
     directory = Path(settings["directory"])
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = (directory / ".lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)  # an older keeper of this host may be about to end
-    keeper = Keeper(
+    fcntl.flock(lock, fcntl.LOCK_EX)  # an older agent of this host may be about to end
+    agent = SnapshotAgent(
         directory,
         host=settings["host"],
-        places=settings["places"],
+        launch_slots=settings["places"],
         groups=settings["groups"],
         losses=settings["losses"],
     )
-    with Listener(keeper.answer, settings["name"], bind=settings["bind"]) as listener:
-        telling = Telling(keeper, rendezvous=settings["rendezvous"], address=listener.address)
-        while os.getppid() == parent and not telling.ended.is_set():
-            telling.heard.wait(IDLE)
-            telling.heard.clear()
-            if telling.infos:
-                keeper.look(telling.infos)
+    with RequestServer(agent.answer, settings["name"], bind=settings["bind"]) as server:
+        publisher = StatusPublisher(agent, rendezvous=settings["rendezvous"], address=server.address)
+        while os.getppid() == parent and not publisher.replaced.is_set():
+            publisher.changed.wait(IDLE_SECONDS)
+            publisher.changed.clear()
+            if publisher.statuses:
+                agent.protect_newest(publisher.statuses)
 
 
 if __name__ == "__main__":

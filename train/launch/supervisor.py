@@ -6,9 +6,9 @@ and a fence against processes of earlier ones. JAX-free.
 
     done        every process ended with 0
     preempted   asked to stop, and saved in time: exit code 75, start me again
-    refused     a process found the request wrong: exit code 2, no restart would help
+    refused     a process found the configuration wrong: exit code 2, no restart would help
     failed      a process died, or hung: kill all, wait, start all; give up after too many
-    regroup     asked by the supervisor itself to stop: slots were drained, or a larger mesh fits again
+    regroup     stopped by the supervisor itself: slots were drained, or a larger mesh fits again
 """
 
 import logging
@@ -22,83 +22,82 @@ from typing import Protocol
 from ...configs.errors import MeshwrightError, Preempted, UserError
 from ...configs.sections.fault_tolerance import ElasticConfig
 from ..core.event_log import Journal
-from ..core.fence import Fence, current
-from ..core.heartbeat import ERRS
-from ..core.rendezvous import Room
-from .drain import drained
-from .mesh_options import Formation, Team
-from .regroup import Regroup, change
-from .restart_policies import Failure, Outcome, Report, culprit, gives_up, patience, pause, struck, suspect
-from .telemetry import Telemetry
+from ..core.fence import Fence, current_epoch
+from ..core.heartbeat import CORRUPT_PHASE
+from ..core.rendezvous import MembershipStore
+from . import restart_policies as policies
+from .drain import read_drained
+from .mesh_options import Assignment, MeshOption
+from .regroup import Regrouping, change_event
+from .restart_policies import Failure, Outcome, ProcessReport
+from .telemetry import Telemetry, process_reports
 
-TICK = 0.1  # seconds between two looks
+POLL_SECONDS = 0.1  # between two looks
 TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of a process that SIGTERM ended
 
 logger = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
+class LaunchEngine(Protocol):
     """Where processes run: starts, signals and polls them. All of one epoch are started before any is polled."""
 
     processes: int  # of the epoch; before the first one, as many as were asked for
 
-    def slots(self) -> Collection[int]:
+    def available_slots(self) -> Collection[int]:
         """The slots in which a process could be started now; a lost one is missing, a replacement has its number."""
 
-    def gather(self, slots: Collection[int]) -> None:
+    def acquire(self, slots: Collection[int]) -> None:
         """Have a place for a process in each of `slots`. Raises MeshwrightError where machines do not come in time."""
 
-    def start(self, epoch: int, *, slots: Sequence[int], words: Sequence[str]) -> None:
-        """Start a process of `epoch` in each of `slots`, with `words` after the command, and what coordinates them."""
+    def start(self, epoch: int, *, slots: Sequence[int], overrides: Sequence[str]) -> None:
+        """Start what coordinates the processes of `epoch`, and one in each slot, with `overrides` after the command."""
 
-    def poll(self, number: int) -> int | None:
-        """Exit code of a process; None while it runs."""
+    def poll(self, index: int) -> int | None:
+        """Exit code of process `index` of the epoch; None while it runs."""
 
-    def broken(self) -> str | None:
-        """What failed beside the processes; None where all is well."""
+    def service_failure(self) -> str | None:
+        """How the service that coordinates the processes failed; None where all is well."""
 
-    def ask_to_stop(self) -> None:
-        """SIGTERM to all that run."""
+    def request_stop(self) -> None:
+        """Send SIGTERM to all that run."""
 
     def kill(self) -> None:
-        """SIGKILL to all that are left, with everything they started; returns once they have ended."""
+        """Send SIGKILL to all that are left, with everything they started; returns once they have ended."""
 
 
-class Stop(Protocol):
+class StopRequest(Protocol):
     """Whether somebody asked the supervisor itself to stop."""
 
-    asked: bool
+    requested: bool
 
 
 @dataclass
-class Watch:
+class EpochMonitor:
     """What is known of the processes of one epoch."""
 
     started: float
-    reports: dict[int, Report] = field(default_factory=dict)
+    reports: dict[int, ProcessReport] = field(default_factory=dict)
     beats: dict[int, int] = field(default_factory=dict)  # heartbeats, by process
-    durations: list[float] = field(default_factory=list)  # seconds a step, from each process's reports
+    step_seconds: list[float] = field(default_factory=list)  # from each process's reports
 
-    def look(self, room: Room, epoch: int, *, now: float) -> None:
-        """Take in what the processes told since the last look."""
-        for name, one in room.membership.members.items():
-            whose, _, number = name.partition("/")
-            if whose != str(epoch) or "step" not in one.info:
+    def update(self, store: MembershipStore, epoch: int, *, now: float) -> None:
+        """Read what the processes reported since the last call."""
+        for index, info in process_reports(store, epoch).items():
+            step, phase = int(info["step"]), str(info["phase"])
+            previous, beats = self.reports.get(index), int(info["beats"])
+            silent = previous is not None and beats == self.beats.get(index)
+            heartbeat_at = previous.heartbeat_at if silent else now
+            self.beats[index] = beats
+            if previous is not None and (step, phase) == (previous.step, previous.phase):
+                self.reports[index] = replace(previous, heartbeat_at=heartbeat_at)
                 continue
-            old, step, phase = self.reports.get(int(number)), int(one.info["step"]), str(one.info["phase"])
-            beats = int(one.info["beats"])
-            heard = old.heard if old is not None and beats == self.beats.get(int(number)) else now
-            self.beats[int(number)] = beats
-            if old is not None and (step, phase) == (old.step, old.phase):
-                self.reports[int(number)] = replace(old, heard=heard)
-                continue
-            if old is not None and step > old.step and old.phase != "start":
-                self.durations.append((now - old.time) / (step - old.step))
-            self.reports[int(number)] = Report(step, phase, now, now)
+            if previous is not None and step > previous.step and previous.phase != "start":
+                self.step_seconds.append((now - previous.changed_at) / (step - previous.step))
+            self.reports[index] = ProcessReport(step, phase, now, now)
 
-    def silence(self, running: Sequence[int], *, now: float) -> float:
+    def silent_seconds(self, running: Sequence[int], *, now: float) -> float:
         """Seconds since the last news of the process that has been silent longest, among those that run."""
-        return now - min((self.reports[n].time if n in self.reports else self.started) for n in running)
+        return now - min((self.reports[n].changed_at if n in self.reports else self.started) for n in running)
 
     @property
     def stepping(self) -> bool:
@@ -107,232 +106,207 @@ class Watch:
 
     @property
     def compiling(self) -> bool:
-        """Whether all of them do what needs another program than a step's, as at the start."""
+        """Whether all processes do what needs another program than a step's, as at the start."""
         return all(report.phase in ("start", "measure") for report in self.reports.values())
 
     @property
-    def reached(self) -> int:
+    def highest_step(self) -> int:
         """The highest step any process reported."""
         return max((report.step for report in self.reports.values()), default=0)
 
 
-def supervise(
-    engine: Engine,
-    *,
-    settings: ElasticConfig,
-    directory: Path,
-    room: Room,
-    stop: Stop,
-    formations: Sequence[Formation] = (),
-    telemetry: Telemetry | None = None,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> None:
-    """Run until every process ended well. `directory` is the run's, `room` where its processes report.
+@dataclass
+class Supervisor:
+    """Runs the processes of a run on `engine` until they end well. `directory` is the run's, `store` where they report.
 
-    `formations` are what it may run as, the preferred first (default: as many processes as the engine has). `telemetry`
-    looks on and says what is slow, or why something hangs. Raises Preempted where all stopped on request, UserError
-    where the request itself was wrong, MeshwrightError where it gave up.
+    `mesh_options` are what the run may compute on, the preferred first (default: as many processes as the engine has).
+    `telemetry` says what is slow, or why something hangs.
     """
-    epoch, failures = current(directory), []
-    regroup = Regroup(
-        tuple(formations) or (Formation(engine.processes),),
-        slots=engine.slots,
-        drained=lambda: drained(directory),
-        struck=lambda: struck(failures, settings, now=clock()),
-        replace=settings.replace,
-        settle=settings.settle,
-        patience=max(settings.replace, settings.start_timeout),
-    )
-    why = "started"
-    while True:
-        form_up(regroup, directory, why, stop=stop, clock=clock, sleep=sleep)
-        epoch = max(epoch, current(directory)) + 1
-        if directory.exists():
-            Fence(directory, epoch).claim()  # before the new ones start: old ones may still be writing
-        try:
-            engine.start(epoch, slots=regroup.present.slots, words=regroup.present.formation.words)
-            outcome = watched(
-                engine,
-                epoch,
-                settings=settings,
-                room=room,
-                stop=stop,
-                regroup=regroup,
-                telemetry=telemetry,
-                clock=clock,
-                sleep=sleep,
-            )
-        finally:
-            engine.kill()
-        why = outcome.reason
-        if outcome.kind == "done":
-            return
-        if outcome.kind in ("preempted", "regroup") and stop.asked:
-            raise Preempted("stopped on request, state saved; run the same command to go on")
-        if outcome.kind == "refused":
-            raise UserError(outcome.reason)
-        if outcome.kind == "regroup":
-            tell(directory, "regroup", outcome, epoch=epoch)
-            continue
-        if outcome.kind == "failed":
-            slot = None if outcome.suspect is None else regroup.present.slots[outcome.suspect]
-            failures.append(Failure(clock(), outcome.reached, slot))
-        if stop.asked or gives_up(failures, settings, now=clock()):
-            tell(directory, "give-up", outcome, epoch=epoch, failures=len(failures))
-            raise MeshwrightError(ending(outcome, failures, stop=stop))
-        seconds = pause(failures, settings) if outcome.kind == "failed" else settings.backoff
-        tell(directory, "restart", outcome, epoch=epoch, pause_seconds=seconds)
-        sleep(seconds)
 
+    engine: LaunchEngine
+    settings: ElasticConfig
+    directory: Path
+    store: MembershipStore
+    stop: StopRequest
+    mesh_options: Sequence[MeshOption] = ()
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
 
-def form_up(
-    regroup: Regroup,
-    directory: Path,
-    why: str,
-    *,
-    stop: Stop,
-    clock: Callable[[], float],
-    sleep: Callable[[float], None],
-) -> None:
-    """Choose who takes part in the next epoch, and journal a change.
-
-    Raises MeshwrightError where what is left fits no mesh, Preempted where asked to stop meanwhile.
-    """
-    began, before = clock(), regroup.present
-    found = regroup.form(enough=lambda: stop.asked, clock=clock, sleep=sleep)
-    if stop.asked and before is not None:
-        raise Preempted("stopped on request between two epochs; run the same command to go on")
-    if found is None:
-        raise MeshwrightError(
-            f"slots {sorted(regroup.slots())} are left, {sorted(regroup.drained())} are drained, and no mesh fits what "
-            f"there is ({why}); add one to elastic.meshes, or bring hosts back and run the same command"
+    def __post_init__(self) -> None:
+        self._failures: list[Failure] = []
+        self._regrouping = Regrouping(
+            tuple(self.mesh_options) or (MeshOption(self.engine.processes),),
+            self.settings,
+            available_slots=self.engine.available_slots,
+            drained_slots=lambda: read_drained(self.directory),
+            unreliable_slots=lambda: policies.find_unreliable_slots(self._failures, self.settings, now=self.clock()),
         )
-    regroup.present = found
-    event = change(before or Team(regroup.candidates[0], found.slots), found, candidates=regroup.candidates)
-    if event is None:
-        return
-    write(
-        directory,
-        event,
-        reason=why,
-        processes=len(found.slots),
-        mesh=found.formation.mesh,
-        slots=list(found.slots),
-        waited_seconds=clock() - began,
-    )
+
+    def run(self) -> None:
+        """Run until every process ended well.
+
+        Raises Preempted where all stopped on request, UserError where a process refused the configuration,
+        MeshwrightError where the supervisor gave up.
+        """
+        epoch, reason = current_epoch(self.directory), "started"
+        while True:
+            assignment = self._assign_slots(reason)
+            epoch = max(epoch, current_epoch(self.directory)) + 1
+            if self.directory.exists():
+                Fence(self.directory, epoch).claim()  # before the new ones start: old ones may still be writing
+            try:
+                self.engine.start(epoch, slots=assignment.slots, overrides=assignment.option.overrides)
+                outcome = self._monitor_epoch(epoch)
+            finally:
+                self.engine.kill()
+            reason = outcome.reason
+            if outcome.kind == "done":
+                return
+            if outcome.kind in ("preempted", "regroup") and self.stop.requested:
+                raise Preempted("stopped on request, state saved; run the same command to go on")
+            if outcome.kind == "refused":
+                raise UserError(outcome.reason)
+            if outcome.kind == "regroup":
+                self._record_outcome("regroup", outcome, epoch=epoch)
+                continue
+            if outcome.kind == "failed":
+                slot = None if outcome.suspect is None else assignment.slots[outcome.suspect]
+                self._failures.append(Failure(self.clock(), outcome.highest_step, slot))
+            if self.stop.requested or policies.too_many_failures(self._failures, self.settings, now=self.clock()):
+                self._record_outcome("give-up", outcome, epoch=epoch, failures=len(self._failures))
+                if not self.stop.requested and len(self._failures) > 1:
+                    reason = f"{reason}; gave up after {len(self._failures)} failures (elastic.restarts)"
+                raise MeshwrightError(reason)
+            failed = outcome.kind == "failed"
+            seconds = policies.restart_delay(self._failures, self.settings) if failed else self.settings.backoff
+            self._record_outcome("restart", outcome, epoch=epoch, pause_seconds=seconds)
+            self.sleep(seconds)
+
+    def _assign_slots(self, reason: str) -> Assignment:
+        """Choose the slots and the mesh of the next epoch; journal a change. `reason` says how the last epoch ended.
+
+        Raises MeshwrightError where what is left fits no mesh, Preempted where a stop is requested meanwhile.
+        """
+        regrouping, began, before = self._regrouping, self.clock(), self._regrouping.current
+        assignment = regrouping.wait_for_assignment(
+            stopped=lambda: self.stop.requested, clock=self.clock, sleep=self.sleep
+        )
+        if self.stop.requested and before is not None:
+            raise Preempted("stopped on request between two epochs; run the same command to go on")
+        if assignment is None:
+            raise MeshwrightError(
+                f"slots {sorted(regrouping.available_slots())} are left, {sorted(regrouping.drained_slots())} are "
+                f"drained, and no mesh fits what there is ({reason}); add one to elastic.meshes, or bring hosts back "
+                "and run the same command"
+            )
+        regrouping.current = assignment
+        before = before or Assignment(regrouping.options[0], assignment.slots)
+        event = change_event(before, assignment, options=regrouping.options)
+        if event is not None:
+            size, mesh, slots = len(assignment.slots), assignment.option.mesh, list(assignment.slots)
+            waited = self.clock() - began
+            record_event(
+                self.directory, event, reason=reason, processes=size, mesh=mesh, slots=slots, waited_seconds=waited
+            )
+        return assignment
+
+    def _record_outcome(self, event: str, outcome: Outcome, **fields: object) -> None:
+        """Journal how an epoch ended."""
+        record_event(
+            self.directory,
+            event,
+            reason=outcome.reason,
+            suspect=outcome.suspect,
+            step=outcome.highest_step,
+            detect_seconds=outcome.detection_seconds,
+            **({"syndrome": outcome.syndrome} if outcome.syndrome else {}),
+            **fields,
+        )
+
+    def _monitor_epoch(self, epoch: int) -> Outcome:
+        """Watch the processes of one epoch until it is over; some may still be running then."""
+        engine, grace, monitor = self.engine, self.settings.grace, EpochMonitor(self.clock())
+        deadline: float | None = None  # by which all must have ended, once one has or was asked to
+        stopping = False
+        regroup_reason: str | None = None
+        while True:
+            now = self.clock()
+            monitor.update(self.store, epoch, now=now)
+            self.telemetry.update(self.store, epoch, slots=self._regrouping.current.slots, now=now)
+            codes = {index: engine.poll(index) for index in range(engine.processes)}
+            if (outcome := judge_exit_codes(codes, monitor, now=now, stopping=stopping)) is not None:
+                if regroup_reason and outcome.kind == "preempted":
+                    return replace(outcome, kind="regroup", reason=regroup_reason)
+                return outcome
+            if (failure := engine.service_failure()) is not None:
+                return Outcome("failed", failure, monitor.highest_step)
+            if deadline is None and monitor.stepping:
+                regroup_reason = self._regrouping.stop_reason(now=now)
+            if (self.stop.requested or regroup_reason) and not stopping:
+                engine.request_stop()
+                stopping, deadline = True, now + grace
+            if deadline is None and any(code is not None for code in codes.values()):
+                deadline = now + grace
+            running = [index for index, code in codes.items() if code is None]
+            if deadline is not None and now > deadline:
+                cause = "did not stop when asked" if stopping else "did not end when others had"
+                reason = f"processes {running} {cause}, within {grace:g} s (elastic.grace), and were killed"
+                return Outcome("failed", reason, monitor.highest_step, running[0], grace)
+            if deadline is None and (outcome := detect_hang(running, monitor, self.settings, now=now)) is not None:
+                return self.telemetry.explain_hang(outcome, now=now)
+            self.sleep(POLL_SECONDS)
 
 
-def ending(outcome: Outcome, failures: Sequence[Failure], *, stop: Stop) -> str:
-    """Why the supervisor gives up."""
-    if stop.asked or len(failures) == 1:
-        return outcome.reason
-    return f"{outcome.reason}; gave up after {len(failures)} failures (elastic.restarts)"
-
-
-def tell(directory: Path, event: str, outcome: Outcome, **fields: object) -> None:
-    """Journal what happened to the processes."""
-    write(
-        directory,
-        event,
-        reason=outcome.reason,
-        suspect=outcome.suspect,
-        step=outcome.reached,
-        detect_seconds=outcome.detected,
-        **({"syndrome": outcome.syndrome} if outcome.syndrome else {}),
-        **fields,
-    )
-
-
-def write(directory: Path, event: str, **fields: object) -> None:
-    """One line of the journal, between two epochs: nobody else writes then."""
-    if (directory / "config.yaml").exists():  # else they failed before the run had a directory
+def record_event(directory: Path, event: str, **fields: object) -> None:
+    """Write one line of the journal, between two epochs: nobody else writes then."""
+    if (directory / "config.yaml").exists():  # else the processes failed before the run had a directory
         try:
             Journal(directory).record(event, **fields)
         except UserError as error:  # a disk that takes no line must not hide what happened
             logger.warning("%s: %s (%s)", event, fields.get("reason"), error)
 
 
-def watched(
-    engine: Engine,
-    epoch: int,
-    *,
-    settings: ElasticConfig,
-    room: Room,
-    stop: Stop,
-    regroup: Regroup,
-    telemetry: Telemetry | None,
-    clock: Callable[[], float],
-    sleep: Callable[[float], None],
-) -> Outcome:
-    """Look at the processes of one epoch until it is over; some may still be running then."""
-    watch, telemetry = Watch(clock()), telemetry or Telemetry()
-    deadline: float | None = None  # by which all must have ended, once one has or was asked to
-    told = False
-    why: str | None = None  # they were asked to stop, to form up anew
-    while True:
-        now = clock()
-        watch.look(room, epoch, now=now)
-        telemetry.look(room, epoch, slots=regroup.present.slots, now=now)
-        codes = {number: engine.poll(number) for number in range(engine.processes)}
-        if (outcome := judged(codes, watch, now=now, asked=told)) is not None:
-            return replace(outcome, kind="regroup", reason=why) if why and outcome.kind == "preempted" else outcome
-        if (broke := engine.broken()) is not None:
-            return Outcome("failed", broke, watch.reached)
-        if deadline is None and watch.stepping:
-            why = regroup.reason(now=now)
-        if (stop.asked or why) and not told:
-            engine.ask_to_stop()
-            told, deadline = True, now + settings.grace
-        if deadline is None and any(code is not None for code in codes.values()):
-            deadline = now + settings.grace
-        running = [number for number, code in codes.items() if code is None]
-        if deadline is not None and now > deadline:
-            return overdue(running, watch, settings=settings, asked=told)
-        if deadline is None and (outcome := hung(running, engine, watch, settings=settings, now=now)) is not None:
-            return telemetry.explained(outcome, now=now)
-        sleep(TICK)
-
-
-def judged(codes: Mapping[int, int | None], watch: Watch, *, now: float, asked: bool = False) -> Outcome | None:
+def judge_exit_codes(
+    codes: Mapping[int, int | None], monitor: EpochMonitor, *, now: float, stopping: bool = False
+) -> Outcome | None:
     """What the exit codes amount to; None while processes run and none has failed.
 
-    Where they were `asked` to stop, one that SIGTERM ended had nothing to save yet: it was still starting.
+    Where they were asked to stop (`stopping`), one that SIGTERM ended had nothing to save yet: it was still starting.
     """
-    if asked:
-        codes = {number: Preempted.exit_code if code in TERMINATED else code for number, code in codes.items()}
+    if stopping:
+        codes = {index: Preempted.exit_code if code in TERMINATED else code for index, code in codes.items()}
     if UserError.exit_code in codes.values():
-        refused = next(number for number, code in codes.items() if code == UserError.exit_code)
-        return Outcome("refused", f"process {refused} refused the configuration (see above)", watch.reached, refused)
-    if failed := {number: code for number, code in codes.items() if code not in (None, 0, Preempted.exit_code)}:
-        errs = [number for number in failed if number in watch.reports and watch.reports[number].phase == ERRS]
-        first = min(errs, default=culprit(failed))
-        last = watch.reports[first].time if first in watch.reports else watch.started
+        refused = next(index for index, code in codes.items() if code == UserError.exit_code)
+        reason = f"process {refused} refused the configuration (see above)"
+        return Outcome("refused", reason, monitor.highest_step, refused)
+    if failed := {index: code for index, code in codes.items() if code not in (None, 0, Preempted.exit_code)}:
+        reports = monitor.reports
+        corrupt = [index for index in failed if index in reports and reports[index].phase == CORRUPT_PHASE]
+        suspect = min(corrupt, default=policies.find_failed_process(failed))
+        last_news = reports[suspect].changed_at if suspect in reports else monitor.started
         reason = f"processes failed with these exit codes: {failed}"
-        return Outcome("failed", reason, watch.reached, first, now - last)
+        return Outcome("failed", reason, monitor.highest_step, suspect, now - last_news)
     if None in codes.values():
         return None
     kind = "preempted" if Preempted.exit_code in codes.values() else "done"
-    return Outcome(kind, f"processes ended with these exit codes: {dict(codes)}", watch.reached)
+    return Outcome(kind, f"processes ended with these exit codes: {dict(codes)}", monitor.highest_step)
 
 
-def overdue(running: Sequence[int], watch: Watch, *, settings: ElasticConfig, asked: bool) -> Outcome:
-    """Some ended or were asked to, and `grace` is over."""
-    why = "did not stop when asked" if asked else "did not end when others had"
-    reason = f"processes {list(running)} {why}, within {settings.grace:g} s (elastic.grace), and were killed"
-    return Outcome("failed", reason, watch.reached, running[0], settings.grace)
-
-
-def hung(
-    running: Sequence[int], engine: Engine, watch: Watch, *, settings: ElasticConfig, now: float
+def detect_hang(
+    running: Sequence[int], monitor: EpochMonitor, settings: ElasticConfig, *, now: float
 ) -> Outcome | None:
-    """The outcome where no step was made for too long; None where all is well."""
-    limit, silence = patience(watch.durations, settings), watch.silence(running, now=now)
-    if watch.compiling:
+    """The outcome where no step was made for too long; None where all is well. All processes of the epoch run."""
+    limit, silent_seconds = (
+        policies.hang_timeout(monitor.step_seconds, settings),
+        monitor.silent_seconds(running, now=now),
+    )
+    if monitor.compiling:
         limit = max(limit, settings.start_timeout)
-    if silence <= limit:
+    if silent_seconds <= limit:
         return None
-    who = suspect(watch.reports, processes=engine.processes)
-    at = f"at step {watch.reports[who].step} ({watch.reports[who].phase})" if who in watch.reports else "never reported"
-    reason = f"no step for {silence:.0f} s (limit {limit:.0f} s): process {who} hangs, {at}"
-    return Outcome("failed", reason, watch.reached, who, silence)
+    suspect = policies.find_hanging_process(monitor.reports, running)
+    report = monitor.reports.get(suspect)
+    position = "never reported" if report is None else f"at step {report.step} ({report.phase})"
+    reason = f"no step for {silent_seconds:.0f} s (limit {limit:.0f} s): process {suspect} hangs, {position}"
+    return Outcome("failed", reason, monitor.highest_step, suspect, silent_seconds)

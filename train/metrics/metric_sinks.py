@@ -67,8 +67,8 @@ class JsonLines:
 
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
         self.path = path
-        jsonl.replace(path, [row for row in jsonl.read(path) if row.get("step", 0) <= resume_step])
-        self._lines = jsonl.Lines(path)
+        jsonl.replace_rows(path, [row for row in jsonl.read_rows(path) if row.get("step", 0) <= resume_step])
+        self._lines = jsonl.LineWriter(path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row. See `Lines` for where the disk does not take it."""

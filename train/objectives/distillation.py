@@ -27,14 +27,20 @@ from ...configs.run import RunConfig
 from ...configs.sections.model import ModelConfig
 from ...configs.sections.recipe import RecipeConfig
 from ...models.context import Context
-from ...models.decoder import Decoder, graph, initial_params
-from ...parallel.distillation_kl import Top, divergence, divergence_from_top, likeliest, overlap
+from ...models.decoder import Decoder, decoder_graphdef, initial_params
+from ...parallel.distillation_kl import (
+    TopTokens,
+    distribution_overlap,
+    kl_divergence,
+    top_tokens,
+    top_tokens_kl_divergence,
+)
 from ...parallel.gradients import Batch, Loss
-from ...parallel.prng import of_weights
+from ...parallel.prng import init_key
 from ...parallel.state import combine
-from ...parallel.vocabulary import Head
+from ...parallel.vocabulary import OutputHead
 from ..data.tokenizer import Tokenizer, check_same
-from .loss_heads import Ended, Ending
+from .loss_heads import LossAndMetrics, LossHead
 
 Told = Callable[..., Context]  # (batch, keys) -> what the blocks are told
 
@@ -63,7 +69,7 @@ def with_teacher(frozen: Any, config: RunConfig, *, own: Any, given: Any) -> Any
     if teacher is None:
         return frozen
     weights = own if config.recipe.teacher is None else given
-    return frozen | {"teacher": fresh_weights(teacher, config) if weights is None else weights}
+    return frozen | {"teacher": init_weights(teacher, config) if weights is None else weights}
 
 
 def without_teacher(frozen: Any) -> Any:
@@ -71,20 +77,22 @@ def without_teacher(frozen: Any) -> Any:
     return {name: part for name, part in frozen.items() if name != "teacher"} if isinstance(frozen, dict) else frozen
 
 
-def fresh_weights(model: ModelConfig, config: RunConfig) -> Any:
+def init_weights(model: ModelConfig, config: RunConfig) -> Any:
     """Random weights of `model`, by the seed."""
-    return initial_params(model, of_weights(config), jnp.dtype(config.precision.parameters))
+    return initial_params(model, init_key(config), jnp.dtype(config.precision.parameters))
 
 
-def taught(config: RunConfig) -> Ending:
+def distillation_head(config: RunConfig) -> LossHead:
     """How far the model is from what a teacher says, who stands beside it or whose words are in the batch."""
-    recipe, words = config.recipe, words_of(config)
+    recipe, words = config.recipe, vocabulary_chunks(config)
     mix, temperature = (recipe.number(key) if recipe.name == "distill" else 1.0 for key in ("mix", "temperature"))
-    compare = partial(divergence_from_top if recipe.top_k else divergence, temperature=temperature, **words)
+    compare = partial(top_tokens_kl_divergence if recipe.top_k else kl_divergence, temperature=temperature, **words)
 
-    def ended(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: Head | None) -> Ended:
-        wanted = Top(batch["teacher_logprobs"], batch["teacher_tokens"]) if teacher is None else teacher
-        said = head(decoder, hidden, config.model, ctx)
+    def ended(
+        decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: OutputHead | None
+    ) -> LossAndMetrics:
+        wanted = TopTokens(batch["teacher_logprobs"], batch["teacher_tokens"]) if teacher is None else teacher
+        said = logit_inputs(decoder, hidden, config.model, ctx)
         apart = compare(wanted, said, batch["targets"], constrain=ctx.constrain)
         values = mix * temperature**2 * apart.divergence - (1 - mix) * apart.logprobs
         weights = batch["loss_weights"]
@@ -93,61 +101,67 @@ def taught(config: RunConfig) -> Ending:
     return ended
 
 
-def acceptance(config: RunConfig) -> Ending:
+def acceptance_head(config: RunConfig) -> LossHead:
     """Sums of how often what the model draws is taken for the teacher's, and of weights."""
-    words = words_of(config)
+    words = vocabulary_chunks(config)
 
-    def ended(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: Head | None) -> Ended:
-        each = overlap(teacher, head(decoder, hidden, config.model, ctx), constrain=ctx.constrain, **words)
+    def ended(
+        decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: OutputHead | None
+    ) -> LossAndMetrics:
+        each = distribution_overlap(
+            teacher, logit_inputs(decoder, hidden, config.model, ctx), constrain=ctx.constrain, **words
+        )
         return (batch["loss_weights"] * each).sum(), (batch["loss_weights"].sum(), {})
 
     return ended
 
 
-def words_of(config: RunConfig) -> dict[str, int]:
+def vocabulary_chunks(config: RunConfig) -> dict[str, int]:
     """What says how two models' words are compared."""
     return {"vocab": config.model.vocab, "chunks": config.memory.loss_chunks}
 
 
-def beside_teacher(config: RunConfig, structure: Any, ending: Ending, *, told: Told) -> Loss:
+def loss_with_teacher(config: RunConfig, structure: Any, ending: LossHead, *, context: Told) -> Loss:
     """`ending` of a batch, by parameters, where all layers of both models are at hand; the teacher is in `frozen`.
 
     `structure` is that of the model that learns.
     """
     teacher = teacher_of(config)
-    whole = None if teacher is None else graph(teacher)
+    whole = None if teacher is None else decoder_graphdef(teacher)
 
-    def loss(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> Ended:
-        ctx = told(batch, keys)
+    def loss(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> LossAndMetrics:
+        ctx = context(batch, keys)
         student = nnx.merge(structure, combine(params, without_teacher(frozen)))
         hidden, _ = student.hidden(batch["tokens"], ctx)
-        wanted = None if teacher is None else teachers_head(whole, teacher, frozen["teacher"], batch, ctx)
+        wanted = None if teacher is None else teacher_logit_inputs(whole, teacher, frozen["teacher"], batch, ctx)
         return ending(student, hidden, batch, ctx, wanted)
 
     return loss
 
 
-def noted_words(config: RunConfig, *, told: Told) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+def top_k_annotator(config: RunConfig, *, context: Told) -> Callable[[Any, Batch], dict[str, jax.Array]]:
     """(the teacher's weights, batch) -> its likeliest words of each token, by field of the batch."""
     recipe: RecipeConfig = config.recipe
-    whole = graph(recipe.teacher)
-    words = partial(likeliest, count=recipe.top_k, temperature=recipe.number("temperature"), **words_of(config))
+    whole = decoder_graphdef(recipe.teacher)
+    words = partial(
+        top_tokens, count=recipe.top_k, temperature=recipe.number("temperature"), **vocabulary_chunks(config)
+    )
 
     def note(weights: Any, batch: Batch) -> dict[str, jax.Array]:
-        ctx = told(batch, None)
-        found = words(teachers_head(whole, recipe.teacher, weights, batch, ctx), constrain=ctx.constrain)
+        ctx = context(batch, None)
+        found = words(teacher_logit_inputs(whole, recipe.teacher, weights, batch, ctx), constrain=ctx.constrain)
         return {"teacher_logprobs": found.logprobs, "teacher_tokens": found.tokens}
 
     return note
 
 
-def teachers_head(whole: Any, teacher: ModelConfig, weights: Any, batch: Batch, ctx: Context) -> Head:
+def teacher_logit_inputs(whole: Any, teacher: ModelConfig, weights: Any, batch: Batch, ctx: Context) -> OutputHead:
     """What the logits of the teacher with `weights` are made of; nothing of it is random."""
     decoder, ctx = nnx.merge(whole, jax.lax.stop_gradient(weights)), dataclasses.replace(ctx, dropout_keys=None)
     hidden, _ = decoder.hidden(batch["tokens"], ctx)
-    return head(decoder, hidden, teacher, ctx)
+    return logit_inputs(decoder, hidden, teacher, ctx)
 
 
-def head(decoder: Decoder, hidden: jax.Array, model: ModelConfig, ctx: Context) -> Head:
+def logit_inputs(decoder: Decoder, hidden: jax.Array, model: ModelConfig, ctx: Context) -> OutputHead:
     """What the logits of `decoder` are made of."""
-    return Head(hidden, decoder.head_kernel(ctx.compute), model.logit_softcap)
+    return OutputHead(hidden, decoder.head_kernel(ctx.compute_dtype), model.logit_softcap)

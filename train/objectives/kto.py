@@ -13,19 +13,19 @@ import jax.numpy as jnp
 
 from ...configs.sections.recipe import RecipeConfig
 from .interface import Loss, Recipe
-from .response_logprobs import answers, paired, rewards
+from .response_logprobs import implicit_rewards, response_logprobs, sum_by_pair
 
 
 def loss(config: RecipeConfig) -> Loss:
     """The loss with the weights and the `beta` of `config`."""
 
     def sums(token_logprobs: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        found = answers(token_logprobs, batch)
-        reward = rewards(token_logprobs, batch)
+        found = response_logprobs(token_logprobs, batch)
+        reward = implicit_rewards(token_logprobs, batch)
         pairs = jnp.maximum(found.exists.sum(axis=1), 1)
         elsewhere = (found.exists * reward[..., 1]).sum(axis=1) / pairs
         moved = jax.lax.stop_gradient(jnp.maximum(elsewhere, 0))[:, None]
-        good = paired(batch["labels"], batch["segment_ids"])[..., 0] > 0
+        good = sum_by_pair(batch["labels"], batch["segment_ids"])[..., 0] > 0
         sign = jnp.where(good, 1.0, -1.0)
         weight = jnp.where(good, config.number("desirable"), config.number("undesirable"))
         values = weight * jax.nn.sigmoid(-sign * config.number("beta") * (reward[..., 0] - moved))

@@ -19,21 +19,21 @@ from ...models.context import Context
 from ...models.decoder import Decoder
 from ...parallel.gradients import Batch, Loss
 from ...parallel.state import combine
-from ...parallel.vocabulary import Head, token_logprobs
+from ...parallel.vocabulary import OutputHead, token_logprobs
 from . import interface as recipes
 
-Ended = tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]
-Ending = Callable[[Decoder, jax.Array, Batch, Context, Head | None], Ended]
-Values = Callable[[Decoder, jax.Array, Batch, Context], jax.Array]  # a number for each token [rows, sequence]
+LossAndMetrics = tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]
+LossHead = Callable[[Decoder, jax.Array, Batch, Context, OutputHead | None], LossAndMetrics]
+TokenValues = Callable[[Decoder, jax.Array, Batch, Context], jax.Array]  # a number for each token [rows, sequence]
 
 
-def target_logprobs(model: ModelConfig, memory: MemoryConfig) -> Values:
+def target_logprobs(model: ModelConfig, memory: MemoryConfig) -> TokenValues:
     """log p of each target."""
 
     def values(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context) -> jax.Array:
         return token_logprobs(
             hidden,
-            decoder.head_kernel(ctx.compute),
+            decoder.head_kernel(ctx.compute_dtype),
             batch["targets"],
             vocab=model.vocab,
             softcap=model.logit_softcap,
@@ -44,34 +44,38 @@ def target_logprobs(model: ModelConfig, memory: MemoryConfig) -> Values:
     return values
 
 
-def scores(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context) -> jax.Array:
+def reward_scores(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context) -> jax.Array:
     """The score of each token, of a model that has one in the head's place."""
     del batch
     return ctx.constrain(decoder.score(hidden), ("batch", "sequence"))
 
 
-def ending(values: Values, recipe: recipes.Loss, measures: Mapping[str, recipes.Loss] | None = None) -> Ending:
+def make_loss_head(
+    values: TokenValues, recipe: recipes.Loss, measures: Mapping[str, recipes.Loss] | None = None
+) -> LossHead:
     """The recipe's loss of `values`, and `measures` of the same."""
     summed = sums(recipe, measures or {})
 
-    def ended(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: Head | None) -> Ended:
+    def ended(
+        decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: OutputHead | None
+    ) -> LossAndMetrics:
         del teacher
         return summed(values(decoder, hidden, batch, ctx), batch)
 
     return ended
 
 
-def sums(recipe: recipes.Loss, measures: Mapping[str, recipes.Loss]) -> Callable[[jax.Array, Batch], Ended]:
+def sums(recipe: recipes.Loss, measures: Mapping[str, recipes.Loss]) -> Callable[[jax.Array, Batch], LossAndMetrics]:
     """What a recipe and `measures` add up to, of a number for each token."""
 
-    def summed(found: jax.Array, batch: Batch) -> Ended:
+    def summed(found: jax.Array, batch: Batch) -> LossAndMetrics:
         numerator, weight = recipe(found, batch)
         return numerator, (weight, {name: measure(found, batch)[0] for name, measure in measures.items()})
 
     return summed
 
 
-def by_parameters(values: Values, graph: Any, *, context: Callable[..., Context]) -> Callable[..., jax.Array]:
+def values_fn(values: TokenValues, graph: Any, *, context: Callable[..., Context]) -> Callable[..., jax.Array]:
     """(params, frozen, batch, keys) -> `values` of the whole model. `context(batch, keys)` is what blocks are told."""
 
     def found(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:

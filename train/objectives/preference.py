@@ -18,39 +18,39 @@ import jax.numpy as jnp
 
 from ...configs.sections.recipe import RecipeConfig
 from .interface import Loss, Recipe
-from .response_logprobs import Answers, answers, rewards
+from .response_logprobs import Responses, implicit_rewards, response_logprobs
 
 Batch = dict[str, jax.Array]
 # (answers, r [rows, pairs, 2] or None, settings) -> [rows, pairs]
-OfPair = Callable[[Answers, jax.Array | None, RecipeConfig], jax.Array]
+PairLoss = Callable[[Responses, jax.Array | None, RecipeConfig], jax.Array]
 
 
-def dpo(answers: Answers, reward: jax.Array, config: RecipeConfig) -> jax.Array:
+def dpo(answers: Responses, reward: jax.Array, config: RecipeConfig) -> jax.Array:
     """log 2 before the first step, where the rewards are 0."""
     del answers
-    return -jax.nn.log_sigmoid(config.number("beta") * ahead(reward))
+    return -jax.nn.log_sigmoid(config.number("beta") * margin(reward))
 
 
-def ipo(answers: Answers, reward: jax.Array, config: RecipeConfig) -> jax.Array:
+def ipo(answers: Responses, reward: jax.Array, config: RecipeConfig) -> jax.Array:
     """1 / (4 beta^2) before the first step."""
     mean = reward / jnp.maximum(answers.tokens, 1)
-    return jnp.square(ahead(mean) - 1 / (2 * config.number("beta")))
+    return jnp.square(margin(mean) - 1 / (2 * config.number("beta")))
 
 
-def orpo(answers: Answers, reward: None, config: RecipeConfig) -> jax.Array:
+def orpo(answers: Responses, reward: None, config: RecipeConfig) -> jax.Array:
     """The likelihood of the better answer, and its odds against the worse."""
     del reward
     mean = answers.mean
-    return -mean[..., 0] - config.number("beta") * jax.nn.log_sigmoid(ahead(log_odds(mean)))
+    return -mean[..., 0] - config.number("beta") * jax.nn.log_sigmoid(margin(log_odds(mean)))
 
 
-def simpo(answers: Answers, reward: None, config: RecipeConfig) -> jax.Array:
+def simpo(answers: Responses, reward: None, config: RecipeConfig) -> jax.Array:
     """No reference: an answer's own mean log-probability is its reward."""
     del reward
-    return -jax.nn.log_sigmoid(config.number("beta") * ahead(answers.mean) - config.number("margin"))
+    return -jax.nn.log_sigmoid(config.number("beta") * margin(answers.mean) - config.number("margin"))
 
 
-def ahead(values: jax.Array) -> jax.Array:
+def margin(values: jax.Array) -> jax.Array:
     """[..., 2] -> [...]: the better answer's less the worse one's."""
     return values[..., 0] - values[..., 1]
 
@@ -61,13 +61,13 @@ def log_odds(mean: jax.Array) -> jax.Array:
     return mean - jnp.log(-jnp.expm1(mean))
 
 
-def recipe(of_pair: OfPair, *, reads: tuple[str, ...] = ()) -> Recipe:
+def pair_recipe(of_pair: PairLoss, *, reads: tuple[str, ...] = ()) -> Recipe:
     """The recipe whose loss is the mean of `of_pair`."""
 
     def loss(config: RecipeConfig) -> Loss:
         def sums(token_logprobs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            found = answers(token_logprobs, batch)
-            reward = rewards(token_logprobs, batch) if reads else None
+            found = response_logprobs(token_logprobs, batch)
+            reward = implicit_rewards(token_logprobs, batch) if reads else None
             values = of_pair(found, reward, config)
             return jnp.where(found.exists > 0, values, 0).sum(), found.exists.sum()
 
@@ -76,7 +76,7 @@ def recipe(of_pair: OfPair, *, reads: tuple[str, ...] = ()) -> Recipe:
     return Recipe(loss, unit="pair", reads=reads)
 
 
-DPO = recipe(dpo, reads=("reference_logprobs",))
-IPO = recipe(ipo, reads=("reference_logprobs",))
-ORPO = recipe(orpo)
-SIMPO = recipe(simpo)
+DPO = pair_recipe(dpo, reads=("reference_logprobs",))
+IPO = pair_recipe(ipo, reads=("reference_logprobs",))
+ORPO = pair_recipe(orpo)
+SIMPO = pair_recipe(simpo)

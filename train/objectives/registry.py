@@ -22,7 +22,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def fields(config: RunConfig) -> tuple[str, ...]:
+def batch_fields(config: RunConfig) -> tuple[str, ...]:
     """All fields that batches of a run have."""
     recipe, own = config.recipe, (ADAPTER_FIELD,) if config.adapters else ()
     return (*BATCH_FIELDS, *RECIPES[recipe.name].reads, *(() if recipe.top_k is None else TOP_FIELDS), *own)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Answers(NamedTuple):
+class Responses(NamedTuple):
     """The two answers of each pair; [rows, pairs, 2], and zeros where a row has fewer pairs than would fit."""
 
     logprob: jax.Array  # sum of log p over what is learned of the answer
@@ -23,16 +23,18 @@ class Answers(NamedTuple):
         return self.logprob / jnp.maximum(self.tokens, 1)
 
 
-def answers(token_logprobs: jax.Array, batch: dict[str, jax.Array]) -> Answers:
+def response_logprobs(token_logprobs: jax.Array, batch: dict[str, jax.Array]) -> Responses:
     """Sums over segments of log p [rows, sequence]."""
     weights = batch["loss_weights"]
-    tokens = paired(weights, batch["segment_ids"])
-    return Answers(
-        paired(weights * token_logprobs, batch["segment_ids"]), tokens, (tokens > 0).all(axis=-1).astype(jnp.float32)
+    tokens = sum_by_pair(weights, batch["segment_ids"])
+    return Responses(
+        sum_by_pair(weights * token_logprobs, batch["segment_ids"]),
+        tokens,
+        (tokens > 0).all(axis=-1).astype(jnp.float32),
     )
 
 
-def paired(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
+def sum_by_pair(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Sums of `values` [rows, sequence] over segments, as [rows, pairs, 2]; segment 0 is padding."""
     rows, length = values.shape
     most = length // 2  # a segment has a token at least
@@ -40,7 +42,7 @@ def paired(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return sums[:, 1:].reshape(rows, most, 2)
 
 
-def rewards(token_logprobs: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+def implicit_rewards(token_logprobs: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
     """log p - log p of the reference, of each answer: [rows, pairs, 2]."""
     change = batch["loss_weights"] * (token_logprobs - batch["reference_logprobs"])
-    return paired(change, batch["segment_ids"])
+    return sum_by_pair(change, batch["segment_ids"])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ...configs.sections.recipe import RecipeConfig
 from .interface import Loss, Recipe
-from .response_logprobs import answers, paired
+from .response_logprobs import response_logprobs, sum_by_pair
 
 Batch = dict[str, jax.Array]
 
@@ -22,7 +22,7 @@ def loss(config: RecipeConfig) -> Loss:
 
     def sums(scores: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         exists, ahead = margins(scores, batch)
-        wanted = at_the_end(batch["labels"], batch)[..., 0]
+        wanted = at_last_token(batch["labels"], batch)[..., 0]
         return jnp.where(exists > 0, -jax.nn.log_sigmoid(ahead - wanted), 0).sum(), exists.sum()
 
     return sums
@@ -36,18 +36,18 @@ def accuracy(scores: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 def margins(scores: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(whether there is a pair, by how much its better answer scores higher) [rows, pairs], of scores at each token."""
-    found = at_the_end(scores, batch)
-    return answers(scores, batch).exists, found[..., 0] - found[..., 1]
+    found = at_last_token(scores, batch)
+    return response_logprobs(scores, batch).exists, found[..., 0] - found[..., 1]
 
 
-def at_the_end(values: jax.Array, batch: Batch) -> jax.Array:
+def at_last_token(values: jax.Array, batch: Batch) -> jax.Array:
     """`values` [rows, sequence] at the last token that is learned of each answer: [rows, pairs, 2]."""
     length, segments = values.shape[1], batch["segment_ids"]
     learned = batch["loss_weights"] > 0
     # By place and not by neighbour: where a mesh cuts the sequence, tokens lie in another order.
     place = jnp.where(learned, batch["positions"], -1)
     last = jax.vmap(lambda row, ids: jax.ops.segment_max(row, ids, num_segments=length + 1)[ids])(place, segments)
-    return paired(jnp.where(learned & (place == last), values, 0), segments)
+    return sum_by_pair(jnp.where(learned & (place == last), values, 0), segments)
 
 
 REWARD = Recipe(loss, unit="pair", reads=("labels",), scored=True, measures={"accuracy": accuracy})

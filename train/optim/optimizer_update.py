@@ -24,7 +24,7 @@ import optax
 from ...parallel.state import TrainState
 
 
-class Updated(NamedTuple):
+class UpdateResult(NamedTuple):
     """The state after an update, as far as an optimizer moves it."""
 
     params: Any
@@ -33,17 +33,17 @@ class Updated(NamedTuple):
 
 
 # (gradient, state, the gradient's global norm, whether to apply anything)
-Update = Callable[[Any, TrainState, jax.Array, jax.Array], Updated]
+Update = Callable[[Any, TrainState, jax.Array, jax.Array], UpdateResult]
 
 
-def guarded(optimizer: optax.GradientTransformation) -> Update:
+def skip_if_unhealthy(optimizer: optax.GradientTransformation) -> Update:
     """The optimizer's update where `healthy`; elsewhere parameters and optimizer state stay as they are."""
 
-    def update(gradient: Any, state: TrainState, norm: jax.Array, healthy: jax.Array) -> Updated:
+    def update(gradient: Any, state: TrainState, norm: jax.Array, healthy: jax.Array) -> UpdateResult:
         del norm
-        new = moved(optimizer, gradient, state)
+        new = apply_optimizer(optimizer, gradient, state)
         old = (state.params, state.opt_state)
-        return Updated(*jax.tree.map(lambda applied, kept: jnp.where(healthy, applied, kept), new, old), {})
+        return UpdateResult(*jax.tree.map(lambda applied, kept: jnp.where(healthy, applied, kept), new, old), {})
 
     return update
 
@@ -55,23 +55,23 @@ def post_validated(
 
     The metric `rolled_back` is 1 where the guess did not stand.
     """
-    certain = guarded(optimizer)
+    certain = skip_if_unhealthy(optimizer)
     limit = jnp.inf if clip is None else clip
 
-    def update(gradient: Any, state: TrainState, norm: jax.Array, healthy: jax.Array) -> Updated:
+    def update(gradient: Any, state: TrainState, norm: jax.Array, healthy: jax.Array) -> UpdateResult:
         # Made here and not in the branch; leaf by leaf, since some wait for less than others.
-        guess = jax.tree.map(jax.lax.optimization_barrier, moved(optimistic, gradient, state))
+        guess = jax.tree.map(jax.lax.optimization_barrier, apply_optimizer(optimistic, gradient, state))
         stands = healthy & (norm < limit)
 
         def again() -> tuple[Any, Any]:
             return certain(gradient, state, norm, healthy)[:2]
 
-        return Updated(*jax.lax.cond(stands, lambda: guess, again), {"rolled_back": (~stands).astype(jnp.float32)})
+        return UpdateResult(*jax.lax.cond(stands, lambda: guess, again), {"rolled_back": (~stands).astype(jnp.float32)})
 
     return update
 
 
-def moved(optimizer: optax.GradientTransformation, gradient: Any, state: TrainState) -> tuple[Any, Any]:
+def apply_optimizer(optimizer: optax.GradientTransformation, gradient: Any, state: TrainState) -> tuple[Any, Any]:
     """Parameters and optimizer state after one update."""
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     return optax.apply_updates(state.params, updates), opt_state

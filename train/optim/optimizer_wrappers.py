@@ -11,45 +11,45 @@ import optax
 
 from ...configs.run import RunConfig
 from ...configs.sections.adapter import ELEMENTS
-from ...models.adapters.adapted_modules import sites
-from ...models.adapters.selection import multipliers
-from ...parallel.layout import Order
+from ...models.adapters.adapted_modules import find_adapted_modules
+from ...models.adapters.selection import update_scaler
+from ...parallel.layout import LayerOrder
 from . import optimizers
-from .adalora_schedule import Present, allocated
+from .adalora_schedule import AdaptedLayers, rank_allocator
 from .qat import quantization_aware, trains_codes
-from .sparse_finetuning import elementwise
+from .sparse_finetuning import masked_optimizer
 
-Make = Callable[..., optax.GradientTransformation]
+OptimizerFactory = Callable[..., optax.GradientTransformation]
 ADAPTER_AXIS = "adapters"  # of the `vmap` over several adapters
 
 
-def optimizer_maker(config: RunConfig, *, order: Order) -> Make:
+def optimizer_factory(config: RunConfig, *, order: LayerOrder) -> OptimizerFactory:
     """`make()` gives the transformation; `make(clip=...)` the same with another clipping. `order`: of the layers."""
     adapter = config.adapter
-    chosen = None if adapter is None else multipliers(config.model, adapter, order=order)
-    chosen = scaled(chosen, learning_rates(config))
-    make = partial(
-        optimizers.build, config.optimizer, steps=config.steps, spike=config.logging.spike, multiplied=chosen
-    )
+    chosen = None if adapter is None else update_scaler(config.model, adapter, order=order)
+    chosen = scale_by_adapter(chosen, learning_rates(config))
+    make = partial(optimizers.build, config.optimizer, steps=config.steps, spike=config.logging.spike, scale=chosen)
     if adapter is not None and adapter.method == "adalora":
-        return wrapped(make, partial(allocated, adapter=adapter, present=present(config, order), steps=config.steps))
+        return wrap_optimizer(
+            make, partial(rank_allocator, adapter=adapter, present=adapted_layers(config, order), steps=config.steps)
+        )
     if adapter is not None and adapter.method in ELEMENTS:
-        return wrapped(make, partial(elementwise, adapter=adapter, chosen=chosen))
+        return wrap_optimizer(make, partial(masked_optimizer, adapter=adapter, scale=chosen))
     if trains_codes(config):
-        return wrapped(make, partial(quantization_aware, config=config, order=order))
+        return wrap_optimizer(make, partial(quantization_aware, config=config, order=order))
     return make
 
 
-def present(config: RunConfig, order: Order) -> Present:
+def adapted_layers(config: RunConfig, order: LayerOrder) -> AdaptedLayers:
     """Which layers of each stack of adapted maps have an adapter, as they stand in the run."""
     found = {}
-    for site in sites(config.model, config.adapter):
+    for site in find_adapted_modules(config.model, config.adapter):
         places = range(len(site.ranks)) if order is None else order
         found[f"{site.path}/adapter/e"] = np.array([repeat >= 0 and site.ranks[repeat] > 0 for repeat in places])
     return found
 
 
-def wrapped(make: Make, around: Callable[..., optax.GradientTransformation]) -> Make:
+def wrap_optimizer(make: OptimizerFactory, around: Callable[..., optax.GradientTransformation]) -> OptimizerFactory:
     """`make`, with `around` around what it makes."""
     return lambda **given: around(make(**given))
 
@@ -60,7 +60,7 @@ def learning_rates(config: RunConfig) -> tuple[float, ...]:
     return tuple(1.0 if rate is None else rate / peak for rate in own)
 
 
-def scaled(change: Callable[[str, jax.Array], jax.Array] | None, rates: tuple[float, ...]) -> Any:
+def scale_by_adapter(change: Callable[[str, jax.Array], jax.Array] | None, rates: tuple[float, ...]) -> Any:
     """`change(path, update)`, None: as it is, and the update scaled by the adapter's rate; inside of the `vmap`."""
     if all(rate == 1 for rate in rates):
         return change

@@ -15,7 +15,7 @@ import optax
 
 from ...configs.errors import UserError
 from ...configs.sections.training import OptimizerConfig
-from ...models.logical_axes import axis_names, stacked
+from ...models.logical_axes import axis_names, is_stacked
 from ...parallel.sharding import path_name
 
 RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
@@ -34,7 +34,7 @@ def build(
     steps: int,
     spike: float | None = None,
     clip: Callable[[float], optax.GradientTransformation] = optax.clip_by_global_norm,
-    multiplied: Callable[[str, jax.Array], jax.Array] | None = None,
+    scale: Callable[[str, jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformation:
     """The whole update for a run of `steps`: negative directions scaled by the learning rate, ready to be added.
 
@@ -43,13 +43,13 @@ def build(
     the last word on the update of each weight (an adapter's).
     """
     parts = [
-        ("norms", norms() if spike else None),
+        ("norms", track_gradient_norm() if spike else None),
         ("clip", clip(optimizer.clip) if optimizer.clip else None),
         (optimizer.name, RULES[optimizer.name](optimizer)),
-        ("decay", optax.add_decayed_weights(optimizer.weight_decay, mask=decays(optimizer))),
+        ("decay", optax.add_decayed_weights(optimizer.weight_decay, mask=decay_mask(optimizer))),
         ("learning_rate", optax.scale_by_learning_rate(schedule(optimizer, steps=steps))),
-        ("multiplied", by_path(multiplied) if multiplied else None),
-        ("average", average(optimizer.ema) if optimizer.ema else None),
+        ("multiplied", by_path(scale) if scale else None),
+        ("average", track_parameter_average(optimizer.ema) if optimizer.ema else None),
     ]
     return in_float32(optax.named_chain(*((name, part) for name, part in parts if part is not None)))
 
@@ -100,7 +100,7 @@ def schedule(optimizer: OptimizerConfig, *, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), after], [warmup])
 
 
-def decays(optimizer: OptimizerConfig) -> Callable[[Any], Any]:
+def decay_mask(optimizer: OptimizerConfig) -> Callable[[Any], Any]:
     """Mask of the weights that decay: those with two named dimensions or more; embeddings only if asked."""
 
     def decayed(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -117,16 +117,16 @@ def clip_by_layer_rms(threshold: float) -> optax.GradientTransformation:
     """Scale down a layer's update whose root mean square is above `threshold`. Source: Adafactor, arXiv:1804.04235."""
 
     def clipped(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        own = tuple(range(leading(path_name(path), update), update.ndim))
+        own = tuple(range(layer_dimensions(path_name(path), update), update.ndim))
         rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=own, keepdims=True))
         return update / jnp.maximum(1.0, rms / threshold)
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(clipped, updates))
 
 
-def leading(name: str, leaf: Any) -> int:
+def layer_dimensions(name: str, leaf: Any) -> int:
     """Dimensions of the weight called `name` that number layers."""
-    return leaf.ndim - len(axis_names(name)) if stacked(name) else 0
+    return leaf.ndim - len(axis_names(name)) if is_stacked(name) else 0
 
 
 def muon(optimizer: OptimizerConfig) -> optax.GradientTransformation:
@@ -139,9 +139,9 @@ def muon(optimizer: OptimizerConfig) -> optax.GradientTransformation:
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         name = path_name(path)
-        if not (stacked(name) and name.endswith("/kernel")):
+        if not (is_stacked(name) and name.endswith("/kernel")):
             return None
-        first = leading(name, leaf)
+        first = layer_dimensions(name, leaf)
         middle = first + (2 if name.endswith("attn/o/kernel") else 1)
         return optax.contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, leaf.ndim)))
 
@@ -177,7 +177,7 @@ class NormsState(NamedTuple):
     mean: jax.Array  # float32; 0 before the first update
 
 
-def norms() -> optax.GradientTransformation:
+def track_gradient_norm() -> optax.GradientTransformation:
     """Leave updates alone and follow the mean of their global norm over about the last hundred steps."""
 
     def init(params: Any) -> NormsState:
@@ -192,7 +192,7 @@ def norms() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def mean_norm(opt_state: Any) -> jax.Array:
+def mean_gradient_norm(opt_state: Any) -> jax.Array:
     """The mean gradient norm so far; infinite before the first update, so that nothing counts as a spike."""
     mean = opt_state["norms"].mean
     return jnp.where(mean == 0, jnp.inf, mean)
@@ -204,7 +204,7 @@ class AverageState(NamedTuple):
     params: Any  # like the parameters, float32
 
 
-def average(decay: float) -> optax.GradientTransformation:
+def track_parameter_average(decay: float) -> optax.GradientTransformation:
     """Leave updates alone and follow the parameters they lead to: average = decay * average + (1 - decay) * params."""
 
     def init(params: Any) -> AverageState:

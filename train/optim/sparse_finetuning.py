@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from ...configs.sections.adapter import AdapterConfig
-from ...models.adapters.selection import BESIDE
+from ...models.adapters.selection import RECIPE_WEIGHTS
 from ...parallel.sharding import path_name
 from ...parallel.state import TrainState
 
@@ -29,11 +29,11 @@ class ElementsState(NamedTuple):
     kept: Any  # like the parameters: 1 where an element learns, in the end
 
 
-def elementwise(
+def masked_optimizer(
     optimizer: optax.GradientTransformation,
     adapter: AdapterConfig,
     *,
-    chosen: Callable[[str, jax.Array], jax.Array] | None = None,
+    scale: Callable[[str, jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformation:
     """`optimizer` of a few elements; its state gets an entry `elements`.
 
@@ -43,18 +43,20 @@ def elementwise(
 
     def init(params: Any) -> dict[str, Any]:
         score = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * (1.0 if goes_back else 0.0), params)
-        kept = with_path(lambda path, leaf: jnp.full(leaf.shape, goes_back or beside(path), jnp.float32), params)
+        kept = map_with_path(
+            lambda path, leaf: jnp.full(leaf.shape, goes_back or is_extra_weight(path), jnp.float32), params
+        )
         return optimizer.init(params) | {"elements": ElementsState(jnp.zeros((), jnp.int32), score, kept)}
 
     def found(score: Any) -> Any:
         def own(path: str, leaf: jax.Array) -> jax.Array:
-            if beside(path):
+            if is_extra_weight(path):
                 return jnp.zeros_like(leaf)
-            return leaf if chosen is None else chosen(path, leaf)
+            return leaf if scale is None else scale(path, leaf)
 
-        total = counted(with_path(lambda path, leaf: own(path, jnp.ones_like(leaf)) > 0, score))
-        best = largest(with_path(own, score), count=jnp.maximum(1, jnp.round(adapter.density * total)))
-        return with_path(lambda path, leaf: jnp.ones_like(leaf) if beside(path) else leaf, best)
+        total = count_true(map_with_path(lambda path, leaf: own(path, jnp.ones_like(leaf)) > 0, score))
+        best = top_k_mask(map_with_path(own, score), count=jnp.maximum(1, jnp.round(adapter.density * total)))
+        return map_with_path(lambda path, leaf: jnp.ones_like(leaf) if is_extra_weight(path) else leaf, best)
 
     def update(gradient: Any, state: dict[str, Any], params: Any) -> tuple[Any, dict[str, Any]]:
         elements, old = state["elements"], {name: part for name, part in state.items() if name != "elements"}
@@ -80,27 +82,27 @@ def elementwise(
     return optax.GradientTransformation(init, update)
 
 
-def searched(state: TrainState, *, adapter: AdapterConfig) -> jax.Array:
+def mask_is_final(state: TrainState, *, adapter: AdapterConfig) -> jax.Array:
     """Whether the elements that learn are found."""
     return state.opt_state["elements"].count >= adapter.scouting
 
 
-def with_path(change: Callable[[str, jax.Array], jax.Array], tree: Any) -> Any:
+def map_with_path(change: Callable[[str, jax.Array], jax.Array], tree: Any) -> Any:
     """`change(path, leaf)` of each leaf of `tree`."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: change(path_name(path), leaf), tree)
 
 
-def beside(path: str) -> bool:
+def is_extra_weight(path: str) -> bool:
     """Whether the weight at `path` is none of the model's, so that it is not chosen among but learns."""
-    return path.startswith(BESIDE)
+    return path.startswith(RECIPE_WEIGHTS)
 
 
-def counted(flags: Any) -> jax.Array:
+def count_true(flags: Any) -> jax.Array:
     """How many elements of all leaves of `flags` are true, float32: rows in int32, which holds no larger sum."""
     return sum(leaf.sum(-1, dtype=jnp.int32).astype(jnp.float32).sum() for leaf in jax.tree.leaves(flags))
 
 
-def largest(scores: Any, *, count: jax.Array | int) -> Any:
+def top_k_mask(scores: Any, *, count: jax.Array | int) -> Any:
     """1 for the `count` largest of all scores, which are not negative, and 0 for the others; equal ones stay together.
 
     The limit is found bit by bit, in 31 sums over all elements: floats that are not negative order as their bits do.
@@ -109,7 +111,7 @@ def largest(scores: Any, *, count: jax.Array | int) -> Any:
 
     def narrower(number: jax.Array, limit: jax.Array) -> jax.Array:
         higher = limit | (1 << (30 - number))
-        there = counted(jax.tree.map(lambda leaf: leaf >= higher, bits))
+        there = count_true(jax.tree.map(lambda leaf: leaf >= higher, bits))
         return jnp.where(there >= count, higher, limit)
 
     limit = jax.lax.fori_loop(0, 31, narrower, jnp.int32(0))

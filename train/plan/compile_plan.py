@@ -135,7 +135,7 @@ def step_flops(program: Program) -> int:
     What a pipeline's devices do is in its table and not in the trace, and the loop of `elastic.deterministic` hides its
     turns; together they do what one device would.
     """
-    if program.staging is not None or program.config.elastic.deterministic:
+    if program.pipeline_plan is not None or program.config.elastic.deterministic:
         program = alone(program)
     with jax.set_mesh(program.mesh):
         return matmul_flops(jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes))

@@ -7,16 +7,16 @@ import jax
 from ...checkpoint.interop import huggingface
 from ...configs.run import RunConfig
 from ...parallel.mesh import make_mesh
-from ..core.process_env import World
+from ..core.process_env import ProcessInfo
 from ..data import assemble
 from ..engine import runtime
 from ..engine.program import Program, build
-from ..objectives.distillation import check_teacher, fresh_weights
+from ..objectives.distillation import check_teacher, init_weights
 
 
 def prepared(config: RunConfig) -> Program:
     """The program of `config` on its mesh, from a cold start."""
-    runtime.start(config, World())
+    runtime.start(config, ProcessInfo())
     return build(config, make_mesh(config.mesh))
 
 
@@ -27,7 +27,7 @@ def check(config: RunConfig) -> None:
     program = prepared(config)
     for model in (config.model, config.recipe.teacher or config.model):
         if model.origin is not None:
-            huggingface.check(model.origin, model, shapes=jax.eval_shape(partial(fresh_weights, model, config)))
+            huggingface.check_files(model.origin, model, shapes=jax.eval_shape(partial(init_weights, model, config)))
     with jax.set_mesh(program.mesh):
         jax.eval_shape(program.step, program.shapes, program.batch_shapes)
     jax.tree.leaves(program.shardings)

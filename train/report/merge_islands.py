@@ -31,14 +31,14 @@ def merge(directory: Path) -> dict[str, Any]:
         return {}
     metrics = {number: read_metrics(island) for number, island in sorted(islands.items())}
     events = {number: read_events(island) for number, island in sorted(islands.items())}
-    jsonl.replace(directory / METRICS, together(metrics))
-    jsonl.replace(directory / EVENTS, ordered(events))
+    jsonl.replace_rows(directory / METRICS, together(metrics))
+    jsonl.replace_rows(directory / EVENTS, ordered(events))
     first = islands[min(islands)]
     for name in ("environment.json", "plan.json"):
         if (first / name).exists():
             shutil.copyfile(first / name, directory / name)
     found = {"islands": [summary(number, metrics[number], events[number]) for number in metrics]}
-    jsonl.replace(directory / "summary.json", [found])
+    jsonl.replace_rows(directory / "summary.json", [found])
     write_report(directory)
     return found
 

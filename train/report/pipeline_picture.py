@@ -6,9 +6,9 @@ from ...configs.errors import MeshwrightError
 from ...configs.loader import validated
 from ...parallel.pipeline.tables.costs import Costs
 from ...parallel.pipeline.tables.simulator import Timeline, simulate
-from ...parallel.pipeline.tables.svg import svg
+from ...parallel.pipeline.tables.svg import render_svg
 from ...parallel.pipeline.tables.table import Table
-from ..engine.pipeline.pipeline_plan import staging
+from ..engine.pipeline.pipeline_plan import make_pipeline_plan
 from .markup import Html, element, section, table
 
 SHOWN = {
@@ -27,7 +27,7 @@ def schedule_picture(config: dict[str, Any], measured: dict[str, Any]) -> Html |
     if not measured:
         return None
     try:
-        staged = staging(validated(config), pipe=measured["devices"])
+        staged = make_pipeline_plan(validated(config), pipe=measured["devices"])
     except MeshwrightError:
         return None
     if staged is None or list(staged.repeats) != measured["repeats"] or staged.table.name != measured["schedule"]:
@@ -37,7 +37,7 @@ def schedule_picture(config: dict[str, Any], measured: dict[str, Any]) -> Html |
     times = [(words, f"{1000 * value:.3g} ms") for name, words in SHOWN.items() if (value := getattr(costs, name))]
     return section(
         "Pipeline",
-        Html(svg(staged.table, timeline=timeline).replace("<svg ", '<svg class="schedule" ', 1)),
+        Html(render_svg(staged.table, timeline=timeline).replace("<svg ", '<svg class="schedule" ', 1)),
         table(("op", "measured"), times, numeric=("measured",)),
         element("p", words_of(staged.table, timeline)),
         note="Each op as long as it was measured in this run; devices start as soon as they can.",

@@ -24,7 +24,7 @@ from typing import Any
 from ...configs.errors import MeshwrightError, UserError
 from ..core.event_log import read_events
 from ..core.run_directory import read_config
-from ..core.sample_log import read_ledger
+from ..core.sample_log import read_sample_log
 
 Event = Mapping[str, Any]
 Lines = Mapping[int, Sequence[Event]]  # process -> its part of the ledger
@@ -41,7 +41,7 @@ class Verdict:
 
 def audit(directory: Path, *, against: Path | None = None) -> list[Verdict]:
     """Every promise of the run in `directory`, and whether it was kept. Raises UserError where it kept no ledger."""
-    config, events, lines = read_config(directory), read_events(directory), read_ledger(directory)
+    config, events, lines = read_config(directory), read_events(directory), read_sample_log(directory)
     if not lines:
         raise UserError(f"{directory}: no ledger to audit; train with logging.ledger=true")
     restores = sum(event["event"] == "restore" for event in events)
@@ -59,7 +59,7 @@ def audit(directory: Path, *, against: Path | None = None) -> list[Verdict]:
         verdict("one epoch at a time", overlapping(lines), f"{len(epochs(lines))} epochs"),
     ]
     if against is not None:
-        found.append(same_samples(lines, read_ledger(against)))
+        found.append(same_samples(lines, read_sample_log(against)))
         found.append(same_state(directory, against))
     return found
 
@@ -189,10 +189,10 @@ def same_samples(lines: Lines, others: Lines) -> Verdict:
 def same_state(directory: Path, other: Path) -> Verdict:
     """Whether the newest step that both runs committed has equal fingerprints of every array."""
     from ...checkpoint import manifest
-    from ...checkpoint.checkpoint_directory import Shelf
+    from ...checkpoint.checkpoint_directory import CheckpointDirectory
 
     promise = "the state is the other run's, bit for bit"
-    shelves = [Shelf((one / "checkpoints").absolute()) for one in (directory, other)]
+    shelves = [CheckpointDirectory((one / "checkpoints").absolute()) for one in (directory, other)]
     shared = set(shelves[0].steps) & set(shelves[1].steps)
     if not shared:
         steps = [sorted(shelf.steps) for shelf in shelves]

@@ -7,130 +7,126 @@ from typing import Any
 
 import jax
 
-from ..tables.lowering import Wiring
+from ..tables.lowering import LoweredTable
 from ..tables.table import Op
 from . import slot_pools
-from .backward_split import Saved, Split
-from .stage_functions import Carry, Parts, Row, Weights, when
+from .backward_split import BackwardSplit, Saved
+from .stage_functions import Carry, Row, StageFunctions, Weights, run_if
 
 
 @dataclass(frozen=True)
-class Device:
-    """One device's weights and microbatches, and what it does with them."""
+class PipelineDevice:
+    """One device's weights and microbatches, and the ops that it runs on them."""
 
-    parts: Parts
-    wiring: Wiring
-    block: Split
+    functions: StageFunctions
+    lowered: LoweredTable
+    block: BackwardSplit
     weights: Weights
     frozen: Weights
     batch: Any  # fields [microbatches, rows, sequence]
     keys: Any  # [microbatches, rows], or None
-    ends: Any  # `ends.py` or `shared.py`: embedding, head and loss
-    repeats: int  # places for repeats in a chunk
+    embed_head: Any  # `ReplicatedEmbedHead` or `VocabParallelEmbedHead`: embedding, head and loss
+    repeats: int  # most repeats of a chunk
 
-    def fields(self, microbatch: jax.Array) -> tuple[Any, Any]:
-        """A microbatch's fields, and what its blocks read."""
+    def microbatch_inputs(self, microbatch: jax.Array) -> tuple[Any, Any]:
+        """A microbatch's fields, and the context that its blocks read."""
         fields, keys = jax.tree.map(lambda leaf: leaf[microbatch], (self.batch, self.keys))
-        return fields, self.parts.context(self.frozen.ends, fields, keys)
+        return fields, self.functions.context(self.frozen.unstacked, fields, keys)
 
-    def layer(self, row: Row, number: jax.Array) -> tuple[Any, Any]:
-        """Weights and frozen weights of repeat `number` of the row's chunk."""
-        place = row["chunk"] * self.repeats + number
-        return jax.tree.map(lambda leaf: leaf[place], (self.weights.stacked, self.frozen.stacked))
+    def block_inputs(self, row: Row, context: Any, repeat: jax.Array) -> tuple[Any, Any, Any]:
+        """Weights, frozen weights and context of the block at `repeat` of the row's chunk."""
+        index = row["chunk"] * self.repeats + repeat
+        weights, frozen = jax.tree.map(lambda leaf: leaf[index], (self.weights.stacked, self.frozen.stacked))
+        return weights, frozen, (context, row["first_repeat"] + repeat)
 
     def forward(self, row: Row, carry: Carry) -> Carry:
-        """F: run the chunk on what was sent, or on the embedding; save what the backward pass reads."""
-        _, context = self.fields(row["microbatch"])
+        """F: run the chunk on its message or on the embedding; save what the backward pass reads."""
+        _, context = self.microbatch_inputs(row["microbatch"])
 
-        def one(number: jax.Array, state: tuple[jax.Array, Saved]) -> tuple[jax.Array, Saved]:
+        def run_repeat(repeat: jax.Array, state: tuple[jax.Array, Saved]) -> tuple[jax.Array, Saved]:
             x, saved = state
-            given = self.numbered(row, context, number)
-            x, inputs, weight = self.block.forward(*self.layer(row, number), given, x)
-            if not self.wiring.trains:
+            x, inputs, weight = self.block.forward(*self.block_inputs(row, context, repeat), x)
+            if not self.lowered.trains:
                 return x, saved
             return x, saved._replace(
-                input=slot_pools.put(saved.input, row["input"], number, inputs),
-                weight=slot_pools.put(saved.weight, row["weight"], number, weight),
+                input=slot_pools.write_slot(saved.input, row["input"], repeat, inputs),
+                weight=slot_pools.write_slot(saved.weight, row["weight"], repeat, weight),
             )
 
-        x = when(row["first"], partial(self.ends.enter, self), row, carry.messages[row["read"]])
-        out, saved = jax.lax.fori_loop(0, row["repeats"], one, (x, carry.saved))
-        carry = carry._replace(out=out, saved=saved)
-        return carry if self.wiring.trains else when(row["last"], partial(self.ends.measure, self), row, carry)
+        x = run_if(row["first"], partial(self.embed_head.embed, self), row, carry.messages[row["read"]])
+        output, saved = jax.lax.fori_loop(0, row["repeats"], run_repeat, (x, carry.saved))
+        carry = carry._replace(output=output, saved=saved)
+        if self.lowered.trains:
+            return carry
+        return run_if(row["last"], partial(self.embed_head.evaluate, self), row, carry)
 
     def input_gradient(self, row: Row, carry: Carry) -> Carry:
         """I: the gradient of the chunk's input; the stash keeps what W reads."""
 
-        def one(step: jax.Array, state: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, list[Any]]:
+        def run_repeat(step: jax.Array, state: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, list[Any]]:
             dy, stash = state
-            number = row["repeats"] - 1 - step
-            saved = taken(carry.saved, row, number, of=("input", "weight"))
-            dx, new = self.block.input_gradient(
-                *self.layer(row, number), self.numbered(row, context, number), saved, dy
-            )
-            return dx, slot_pools.put(stash, row["stash"], number, new)
+            repeat = row["repeats"] - 1 - step
+            saved = read_saved(carry.saved, row, repeat, pools=("input", "weight"))
+            dx, new = self.block.input_gradient(*self.block_inputs(row, context, repeat), saved, dy)
+            return dx, slot_pools.write_slot(stash, row["stash"], repeat, new)
 
         carry = self.begin_backward(row, carry)
-        _, context = self.fields(row["microbatch"])
-        out, stash = jax.lax.fori_loop(0, row["repeats"], one, (carry.out, carry.saved.stash))
-        return self.end_backward(row, carry._replace(out=out, saved=carry.saved._replace(stash=stash)))
+        _, context = self.microbatch_inputs(row["microbatch"])
+        output, stash = jax.lax.fori_loop(0, row["repeats"], run_repeat, (carry.output, carry.saved.stash))
+        return self.end_backward(row, carry._replace(output=output, saved=carry.saved._replace(stash=stash)))
 
     def weight_gradient(self, row: Row, carry: Carry) -> Carry:
-        """W: the gradient of the chunk's weights, added up."""
-        _, context = self.fields(row["microbatch"])
+        """W: the gradient of the chunk's weights, added to the total."""
+        _, context = self.microbatch_inputs(row["microbatch"])
 
-        def one(number: jax.Array, gradient: Any) -> Any:
-            saved = taken(carry.saved, row, number, of=("weight", "stash"))
-            new = self.block.weight_gradient(*self.layer(row, number), self.numbered(row, context, number), saved)
-            return self.add(gradient, row, number, new)
+        def run_repeat(repeat: jax.Array, gradient: Any) -> Any:
+            saved = read_saved(carry.saved, row, repeat, pools=("weight", "stash"))
+            new = self.block.weight_gradient(*self.block_inputs(row, context, repeat), saved)
+            return self.add_gradient(gradient, row, repeat, new)
 
-        stacked = jax.lax.fori_loop(0, row["repeats"], one, carry.gradient.stacked)
+        stacked = jax.lax.fori_loop(0, row["repeats"], run_repeat, carry.gradient.stacked)
         return carry._replace(gradient=carry.gradient._replace(stacked=stacked))
 
     def backward(self, row: Row, carry: Carry) -> Carry:
-        """B: I and W at once; nothing is stashed."""
+        """B: I and W at once, without a stash."""
 
-        def one(step: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        def run_repeat(step: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             dy, gradient = state
-            number = row["repeats"] - 1 - step
-            saved = taken(carry.saved, row, number, of=("input", "weight"))
-            dx, new = self.block.backward(*self.layer(row, number), self.numbered(row, context, number), saved, dy)
-            return dx, self.add(gradient, row, number, new)
+            repeat = row["repeats"] - 1 - step
+            saved = read_saved(carry.saved, row, repeat, pools=("input", "weight"))
+            dx, new = self.block.backward(*self.block_inputs(row, context, repeat), saved, dy)
+            return dx, self.add_gradient(gradient, row, repeat, new)
 
         carry = self.begin_backward(row, carry)
-        _, context = self.fields(row["microbatch"])
-        out, stacked = jax.lax.fori_loop(0, row["repeats"], one, (carry.out, carry.gradient.stacked))
-        return self.end_backward(row, carry._replace(out=out, gradient=carry.gradient._replace(stacked=stacked)))
+        _, context = self.microbatch_inputs(row["microbatch"])
+        output, stacked = jax.lax.fori_loop(0, row["repeats"], run_repeat, (carry.output, carry.gradient.stacked))
+        return self.end_backward(row, carry._replace(output=output, gradient=carry.gradient._replace(stacked=stacked)))
 
     def begin_backward(self, row: Row, carry: Carry) -> Carry:
-        """`out` is the gradient of the chunk's output: what was sent, or the loss's own on the last stage."""
-        carry = carry._replace(out=carry.messages[row["read"]])
-        return when(row["last"], partial(self.ends.begin_backward, self), row, carry)
+        """Set `output` to the gradient of the chunk's output: its message, on the last stage the loss's gradient."""
+        carry = carry._replace(output=carry.messages[row["read"]])
+        return run_if(row["last"], partial(self.embed_head.begin_backward, self), row, carry)
 
     def end_backward(self, row: Row, carry: Carry) -> Carry:
-        """On stage 0, hand the gradient of the input to the embedding."""
-        return when(row["first"], partial(self.ends.end_backward, self), row, carry)
+        """On stage 0, pass the gradient of the input to the embedding."""
+        return run_if(row["first"], partial(self.embed_head.end_backward, self), row, carry)
 
-    def numbered(self, row: Row, context: Any, number: jax.Array) -> Any:
-        """What the block of repeat `number` reads."""
-        return context, row["first_repeat"] + number
-
-    def add(self, gradient: Any, row: Row, number: jax.Array, new: Any) -> Any:
-        """`gradient` with `new` added at repeat `number` of the row's chunk."""
-        place = row["chunk"] * self.repeats + number
-        return jax.tree.map(lambda total, part: total.at[place].add(part.astype(total.dtype)), gradient, new)
+    def add_gradient(self, gradient: Any, row: Row, repeat: jax.Array, new: Any) -> Any:
+        """`gradient` with `new` added at `repeat` of the row's chunk."""
+        index = row["chunk"] * self.repeats + repeat
+        return jax.tree.map(lambda total, part: total.at[index].add(part.astype(total.dtype)), gradient, new)
 
 
-def taken(saved: Saved, row: Row, number: jax.Array, *, of: tuple[str, ...]) -> Saved:
-    """What was saved for repeat `number` in the row's slots of the pools `of`; the others are left empty."""
-    found = {name: slot_pools.taken(getattr(saved, name), row[name], number) for name in of}
-    return Saved([], [], [])._replace(**found)
+def read_saved(saved: Saved, row: Row, repeat: jax.Array, *, pools: tuple[str, ...]) -> Saved:
+    """The saved values of `repeat` in the row's slots of `pools`; the other lists are empty."""
+    values = {name: slot_pools.read_slot(getattr(saved, name), row[name], repeat) for name in pools}
+    return Saved([], [], [])._replace(**values)
 
 
-Phase = Callable[[Device, Row, Carry], Carry]
-PHASES: dict[Op, Phase] = {
-    Op.F: Device.forward,
-    Op.I: Device.input_gradient,
-    Op.W: Device.weight_gradient,
-    Op.B: Device.backward,
+OpFunction = Callable[[PipelineDevice, Row, Carry], Carry]
+OP_FUNCTIONS: dict[Op, OpFunction] = {
+    Op.F: PipelineDevice.forward,
+    Op.I: PipelineDevice.input_gradient,
+    Op.W: PipelineDevice.weight_gradient,
+    Op.B: PipelineDevice.backward,
 }

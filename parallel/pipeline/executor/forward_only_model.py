@@ -1,9 +1,9 @@
-"""A model that only reads, such as a teacher: its own pipeline, and what its last stage made of every token.
+"""A model that goes forward only, such as a teacher: a pipeline of its own that returns the last hidden states.
 
-    hidden = reading(parts, wiring, repeats=2, mesh=mesh)(weights, batch)     # [global_batch, sequence, embed]
+    hidden = hidden_state_reader(functions, lowered, repeats=2, mesh=mesh)(weights, batch)  # [global_batch, sequence, embed]
 
-Its layers are cut over `pipe` as those of the model that learns, so it takes no more of a device than its share; but
-what it makes waits on every device of the pipeline until that model's last stage asks for it: all microbatches at once.
+Its layers are sharded over `pipe` like those of the trained model, so a device holds only its share of them. But the
+hidden states of all microbatches wait on every device of the pipeline until the trained model's last stage reads them.
 """
 
 from collections.abc import Callable
@@ -14,37 +14,42 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from ..tables.lowering import Wiring, rows_of
-from .device import Device
-from .embed_head import KeptEnds
-from .stage_functions import BATCH_AXES, MANUAL, Parts, Row, Weights
-from .table_executor import in_microbatches, ran, traced_block
+from ..tables.lowering import LoweredTable
+from .device import PipelineDevice
+from .embed_head import HiddenStateCollector
+from .stage_functions import BATCH_AXES, MANUAL_AXES, Row, StageFunctions, Weights
+from .table_executor import run_table, split_block, split_microbatches
 
 
-def reading(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh) -> Callable[[Weights, Any], jax.Array]:
-    """`read(weights, batch) -> hidden`, what the head would multiply; `wiring` is that of a forward-only table.
+def hidden_state_reader(
+    functions: StageFunctions, lowered: LoweredTable, *, repeats: int, mesh: Mesh
+) -> Callable[[Weights, Any], jax.Array]:
+    """`read(weights, batch) -> hidden`, the input of the head; `lowered` is a forward-only table.
 
-    Weights and `batch` are as in `engine.pipelined`.
+    Weights and `batch` are as in `table_executor.pipeline_engine`.
     """
-    spread = PartitionSpec(BATCH_AXES)
+    batch_spec = PartitionSpec(BATCH_AXES)
 
     def read(weights: Weights, batch: Any) -> jax.Array:
         return jax.shard_map(
-            partial(on_device, parts, wiring, repeats),
-            in_specs=(Weights(PartitionSpec("pipe"), PartitionSpec()), spread, PartitionSpec()),
-            out_specs=spread,
-            axis_names=MANUAL,
+            partial(run_on_device, functions, lowered, repeats),
+            in_specs=(Weights(PartitionSpec("pipe"), PartitionSpec()), batch_spec, PartitionSpec()),
+            out_specs=batch_spec,
+            axis_names=MANUAL_AXES,
             mesh=mesh,
             check_vma=False,
-        )(weights, batch, rows_of(wiring))
+        )(weights, batch, lowered.fields)
 
     return read
 
 
-def on_device(parts: Parts, wiring: Wiring, repeats: int, weights: Weights, batch: Any, rows: Row) -> jax.Array:
-    """One device's run through the table: [rows, sequence, embed] of the rows it was given."""
-    batch, frozen = in_microbatches(batch, wiring.table.microbatches), Weights({}, {})
-    block, x = traced_block(parts, weights, frozen, batch, None)
-    device = Device(parts, wiring, block, weights, frozen, batch, None, KeptEnds(), repeats)
-    kept = jax.lax.psum(ran(device, x, rows, None, dtype=jnp.float32).between, "pipe")
-    return jnp.moveaxis(kept, 0, 1).reshape(-1, *kept.shape[2:])
+def run_on_device(
+    functions: StageFunctions, lowered: LoweredTable, repeats: int, weights: Weights, batch: Any, table_fields: Row
+) -> jax.Array:
+    """Run the table on one device: hidden states [rows, sequence, embed] of the device's rows."""
+    batch, frozen = split_microbatches(batch, lowered.table.microbatches), Weights({}, {})
+    block, x = split_block(functions, weights, frozen, batch, None)
+    device = PipelineDevice(functions, lowered, block, weights, frozen, batch, None, HiddenStateCollector(), repeats)
+    carry = run_table(device, x, table_fields, None, dtype=jnp.float32)
+    hidden = jax.lax.psum(carry.head_state, "pipe")
+    return jnp.moveaxis(hidden, 0, 1).reshape(-1, *hidden.shape[2:])

@@ -1,17 +1,17 @@
-"""NoLoCo's routing: behind every stage a microbatch goes on in a replica drawn by a seed that all share.
+"""NoLoCo's routing: after every stage a microbatch continues in a replica that is drawn by a shared seed.
 
 Replicas then train on each other's outputs, and their stages stay closer without an exchange of weights. For every
-microbatch and every boundary between two stages one number is drawn, 0 <= shift < R, uniform:
+microbatch and every boundary between two stages one uniform number is drawn, 0 <= shift < R:
 
-    replica r of stage s  ->  replica r xor shift of stage s + 1          gradients come back the same way
+    replica r of stage s  ->  replica r xor shift of stage s + 1          gradients return the same way
 
 The exclusive or is a permutation of R = 2^n replicas and its own inverse: replicas swap in pairs, and a gradient needs
-no other table than an activation. Any replica is as likely as any other, and boundaries are independent of each other;
-of all R! permutations these are R, because a device sends by patterns that the compiler must know: one for each bit of
-the shift, n in all, each used or not.
+the same permutation as its activation. Every replica is equally likely, and boundaries are independent of each other.
+Of all R! permutations these are only R, because the compiler must know each pattern of messages: there is one for each
+bit of the shift, n in all, each used or not.
 
-What a stage reads of a microbatch's fields (positions, documents, targets) must be those of the rows it is sent, so
-they travel along: by the bits of all shifts up to the stage, once, before the first tick.
+The fields of a microbatch that a stage reads (positions, documents, targets) must be those of the rows it receives, so
+they are exchanged too: by the bits of all shifts up to the stage, once, before the first tick.
 Source: NoLoCo, arXiv:2506.10911, section 3.2; the restriction to exclusive ors is ours.
 """
 
@@ -25,72 +25,75 @@ from jax.sharding import Mesh, PartitionSpec
 from ..tables.table import Op, Table
 from .stage_functions import Row
 
-AXIS = "replica"
+REPLICA_AXIS = "replica"
 
 
-def drawn(key: jax.Array, *, microbatches: int, stages: int, replicas: int) -> jax.Array:
-    """The shift of every microbatch behind every stage, int32 [microbatches, stages]; 0 behind the last one."""
+def draw_shifts(key: jax.Array, *, microbatches: int, stages: int, replicas: int) -> jax.Array:
+    """The shift of every microbatch after every stage, int32 [microbatches, stages]; 0 after the last stage."""
     shifts = jax.random.randint(key, (microbatches, stages), 0, replicas)
     return jnp.where(jnp.arange(stages) == stages - 1, 0, shifts)
 
 
-def origins(shifts: jax.Array) -> jax.Array:
-    """Whose rows a stage works on: at [microbatch, stage] replica r has those of replica r xor this."""
-    behind = jax.lax.associative_scan(jnp.bitwise_xor, shifts, axis=1)
-    return behind ^ shifts
+def source_shifts(shifts: jax.Array) -> jax.Array:
+    """The rows that a stage works on: at [microbatch, stage] replica r has those of replica r xor this number."""
+    inclusive = jax.lax.associative_scan(jnp.bitwise_xor, shifts, axis=1)
+    return inclusive ^ shifts
 
 
-def routed_rows(rows: Row, shifts: jax.Array, table: Table) -> Row:
-    """The table's rows with the `shift` of what is sent in a tick, and with `microbatch` as `routed_batch` counts."""
+def route_fields(table_fields: Row, shifts: jax.Array, table: Table) -> Row:
+    """Table fields with the `shift` of each tick's message, and `microbatch` as an index into `route_batch`."""
     stage = table.placement[np.arange(table.devices), np.maximum(table.chunk, 0)]
     boundary = np.where(table.op == Op.F, stage, stage - 1)  # -1 before the first stage: the column of zeros
-    microbatch = jnp.asarray(rows["microbatch"])
-    own = jnp.asarray(rows["chunk"]) * table.microbatches + microbatch
-    return {**rows, "shift": shifts[microbatch, boundary], "microbatch": own}
+    microbatch = jnp.asarray(table_fields["microbatch"])
+    index = jnp.asarray(table_fields["chunk"]) * table.microbatches + microbatch
+    return {**table_fields, "shift": shifts[microbatch, boundary], "microbatch": index}
 
 
-def routed_batch(batch: Any, shifts: jax.Array, table: Table, *, mesh: Mesh) -> Any:
-    """On one device: [microbatches, ...] -> [chunks * microbatches, ...], for each stage the rows that it is sent."""
+def route_batch(batch: Any, shifts: jax.Array, table: Table, *, mesh: Mesh) -> Any:
+    """On one device: [microbatches, ...] -> [chunks * microbatches, ...], for each stage the rows that it receives."""
     stages = jnp.asarray(table.placement)[jax.lax.axis_index("pipe")]
-    whose = origins(shifts).T[stages]  # [chunks, microbatches]
+    sources = source_shifts(shifts).T[stages]  # [chunks, microbatches]
 
-    def one(leaf: jax.Array) -> jax.Array:
-        every = jnp.broadcast_to(leaf, (table.chunks, *leaf.shape)).reshape(-1, *leaf.shape[1:])
-        return exchanged(every, whose.reshape(-1), mesh=mesh)
+    def route(leaf: jax.Array) -> jax.Array:
+        repeated = jnp.broadcast_to(leaf, (table.chunks, *leaf.shape)).reshape(-1, *leaf.shape[1:])
+        return exchange_rows(repeated, sources.reshape(-1), mesh=mesh)
 
-    return jax.tree.map(one, batch)
+    return jax.tree.map(route, batch)
 
 
-def exchanged(own: jax.Array, shift: jax.Array, *, mesh: Mesh) -> jax.Array:
-    """What replica r xor `shift` has in the place of `own`, under `jax.vmap` over the replicas; without it, `own`.
+def exchange_rows(rows: jax.Array, shift: jax.Array, *, mesh: Mesh) -> jax.Array:
+    """The `rows` of replica r xor `shift`, under `jax.vmap` over the replicas; without it, `rows`.
 
-    `shift` is the same for all replicas: [], or with leading dimensions of `own`.
+    `shift` is the same for all replicas: [], or with leading dimensions of `rows`.
     """
 
     @jax.custom_batching.custom_vmap
-    def one(own: jax.Array, shift: jax.Array) -> jax.Array:
+    def exchange(rows: jax.Array, shift: jax.Array) -> jax.Array:
         del shift
-        return own
+        return rows
 
-    @one.def_vmap
-    def several(count: int, mapped: list[bool], own: jax.Array, shift: jax.Array) -> tuple[jax.Array, bool]:
+    @exchange.def_vmap
+    def over_replicas(count: int, mapped: list[bool], rows: jax.Array, shift: jax.Array) -> tuple[jax.Array, bool]:
         if not mapped[0]:
-            return own, False
+            return rows, False
         for bit in (1 << number for number in range((count - 1).bit_length())):
-            swap = ((shift & bit) != 0).reshape(1, *shift.shape, *[1] * (own.ndim - 1 - shift.ndim))
-            own = jnp.where(swap, swapped(own, bit, mesh=mesh), own)
-        return own, True
+            swap = ((shift & bit) != 0).reshape(1, *shift.shape, *[1] * (rows.ndim - 1 - shift.ndim))
+            rows = jnp.where(swap, swap_replicas(rows, bit, mesh=mesh), rows)
+        return rows, True
 
-    return one(own, shift)
+    return exchange(rows, shift)
 
 
-def swapped(whole: jax.Array, bit: int, *, mesh: Mesh) -> jax.Array:
-    """[replica, ...] with the rows of replicas r and r xor `bit` in each other's place; over the axis that cuts it."""
-    pattern = [(source, source ^ bit) for source in range(whole.shape[0])]
-    if mesh.shape[AXIS] == 1:
-        return whole[np.array([target for _, target in pattern])]
-    spec = PartitionSpec(AXIS)
-    move = jax.shard_map(
-        lambda part: jax.lax.ppermute(part, AXIS, pattern), in_specs=spec, out_specs=spec, axis_names={AXIS}
+def swap_replicas(rows: jax.Array, bit: int, *, mesh: Mesh) -> jax.Array:
+    """`rows` [replica, ...] with those of replicas r and r xor `bit` swapped; over the mesh axis that shards them."""
+    pattern = [(source, source ^ bit) for source in range(rows.shape[0])]
+    if mesh.shape[REPLICA_AXIS] == 1:
+        return rows[np.array([target for _, target in pattern])]
+    spec = PartitionSpec(REPLICA_AXIS)
+    permute = jax.shard_map(
+        lambda shard: jax.lax.ppermute(shard, REPLICA_AXIS, pattern),
+        in_specs=spec,
+        out_specs=spec,
+        axis_names={REPLICA_AXIS},
     )
-    return move(whole)
+    return permute(rows)

@@ -2,8 +2,8 @@
 
     pool [slots, repeats, ...]      on the device, or in host memory where the memory policy offloads the value
 
-A value is put into and taken from a pool in host memory by slices, and fetched by the op that reads it: what the
-compiler knows how to do as copies beside the computation.
+Values are written to and read from a pool in host memory by slices, and the op that reads one fetches it: a form that
+the compiler turns into copies beside the computation.
 """
 
 import math
@@ -17,37 +17,37 @@ import numpy as np
 Shape = jax.core.ShapedArray  # an array's shape, dtype and memory space
 
 
-def on_host(one: Shape) -> bool:
+def on_host(value: Shape) -> bool:
     """Whether the value waits in host memory."""
-    return one.memory_space == jax.memory.Space.Host
+    return value.memory_space == jax.memory.Space.Host
 
 
-def empty(one: Shape, *, slots: int, repeats: int) -> jax.Array:
-    """A pool [slots, repeats, ...] for values like `one`."""
-    shape = (slots, repeats, *one.shape)
-    if on_host(one):  # allocated there, not filled: zeros would be made on the device first
-        return jax.device_put(jax.lax.empty(shape, one.dtype), jax.memory.Space.Host)
-    return jnp.zeros(shape, one.dtype)
+def empty_pool(value: Shape, *, slots: int, repeats: int) -> jax.Array:
+    """A pool [slots, repeats, ...] for values like `value`."""
+    shape = (slots, repeats, *value.shape)
+    if on_host(value):  # allocated there, not filled: zeros would be made on the device first
+        return jax.device_put(jax.lax.empty(shape, value.dtype), jax.memory.Space.Host)
+    return jnp.zeros(shape, value.dtype)
 
 
-def put(pool: list[jax.Array], slot: jax.Array, number: jax.Array, new: list[jax.Array]) -> list[jax.Array]:
-    """Each of `pool` [slots, repeats, ...] with its part of `new` at (slot, repeat `number`)."""
+def write_slot(pools: list[jax.Array], slot: jax.Array, repeat: jax.Array, values: list[jax.Array]) -> list[jax.Array]:
+    """`pools` [slots, repeats, ...] with `values`, one for each, at (slot, repeat)."""
     return [
-        jax.lax.dynamic_update_slice(whole, part[None, None], place(whole, slot, number))
-        for whole, part in zip(pool, new, strict=True)
+        jax.lax.dynamic_update_slice(pool, value[None, None], _start(pool, slot, repeat))
+        for pool, value in zip(pools, values, strict=True)
     ]
 
 
-def taken(pool: list[jax.Array], slot: jax.Array, number: jax.Array) -> list[jax.Array]:
-    """What was put into each of `pool` [slots, repeats, ...] at (slot, repeat `number`)."""
-    return [jax.lax.dynamic_slice(whole, place(whole, slot, number), (1, 1, *whole.shape[2:]))[0, 0] for whole in pool]
+def read_slot(pools: list[jax.Array], slot: jax.Array, repeat: jax.Array) -> list[jax.Array]:
+    """The value of each of `pools` [slots, repeats, ...] at (slot, repeat)."""
+    return [jax.lax.dynamic_slice(pool, _start(pool, slot, repeat), (1, 1, *pool.shape[2:]))[0, 0] for pool in pools]
 
 
-def place(whole: jax.Array, slot: jax.Array, number: jax.Array) -> tuple[Any, ...]:
-    """Where a pool's value at (slot, repeat `number`) begins: an index for each dimension, all of one type."""
-    return (slot, number, *np.zeros(whole.ndim - 2, slot.dtype))
+def _start(pool: jax.Array, slot: jax.Array, repeat: jax.Array) -> tuple[Any, ...]:
+    """The start index of (slot, repeat): an index for each dimension, all of one type."""
+    return (slot, repeat, *np.zeros(pool.ndim - 2, slot.dtype))
 
 
-def size(shapes: Iterable[Shape]) -> int:
-    """Bytes of arrays of these shapes."""
-    return sum(math.prod(one.shape) * one.dtype.itemsize for one in shapes)
+def total_bytes(values: Iterable[Shape]) -> int:
+    """Bytes of arrays like `values`."""
+    return sum(math.prod(value.shape) * value.dtype.itemsize for value in values)

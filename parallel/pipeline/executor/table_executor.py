@@ -1,17 +1,17 @@
-"""The engine: one program that runs any table, a gradient engine like the plain one.
+"""The executor: one program that runs any table, as a gradient engine.
 
-A `shard_map` over `pipe` and the batch axes holds one `scan` over the table's ticks. In a tick a device looks up its
-own row and does what it says, over the repeats of the chunk it names; then everybody hands what was made to a
-neighbour. The other axes (tensor, seq) stay with the partitioner.
+A `shard_map` over `pipe` and the batch axes holds one `scan` over the table's ticks. In a tick a device reads its own
+row and runs the op there, over the repeats of the row's chunk; then all devices send their outputs to neighbours. The
+other axes (tensor, seq) are left to the partitioner.
 
-*Doing what the row says* is a loop that runs once or not at all (`when`), not a branch: XLA updates a loop's carry in
-place, and copies everything that goes through a branch, which would be all pools and all gradients in every tick.
-Weights are cast and gathered once, before the first tick; gradients are added up where they are made and reduced over
-the batch axes once, after the last. What a tick reads of earlier ones is in the pools of `wiring.py`, so memory does
-not grow with the number of microbatches.
+An op runs in a loop of one or no rounds (`run_if`), not in a branch: XLA updates a loop's carry in place, but copies
+everything that passes through a branch, which would be all pools and all gradients in every tick. Weights are cast and
+gathered once, before the first tick; gradients are added up where they are made and reduced over the batch axes once,
+after the last tick. What a tick reads of earlier ones is in the pools of `tables/lowering.py`, so memory does not grow
+with the number of microbatches.
 
-No collective-permute may happen inside a loop that some devices skip: no ring attention in a stage, and
-`parallel/hlo.py` reads the compiled program for one that the partitioner made.
+No collective-permute may be inside a loop that some devices skip: so no ring attention in a stage, and `parallel/hlo.py`
+searches the compiled program for one that the partitioner made.
 """
 
 from collections.abc import Callable
@@ -23,179 +23,197 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from ...sharding import path_name, weight_spec
-from ..tables.lowering import Wiring
+from ..tables.lowering import DIRECTIONS, LoweredTable
 from . import slot_pools
-from .backward_split import Saved, Split, split
-from .device import PHASES, Device
-from .embed_head import WholeEnds
-from .replica_routing import exchanged, routed_batch, routed_rows
-from .stage_functions import BATCH_AXES, MANUAL, RESIDUAL, Carry, Parts, Row, Weights, filed, undivided
-from .vocab_parallel import SharedEnds
+from .backward_split import BackwardSplit, Saved, split_backward
+from .device import OP_FUNCTIONS, PipelineDevice
+from .embed_head import ReplicatedEmbedHead
+from .replica_routing import exchange_rows, route_batch, route_fields
+from .stage_functions import (
+    BATCH_AXES,
+    HIDDEN_DIMENSIONS,
+    MANUAL_AXES,
+    Carry,
+    Row,
+    StageFunctions,
+    Weights,
+    run_if_with_barrier,
+    store_message,
+)
+from .vocab_parallel import VocabParallelEmbedHead
 
 Metrics = dict[str, jax.Array]
-Run = Callable[..., tuple[jax.Array, jax.Array, Weights, Metrics]]  # weights, frozen, batch, keys, rows, shifts
-Route = Callable[[jax.Array, jax.Array], jax.Array]  # what is made here, shift -> what the other replica made
+# weights, frozen, batch, keys, table fields, shifts -> loss, weight, gradient, metrics
+PipelineEngine = Callable[..., tuple[jax.Array, jax.Array, Weights, Metrics]]
+Route = Callable[[jax.Array, jax.Array], jax.Array]  # this replica's output, shift -> the other replica's output
 
 
-def pipelined(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: int, dtype: Any = jnp.float32) -> Run:
-    """`run(weights, frozen, batch, keys, rows_of(wiring)) -> loss, weight, gradient, metrics`: global sums.
+def pipeline_engine(
+    functions: StageFunctions, lowered: LoweredTable, *, repeats: int, mesh: Mesh, zero: int, dtype: Any = jnp.float32
+) -> PipelineEngine:
+    """`run(weights, frozen, batch, keys, lowered.fields) -> loss, weight, gradient, metrics`: global sums.
 
     Stacked weights are [pipe * chunks * `repeats`, ...] in the order of devices, chunks, repeats. `batch` is a dict of
-    [global_batch, sequence]; `keys` [global_batch] or None. Gradients are `dtype`, sharded like their weights; of a
-    table that only goes forward there are none. `shifts`, if given, send microbatches through replicas (`routing.py`).
+    [global_batch, sequence]; `keys` [global_batch] or None. Gradients are `dtype`, sharded like their weights; a table
+    without a backward pass gives (). `shifts` route microbatches through replicas (`replica_routing.py`).
     """
-    shared = wiring.meetings is not None
+    vocab_parallel = lowered.vocab_exchanges is not None
 
     def run(
-        weights: Weights, frozen: Weights, batch: Any, keys: Any, rows: Row, shifts: jax.Array | None = None
+        weights: Weights, frozen: Weights, batch: Any, keys: Any, table_fields: Row, shifts: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, Weights, Metrics]:
-        leaving = jax.tree_util.tree_map_with_path(partial(stacked_spec, mesh=mesh, zero=zero), weights.stacked)
-        ends = jax.tree_util.tree_map_with_path(partial(end_spec, shared=shared), weights.ends)
-        frozen_ends = jax.tree_util.tree_map_with_path(partial(end_spec, shared=shared), frozen.ends)
-        cut = PartitionSpec("pipe")
-        spread = PartitionSpec(BATCH_AXES)
-        gradient, whole = Weights(leaving, ends), PartitionSpec()
+        spec_of = partial(unstacked_spec, vocab_parallel=vocab_parallel)
+        stacked = jax.tree_util.tree_map_with_path(partial(stacked_spec, mesh=mesh, zero=zero), weights.stacked)
+        unstacked = jax.tree_util.tree_map_with_path(spec_of, weights.unstacked)
+        frozen_unstacked = jax.tree_util.tree_map_with_path(spec_of, frozen.unstacked)
+        pipe, rows, replicated = PartitionSpec("pipe"), PartitionSpec(BATCH_AXES), PartitionSpec()
+        gradient = Weights(stacked, unstacked)
         mapped = jax.shard_map(
-            partial(on_device, parts, wiring, repeats=repeats, dtype=dtype, specs=gradient, mesh=mesh),
-            in_specs=(Weights(cut, ends), Weights(cut, frozen_ends), spread, spread, whole, whole),
-            out_specs=(whole, whole, gradient if wiring.trains else whole, whole),
-            axis_names=MANUAL,
+            partial(run_on_device, functions, lowered, repeats=repeats, dtype=dtype, specs=gradient, mesh=mesh),
+            in_specs=(Weights(pipe, unstacked), Weights(pipe, frozen_unstacked), rows, rows, replicated, replicated),
+            out_specs=(replicated, replicated, gradient if lowered.trains else replicated, replicated),
+            axis_names=MANUAL_AXES,
             mesh=mesh,
             check_vma=False,
         )
-        return mapped(weights, frozen, batch, keys, rows, shifts)
+        return mapped(weights, frozen, batch, keys, table_fields, shifts)
 
     return run
 
 
 def stacked_spec(path: tuple[Any, ...], leaf: Any, *, mesh: Mesh, zero: int) -> PartitionSpec:
-    """How a stacked gradient leaves: cut over `pipe` and, where its weight is, over `fsdp`."""
+    """The output spec of a stacked gradient: over `pipe` and, if its weight is sharded so, over `fsdp`."""
     spec = weight_spec("segments/" + path_name(path), leaf.shape, mesh=mesh, zero=zero)
-    return PartitionSpec("pipe", *(axes if axes in MANUAL else None for axes in spec[1:]))
+    return PartitionSpec("pipe", *(axes if axes in MANUAL_AXES else None for axes in spec[1:]))
 
 
-def end_spec(path: tuple[Any, ...], leaf: Any, *, shared: bool) -> PartitionSpec:
-    """How a weight of the ends enters, and its gradient leaves: whole, or a `shared` vocabulary cut over `pipe`."""
+def unstacked_spec(path: tuple[Any, ...], leaf: Any, *, vocab_parallel: bool) -> PartitionSpec:
+    """The spec of an unstacked weight and its gradient: replicated, or its vocabulary over `pipe` (`vocab_parallel`)."""
     del leaf
-    vocabulary = {"embed/embedding": 0, "head/kernel": 1}.get(path_name(path)) if shared else None
+    vocabulary = {"embed/embedding": 0, "head/kernel": 1}.get(path_name(path)) if vocab_parallel else None
     return PartitionSpec() if vocabulary is None else PartitionSpec(*[None] * vocabulary, "pipe")
 
 
-def on_device(
-    parts: Parts, wiring: Wiring, weights: Weights, frozen: Weights, batch: Any, keys: Any, rows: Row,
-    shifts: jax.Array | None, *, repeats: int, dtype: Any, specs: Weights, mesh: Mesh,
+def run_on_device(
+    functions: StageFunctions, lowered: LoweredTable, weights: Weights, frozen: Weights, batch: Any, keys: Any,
+    table_fields: Row, shifts: jax.Array | None, *, repeats: int, dtype: Any, specs: Weights, mesh: Mesh,
 ) -> tuple[jax.Array, jax.Array, Any, Metrics]:  # fmt: skip
-    """One device's run through the table, and the reductions after it."""
-    batch, keys = in_microbatches((batch, keys), wiring.table.microbatches)
+    """Run the table on one device, then reduce."""
+    table = lowered.table
+    batch, keys = split_microbatches((batch, keys), table.microbatches)
     route = None
     if shifts is not None:
-        batch, keys = routed_batch((batch, keys), shifts, wiring.table, mesh=mesh)
-        rows, route = routed_rows(rows, shifts, wiring.table), partial(exchanged, mesh=mesh)
-    block, x = traced_block(parts, weights, frozen, batch, keys)
-    ends = WholeEnds() if wiring.meetings is None else SharedEnds(wiring.meetings, wiring.table)
-    carry = ran(Device(parts, wiring, block, weights, frozen, batch, keys, ends, repeats), x, rows, route, dtype=dtype)
-    everywhere = ("pipe", *BATCH_AXES)
-    loss, weight, metrics = jax.lax.psum((carry.loss, carry.weight, carry.metrics), everywhere)
-    return loss, weight, jax.tree.map(reduced, carry.gradient, specs) if wiring.trains else (), metrics
+        batch, keys = route_batch((batch, keys), shifts, table, mesh=mesh)
+        table_fields, route = route_fields(table_fields, shifts, table), partial(exchange_rows, mesh=mesh)
+    block, x = split_block(functions, weights, frozen, batch, keys)
+    exchanges = lowered.vocab_exchanges
+    embed_head = ReplicatedEmbedHead() if exchanges is None else VocabParallelEmbedHead(exchanges, table)
+    device = PipelineDevice(functions, lowered, block, weights, frozen, batch, keys, embed_head, repeats)
+    carry = run_table(device, x, table_fields, route, dtype=dtype)
+    loss, weight, metrics = jax.lax.psum((carry.loss, carry.weight, carry.metrics), ("pipe", *BATCH_AXES))
+    return loss, weight, jax.tree.map(reduce_gradient, carry.gradient, specs) if lowered.trains else (), metrics
 
 
-def in_microbatches(rows: Any, count: int) -> Any:
+def split_microbatches(rows: Any, count: int) -> Any:
     """Arrays [rows, ...] as [microbatches, rows, ...].
 
-    Microbatch i takes rows i, i + count, ... like plain accumulation does: every device keeps the rows it has.
+    Microbatch i takes rows i, i + count, ... as gradient accumulation does: no row moves to another device.
     """
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0), rows)
 
 
-def ran(device: Device, x: jax.ShapeDtypeStruct, rows: Row, route: Route | None, *, dtype: Any) -> Carry:
-    """What a device has after the last tick; `x` is the shape of what passes between stages."""
-    return jax.lax.scan(partial(tick, device, route), empty(device, x, dtype=dtype), rows)[0]
+def run_table(
+    device: PipelineDevice, x: jax.ShapeDtypeStruct, table_fields: Row, route: Route | None, *, dtype: Any
+) -> Carry:
+    """The carry after the last tick; `x` is the shape of what passes between stages."""
+    return jax.lax.scan(partial(run_tick, device, route), initial_carry(device, x, dtype=dtype), table_fields)[0]
 
 
-def traced_block(
-    parts: Parts, weights: Weights, frozen: Weights, batch: Any, keys: Any
-) -> tuple[Split, jax.ShapeDtypeStruct]:
+def split_block(
+    functions: StageFunctions, weights: Weights, frozen: Weights, batch: Any, keys: Any
+) -> tuple[BackwardSplit, jax.ShapeDtypeStruct]:
     """The block in its parts, and the shape of what passes between stages, for arrays (or shapes) of one device.
 
     `batch` and `keys` have leading [microbatches, rows].
     """
     first = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
     fields, key, layer = first(batch), first(keys), first((weights.stacked, frozen.stacked))
-    context = (jax.eval_shape(parts.context, frozen.ends, fields, key), jax.ShapeDtypeStruct((), jnp.int32))
-    x = parts.shape(fields)
-    return split(parts.block, *layer, context, x), x
+    context = jax.eval_shape(functions.context, frozen.unstacked, fields, key)
+    x = functions.hidden_shape(fields)
+    return split_backward(functions.block, *layer, (context, jax.ShapeDtypeStruct((), jnp.int32)), x), x
 
 
-def empty(device: Device, x: jax.ShapeDtypeStruct, *, dtype: Any) -> Carry:
-    """What the first tick begins with; `x` is the shape of what passes between stages."""
-    constrain, slots = device.parts.constrain, device.wiring.slots
+def initial_carry(device: PipelineDevice, x: jax.ShapeDtypeStruct, *, dtype: Any) -> Carry:
+    """The carry before the first tick; `x` is the shape of what passes between stages."""
+    constrain, slots = device.functions.constrain, device.lowered.slots
     messages = jnp.zeros((slots["messages"] + 1, *x.shape), x.dtype)
-    kept = device.block.shapes if device.wiring.trains else Saved([], [], [])
+    shapes = device.block.shapes if device.lowered.trains else Saved([], [], [])
     saved = [
-        [slot_pools.empty(one, slots=slots[name], repeats=device.repeats) for one in shapes]
-        for name, shapes in kept._asdict().items()
+        [slot_pools.empty_pool(value, slots=slots[pool], repeats=device.repeats) for value in values]
+        for pool, values in shapes._asdict().items()
     ]
-    trained = device.weights if device.wiring.trains else ()
-    sums = jnp.promote_types(dtype, jnp.float32)
+    trained = device.weights if device.lowered.trains else ()
+    sum_dtype = jnp.promote_types(dtype, jnp.float32)
+    metrics = device.embed_head.metrics(device, x)
     return Carry(
-        out=constrain(jnp.zeros(x.shape, x.dtype), RESIDUAL),
-        messages=constrain(messages, (None, *RESIDUAL)),
+        output=constrain(jnp.zeros(x.shape, x.dtype), HIDDEN_DIMENSIONS),
+        messages=constrain(messages, (None, *HIDDEN_DIMENSIONS)),
         saved=Saved(*saved),
         gradient=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), trained),
-        loss=jnp.zeros((), sums),
-        weight=jnp.zeros((), sums),
-        metrics={name: jnp.zeros(one.shape, sums) for name, one in device.ends.metrics(device, x).items()},
-        between=device.ends.between(device, x, sums),
+        loss=jnp.zeros((), sum_dtype),
+        weight=jnp.zeros((), sum_dtype),
+        metrics={name: jnp.zeros(metric.shape, sum_dtype) for name, metric in metrics.items()},
+        head_state=device.embed_head.initial_state(device, x, sum_dtype),
     )
 
 
-def tick(device: Device, route: Route | None, carry: Carry, rows: Row) -> tuple[Carry, None]:
-    """Do this device's row of the table, then pass on what was made; by way of another replica if there is `route`."""
-    me = jax.lax.axis_index("pipe")
-    row = {name: field if field.ndim == 0 else field[me] for name, field in rows.items()}
-    carry = device.ends.before(device, row, carry)
-    phases = PHASES | device.ends.phases()
-    for op in sorted(device.wiring.ops & phases.keys()):
-        carry = undivided(row["op"] == op, partial(phases[op], device), row, carry)
+def run_tick(device: PipelineDevice, route: Route | None, carry: Carry, table_fields: Row) -> tuple[Carry, None]:
+    """Run the op in this device's row, then send its output; `route`, if given, sends it through another replica."""
+    rank = jax.lax.axis_index("pipe")
+    row = {name: field if field.ndim == 0 else field[rank] for name, field in table_fields.items()}
+    carry = device.embed_head.before_tick(device, row, carry)
+    functions = OP_FUNCTIONS | device.embed_head.op_functions()
+    for op in sorted(device.lowered.ops & functions.keys()):
+        carry = run_if_with_barrier(row["op"] == op, partial(functions[op], device), row, carry)
     if route is not None:
-        carry = carry._replace(out=route(carry.out, row["shift"]))
-    carry = carry._replace(messages=delivered(device.wiring, row, carry))
-    return device.ends.after(device, row, carry), None
+        carry = carry._replace(output=route(carry.output, row["shift"]))
+    carry = carry._replace(messages=deliver_messages(device.lowered, row, carry))
+    return device.embed_head.after_tick(device, row, carry), None
 
 
-def delivered(wiring: Wiring, row: Row, carry: Carry) -> jax.Array:
-    """The messages after everybody passed `out` to its neighbours."""
-    devices, messages = wiring.table.devices, carry.messages
-    for way, step in (("own", 0), ("from_before", 1), ("from_after", -1)):
-        if way in wiring.ways:
+def deliver_messages(lowered: LoweredTable, row: Row, carry: Carry) -> jax.Array:
+    """The messages after all devices have sent `output` to their neighbours."""
+    devices, messages = lowered.table.devices, carry.messages
+    for direction, step in DIRECTIONS.items():
+        if direction in lowered.directions:
             pairs = [(source, (source + step) % devices) for source in range(devices)]
-            arrived = carry.out if step == 0 else jax.lax.ppermute(carry.out, "pipe", pairs)
-            messages = filed(messages, row[way], arrived)
+            received = carry.output if step == 0 else jax.lax.ppermute(carry.output, "pipe", pairs)
+            messages = store_message(messages, row[direction], received)
     return messages
 
 
-def reduced(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The sum over the batch axes, and over `pipe` where every device holds it; of what `fsdp` cuts, our part."""
+def reduce_gradient(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The sum over the batch axes, and over `pipe` where every device holds it; of what `fsdp` shards, our shard."""
     if "fsdp" in spec:
-        gradient = scattered(gradient, tuple(spec).index("fsdp"))
+        gradient = reduce_scatter(gradient, tuple(spec).index("fsdp"))
     return jax.lax.psum(gradient, tuple(axis for axis in ("pipe", *BATCH_AXES) if axis not in spec))
 
 
-def scattered(whole: jax.Array, dimension: int) -> jax.Array:
-    """The sum over `fsdp`, of which each device keeps its part of `dimension`.
+def reduce_scatter(gradient: jax.Array, dimension: int) -> jax.Array:
+    """The sum over `fsdp`, of which each device keeps its shard of `dimension`.
 
-    Under `vmap`, of replicas, it is a sum and a slice: the partitioner would gather all replicas for a reduce-scatter.
+    Under `vmap` over replicas it is a sum and a slice: for a reduce-scatter the partitioner would gather all replicas.
     """
 
     @jax.custom_batching.custom_vmap
-    def one(whole: jax.Array) -> jax.Array:
-        return jax.lax.psum_scatter(whole, "fsdp", scatter_dimension=dimension, tiled=True)
+    def scatter(gradient: jax.Array) -> jax.Array:
+        return jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dimension, tiled=True)
 
-    @one.def_vmap
-    def several(count: int, mapped: list[bool], whole: jax.Array) -> tuple[jax.Array, bool]:
+    @scatter.def_vmap
+    def sum_and_slice(count: int, mapped: list[bool], gradient: jax.Array) -> tuple[jax.Array, bool]:
         del count, mapped
-        size = whole.shape[dimension + 1] // jax.lax.axis_size("fsdp")
-        first = jax.lax.axis_index("fsdp") * size
-        return jax.lax.dynamic_slice_in_dim(jax.lax.psum(whole, "fsdp"), first, size, dimension + 1), True
+        size = gradient.shape[dimension + 1] // jax.lax.axis_size("fsdp")
+        start = jax.lax.axis_index("fsdp") * size
+        return jax.lax.dynamic_slice_in_dim(jax.lax.psum(gradient, "fsdp"), start, size, dimension + 1), True
 
-    return one(whole)
+    return scatter(gradient)

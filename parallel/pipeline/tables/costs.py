@@ -1,7 +1,7 @@
-"""What each op costs, in any one unit of time. Read from a YAML or JSON file, where a misspelt key is an error.
+"""The cost of each op, in any one unit of time. Read from a YAML or JSON file, where a misspelt key is an error.
 
-Costs are those of all layers of one device for one microbatch: a chunk of a device that holds two costs half, so that
-schedules with different numbers of chunks are compared at the same model.
+A cost is that of all layers of one device for one microbatch. A chunk of a device with two chunks costs half of it, so
+schedules with different numbers of chunks are compared for the same model.
 """
 
 from pathlib import Path
@@ -40,21 +40,21 @@ class Costs(Section):
     stages: tuple[NonNegativeFloat, ...] | None = None
     """Factor of each stage on F, I and W, for uneven layers; default 1."""
 
-    def of(self, op: Op, *, stage: int | None, table: Table) -> float:
+    def pass_time(self, op: Op, *, stage: int | None, table: Table) -> float:
         """The time of one pass; `stage` is None for S and T."""
         if stage is None:
-            given = {Op.S: self.vocabulary_s, Op.T: self.vocabulary_t}[op]
-            return self.forward / table.chunks if given is None else given
+            vocabulary = {Op.S: self.vocabulary_s, Op.T: self.vocabulary_t}[op]
+            return self.forward / table.chunks if vocabulary is None else vocabulary
         layers = {Op.F: self.forward, Op.I: self.input_gradient, Op.W: self.weight_gradient}
         head = {Op.F: self.head_forward, Op.I: self.head_input_gradient, Op.W: self.head_weight_gradient}
-        halves = (Op.I, Op.W) if op is Op.B else (op,)
-        time = sum(layers[half] for half in halves) / table.chunks * (self.stages[stage] if self.stages else 1.0)
+        parts = (Op.I, Op.W) if op is Op.B else (op,)
+        time = sum(layers[part] for part in parts) / table.chunks * (self.stages[stage] if self.stages else 1.0)
         has_head = stage == table.stages - 1 and not table.algorithm
-        return time + (sum(head[half] for half in halves) if has_head else 0.0)
+        return time + (sum(head[part] for part in parts) if has_head else 0.0)
 
 
 def read_costs(path: Path) -> Costs:
-    """Costs of a file. Raises UserError naming file and key."""
+    """The costs in a file. Raises UserError naming file and key."""
     try:
         tree = parse(path.read_text(encoding="utf-8"), origin=f"--costs {path}")  # JSON is YAML
     except (OSError, UnicodeDecodeError) as error:
@@ -67,5 +67,5 @@ def read_costs(path: Path) -> Costs:
         return Costs.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(one) for one in first["loc"])
+        key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"--costs {path}: {key}: {first['input']!r}; {first['msg']}") from error

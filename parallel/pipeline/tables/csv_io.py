@@ -1,4 +1,4 @@
-"""Schedules as CSV: written by `meshwright schedule --csv`, by hand, or by another program. NumPy only.
+"""Schedules in CSV files: written by `meshwright schedule --csv`, by hand, or by another program. NumPy only.
 
     # placement: 0 3 | 1 2
     # algorithm: 0
@@ -8,12 +8,13 @@
     1,1,F,0,0
 
 Comment lines come first. `placement` lists each device's stages, devices separated by `|`; without it stage i is on
-device i. `algorithm` (default 0) is that of the vocabulary passes, whose chunk is -1; `name` is by default the
-file's. One line a pass, in any order. Without the column `tick` a device does its lines from top to bottom, each pass
-as early as it can. Slots are not written: colouring finds the same ones again.
+device i. `algorithm` (default 0) is that of the vocabulary passes, whose chunk is -1; `name` defaults to the name of
+the file. One line is one pass; lines may be in any order. Without the column `tick` a device does its lines from top to
+bottom, each pass as early as it can. Slots are not written: interval coloring finds the same ones again.
 """
 
 import csv
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -21,11 +22,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ....configs.errors import UserError
-from .dependencies import Pass
-from .list_schedule import coloured, tabulate
+from .dependencies import Pass, table_passes
+from .list_schedule import assign_slots, tabulate
 from .placement import straight
 from .table import Op, Table
-from .validate import check
+from .validate import check_table
 
 COLUMNS = ("tick", "device", "op", "microbatch", "chunk")
 HEADERS = ("placement", "algorithm", "name")
@@ -37,50 +38,44 @@ class Row(NamedTuple):
     line: int
     tick: int | None
     device: int
-    one: Pass
+    step: Pass
 
 
 def write_csv(table: Table, path: Path) -> None:
-    """Write a table; `read_csv` gives the same one back."""
+    """Write a table; `read_csv` returns the same one."""
     with path.open("w", newline="") as file:
         file.write(f"# placement: {' | '.join(' '.join(map(str, stages)) for stages in table.placement.tolist())}\n")
         file.write(f"# algorithm: {table.algorithm}\n# name: {table.name}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for tick, device in np.argwhere(table.op != Op.IDLE).tolist():
-            numbers = (int(array[tick, device]) for array in (table.microbatch, table.chunk))
-            writer.writerow([tick, device, Op(table.op[tick, device]).name, *numbers])
+        for tick, device, (op, microbatch, chunk) in table_passes(table):
+            writer.writerow([tick, device, op.name, microbatch, chunk])
 
 
 def read_csv(path: Path) -> Table:
-    """The checked table of a file. Raises UserError naming file and line, or what is wrong with the schedule."""
+    """The checked table in a file. Raises UserError naming file and line, or what is wrong with the schedule."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}; give a schedule as CSV") from error
-    comments = sum(1 for _ in _leading_comments(lines))
+        raise UserError(f"{path}: {' '.join(str(error).split())}; give the path of a CSV file") from error
+    comments = sum(1 for _ in itertools.takewhile(lambda line: line.startswith("#"), lines))
     headers = _headers(path, lines[:comments])
     rows = list(_rows(path, lines, comments))
     if not rows:
-        raise UserError(f"{path}: no passes; the columns are {','.join(COLUMNS)}, one line a pass")
+        raise UserError(f"{path}: no passes; write one line for each pass, with columns {','.join(COLUMNS)}")
     devices = max(row.device for row in rows) + 1
     placement = _placement(path, headers["placement"]) if "placement" in headers else straight(devices)
     for row in rows:
         if row.device >= len(placement):
-            raise UserError(f"{path}, line {row.line}: device {row.device}; the placement has {len(placement)}")
-        if row.one.chunk >= placement.shape[1]:
-            raise UserError(f"{path}, line {row.line}: chunk {row.one.chunk}; a device has {placement.shape[1]}")
+            raise UserError(f"{path}, line {row.line}: device {row.device}; the placement has {len(placement)} devices")
+        if row.step.chunk >= placement.shape[1]:
+            raise UserError(
+                f"{path}, line {row.line}: chunk {row.step.chunk}; a device has {placement.shape[1]} chunks"
+            )
     algorithm = _integer(headers.get("algorithm", "0"), f"{path}: algorithm")
     table = _table(path, rows, placement, algorithm=algorithm, name=headers.get("name", path.stem))
-    check(table)
+    check_table(table)
     return table
-
-
-def _leading_comments(lines: list[str]) -> Iterator[str]:
-    for line in lines:
-        if not line.startswith("#"):
-            return
-        yield line
 
 
 def _headers(path: Path, lines: list[str]) -> dict[str, str]:
@@ -88,7 +83,7 @@ def _headers(path: Path, lines: list[str]) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         key, colon, value = line.removeprefix("#").partition(":")
         if not colon:
-            continue  # a remark
+            continue  # a comment
         if key.strip() not in HEADERS:
             raise UserError.no_match(f"{path}, line {number}", [key.strip()], known=HEADERS)
         headers[key.strip()] = value.strip()
@@ -96,10 +91,10 @@ def _headers(path: Path, lines: list[str]) -> dict[str, str]:
 
 
 def _placement(path: Path, text: str) -> np.ndarray:
-    devices = [[_integer(stage, f"{path}: placement") for stage in part.split()] for part in text.split("|")]
-    stages = sorted(stage for one in devices for stage in one)
-    if len({len(one) for one in devices}) != 1 or stages != list(range(len(stages))):
-        raise UserError(f"{path}: placement {text!r}; give every device as many stages as the others, each stage from "
+    devices = [[_integer(stage, f"{path}: placement") for stage in column.split()] for column in text.split("|")]
+    stages = sorted(itertools.chain(*devices))
+    if len({len(chunks) for chunks in devices}) != 1 or stages != list(range(len(stages))):
+        raise UserError(f"{path}: placement {text!r}; give every device the same number of stages, and each stage from "
                         f"0 on once, e.g. 0 3 | 1 2")  # fmt: skip
     return np.array(devices)
 
@@ -118,40 +113,40 @@ def _rows(path: Path, lines: list[str], comments: int) -> Iterator[Row]:
         yield _row(f"{path}, line {line}", line, cells)
 
 
-def _row(where: str, line: int, cells: Mapping[str | None, str | None]) -> Row:
+def _row(origin: str, line: int, cells: Mapping[str | None, str | None]) -> Row:
     if None in cells or None in cells.values():
-        raise UserError(f"{where}: {len([cell for cell in cells.values() if cell])} cells; give one for each column")
+        raise UserError(f"{origin}: {len([cell for cell in cells.values() if cell])} cells; give one for each column")
     name = cells["op"].strip()
     if name not in Op.__members__ or name == "IDLE":
-        raise UserError.no_match(f"{where}: op", [name], known=[op.name for op in Op if op])
-    numbers = {key: _integer(cells[key], f"{where}: {key}") for key in COLUMNS if key != "op" and key in cells}
+        raise UserError.no_match(f"{origin}: op", [name], known=[op.name for op in Op if op])
+    numbers = {key: _integer(cells[key], f"{origin}: {key}") for key in COLUMNS if key != "op" and key in cells}
     for key, number in numbers.items():
         if number < 0 and not (key == "chunk" and name in "ST"):
-            raise UserError(f"{where}: {key} {number}; count from 0")
-    one = Pass(Op[name], numbers["microbatch"], -1 if name in "ST" else numbers["chunk"])
-    return Row(line, numbers.get("tick"), numbers["device"], one)
+            raise UserError(f"{origin}: {key} {number}; count from 0")
+    step = Pass(Op[name], numbers["microbatch"], -1 if name in "ST" else numbers["chunk"])
+    return Row(line, numbers.get("tick"), numbers["device"], step)
 
 
-def _integer(text: str, where: str) -> int:
+def _integer(text: str, origin: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"{where} {text.strip()!r}; give a whole number") from None
+        raise UserError(f"{origin} {text.strip()!r}; give a whole number") from None
 
 
 def _table(path: Path, rows: list[Row], placement: np.ndarray, *, algorithm: int, name: str) -> Table:
     if rows[0].tick is None:
-        orders = [[row.one for row in rows if row.device == device] for device in range(len(placement))]
+        orders = [[row.step for row in rows if row.device == device] for device in range(len(placement))]
         return tabulate(orders, placement, algorithm=algorithm, name=name)
     ticks = max(row.tick for row in rows) + 1
     op, microbatch, chunk = (np.full((ticks, len(placement)), fill, np.int32) for fill in (0, -1, -1))
-    line = {}
+    lines = {}  # (tick, device) -> line of the file
     for row in rows:
-        at = row.tick, row.device
-        if at in line:
-            raise UserError(f"{path}, line {row.line}: tick {row.tick}, device {row.device} is taken by line "
-                            f"{line[at]}; a device does one pass a tick")  # fmt: skip
-        line[at] = row.line
-        op[at], microbatch[at], chunk[at] = row.one
-    slot = coloured(op, microbatch, chunk)
+        cell = row.tick, row.device
+        if cell in lines:
+            raise UserError(f"{path}, line {row.line}: tick {row.tick}, device {row.device} is already in line "
+                            f"{lines[cell]}; a device does one pass a tick")  # fmt: skip
+        lines[cell] = row.line
+        op[cell], microbatch[cell], chunk[cell] = row.step
+    slot = assign_slots(op, microbatch, chunk)
     return Table(op, microbatch, chunk, slot, placement, int(microbatch.max()) + 1, algorithm, name)

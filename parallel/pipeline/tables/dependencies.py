@@ -1,19 +1,19 @@
-"""A pass is one op of one microbatch somewhere; `needs` is the one statement of what it waits for. NumPy only.
+"""What a pass waits for. A pass is one op of one microbatch on one device. NumPy only.
 
-Generators speak of passes in the order in which a device does them, the validator and the simulator ask what each
-needs. A fused backward B stands for I and W: whoever waits for either waits for the B.
+Schedules list the passes of a device in order; the validator and the simulator ask `required_events` what each pass
+needs. A fused backward B counts as both I and W: whatever waits for either waits for the B.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from .table import VOCABULARY_OPS, Op
+from .table import VOCABULARY_OPS, Op, Table
 
 
 class Pass(NamedTuple):
-    """One op as its device sees it; `chunk` is -1 for S and T."""
+    """An op by the numbers of its own device; `chunk` is -1 for S and T."""
 
     op: Op
     microbatch: int
@@ -21,40 +21,46 @@ class Pass(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One op as everybody sees it; `place` is a stage, and a device for S and T."""
+    """An op by global numbers; `location` is a stage, for S and T a device."""
 
     op: Op
     microbatch: int
-    place: int
+    location: int
 
 
 Orders = Sequence[Sequence[Pass]]  # [device] -> its passes, first to last
 
 
-def event(one: Pass, *, device: int, placement: np.ndarray) -> Event:
-    """A device's pass by the name others know it by."""
-    return Event(one.op, one.microbatch, device if one.op in VOCABULARY_OPS else int(placement[device, one.chunk]))
+def table_passes(table: Table) -> Iterator[tuple[int, int, Pass]]:
+    """(tick, device, pass) of every cell that is not idle, by tick, then by device."""
+    for tick, device in np.argwhere(table.op != Op.IDLE).tolist():
+        op, microbatch, chunk = (int(array[tick, device]) for array in (table.op, table.microbatch, table.chunk))
+        yield tick, device, Pass(Op(op), microbatch, chunk)
 
 
-def made(one: Event) -> tuple[Event, ...]:
-    """What there is once a pass is done: itself, and both halves of a B."""
-    return (one._replace(op=Op.I), one._replace(op=Op.W)) if one.op is Op.B else (one,)
+def event_of(step: Pass, *, device: int, placement: np.ndarray) -> Event:
+    """The event of a device's pass."""
+    return Event(step.op, step.microbatch, device if step.op in VOCABULARY_OPS else int(placement[device, step.chunk]))
 
 
-def needs(one: Event, *, stages: int, devices: int, algorithm: int) -> tuple[Event, ...]:
-    """What must be done before a pass may start."""
-    op, microbatch, place = one
-    everywhere = range(devices)
+def produced_events(event: Event) -> tuple[Event, ...]:
+    """The events that are complete once a pass is done: itself, or both halves of a B."""
+    return (event._replace(op=Op.I), event._replace(op=Op.W)) if event.op is Op.B else (event,)
+
+
+def required_events(event: Event, *, stages: int, devices: int, algorithm: int) -> tuple[Event, ...]:
+    """The events that must be complete before a pass may start."""
+    op, microbatch, location = event
     if op is Op.F:
-        return (one._replace(place=place - 1),) if place else ()
+        return (event._replace(location=location - 1),) if location else ()
     if op is Op.W:
-        return (one._replace(op=Op.I),)
+        return (event._replace(op=Op.I),)
     if op is Op.S:
         return (Event(Op.F, microbatch, stages - 1),)
     if op is Op.T:
-        return tuple(Event(Op.S, microbatch, device) for device in everywhere)
-    own = (Event(Op.F, microbatch, place),)
-    if place < stages - 1:
-        return (*own, Event(Op.I, microbatch, place + 1))
+        return tuple(Event(Op.S, microbatch, device) for device in range(devices))
+    forward = Event(Op.F, microbatch, location)
+    if location < stages - 1:
+        return forward, Event(Op.I, microbatch, location + 1)
     barrier = {0: (), 1: (Op.T,), 2: (Op.S,)}[algorithm]
-    return own + tuple(Event(op, microbatch, device) for op in barrier for device in everywhere)
+    return (forward, *(Event(op, microbatch, device) for op in barrier for device in range(devices)))

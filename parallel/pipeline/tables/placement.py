@@ -1,23 +1,23 @@
-"""Which device runs which stages: int [devices, chunks] -> stage. NumPy only.
+"""Placement of stages on devices: int [devices, chunks] -> stage. NumPy only.
 
-    straight       stage i on device i
-    interleaved    stages i, i + devices, ...: a microbatch goes around
-    v-shaped       stages i and 2 * devices - 1 - i: a microbatch goes down and comes back
+    straight       device i holds stage i
+    interleaved    device i holds stages i, i + devices, ...: a microbatch goes around the ring of devices
+    v-shaped       device i holds stages i and 2 * devices - 1 - i: a microbatch goes down the V and up again
 
-In the V the stage whose activations live longest shares a device with the one whose live shortest, so devices hold the
-same. Source: Pipeline Parallelism with Controllable Memory, arXiv:2405.15362.
+In the V the stage whose activations live longest shares a device with the stage whose activations live shortest, so all
+devices hold the same. Source: Pipeline Parallelism with Controllable Memory, arXiv:2405.15362.
 """
 
 import numpy as np
 
 
 def straight(devices: int) -> np.ndarray:
-    """One stage a device, [devices, 1]."""
+    """One stage on each device, [devices, 1]."""
     return np.arange(devices)[:, None]
 
 
 def interleaved(devices: int, *, chunks: int) -> np.ndarray:
-    """Stage `device + chunk * devices`, [devices, chunks].
+    """Stage `device + chunk * devices` on each device and chunk, [devices, chunks].
 
     >>> interleaved(2, chunks=3).tolist()
     [[0, 2, 4], [1, 3, 5]]

@@ -1,8 +1,8 @@
 """A schedule as a picture: time to the right, a row for each device, the microbatch's number in every pass.
 
-Colours tell ops apart, for colour-blind eyes too (Okabe and Ito's palette), and darkness the chunks of a device, the
-first one darkest. Long schedules are broken into lines, like text. Drawn in ticks, or on a simulated or measured clock
-where start and end of every cell are given.
+Colours show ops (from Okabe and Ito's palette, for colour-blind readers too), and shades the chunks of a device, the
+first one darkest. Long schedules are broken into lines, like text. The axis is ticks, or the time of a simulated or
+measured timeline.
 """
 
 import io
@@ -27,26 +27,26 @@ NAMES = {
     Op.S: "vocabulary S", Op.T: "vocabulary T",
 }  # fmt: skip
 SUFFIXES = (".svg", ".png", ".pdf")
-LINE = 80  # ticks to a line
+TICKS_PER_LINE = 80
 STYLE = {"svg.hashsalt": "schedule", "svg.fonttype": "none", "font.family": "sans-serif"}
 INK, FAINT = "#222222", "#E6E6E6"
 WIDTH, ROW, ABOVE, BETWEEN, BELOW = 13.0, 0.26, 0.42, 0.3, 0.68  # inches
 
 
 def draw(table: Table, path: Path, *, timeline: Timeline | None = None, title: str | None = None) -> None:
-    """Write the picture to `path`, as its suffix says; on the timeline's asynchronous clock where one is given.
+    """Write the picture to `path`, in the format of its suffix; over `timeline`'s asynchronous clock, or else ticks.
 
-    Raises UserError for a suffix that is no picture.
+    Raises UserError for a suffix that is not that of a picture.
     """
     check_suffix(path)
-    # A picture that is drawn again is the same file.
+    # Without these dates the same table gives the same file.
     metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
     with rc_context(STYLE):
         figure(table, timeline=timeline, title=title).savefig(path, dpi=150, metadata=metadata)
 
 
-def svg(table: Table, *, timeline: Timeline | None = None, title: str | None = None) -> str:
-    """The picture as an `<svg>` element that may stand in a page."""
+def render_svg(table: Table, *, timeline: Timeline | None = None, title: str | None = None) -> str:
+    """The picture as an `<svg>` element for an HTML page."""
     text = io.StringIO()
     with rc_context(STYLE):
         figure(table, timeline=timeline, title=title).savefig(text, format="svg", metadata={"Date": None})
@@ -54,37 +54,33 @@ def svg(table: Table, *, timeline: Timeline | None = None, title: str | None = N
 
 
 def figure(table: Table, *, timeline: Timeline | None = None, title: str | None = None) -> Figure:
-    """The picture, not yet written anywhere. Over ticks, too, where no op took any time that could be measured."""
+    """The picture as a matplotlib figure; over ticks, too, if every op of the timeline took no measurable time."""
     if timeline is not None and timeline.makespan <= 0:
         timeline = None
-    start, end = (timeline.start, timeline.end) if timeline else _tick_clock(table)
-    lines = -(-table.ticks // LINE)
+    ticks = np.where(table.op != Op.IDLE, np.arange(table.ticks)[:, None], np.nan)
+    start, end = (timeline.start, timeline.end) if timeline else (ticks, ticks + 1)
+    lines = -(-table.ticks // TICKS_PER_LINE)
     per_line = float(np.nanmax(end)) / lines if timeline else float(-(-table.ticks // lines))
-    strip = ROW * table.devices
-    height = ABOVE + lines * strip + (lines - 1) * BETWEEN + BELOW
-    drawn = Figure(figsize=(WIDTH, height), facecolor="white")
+    line_height = ROW * table.devices
+    height = ABOVE + lines * line_height + (lines - 1) * BETWEEN + BELOW
+    picture = Figure(figsize=(WIDTH, height), facecolor="white")
     for line in range(lines):
-        bottom = (BELOW + (lines - 1 - line) * (strip + BETWEEN)) / height
-        axis = drawn.add_axes((0.06, bottom, 0.93, strip / height))
+        bottom = (BELOW + (lines - 1 - line) * (line_height + BETWEEN)) / height
+        axis = picture.add_axes((0.06, bottom, 0.93, line_height / height))
         _draw_line(axis, table, start, end, window=(line * per_line, (line + 1) * per_line))
         if timeline is None:
             axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     axis.set_xlabel("tick" if timeline is None else "time", color=INK, fontsize=8, labelpad=1)
-    drawn.legend(handles=_legend(table), loc="lower center", ncols=8, frameon=False, fontsize=8, labelcolor=INK,
+    picture.legend(handles=_legend(table), loc="lower center", ncols=8, frameon=False, fontsize=8, labelcolor=INK,
                   columnspacing=1.4, handlelength=1.0, handleheight=1.0)  # fmt: skip
-    drawn.suptitle(title or table.name, x=0.06, y=1 - 0.1 / height, ha="left", va="top", color=INK, fontsize=10)
-    return drawn
+    picture.suptitle(title or table.name, x=0.06, y=1 - 0.1 / height, ha="left", va="top", color=INK, fontsize=10)
+    return picture
 
 
 def check_suffix(path: Path) -> None:
-    """Raises UserError for a file that would be no picture."""
+    """Raises UserError if the suffix of `path` is not that of a picture."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"--draw {path}: suffix {path.suffix!r}; use {', '.join(SUFFIXES)}")
-
-
-def _tick_clock(table: Table) -> tuple[np.ndarray, np.ndarray]:
-    start = np.where(table.op != Op.IDLE, np.arange(table.ticks)[:, None], np.nan)
-    return start, start + 1
 
 
 def _draw_line(axis: Axes, table: Table, start: np.ndarray, end: np.ndarray, *, window: tuple[float, float]) -> None:
@@ -112,22 +108,21 @@ def _draw_line(axis: Axes, table: Table, start: np.ndarray, end: np.ndarray, *, 
 
 
 def shade(op: Op, *, chunk: int, chunks: int) -> tuple[float, float, float]:
-    """The colour of a pass: its op's, mixed with white the more the later the chunk."""
+    """The colour of a pass, RGB: its op's colour, lighter for later chunks."""
     white = 0.0 if op in VOCABULARY_OPS or chunks == 1 else 0.6 * chunk / (chunks - 1)
-    return tuple(float(part) for part in (1 - white) * np.array(to_rgb(COLOURS[op])) + white)
+    return tuple(float(channel) for channel in (1 - white) * np.array(to_rgb(COLOURS[op])) + white)
 
 
 def ink_on(face: tuple[float, float, float]) -> str:
-    """Black or white, whichever reads better on a colour."""
+    """Black or white, whichever is easier to read on a colour."""
     brightness = float(np.dot(face, (0.299, 0.587, 0.114)))
     return "#111111" if brightness > 0.52 else "white"
 
 
 def _legend(table: Table) -> list[Patch]:
     """A patch for each op of the table; two, for its first and its last chunk, where a device has several."""
-    used = [op for op in NAMES if (table.op == op).any()]
     patches = []
-    for op in used:
+    for op in (op for op in NAMES if (table.op == op).any()):
         chunks = [-1] if op in VOCABULARY_OPS or table.chunks == 1 else [0, table.chunks - 1]
         for chunk in chunks:
             name = f"{op.name} {NAMES[op]}" + (f", chunk {chunk}" if len(chunks) > 1 else "")

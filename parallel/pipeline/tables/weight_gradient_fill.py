@@ -1,10 +1,10 @@
-"""Weight gradients into the gaps: an order of F, I, S and T becomes one with W, under a memory limit. NumPy only.
+"""Weight gradients in the gaps: adds W to an order of F, I, S and T, under a memory limit. NumPy only.
 
 Nothing waits for a W, so a device does one when it would otherwise be idle, or when it may hold no more activations
 and the next pass is a forward: Zero Bubble Pipeline Parallelism, arXiv:2401.10241. A device whose next pass is not
-ready may also do a later one, if its remaining order still keeps to the limit: that is how the gaps at both ends of a
-repeated block close (arXiv:2405.15362, section 3). As the remaining orders stay within the limit, no device ever
-waits for room.
+ready may also do a later one, if its remaining order still keeps to the limit: this closes the gaps at both ends of a
+repeated block (arXiv:2405.15362, section 3). As the remaining orders stay within the limit, no device ever waits for
+memory.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .dependencies import Event, Orders, Pass, event, needs
+from .dependencies import Event, Orders, Pass, event_of, required_events
 from .table import Op
 
 
@@ -24,68 +24,71 @@ class _Device:
 
     number: int
     limit: int  # activations
-    todo: deque[Pass]
-    order: list[Pass] = field(default_factory=list)
+    remaining: deque[Pass]
+    order: list[Pass] = field(default_factory=list)  # done
     weights: deque[Pass] = field(default_factory=deque)  # W that may be done
     unfinished: int = 0  # activations whose I is not done
 
     @property
-    def held(self) -> int:
+    def activations(self) -> int:
         return self.unfinished + len(self.weights)
 
-    def take(self, place: int) -> Pass:
-        """Do the pass at `place` of what is left."""
-        one = self.todo[place]
-        del self.todo[place]
-        self.unfinished += (one.op is Op.F) - (one.op is Op.I)
-        if one.op is Op.I:
-            self.weights.append(one._replace(op=Op.W))
-        self.order.append(one)
-        return one
+    def run_remaining(self, index: int) -> Pass:
+        """Do the remaining pass at `index`."""
+        step = self.remaining[index]
+        del self.remaining[index]
+        self.unfinished += (step.op is Op.F) - (step.op is Op.I)
+        if step.op is Op.I:
+            self.weights.append(step._replace(op=Op.W))
+        self.order.append(step)
+        return step
 
-    def weigh(self) -> Pass:
+    def run_weight_gradient(self) -> Pass:
         """Do the oldest W."""
         self.order.append(self.weights.popleft())
         return self.order[-1]
 
 
-def filled(
+def fill_weight_gradients(
     orders: Orders, placement: np.ndarray, *, limits: Sequence[int], window: int = 1, algorithm: int = 0
 ) -> list[list[Pass]]:
     """The orders with W: [device] -> passes.
 
-    A device picks among the next `window` passes of its order; 1 keeps the order.
+    A device chooses among the next `window` passes of its order; 1 keeps the order.
 
     `limits`: activations, of one microbatch and chunk, that each device may hold; at least what its order holds when
-    every W follows its I at once. Passes that must come after each other must do so in the orders' own time.
+    every W directly follows its I. Passes that depend on each other must be in that order in `orders`.
     """
     devices = [_Device(i, limit, deque(order)) for i, (limit, order) in enumerate(zip(limits, orders, strict=True))]
     shape = {"stages": placement.size, "devices": len(orders), "algorithm": algorithm}
-    done: set[Event] = set()
-    while any(device.todo or device.weights for device in devices):
-        now = []
+    completed: set[Event] = set()
+    while any(device.remaining or device.weights for device in devices):
+        events = []
         for device in devices:
-            one = _next(device, window, done, placement, shape)
-            if one is not None:
-                now.append(event(one, device=device.number, placement=placement))
-        if not now:
+            step = _run_tick(device, window, completed, placement, shape)
+            if step is not None:
+                events.append(event_of(step, device=device.number, placement=placement))
+        if not events:
             raise AssertionError(f"orders wait in a circle, or limits {list(limits)} are below what they hold")
-        done.update(now)  # usable from the next tick on
+        completed.update(events)  # usable from the next tick on
     return [device.order for device in devices]
 
 
-def _next(device: _Device, window: int, done: set[Event], placement: np.ndarray, shape: dict[str, int]) -> Pass | None:
-    """Do what this device does in this tick."""
-    most = 0  # activations held at most while the passes before `place` are done
+def _run_tick(
+    device: _Device, window: int, completed: set[Event], placement: np.ndarray, shape: dict[str, int]
+) -> Pass | None:
+    """Do the pass that this device does in this tick; None: it is idle."""
+    most = 0  # most activations that the passes before `index` add
     change = 0
-    for place, one in enumerate(list(itertools.islice(device.todo, window))):
-        forward = one.op is Op.F
+    for index, step in enumerate(list(itertools.islice(device.remaining, window))):
+        forward = step.op is Op.F
+        event = event_of(step, device=device.number, placement=placement)
         if forward and device.unfinished + 1 + most > device.limit:
-            pass  # done now, it would take the room of a pass before it
-        elif all(need in done for need in needs(event(one, device=device.number, placement=placement), **shape)):
-            if forward and device.held + 1 > device.limit:
-                return device.weigh()
-            return device.take(place)
-        change += forward - (one.op is Op.I)
+            pass  # done now, it would take the memory of a pass before it
+        elif all(required in completed for required in required_events(event, **shape)):
+            if forward and device.activations + 1 > device.limit:
+                return device.run_weight_gradient()
+            return device.run_remaining(index)
+        change += forward - (step.op is Op.I)
         most = max(most, change)
-    return device.weigh() if device.weights else None
+    return device.run_weight_gradient() if device.weights else None

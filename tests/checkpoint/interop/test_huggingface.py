@@ -17,7 +17,7 @@ from meshwright.configs.huggingface import config_json, differences, section
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.configs.sections.parallel import MeshConfig
 from meshwright.models.context import Context, unconstrained
-from meshwright.models.decoder import graph, initial_params
+from meshwright.models.decoder import decoder_graphdef, initial_params
 from meshwright.models.families import safetensors_files as storage
 from meshwright.parallel import vocabulary
 from meshwright.parallel.mesh import make_mesh
@@ -38,7 +38,7 @@ def read(directory, *, mesh=None, **settings):
 
 def logits(model, params, tokens):
     """[rows, sequence, vocab]."""
-    structure, positions = graph(model), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    structure, positions = decoder_graphdef(model), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
     @jax.jit
     def run(params):
@@ -47,7 +47,7 @@ def logits(model, params, tokens):
         return hidden, decoder.head_kernel(jnp.float32)
 
     hidden, kernel = run(params)
-    found = vocabulary.logits(
+    found = vocabulary.compute_logits(
         hidden,
         kernel,
         vocab=model.vocab,
@@ -81,15 +81,15 @@ def test_what_is_written_is_what_was_read(name, tmp_path):
     assert written.keys() == made.keys()
     for tensor, array in made.items():
         np.testing.assert_array_equal(written[tensor], array.astype(np.float32), err_msg=tensor)
-    assert set(storage.Files(tmp_path)) == made.keys()
+    assert set(storage.WeightFiles(tmp_path)) == made.keys()
 
 
 @pytest.mark.parametrize("name", ["phi3", "gpt2", "gemma3"])
 def test_every_device_reads_its_own_block_only(name, monkeypatch):
     """The same arrays on data 2 x fsdp 2 x tensor 2; of a weight cut in four no read takes more than a quarter."""
     _, whole = read(FIXTURES / name)
-    taken, part = [], storage.Files.part
-    monkeypatch.setattr(storage.Files, "part", lambda *key: taken.append(part(*key)) or taken[-1])
+    taken, part = [], storage.WeightFiles.read_region
+    monkeypatch.setattr(storage.WeightFiles, "part", lambda *key: taken.append(part(*key)) or taken[-1])
     _, cut = read(FIXTURES / name, mesh={"data": 2, "fsdp": 2, "tensor": 2})
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
         np.testing.assert_array_equal(one, other)

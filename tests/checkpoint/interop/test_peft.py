@@ -14,7 +14,7 @@ from meshwright.configs.errors import UserError
 from meshwright.configs.sections.adapter import AdapterConfig
 from meshwright.models.adapters import attach
 from meshwright.models.context import Context, unconstrained
-from meshwright.models.decoder import graph
+from meshwright.models.decoder import decoder_graphdef
 from meshwright.parallel import vocabulary
 
 from .test_huggingface import FIXTURES, read
@@ -56,7 +56,7 @@ each_case = pytest.mark.parametrize(("name", "settings"), CASES.values(), ids=CA
 
 def logits(model, adapter, tree):
     """[rows, sequence, vocab] of an adapted model."""
-    structure = graph(model, attach.attached(model, adapter))
+    structure = decoder_graphdef(model, attach.adapter_inserter(model, adapter))
 
     @jax.jit
     def run(tree):
@@ -65,7 +65,9 @@ def logits(model, adapter, tree):
         return hidden, decoder.head_kernel(jnp.float32)
 
     hidden, kernel = run(tree)
-    found = vocabulary.logits(hidden, kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=unconstrained)
+    found = vocabulary.compute_logits(
+        hidden, kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=unconstrained
+    )
     return np.asarray(found)[..., : model.vocab]
 
 
@@ -73,23 +75,23 @@ def adapted(name, settings):
     """(model, adapter, tree before the first step, tree with every trained leaf moved)."""
     model, weights = read(FIXTURES / name)
     adapter = AdapterConfig(**settings)
-    start = jax.jit(lambda weights: attach.started(weights, model, adapter, jax.random.key(1)))(weights)
-    params, frozen = (attach.flat(part) for part in attach.split(start, model, adapter))
+    start = jax.jit(lambda weights: attach.init_adapters(weights, model, adapter, jax.random.key(1)))(weights)
+    params, frozen = (attach.flatten(part) for part in attach.split_trained(start, model, adapter))
     random = np.random.default_rng(1)
     params = {path: leaf + 0.2 * random.normal(size=leaf.shape).astype(np.float32) for path, leaf in params.items()}
-    return model, adapter, start, attach.nested(params | frozen)
+    return model, adapter, start, attach.unflatten(params | frozen)
 
 
 def written(name, settings, directory):
     model, adapter, start, tree = adapted(name, settings)
     kind = json.loads((FIXTURES / name / "config.json").read_text())["model_type"]
-    peft.write(tree, model, adapter, directory, kind=kind, started=lambda: start)
+    peft.write(tree, model, adapter, directory, kind=kind, initial_tree=lambda: start)
     return model, kind, adapter, tree
 
 
 def plain(model, adapter, tree):
     """The weights with the adapter in them: what it computes, without computing."""
-    return jax.device_get(jax.jit(lambda tree: attach.merged(tree, model, adapter))(tree))
+    return jax.device_get(jax.jit(lambda tree: attach.merge_adapters(tree, model, adapter))(tree))
 
 
 def assert_same(one, other):
@@ -101,14 +103,14 @@ def test_what_is_written_reads_back_as_the_same_function(name, settings, tmp_pat
     model, kind, adapter, tree = written(name, settings, tmp_path)
     if settings["method"] in ELSEWHERE:
         found = peft.read(tmp_path, model, kind=kind)
-        fresh = attach.started(read(FIXTURES / name)[1], model, found.adapter, jax.random.key(2))
-        assert_same(logits(model, found.adapter, peft.filled(fresh, found, model)), logits(model, adapter, tree))
+        fresh = attach.init_adapters(read(FIXTURES / name)[1], model, found.adapter, jax.random.key(2))
+        assert_same(logits(model, found.adapter, peft.load_adapters(fresh, found, model)), logits(model, adapter, tree))
         return
     wanted = plain(model, adapter, tree)
     found = peft.read(tmp_path, model, kind=kind)
     _, weights = read(FIXTURES / name)
-    start = jax.jit(lambda weights: attach.started(weights, model, found.adapter, jax.random.key(2)))(weights)
-    got = plain(model, found.adapter, peft.filled(start, found, model))
+    start = jax.jit(lambda weights: attach.init_adapters(weights, model, found.adapter, jax.random.key(2)))(weights)
+    got = plain(model, found.adapter, peft.load_adapters(start, found, model))
     jax.tree.map(assert_same, got, wanted)
     moved = jax.tree.map(lambda one, other: np.abs(one - other).max() > 0.01, wanted, jax.device_get(weights))
     assert any(jax.tree.leaves(moved))
@@ -232,5 +234,5 @@ def test_pefts_own_files_compute_the_same_here(name, config, settings, tmp_path)
     model.save_pretrained(tmp_path)
     own, weights = read(FIXTURES / name)
     found = peft.read(tmp_path, own, kind=huggingface.format_kind(own))
-    tree = attach.started(weights, own, found.adapter, jax.random.key(2))
-    assert_same(logits(own, found.adapter, peft.filled(tree, found, own)), wanted)
+    tree = attach.init_adapters(weights, own, found.adapter, jax.random.key(2))
+    assert_same(logits(own, found.adapter, peft.load_adapters(tree, found, own)), wanted)

@@ -6,23 +6,23 @@ from types import SimpleNamespace
 
 import pytest
 
-from meshwright.checkpoint.redundancy.parity_plan import planned
+from meshwright.checkpoint.redundancy.parity_plan import make_parity_plan
 from meshwright.configs.errors import MeshwrightError, UserError
 from meshwright.configs.sections.launch import LaunchConfig
 from meshwright.configs.sections.training import CheckpointConfig
 from meshwright.train.core.event_log import read_events
-from meshwright.train.launch.launchers import hosts_of
-from meshwright.train.launch.snapshot_agent_process import There
-from meshwright.train.launch.snapshot_agents import Kept, last
+from meshwright.train.launch.launchers import count_hosts
+from meshwright.train.launch.snapshot_agent_process import RemoteSnapshotAgents
+from meshwright.train.launch.snapshot_agents import RecoveringEngine, read_last_plan
 
 
 def plan_of(*, hosts, processes, **checkpoint):
-    return planned(CheckpointConfig(memory_every=1, **checkpoint), hosts=hosts, processes=processes)
+    return make_parity_plan(CheckpointConfig(memory_every=1, **checkpoint), hosts=hosts, processes=processes)
 
 
 def test_slots_are_spread_over_hosts_in_order():
     plan = plan_of(hosts=2, processes=6)
-    assert [plan.host_of(slot) for slot in range(6)] == [0, 0, 0, 1, 1, 1] and plan.places_of(1) == [3, 4, 5]
+    assert [plan.host_of(slot) for slot in range(6)] == [0, 0, 0, 1, 1, 1] and plan.slots_of(1) == [3, 4, 5]
 
 
 LEFT = {  # slots that are left of four hosts of two racks -> (groups, losses)
@@ -40,13 +40,13 @@ def test_hosts_that_are_left_protect_each_other(slots, changes, expected):
     settings = {"parity": "xor", "group": 2, "domains": ["a", "a", "b", "b"]} | changes
     if settings["group"] == 3:
         settings["domains"] = []
-    left = plan_of(hosts=4, processes=4, **settings).among(slots)
+    left = plan_of(hosts=4, processes=4, **settings).restrict_to(slots)
     assert (left.groups, left.losses) == expected and left.slots == tuple(slots)
 
 
 def test_a_host_of_which_a_part_is_left_is_a_host():
-    left = plan_of(hosts=2, processes=4, parity="xor").among([0, 1, 3])
-    assert left.present == [0, 1] and left.places_of(1) == [3] and left.losses == 1
+    left = plan_of(hosts=2, processes=4, parity="xor").restrict_to([0, 1, 3])
+    assert left.active_hosts == [0, 1] and left.slots_of(1) == [3] and left.losses == 1
 
 
 def test_processes_that_do_not_share_hosts_evenly_are_refused():
@@ -57,8 +57,8 @@ def test_processes_that_do_not_share_hosts_evenly_are_refused():
 @pytest.mark.parametrize(("engine", "expected"), [("local", 1), ("slurm", 2), ("ray", 4), ("agents", 4), ("k8s", 4)])
 def test_every_engine_knows_its_hosts(engine, expected):
     settings = LaunchConfig(slurm={"nodes": 2})
-    assert hosts_of(engine, settings, processes=4) == expected
-    assert hosts_of(engine, LaunchConfig(hosts=3), processes=6) == 3
+    assert count_hosts(engine, settings, processes=4) == expected
+    assert count_hosts(engine, LaunchConfig(hosts=3), processes=6) == 3
 
 
 @pytest.mark.parametrize(("slots", "words", "told"), [((0, 1), (), []), ((1,), ("checkpoint.parity=none",), [[1]])])
@@ -66,8 +66,8 @@ def test_where_parity_cannot_be_had_trainers_and_the_journal_are_told(tmp_path, 
     (tmp_path / "config.yaml").write_text("{}")
     plan, started = plan_of(hosts=3, processes=3, parity="xor"), []
     engine = SimpleNamespace(gather=lambda slots: None, start=lambda epoch, *, slots, words: started.append(words))
-    keepers = SimpleNamespace(plan=plan, run=tmp_path, recover=plan.among)
-    Kept(engine, keepers).start(2, slots=slots, words=())
+    keepers = SimpleNamespace(plan=plan, run=tmp_path, recover=plan.restrict_to)
+    RecoveringEngine(engine, keepers).start(2, slots=slots, words=())
     assert started == [words]
     assert [event["slots"] for event in read_events(tmp_path) if event["event"] == "unprotected"] == told
 
@@ -76,8 +76,11 @@ def test_the_slots_of_the_last_epoch_are_known_to_the_next_launcher(tmp_path):
     plan = plan_of(hosts=3, processes=3, parity="xor")
     line = {"event": "recovery", "hosts": 3, "processes": 3, "slots": [0, 2]}
     (tmp_path / "keepers.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({"event": "keeper-lost"}) + "\n")
-    assert last(tmp_path, plan) == plan.among([0, 2])
-    assert last(tmp_path, plan_of(hosts=1, processes=3)) is None and last(tmp_path / "none", plan) is None
+    assert read_last_plan(tmp_path, plan) == plan.restrict_to([0, 2])
+    assert (
+        read_last_plan(tmp_path, plan_of(hosts=1, processes=3)) is None
+        and read_last_plan(tmp_path / "none", plan) is None
+    )
 
 
 class Board:
@@ -95,7 +98,7 @@ class Board:
 
 def test_one_agent_of_a_host_starts_its_keeper(tmp_path):
     plan, board = plan_of(hosts=2, processes=4, parity="xor"), Board("a", "a", "b", "b")
-    there = There(board, plan, tmp_path, rendezvous="a:1")
+    there = RemoteSnapshotAgents(board, plan, tmp_path, rendezvous="a:1")
     there.check(plan)
     assert there.start(0, plan) and there.start(1, plan) and board.told == [(0, [0, 1]), (2, [2, 3])]
     board.present = {1}
@@ -105,13 +108,13 @@ def test_one_agent_of_a_host_starts_its_keeper(tmp_path):
 def test_processes_of_a_host_that_are_on_two_machines_are_refused_by_name(tmp_path):
     plan = plan_of(hosts=2, processes=4, parity="xor")
     with pytest.raises(MeshwrightError, match=r"processes \[2, 3\], which should share a host, are on b and c; set it"):
-        There(Board("a", "a", "b", "c"), plan, tmp_path, rendezvous="a:1").check(plan)
+        RemoteSnapshotAgents(Board("a", "a", "b", "c"), plan, tmp_path, rendezvous="a:1").check(plan)
 
 
 def test_a_group_on_one_machine_is_told(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("meshwright"), "propagate", True)
     plan = plan_of(hosts=3, processes=3, parity="xor")
-    There(Board("a", "b", "c"), plan, tmp_path, rendezvous="a:1").check(plan)
+    RemoteSnapshotAgents(Board("a", "b", "c"), plan, tmp_path, rendezvous="a:1").check(plan)
     assert not caplog.text
-    There(Board("a", "b", "a"), plan, tmp_path, rendezvous="a:1").check(plan)
+    RemoteSnapshotAgents(Board("a", "b", "a"), plan, tmp_path, rendezvous="a:1").check(plan)
     assert "hosts [0, 2] of one parity group are all on a" in caplog.text

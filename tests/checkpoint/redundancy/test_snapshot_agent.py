@@ -9,14 +9,14 @@ import pytest
 from support.hosts import Hosts
 
 from meshwright.checkpoint.redundancy import agent_files
-from meshwright.checkpoint.redundancy.parity_groups import laid
+from meshwright.checkpoint.redundancy.parity_groups import assign_groups
 from meshwright.configs.errors import UserError
 from meshwright.parallel.transport import checked_stream
-from meshwright.parallel.transport.checked_stream import Listener, NotGiven, Peer
+from meshwright.parallel.transport.checked_stream import RequestClient, RequestRefused, RequestServer
 
 
 def protected(hosts):
-    return {agent_files.protected(hosts.directory(host)).step for host in range(hosts.plan.hosts)}
+    return {agent_files.read_protected(hosts.directory(host)).step for host in range(hosts.plan.hosts)}
 
 
 @pytest.mark.parametrize(("count", "losses"), [(2, 1), (3, 1), (4, 1), (4, 2), (5, 2)])
@@ -34,7 +34,7 @@ def test_any_hosts_the_parity_bears_come_back_to_the_byte(tmp_path, count, losse
                 for name, content in before[host].items():
                     found = hosts.files(host)[name[0] + ".0"]
                     assert found == content[: len(found)] and len(found) >= len(content.rstrip(b"\0"))
-                assert agent_files.recovery(hosts.directory(host)) == word
+                assert agent_files.read_recovery(hosts.directory(host)) == word
             hosts.protect()  # the new hosts keep parity, too
             assert protected(hosts) == {1} and all(1 in keeper.shares() for keeper in hosts.keepers.values())
 
@@ -77,7 +77,7 @@ def test_the_newest_step_that_all_have_is_used_and_the_protected_one_stays(tmp_p
 def test_fewer_hosts_protect_each_other_and_what_the_others_left_is_no_more(tmp_path):
     """Hosts 2 and 3 are left out at step 5; later, what they have of it is of another time line."""
     with Hosts(tmp_path, hosts=4, losses=1) as hosts:
-        fewer = hosts.plan.among([0, 1])
+        fewer = hosts.plan.restrict_to([0, 1])
         hosts.snapshot(5)
         hosts.protect()
         word = hosts.recover(fewer, before=hosts.plan)
@@ -85,7 +85,7 @@ def test_fewer_hosts_protect_each_other_and_what_the_others_left_is_no_more(tmp_
         hosts.snapshot(4, hosts=[0, 1])
         hosts.snapshot(5, hosts=[0, 1])
         hosts.protect()
-        assert [agent_files.protected(hosts.directory(host)).step for host in (0, 1)] == [5, 5]
+        assert [agent_files.read_protected(hosts.directory(host)).step for host in (0, 1)] == [5, 5]
         hosts.lose(1)
         assert hosts.recover(fewer, before=fewer).rebuilt == (1,)
         assert hosts.recover(before=fewer).step == -1 and not hosts.files(2) and not hosts.files(3)
@@ -99,7 +99,7 @@ def test_fewer_hosts_protect_each_other_and_what_the_others_left_is_no_more(tmp_
 def test_parity_of_four_is_not_read_as_parity_of_two(tmp_path):
     """The epoch of two ended before it had a snapshot: what four protected is of other stripes."""
     with Hosts(tmp_path, hosts=4, losses=1) as hosts:
-        fewer = hosts.plan.among([0, 1])
+        fewer = hosts.plan.restrict_to([0, 1])
         hosts.snapshot(5)
         hosts.protect()
         hosts.recover(fewer, before=hosts.plan)
@@ -214,24 +214,27 @@ def test_swapped_slots_of_a_host_are_told_apart_by_their_seal(tmp_path):
 
 
 def test_groups_take_hosts_of_different_domains():
-    assert laid(8, size=4, losses=1, domains=list("aabbccdd")) == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert laid(5, size=8, losses=1) == [[0, 1, 2, 3, 4]]
+    assert assign_groups(8, size=4, losses=1, domains=list("aabbccdd")) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert assign_groups(5, size=8, losses=1) == [[0, 1, 2, 3, 4]]
     with pytest.raises(UserError, match=r"checkpoint.domains: 2 of the hosts .* at most 2"):
-        laid(4, size=4, losses=1, domains=list("aabb"))
+        assign_groups(4, size=4, losses=1, domains=list("aabb"))
     with pytest.raises(UserError, match="leave a group of 1, and parity that bears 1 needs at least 2"):
-        laid(3, size=2, losses=1)
+        assign_groups(3, size=2, losses=1)
     with pytest.raises(UserError, match="names the domains of 1 hosts, and there are 4"):
-        laid(4, size=4, losses=1, domains=["a"])
+        assign_groups(4, size=4, losses=1, domains=["a"])
 
 
 def test_a_damaged_frame_and_silence_are_errors():
-    with Listener(lambda request: ({}, np.arange(5, dtype=np.uint8))) as listener, Peer(listener.address) as peer:
-        told, content = peer.ask({"do": "anything"})
+    with (
+        RequestServer(lambda request: ({}, np.arange(5, dtype=np.uint8))) as listener,
+        RequestClient(listener.address) as peer,
+    ):
+        told, content = peer.request({"do": "anything"})
         assert told == {} and content.tolist() == [0, 1, 2, 3, 4]
-        assert peer.ask({}, into=(place := np.zeros(5, np.uint8)))[1] is place and place.tolist() == [0, 1, 2, 3, 4]
+        assert peer.request({}, into=(place := np.zeros(5, np.uint8)))[1] is place and place.tolist() == [0, 1, 2, 3, 4]
         with pytest.raises(OSError, match="gave 5 bytes where 4 were asked for"):
-            peer.ask({}, into=np.zeros(4, np.uint8))
-    with Listener(lambda request: {}["absent"]) as listener, pytest.raises(NotGiven, match="absent"):
+            peer.request({}, into=np.zeros(4, np.uint8))
+    with RequestServer(lambda request: {}["absent"]) as listener, pytest.raises(RequestRefused, match="absent"):
         told_by(listener.address)
     one, other = socket.socketpair()
     with one, other:
@@ -246,5 +249,5 @@ def test_a_damaged_frame_and_silence_are_errors():
 
 
 def told_by(address):
-    with Peer(address) as peer:
-        return peer.ask({}, timeout=0.2)
+    with RequestClient(address) as peer:
+        return peer.request({}, timeout=0.2)

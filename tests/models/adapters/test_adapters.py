@@ -10,17 +10,17 @@ from meshwright.configs.errors import UserError
 from meshwright.configs.sections.adapter import AdapterConfig
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.models.adapters import attach, selection
-from meshwright.models.adapters.adapted_modules import sites
-from meshwright.models.adapters.registry import METHODS
+from meshwright.models.adapters.adapted_modules import find_adapted_modules
+from meshwright.models.adapters.registry import LINEAR_METHODS
 from meshwright.models.context import Context
-from meshwright.models.decoder import graph, initial_params
+from meshwright.models.decoder import decoder_graphdef, initial_params
 
 MODEL = ModelConfig(
     vocab=61, vocab_multiple=8, layers=5, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20, qkv_bias=True,
     windows=[4, None],
 )  # fmt: skip
 SMALL = MODEL.model_copy(update={"layers": 3, "windows": (None,)})
-CASES = [(name, start) for name, method in METHODS.items() for start in method.starts]
+CASES = [(name, start) for name, method in LINEAR_METHODS.items() for start in method.initializers]
 PATTERNS = {"rank": 6, "ranks": {"layers/[01]/*": 2, "o": 4}, "alphas": {"q": 3.0}, "rank_stabilized": True}
 MORE = {"lora": PATTERNS, "dora": PATTERNS, "adalora": {"rank": 9, "alpha": 6.0}, "oft": {"block": 4}}
 TOKENS = jnp.arange(24).reshape(2, 12)
@@ -39,16 +39,16 @@ def weights():
 
 def hidden(adapter, tree):
     """What the head reads."""
-    decoder = nnx.merge(graph(SMALL, attach.attached(SMALL, adapter)), tree)
+    decoder = nnx.merge(decoder_graphdef(SMALL, attach.adapter_inserter(SMALL, adapter)), tree)
     return decoder.hidden(TOKENS, Context(positions=jnp.broadcast_to(jnp.arange(12), (2, 12))))[0]
 
 
 def moved(tree, adapter):
     """The tree with every leaf that learns somewhere else."""
-    params, frozen = attach.split(tree, SMALL, adapter)
+    params, frozen = attach.split_trained(tree, SMALL, adapter)
     random = np.random.default_rng(1)
-    leaves = {path: leaf + 0.3 * random.normal(size=leaf.shape) for path, leaf in attach.flat(params).items()}
-    return attach.nested(leaves | attach.flat(frozen))
+    leaves = {path: leaf + 0.3 * random.normal(size=leaf.shape) for path, leaf in attach.flatten(params).items()}
+    return attach.unflatten(leaves | attach.flatten(frozen))
 
 
 def assert_close(one, other, tolerance=2e-5):
@@ -63,9 +63,9 @@ def test_a_fresh_adapter_changes_nothing_and_a_merged_one_computes_the_same(meth
 
     @jax.jit
     def everything(weights):
-        tree = attach.started(weights, SMALL, adapter, jax.random.key(1))
+        tree = attach.init_adapters(weights, SMALL, adapter, jax.random.key(1))
         other = moved(tree, adapter)
-        merged = attach.merged(other, SMALL, adapter)
+        merged = attach.merge_adapters(other, SMALL, adapter)
         return hidden(None, weights), hidden(adapter, tree), hidden(adapter, other), hidden(None, merged), merged
 
     plain, fresh, adapted, alone, merged = everything(weights)
@@ -80,19 +80,23 @@ def test_a_fresh_adapter_changes_nothing_and_a_merged_one_computes_the_same(meth
 def linear_of(method, start="zero", **more):
     """(adapter module, kernel, leaves) of one linear map in float64 numpy, moved away from its start."""
     adapter = settings(method, start, targets=["q"], **more)
-    site = sites(MODEL, adapter)[0]
+    site = find_adapted_modules(MODEL, adapter)[0]
     random = np.random.default_rng(2)
-    kernels = jnp.asarray(random.normal(size=(len(site.modules), 16, 4, 6)), jnp.float32)
-    kernel, leaves = attach.start_site(site, adapter, kernels, jax.random.key(3))
+    kernels = jnp.asarray(random.normal(size=(len(site.layer_names), 16, 4, 6)), jnp.float32)
+    kernel, leaves = attach.init_adapter(site, adapter, kernels, jax.random.key(3))
     leaves = {k: v if k == "scale" else v + 0.2 * random.normal(size=v.shape) for k, v in leaves.items()}
     return kernels, kernel, {name: np.asarray(leaf[0], np.float64) for name, leaf in leaves.items()}
 
 
 def merged_by(method, kernel, leaves):
-    from meshwright.models.adapters.interface import Inside
+    from meshwright.models.adapters.interface import BaseLinear
 
-    inside = Inside(jnp.asarray(kernel, jnp.float32), None, 1)
-    return METHODS[method].merge({name: jnp.asarray(leaf, jnp.float32) for name, leaf in leaves.items()}, inside).kernel
+    inside = BaseLinear(jnp.asarray(kernel, jnp.float32), None, 1)
+    return (
+        LINEAR_METHODS[method]
+        .merge({name: jnp.asarray(leaf, jnp.float32) for name, leaf in leaves.items()}, inside)
+        .kernel
+    )
 
 
 def test_lora_and_dora_are_the_papers_equations():
@@ -118,23 +122,23 @@ def test_the_length_of_dora_has_no_gradient():
     leaves = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in leaves.items()}
     x = jnp.asarray(np.random.default_rng(4).normal(size=(1, 5, 16)), jnp.float32)
     ctx = Context(positions=jnp.zeros((1, 5), jnp.int32))
-    from meshwright.models.adapters.interface import Inside
-    from meshwright.models.adapters.lora import added, gain
+    from meshwright.models.adapters.interface import BaseLinear
+    from meshwright.models.adapters.lora import low_rank_update, magnitude_over_norm
 
-    inside = Inside(kernel[0], None, 1)
-    fixed = gain(leaves, kernel[0], 1)
+    inside = BaseLinear(kernel[0], None, 1)
+    fixed = magnitude_over_norm(leaves, kernel[0], 1)
 
     def constant(a):
-        return jnp.sum(jnp.sin(fixed * (inside.product(x, ctx) + added(leaves | {"a": a}, x, inside, ctx))))
+        return jnp.sum(jnp.sin(fixed * (inside.multiply(x, ctx) + low_rank_update(leaves | {"a": a}, x, inside, ctx))))
 
     def own(a):
-        return jnp.sum(jnp.sin(METHODS["dora"].apply(leaves | {"a": a}, x, inside, ctx)))
+        return jnp.sum(jnp.sin(LINEAR_METHODS["dora"].apply(leaves | {"a": a}, x, inside, ctx)))
 
     assert_close(jax.grad(own)(leaves["a"]), jax.grad(constant)(leaves["a"]))
 
 
 def test_ranks_and_scales_by_pattern():
-    found = {site.path: site for site in sites(MODEL, settings("lora", targets=["q", "o"], **PATTERNS))}
+    found = {site.path: site for site in find_adapted_modules(MODEL, settings("lora", targets=["q", "o"], **PATTERNS))}
     first = found["segments/0/0/block/attn/q"]  # layers 0 and 2
     assert first.ranks == (2, 6) and first.scales == (3 / 2**0.5, 3 / 6**0.5)
     assert first.scale[0].tolist() == [pytest.approx(3 / 2**0.5)] * 2 + [0] * 4
@@ -146,16 +150,16 @@ def test_what_learns():
 
     def paths(adapter):
         shapes = jax.eval_shape(
-            lambda: attach.started(initial_params(MODEL, jax.random.key(0)), MODEL, adapter, jax.random.key(1))
+            lambda: attach.init_adapters(initial_params(MODEL, jax.random.key(0)), MODEL, adapter, jax.random.key(1))
         )
-        return attach.flat(attach.split(shapes, MODEL, adapter)[0])
+        return attach.flatten(attach.split_trained(shapes, MODEL, adapter)[0])
 
     assert {path.rpartition("/")[2] for path in paths(settings("lora", freeze_a=True))} == {"b"}
     assert {path.rpartition("/")[2] for path in paths(settings("bitfit"))} == {"bias"}
     assert len(paths(settings("norms"))) == 3 * 2 + 1
     last = settings("selective", targets=["layers/[34]/*", "final_norm/scale"])
     assert all("/1/0/" in path or "/0/1/" in path or path == "final_norm/scale" for path in paths(last))
-    change = selection.multipliers(MODEL, last)
+    change = selection.update_scaler(MODEL, last)
     kept = change("segments/0/1/block/mlp/up/kernel", jnp.ones((2, 3, 4)))  # layers 1 and 3
     assert kept[0].max() == 0 and kept[1].min() == 1
 
@@ -172,8 +176,8 @@ MISTAKES = {
 def test_a_pattern_that_matches_nothing_lists_what_there_is(given, words):
     adapter = AdapterConfig(**given)
     with pytest.raises(UserError, match=words):
-        tree = attach.started(initial_params(MODEL, jax.random.key(0)), MODEL, adapter, jax.random.key(1))
-        attach.split(tree, MODEL, adapter)
+        tree = attach.init_adapters(initial_params(MODEL, jax.random.key(0)), MODEL, adapter, jax.random.key(1))
+        attach.split_trained(tree, MODEL, adapter)
 
 
 def test_a_key_the_method_does_not_read_is_refused():
@@ -181,4 +185,4 @@ def test_a_key_the_method_does_not_read_is_refused():
         AdapterConfig(method="ia3", ratio=4.0)
     with pytest.raises(UserError, match=r"bitfit trains .*/bias, of which this model has none"):
         plain = MODEL.model_copy(update={"qkv_bias": False})
-        attach.split(initial_params(plain, jax.random.key(0)), plain, settings("bitfit"))
+        attach.split_trained(initial_params(plain, jax.random.key(0)), plain, settings("bitfit"))

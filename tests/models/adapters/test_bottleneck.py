@@ -11,7 +11,7 @@ from meshwright.configs.sections.adapter import AdapterConfig
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.models.adapters import attach
 from meshwright.models.context import Context
-from meshwright.models.decoder import graph
+from meshwright.models.decoder import decoder_graphdef
 
 MODEL = ModelConfig(vocab=61, vocab_multiple=8, layers=3, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20, scan=False)
 CTX = Context(positions=jnp.broadcast_to(jnp.arange(12), (2, 12)))
@@ -23,7 +23,7 @@ def trees(**settings):
 
 
 def hidden(adapter, tree):
-    structure = graph(MODEL, attach.attached(MODEL, adapter))
+    structure = decoder_graphdef(MODEL, attach.adapter_inserter(MODEL, adapter))
     return jax.jit(lambda tree: nnx.merge(structure, tree).hidden(jnp.arange(24).reshape(2, 12), CTX)[0])(tree)
 
 
@@ -47,7 +47,7 @@ def test_a_block_computes_the_papers_equations(method):
     assert_close(hidden(adapter, fresh), hidden(None, base))
 
     def block(own, tree):
-        structure = graph(MODEL, attach.attached(MODEL, own))
+        structure = decoder_graphdef(MODEL, attach.adapter_inserter(MODEL, own))
         found = nnx.split(nnx.merge(structure, tree).segments["0"]["0"].block)[0]
         return nnx.merge(found, layer(tree, 1))
 
@@ -75,13 +75,13 @@ def test_only_the_last_layers_have_one():
 
 def test_mix_and_match_is_a_prefix_and_a_parallel_adapter():
     adapter, _, fresh, moved = trees(method="mam", rank=3, length=4)
-    params = attach.flat(attach.split(fresh, MODEL, adapter)[0])
+    params = attach.flatten(attach.split_trained(fresh, MODEL, adapter)[0])
     block = "segments/0/0/block"
     ends = [f"{block}/attn/prefix/k", f"{block}/attn/prefix/v"]
     ends += [f"{block}/mlp/adapter/{name}" for name in ("down", "down_bias", "up", "up_bias")]
     assert sorted(params) == sorted(ends)
     prefix = AdapterConfig(method="prefix", length=4)
-    alone = attach.flat(fresh)
-    alone = attach.nested({path: leaf for path, leaf in alone.items() if "/mlp/adapter/" not in path})
+    alone = attach.flatten(fresh)
+    alone = attach.unflatten({path: leaf for path, leaf in alone.items() if "/mlp/adapter/" not in path})
     assert_close(hidden(adapter, fresh), hidden(prefix, alone))
     assert np.abs(hidden(adapter, moved) - hidden(adapter, fresh)).max() > 0.01

@@ -18,7 +18,7 @@ from meshwright.models.attention.blockwise import BLOCKWISE
 from meshwright.models.attention.dense import DENSE
 from meshwright.models.attention.interface import attend
 from meshwright.models.context import Context
-from meshwright.models.decoder import graph, initial_params
+from meshwright.models.decoder import decoder_graphdef, initial_params
 from meshwright.train.infer.generate import standing
 
 MODEL = ModelConfig(vocab=61, vocab_multiple=8, layers=3, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20)
@@ -45,14 +45,14 @@ def hidden(model, adapter, tree, tokens, **told):
     """What the head reads."""
     tokens = jnp.asarray(tokens)
     told = {"positions": jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)} | told
-    structure = graph(model, attach.attached(model, adapter))
+    structure = decoder_graphdef(model, attach.adapter_inserter(model, adapter))
     return jax.jit(lambda tree: nnx.merge(structure, tree).hidden(tokens, Context(**told))[0])(tree)
 
 
 def started(model, **settings):
     adapter = AdapterConfig(**settings)
     base = weights(model)
-    return base, adapter, jax.jit(lambda base: attach.started(base, model, adapter, KEY))(base)
+    return base, adapter, jax.jit(lambda base: attach.init_adapters(base, model, adapter, KEY))(base)
 
 
 def assert_close(one, other):
@@ -79,15 +79,15 @@ def test_generating_reads_it_at_every_step(method):
     _, adapter, tree = started(MODEL, method=method, length=5)
     tokens = jnp.asarray(TOKENS[:, :11])
     whole = hidden(MODEL, adapter, tree, tokens)
-    decoder = nnx.merge(graph(MODEL, attach.attached(MODEL, adapter)), tree)
+    decoder = nnx.merge(decoder_graphdef(MODEL, attach.adapter_inserter(MODEL, adapter)), tree)
     ctx = Context(positions=jnp.zeros((1, 1), jnp.int32))
-    cache = caches.empty(MODEL, rows=2, capacity=11, ctx=ctx)
+    cache = caches.empty_cache(MODEL, rows=2, capacity=11, ctx=ctx)
     for part in (slice(0, 10), slice(10, 11)):
         index = jnp.arange(11)[part]
         here = standing(ctx, attention=DENSE, index=index, first=jnp.zeros((2, 1), jnp.int32), cache=cache)
         found, entries = decoder.hidden(tokens[:, part], here)
         assert_close(found, whole[:, part])
-        cache = caches.write(cache, entries, index=index[0])
+        cache = caches.write_entries(cache, entries, index=index[0])
 
 
 def test_p_tuning_is_the_prompt_that_its_perceptron_makes():
@@ -107,13 +107,14 @@ def test_trained_tokens_are_rows_of_the_table(tied):
     base, adapter, tree = started(model, method="tokens", tokens=[int(TOKENS[0, 3]), 5])
     assert_close(hidden(model, adapter, tree, TOKENS), hidden(model, None, base, TOKENS))
     tree["embed"]["adapter"]["rows"] += 1.0
-    merged = attach.merged(tree, model, adapter)
+    merged = attach.merge_adapters(tree, model, adapter)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
     moved = np.abs(merged["embed"]["embedding"] - base["embed"]["embedding"]).max(axis=1)
     assert sorted(np.flatnonzero(moved > 0.5)) == sorted(adapter.tokens)
     assert_close(hidden(model, adapter, tree, TOKENS), hidden(model, None, merged, TOKENS))
     decoders = [
-        nnx.merge(graph(model, attach.attached(model, own)), given) for own, given in ((adapter, tree), (None, merged))
+        nnx.merge(decoder_graphdef(model, attach.adapter_inserter(model, own)), given)
+        for own, given in ((adapter, tree), (None, merged))
     ]
     assert_close(*(decoder.head_kernel(jnp.float32) for decoder in decoders))
 
@@ -122,15 +123,15 @@ def test_trained_tokens_are_rows_of_the_table(tied):
 def test_what_learns(method, ends):
     more = {"tokens": [3]} if method == "tokens" else {}
     _, adapter, tree = started(MODEL, method=method, **more)
-    params, frozen = (attach.flat(part) for part in attach.split(tree, MODEL, adapter))
+    params, frozen = (attach.flatten(part) for part in attach.split_trained(tree, MODEL, adapter))
     assert {path.rpartition("/")[2] for path in params} == ends
-    assert frozen.keys() - attach.flat(weights(MODEL)).keys() == ({"embed/adapter/numbers"} & frozen.keys())
+    assert frozen.keys() - attach.flatten(weights(MODEL)).keys() == ({"embed/adapter/numbers"} & frozen.keys())
 
 
 def test_what_no_weight_can_hold_is_not_merged():
     _, adapter, tree = started(MODEL, **AHEAD)
     with pytest.raises(UserError, match=r"adapter\.method: prompt cannot be merged"):
-        attach.merged(tree, MODEL, adapter)
+        attach.merge_adapters(tree, MODEL, adapter)
 
 
 MISTAKES = {

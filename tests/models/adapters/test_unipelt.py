@@ -16,7 +16,7 @@ from meshwright.models.attention.blockwise import BLOCKWISE
 from meshwright.models.attention.dense import DENSE
 from meshwright.models.attention.interface import attend
 from meshwright.models.context import Context
-from meshwright.models.decoder import graph
+from meshwright.models.decoder import decoder_graphdef
 from meshwright.train.infer.generate import standing
 
 MODEL = ModelConfig(vocab=61, vocab_multiple=8, layers=3, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20)
@@ -36,7 +36,7 @@ def trees():
 
 
 def decoder_of(adapter, tree):
-    return nnx.merge(graph(MODEL, attach.attached(MODEL, adapter)), tree)
+    return nnx.merge(decoder_graphdef(MODEL, attach.adapter_inserter(MODEL, adapter)), tree)
 
 
 def hidden(adapter, tree, tokens, **told):
@@ -52,7 +52,7 @@ def assert_close(one, other):
 
 def part(tree, path):
     """The leaves of one part of layer 1, in numpy."""
-    return {name: np.asarray(leaf[1]) for name, leaf in attach.at(tree, f"{BLOCK}/{path}").items()}
+    return {name: np.asarray(leaf[1]) for name, leaf in attach.subtree(tree, f"{BLOCK}/{path}").items()}
 
 
 def opened(own, x):
@@ -118,7 +118,7 @@ def test_generating_opens_the_gates_of_new_tokens_alone(trees):
     tokens = jnp.asarray(TOKENS[:, :11])
     whole = hidden(ADAPTER, tree, tokens)
     ctx = Context(positions=jnp.zeros((1, 1), jnp.int32))
-    cache = caches.empty(MODEL, rows=2, capacity=11, ctx=ctx)
+    cache = caches.empty_cache(MODEL, rows=2, capacity=11, ctx=ctx)
     for own in (slice(0, 10), slice(10, 11)):
         index = jnp.arange(11)[own]
         here = standing(ctx, attention=DENSE, index=index, first=jnp.zeros((2, 1), jnp.int32), cache=cache)
@@ -126,19 +126,19 @@ def test_generating_opens_the_gates_of_new_tokens_alone(trees):
             lambda tree, here=here, own=own: decoder_of(ADAPTER, tree).hidden(tokens[:, own], here)
         )(tree)
         assert_close(found, whole[:, own])
-        cache = caches.write(cache, entries, index=index[0])
+        cache = caches.write_entries(cache, entries, index=index[0])
 
 
 def test_it_starts_as_a_prefix_that_is_half_there(trees):
     """Gates are near one half, LoRA and the perceptron add nothing yet, and narrower layers are as narrow as asked."""
     base, tree, _ = trees
-    leaves = attach.flat(tree)
+    leaves = attach.flatten(tree)
     even = {path: 0 * leaf if path.endswith("/gate") else leaf for path, leaf in leaves.items()}
-    half = attach.flat(base) | {
+    half = attach.flatten(base) | {
         f"{BLOCK}/attn/prefix/{name}": 0.5 * leaves[f"{BLOCK}/attn/prefix/{name}"] for name in ("k", "v")
     }
-    alone = hidden(AdapterConfig(method="prefix", length=3), attach.nested(half), TOKENS)
-    assert_close(hidden(ADAPTER, attach.nested(even), TOKENS), alone)
+    alone = hidden(AdapterConfig(method="prefix", length=3), attach.unflatten(half), TOKENS)
+    assert_close(hidden(ADAPTER, attach.unflatten(even), TOKENS), alone)
     gates = [np.asarray(leaf) for path, leaf in leaves.items() if path.endswith("/gate")]
     assert len(gates) == 4 and all(0.01 < gate.std() < 0.03 for gate in gates)
     widths = {
@@ -151,14 +151,14 @@ def test_it_starts_as_a_prefix_that_is_half_there(trees):
 
 def test_everything_that_learns_has_a_gradient_and_nothing_else_is_there(trees):
     base, _, tree = trees
-    params, frozen = attach.split(tree, MODEL, ADAPTER)
+    params, frozen = attach.split_trained(tree, MODEL, ADAPTER)
 
     def loss(params):
-        whole = attach.nested(attach.flat(params) | attach.flat(frozen))
+        whole = attach.unflatten(attach.flatten(params) | attach.flatten(frozen))
         ctx = Context(positions=jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH)))
         return jnp.square(decoder_of(ADAPTER, whole).hidden(jnp.asarray(TOKENS), ctx)[0]).mean(where=jnp.arange(16) < 9)
 
-    gradient = attach.flat(jax.jit(jax.grad(loss))(params))
+    gradient = attach.flatten(jax.jit(jax.grad(loss))(params))
     factors = {"a", "b"}, {"k", "v"}, {"down", "down_bias", "up", "up_bias"}
     places = "attn/q/adapter", "attn/v/adapter", "attn/prefix", "mlp/adapter"
     own = {
@@ -168,13 +168,13 @@ def test_everything_that_learns_has_a_gradient_and_nothing_else_is_there(trees):
     }
     assert gradient.keys() == own | {f"{BLOCK}/{place}/{leaf}" for place in places for leaf in ("gate", "gate_bias")}
     assert all(np.abs(leaf).max(axis=tuple(range(1, leaf.ndim))).min() > 0 for leaf in gradient.values())
-    assert attach.flat(frozen).keys() - attach.flat(base).keys() == {
+    assert attach.flatten(frozen).keys() - attach.flatten(base).keys() == {
         f"{BLOCK}/{place}/scale" for place in places if place != "attn/prefix"
     }
 
 
 def test_what_cannot_be_is_refused(trees):
     with pytest.raises(UserError, match=r"adapter\.ranks: k matches nothing; there are attn/q, attn/v, mlp"):
-        attach.started(trees[0], MODEL, AdapterConfig(method="unipelt", ranks={"k": 3}), jax.random.key(1))
+        attach.init_adapters(trees[0], MODEL, AdapterConfig(method="unipelt", ranks={"k": 3}), jax.random.key(1))
     with pytest.raises(UserError, match=r"adapter\.method: unipelt cannot be merged"):
-        attach.merged(trees[1], MODEL, ADAPTER)
+        attach.merge_adapters(trees[1], MODEL, ADAPTER)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meshwright.models.attention import blockwise
-from meshwright.models.attention.interface import Mask, Where, attend
+from meshwright.models.attention.interface import Mask, TokenIndices, attend
 from meshwright.models.attention.registry import IMPLEMENTATIONS
 
 HEAD_DIM = 8
@@ -16,7 +16,7 @@ HEAD_DIM = 8
 
 class Case(NamedTuple):
     mask: Mask = Mask()
-    where: Where = Where()
+    where: TokenIndices = TokenIndices()
     queries: int = 40
     keys: int = 40
     heads: int = 4
@@ -26,7 +26,9 @@ class Case(NamedTuple):
 
 # Implementations of which at least the plainest case runs on a CPU.
 TOKENS = jax.ShapeDtypeStruct((1, 8, 1, HEAD_DIM), jnp.float32)
-PORTABLE = [name for name, one in IMPLEMENTATIONS.items() if not one.refuse(Mask(), Where(), TOKENS, TOKENS, "cpu")]
+PORTABLE = [
+    name for name, one in IMPLEMENTATIONS.items() if not one.refuse(Mask(), TokenIndices(), TOKENS, TOKENS, "cpu")
+]
 
 
 def documents(*lengths):
@@ -41,7 +43,7 @@ def zigzag(tokens, rank, ranks):
 
 
 PACKED = documents(5, 20, 15)
-ZIGZAG = Where(zigzag(96, 1, 4), np.concatenate([zigzag(96, rank, 4) for rank in range(4)]))
+ZIGZAG = TokenIndices(zigzag(96, 1, 4), np.concatenate([zigzag(96, rank, 4) for rank in range(4)]))
 ALIEN = np.where(np.arange(40) < 10, 7, PACKED).astype(np.int32)  # 10 queries of a document no key belongs to
 
 CASES = {
@@ -50,8 +52,8 @@ CASES = {
     "window": Case(Mask(window=7)),
     "window-of-one-block": Case(Mask(window=16)),
     "window-implies-order": Case(Mask(causal=False, window=7)),
-    "segments": Case(where=Where(query_segments=PACKED, key_segments=PACKED)),
-    "segments-both-ways": Case(Mask(causal=False), Where(query_segments=PACKED, key_segments=PACKED)),
+    "segments": Case(where=TokenIndices(query_segments=PACKED, key_segments=PACKED)),
+    "segments-both-ways": Case(Mask(causal=False), TokenIndices(query_segments=PACKED, key_segments=PACKED)),
     "grouped": Case(kv_heads=2),
     "multi-query": Case(kv_heads=1),
     "softcap": Case(Mask(softcap=1.5)),
@@ -64,14 +66,16 @@ CASES = {
     "long-window": Case(Mask(window=21, softcap=2.0), queries=96, keys=96),
     "zigzag": Case(where=ZIGZAG, queries=24, keys=96),
     "zigzag-window": Case(Mask(window=30), ZIGZAG, queries=24, keys=96),
-    "cache": Case(where=Where(np.arange(20, 23, dtype=np.int32), np.arange(50, dtype=np.int32)), queries=3, keys=50),
-    "unseen-future": Case(where=Where(np.arange(40, dtype=np.int32), np.arange(9, 49, dtype=np.int32))),
-    "unseen-document": Case(where=Where(query_segments=ALIEN, key_segments=PACKED)),
+    "cache": Case(
+        where=TokenIndices(np.arange(20, 23, dtype=np.int32), np.arange(50, dtype=np.int32)), queries=3, keys=50
+    ),
+    "unseen-future": Case(where=TokenIndices(np.arange(40, dtype=np.int32), np.arange(9, 49, dtype=np.int32))),
+    "unseen-document": Case(where=TokenIndices(query_segments=ALIEN, key_segments=PACKED)),
     "bfloat16": Case(kv_heads=2, dtype="bfloat16"),
     "bfloat16-long": Case(queries=83, keys=83, dtype="bfloat16"),
     "everything": Case(
         Mask(window=50, softcap=2.0, scale=0.5),
-        Where(
+        TokenIndices(
             ZIGZAG.query_index,
             ZIGZAG.key_index,
             documents(30, 40, 26)[:, ZIGZAG.query_index],
@@ -169,7 +173,7 @@ def test_two_halves_of_the_keys_add_up_to_the_whole(name, mask):
     implementation, case = IMPLEMENTATIONS[name], Case(queries=48, keys=48, kv_heads=2)
     q, k, v, d_out = arrays(case)
     index = np.arange(48, dtype=np.int32)
-    halves = [(k[:, part], v[:, part], Where(index, index[part])) for part in (slice(0, 24), slice(24, 48))]
+    halves = [(k[:, part], v[:, part], TokenIndices(index, index[part])) for part in (slice(0, 24), slice(24, 48))]
 
     def run(q, d_out, halves):
         outs, lses = zip(*(implementation.forward(q, *half[:2], mask, half[2]) for half in halves), strict=True)
@@ -181,7 +185,7 @@ def test_two_halves_of_the_keys_add_up_to_the_whole(name, mask):
         return out, lse, dq, dk, dv
 
     for ours, exact in zip(
-        jax.jit(run)(q, d_out, halves), definition(q, k, v, d_out, mask, Where(index, index)), strict=True
+        jax.jit(run)(q, d_out, halves), definition(q, k, v, d_out, mask, TokenIndices(index, index)), strict=True
     ):
         np.testing.assert_allclose(ours, exact, rtol=2e-5, atol=4e-5)
 
@@ -215,7 +219,7 @@ def test_blockwise_memory_is_linear_in_the_sequence(order):
 
 def largest_array(tokens, order):
     q = jax.ShapeDtypeStruct((1, tokens, 1, HEAD_DIM), jnp.float32)
-    where = Where() if order == "plain" else Where(*(jax.ShapeDtypeStruct((tokens,), jnp.int32),) * 2)
+    where = TokenIndices() if order == "plain" else TokenIndices(*(jax.ShapeDtypeStruct((tokens,), jnp.int32),) * 2)
 
     def loss(q, k, v, where):
         return attend(IMPLEMENTATIONS["blockwise"], q, k, v, Mask(), where).sum()

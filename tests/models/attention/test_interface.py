@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from meshwright.configs.errors import UserError
 from meshwright.models.attention import blockwise
-from meshwright.models.attention.interface import Mask, Where, attend
+from meshwright.models.attention.interface import Mask, TokenIndices, attend
 from meshwright.models.attention.registry import IMPLEMENTATIONS, choose
 
 
@@ -50,13 +50,13 @@ def sizes(queries=8, keys=8, heads=4, kv_heads=2, head_dim=8, dtype=jnp.bfloat16
 
 INDEX, SEGMENTS = jnp.arange(8), jnp.zeros((2, 8), jnp.int32)
 CUDNN_REFUSES = {
-    "softcap": (Mask(softcap=50.0), Where(), {}, "soft.*50.0"),
-    "segments": (Mask(), Where(query_segments=SEGMENTS, key_segments=SEGMENTS), {}, "segment"),
-    "indices": (Mask(), Where(INDEX, INDEX), {}, "plain order"),
-    "float32": (Mask(), Where(), {"dtype": jnp.float32}, "not float32"),
-    "head_dim": (Mask(), Where(), {"head_dim": 20}, "not 20"),
-    "fewer-queries": (Mask(), Where(), {"queries": 4}, "not 4 and 8"),
-    "device": (Mask(), Where(), {}, "not on cpu"),
+    "softcap": (Mask(softcap=50.0), TokenIndices(), {}, "soft.*50.0"),
+    "segments": (Mask(), TokenIndices(query_segments=SEGMENTS, key_segments=SEGMENTS), {}, "segment"),
+    "indices": (Mask(), TokenIndices(INDEX, INDEX), {}, "plain order"),
+    "float32": (Mask(), TokenIndices(), {"dtype": jnp.float32}, "not float32"),
+    "head_dim": (Mask(), TokenIndices(), {"head_dim": 20}, "not 20"),
+    "fewer-queries": (Mask(), TokenIndices(), {"queries": 4}, "not 4 and 8"),
+    "device": (Mask(), TokenIndices(), {}, "not on cpu"),
 }
 
 
@@ -70,7 +70,7 @@ def test_cudnn_named_where_it_is_not_exact_is_an_error_and_auto_takes_blockwise(
 
 @pytest.mark.parametrize("mask", [Mask(), Mask(window=4), Mask(causal=False), Mask(scale=0.3)])
 def test_cudnn_refuses_nothing_it_can_do(mask):
-    assert IMPLEMENTATIONS["cudnn"].refuse(mask, Where(), *sizes(), None) is None
+    assert IMPLEMENTATIONS["cudnn"].refuse(mask, TokenIndices(), *sizes(), None) is None
 
 
 def test_attend_asks_the_implementation_before_it_runs():
@@ -82,15 +82,15 @@ def test_attend_asks_the_implementation_before_it_runs():
 def test_an_unknown_name_lists_the_known_ones():
     q, k = sizes()
     with pytest.raises(UserError, match=r"blokwise matches nothing; .*Did you mean blockwise"):
-        choose("blokwise", mask=Mask(), where=Where(), q=q, k=k, platform="cpu")
+        choose("blokwise", mask=Mask(), where=TokenIndices(), q=q, k=k, platform="cpu")
 
 
 MISFITS = {
-    "kv_heads": (sizes(kv_heads=3), Where(), "3 does not divide 4"),
-    "head_dim": ((sizes()[0], sizes(head_dim=16)[1]), Where(), "differ in batch, keys or head_dim"),
-    "index-shape": (sizes(keys=9), Where(INDEX, INDEX), "key_index has shape .8,."),
-    "one-index": (sizes(), Where(query_index=INDEX), "query_index and key_index go together"),
-    "one-segments": (sizes(), Where(key_segments=SEGMENTS), "query_segments and key_segments go together"),
+    "kv_heads": (sizes(kv_heads=3), TokenIndices(), "3 does not divide 4"),
+    "head_dim": ((sizes()[0], sizes(head_dim=16)[1]), TokenIndices(), "differ in batch, keys or head_dim"),
+    "index-shape": (sizes(keys=9), TokenIndices(INDEX, INDEX), "key_index has shape .8,."),
+    "one-index": (sizes(), TokenIndices(query_index=INDEX), "query_index and key_index go together"),
+    "one-segments": (sizes(), TokenIndices(key_segments=SEGMENTS), "query_segments and key_segments go together"),
 }
 
 
@@ -119,9 +119,9 @@ def test_cudnn_is_dense_on_a_gpu(mask, tokens, kv_heads):
     q, k, v, d_out = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
 
     def results(name):
-        choose(name, mask=mask, where=Where(), q=q, k=k, platform="gpu")
+        choose(name, mask=mask, where=TokenIndices(), q=q, k=k, platform="gpu")
         out, pull = jax.vjp(lambda q, k, v: attend(IMPLEMENTATIONS[name], q, k, v, mask), q, k, v)
-        return out, IMPLEMENTATIONS[name].forward(q, k, v, mask, Where())[1], *pull(d_out)
+        return out, IMPLEMENTATIONS[name].forward(q, k, v, mask, TokenIndices())[1], *pull(d_out)
 
     for ours, exact in zip(jax.jit(results, static_argnums=0)("cudnn"), results("dense"), strict=True):
         np.testing.assert_allclose(np.float32(ours), np.float32(exact), rtol=3e-2, atol=3e-2)

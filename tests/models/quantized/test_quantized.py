@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from meshwright.models.quantized import double_quantization, nf4
-from meshwright.models.quantized.bit_packing import PACKS, packed, unpacked
-from meshwright.models.quantized.kernel import Form, decoded, encoded
+from meshwright.models.quantized.bit_packing import PACKS, pack_codes, unpack_codes
+from meshwright.models.quantized.kernel import KernelLayout, dequantize_kernel, quantize_kernel
 from meshwright.models.quantized.registry import FORMATS
 
 THEIRS = load_file(Path(__file__).parent / "bitsandbytes.safetensors")  # made by bitsandbytes 0.50.2 of `weight()`
@@ -24,9 +24,9 @@ def weight():
 
 
 def ours(*, twice):
-    form = Form("nf4", 64, twice, (128,), (192,))
-    leaves = jax.jit(lambda kernel: encoded(kernel, form))(weight().T)
-    return leaves, decoded(leaves, form)
+    form = KernelLayout("nf4", 64, twice, (128,), (192,))
+    leaves = jax.jit(lambda kernel: quantize_kernel(kernel, form))(weight().T)
+    return leaves, dequantize_kernel(leaves, form)
 
 
 def test_nf4_is_that_of_bitsandbytes():
@@ -50,9 +50,9 @@ def test_double_quantization_is_that_of_bitsandbytes():
 @pytest.mark.parametrize("bits", PACKS)
 def test_packing_loses_nothing_and_wastes_nothing(bits):
     codes = np.random.default_rng(1).integers(0, 2**bits, (24, 5)).astype(np.uint8)
-    packs = packed(jnp.asarray(codes), bits=bits)
+    packs = pack_codes(jnp.asarray(codes), bits=bits)
     assert packs.shape == (24 * bits // 8, 5)
-    np.testing.assert_array_equal(unpacked(packs, bits=bits), codes)
+    np.testing.assert_array_equal(unpack_codes(packs, bits=bits), codes)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -73,9 +73,9 @@ def test_a_weight_becomes_the_nearest_level_of_its_group(name):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("inputs", "outputs"), [((32,), (3, 4)), ((4, 8), (6,))])
 def test_more_bits_lose_less_whatever_the_dimensions(name, inputs, outputs):
-    form = Form(name, 16, False, inputs, outputs)
+    form = KernelLayout(name, 16, False, inputs, outputs)
     kernel = jnp.asarray(np.random.default_rng(3).normal(size=(*inputs, *outputs)), jnp.float32)
-    again = decoded(encoded(kernel, form), form)
+    again = dequantize_kernel(quantize_kernel(kernel, form), form)
     assert again.shape == kernel.shape
     error = float(jnp.linalg.norm(again - kernel) / jnp.linalg.norm(kernel))
     usual = {"nf4": 0.08, "int8": 0.004, "int4": 0.07, "int3": 0.15, "int2": 0.35}[name]

@@ -7,7 +7,7 @@ import pytest
 from support.equivalence import tiny
 
 from meshwright.models.decoder import initial_params
-from meshwright.parallel.layout import canonical
+from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.outer.fragment_slices import cut
 from meshwright.parallel.outer.fragments import fragments, offsets
 
@@ -34,7 +34,7 @@ def test_every_array_is_in_exactly_one_fragment_and_comes_back_to_its_place(mode
         piece = cut(part, model).take(both, 1)
         found = cut(part, model).put(found, {path: leaf + 10 * (number + 1) for path, leaf in piece.items()}, 1)
     for replica in range(2):
-        before, after = (canonical(of(tree, replica), model) for tree in (both, found))
+        before, after = (to_canonical(of(tree, replica), model) for tree in (both, found))
         for name, array in before.items():
             owner = [number for number, part in enumerate(parts) if part.owns(name)]
             assert len(owner) == 1

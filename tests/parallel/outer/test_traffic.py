@@ -41,7 +41,7 @@ def test_predicted_bytes_are_those_of_the_compiled_meetings(outer, mesh):
     program = build(config, make_mesh(config.mesh))
     sending = {meeting.name: meeting for meeting in program.replicas.outer.meetings}
     for one in program.traffic:
-        compiled = program.replicas.compiled(sending[one.name], program.shapes, program.shardings)
+        compiled = program.replicas.compile_outer_step(sending[one.name], program.shapes, program.shardings)
         assert one.bytes == pytest.approx(carried(compiled, program), rel=0.02), one.name
         assert (one.every, one.offset) == sending[one.name][1:3]
 

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshwright.configs.errors import UserError
 from meshwright.configs.names import MESH_AXES
 from meshwright.models.attention import blockwise
-from meshwright.models.attention.interface import Mask, Where, attend
+from meshwright.models.attention.interface import Mask, TokenIndices, attend
 from meshwright.models.attention.registry import IMPLEMENTATIONS
 from meshwright.parallel.hlo import collectives
 from meshwright.parallel.sequence.attend import STRATEGIES, sequence_parallel
@@ -71,12 +71,12 @@ def test_output_and_gradients_equal_dense_on_one_device(strategy, case):
         pytest.skip("refused: see test_ulysses_refuses")
     plain, order = arrays(kv_heads), ordered(TOKENS, ranks=axes["seq"])
     segments = (DOCUMENTS, DOCUMENTS) if packed else (None, None)
-    reference = Where(None, None, *segments)
+    reference = TokenIndices(None, None, *segments)
     whole = jax.jit(lambda *args: results(lambda *qkv: attend(IMPLEMENTATIONS["dense"], *qkv, mask, reference), *args))
     cut = [None if x is None else jnp.asarray(x[:, order], jnp.int32) for x in segments]
     index = (None, None) if ordered is contiguous else (jnp.asarray(order),) * 2
     implementation = "blockwise" if "tensor" in axes else "dense"  # the quick one to compile where either would do
-    program, placed = compiled(strategy, mesh_of(**axes), mask, Where(*index, *cut), plain, implementation)
+    program, placed = compiled(strategy, mesh_of(**axes), mask, TokenIndices(*index, *cut), plain, implementation)
     got = program(*(jax.device_put(x[:, order], placed) for x in plain))
     for name, ours, exact in zip(("out", "dq", "dk", "dv"), got, whole(*plain), strict=True):
         np.testing.assert_allclose(ours, exact[:, order], rtol=1e-5, atol=2e-5, err_msg=name)
@@ -98,7 +98,7 @@ def test_only_the_strategys_collectives_run_and_only_over_seq(strategy):
     attention = sequence_parallel(IMPLEMENTATIONS["blockwise"], strategy=strategy, mesh=mesh)
     placed = NamedSharding(mesh, PartitionSpec("data", "seq", "tensor", None))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for x in arrays(4)]
-    run = jax.jit(lambda *args: results(lambda q, k, v: attention(q, k, v, Mask(), Where(*index)), *args))
+    run = jax.jit(lambda *args: results(lambda q, k, v: attention(q, k, v, Mask(), TokenIndices(*index)), *args))
     found = collectives(run.lower(*shapes).compile().as_text(), mesh)
     assert found and {each.kind for each in found} <= SAYS[strategy]
     assert {each.axes for each in found} == {("seq",)}
@@ -111,7 +111,7 @@ def test_bfloat16_parts_are_added_in_float32(strategy):
     mesh, plain = mesh_of(seq=8), arrays(8, "bfloat16")
     whole = jax.jit(lambda *args: results(lambda q, k, v: attend(IMPLEMENTATIONS["dense"], q, k, v, Mask()), *args))
     exact = whole(*(x.astype(jnp.float32) for x in plain))
-    program, placed = compiled(strategy, mesh, Mask(), Where(), plain, "dense")
+    program, placed = compiled(strategy, mesh, Mask(), TokenIndices(), plain, "dense")
     for ours, float32 in zip(program(*(jax.device_put(x, placed) for x in plain)), exact, strict=True):
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.float32(ours), float32, rtol=2e-2, atol=3e-2)
@@ -125,7 +125,7 @@ def test_a_policy_that_keeps_output_and_statistics_does_not_attend_again(strateg
 
     def products(*names):
         def block(x, scale):
-            return jnp.sin(attention(x * scale, x, x, Mask(), Where())), None
+            return jnp.sin(attention(x * scale, x, x, Mask(), TokenIndices())), None
 
         policy = jax.checkpoint_policies.save_only_these_names(*names)
         layers = jnp.arange(2.0)
@@ -144,7 +144,7 @@ def test_it_differentiates_inside_of_a_pipelines_branch(strategy):
     whole = lambda *qkv: attend(IMPLEMENTATIONS["dense"], *qkv, Mask())
 
     def stage(*qkv):
-        branches = [lambda *qkv: cut(*qkv, Mask(), Where()), lambda *qkv: 3 * cut(*qkv, Mask(), Where())]
+        branches = [lambda *qkv: cut(*qkv, Mask(), TokenIndices()), lambda *qkv: 3 * cut(*qkv, Mask(), TokenIndices())]
         return jax.lax.switch(jax.lax.axis_index("pipe"), branches, *(x[0] for x in qkv))[None]
 
     spec = PartitionSpec("pipe")
@@ -160,17 +160,17 @@ def test_it_differentiates_inside_of_a_pipelines_branch(strategy):
 def test_ulysses_refuses_fewer_key_heads_than_devices():
     plain = arrays(2)
     with pytest.raises(UserError, match=r"sequence\.parallel: ulysses .*mesh\.seq = 4 .*the 2 key-value heads"):
-        compiled("ulysses", mesh_of(seq=4), Mask(), Where(), plain)
+        compiled("ulysses", mesh_of(seq=4), Mask(), TokenIndices(), plain)
 
 
 @pytest.mark.parametrize("strategy", ["all-gather", "ring"])
 def test_an_implementation_that_needs_plain_order_is_refused(strategy):
     with pytest.raises(UserError, match=r"model\.attention: cudnn needs tokens in plain order"):
-        compiled(strategy, mesh_of(seq=2), Mask(), Where(), arrays(8, "bfloat16"), "cudnn")
+        compiled(strategy, mesh_of(seq=2), Mask(), TokenIndices(), arrays(8, "bfloat16"), "cudnn")
 
 
 def test_unknown_strategies_and_uneven_cuts_are_errors():
     with pytest.raises(UserError, match=r"rings matches nothing; there are all-gather, ring, ulysses"):
         sequence_parallel(IMPLEMENTATIONS["dense"], strategy="rings", mesh=mesh_of(seq=2))
     with pytest.raises(UserError, match=r"mesh\.seq: 8 devices cannot share 12 queries"):
-        compiled("ring", mesh_of(seq=8), Mask(), Where(), [x[:, :12] for x in arrays(8)])
+        compiled("ring", mesh_of(seq=8), Mask(), TokenIndices(), [x[:, :12] for x in arrays(8)])

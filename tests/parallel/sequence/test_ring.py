@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meshwright.models.attention.interface import Mask, Where
+from meshwright.models.attention.interface import Mask, TokenIndices
 from meshwright.parallel.sequence.ring import Part, _may_see
 
-OURS = Where(jnp.arange(8, 16), jnp.arange(8, 16), jnp.array([[2, 2, 2, 2, 3, 3, 3, 3]]), None)
+OURS = TokenIndices(jnp.arange(8, 16), jnp.arange(8, 16), jnp.array([[2, 2, 2, 2, 3, 3, 3, 3]]), None)
 
 # mask, indices of the part's keys, their documents -> may any of our queries, 8-15 of documents 2 and 3, see one?
 PARTS = {
@@ -32,6 +32,6 @@ def test_a_part_is_left_out_only_if_no_query_sees_it(mask, index, documents, exp
 
 def test_rows_whose_documents_differ_are_asked_one_by_one():
     """One row of the batch that shares a document is enough."""
-    where = Where(jnp.arange(4, 8), None, jnp.array(np.repeat([[1], [5]], 4, axis=1)), None)
+    where = TokenIndices(jnp.arange(4, 8), None, jnp.array(np.repeat([[1], [5]], 4, axis=1)), None)
     part = Part(None, None, jnp.arange(4), jnp.array(np.repeat([[0], [5]], 4, axis=1)))
     assert bool(_may_see(part, Mask(), where))

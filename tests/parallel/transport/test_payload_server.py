@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 
-from meshwright.parallel.transport.payload_server import Failed, Office, Peer, Settings
+from meshwright.parallel.transport.payload_server import FetchFailure, PayloadServer, Peer, ServerSettings
 from meshwright.parallel.transport.throttle import Throttle
 
 PAYLOAD = np.random.default_rng(0).bytes(3_000_000)
-QUICK = Settings(timeout=2.0, hold=0.2, retries=3)
+QUICK = ServerSettings(timeout=2.0, wait_seconds=0.2, retries=3)
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def opened():
     with contextlib.ExitStack() as stack:
 
         def office(name, *, fingerprint="same", settings=QUICK, **common):
-            made = Office(name, fingerprint=fingerprint, description=common, settings=settings)
+            made = PayloadServer(name, fingerprint=fingerprint, description=common, settings=settings)
             stack.callback(made.close)
             return made
 
@@ -110,7 +110,7 @@ def test_a_link_that_damages_everything_is_given_up(opened, bad_link):
     sender.publish("meet 3", PAYLOAD, ticket=1)
     bad = bad_link(sender, [("flip", 1000)] * 9)
     found = fetched(receiver, peer(sender, port=bad.port))["island-0"]
-    assert isinstance(found, Failed) and "checksum" in found.why
+    assert isinstance(found, FetchFailure) and "checksum" in found.reason
 
 
 def test_what_is_for_one_goes_when_that_one_has_it_and_not_before(opened, bad_link):
@@ -120,7 +120,7 @@ def test_what_is_for_one_goes_when_that_one_has_it_and_not_before(opened, bad_li
     bad = bad_link(sender, [("cut", 1_000_000)])
     assert fetched(receiver, peer(sender, port=bad.port), key="state island-1/7/0") == {"island-0": PAYLOAD}
     found = fetched(receiver, peer(sender), key="state island-1/7/0")["island-0"]
-    assert isinstance(found, Failed) and "nothing to give" in found.why
+    assert isinstance(found, FetchFailure) and "nothing to give" in found.reason
 
 
 def test_what_is_being_given_is_known(opened):
@@ -140,7 +140,7 @@ def test_what_is_being_given_is_known(opened):
 def test_another_life_of_the_sender_has_nothing_under_that_key(opened):
     sender, receiver = opened("island-0"), opened("island-1")
     sender.publish("meet 3", PAYLOAD, ticket=2)
-    assert isinstance(fetched(receiver, peer(sender, ticket=1))["island-0"], Failed)
+    assert isinstance(fetched(receiver, peer(sender, ticket=1))["island-0"], FetchFailure)
 
 
 def test_what_is_published_later_is_waited_for_and_what_never_is_is_not(opened):
@@ -169,12 +169,12 @@ def test_bytes_are_counted_and_frames_cost_little(opened):
 def test_a_token_bucket_lets_its_rate_through_and_no_more():
     now = [0.0]
     link = Throttle(bandwidth=8000, clock=lambda: now[0])  # 1000 bytes a second, a burst of 50
-    assert link.due(50) == pytest.approx(0)
-    assert link.due(1000) == pytest.approx(1.0)
+    assert link.charge(50) == pytest.approx(0)
+    assert link.charge(1000) == pytest.approx(1.0)
     now[0] = 0.5
-    assert link.due(1000) == pytest.approx(1.5)
+    assert link.charge(1000) == pytest.approx(1.5)
     now[0] = 60.0
-    assert link.due(50) == pytest.approx(0)  # what was not used is not saved up
+    assert link.charge(50) == pytest.approx(0)  # what was not used is not saved up
 
 
 def test_a_slow_link_is_slow(opened):
@@ -187,7 +187,7 @@ def test_a_slow_link_is_slow(opened):
 
 
 def test_what_has_arrived_of_a_payload_is_counted_before_all_of_it_has(opened):
-    one, other = opened("a", settings=Settings(throttle=Throttle(bandwidth=8e6))), opened("b")
+    one, other = opened("a", settings=ServerSettings(throttle=Throttle(bandwidth=8e6))), opened("b")
     one.publish("meet 3", bytes(2_000_000), ticket=1)
     fetching = threading.Thread(target=lambda: fetched(other, peer(one)))
     fetching.start()

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from meshwright.configs.errors import UserError
 from meshwright.parallel.pipeline.tables.csv_io import read_csv
-from meshwright.parallel.pipeline.tables.schedules.registry import make
+from meshwright.parallel.pipeline.tables.schedules.registry import make_table
 from meshwright.train.cli.main import app
 
 SIZE = ["--stages", "4", "--microbatches", "8"]
@@ -38,7 +38,7 @@ def test_costs_and_cores_are_read(tmp_path):
 
 def test_a_table_written_is_the_table_read(tmp_path):
     schedule("v-half", *SIZE, "--vocab-parallel", 2, "--csv", tmp_path / "out.csv", "--draw", tmp_path / "out.svg")
-    assert read_csv(tmp_path / "out.csv").equals(make("v-half", devices=4, microbatches=8, vocabulary=2))
+    assert read_csv(tmp_path / "out.csv").equals(make_table("v-half", devices=4, microbatches=8, vocabulary=2))
     assert (tmp_path / "out.svg").read_text().startswith("<?xml")
     assert "v-half, vocabulary passes by Algorithm 2" in schedule(tmp_path / "out.csv")
 

@@ -16,11 +16,11 @@ from meshwright.configs.huggingface import config_json
 from meshwright.configs.loader import validated
 from meshwright.models.decoder import initial_params
 from meshwright.parallel.hlo import collectives
-from meshwright.parallel.layout import canonical, from_canonical, rearranged
+from meshwright.parallel.layout import from_canonical, reorder_layers, to_canonical
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.core.process_env import World
+from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data.tokenizer import byte_tokenizer
-from meshwright.train.engine.forward_backward import fresh
+from meshwright.train.engine.forward_backward import init_params
 from meshwright.train.engine.program import build
 from meshwright.train.infer.import_export import export_adapter, export_run, import_directory
 from meshwright.train.run import train
@@ -117,16 +117,16 @@ def test_below_the_layers_that_learn_there_is_no_backward_pass():
 def test_layers_that_learn_alone_learn_as_among_all():
     """The gradients of the two blocks are those of training them all; others have neither gradient nor state."""
     whole, chosen = (tiny(**settings) for settings in ({"model": {"layers": 8}}, LAST))
-    weights = canonical(jax.jit(lambda: fresh(whole))(), whole.model)
+    weights = to_canonical(jax.jit(lambda: init_params(whole))(), whole.model)
     batch = batches(whole, 1)[0]
 
     def gradient(config):
         program = build(config, make_mesh(config.mesh))
-        like = jax.eval_shape(lambda: fresh(config))
+        like = jax.eval_shape(lambda: init_params(config))
         state = program.initial(from_canonical(weights, like, config.model))
         with jax.set_mesh(program.mesh):
             sums = jax.jit(lambda: program.gradients(state.params, state.frozen, batch, None))()
-        return float(sums.loss), canonical(sums.gradient, config.model)
+        return float(sums.loss), to_canonical(sums.gradient, config.model)
 
     (loss, every), (same, own) = gradient(whole), gradient(chosen)
     assert same == pytest.approx(loss, rel=1e-6)
@@ -151,7 +151,7 @@ def updates_of(**settings):
         ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), program.shapes.params)
         return program.optimizer.update(ones, program.optimizer.init(ones), ones)[0]
 
-    return canonical(update(), config.model)
+    return to_canonical(update(), config.model)
 
 
 def test_only_what_learns_moves():
@@ -180,9 +180,9 @@ def test_only_what_learns_moves_in_any_order_of_a_pipeline():
     def update():
         ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), program.shapes.params)
         made = program.optimizer.update(ones, program.optimizer.init(ones), ones)[0]
-        return rearranged({"params": made}, before=program.order, after=None)["params"]
+        return reorder_layers({"params": made}, before=program.order, after=None)["params"]
 
-    found = canonical(update(), config.model)
+    found = to_canonical(update(), config.model)
     assert {name for name, update in found.items() if np.any(update)} == {
         name for name in found if name.startswith("layers/1/mlp/")
     }
@@ -230,9 +230,9 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MESHWRIGHT_CACHE", str(root / "cache"))
         base = model_directory(root / "base")
-        whole = train(tuned(base, checkpoint={"every": 2}), world=World(), root=root)
+        whole = train(tuned(base, checkpoint={"every": 2}), process_info=ProcessInfo(), root=root)
         shutil.rmtree(root / "tuned/checkpoints/4")
-        rest = train(tuned(base, mesh=MESH | {"platform": "cpu"}), world=World(), root=root)
+        rest = train(tuned(base, mesh=MESH | {"platform": "cpu"}), process_info=ProcessInfo(), root=root)
     return base, root, whole.metrics["loss"], rest.metrics["loss"]
 
 
@@ -246,9 +246,11 @@ def test_a_run_that_stopped_goes_on_from_its_directory(runs):
 def test_gates_go_on_from_their_checkpoint(runs):
     base, root, *_ = runs
     config = tuned(base, name="gated", adapter={"method": "unipelt", "rank": 4, "length": 3}, checkpoint={"every": 2})
-    whole = train(config, world=World(), root=root)
+    whole = train(config, process_info=ProcessInfo(), root=root)
     shutil.rmtree(root / "gated/checkpoints/4")
-    assert train(config, world=World(), root=root).metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-6)
+    assert train(config, process_info=ProcessInfo(), root=root).metrics["loss"] == pytest.approx(
+        whole.metrics["loss"], rel=1e-6
+    )
     with pytest.raises(UserError, match=r"adapter\.method: unipelt has no file in PEFT"):
         export_adapter(root / "gated", root / "adapter")
 
@@ -279,5 +281,5 @@ def test_another_base_is_refused(runs, tmp_path):
     changed = jax.tree.map(lambda leaf: 1.01 * leaf, weights)
     huggingface.write(changed, other.model, base, kind="qwen3", limit=10**9)
     with pytest.raises(UserError, match="holds other weights than this run was trained with"):
-        train(other, world=World(), root=root)
+        train(other, process_info=ProcessInfo(), root=root)
     shutil.copyfile(tmp_path / "kept/model.safetensors", base / "model.safetensors")

@@ -14,7 +14,7 @@ from meshwright.checkpoint import manifest
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.engine import deterministic_reduce
-from meshwright.train.engine.deterministic_reduce import folded, pairwise
+from meshwright.train.engine.deterministic_reduce import tree_accumulate, tree_sum
 from meshwright.train.engine.program import build
 from meshwright.train.plan.compile_plan import step_flops
 
@@ -61,9 +61,9 @@ def tree_sum(values):
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7, 8, 11])
 def test_a_device_and_devices_add_in_the_same_tree(count):
     values = np.random.default_rng(count).normal(size=(count, 50)).astype(np.float32)
-    local = jax.jit(lambda parts: folded(lambda part: part, parts, count=count))(jnp.asarray(values))
+    local = jax.jit(lambda parts: tree_accumulate(lambda part: part, parts, count=count))(jnp.asarray(values))
     np.testing.assert_array_equal(local, tree_sum(list(values)))
-    np.testing.assert_array_equal(pairwise([jnp.asarray(one) for one in values]), tree_sum(list(values)))
+    np.testing.assert_array_equal(tree_sum([jnp.asarray(one) for one in values]), tree_sum(list(values)))
 
 
 def test_another_order_of_additions_is_seen(monkeypatch):

@@ -7,9 +7,9 @@ import pytest
 from support.equivalence import assert_close, batches, tiny
 
 from meshwright.configs.errors import UserError
-from meshwright.parallel.layout import canonical
+from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.engine.host_data import to_devices
+from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 
 SEARCH = {"method": "fishmask", "scouting": 2, "density": 0.1}
@@ -52,12 +52,12 @@ def test_the_score_is_the_sum_of_each_examples_squared_gradient(changes, segment
     """Documents are cut out of their rows, so that nothing of the others is there; weights are used twice."""
     config = tiny(**ALL, **changes)
     program = build(config, make_mesh(config.mesh))
-    state, step = program.initialized(), program.compiled_step()
+    state, step = program.initialize(), program.compiled_step()
     engine = gradients_of(tiny(**ALL, **{key: changes[key] for key in changes.keys() & {"recipe", "data"}}))
     start = jax.tree.map(jnp.copy, state.params)
     by_example, by_batch = ([jax.tree.map(jnp.zeros_like, start)] for _ in range(2))
     for batch in batches(config, 2):
-        state, metrics = step(state, to_devices(batch, config, program.mesh))
+        state, metrics = step(state, make_global_arrays(batch, config, program.mesh))
         sums = engine(start, batch)
         assert metrics["loss"] == pytest.approx(float(sums.loss / sums.weight), rel=1e-5)
         by_batch.append(jax.tree.map(jnp.square, sums.gradient))
@@ -65,9 +65,9 @@ def test_the_score_is_the_sum_of_each_examples_squared_gradient(changes, segment
             for number in (1, 2)[: 2 // segments]:
                 own = alone({name: field[row] for name, field in batch.items()}, number, segments)
                 by_example.append(jax.tree.map(jnp.square, engine(start, own).gradient))
-    found = canonical(jax.device_get(state.opt_state["elements"].score), config.model)
+    found = to_canonical(jax.device_get(state.opt_state["elements"].score), config.model)
     wanted, other = (
-        canonical(jax.tree.map(lambda *each: sum(each), *trees), config.model) for trees in (by_example, by_batch)
+        to_canonical(jax.tree.map(lambda *each: sum(each), *trees), config.model) for trees in (by_example, by_batch)
     )
     assert_close(found, wanted, tolerance=1e-5)
     with pytest.raises(AssertionError):  # which is what it is not
@@ -86,7 +86,7 @@ def test_a_score_is_learned_by_its_gradient_meanwhile():
         }
         config = tiny(adapter=SEARCH | {"method": method}, **settings)
         program = build(config, make_mesh(config.mesh))
-        state, batch = program.initialized(), to_devices(batches(config, 1)[0], config, program.mesh)
+        state, batch = program.initialize(), make_global_arrays(batches(config, 1)[0], config, program.mesh)
         before = np.asarray(state.params["score"]["kernel"])
         state, _ = program.compiled_step()(state, batch)
         moved.append(np.asarray(state.params["score"]["kernel"]) - before)

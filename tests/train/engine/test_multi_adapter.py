@@ -16,13 +16,13 @@ from meshwright.configs.adapter_runs import alone, rows_of
 from meshwright.configs.errors import UserError
 from meshwright.configs.loader import merged
 from meshwright.configs.run import RunConfig
-from meshwright.parallel.layout import canonical
+from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.core.process_env import World
-from meshwright.train.engine.adapter_views import picked
-from meshwright.train.engine.host_data import to_devices
+from meshwright.train.core.process_env import ProcessInfo
+from meshwright.train.engine.adapter_views import slice_state
+from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
-from meshwright.train.engine.replicas import on_host
+from meshwright.train.engine.replicas import metrics_to_host
 from meshwright.train.infer.import_export import export_adapter, export_run
 from meshwright.train.infer.inference_session import evaluate, generate
 from meshwright.train.run import train
@@ -65,10 +65,10 @@ def _compiled(config_json):
 def _together(config_json, steps):
     config = RunConfig.model_validate_json(config_json)
     program, step = _compiled(config_json)
-    state, seen = program.initialized(), []
+    state, seen = program.initialize(), []
     for batch in batches(config, steps):
-        state, metrics = step(state, to_devices(numbered(config, batch), config, program.mesh))
-        seen.append(on_host(metrics))
+        state, metrics = step(state, make_global_arrays(numbered(config, batch), config, program.mesh))
+        seen.append(metrics_to_host(metrics))
     return seen, jax.device_get(state)
 
 
@@ -81,11 +81,11 @@ def apart(config, name, steps=4):
     """Metrics of every step and the last state of one adapter's run, on its own rows of the same batches."""
     one = alone(config, name)
     program = build(one, make_mesh(one.mesh))
-    state, step, seen = program.initialized(), program.compiled_step(), []
+    state, step, seen = program.initialize(), program.compiled_step(), []
     for batch in batches(config, steps):
         own = {field: array[parts(config)[name]] for field, array in batch.items()}
-        state, metrics = step(state, to_devices(own, one, program.mesh))
-        seen.append(on_host(metrics))
+        state, metrics = step(state, make_global_arrays(own, one, program.mesh))
+        seen.append(metrics_to_host(metrics))
     return seen, state, program
 
 
@@ -118,9 +118,9 @@ def test_together_each_is_the_run_it_is_alone(name, changes):
             np.testing.assert_allclose(all_of_them[f"{name}/{key}"], one[key], rtol=2e-5, err_msg=f"{key}, {number}")
     if not changes:
         assert max(one["grad_norm"] for one in own) > config.optimizer.clip
-    found = picked(state, program.shapes, number=list(ADAPTERS).index(name))
+    found = slice_state(state, program.shapes, number=list(ADAPTERS).index(name))
     for part in ("params", "opt_state", "frozen"):
-        a, b = (canonical({part: getattr(one, part)}, config.model) for one in (last, found))
+        a, b = (to_canonical({part: getattr(one, part)}, config.model) for one in (last, found))
         assert_close(a, b, tolerance=2e-5 if "optimizer" in changes else 2e-6)
 
 
@@ -149,8 +149,8 @@ def test_an_adapter_that_went_wrong_spoils_no_other():
     """Its update is skipped; the others make theirs, to the bit."""
     config = three()
     program, step = _compiled(config.model_dump_json())
-    start = program.initialized()
-    batch = to_devices(numbered(config, batches(config, 1)[0]), config, program.mesh)
+    start = program.initialize()
+    batch = make_global_arrays(numbered(config, batches(config, 1)[0]), config, program.mesh)
     broken = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), start.params)
     spoilt, metrics = step(dataclasses.replace(jax.tree.map(jnp.copy, start), params=broken), batch)
     whole, _ = step(start, batch)
@@ -195,16 +195,16 @@ def root(tmp_path_factory):
 def test_a_run_of_two_is_two_runs(root, tmp_path):
     """From their files to the held-out losses and what PEFT reads, also after a stop; and the order is the file's."""
     config = of_two(root)
-    both = train(config, world=World(), root=root)
+    both = train(config, process_info=ProcessInfo(), root=root)
     shutil.rmtree(root / "two/checkpoints/4")
-    again = train(config, world=World(), root=root)
+    again = train(config, process_info=ProcessInfo(), root=root)
     assert again.metrics["held_out_loss"] == both.metrics["held_out_loss"]
     found = evaluate(root / "two", [])
     names = export_adapter(root / "two", tmp_path / "both")
     written = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
     assert set(names) >= {f"{name}/{file}" for name in config.adapters for file in written}
     name = "letters"  # the second: its rows and its place are not the first ones
-    one = train(alone(config, name), world=World(), root=root)
+    one = train(alone(config, name), process_info=ProcessInfo(), root=root)
     for key in ("loss", "tokens", "held_out_loss", "held_out_bits_per_byte"):
         assert both.metrics[f"{name}/{key}"] == pytest.approx(one.metrics[key], rel=1e-5), key
     assert found[f"{name}/held_out_loss"] == pytest.approx(one.metrics["held_out_loss"], rel=1e-5)
@@ -222,7 +222,7 @@ def test_a_run_of_two_is_two_runs(root, tmp_path):
 @pytest.mark.slow
 def test_one_of_two_is_used_by_its_name(root, tmp_path):
     """Merged and sampled from; several without a name, and a name there is not, are refused."""
-    train(of_two(root), world=World(), root=root)
+    train(of_two(root), process_info=ProcessInfo(), root=root)
     assert generate(root / "two", ["12"], adapter="digits", tokens=2, temperature=0, top_k=None, top_p=None, seed=0)
     names = export_run(root / "two", tmp_path / "merged", limit=10**9, adapter="letters")
     assert "model.safetensors" in names
@@ -249,10 +249,10 @@ def test_each_prefers_by_a_reference_of_its_own_rows(root):
         data=data | {"packing": {"method": "best-fit"}, "held_out": 0.2, "sequence_length": 32},
         logging={"every": 1, "tensorboard": False},
     )
-    found = train(config, world=World(), root=root)
+    found = train(config, process_info=ProcessInfo(), root=root)
     rows = [json.loads(line) for line in (root / "pairs/metrics.jsonl").read_text().splitlines()]
     for name in several:
         assert rows[0][f"{name}/loss"] == pytest.approx(np.log(2), rel=1e-5)
-        one = train(alone(config, name), world=World(), root=root)
+        one = train(alone(config, name), process_info=ProcessInfo(), root=root)
         assert found.metrics[f"{name}/held_out_loss"] == pytest.approx(one.metrics["held_out_loss"], rel=1e-5)
         assert found.metrics[f"{name}/loss"] == pytest.approx(one.metrics["loss"], rel=1e-5)

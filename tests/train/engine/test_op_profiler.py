@@ -4,12 +4,12 @@ import jax
 import pytest
 from support.equivalence import batches, born, tiny
 
-from meshwright.parallel.layout import rearranged
+from meshwright.parallel.layout import reorder_layers
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.pipeline.tables.costs import Costs
 from meshwright.train.engine import op_profiler as module
-from meshwright.train.engine.host_data import to_devices
-from meshwright.train.engine.op_profiler import op_times
+from meshwright.train.engine.host_data import make_global_arrays
+from meshwright.train.engine.op_profiler import measure_costs
 from meshwright.train.engine.program import build
 from meshwright.train.report.pipeline_picture import schedule_picture
 
@@ -21,8 +21,8 @@ def timed():
     """What was run, as (op, repeats, last) of the first device and tick, and the costs."""
     mesh = make_mesh(CONFIG.mesh)
     program = build(CONFIG, mesh)
-    state = jax.device_put(rearranged(born(CONFIG), before=None, after=program.order), program.shardings)
-    batch = to_devices(batches(CONFIG, 1)[0], CONFIG, mesh)
+    state = jax.device_put(reorder_layers(born(CONFIG), before=None, after=program.order), program.shardings)
+    batch = make_global_arrays(batches(CONFIG, 1)[0], CONFIG, mesh)
     ran = []
 
     def seconds(compiled, rows):
@@ -32,7 +32,7 @@ def timed():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "seconds", seconds)
-        return ran, op_times(program, state.params, state.frozen, batch)
+        return ran, measure_costs(program, state.params, state.frozen, batch)
 
 
 def test_every_op_is_run_alone_and_the_idle_time_is_taken_off(timed):

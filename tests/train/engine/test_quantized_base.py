@@ -12,16 +12,16 @@ from support.equivalence import assert_close, assert_same, batches, tiny
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.loader import validated
-from meshwright.models.adapters.attach import merged
+from meshwright.models.adapters.attach import merge_adapters
 from meshwright.models.context import Context
-from meshwright.models.decoder import graph
-from meshwright.models.quantized_model import dequantized
+from meshwright.models.decoder import decoder_graphdef
+from meshwright.models.quantized_model import dequantize_tree
 from meshwright.parallel.hlo import collectives
-from meshwright.parallel.layout import canonical
+from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.core.process_env import World
-from meshwright.train.engine.forward_backward import fresh
-from meshwright.train.engine.host_data import to_devices
+from meshwright.train.core.process_env import ProcessInfo
+from meshwright.train.engine.forward_backward import init_params
+from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 from meshwright.train.infer.inference_session import opened, read
 from meshwright.train.plan.compile_plan import storage_plan
@@ -62,9 +62,9 @@ def after(program, state, steps):
     step, losses = jax.jit(program.step), []
     with jax.set_mesh(program.mesh):
         for batch in batches(program.config, steps):
-            state, metrics = step(state, to_devices(batch, program.config, program.mesh))
+            state, metrics = step(state, make_global_arrays(batch, program.config, program.mesh))
             losses.append(float(metrics["loss"]))
-    return losses, jax.device_get(canonical(state.params, program.config.model))
+    return losses, jax.device_get(to_canonical(state.params, program.config.model))
 
 
 @pytest.mark.parametrize("start", ["zero", pytest.param("loftq", marks=pytest.mark.slow)])
@@ -73,16 +73,16 @@ def test_an_adapter_learns_as_on_the_dequantized_base(start):
     settings = QLORA | {"adapter": {"rank": 4, "start": start}}
     config = tiny(**settings)
     program = build(config, make_mesh(config.mesh))
-    state = program.initialized()
+    state = program.initialize()
     full = tiny(**settings | {"quantization": None, "adapter": {"rank": 4}})
     plain = build(full, program.mesh)
-    frozen = dequantized(state.frozen, config.model, config.quantization, dtype=jnp.float32)
+    frozen = dequantize_tree(state.frozen, config.model, config.quantization, dtype=jnp.float32)
     assert jax.tree.structure(frozen) == jax.tree.structure(plain.shapes.frozen)
     losses, params = after(program, state, 4)
     wanted, others = after(plain, dataclasses.replace(state, frozen=frozen), 4)
     np.testing.assert_allclose(losses, wanted, rtol=1e-6)
     assert_close(params, others, tolerance=1e-6)
-    assert abs(losses[0] - after(plain, plain.initialized(), 1)[0][0]) > 1e-5  # the weights did change
+    assert abs(losses[0] - after(plain, plain.initialize(), 1)[0][0]) > 1e-5  # the weights did change
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_loftq_starts_nearer_to_the_full_weights():
     def error(start):
         config = tiny(model=MODEL, quantization={"format": "int2", "group": 8}, adapter={"rank": 4, "start": start})
         program = build(config, make_mesh(config.mesh))
-        tree = merged(program.plain(program.initialized()), config.model, config.adapter)
+        tree = merge_adapters(program.dequantized_weights(program.initialize()), config.model, config.adapter)
         apart = jax.tree.map(lambda one, other: jnp.linalg.norm(one - other), tree, weights)["segments"]
         return np.array(jax.tree.leaves(apart))
 
@@ -146,11 +146,13 @@ def test_repairing_makes_the_model_what_it_was():
     settings = REPAIR | {"adapter": {"rank": 8}, "optimizer": optimizer, "memory": {"loss_chunks": 4}}
     config = tiny(**settings)
     program = build(config, make_mesh(config.mesh))
-    state = program.initialized()
+    state = program.initialize()
     losses, _ = after(program, state, 40)
     assert losses[-1] < 0.6 * losses[0]
     batch = batches(config, 1)[0]
-    quantized, whole = (dense_logprobs(config.model, tree, batch) for tree in (program.plain(state), None))
+    quantized, whole = (
+        dense_logprobs(config.model, tree, batch) for tree in (program.dequantized_weights(state), None)
+    )
     apart = (np.exp(whole) * (whole - quantized)).sum(-1)
     wanted = (batch["loss_weights"] * apart).sum() / batch["loss_weights"].sum()
     assert losses[0] == pytest.approx(wanted, rel=1e-3)
@@ -159,9 +161,11 @@ def test_repairing_makes_the_model_what_it_was():
 def dense_logprobs(model, tree, batch):
     """log p of the whole vocabulary, of the plain model of `tree` (None: fresh weights)."""
     plain = tiny(model=MODEL)
-    weights = jax.jit(lambda: fresh(plain))() if tree is None else merged(tree, model, tiny(**QLORA).adapter)
+    weights = (
+        jax.jit(lambda: init_params(plain))() if tree is None else merge_adapters(tree, model, tiny(**QLORA).adapter)
+    )
     ctx = Context(positions=jnp.asarray(batch["positions"]), segment_ids=jnp.asarray(batch["segment_ids"]))
-    decoder = nnx.merge(graph(model), weights)
+    decoder = nnx.merge(decoder_graphdef(model), weights)
     hidden, _ = jax.jit(lambda: decoder.hidden(jnp.asarray(batch["tokens"]), ctx))()
     scores = (hidden @ decoder.head_kernel(jnp.float32))[..., : model.vocab]
     return np.asarray(jax.nn.log_softmax(scores))
@@ -207,12 +211,12 @@ def run_config(**changes):
 
 def test_a_run_goes_on_from_its_own_base(tmp_path):
     """On another mesh too; without the base it is refused."""
-    whole = train(run_config(), world=World(), root=tmp_path)
+    whole = train(run_config(), process_info=ProcessInfo(), root=tmp_path)
     shutil.rmtree(tmp_path / "run/checkpoints/4")
-    rest = train(run_config(mesh={"platform": "cpu", **MESH}), world=World(), root=tmp_path)
+    rest = train(run_config(mesh={"platform": "cpu", **MESH}), process_info=ProcessInfo(), root=tmp_path)
     assert rest.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
     program, state = opened(read(tmp_path / "run", []), tmp_path / "run")
-    assert program.plain(state)["segments"]["0"]["0"]["block"]["mlp"]["up"]["kernel"].shape == (2, 16, 32)
+    assert program.dequantized_weights(state)["segments"]["0"]["0"]["block"]["mlp"]["up"]["kernel"].shape == (2, 16, 32)
     shutil.rmtree(tmp_path / "run/base")
     with pytest.raises(UserError, match="the quantized base is gone"):
         opened(read(tmp_path / "run", []), tmp_path / "run")

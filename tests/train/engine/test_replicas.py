@@ -13,9 +13,9 @@ import pytest
 from support.equivalence import assert_same, batches, born, tiny
 
 from meshwright.parallel.hlo import collectives
-from meshwright.parallel.layout import canonical_replicas, from_canonical_replicas
+from meshwright.parallel.layout import from_canonical_replicas, to_canonical_replicas
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.engine.host_data import to_devices
+from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 
 OUTERS = {
@@ -111,7 +111,7 @@ def test_meetings_on_a_mesh_are_those_on_one_device(outer):
     random = np.random.default_rng(0)
     drawn = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(leaf.dtype), alone.shapes)
     states = [jax.device_put(drawn, program.shardings, may_alias=False) for program in (alone, wide)]
-    meets = [program.compiled_meetings() for program in (alone, wide)]
+    meets = [program.compiled_synchronization() for program in (alone, wide)]
     for update in range(1, 8):
         states = [meet(state, update) for meet, state in zip(meets, states, strict=True)]
     for expected, found in zip(jax.tree.leaves(states[0]), jax.tree.leaves(states[1]), strict=True):
@@ -151,7 +151,7 @@ def met(outer):
     program = program_of(outer, replica=4)
     random = np.random.default_rng(0)
     drawn = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(leaf.dtype), program.shapes)
-    state, meet = jax.device_put(drawn, program.shardings, may_alias=False), program.compiled_meetings()
+    state, meet = jax.device_put(drawn, program.shardings, may_alias=False), program.compiled_synchronization()
     for update in range(2, 42, 2):
         state = meet(state, update)
     return jax.tree.leaves((state.params, state.outer))
@@ -177,11 +177,11 @@ def stepped(config, rows):
     """The parameters that the run stands for, after each of `rows` batches."""
     program = build(config, make_mesh(config.mesh))
     state = jax.device_put(born(config), program.shardings, may_alias=False)
-    step, meet, seen = program.compiled_step(), program.compiled_meetings(), []
+    step, meet, seen = program.compiled_step(), program.compiled_synchronization(), []
     for number, batch in enumerate(rows, 1):
-        state, _ = step(state, to_devices(batch, config, program.mesh))
+        state, _ = step(state, make_global_arrays(batch, config, program.mesh))
         state = meet(state, number)
-        seen.append(jax.device_get(program.evaluated(state)))
+        seen.append(jax.device_get(program.eval_params(state)))
     return seen
 
 
@@ -191,11 +191,11 @@ def test_a_replica_that_is_not_finite_keeps_its_parameters_until_the_others_meet
     batch = batches(config, 1)[0]
     batch["loss_weights"][4:] *= np.nan  # the second replica's rows
     state = jax.device_put(before, program.shardings, may_alias=False)
-    after, metrics = compiled_step()(state, to_devices(batch, config, program.mesh))
+    after, metrics = compiled_step()(state, make_global_arrays(batch, config, program.mesh))
     assert metrics["skipped"].tolist() == [False, True]
     kernel = lambda state: np.asarray(state.params["head"]["kernel"])
     assert [np.array_equal(*pair) for pair in zip(kernel(before), kernel(after), strict=True)] == [False, True]
-    met = kernel(program.compiled_meetings()(after, 2))
+    met = kernel(program.compiled_synchronization()(after, 2))
     assert np.isfinite(met).all() and np.array_equal(met[0], met[1])
 
 
@@ -211,5 +211,5 @@ def test_canonical_names_say_whose_an_array_is_and_lead_back():
     params = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype("f"), program.shapes.params)
     params["head"]["kernel"][..., 61:] = 0  # padding has no canonical place
     params["embed"]["embedding"][:, 61:] = 0
-    back = from_canonical_replicas(canonical_replicas(params, model, replicas=2), params, model, replicas=2)
+    back = from_canonical_replicas(to_canonical_replicas(params, model, replicas=2), params, model, replicas=2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, back)

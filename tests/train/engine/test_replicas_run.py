@@ -37,7 +37,7 @@ def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        return root, train(small(), world=ProcessInfo(), root=root)
+        return root, train(small(), process_info=ProcessInfo(), root=root)
 
 
 def rows(root):
@@ -50,7 +50,7 @@ def test_going_on_between_two_meetings_is_the_same_run_bit_for_bit(whole, tmp_pa
     shutil.copytree(root / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    again = train(small(), world=ProcessInfo(), root=tmp_path)
+    again = train(small(), process_info=ProcessInfo(), root=tmp_path)
     seen = {row["step"]: row["loss"] for row in rows(tmp_path) if "loss" in row}
     assert (
         seen == {row["step"]: row["loss"] for row in rows(root) if row["step"] > 3 and "loss" in row} and len(seen) == 3
@@ -75,4 +75,4 @@ def test_another_number_of_replicas_or_another_rule_is_another_run(whole):
         ({"outer": {"name": "diloco", "every": 2}}, "outer.fragments"),
     ):
         with pytest.raises(UserError, match=f"{key}="):
-            train(small(**changes), world=ProcessInfo(), root=whole[0])
+            train(small(**changes), process_info=ProcessInfo(), root=whole[0])

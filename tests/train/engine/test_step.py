@@ -10,13 +10,13 @@ from support.equivalence import born, tiny
 from meshwright.configs.sections.training import OptimizerConfig
 from meshwright.memory import jaxpr_stats
 from meshwright.parallel.gradients import Sums
-from meshwright.parallel.layout import canonical
+from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.state import TrainState
 from meshwright.train.engine.program import build
-from meshwright.train.engine.step import make_applied, make_step
+from meshwright.train.engine.step import make_step, make_update
 from meshwright.train.optim import optimizers
-from meshwright.train.optim.optimizer_update import guarded
+from meshwright.train.optim.optimizer_update import skip_if_unhealthy
 
 NAN, INF = float("nan"), float("inf")
 
@@ -35,7 +35,9 @@ def run(*batches, spike=None, weight=2.0):
     rng = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.int32(0), params, {}, optimizer.init(params), (), rng)
     schedule = optimizers.schedule(section, steps=10)
-    step = jax.jit(make_step(given, make_applied(guarded(optimizer), schedule=schedule, spike=spike), dropout=False))
+    step = jax.jit(
+        make_step(given, make_update(skip_if_unhealthy(optimizer), schedule=schedule, spike=spike), dropout=False)
+    )
     seen = [(state, None)]
     for loss, gradient in batches:
         numbers = {"loss": loss, "gradient": gradient, "weight": weight}
@@ -61,7 +63,9 @@ def test_a_spike_is_measured_by_the_mean_before_it_and_skipped():
     _, (first, one), (before, _), (after, metrics), (_, fine) = run((1, 1), (1, 1), (1, 3.03), (1, 2.9), spike=3.0)
     assert not one["skipped"] and bool(metrics["skipped"]) and not fine["skipped"]
     assert same((before.params, before.opt_state), (after.params, after.opt_state))
-    assert float(optimizers.mean_norm(first.opt_state)) == pytest.approx(1.0)  # 2 x 2 elements of 1, by a weight of 2
+    assert float(optimizers.mean_gradient_norm(first.opt_state)) == pytest.approx(
+        1.0
+    )  # 2 x 2 elements of 1, by a weight of 2
 
 
 def test_metrics_are_sums_over_the_weight():
@@ -80,10 +84,10 @@ def test_a_batch_without_a_target_moves_nothing():
 def test_a_state_is_born_sharded_and_the_same_on_every_mesh():
     config = tiny(mesh={"data": 2, "fsdp": 2, "tensor": 2})
     program = build(config, make_mesh(config.mesh))
-    state = program.initialized()
+    state = program.initialize()
     for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(program.shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
-    expected, found = (canonical(jax.device_get(one), config.model) for one in (born(config), state))
+    expected, found = (to_canonical(jax.device_get(one), config.model) for one in (born(config), state))
     assert expected.keys() == found.keys()
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, atol=1e-7, err_msg=name)

@@ -13,10 +13,10 @@ from meshwright.configs.errors import UserError
 from meshwright.configs.huggingface import config_json
 from meshwright.configs.loader import dump, merged
 from meshwright.train.cli.main import app
-from meshwright.train.core.process_env import World
+from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
 from meshwright.train.data.tokenizer import tokenizer_for
-from meshwright.train.engine.forward_backward import fresh
+from meshwright.train.engine.forward_backward import init_params
 from meshwright.train.infer.draft_data import Asked, beginnings, held_out_beginnings, measured, write
 from meshwright.train.infer.sampling import GREEDY
 from meshwright.train.run import train
@@ -35,7 +35,7 @@ def target(tmp_path_factory):
     """The directory of a model that reads bytes."""
     directory = tmp_path_factory.mktemp("target")
     config = tiny(model={"vocab": 264, "embed": 24}, seed=3)
-    weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda: fresh(config))())
+    weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda: init_params(config))())
     huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
     tree = config_json(config.model, positions=64, dtype="float32")
     (directory / "config.json").write_text(json.dumps(tree))
@@ -81,11 +81,11 @@ def test_a_target_writes_what_its_draft_learns_and_then_keeps_more_of(tmp_path, 
     assert all(any(line.startswith(row["prompt"]) for line in LINES) and row["completion"] for row in rows)
     with pytest.raises(UserError, match="nothing is overwritten"):
         write(config, target, file, FEW)
-    train(config, world=World(), root=tmp_path)
+    train(config, process_info=ProcessInfo(), root=tmp_path)
     before, *_ = measured(tmp_path / "draft", None, [], ahead=3, asked=FEW)
     learning = {"optimizer": {"learning_rate": 0.01, "schedule": "constant", "weight_decay": 0.0}, "steps": 120}
     own = {"path": str(file), "format": "prompt-completion", "held_out": 0.0}
-    train(run_of(tmp_path, target, name="aligned", data=own, **learning), world=World(), root=tmp_path)
+    train(run_of(tmp_path, target, name="aligned", data=own, **learning), process_info=ProcessInfo(), root=tmp_path)
     prompts = [row["prompt"] for row in rows[:5]]
     after, begun, texts = measured(tmp_path / "aligned", target, prompts, ahead=3, asked=FEW)
     assert begun == prompts and len(texts) == 5
@@ -100,7 +100,7 @@ def test_both_are_typed(tmp_path, target, monkeypatch):
     words = ["data", "continue", "mine.yaml", "texts.jsonl", "--texts", "3", "--prompt-tokens", "4", "--tokens", "5"]
     said = CliRunner().invoke(app, words, catch_exceptions=False).output
     assert f"texts.jsonl: 3 texts by {target}" in said and "cut after 5 tokens" in said
-    train(config, world=World(), root=tmp_path / "runs")
+    train(config, process_info=ProcessInfo(), root=tmp_path / "runs")
     words = ["speculate", "runs/draft", "12 is", "--tokens", "8", "--ahead", "2", "--temperature", "0"]
     said = CliRunner().invoke(app, words, catch_exceptions=False).output
     assert said.startswith("12 is") and "tokens a pass; it kept" in said

@@ -193,7 +193,7 @@ def test_weights_rounded_once_are_the_weights_rounded_at_every_use():
 
     @jax.jit
     def hidden(params):
-        ctx = Context(positions=jnp.arange(tokens.shape[1])[None], compute=jnp.bfloat16)
+        ctx = Context(positions=jnp.arange(tokens.shape[1])[None], compute_dtype=jnp.bfloat16)
         return nnx.merge(program.graph, params).hidden(tokens, ctx)[0]
 
     small = rounded(params, jnp.bfloat16)

@@ -10,7 +10,7 @@ from support.equivalence import tiny
 from meshwright.configs.errors import UserError
 from meshwright.configs.loader import merged
 from meshwright.train.core.event_log import read_events
-from meshwright.train.core.process_env import World
+from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
 from meshwright.train.data.chat import find_template
 from meshwright.train.data.tokenizer import byte_tokenizer
@@ -51,8 +51,8 @@ def test_a_conversation_is_learned_to_its_end(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.chdir(tmp_path)
     config = run_of(tmp_path, evaluation={"metrics": ["scoring:length"]})
-    summary = train(config, world=World(), root=tmp_path / "runs")
-    assert summary.first["held_out_exact_match"] == 0 and summary.metrics["held_out_exact_match"] == 1
+    summary = train(config, process_info=ProcessInfo(), root=tmp_path / "runs")
+    assert summary.initial_metrics["held_out_exact_match"] == 0 and summary.metrics["held_out_exact_match"] == 1
     assert summary.metrics["longest"] == 2
     samples = {
         event["step"]: event["text"] for event in read_events(tmp_path / "runs/run") if event["event"] == "sample"

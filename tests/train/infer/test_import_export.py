@@ -12,9 +12,9 @@ from support.equivalence import tiny
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.loader import dump, parse, validated
-from meshwright.parallel.layout import canonical
+from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.core.process_env import World
+from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data.tokenizer import byte_tokenizer
 from meshwright.train.engine.program import build
 from meshwright.train.infer.import_export import export_run, import_directory
@@ -60,7 +60,7 @@ def test_training_starts_from_the_weights_on_any_mesh():
             "model": {"from": str(FIXTURES / "qwen3"), "vocab_multiple": 8},
         }
         config = validated(tree)
-        params = canonical(build(config, make_mesh(config.mesh)).initialized().params, config.model)
+        params = to_canonical(build(config, make_mesh(config.mesh)).initialize().params, config.model)
         np.testing.assert_array_equal(params["embed/embedding"], made["model.embed_tokens.weight"])
         down = made["model.layers.1.mlp.down_proj.weight"].T
         np.testing.assert_array_equal(jax.device_get(params["layers/1/mlp/down/kernel"]), down)
@@ -73,7 +73,7 @@ def test_the_origin_fills_the_configuration_and_is_needed_once(tmp_path):
         | {"logging": {"tensorboard": False}}
     )
     with pytest.raises(UserError, match="leave the sizes to config"):
-        train(config, world=World(), root=tmp_path)
+        train(config, process_info=ProcessInfo(), root=tmp_path)
     alone = validated({"model": {"from": str(FIXTURES / "llama2")}})
     assert alone.data.tokenizer.file == str(FIXTURES / "llama2") and alone.model.vocab == 61
     tree = parse(dump(alone), origin="config.yaml")

@@ -13,9 +13,9 @@ import pytest
 from support.equivalence import TINY
 
 from meshwright.configs.loader import dump, merged, validated
-from meshwright.train.core.process_env import World
+from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.infer import inference_session
-from meshwright.train.launch.local_islands import meeting_place
+from meshwright.train.launch.local_islands import serve_rendezvous
 from meshwright.train.report.merge_islands import merge
 from meshwright.train.run import train
 
@@ -91,7 +91,7 @@ class Group:
 
 @contextmanager
 def group(root, **changes):
-    with meeting_place() as address:
+    with serve_rendezvous() as address:
         made = Group(root, address, **changes)
         try:
             yield made
@@ -103,7 +103,7 @@ def group(root, **changes):
 
 def state_of(directory):
     program, state = inference_session.opened(inference_session.read(directory, []), directory)
-    return jax.device_get((program.evaluated(state), state.params))
+    return jax.device_get((program.eval_params(state), state.params))
 
 
 def distance(one, other):
@@ -113,7 +113,7 @@ def distance(one, other):
 def on_a_mesh(root, rule, count, **more):
     """The same run on a mesh of replicas: what is evaluated, and every replica's parameters."""
     changes = {"mesh": {"replica": count}, "outer": RULES[rule], "name": "mesh"}
-    train(validated(merged(merged(BASE, changes), more)), world=World(), root=root)
+    train(validated(merged(merged(BASE, changes), more)), process_info=ProcessInfo(), root=root)
     return state_of(root / "mesh")
 
 
@@ -137,7 +137,7 @@ def test_islands_of_unlike_shape_are_the_replicas_of_a_mesh_and_refuse_a_strange
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
     assert (
-        inference_session.evaluate(inference_session.newest(run), []).keys() >= {"held_out_loss"}
+        inference_session.evaluate(inference_session.newest_island(run), []).keys() >= {"held_out_loss"}
         and (run / "report.html").exists()
     )
 
@@ -184,5 +184,5 @@ def test_one_of_three_is_killed_and_another_stopped_and_all_end_together(tmp_pat
 def test_the_directory_of_all_leads_to_the_newest_island(tmp_path):
     for number, step in ((0, 4), (1, 8)):
         (tmp_path / f"island-{number}" / "checkpoints" / str(step)).mkdir(parents=True)
-    assert inference_session.newest(tmp_path) == tmp_path / "island-1"
-    assert inference_session.newest(tmp_path / "island-0") == tmp_path / "island-0"
+    assert inference_session.newest_island(tmp_path) == tmp_path / "island-1"
+    assert inference_session.newest_island(tmp_path / "island-0") == tmp_path / "island-0"

@@ -8,11 +8,11 @@ import pytest
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.islands import IslandsConfig
-from meshwright.parallel.transport.payload_server import Office, Peer, Settings
-from meshwright.train.core.rendezvous import Client, Refused
+from meshwright.parallel.transport.payload_server import PayloadServer, Peer, ServerSettings
+from meshwright.train.core.rendezvous import Client, NotAMember
 from meshwright.train.islands import quorum
-from meshwright.train.islands.membership import Group
-from meshwright.train.launch.local_islands import meeting_place
+from meshwright.train.islands.membership import IslandGroup
+from meshwright.train.launch.local_islands import serve_rendezvous
 
 QUICK = {"patience": 2, "timeout": 2, "deadline": 5, "retries": 1, "ttl": 1, "gather": 5, "staleness": 9, "count": 3}
 
@@ -21,14 +21,16 @@ QUICK = {"patience": 2, "timeout": 2, "deadline": 5, "retries": 1, "ttl": 1, "ga
 def opened():
     """Opens islands by number: `islands = opened(0, 1, 2)`, all of which have begun."""
     with ExitStack() as stack:
-        address = stack.enter_context(meeting_place())
+        address = stack.enter_context(serve_rendezvous())
 
         def member(number, **changes):
-            office = Office(f"island-{number}", fingerprint="one", description={}, settings=Settings(2.0, 0.2, 1))
+            office = PayloadServer(
+                f"island-{number}", fingerprint="one", description={}, settings=ServerSettings(2.0, 0.2, 1)
+            )
             stack.callback(office.close)
             islands = IslandsConfig(**QUICK | changes, meet=address)
             bad = lambda name, payload: "not finite" if payload == b"nan" else None
-            made = Group(office, islands, address=f"127.0.0.1:{office.port}", problem=bad)
+            made = IslandGroup(office, islands, address=f"127.0.0.1:{office.port}", find_problem=bad)
             stack.callback(made.leave)
             return made
 
@@ -113,7 +115,7 @@ def test_an_exchange_that_was_decided_has_one_result_however_often_it_is_asked_f
 
 
 def test_what_the_others_did_long_ago_is_not_decided_anew(opened, monkeypatch):
-    monkeypatch.setattr(quorum, "REMEMBERED", 4)
+    monkeypatch.setattr(quorum, "MAX_DECISIONS", 4)
     first, asleep = opened(0, 1, patience=0.1)
     meet = lambda one, update: one.average(f"send-0 {update}", b"1", update=update, history="")
     swap = lambda one, update: one.pair(f"meet {update}", b"1", update=update, seed=0)
@@ -125,7 +127,7 @@ def test_what_the_others_did_long_ago_is_not_decided_anew(opened, monkeypatch):
 
 
 def test_a_rendezvous_that_outlives_a_run_does_not_answer_the_next_one_with_its_decisions(opened, monkeypatch):
-    monkeypatch.setattr(quorum, "REMEMBERED", 4)
+    monkeypatch.setattr(quorum, "MAX_DECISIONS", 4)
     earlier = opened(0, 1)
     for update in range(3, 9):
         average(earlier, letters(earlier), key=f"meet {update}", update=update)
@@ -141,7 +143,7 @@ def test_one_that_was_given_up_comes_back_under_its_name_at_whichever_of_its_thr
     with Client(one._islands.meet, one.name) as client:
         for _ in range(20):
             client.ticket = one.ticket
-            with suppress(Refused):
+            with suppress(NotAMember):
                 client.leave()
             assert at_once(lambda one: one._rejoin(), [one] * 4) == [None] * 4
     one.tell(step=1)
@@ -226,14 +228,16 @@ def test_a_number_that_is_given_twice_ends_the_first_job(opened):
 
 def test_without_the_rendezvous_a_meeting_is_skipped_in_time():
     with ExitStack() as stack:
-        with meeting_place() as address:
-            office = Office("island-0", fingerprint="one", description={}, settings=Settings(1.0, 0.2, 1))
+        with serve_rendezvous() as address:
+            office = PayloadServer("island-0", fingerprint="one", description={}, settings=ServerSettings(1.0, 0.2, 1))
             stack.callback(office.close)
             islands = IslandsConfig(**QUICK | {"deadline": 1}, meet=address)
-            group = Group(office, islands, address=f"127.0.0.1:{office.port}", problem=lambda name, payload: None)
+            group = IslandGroup(
+                office, islands, address=f"127.0.0.1:{office.port}", find_problem=lambda name, payload: None
+            )
             stack.callback(group.leave)
         began = time.monotonic()
         met = group.average("meet 3", b"x", update=3, history="")
-        assert met.kind == "skipped" and "rendezvous" in met.lost and 1 < time.monotonic() - began < 8
+        assert met.kind == "skipped" and "rendezvous" in met.failures and 1 < time.monotonic() - began < 8
         began = time.monotonic()  # it was waited for once
         assert group.average("meet 6", b"x", update=6, history="").kind == "skipped" and time.monotonic() - began < 0.5

@@ -6,14 +6,22 @@ from contextlib import suppress
 
 import pytest
 
-from meshwright.train.core.rendezvous import Client, Refused, Room, joined, left
-from meshwright.train.islands.quorum import Alive, Arbiter, Question, begun, counted, listed, met
-from meshwright.train.launch.local_islands import meeting_place
+from meshwright.train.core.rendezvous import Client, MembershipStore, NotAMember, join_member, remove_member
+from meshwright.train.islands.quorum import (
+    LiveMember,
+    Question,
+    QuorumService,
+    decide_participants,
+    decide_roster,
+    decide_start,
+    decide_votes,
+)
+from meshwright.train.launch.local_islands import serve_rendezvous
 
 
 def alive(*names, **changes):
     base = {"ticket": 1, "step": 10, "active": True, "finished": False, "address": "x:1"}
-    return {name: Alive(**{**base, **changes.get(name, {})}) for name in names}
+    return {name: LiveMember(**{**base, **changes.get(name, {})}) for name in names}
 
 
 def asked(since=0.0, **said):
@@ -21,7 +29,9 @@ def asked(since=0.0, **said):
 
 
 def present(question, there, *, now=1.0, **rules):
-    found = met(question, there, **{"update": 10, "staleness": 5, "patience": 60, "minimum": 1, **rules}, now=now)
+    found = decide_participants(
+        question, there, **{"update": 10, "staleness": 5, "patience": 60, "minimum": 1, **rules}, now=now
+    )
     return found and sorted(found["members"])
 
 
@@ -68,7 +78,7 @@ COUNTS = {
 def test_what_counts_is_what_every_voter_has(case):
     question, rules, wanted = COUNTS[case]
     members, there = dict.fromkeys("abc", 1), alive(*rules.pop("there", "abc"), **rules.pop("lives", {}))
-    found = counted(
+    found = decide_votes(
         question, members, there, **{"policy": "average", "minimum": 1, "patience": 9.0, "now": 1.0} | rules
     )
     assert (found and "".join(found["count"])) == wanted
@@ -79,22 +89,24 @@ def test_what_counts_is_what_every_voter_has(case):
 def test_the_first_begin_together_from_the_farthest_and_latecomers_from_who_has_begun():
     said = {"a": {"step": 4, "version": "x"}, "b": {"step": 8, "version": "y"}, "c": {"step": 8, "version": "y"}}
     question, there = asked(**said), alive("a", "b", "c", **{name: {"active": False} for name in "abc"})
-    assert begun(question, there, count=4, gather=60, now=1) is None
-    assert begun(question, there, count=3, gather=60, now=1) == {"sources": ["b", "c"], "together": True}
-    assert begun(question, there, count=4, gather=60, now=61)["sources"] == ["b", "c"]
-    assert begun(asked(d={}), alive("a", "d", d={"active": False}), count=4, gather=60, now=1) == {"sources": ["a"]}
+    assert decide_start(question, there, count=4, gather=60, now=1) is None
+    assert decide_start(question, there, count=3, gather=60, now=1) == {"sources": ["b", "c"], "together": True}
+    assert decide_start(question, there, count=4, gather=60, now=61)["sources"] == ["b", "c"]
+    assert decide_start(asked(d={}), alive("a", "d", d={"active": False}), count=4, gather=60, now=1) == {
+        "sources": ["a"]
+    }
 
 
 def test_a_roster_waits_for_nobody():
     there = alive("a", "b", "c", "d", b={"step": 4}, c={"finished": True}, d={"active": False})
-    assert sorted(listed(there, "a", update=10, staleness=5)["members"]) == ["a"]
-    assert sorted(listed(there, "b", update=4, staleness=5)["members"]) == ["a", "b"]
+    assert sorted(decide_roster(there, "a", update=10, staleness=5)["members"]) == ["a"]
+    assert sorted(decide_roster(there, "b", update=4, staleness=5)["members"]) == ["a", "b"]
 
 
 def test_all_who_ask_are_given_one_answer_and_a_stranger_none():
     rules = {"update": 2, "staleness": 9, "patience": 20.0, "minimum": 1, "history": ""}
     answers = {}
-    with meeting_place() as address:
+    with serve_rendezvous() as address:
 
         def ask(name):
             with Client(address, name, ttl=9.0) as client:
@@ -106,7 +118,7 @@ def test_all_who_ask_are_given_one_answer_and_a_stranger_none():
         threads = [threading.Thread(target=ask, args=(name,)) for name in "abc"]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
-        with Client(address, "d") as client, pytest.raises(Refused, match="d of epoch -1 is not a member"):
+        with Client(address, "d") as client, pytest.raises(NotAMember, match="d of epoch -1 is not a member"):
             client.ask("present", within=5.0, key="meet 4", **rules)
     assert answers["a"] == answers["b"] == answers["c"] and sorted(answers["a"]["members"]) == ["a", "b", "c"]
 
@@ -114,23 +126,23 @@ def test_all_who_ask_are_given_one_answer_and_a_stranger_none():
 def test_a_question_whose_askers_have_gone_is_asked_anew():
     """Else who comes an hour later is told at once that it has waited long enough."""
     now = [0.0]
-    room = Room(lambda: now[0])
-    arbiter, told = Arbiter(room, lambda: now[0]), []
+    room = MembershipStore(lambda: now[0])
+    arbiter, told = QuorumService(room, lambda: now[0]), []
 
     def ask(ticket):
-        with suppress(Refused):
+        with suppress(NotAMember):
             said = {"name": "a", "ticket": ticket, "step": 0, "version": "v", "count": 2, "gather": 60.0, "run": "r"}
             told.append(arbiter.enter(said))
 
     def come():
-        ticket = room.change(lambda m, at: joined(m, "a", now=at, ttl=1e9)).members["a"].ticket
+        ticket = room.change(lambda m, at: join_member(m, "a", now=at, ttl=1e9)).members["a"].ticket
         waits = threading.Thread(target=ask, args=(ticket,))
         waits.start()
         time.sleep(0.2)
         return ticket, waits
 
     first, waits = come()
-    room.change(lambda m, at: left(m, "a", first))
+    room.change(lambda m, at: remove_member(m, "a", first))
     waits.join()
     now[0] = 3600.0
     _, waits = come()

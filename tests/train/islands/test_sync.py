@@ -11,13 +11,13 @@ import pytest
 from jax.experimental import multihost_utils
 
 from meshwright.configs.errors import Preempted
-from meshwright.parallel.transport.payload_server import Counters
+from meshwright.parallel.transport.payload_server import TransferCounters
 from meshwright.train import loop as loops
 from meshwright.train.core.event_log import Journal, read_events
-from meshwright.train.core.sample_log import Ledger, read_ledger
+from meshwright.train.core.sample_log import SampleLog, read_sample_log
 from meshwright.train.islands import agreed_wait
 from meshwright.train.islands import sync as module
-from meshwright.train.islands.sync import Meetings, Moved, Pending
+from meshwright.train.islands.sync import IslandSync, PendingRound, StateReplaced
 from meshwright.train.loop import Loop
 from meshwright.train.preemption import StopRequest
 
@@ -38,17 +38,17 @@ class Group:
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(agreed_wait, "NEWS", 0.01)
-    monkeypatch.setattr(agreed_wait, "HURRY", 0.05)
+    monkeypatch.setattr(agreed_wait, "REPORT_SECONDS", 0.01)
+    monkeypatch.setattr(agreed_wait, "STOP_GRACE_SECONDS", 0.05)
 
 
 def meetings(directory, *, alive=lambda phase: None, stop=lambda update: False, patience=60.0):
     island = Some(outer=Some(meetings=[Some(name="meet", needs=None)]), in_order=lambda tree: tree)
     config = Some(outer=Some(name="diloco"), islands=Some(patience=patience, gather=60.0, deadline=60.0))
     program = Some(replicas=island, config=config, traffic=None, evaluated=lambda state: state)
-    mail = Some(group=Group(), counters=Counters(), wanted=set(), giving=lambda: False)
-    made = Meetings(program, mail, Journal(directory), alive=alive, stop=stop)
-    made.measured = lambda step: {}
+    mail = Some(group=Group(), counters=TransferCounters(), wanted=set(), giving=lambda: False)
+    made = IslandSync(program, mail, Journal(directory), report_waiting=alive, should_stop=stop)
+    made.traffic_metrics = lambda step: {}
     return made
 
 
@@ -74,9 +74,9 @@ def test_each_sign_of_life_of_one_who_waits_is_news_though_nothing_arrives(tmp_p
 def test_one_who_is_asked_to_stop_gives_a_meeting_up_and_keeps_its_state(tmp_path, quick):
     asked = []
     one = meetings(tmp_path, stop=lambda update: asked.append(update) or len(asked) > 2)
-    one._pending["meet"] = Pending(Some(name="meet"), 3, Future(), [])  # never ends
+    one._pending["meet"] = PendingRound(Some(name="meet"), 3, Future(), [])  # never ends
     began = time.monotonic()
-    assert one.settled("state") == "state" and time.monotonic() - began < 5
+    assert one.drain("state") == "state" and time.monotonic() - began < 5
     assert [(event["event"], event["lost"]) for event in read_events(tmp_path)] == [
         ("meeting-skipped", {"all": "asked to stop"})
     ]
@@ -96,7 +96,7 @@ def test_one_who_is_asked_to_stop_at_the_end_waits_for_nobody(tmp_path):
 def test_one_who_has_finished_stays_until_a_state_that_it_gives_has_arrived(tmp_path):
     one = meetings(tmp_path, patience=0.0)
     until = time.monotonic() + 0.5
-    one._mail.giving = lambda: time.monotonic() < until
+    one._mail.is_sending = lambda: time.monotonic() < until
     one.finish({}, 7)
     assert until <= time.monotonic() < until + 5
 
@@ -112,14 +112,14 @@ def test_several_processes_stop_at_one_question_and_for_good(monkeypatch):
 def test_updates_made_before_an_island_took_anothers_state_are_told_and_judged(tmp_path, monkeypatch):
     monkeypatch.setattr(loops, "to_devices", lambda rows, config, mesh: rows)
     config = Some(steps=5, logging=Some(profile=Some(start=0, steps=0), on_nan="stop"))
-    ledger, told = Ledger(tmp_path, epoch=1, process=0, processes=1, enabled=True), []
+    ledger, told = SampleLog(tmp_path, epoch=1, process=0, processes=1, enabled=True), []
     nothing = lambda *words: None
     quiet = Some(enters=nothing, report=nothing, poll=nothing, began=nothing)
 
     def meet(state, number):
         told.append(f"meet {number}")
         if number == 3:
-            raise Moved(state, 4)
+            raise StateReplaced(state, 4)
         return state
 
     class Told(Loop):
@@ -139,13 +139,13 @@ def test_updates_made_before_an_island_took_anothers_state_are_told_and_judged(t
 
         def read(self, pending):
             if pending is not None:
-                self.ledger.applied(pending[0])
+                self.ledger.record_update(pending[0])
                 told.append(pending[0])
 
     Told().to_the_end("state", 0)
     # An update is read before others are waited for: that time is the next one's.
     assert told == ["meet 1", 1, "meet 2", 2, "meet 3", 3, "meet 5", 5]
-    assert [line.get("step", -1) for line in read_ledger(tmp_path)[0]] == [-1, 1, 2, 3, -1, 5]
+    assert [line.get("step", -1) for line in read_sample_log(tmp_path)[0]] == [-1, 1, 2, 3, -1, 5]
 
 
 def test_an_island_that_goes_back_takes_its_checkpoints_and_notes_along(tmp_path):

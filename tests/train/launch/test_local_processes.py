@@ -10,10 +10,10 @@ import pytest
 
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
-from meshwright.train.launch import local_processes
 from meshwright.train.launch.job import Job
-from meshwright.train.launch.launchers import launch_here
+from meshwright.train.launch.launchers import launch_local
 
+pytestmark = pytest.mark.usefixtures("idle_coordination_service")
 WORKER = (
     "import os, signal, sys, time; number = int(os.environ['MESHWRIGHT_PROCESS']);"
     "open(f'{sys.argv[1]}/{number}', 'w').write(str(os.getpid()));"
@@ -21,32 +21,26 @@ WORKER = (
 )
 
 
-@pytest.fixture(autouse=True)
-def coordination(monkeypatch):
-    """No worker here speaks JAX."""
-    monkeypatch.setattr(local_processes, "COORDINATOR_HOST", [sys.executable, "-c", "import time; time.sleep(600)"])
-
-
 def run(directory, body, **options):
     """Three workers, started once: a failure is final."""
     command = [sys.executable, "-c", WORKER + body, str(directory)]
-    launch_here(Job("run", command, 3, directory / "run", ElasticConfig(restarts=0, **options)))
+    launch_local(Job("run", command, 3, directory / "run", ElasticConfig(restarts=0, **options)))
 
 
 def alive(directory):
-    """Workers that are still there."""
-    found = []
+    """Names of the workers that are still there."""
+    names = []
     for file in directory.iterdir():
         try:
             os.kill(int(file.read_text()), 0)
-            found.append(file.name)
+            names.append(file.name)
         except ProcessLookupError:
             pass
-    return found
+    return names
 
 
-def ask(directory):
-    """SIGTERM to this process, the supervisor's, once all workers are there."""
+def stop_when_started(directory):
+    """Send SIGTERM to this process, the supervisor's, once all workers are there."""
     while len(list(directory.iterdir())) < 3:
         time.sleep(0.02)
     time.sleep(0.5)
@@ -67,7 +61,7 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize(("body", "error", "message"), OUTCOMES.values(), ids=OUTCOMES)
-def test_the_outcome_of_all(tmp_path, body, error, message):
+def test_exit_codes_decide_the_outcome_and_no_worker_is_left(tmp_path, body, error, message):
     if error is None:
         run(tmp_path, body)
     else:
@@ -76,16 +70,16 @@ def test_the_outcome_of_all(tmp_path, body, error, message):
     assert {file.name for file in tmp_path.iterdir()} == {"0", "1", "2"} and not alive(tmp_path)
 
 
-def test_a_worker_deaf_to_sigterm_is_killed(tmp_path):
-    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-    threading.Thread(target=ask, args=(tmp_path,)).start()
+def test_a_worker_that_ignores_sigterm_is_killed(tmp_path):
+    ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    threading.Thread(target=stop_when_started, args=(tmp_path,)).start()
     with pytest.raises(MeshwrightError, match=r"processes \[0, 1, 2\] did not stop when asked, within 0.5 s"):
-        run(tmp_path, deaf + "time.sleep(600)", grace=0.5)
+        run(tmp_path, ignore + "time.sleep(600)", grace=0.5)
     assert not alive(tmp_path)
 
 
-def test_sigterm_reaches_all_and_means_start_me_again(tmp_path):
-    threading.Thread(target=ask, args=(tmp_path,)).start()
+def test_sigterm_stops_all_workers_and_is_a_preemption(tmp_path):
+    threading.Thread(target=stop_when_started, args=(tmp_path,)).start()
     with pytest.raises(Preempted, match="run the same command to go on"):
         run(tmp_path, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(600)")
     assert not alive(tmp_path)

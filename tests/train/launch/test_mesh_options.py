@@ -6,24 +6,28 @@ import pytest
 from support.equivalence import assert_same, tiny
 
 from meshwright.configs.errors import UserError
-from meshwright.train.launch.drain import drain, drained
-from meshwright.train.launch.mesh_options import Formation, formations, team
-from meshwright.train.launch.regroup import Regroup
+from meshwright.configs.sections.fault_tolerance import ElasticConfig
+from meshwright.train.launch.drain import drain, read_drained
+from meshwright.train.launch.mesh_options import MeshOption, choose_assignment, mesh_options
+from meshwright.train.launch.regroup import Regrouping
 
 TREE = {"mesh": {"data": 4, "platform": "cpu"}, "microbatches": 2, "data": {"global_batch": 16}}
 
 
-def written(config, **options):
-    return [(one.processes, one.mesh, one.words[1:]) for one in formations(config, **{"processes": 4, **options})]
+def options_of(config, **options):
+    return [
+        (option.processes, option.mesh, option.overrides[1:])
+        for option in mesh_options(config, **{"processes": 4, **options})
+    ]
 
 
-def test_a_run_without_meshes_has_one_formation():
-    assert formations(tiny(**TREE), processes=4) == (Formation(4),)
+def test_a_run_without_elastic_meshes_has_one_option():
+    assert mesh_options(tiny(**TREE), processes=4) == (MeshOption(4),)
 
 
-def test_the_rows_that_a_device_computes_at_once_stay_the_same():
+def test_a_device_computes_as_many_rows_at_once_on_every_mesh():
     config = tiny(**TREE, elastic={"meshes": [{"data": 2}, {"fsdp": 2}, {"tensor": 2}]})
-    assert written(config) == [
+    assert options_of(config) == [
         (4, "data 4", ()),
         (2, "data 2", ("microbatches=4",)),
         (2, "fsdp 2", ("microbatches=4",)),
@@ -34,17 +38,17 @@ def test_the_rows_that_a_device_computes_at_once_stay_the_same():
 def test_an_open_axis_takes_as_many_processes_as_fit():
     """Two devices each; 6 do not divide the batch."""
     config = tiny(**TREE | {"mesh": {"data": 8}, "microbatches": 1}, elastic={"meshes": [{"data": -1}]})
-    assert [processes for processes, _, _ in written(config)] == [4, 2, 1]
+    assert [processes for processes, _, _ in options_of(config)] == [4, 2, 1]
 
 
-def test_under_one_order_of_additions_the_microbatches_are_the_runs():
+def test_deterministic_runs_keep_their_microbatches():
     config = tiny(**TREE | {"microbatches": 8}, elastic={"deterministic": True, "meshes": [{"data": 2}, {"data": 1}]})
-    assert written(config)[1:] == [(2, "data 2", ("microbatches=8",)), (1, "one device", ("microbatches=8",))]
+    assert options_of(config)[1:] == [(2, "data 2", ("microbatches=8",)), (1, "one device", ("microbatches=8",))]
 
 
-def test_the_words_for_the_trainers_make_the_same_run_on_the_other_mesh():
-    first, second = formations(tiny(**TREE, elastic={"meshes": [{"data": 2, "tensor": 1}]}), processes=4)
-    assert first.words == () and second.words[0] == (
+def test_the_overrides_of_an_option_make_the_same_run_on_its_mesh():
+    first, second = mesh_options(tiny(**TREE, elastic={"meshes": [{"data": 2, "tensor": 1}]}), processes=4)
+    assert first.overrides == () and second.overrides[0] == (
         "mesh={replica: 1, pipe: 1, data: 2, fsdp: 1, expert: 1, seq: 1, tensor: 1, devices: 2}"
     )
     assert_same(tiny(**TREE), tiny(**TREE | {"mesh": {"data": 2, "platform": "cpu"}, "microbatches": 4}), steps=2)
@@ -81,7 +85,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_work_is_refused(changes, message):
+def test_meshes_that_cannot_work_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         tiny(**{**TREE, **changes})
 
@@ -95,47 +99,48 @@ LAUNCHES = {
 @pytest.mark.parametrize(("elastic", "options", "message"), LAUNCHES.values(), ids=LAUNCHES)
 def test_an_entry_that_the_processes_cannot_make_is_refused(elastic, options, message):
     with pytest.raises(UserError, match=message):
-        formations(tiny(**TREE, elastic=elastic), **{"processes": 4, **options})
+        mesh_options(tiny(**TREE, elastic=elastic), **{"processes": 4, **options})
 
 
 def test_unknown_devices_are_refused():
     config = tiny(mesh={"data": -1}, elastic={"meshes": [{"data": 2}]})
     with pytest.raises(UserError, match=r"set mesh\.devices or launch\.devices_per_process"):
-        formations(config, processes=4)
-    assert [one.mesh for one in formations(config, processes=4, devices_per_process=1)] == ["data 4", "data 2"]
+        mesh_options(config, processes=4)
+    assert [option.mesh for option in mesh_options(config, processes=4, devices_per_process=1)] == ["data 4", "data 2"]
 
 
-ALL, HALF = Formation(4, "data 4"), Formation(2, "data 2")
+ALL, HALF = MeshOption(4, "data 4"), MeshOption(2, "data 2")
 
 
 @pytest.mark.parametrize(
-    ("slots", "struck", "mesh", "used"),
+    ("slots", "unreliable", "mesh", "filled"),
     [
         ((0, 1, 2, 3), (), "data 4", (0, 1, 2, 3)),
         ((0, 2, 3), (), "data 2", (0, 2)),
         ((0, 1, 2, 3), (0,), "data 2", (1, 2)),
-        ((0, 1), (0,), "data 2", (0, 1)),  # struck out, and nothing fits without it
+        ((0, 1), (0,), "data 2", (0, 1)),  # nothing fits without it
         ((3,), (), None, None),
     ],
 )
-def test_the_first_formation_that_the_slots_fill(slots, struck, mesh, used):
-    found = team((ALL, HALF), slots, struck=struck)
-    assert (found and found.formation.mesh, found and found.slots) == (mesh, used)
+def test_the_first_option_that_the_slots_fill_is_chosen(slots, unreliable, mesh, filled):
+    assignment = choose_assignment((ALL, HALF), slots, unreliable=unreliable)
+    assert (assignment and assignment.option.mesh, assignment and assignment.slots) == (mesh, filled)
 
 
-def test_drained_slots_are_written_down_until_they_are_put_back(tmp_path):
+def test_drained_slots_are_remembered_until_they_are_put_back(tmp_path):
     with pytest.raises(UserError, match="not a run directory"):
         drain(tmp_path, [1])
     (tmp_path / "config.yaml").touch()
     drain(tmp_path, [1, 3])
-    assert drain(tmp_path, [2]) == {1, 2, 3} and drain(tmp_path, [1, 2], undo=True) == drained(tmp_path) == {3}
+    assert drain(tmp_path, [2]) == {1, 2, 3} and drain(tmp_path, [1, 2], undo=True) == read_drained(tmp_path) == {3}
 
 
-def test_a_host_that_comes_while_a_team_is_formed_is_seen_by_all_of_the_decision_or_none():
-    """Else the wait is over, since all are there, and the team is the one without it: none."""
-    turns = itertools.count()
-    regroup = Regroup(
-        (HALF,), lambda: {0, 1} if next(turns) else {0}, drained=set, struck=set, replace=9.0, settle=9.0, patience=9.0
+def test_available_slots_are_read_once_a_decision():
+    """A host that comes during a decision must not count in one half of it: the wait is over, with no assignment."""
+    calls = itertools.count()
+    settings = ElasticConfig(replace=9.0, settle=9.0, start_timeout=9.0)
+    regrouping = Regrouping(
+        (HALF,), settings, lambda: {0, 1} if next(calls) else {0}, drained_slots=set, unreliable_slots=set
     )
-    found = regroup.form(enough=lambda: False, clock=lambda: 0.0, sleep=lambda seconds: None)
-    assert found is not None and found.slots == (0, 1)
+    assignment = regrouping.wait_for_assignment(stopped=lambda: False, clock=lambda: 0.0, sleep=lambda seconds: None)
+    assert assignment is not None and assignment.slots == (0, 1)

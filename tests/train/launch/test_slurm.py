@@ -1,26 +1,23 @@
 """The engine `slurm`: submitit with its local executor, and with a scheduler of this machine's that speaks SLURM."""
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from support.fake_jobs import WORKER, last_states, make_run, restarts, worker_journal
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
 from meshwright.configs.sections.launch import LaunchConfig, SlurmConfig
-from meshwright.train.core.event_log import read_events
 from meshwright.train.launch import slurm
-from meshwright.train.launch.job import Job, needed
+from meshwright.train.launch.job import Job, import_optional
 
 pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
 SUPPORT = Path(__file__).parents[2] / "support"
-WORKER = [sys.executable, str(SUPPORT / "fake_worker.py")]
-SLOW = {"process": "any", "epoch": 1, "point": "step", "step": "any", "kind": "slow"}
+SLOW = ("any", 1, "step", "any", "slow")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
@@ -40,10 +37,7 @@ def scheduler(tmp_path, monkeypatch):
 
 
 def job(directory, *faults, settings=None, processes=2):
-    run = directory / "run"
-    run.mkdir()
-    (run / "config.yaml").write_text("{}")
-    (run / "faults.json").write_text(json.dumps(faults))
+    run = make_run(directory / "run", *faults)
     elastic = ElasticConfig(backoff=0.01, hang_floor=20, start_timeout=60, grace=10)
     launch = LaunchConfig(slurm=settings or SlurmConfig(partition="gpu", account="us", time=90, setup=["export A=1"]))
     return Job("run", [*WORKER, str(run)], processes, run, elastic, launch)
@@ -51,39 +45,39 @@ def job(directory, *faults, settings=None, processes=2):
 
 def until(condition, seconds=60):
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < deadline, "it does not happen"
         time.sleep(0.05)
-    return found
+    return value
 
 
 def finished(directory, processes=2):
-    """The last state each worker told, once all have finished."""
-    files = [directory / "run" / f"worker-{number}.jsonl" for number in range(processes)]
+    """The last state of each worker, once all have finished."""
+    files = [directory / "run" / f"worker-{index}.jsonl" for index in range(processes)]
 
-    def told():
-        lines = [json.loads(file.read_text().splitlines()[-1]) for file in files if file.exists()]
-        return len(lines) == processes and all(line["event"] == "finish" for line in lines) and lines
+    def states():
+        states = last_states(directory / "run", processes) if all(file.exists() for file in files) else {None}
+        return None not in states and states
 
-    return {line["state"] for line in until(told)}
+    return until(states)
 
 
-def test_a_job_is_sent_and_supervises_itself(scheduler, tmp_path, capsys):
+def test_a_submitted_job_supervises_itself(scheduler, tmp_path, capsys):
     """A trainer dies: it is started again in the allocation, without the scheduler."""
-    slurm.launch(job(tmp_path, {"process": 1, "epoch": 1, "point": "step", "step": 5, "kind": "kill"}))
-    told = capsys.readouterr().out
-    assert "job 1: run, 2 processes on 1 nodes" in told and "scancel 1" in told
+    slurm.launch(job(tmp_path, (1, 1, "step", 5, "kill")))
+    printed = capsys.readouterr().out
+    assert "job 1: run, 2 processes on 1 nodes" in printed and "scancel 1" in printed
     script = (scheduler / "1" / "script").read_text()
     for line in ("--partition=gpu", "--account=us", "--time=90", "--nodes=1", "--requeue", "--signal=USR2@70"):
         assert f"#SBATCH {line}" in script, line
     assert "export A=1" in script and "srun" in script and "--ntasks=1 --overlap" in script
     assert len(finished(tmp_path)) == 1 and len((scheduler / "1" / "runs").read_text().splitlines()) == 1
-    assert [event["suspect"] for event in read_events(tmp_path / "run") if event["event"] == "restart"] == [1]
-    log = Path(next(line.split()[1] for line in told.splitlines() if line.startswith("logs")))
+    assert [event["suspect"] for event in restarts(tmp_path / "run")] == [1]
+    log = Path(next(line.split()[1] for line in printed.splitlines() if line.startswith("logs")))
     until(lambda: "completed successfully" in log.read_text() and not list((scheduler / "1").glob("task-*")))
 
 
-def test_out_of_time_it_saves_and_is_queued_again(scheduler, tmp_path):
+def test_a_job_out_of_time_saves_and_is_queued_again(scheduler, tmp_path):
     """SIGUSR2, as SLURM sends it before the end, to every process of every step: only the supervisor answers."""
     slurm.launch(job(tmp_path, SLOW, SLOW, SLOW))
     until((tmp_path / "run" / "met" / "1" / "5").exists)
@@ -91,12 +85,11 @@ def test_out_of_time_it_saves_and_is_queued_again(scheduler, tmp_path):
     assert len(finished(tmp_path)) == 1
     assert (scheduler / "1" / "calls").read_text() == "requeue 1\n"
     assert len((scheduler / "1" / "runs").read_text().splitlines()) == 2
-    told = [json.loads(line) for line in (tmp_path / "run" / "worker-0.jsonl").read_text().splitlines()]
-    applied = [event["step"] for event in told if event["event"] == "applied"]
+    applied = [event["step"] for event in worker_journal(tmp_path / "run", 0) if event["event"] == "applied"]
     assert applied == list(range(1, 13)), "it went on at the step it was stopped at: none was made again"
 
 
-def test_cancelled_it_saves_and_ends_with_75(scheduler, tmp_path):
+def test_a_cancelled_job_saves_and_ends(scheduler, tmp_path):
     slurm.launch(job(tmp_path, SLOW))
     until((tmp_path / "run" / "met" / "1" / "5").exists)
     subprocess.run(["scancel", "1"], check=True)
@@ -118,19 +111,19 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("settings", "processes", "message"), WRONG.values(), ids=WRONG)
-def test_what_cannot_be_shared_is_refused(settings, processes, message):
+def test_uneven_shares_of_nodes_or_gpus_are_refused(settings, processes, message):
     with pytest.raises(UserError, match=message):
-        slurm.check(settings, processes=processes)
+        slurm.check_nodes(settings, processes=processes)
 
 
-def test_steps_have_the_shape_of_the_job():
-    hosts = slurm.StepHosts(SlurmConfig(nodes=2, gpus_per_node=8, cpus_per_task=6), processes=4)
-    assert hosts.step(2, 4)[4:] == ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2",
+def test_srun_gets_the_nodes_tasks_and_gpus_of_the_job():
+    hosts = slurm.SlurmHosts(SlurmConfig(nodes=2, gpus_per_node=8, cpus_per_task=6), processes=4)
+    assert hosts.srun_command(2, 4)[4:] == ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2",
                                     "--distribution=block", "--cpus-per-task=6",
                                     "--gpus-per-task=4"]  # fmt: skip
 
 
-def test_a_missing_extra_is_told_with_its_command():
+def test_a_missing_extra_is_an_error_with_the_command_that_installs_it():
     with pytest.raises(UserError, match=r"pip install 'meshwright\[slurm\]'") as mistake:
-        needed("submitit_that_is_not_there", "slurm")
+        import_optional("submitit_that_is_not_there", "slurm")
     assert mistake.value.exit_code == 2

@@ -12,18 +12,18 @@ from meshwright.train.core.fence import Fence, Fenced, current_epoch
 from meshwright.train.core.heartbeat import CORRUPT_PHASE
 from meshwright.train.core.rendezvous import MembershipStore, join_member
 from meshwright.train.launch.drain import drain
-from meshwright.train.launch.mesh_options import Formation
+from meshwright.train.launch.mesh_options import MeshOption
 from meshwright.train.launch.restart_policies import (
     Failure,
-    Report,
-    culprit,
-    gives_up,
-    patience,
-    pause,
-    struck,
-    suspect,
+    ProcessReport,
+    find_failed_process,
+    find_hanging_process,
+    find_unreliable_slots,
+    hang_timeout,
+    restart_delay,
+    too_many_failures,
 )
-from meshwright.train.launch.supervisor import Watch, hung, judged, supervise, write
+from meshwright.train.launch.supervisor import EpochMonitor, Supervisor, detect_hang, judge_exit_codes, record_event
 
 SETTINGS = ElasticConfig(
     restarts=2, window=100.0, backoff=1.0, hang_factor=10.0, hang_floor=5.0, start_timeout=60, grace=8,
@@ -32,16 +32,16 @@ SETTINGS = ElasticConfig(
 
 
 def failures(*pairs):
-    return [Failure(time, reached) for time, reached in pairs]
+    return [Failure(time, step) for time, step in pairs]
 
 
-def test_giving_up_counts_failures_of_the_window():
+def test_only_failures_within_the_window_count_towards_giving_up():
     seen = failures((0.0, 1), (50.0, 2), (60.0, 3))
-    assert gives_up(seen, SETTINGS, now=61.0) and not gives_up(seen, SETTINGS, now=101.0)
-    assert not gives_up(seen[:2], SETTINGS, now=61.0)
+    assert too_many_failures(seen, SETTINGS, now=61.0) and not too_many_failures(seen, SETTINGS, now=101.0)
+    assert not too_many_failures(seen[:2], SETTINGS, now=61.0)
 
 
-PAUSES = {
+DELAYS = {
     "the first": ([(0.0, 5)], 1.0),
     "no progress since": ([(0.0, 5), (1.0, 5)], 2.0),
     "none twice": ([(0.0, 5), (1.0, 5), (2.0, 4)], 4.0),
@@ -50,15 +50,15 @@ PAUSES = {
 }
 
 
-@pytest.mark.parametrize(("seen", "seconds"), PAUSES.values(), ids=PAUSES)
-def test_the_pause_doubles_while_nothing_is_reached(seen, seconds):
-    assert pause(failures(*seen), SETTINGS) == seconds
+@pytest.mark.parametrize(("seen", "seconds"), DELAYS.values(), ids=DELAYS)
+def test_the_restart_delay_doubles_while_there_is_no_progress(seen, seconds):
+    assert restart_delay(failures(*seen), SETTINGS) == seconds
 
 
-def test_patience_is_a_multiple_of_the_median_step_above_a_floor():
-    assert patience([], SETTINGS) == 60.0
-    assert patience([0.1, 0.1, 30.0], SETTINGS) == 5.0
-    assert patience([2.0, 3.0, 4.0], SETTINGS) == 30.0
+def test_the_hang_timeout_is_a_multiple_of_the_median_step_above_a_floor():
+    assert hang_timeout([], SETTINGS) == 60.0
+    assert hang_timeout([0.1, 0.1, 30.0], SETTINGS) == 5.0
+    assert hang_timeout([2.0, 3.0, 4.0], SETTINGS) == 30.0
 
 
 SUSPECTS = {
@@ -68,57 +68,65 @@ SUSPECTS = {
 }
 
 
-@pytest.mark.parametrize(("seen", "who"), SUSPECTS.values(), ids=SUSPECTS)
-def test_the_suspect_is_the_one_the_others_wait_for(seen, who):
-    reports = {number: Report(step, "step", 0.0, heard) for number, (step, heard) in seen.items()}
-    assert suspect(reports, processes=3) == who
+@pytest.mark.parametrize(("seen", "process"), SUSPECTS.values(), ids=SUSPECTS)
+def test_the_hanging_process_is_the_one_that_the_others_wait_for(seen, process):
+    reports = {index: ProcessReport(step, "step", 0.0, heartbeat) for index, (step, heartbeat) in seen.items()}
+    assert find_hanging_process(reports, range(3)) == process
 
 
-def test_the_culprit_was_killed_and_its_peers_raised_or_aborted():
-    assert culprit({0: 1, 2: -9, 3: -6}) == 2 and culprit({0: 1, 3: -6}) == 3 and culprit({4: 1, 1: 1}) == 1
+def test_the_failed_process_was_killed_and_its_peers_raised_or_aborted():
+    assert (
+        find_failed_process({0: 1, 2: -9, 3: -6}) == 2
+        and find_failed_process({0: 1, 3: -6}) == 3
+        and find_failed_process({4: 1, 1: 1}) == 1
+    )
 
 
-def test_a_slot_is_struck_out_by_failures_of_the_window():
+def test_a_slot_is_unreliable_after_failures_within_the_window():
     seen = [Failure(time, 1, slot) for time, slot in ((0.0, 0), (50.0, 1), (60.0, 1), (70.0, None), (80.0, None))]
-    assert struck(seen, SETTINGS, now=90.0) == {1} and not struck(seen, SETTINGS, now=155.0)
-    assert not struck(seen, SETTINGS.model_copy(update={"strikes": 0}), now=90.0)
+    assert find_unreliable_slots(seen, SETTINGS, now=90.0) == {1} and not find_unreliable_slots(
+        seen, SETTINGS, now=155.0
+    )
+    assert not find_unreliable_slots(seen, SETTINGS.model_copy(update={"strikes": 0}), now=90.0)
 
 
-def test_who_was_killed_is_the_suspect_not_who_then_missed_it():
-    outcome = judged({0: 1, 1: -9, 2: None}, Watch(0.0), now=1.0)
+def test_a_killed_process_is_the_suspect_not_the_peer_that_then_failed():
+    outcome = judge_exit_codes({0: 1, 1: -9, 2: None}, EpochMonitor(0.0), now=1.0)
     assert outcome.suspect == 1
 
 
-def test_whose_device_was_found_out_is_the_suspect_not_who_ended_with_it():
-    reports = {0: Report(9, "save or evaluate", 1.0, 1.0), 1: Report(9, CORRUPT_PHASE, 1.0, 1.0)}
-    assert judged({0: 1, 1: 1}, Watch(0.0, reports=reports), now=2.0).suspect == 1
+def test_a_process_with_a_corrupt_device_is_the_suspect_not_its_peer():
+    reports = {0: ProcessReport(9, "save or evaluate", 1.0, 1.0), 1: ProcessReport(9, CORRUPT_PHASE, 1.0, 1.0)}
+    assert judge_exit_codes({0: 1, 1: 1}, EpochMonitor(0.0, reports=reports), now=2.0).suspect == 1
 
 
-def test_a_journal_that_takes_no_line_does_not_hide_what_happened(tmp_path, caplog):
+def test_an_event_is_logged_where_the_journal_cannot_be_written(tmp_path, caplog):
     (tmp_path / "config.yaml").write_text("{}")
     (tmp_path / "events.jsonl").mkdir()
-    write(tmp_path, "restart", reason="process 1 hangs")
+    record_event(tmp_path, "restart", reason="process 1 hangs")
     assert "process 1 hangs" in caplog.text
 
 
-def test_programs_compiled_behind_the_last_step_have_the_time_of_a_start():
-    watch = Watch(0.0, durations=[0.1] * 9)
+def test_compiling_after_the_last_step_may_take_as_long_as_a_start():
+    monitor = EpochMonitor(0.0, step_seconds=[0.1] * 9)
     for phase, hangs in (("measure", False), ("step", True)):
-        watch.reports = {number: Report(9, phase, 1.0, 1.0) for number in (0, 1)}
-        outcome = hung([0, 1], SimpleNamespace(processes=2), watch, settings=SETTINGS, now=30.0)
+        monitor.reports = {index: ProcessReport(9, phase, 1.0, 1.0) for index in (0, 1)}
+        outcome = detect_hang([0, 1], monitor, SETTINGS, now=30.0)
         assert (outcome is not None) is hangs, phase
-    watch.reports = {0: Report(9, "measure", 1.0, 1.0)}
-    assert hung([0], SimpleNamespace(processes=1), watch, settings=SETTINGS, now=90.0).kind == "failed"
+    monitor.reports = {0: ProcessReport(9, "measure", 1.0, 1.0)}
+    assert detect_hang([0], monitor, SETTINGS, now=90.0).kind == "failed"
 
 
-def test_who_was_asked_to_stop_while_it_started_has_not_failed():
+def test_a_process_stopped_while_it_started_has_not_failed():
     codes = {0: -15, 1: 75, 2: 143}
-    assert judged(codes, Watch(0.0), now=1.0, asked=True).kind == "preempted"
-    assert judged(codes, Watch(0.0), now=1.0).kind == "failed"
-    assert judged({0: -15, 1: None}, Watch(0.0), now=1.0, asked=True) is None, "the other one still saves"
+    assert judge_exit_codes(codes, EpochMonitor(0.0), now=1.0, stopping=True).kind == "preempted"
+    assert judge_exit_codes(codes, EpochMonitor(0.0), now=1.0).kind == "failed"
+    assert judge_exit_codes({0: -15, 1: None}, EpochMonitor(0.0), now=1.0, stopping=True) is None, (
+        "the other one still saves"
+    )
 
 
-def test_a_later_epoch_shuts_the_fence(tmp_path):
+def test_a_later_epoch_fences_earlier_ones(tmp_path):
     old, new, nobody = Fence(tmp_path, 1), Fence(tmp_path, 2), Fence(tmp_path, None)
     old.claim()
     old.check()
@@ -133,51 +141,52 @@ def test_a_later_epoch_shuts_the_fence(tmp_path):
 
 
 @dataclass
-class World:
-    """An engine and a clock: in each epoch a list of (second, process, exit code or step)."""
+class FakeEngine:
+    """An engine and a clock. In each epoch: a list of (second, process, exit code, step as text, or "stop")."""
 
     epochs: list
     now: float = 0.0
-    room: MembershipStore = None
-    stop: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(asked=False))
+    store: MembershipStore = None
+    stop: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(requested=False))
     processes: int = 2
-    room_for: int = 2  # slots there are, at most
-    lost: dict = field(default_factory=dict)  # slot -> (from, to) seconds
-    formations: tuple = ()
+    slot_count: int = 2  # slots there are, at most
+    lost_at: dict = field(default_factory=dict)  # slot -> [(from, to) seconds]
+    mesh_options: tuple = ()
     settings: ElasticConfig = SETTINGS
     log: list = field(default_factory=list)
 
     def __post_init__(self):
-        self.room, self.teams = MembershipStore(lambda: self.now), []
+        self.store, self.started = MembershipStore(lambda: self.now), []
 
-    def slots(self):
-        gone = [slot for slot, times in self.lost.items() if any(start <= self.now < end for start, end in times)]
-        return [slot for slot in range(self.room_for) if slot not in gone]
+    def available_slots(self):
+        gone = [slot for slot, times in self.lost_at.items() if any(start <= self.now < end for start, end in times)]
+        return [slot for slot in range(self.slot_count) if slot not in gone]
 
-    def start(self, epoch, *, slots, words):
-        self.processes, self.words = len(slots), words
+    def start(self, epoch, *, slots, overrides):
+        self.processes = len(slots)
         self.began, self.epoch, self.codes = self.now, epoch, {}
         self.log.append(("start", round(self.now)))
-        self.teams.append((tuple(slots), *words))
+        self.started.append((tuple(slots), *overrides))
 
-    def poll(self, number):
-        for second, process, word in self.epochs[self.epoch - 1]:
-            if self.now - self.began >= second and process == number:
-                if word == "stop":
-                    self.stop.asked = True
-                elif isinstance(word, str):
-                    info = {"step": int(word), "phase": "step", "beats": int(word)}
-                    self.room.change(
-                        lambda m, now: join_member(m, f"{self.epoch}/{number}", now=now, ttl=1e9, info=info)
-                    )  # noqa: B023
+    def poll(self, index):
+        for second, process, event in self.epochs[self.epoch - 1]:
+            if self.now - self.began >= second and process == index:
+                if event == "stop":
+                    self.stop.requested = True
+                elif isinstance(event, str):
+                    self.report(index, int(event))
                 else:
-                    self.codes[number] = word
-        return self.codes.get(number)
+                    self.codes[index] = event
+        return self.codes.get(index)
 
-    def broken(self):
+    def report(self, index, step):
+        name, info = f"{self.epoch}/{index}", {"step": step, "phase": "step", "beats": step}
+        self.store.change(lambda members, now: join_member(members, name, now=now, ttl=1e9, info=info))
+
+    def service_failure(self):
         return None
 
-    def ask_to_stop(self):
+    def request_stop(self):
         self.log.append(("ask", round(self.now)))
 
     def kill(self):
@@ -187,8 +196,10 @@ class World:
         self.now += max(seconds, 0.01)
 
     def run(self, directory):
-        supervise(self, settings=self.settings, directory=directory / "run", room=self.room, stop=self.stop,
-                  formations=self.formations, clock=lambda: self.now, sleep=self.sleep)  # fmt: skip
+        Supervisor(
+            self, self.settings, directory / "run", self.store, self.stop, self.mesh_options,
+            clock=lambda: self.now, sleep=self.sleep,
+        ).run()  # fmt: skip
         return self.log
 
 
@@ -196,120 +207,121 @@ def steps(process, *pairs):
     return [(second, process, str(step)) for second, step in pairs]
 
 
-WELL = [(3.0, 0, 0), (4.0, 1, 0)]
+ALL_END_WELL = [(3.0, 0, 0), (4.0, 1, 0)]
 
 
-def test_all_that_end_well_are_done(tmp_path):
-    assert World([WELL]).run(tmp_path) == [("start", 0), ("kill", 4)]
+def test_the_run_is_done_when_all_processes_end_well(tmp_path):
+    assert FakeEngine([ALL_END_WELL]).run(tmp_path) == [("start", 0), ("kill", 4)]
 
 
-def test_a_failure_kills_all_at_once_and_pauses(tmp_path):
-    assert World([[(2.0, 1, -9)], WELL]).run(tmp_path)[:3] == [("start", 0), ("kill", 2), ("start", 3)]
+def test_a_failure_kills_all_processes_and_delays_the_restart(tmp_path):
+    assert FakeEngine([[(2.0, 1, -9)], ALL_END_WELL]).run(tmp_path)[:3] == [("start", 0), ("kill", 2), ("start", 3)]
 
 
-def test_a_slow_start_is_not_a_hang_and_a_slow_step_is(tmp_path):
+def test_a_slow_start_is_no_hang_and_a_slow_step_is(tmp_path):
     """59 s to the first step are fine; then steps take 1 s, and 10 s without one are not."""
     slow = [*steps(0, (59, 1), (60, 2), (61, 3)), *steps(1, (59, 1), (60, 2))]
-    log = World([slow, WELL]).run(tmp_path)
+    log = FakeEngine([slow, ALL_END_WELL]).run(tmp_path)
     assert log[1][0] == "kill" and 70 <= log[1][1] <= 71
 
 
 def test_a_process_that_never_starts_is_a_hang(tmp_path):
-    assert World([steps(0, (1, 1)), WELL]).run(tmp_path)[1] == ("kill", 60)
+    assert FakeEngine([steps(0, (1, 1)), ALL_END_WELL]).run(tmp_path)[1] == ("kill", 60)
 
 
-def test_a_request_has_its_grace_and_no_restart(tmp_path):
-    asked = [(2.0, 0, "stop"), (5.0, 0, 75), (6.0, 1, 75)]
-    world = World([asked])
+def test_processes_have_the_grace_period_to_stop_and_are_not_restarted(tmp_path):
+    stops = [(2.0, 0, "stop"), (5.0, 0, 75), (6.0, 1, 75)]
+    engine = FakeEngine([stops])
     with pytest.raises(Preempted):
-        world.run(tmp_path)
-    assert world.log == [("start", 0), ("ask", 2), ("kill", 6)]
-    deaf = World([[(2.0, 0, "stop")]])
+        engine.run(tmp_path)
+    assert engine.log == [("start", 0), ("ask", 2), ("kill", 6)]
+    stuck = FakeEngine([[(2.0, 0, "stop")]])
     with pytest.raises(MeshwrightError, match=r"processes \[0, 1\] did not stop when asked, within 8 s"):
-        deaf.run(tmp_path)
-    assert deaf.log == [("start", 0), ("ask", 2), ("kill", 10)]
+        stuck.run(tmp_path)
+    assert stuck.log == [("start", 0), ("ask", 2), ("kill", 10)]
 
 
-def test_a_process_preempted_by_others_is_started_again_without_counting(tmp_path):
+def test_preemptions_by_others_are_restarted_and_are_not_failures(tmp_path):
     preempted = [(1.0, 0, 75), (1.0, 1, 75)]
-    assert [word for word, _ in World([preempted] * 4 + [WELL]).run(tmp_path)].count("start") == 5
+    assert [event for event, _ in FakeEngine([preempted] * 4 + [ALL_END_WELL]).run(tmp_path)].count("start") == 5
 
 
-def test_one_that_stays_behind_when_all_others_have_ended_is_killed(tmp_path):
-    assert World([[(1.0, 0, 0)], WELL]).run(tmp_path)[1] == ("kill", 9)
+def test_a_process_that_does_not_end_after_the_others_is_killed(tmp_path):
+    assert FakeEngine([[(1.0, 0, 0)], ALL_END_WELL]).run(tmp_path)[1] == ("kill", 9)
 
 
-ALL, HALF = Formation(4, "data 4"), Formation(2, "data 2", ("mesh={data: 2}",))
-DIES = [(2.0, 1, -9)]
+ALL, HALF = MeshOption(4, "data 4"), MeshOption(2, "data 2", ("mesh={data: 2}",))
+ONE_DIES = [(2.0, 1, -9)]
+TWO_GO_ON = [*steps(0, (1, 1), (2, 2)), *steps(1, (1, 1), (2, 2)), (33.0, 0, 75), (33.0, 1, 75)]
+ALL_FOUR_END_WELL = [(3.0, index, 0) for index in range(4)]
+PATIENT = SETTINGS.model_copy(update={"hang_floor": 60.0})
 
 
-def elastic(epochs, **changes):
-    return World(epochs, processes=4, room_for=4, formations=(ALL, HALF), **changes)
+def make_run(directory):
+    (directory / "run").mkdir()
+    (directory / "run" / "config.yaml").touch()
+
+
+def elastic_engine(epochs, **changes):
+    return FakeEngine(epochs, processes=4, slot_count=4, mesh_options=(ALL, HALF), **changes)
 
 
 def test_a_lost_slot_that_is_replaced_in_time_changes_nothing(tmp_path):
-    world = elastic([DIES, [(3.0, number, 0) for number in range(4)]], lost={1: [(2.0, 12.0)]})
-    assert world.run(tmp_path)[2] == ("start", 12)
-    assert world.teams == [((0, 1, 2, 3),)] * 2
+    engine = elastic_engine([ONE_DIES, ALL_FOUR_END_WELL], lost_at={1: [(2.0, 12.0)]})
+    assert engine.run(tmp_path)[2] == ("start", 12)
+    assert engine.started == [((0, 1, 2, 3),)] * 2
 
 
-def test_a_lost_slot_without_replacement_leaves_fewer_and_comes_back(tmp_path):
+def test_a_lost_slot_shrinks_the_run_and_its_return_grows_it(tmp_path):
     """Lost at 2, waited for until 23; back at 50, settled at 55, asked to stop, gone at 56: 4 processes again."""
-    alone = [*steps(0, (1, 1), (2, 2)), *steps(1, (1, 1), (2, 2)), (33.0, 0, 75), (33.0, 1, 75)]
-    slow = SETTINGS.model_copy(update={"hang_floor": 60.0})
-    world = elastic([DIES, alone, [(3.0, n, 0) for n in range(4)]], lost={1: [(2.0, 50.0)]}, settings=slow)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").touch()
-    log = world.run(tmp_path)
+    engine = elastic_engine([ONE_DIES, TWO_GO_ON, ALL_FOUR_END_WELL], lost_at={1: [(2.0, 50.0)]}, settings=PATIENT)
+    make_run(tmp_path)
+    log = engine.run(tmp_path)
     assert [pair for pair in log if pair[0] != "kill"] == [("start", 0), ("start", 23), ("ask", 55), ("start", 56)]
-    assert world.teams == [((0, 1, 2, 3),), ((0, 2), "mesh={data: 2}"), ((0, 1, 2, 3),)]
-    told = read_events(tmp_path / "run")
-    assert [event["event"] for event in told] == ["restart", "shrink", "regroup", "grow"]
-    assert told[1]["slots"] == [0, 2] and round(told[1]["waited_seconds"]) == 20
-    assert told[2]["reason"] == "4 processes fit again, on data 4"
+    assert engine.started == [((0, 1, 2, 3),), ((0, 2), "mesh={data: 2}"), ((0, 1, 2, 3),)]
+    events = read_events(tmp_path / "run")
+    assert [event["event"] for event in events] == ["restart", "shrink", "regroup", "grow"]
+    assert events[1]["slots"] == [0, 2] and round(events[1]["waited_seconds"]) == 20
+    assert events[2]["reason"] == "4 processes fit again, on data 4"
 
 
 def test_a_drained_slot_is_not_waited_for(tmp_path):
-    world = elastic([WELL])
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").touch()
+    engine = elastic_engine([ALL_END_WELL])
+    make_run(tmp_path)
     drain(tmp_path / "run", [1])
-    world.run(tmp_path)
-    assert world.log[0] == ("start", 0) and world.teams[0] == ((0, 2), "mesh={data: 2}")
+    engine.run(tmp_path)
+    assert engine.log[0] == ("start", 0) and engine.started[0] == ((0, 2), "mesh={data: 2}")
 
 
-def test_a_slot_that_comes_and_goes_disturbs_nobody_until_it_stays(tmp_path):
+def test_a_slot_that_flaps_is_used_only_once_it_stays(tmp_path):
     """Lost at 2, two go on at 23; it is there from 30 to 33 and from 35 to 38, never for 5 s; from 50 on it stays."""
-    alone = [*steps(0, (1, 1), (2, 2)), *steps(1, (1, 1), (2, 2)), (33.0, 0, 75), (33.0, 1, 75)]
-    slow = SETTINGS.model_copy(update={"hang_floor": 60.0})
     flaps = {1: [(2.0, 30.0), (33.0, 35.0), (38.0, 50.0)]}
-    world = elastic([DIES, alone, [(3.0, n, 0) for n in range(4)]], lost=flaps, settings=slow)
-    assert [pair for pair in world.run(tmp_path) if pair[0] == "ask"] == [("ask", 55)]
+    engine = elastic_engine([ONE_DIES, TWO_GO_ON, ALL_FOUR_END_WELL], lost_at=flaps, settings=PATIENT)
+    assert [pair for pair in engine.run(tmp_path) if pair[0] == "ask"] == [("ask", 55)]
 
 
-def test_a_slot_that_is_back_while_others_are_waited_for_is_taken_at_once(tmp_path):
+def test_slots_that_return_at_different_times_are_all_waited_for(tmp_path):
     """Two are lost at 2; one is back at 8, the other at 15: all four start, and nobody computes with fewer."""
-    world = elastic([DIES, [(3.0, n, 0) for n in range(4)]], lost={1: [(2.0, 8.0)], 2: [(2.0, 15.0)]})
-    assert world.run(tmp_path)[2] == ("start", 15) and world.teams == [((0, 1, 2, 3),)] * 2
+    engine = elastic_engine([ONE_DIES, ALL_FOUR_END_WELL], lost_at={1: [(2.0, 8.0)], 2: [(2.0, 15.0)]})
+    assert engine.run(tmp_path)[2] == ("start", 15) and engine.started == [((0, 1, 2, 3),)] * 2
 
 
 def test_a_drained_slot_is_not_used_where_there_is_a_spare(tmp_path):
     """Five slots for four processes: the same mesh, in other slots."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").touch()
+    make_run(tmp_path)
     drain(tmp_path / "run", [2])
-    world = World([[(3.0, n, 0) for n in range(4)]], processes=4, room_for=5, formations=(ALL, HALF))
-    world.run(tmp_path)
-    assert world.teams == [((0, 1, 3, 4),)]
+    engine = FakeEngine([ALL_FOUR_END_WELL], processes=4, slot_count=5, mesh_options=(ALL, HALF))
+    engine.run(tmp_path)
+    assert engine.started == [((0, 1, 3, 4),)]
 
 
-def test_a_slot_that_fails_again_and_again_is_left_out(tmp_path):
-    world = elastic([DIES, DIES, WELL])
-    world.run(tmp_path)
-    assert world.teams == [((0, 1, 2, 3),), ((0, 1, 2, 3),), ((0, 2), "mesh={data: 2}")]
+def test_a_slot_that_fails_repeatedly_is_left_out(tmp_path):
+    engine = elastic_engine([ONE_DIES, ONE_DIES, ALL_END_WELL])
+    engine.run(tmp_path)
+    assert engine.started == [((0, 1, 2, 3),), ((0, 1, 2, 3),), ((0, 2), "mesh={data: 2}")]
 
 
-def test_nothing_that_fits_is_an_error_that_says_what_is_left(tmp_path):
-    world = elastic([DIES], lost={slot: [(2.0, 1e9)] for slot in (0, 1, 2)})
+def test_slots_that_fit_no_mesh_are_an_error_that_names_them(tmp_path):
+    engine = elastic_engine([ONE_DIES], lost_at={slot: [(2.0, 1e9)] for slot in (0, 1, 2)})
     with pytest.raises(MeshwrightError, match=r"slots \[3\] are left, \[\] are drained, and no mesh fits"):
-        world.run(tmp_path)
+        engine.run(tmp_path)

@@ -14,13 +14,13 @@ from meshwright.configs.errors import UserError
 from meshwright.configs.huggingface import config_json
 from meshwright.configs.loader import merged
 from meshwright.models.context import Context
-from meshwright.models.decoder import graph
+from meshwright.models.decoder import decoder_graphdef
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.core.process_env import World
+from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
 from meshwright.train.data.tokenizer import tokenizer_for
-from meshwright.train.engine.forward_backward import fresh
-from meshwright.train.engine.host_data import to_devices
+from meshwright.train.engine.forward_backward import init_params
+from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 from meshwright.train.infer import inference_session
 from meshwright.train.infer.precompute_logprobs import referenced
@@ -39,7 +39,7 @@ def teachers(tmp_path_factory):
         config = tiny(model=LARGE | {"vocab": vocab}, seed=3)
         directory = root / str(vocab)
         directory.mkdir()
-        weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda config=config: fresh(config))())  # it has opinions
+        weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda config=config: init_params(config))())  # it has opinions
         huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
         tree = config_json(config.model, positions=64, dtype="float32")
         (directory / "config.json").write_text(json.dumps(tree))
@@ -63,7 +63,7 @@ def taught(teachers, *, vocab=61, recipe=None, **changes):
 def words(model, weights, batch, temperature):
     """log p of the whole vocabulary."""
     ctx = Context(positions=jnp.asarray(batch["positions"]), segment_ids=jnp.asarray(batch["segment_ids"]))
-    decoder = nnx.merge(graph(model), weights)
+    decoder = nnx.merge(decoder_graphdef(model), weights)
     hidden, _ = jax.jit(lambda: decoder.hidden(jnp.asarray(batch["tokens"]), ctx))()
     scores = (hidden @ decoder.head_kernel(jnp.float32))[..., : model.vocab]
     return np.asarray(jax.nn.log_softmax(scores / temperature), np.float64)
@@ -72,9 +72,9 @@ def words(model, weights, batch, temperature):
 def first_loss(config):
     """Metrics of the first step, its batch, and the state before it."""
     program = build(config, make_mesh(config.mesh))
-    state, batch = program.initialized(), batches(config, 1)[0]
+    state, batch = program.initialize(), batches(config, 1)[0]
     with jax.set_mesh(program.mesh):
-        _, metrics = jax.jit(program.step)(state, to_devices(batch, config, program.mesh))
+        _, metrics = jax.jit(program.step)(state, make_global_arrays(batch, config, program.mesh))
     return {name: float(value) for name, value in metrics.items()}, batch, program, state
 
 
@@ -90,7 +90,7 @@ def test_the_loss_is_that_of_the_paper(teachers):
     assert metrics["divergence"] == pytest.approx(mean(apart), rel=1e-4)
     with jax.set_mesh(program.mesh):
         taken, weight = jax.jit(program.measures["acceptance"])(
-            state.params, state.frozen, to_devices(batch, config, program.mesh)
+            state.params, state.frozen, make_global_arrays(batch, config, program.mesh)
         )
     both = np.minimum(np.exp(words(config.recipe.teacher, program.teacher_weights(), batch, 1.0)), np.exp(plain))
     assert float(taken / weight) == pytest.approx(mean(both.sum(-1)), rel=1e-4)
@@ -165,8 +165,8 @@ def losses(directory):
 @pytest.mark.slow
 def test_stored_words_teach_what_the_teacher_teaches(teachers, tmp_path):
     """All of its words, looked up, are the same run."""
-    one = train(run_of(teachers), world=World(), root=tmp_path / "present")
-    train(run_of(teachers, recipe={"top_k": 264}), world=World(), root=tmp_path / "stored")
+    one = train(run_of(teachers), process_info=ProcessInfo(), root=tmp_path / "present")
+    train(run_of(teachers, recipe={"top_k": 264}), process_info=ProcessInfo(), root=tmp_path / "stored")
     present, stored = (losses(tmp_path / name) for name in ("present", "stored"))
     np.testing.assert_allclose(list(stored.values()), list(present.values()), rtol=2e-4)
     assert present[6] < present[1]
@@ -193,9 +193,9 @@ def test_a_run_goes_on_with_its_teacher_and_is_used_without(teachers, tmp_path):
 
     copy = tmp_path / "copy"
     shutil.copytree(teachers, copy)
-    whole = train(run_of(copy), world=World(), root=tmp_path)
+    whole = train(run_of(copy), process_info=ProcessInfo(), root=tmp_path)
     shutil.rmtree(tmp_path / "run/checkpoints/6")
-    rest = train(run_of(copy), world=World(), root=tmp_path)
+    rest = train(run_of(copy), process_info=ProcessInfo(), root=tmp_path)
     assert rest.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
     held_out = inference_session.evaluate(tmp_path / "run", [])
     assert held_out["held_out_acceptance"] == pytest.approx(rest.metrics["held_out_acceptance"], rel=1e-4)
@@ -204,7 +204,7 @@ def test_a_run_goes_on_with_its_teacher_and_is_used_without(teachers, tmp_path):
     (copy / "264/model.safetensors").unlink()
     huggingface.write(weights, config.recipe.teacher, copy / "264", kind="llama", limit=10**9)
     with pytest.raises(UserError, match="holds other weights than this run was trained with"):
-        train(run_of(copy, steps=8), world=World(), root=tmp_path)
+        train(run_of(copy, steps=8), process_info=ProcessInfo(), root=tmp_path)
     shutil.rmtree(copy)
     again = inference_session.evaluate(tmp_path / "run", [])
     assert again["held_out_loss"] == pytest.approx(held_out["held_out_loss"], rel=1e-5)
@@ -214,9 +214,13 @@ def test_a_run_goes_on_with_its_teacher_and_is_used_without(teachers, tmp_path):
 def test_another_tokenizer_is_refused(teachers, tmp_path):
     config = run_of(teachers, data={"tokenizer": {"bytes": False, "train": "bpe", "vocab": 264}})
     with pytest.raises(UserError, match=r"recipe.teacher.from: .* has another tokenizer|begins and ends a document"):
-        train(config, world=World(), root=tmp_path)
+        train(config, process_info=ProcessInfo(), root=tmp_path)
     with pytest.raises(UserError, match="nobody here has learned anything to teach"):
-        train(tiny(recipe={"name": "distill", "mix": 0.5}, model={"vocab": 264}), world=World(), root=tmp_path)
+        train(
+            tiny(recipe={"name": "distill", "mix": 0.5}, model={"vocab": 264}),
+            process_info=ProcessInfo(),
+            root=tmp_path,
+        )
 
 
 MISTAKES = {

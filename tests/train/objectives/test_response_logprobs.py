@@ -15,15 +15,15 @@ from meshwright.configs.huggingface import config_json
 from meshwright.configs.loader import merged
 from meshwright.configs.sections.data import DataConfig
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.core.process_env import World
+from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
 from meshwright.train.data.token_annotations import Noted, fill, unseen
-from meshwright.train.engine.forward_backward import context, fresh
-from meshwright.train.engine.host_data import to_devices
+from meshwright.train.engine.forward_backward import init_params, make_context
+from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 from meshwright.train.infer import inference_session
 from meshwright.train.infer.precompute_logprobs import by_first_weights, referenced
-from meshwright.train.objectives.loss_heads import by_parameters, target_logprobs
+from meshwright.train.objectives.loss_heads import target_logprobs, values_fn
 from meshwright.train.preemption import StopRequest
 from meshwright.train.run import train
 
@@ -84,7 +84,7 @@ def written_base(directory, *, scale):
     config = tiny(model={"vocab": 264})
     directory.mkdir(exist_ok=True)
     (directory / "model.safetensors").unlink(missing_ok=True)
-    weights = jax.tree.map(lambda leaf: scale * leaf, jax.jit(lambda: fresh(config))())
+    weights = jax.tree.map(lambda leaf: scale * leaf, jax.jit(lambda: init_params(config))())
     huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
     (directory / "config.json").write_text(json.dumps(config_json(config.model, positions=64, dtype="float32")))
 
@@ -135,7 +135,7 @@ STARTS = [pytest.param(*case, id=key, marks=[pytest.mark.slow] if key in SLOW el
 
 @pytest.mark.parametrize(("name", "changes", "first"), STARTS)
 def test_a_run_starts_at_its_reference_and_moves_away(name, changes, first, tmp_path):
-    train(run_of(tmp_path, name, **changes), world=World(), root=tmp_path)
+    train(run_of(tmp_path, name, **changes), process_info=ProcessInfo(), root=tmp_path)
     found, last = losses(tmp_path)
     np.testing.assert_allclose(found[1], first, rtol=2e-5)
     assert abs(found[5] - first) > 1e-3 * first
@@ -145,12 +145,12 @@ def test_a_run_starts_at_its_reference_and_moves_away(name, changes, first, tmp_
 def test_going_on_has_the_same_reference(tmp_path, monkeypatch):
     """Stopped after step 3: the reference of a run that goes on is the model at step 0, not the one it goes on with."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train(run_of(tmp_path, "dpo"), world=World(), root=whole)
+    train(run_of(tmp_path, "dpo"), process_info=ProcessInfo(), root=whole)
     monkeypatch.setattr(StopRequest, "requested", lambda self, step: step == 3)
     with pytest.raises(Exception, match="stopped after step 3"):
-        train(run_of(tmp_path, "dpo"), world=World(), root=stopped)
+        train(run_of(tmp_path, "dpo"), process_info=ProcessInfo(), root=stopped)
     monkeypatch.undo()
-    train(run_of(tmp_path, "dpo", data={"cache": str(tmp_path / "cache")}), world=World(), root=stopped)
+    train(run_of(tmp_path, "dpo", data={"cache": str(tmp_path / "cache")}), process_info=ProcessInfo(), root=stopped)
     np.testing.assert_allclose(list(losses(stopped)[0].values()), list(losses(whole)[0].values()), rtol=1e-5)
 
 
@@ -160,10 +160,10 @@ def test_another_reference_is_refused(tmp_path):
     settings = {"model": {"from": str(base)}, "data": {"tokenizer": {"bytes": True}}}
     written_base(base, scale=1.0)
     config = run_of(tmp_path, "dpo", steps=2, **settings)
-    train(config, world=World(), root=tmp_path)
+    train(config, process_info=ProcessInfo(), root=tmp_path)
     written_base(base, scale=1.01)
     with pytest.raises(UserError, match="base holds other weights than this run was trained with"):
-        train(run_of(tmp_path, "dpo", steps=3, **settings), world=World(), root=tmp_path)
+        train(run_of(tmp_path, "dpo", steps=3, **settings), process_info=ProcessInfo(), root=tmp_path)
     with pytest.raises(UserError, match="base holds other weights than this run was trained with"):
         inference_session.evaluate(tmp_path / "run", [])
     shutil.rmtree(base)
@@ -189,9 +189,9 @@ def test_notes_are_what_the_model_says_of_each_row(tmp_path):
     assert isinstance(data.train, Noted)
     rows = [data.train.row(index) for index in range(4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    forward = by_parameters(
-        target_logprobs(config.model, config.memory), program.graph, context=partial(context, config, program.mesh)
+    forward = values_fn(
+        target_logprobs(config.model, config.memory), program.graph, context=partial(make_context, config, program.mesh)
     )
     with jax.set_mesh(program.mesh):
-        wanted = jax.jit(forward)(program.first_weights(), {}, to_devices(batch, config, program.mesh), None)
+        wanted = jax.jit(forward)(program.initial_weights(), {}, make_global_arrays(batch, config, program.mesh), None)
     np.testing.assert_allclose(batch["reference_logprobs"], np.where(batch["places"] >= 0, wanted, 0), rtol=1e-5)

@@ -13,7 +13,7 @@ from support.equivalence import assert_same, tiny, trajectory
 from meshwright.configs.errors import UserError
 from meshwright.configs.loader import merged
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.core.process_env import World
+from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.engine.program import build
 from meshwright.train.infer.import_export import export_adapter, export_run
 from meshwright.train.run import train
@@ -50,8 +50,8 @@ def run_of(directory, **changes):
 
 
 def test_it_learns_which_answer_is_better_and_goes_out_as_transformers_has_it(tmp_path):
-    summary = train(run_of(tmp_path, evaluation={"start": True}), world=World(), root=tmp_path)
-    assert summary.first["held_out_accuracy"] < 0.9 < summary.metrics["held_out_accuracy"]
+    summary = train(run_of(tmp_path, evaluation={"start": True}), process_info=ProcessInfo(), root=tmp_path)
+    assert summary.initial_metrics["held_out_accuracy"] < 0.9 < summary.metrics["held_out_accuracy"]
     assert summary.metrics["loss"] < 0.5 * np.log(2)
     export_run(tmp_path / "run", tmp_path / "out", limit=10**9)
     tree, weights = (
@@ -64,7 +64,7 @@ def test_it_learns_which_answer_is_better_and_goes_out_as_transformers_has_it(tm
 
 @pytest.mark.slow
 def test_an_adapter_with_a_score_goes_out_merged_only(tmp_path):
-    train(run_of(tmp_path, steps=2, adapter={"rank": 2}), world=World(), root=tmp_path)
+    train(run_of(tmp_path, steps=2, adapter={"rank": 2}), process_info=ProcessInfo(), root=tmp_path)
     with pytest.raises(UserError, match="a score beside the adapter"):
         export_adapter(tmp_path / "run", tmp_path / "adapter")
     export_run(tmp_path / "run", tmp_path / "out", limit=10**9)
@@ -123,8 +123,8 @@ def test_a_pipeline_changes_nothing(pipeline):
 @pytest.mark.slow
 def test_held_out_pairs_are_told_apart_by_a_pipeline_as_by_one_device(tmp_path):
     base = {"steps": 2, "model": {"layers": 4}, "microbatches": 2, "evaluation": {"start": True}}
-    one = train(run_of(tmp_path, **base), world=World(), root=tmp_path / "one")
-    staged = train(run_of(tmp_path, **base, mesh={"pipe": 2}), world=World(), root=tmp_path / "staged")
+    one = train(run_of(tmp_path, **base), process_info=ProcessInfo(), root=tmp_path / "one")
+    staged = train(run_of(tmp_path, **base, mesh={"pipe": 2}), process_info=ProcessInfo(), root=tmp_path / "staged")
     for name in ("held_out_accuracy", "held_out_loss"):
         assert staged.first[name] == pytest.approx(one.first[name], rel=1e-4)
     export_run(tmp_path / "staged/run", tmp_path / "out", limit=10**9)

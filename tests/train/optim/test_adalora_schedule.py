@@ -11,12 +11,12 @@ from support.equivalence import tiny
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.adapter import AdapterConfig
-from meshwright.models.adapters.adapted_modules import sites
-from meshwright.models.adapters.attach import flat
-from meshwright.parallel.layout import rearranged
+from meshwright.models.adapters.adapted_modules import find_adapted_modules
+from meshwright.models.adapters.attach import flatten
+from meshwright.parallel.layout import reorder_layers
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.engine.program import build
-from meshwright.train.optim.adalora_schedule import allocated, distance
+from meshwright.train.optim.adalora_schedule import orthogonality_penalty, rank_allocator
 
 STEPS, RATE = 12, 0.05
 ADAPTER = AdapterConfig(method="adalora", rank=4, budget={"rank": 2, "after": 2, "every": 3, "settled": 2})
@@ -54,7 +54,7 @@ def test_the_budget_goes_to_the_most_important_triplets():
     """Every step of a run in numpy: the same weights, and the same entries taken away."""
     random = np.random.default_rng(0)
     params = leaves(random)
-    optimizer = allocated(optax.named_chain(("sgd", optax.sgd(RATE))), ADAPTER, present=EVERY, steps=STEPS)
+    optimizer = rank_allocator(optax.named_chain(("sgd", optax.sgd(RATE))), ADAPTER, present=EVERY, steps=STEPS)
     ours = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
     state, update = optimizer.init(ours), jax.jit(optimizer.update)
     importance, uncertainty = (jax.tree.map(np.zeros_like, params) for _ in range(2))
@@ -102,7 +102,7 @@ def test_a_layer_of_a_stack_without_an_adapter_has_no_part():
         return tree | {"q": jax.tree.map(lambda leaf: np.insert(leaf, 1, 9 * leaf[0] + 1, axis=0), tree["q"])}
 
     def entries(params, gradients, present):
-        optimizer = allocated(optax.named_chain(("sgd", optax.sgd(RATE))), ADAPTER, present=present, steps=STEPS)
+        optimizer = rank_allocator(optax.named_chain(("sgd", optax.sgd(RATE))), ADAPTER, present=present, steps=STEPS)
         params, *gradients = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), [params, *gradients])
         state, update = optimizer.init(params), jax.jit(optimizer.update)
         for gradient in gradients:
@@ -110,7 +110,9 @@ def test_a_layer_of_a_stack_without_an_adapter_has_no_part():
             params = optax.apply_updates(params, updates)
         return {name: np.asarray(own["adapter"]["e"]) for name, own in params.items()}
 
-    assert float(distance(wider(steps[0]), present=present)) == pytest.approx(float(distance(steps[0], present=EVERY)))
+    assert float(orthogonality_penalty(wider(steps[0]), present=present)) == pytest.approx(
+        float(orthogonality_penalty(steps[0], present=EVERY))
+    )
     alone = entries(steps[0], steps[1:], EVERY)
     among = entries(wider(steps[0]), [wider(gradient) for gradient in steps[1:]], present)
     assert np.count_nonzero(alone["q"]) + np.count_nonzero(alone["o"]) == MAPS * 2
@@ -124,9 +126,11 @@ def test_the_distance_is_nothing_for_orthogonal_factors():
     q, _ = np.linalg.qr(random.normal(size=(6, 4)))
     own = {"q": {"adapter": {"a": jnp.asarray(q[None]), "b": jnp.asarray(q.T[None]), "e": jnp.ones((1, 4))}}}
     present = {"q/adapter/e": np.ones(1, bool)}
-    assert float(distance(own, present=present)) < 1e-5
+    assert float(orthogonality_penalty(own, present=present)) < 1e-5
     own["q"]["adapter"]["a"] *= 2
-    assert float(distance(own, present=present)) == pytest.approx(3 * 2 / 2, rel=1e-4)  # |4 - 1| of four, a mean of two
+    assert float(orthogonality_penalty(own, present=present)) == pytest.approx(
+        3 * 2 / 2, rel=1e-4
+    )  # |4 - 1| of four, a mean of two
 
 
 V = {"mesh": {"pipe": 2}, "microbatches": 4, "model": {"layers": 5}, "pipeline": {"schedule": "v-half"}}
@@ -152,10 +156,10 @@ def test_a_run_ends_with_its_budget(settings, maps):
         gradient = jax.tree.map(lambda leaf, draw=draw: draw(leaf.shape), params)
         updates, state = update(gradient, state, params)
         params = optax.apply_updates(params, updates)
-    tree, scales = rearranged({"params": params}, before=program.order, after=None)["params"], {}
-    for site in sites(config.model, config.adapter):
+    tree, scales = reorder_layers({"params": params}, before=program.order, after=None)["params"], {}
+    for site in find_adapted_modules(config.model, config.adapter):
         scales[f"{site.path}/adapter/e"] = np.array(site.scales)
-    left = {path: np.count_nonzero(leaf, axis=1) for path, leaf in flat(tree).items() if path in scales}
+    left = {path: np.count_nonzero(leaf, axis=1) for path, leaf in flatten(tree).items() if path in scales}
     assert left.keys() == scales.keys() and sum(map(np.sum, left.values())) == maps
     assert not any(found[scales[path] == 0].any() for path, found in left.items())
 

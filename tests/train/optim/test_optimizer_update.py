@@ -14,11 +14,11 @@ from meshwright.configs.sections.training import OptimizerConfig
 from meshwright.parallel.hlo import KINDS, parse, varying_axes
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.state import TrainState
-from meshwright.train.engine.pipeline.stages import weight
+from meshwright.train.engine.pipeline.stages import batch_weight
 from meshwright.train.engine.program import build
 from meshwright.train.objectives.next_token import next_token
 from meshwright.train.optim import optimizers
-from meshwright.train.optim.optimizer_update import guarded, post_validated
+from meshwright.train.optim.optimizer_update import post_validated, skip_if_unhealthy
 
 SHAPES = {"segments": {"0": {"0": {"block": {"mlp": {"up": {"kernel": (2, 8, 4)}}}}}}, "head": {"kernel": (8, 4)}}
 SIZES = {"below the limit": 0.01, "above it": 3.0, "infinite": float("inf"), "no number": float("nan")}
@@ -41,7 +41,7 @@ def test_a_guess_that_does_not_stand_leaves_no_trace(name, size):
     )
     state = TrainState(jnp.int32(0), drawn(1.0), {}, optimizer.init(drawn(1.0)), (), jnp.zeros(2))
     results = []
-    for update in map(jax.jit, (guarded(optimizer), post_validated(optimizer, optimistic, clip=1.0))):
+    for update in map(jax.jit, (skip_if_unhealthy(optimizer), post_validated(optimizer, optimistic, clip=1.0))):
         first = update(drawn(0.02), state, jnp.float32(0.1), jnp.bool_(True))
         moved = TrainState(jnp.int32(1), first.params, {}, first.opt_state, (), jnp.zeros(2))
         gradient = drawn(SIZES[size])
@@ -101,6 +101,6 @@ def test_a_recipe_that_weighs_by_probability_cannot_begin_early():
         return logprobs.sum(), jnp.where(logprobs < -1, batch["loss_weights"], 0).sum()
 
     batch = {"targets": jnp.zeros((2, 4), jnp.int32), "loss_weights": jnp.ones((2, 4))}
-    assert float(weight(next_token, batch)) == 8
+    assert float(batch_weight(next_token, batch)) == 8
     with pytest.raises(UserError, match=r"post_validation: true, but the recipe weighs"):
-        weight(hard, batch)
+        batch_weight(hard, batch)

@@ -12,7 +12,7 @@ from support.equivalence import assert_close, assert_same, tiny
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.parallel import MeshConfig
 from meshwright.configs.sections.training import OptimizerConfig
-from meshwright.parallel.layout import canonical
+from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.sharding import optimizer_shardings, path_name, weight_shardings
 from meshwright.train.engine.program import build
@@ -77,7 +77,7 @@ def walk(section_json, *, sharded, steps=5):
     seen = []
     for step in range(steps + 1):
         seen.append(
-            canonical(jax.device_get({"params": params, "opt_state": opt_state}), tiny(model={"vocab": 64}).model)
+            to_canonical(jax.device_get({"params": params, "opt_state": opt_state}), tiny(model={"vocab": 64}).model)
         )
         params, opt_state = update(params, opt_state, jax.device_put(random_like(shapes, seed=step), where))
     return seen
@@ -137,7 +137,7 @@ def test_exactly_the_kernels_decay(embeddings):
     model = {"family": "gpt2", "max_positions": 16, "tied_embeddings": False, "qk_norm": True}
     config = tiny(model=model, optimizer={"decay_embeddings": embeddings})
     params = build(config, make_mesh(config.mesh)).shapes.params
-    decayed = {name for name, decays in arrays(optimizers.decays(config.optimizer)(params)).items() if decays}
+    decayed = {name for name, decays in arrays(optimizers.decay_mask(config.optimizer)(params)).items() if decays}
     expected = {name for name in arrays(params) if name.endswith("/kernel")}
     assert decayed == expected | ({"embed/embedding", "embed/positions"} if embeddings else set())
 
@@ -169,8 +169,8 @@ def test_muon_on_a_stack_is_muon_on_each_layers_matrix():
     updates, _ = jax.jit(lambda g, p: rule.update(g, rule.init(p), p))(gradient, params)
     plain = optax.contrib.muon(1.0, beta=config.optimizer.b1, consistent_rms=0.2)
     alone = jax.jit(lambda matrix: plain.update({"w": matrix}, plain.init({"w": matrix}), {"w": matrix})[0]["w"])
-    found = canonical(updates, config.model)
-    for name, matrix in canonical(gradient, config.model).items():
+    found = to_canonical(updates, config.model)
+    for name, matrix in to_canonical(gradient, config.model).items():
         if name.startswith("layers/") and name.endswith("/kernel"):
             rows = matrix.shape[0] * (matrix.shape[1] if name.endswith("o/kernel") else 1)
             expected = -alone(matrix.reshape(rows, -1))

@@ -12,12 +12,12 @@ from support.equivalence import assert_close, assert_same, batches, tiny
 from meshwright.configs.errors import UserError
 from meshwright.configs.loader import merged
 from meshwright.configs.sections.parallel import MeshConfig
-from meshwright.models.quantized.kernel import decoded, encoded
-from meshwright.models.quantized_model import forms
-from meshwright.parallel.layout import canonical
+from meshwright.models.quantized.kernel import dequantize_kernel, quantize_kernel
+from meshwright.models.quantized_model import kernel_layouts
+from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.core.process_env import World
-from meshwright.train.engine.host_data import to_devices
+from meshwright.train.core.process_env import ProcessInfo
+from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 from meshwright.train.optim import qat
 from meshwright.train.run import train
@@ -36,29 +36,35 @@ def program_of(**settings):
 def test_sgd_of_codes_is_that_of_the_weights_they_stand_for():
     """With the paper's 1 / scale^2, before anything is rounded; without it a step is thousands of times too short."""
     config = tiny(**merged(CODES, {"model": {"embed": 16}, "quantization": {"group": 8}}))
-    _, form = next(forms(config.model, config.quantization))
+    _, form = next(kernel_layouts(config.model, config.quantization))
     random = np.random.default_rng(0)
     kernel = jnp.asarray(random.normal(size=(16, 4, 4)) * np.geomspace(0.01, 1.0, 16).reshape(16, 1, 1), jnp.float32)
-    leaves, x = encoded(kernel, form), jnp.asarray(random.normal(size=(5, 16)), jnp.float32)
+    leaves, x = quantize_kernel(kernel, form), jnp.asarray(random.normal(size=(5, 16)), jnp.float32)
     loss = lambda kernel: jnp.square(jnp.tanh(jnp.einsum("ni,ihd->nhd", x, kernel)) - 0.3).sum()
-    whole, rate = decoded(leaves, form), 0.01
+    whole, rate = dequantize_kernel(leaves, form), 0.01
     gradient = jax.grad(loss)(whole)
-    of_codes = jax.grad(lambda own: loss(decoded(leaves | {"codes": own}, form)))(leaves["codes"].astype(jnp.float32))
+    of_codes = jax.grad(lambda own: loss(dequantize_kernel(leaves | {"codes": own}, form)))(
+        leaves["codes"].astype(jnp.float32)
+    )
     scale = jnp.repeat(leaves["scale"], form.group, axis=0)
     scaled = leaves["codes"] - rate * of_codes / scale**2
     stacked = jax.tree.map(lambda leaf: leaf[None], leaves)
-    np.testing.assert_allclose(qat.in_codes(-rate * gradient[None], stacked, group=form.group)[0], scaled, atol=1e-3)
     np.testing.assert_allclose(
-        decoded(leaves | {"codes": scaled}, form), whole - rate * gradient, atol=1e-6 * float(jnp.abs(whole).max())
+        qat.unrounded_codes(-rate * gradient[None], stacked, group=form.group)[0], scaled, atol=1e-3
     )
-    plainly = decoded(leaves | {"codes": leaves["codes"] - rate * of_codes}, form)
+    np.testing.assert_allclose(
+        dequantize_kernel(leaves | {"codes": scaled}, form),
+        whole - rate * gradient,
+        atol=1e-6 * float(jnp.abs(whole).max()),
+    )
+    plainly = dequantize_kernel(leaves | {"codes": leaves["codes"] - rate * of_codes}, form)
     assert float(jnp.linalg.norm(plainly - whole)) < 1e-3 * rate * float(jnp.linalg.norm(gradient))
 
 
 def test_rounding_is_right_on_the_average_and_leaves_whole_codes_alone():
     keys = jax.random.split(jax.random.key(0), 20_000)
     wanted = jnp.array([3.0, 0.25, 7.9, 254.5])
-    drawn = qat.by_chance(jnp.broadcast_to(wanted, (len(keys), 4)), keys)
+    drawn = qat.stochastic_round(jnp.broadcast_to(wanted, (len(keys), 4)), keys)
     np.testing.assert_array_equal(drawn, jnp.round(drawn))
     assert np.abs(drawn - wanted).max() < 1
     np.testing.assert_allclose(drawn.mean(axis=0), wanted, atol=0.015)
@@ -81,9 +87,9 @@ def runs():
         program_of(**CODES, steps=40),
         program_of(**CODES | {"quantization": INT8 | {"trained": False}}, steps=40),
     ]
-    starts = [program.initialized() for program in programs]
-    starts[1] = dataclasses.replace(starts[1], params=jax.tree.map(jnp.copy, programs[0].evaluated(starts[0])))
-    batch = to_devices(batches(programs[0].config, 1)[0], programs[0].config, programs[0].mesh)
+    starts = [program.initialize() for program in programs]
+    starts[1] = dataclasses.replace(starts[1], params=jax.tree.map(jnp.copy, programs[0].eval_params(starts[0])))
+    batch = make_global_arrays(batches(programs[0].config, 1)[0], programs[0].config, programs[0].mesh)
     before = jax.device_get(starts)
     return [
         (program, first, *after(program, start, batch, steps=30))
@@ -100,7 +106,7 @@ def test_codes_learn_as_the_weights_do(runs):
             jax.jit(lambda state, own=own: own.gradients(state.params, state.frozen, batch, None).gradient)(state)
             for own, state in ((program, start), (other, same))
         )
-    assert_close(canonical(one, program.config.model), canonical(two, other.config.model), tolerance=1e-6)
+    assert_close(to_canonical(one, program.config.model), to_canonical(two, other.config.model), tolerance=1e-6)
     assert losses[0] == pytest.approx(wanted[0], rel=1e-6)
     assert wanted[0] - wanted[-1] > 0.5
     np.testing.assert_allclose(losses, wanted, atol=0.05 * (wanted[0] - wanted[-1]))
@@ -108,7 +114,7 @@ def test_codes_learn_as_the_weights_do(runs):
 
 def test_nothing_is_kept_but_codes(runs):
     (program, start, _, end), _ = runs
-    before, now = (canonical(state.params, program.config.model) for state in (start, end))
+    before, now = (to_canonical(state.params, program.config.model) for state in (start, end))
     kernels = {name for name in now if name.endswith("/kernel/codes")}
     assert len(kernels) == 7 and all(now[name].dtype == np.uint8 and name.startswith("layers/1/") for name in kernels)
     assert all((now[name] != before[name]).any() for name in kernels)
@@ -120,7 +126,7 @@ def test_nothing_is_kept_but_codes(runs):
         1 + 5 / 32
     )  # a scale and a zero a group
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(end.opt_state)) < 100
-    whole = canonical(jax.device_get(program.plain(start)), program.config.model)
+    whole = to_canonical(jax.device_get(program.plain(start)), program.config.model)
     assert {leaf.dtype for leaf in whole.values()} == {np.dtype(np.float32)}
 
 
@@ -144,10 +150,10 @@ def test_a_run_goes_on_from_its_codes(tmp_path, monkeypatch):
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     told = {"name": "codes", "checkpoint": {"every": 2}, "logging": {"every": 1, "tensorboard": False}}
     config = tiny(**merged(CODES, {"model": {"vocab": 384}}), **told, steps=4, data={"held_out": 0.0})
-    whole = train(config, world=World(), root=tmp_path)
+    whole = train(config, process_info=ProcessInfo(), root=tmp_path)
     shutil.rmtree(tmp_path / "codes/checkpoints/4")
     there = config.model_copy(update={"mesh": MeshConfig(platform="cpu", data=2, tensor=2)})
-    rest = train(there, world=World(), root=tmp_path)
+    rest = train(there, process_info=ProcessInfo(), root=tmp_path)
     assert rest.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
 
 

@@ -10,9 +10,9 @@ from support.equivalence import assert_same, tiny
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.adapter import AdapterConfig
 from meshwright.parallel.mesh import make_mesh
-from meshwright.train.engine.host_data import to_devices
+from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
-from meshwright.train.optim.sparse_finetuning import counted, elementwise, largest
+from meshwright.train.optim.sparse_finetuning import count_true, masked_optimizer, top_k_mask
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 RATE = 0.1
@@ -29,17 +29,17 @@ def best(scores, count):
 
 def test_the_largest_of_all():
     scores = {name: np.abs(leaf) for name, leaf in tree(np.random.default_rng(0)).items()}
-    found = jax.jit(lambda scores: largest(scores, count=7))(scores)
+    found = jax.jit(lambda scores: top_k_mask(scores, count=7))(scores)
     for name, wanted in best(scores, 7).items():
         np.testing.assert_array_equal(found[name], wanted)
-    nothing = largest({"one": jnp.zeros(10)}, count=5)
+    nothing = top_k_mask({"one": jnp.zeros(10)}, count=5)
     assert not nothing["one"].any()  # what never had a gradient is never chosen
 
 
 def test_more_elements_than_an_integer_counts():
     """What is seen as [2**17, 2**15] has 2**32 elements, and 32 bits would call them none."""
     row = jnp.arange(2**15) >= 0
-    assert float(jax.jit(lambda row: counted({"wide": jnp.broadcast_to(row, (2**17, 2**15))}))(row)) == 2.0**32
+    assert float(jax.jit(lambda row: count_true({"wide": jnp.broadcast_to(row, (2**17, 2**15))}))(row)) == 2.0**32
 
 
 @pytest.mark.parametrize("method", ["fishmask", "lottery"])
@@ -48,7 +48,7 @@ def test_the_papers_rule(method):
     random = np.random.default_rng(1)
     adapter = AdapterConfig(method=method, density=0.2, scouting=2)
     chain = optax.named_chain(("sgd", optax.trace(decay=0.9)), ("learning_rate", optax.scale_by_learning_rate(RATE)))
-    optimizer = elementwise(chain, adapter)
+    optimizer = masked_optimizer(chain, adapter)
     first = tree(random)
     ours, theirs, gradients = first, dict(first), [tree(random) for _ in range(5)]
     state, update = optimizer.init(first), jax.jit(optimizer.update)
@@ -78,10 +78,10 @@ def test_in_a_run_only_so_many_elements_move(method):
     adapter = {"method": method, "density": 0.05, "scouting": 2, "targets": ["layers/1/mlp/*"]}
     config = tiny(adapter=adapter, mesh={"pipe": 1})
     program = build(config, make_mesh(config.mesh))
-    state, step = program.initialized(), program.compiled_step()
+    state, step = program.initialize(), program.compiled_step()
     start = jax.device_get(state.params)
     for batch in batches(config, 5):
-        state, _ = step(state, to_devices(batch, config, program.mesh))
+        state, _ = step(state, make_global_arrays(batch, config, program.mesh))
     moved = jax.tree.map(lambda one, other: one != other, jax.device_get(state.params), start)
     total = sum(leaf.size for leaf in jax.tree.leaves(start))
     assert sum(leaf.sum() for leaf in jax.tree.leaves(moved)) == round(0.05 * total)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from meshwright.configs.errors import UserError
-from meshwright.train.core.sample_log import Ledger, fingerprint
+from meshwright.train.core.sample_log import SampleLog, row_fingerprint
 from meshwright.train.report.run_audit import audit
 
 SIZE = 4  # global batch
@@ -21,13 +21,13 @@ def sitting(directory, *, epoch, start, steps, processes=2):
     """An epoch that goes on from `start` and does `steps`."""
     share = SIZE // processes
     for process in range(processes):
-        ledger = Ledger(directory, epoch=epoch, process=process, processes=processes, enabled=True)
-        ledger.began(start)
+        ledger = SampleLog(directory, epoch=epoch, process=process, processes=processes, enabled=True)
+        ledger.record_start(start)
         for step in steps:
             first = (step - 1) * SIZE + process * share
             rows = [row(first + offset) for offset in range(share)]
-            ledger.fed(step, {key: np.concatenate([one[key] for one in rows]) for key in rows[0]}, first=first)
-            ledger.applied(step)
+            ledger.record_rows(step, {key: np.concatenate([one[key] for one in rows]) for key in rows[0]}, first=first)
+            ledger.record_update(step)
 
 
 def journal(directory, *events):
@@ -129,9 +129,9 @@ def island(tmp_path):
     """Island 1 of 2: steps 1 to 4, then another island's state of step 6; restored at 8, where the others were at 7."""
     (tmp_path / "config.yaml").write_text(ISLAND)
     for epoch, told in ((1, {0: range(1, 5), 6: range(7, 10)}), (2, {7: range(8, 10)})):
-        ledger = Ledger(tmp_path, epoch=epoch, process=0, processes=1, enabled=True)
+        ledger = SampleLog(tmp_path, epoch=epoch, process=0, processes=1, enabled=True)
         for start, steps in told.items():
-            ledger.began(start)
+            ledger.record_start(start)
             fed(ledger, steps)
     journal(tmp_path, *ISLANDS_COURSE)
     return tmp_path
@@ -169,4 +169,4 @@ def test_a_run_without_a_ledger_cannot_be_audited(tmp_path):
 
 
 def test_a_row_is_told_by_its_tokens_and_targets():
-    assert len({fingerprint(*pair) for pair in (np.eye(2, dtype=np.int32), np.eye(2, dtype=np.int32)[::-1])}) == 2
+    assert len({row_fingerprint(*pair) for pair in (np.eye(2, dtype=np.int32), np.eye(2, dtype=np.int32)[::-1])}) == 2

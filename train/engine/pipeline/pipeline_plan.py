@@ -12,24 +12,24 @@ from pathlib import Path
 
 from ....configs.errors import UserError
 from ....configs.run import RunConfig
-from ....parallel.pipeline.tables.fused_backward import fused
-from ....parallel.pipeline.tables.layer_balance import even, redistributed
+from ....parallel.pipeline.tables.fused_backward import fuse_backward
+from ....parallel.pipeline.tables.layer_balance import even_layers, redistribute_layers
 from ....parallel.pipeline.tables.lowering import direction
-from ....parallel.pipeline.tables.schedules.registry import SCHEDULES, make
+from ....parallel.pipeline.tables.schedules.registry import SCHEDULES, make_table
 from ....parallel.pipeline.tables.table import Op, Table
 
 
 @dataclass(frozen=True)
-class Staging:
+class PipelinePlan:
     """A pipeline's plan for one model."""
 
     table: Table
     forward: Table  # for evaluation
     repeats: tuple[int, ...]  # of each stage
-    teacher: "Staging | None" = None  # of the model beside it that only reads, where there is one
+    teacher: "PipelinePlan | None" = None  # of the model beside it that only reads, where there is one
 
     @property
-    def most(self) -> int:
+    def max_repeats(self) -> int:
         """Repeats of the largest stage: places in each chunk."""
         return max(self.repeats)
 
@@ -40,32 +40,32 @@ class Staging:
         return tuple(
             firsts[stage] + number if number < self.repeats[stage] else -1
             for stage in self.table.placement.reshape(-1).tolist()
-            for number in range(self.most)
+            for number in range(self.max_repeats)
         )
 
 
-def check_staging(config: RunConfig) -> None:
+def check_pipeline(config: RunConfig) -> None:
     """Raise UserError where the pipeline of `config` does not fit, as far as that is known without devices."""
-    check_name(config.pipeline.schedule)
+    check_schedule_name(config.pipeline.schedule)
     if (count := config.mesh.count) is not None:
-        staging(config, pipe=config.mesh.resolved(count)["pipe"])
+        make_pipeline_plan(config, pipe=config.mesh.resolved(count)["pipe"])
 
 
-def check_name(schedule: str) -> None:
+def check_schedule_name(schedule: str) -> None:
     """Raise UserError for a schedule that is none, or does not train."""
     known = [name for name, family in SCHEDULES.items() if family.trains and "path" not in family.options]
     if schedule not in known and not schedule.endswith(".csv"):
         raise UserError.no_match("pipeline.schedule", [schedule], known=[*known, "PATH.csv"])
 
 
-def staging(config: RunConfig, *, pipe: int) -> Staging | None:
+def make_pipeline_plan(config: RunConfig, *, pipe: int) -> PipelinePlan | None:
     """The pipeline of `config` over `pipe` devices; None for one device. Raises UserError where none fits."""
     if pipe == 1:
         return None
     settings = config.pipeline
-    check_name(settings.schedule)
+    check_schedule_name(settings.schedule)
     path = Path(settings.schedule) if settings.schedule.endswith(".csv") else None
-    table = make(
+    table = make_table(
         settings.schedule if path is None else "file",
         path=path,
         devices=pipe,
@@ -75,12 +75,12 @@ def staging(config: RunConfig, *, pipe: int) -> Staging | None:
         memory_limit=settings.memory_limit,
     )
     if settings.backward == "fused":
-        table = fused(table)
-    forward = make(
+        table = fuse_backward(table)
+    forward = make_table(
         "forward-only", devices=pipe, microbatches=config.microbatches, placement=table.placement,
         vocabulary=settings.vocab_parallel,
     )  # fmt: skip
-    repeats = dealt(config, stages=table.stages)
+    repeats = repeats_per_stage(config, stages=table.stages)
     if table.microbatches < pipe:
         raise UserError(
             f"microbatches: {table.microbatches} leave most of {pipe} pipeline devices idle at any time; use at least "
@@ -90,10 +90,10 @@ def staging(config: RunConfig, *, pipe: int) -> Staging | None:
         direction(table.device_of(stage), table.device_of(stage + 1), pipe)  # raises where they are no neighbours
     if not table_trains(table):
         raise UserError(f"pipeline.schedule: {settings.schedule} has no backward pass; {pipe} devices would not train")
-    return Staging(table, forward, repeats, teacher=teacher_staging(config, pipe=pipe))
+    return PipelinePlan(table, forward, repeats, teacher=teacher_staging(config, pipe=pipe))
 
 
-def teacher_staging(config: RunConfig, *, pipe: int) -> Staging | None:
+def teacher_staging(config: RunConfig, *, pipe: int) -> PipelinePlan | None:
     """The pipeline of a teacher: forward only, with a stage a device."""
     if not config.recipe.two_models:
         return None
@@ -104,8 +104,8 @@ def teacher_staging(config: RunConfig, *, pipe: int) -> Staging | None:
             f"recipe.teacher.layers: {model.layers} layers in patterns of {len(pattern)} cannot fill the {pipe} stages "
             "of mesh.pipe; use a smaller mesh.pipe, or set recipe.top_k so that the teacher's words are stored"
         )
-    table = make("forward-only", devices=pipe, microbatches=config.microbatches)
-    return Staging(table, table, tuple(even(repeats, stages=pipe).tolist()))
+    table = make_table("forward-only", devices=pipe, microbatches=config.microbatches)
+    return PipelinePlan(table, table, tuple(even_layers(repeats, stages=pipe).tolist()))
 
 
 def table_trains(table: Table) -> bool:
@@ -113,7 +113,7 @@ def table_trains(table: Table) -> bool:
     return bool((table.op == Op.I).any() or (table.op == Op.B).any())
 
 
-def dealt(config: RunConfig, *, stages: int) -> tuple[int, ...]:
+def repeats_per_stage(config: RunConfig, *, stages: int) -> tuple[int, ...]:
     """Repeats of the pattern for each stage. Raises UserError where there are too few, or the list does not add up."""
     pattern, repeats = config.model.segments[0]
     layers = config.pipeline.layers
@@ -126,9 +126,9 @@ def dealt(config: RunConfig, *, stages: int) -> tuple[int, ...]:
             "mesh.pipe"
         )
     if layers == "even":
-        return tuple(even(repeats, stages=stages).tolist())
+        return tuple(even_layers(repeats, stages=stages).tolist())
     cost = head_cost(config) / len(pattern)
-    return tuple(redistributed(repeats, stages=stages, head_cost=cost, fewest=1).tolist())
+    return tuple(redistribute_layers(repeats, stages=stages, head_cost=cost, min_layers=1).tolist())
 
 
 def head_cost(config: RunConfig) -> float:

@@ -16,38 +16,38 @@ from ....configs.sections.base import Decision
 from ....configs.sections.model import ModelConfig
 from ....configs.sections.parallel import MemoryConfig
 from ....memory.offload_check import BATCH, REPEATS, Remat, tokens_and_params
-from ....memory.policy import rematerialized
+from ....memory.policy import make_remat
 from ....models.context import Context, unconstrained
-from ....models.decoder import graph
+from ....models.decoder import decoder_graphdef
 from ....parallel.gradients import Batch
-from ....parallel.pipeline.tables.lowering import wired
-from ....parallel.pipeline.tables.schedules.registry import make
-from ...objectives.loss_heads import ending, target_logprobs
-from .stages import make_engine, parts
+from ....parallel.pipeline.tables.lowering import lower_table
+from ....parallel.pipeline.tables.schedules.registry import make_table
+from ...objectives.loss_heads import make_loss_head, target_logprobs
+from .stages import make_engine, make_stage_functions
 
 
 def pooled_gradient(
-    model: ModelConfig, chosen: Mapping[str, Decision] | None, *, compute: Any, remat: Remat = rematerialized
+    model: ModelConfig, chosen: Mapping[str, Decision] | None, *, compute: Any, remat: Remat = make_remat
 ) -> Any:
     """By all parameters, out of a pipeline of one device and as many microbatches as there are rows, all in flight."""
     tokens, params = tokens_and_params(model)
-    structure, shapes = graph(model), jax.eval_shape(lambda: params)
+    structure, shapes = decoder_graphdef(model), jax.eval_shape(lambda: params)
     axes = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
     mesh = Mesh(np.array(jax.local_devices()[:1]).reshape([1] * len(MESH_AXES)), MESH_AXES, axis_types=axes)
-    cut = parts(
+    cut = make_stage_functions(
         structure,
         shapes,
         model=model,
-        ending=ending(target_logprobs(model, MemoryConfig()), negative_sum),
+        ending=make_loss_head(target_logprobs(model, MemoryConfig()), negative_sum),
         context=lambda fields, keys: Context(
-            positions=fields["positions"], remat=remat(chosen, scanned=True), compute=compute
+            positions=fields["positions"], remat=remat(chosen, scanned=True), compute_dtype=compute
         ),
         constrain=unconstrained,
         compute=jnp.dtype(compute),
     )
     engine = make_engine(
         cut,
-        wired(make("gpipe", devices=1, microbatches=BATCH), repeats=(REPEATS,)),
+        lower_table(make_table("gpipe", devices=1, microbatches=BATCH), repeats=(REPEATS,)),
         repeats=REPEATS,
         mesh=mesh,
         zero=1,

@@ -14,41 +14,41 @@ from ....configs.errors import UserError
 from ....configs.sections.model import ModelConfig
 from ....models.context import Context
 from ....models.decoder import Decoder, layer_context, run_block
-from ....models.rope import rotations
+from ....models.rope import make_rotations
 from ....parallel.gradients import Batch, Engine, Sums
-from ....parallel.pipeline.executor.backward_split import depending_on
-from ....parallel.pipeline.executor.equations import traced
-from ....parallel.pipeline.executor.forward_only_model import reading
-from ....parallel.pipeline.executor.replica_routing import drawn
-from ....parallel.pipeline.executor.stage_functions import Parts, Row, Weights
-from ....parallel.pipeline.executor.table_executor import pipelined
-from ....parallel.pipeline.tables.lowering import Wiring, rows_of
+from ....parallel.pipeline.executor.backward_split import dependents
+from ....parallel.pipeline.executor.equations import trace_equations
+from ....parallel.pipeline.executor.forward_only_model import hidden_state_reader
+from ....parallel.pipeline.executor.replica_routing import draw_shifts
+from ....parallel.pipeline.executor.stage_functions import Row, StageFunctions, Weights
+from ....parallel.pipeline.executor.table_executor import pipeline_engine
+from ....parallel.pipeline.tables.lowering import LoweredTable
 from ....parallel.pipeline.tables.table import Table
 from ....parallel.sharding import path_name
 from ....parallel.state import TrainState, combine
-from ....parallel.vocabulary import Constrain, Head, lookup
+from ....parallel.vocabulary import Constrain, OutputHead, embedding_lookup
 from ...objectives import interface as recipes
 from ...objectives.distillation import without_teacher
-from ...objectives.loss_heads import Ended, Ending
+from ...objectives.loss_heads import LossAndMetrics, LossHead
 
 HIDDEN = "teacher_hidden"  # field of a batch: what the teacher's head multiplies
-Teacher = Callable[[Any, Batch], Head]  # (its weights, batch) -> what its logits are made of
+Teacher = Callable[[Any, Batch], OutputHead]  # (its weights, batch) -> what its logits are made of
 Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def cut(tree: Any) -> Weights:
+def split_stages(tree: Any) -> Weights:
     """Parameters (or shapes) as the blocks' stacks, by place in the pattern, and the rest."""
     stacks = {place: stack["block"] for place, stack in tree.get("segments", {}).get("0", {}).items()}
     return Weights(stacks, {name: value for name, value in tree.items() if name != "segments"})
 
 
-def joined(weights: Weights) -> Any:
+def join_stages(weights: Weights) -> Any:
     """The inverse of `cut`."""
     stacks = {place: {"block": block} for place, block in weights.stacked.items()}
-    return weights.ends | ({"segments": {"0": stacks}} if stacks else {})
+    return weights.unstacked | ({"segments": {"0": stacks}} if stacks else {})
 
 
-def parts(
+def make_stage_functions(
     graph: Any,
     shapes: Any,
     *,
@@ -57,26 +57,31 @@ def parts(
     constrain: Constrain,
     compute: Any,
     recipe: recipes.Loss | None = None,
-    ending: Ending | None = None,
+    ending: LossHead | None = None,
     teacher: ModelConfig | None = None,
-) -> Parts:
+) -> StageFunctions:
     """The decoder's pieces as pure functions; `shapes` are those of all its weights, adapters too.
 
     `context(fields, keys)` is what blocks are told. `ending` makes the loss on the last stage, and `recipe` where the
     vocabulary is cut over `pipe`; a model that only reads has neither. `teacher` has read the batch where it is given.
     """
-    places, ahead = len(model.segments[0][0]), nnx.merge(graph, shapes).ahead
+    places, ahead = len(model.segments[0][0]), nnx.merge(graph, shapes).prefix_length
 
     def arrays(frozen: Any, fields: Batch, keys: jax.Array | None) -> dict[str, Any]:
         shared = None
         if "adapter" in frozen:  # what the adapters of all layers read is one of the ends
             shared = nnx.merge(graph, shapes | {"adapter": frozen["adapter"]}).adapter()
         fields = fields | {"positions": fields["positions"] + ahead}
-        return {"fields": fields, "keys": keys, "rotations": rotations(model, fields["positions"]), "shared": shared}
+        return {
+            "fields": fields,
+            "keys": keys,
+            "rotations": make_rotations(model, fields["positions"]),
+            "shared": shared,
+        }
 
     def told(given: dict[str, Any]) -> Context:
         ctx = context(given["fields"], given["keys"])
-        return dataclasses.replace(ctx, rotations=given["rotations"], shared=given["shared"])
+        return dataclasses.replace(ctx, rotations=given["rotations"], shared_matrices=given["shared"])
 
     def block(weights: Any, frozen: Any, given: tuple[dict[str, Any], jax.Array], x: jax.Array) -> jax.Array:
         ctx, layers = told(given[0]), given[1] * places
@@ -98,33 +103,33 @@ def parts(
     def kernel(ends: Any, frozen: Any) -> jax.Array:
         return decoder(ends, frozen).head_kernel(compute)
 
-    def leave(ends: Any, frozen: Any, hidden: jax.Array, fields: Batch, given: dict[str, Any]) -> Ended:
+    def leave(ends: Any, frozen: Any, hidden: jax.Array, fields: Batch, given: dict[str, Any]) -> LossAndMetrics:
         whole = decoder(ends, frozen)
-        said = None if teacher is None else Head(fields[HIDDEN], frozen["teacher"], teacher.logit_softcap)
+        said = None if teacher is None else OutputHead(fields[HIDDEN], frozen["teacher"], teacher.logit_softcap)
         return ending(whole, whole.final_norm(hidden), fields, told(given), said)
 
     def shape(fields: Batch) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*fields["tokens"].shape, model.embed), compute)
 
     graphs = [nnx.split(nnx.merge(graph, shapes).segments["0"][str(place)].block)[0] for place in range(places)]
-    return Parts(
+    return StageFunctions(
         context=arrays,
         block=block,
-        enter=enter,
-        leave=leave,
-        normed=normed,
-        kernel=kernel,
+        embed=enter,
+        loss_head=leave,
+        final_norm=normed,
+        head_kernel=kernel,
         recipe=recipe,
-        shape=shape,
+        hidden_shape=shape,
         constrain=constrain,
-        lookup=partial(lookup, constrain=constrain),
+        lookup=partial(embedding_lookup, constrain=constrain),
         vocab=model.vocab,
         softcap=model.logit_softcap,
     )
 
 
 def make_engine(
-    parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: int, compute: Any, dtype: Any,
+    parts: StageFunctions, wiring: LoweredTable, *, repeats: int, mesh: Mesh, zero: int, compute: Any, dtype: Any,
     teacher: Teacher | None = None,
 ) -> Engine:  # fmt: skip
     """The pipelined gradient engine: like the plain one, over parameters in the pipeline's layout.
@@ -134,44 +139,47 @@ def make_engine(
     `rows` are run instead of the table's where they are given (`op_times.py`); `shifts` send microbatches through
     replicas (`parallel/pipeline/executor/replica_routing.py`).
     """
-    run = pipelined(parts, wiring, repeats=repeats, mesh=mesh, zero=zero, dtype=dtype)
+    run = pipeline_engine(parts, wiring, repeats=repeats, mesh=mesh, zero=zero, dtype=dtype)
 
     def engine(
         params: Any, frozen: Any, batch: Batch, keys: jax.Array | None, rows: Row | None = None, shifts: Any = None
     ) -> Sums:
-        weights, fixed = (cut(cast(tree, compute)) for tree in (params, without_teacher(frozen)))
+        weights, fixed = (split_stages(cast_kernels(tree, compute)) for tree in (params, without_teacher(frozen)))
         if teacher is not None:
-            head = teacher(cast(frozen["teacher"], compute), batch)
-            batch, fixed = batch | {HIDDEN: head.hidden}, fixed._replace(ends=fixed.ends | {"teacher": head.kernel})
-        sums = run(weights, fixed, batch, keys, rows_of(wiring) if rows is None else rows, shifts)
+            head = teacher(cast_kernels(frozen["teacher"], compute), batch)
+            batch, fixed = (
+                batch | {HIDDEN: head.hidden},
+                fixed._replace(unstacked=fixed.unstacked | {"teacher": head.kernel}),
+            )
+        sums = run(weights, fixed, batch, keys, wiring.fields if rows is None else rows, shifts)
         loss, weight, gradient, metrics = sums
-        return Sums(loss, weight, joined(gradient) if wiring.trains else (), metrics)
+        return Sums(loss, weight, join_stages(gradient) if wiring.trains else (), metrics)
 
     return engine
 
 
-def make_teacher(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh) -> Teacher:
+def make_teacher(parts: StageFunctions, wiring: LoweredTable, *, repeats: int, mesh: Mesh) -> Teacher:
     """A model in a pipeline of its own, which goes forward only."""
-    read = reading(parts, wiring, repeats=repeats, mesh=mesh)
+    read = hidden_state_reader(parts, wiring, repeats=repeats, mesh=mesh)
 
-    def teacher(weights: Any, batch: Batch) -> Head:
-        own = cut(weights)
-        return Head(read(own, batch), parts.kernel(own.ends, {}), parts.softcap)
+    def teacher(weights: Any, batch: Batch) -> OutputHead:
+        own = split_stages(weights)
+        return OutputHead(read(own, batch), parts.head_kernel(own.unstacked, {}), parts.softcap)
 
     return teacher
 
 
-def routes(seed: int, table: Table, *, replicas: int) -> Callable[[TrainState], dict[str, jax.Array]]:
+def routing_inputs(seed: int, table: Table, *, replicas: int) -> Callable[[TrainState], dict[str, jax.Array]]:
     """What the engine is told so that microbatches pass through all replicas: other ways in every update."""
 
     def told(state: TrainState) -> dict[str, jax.Array]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 3), state.step)  # 1: dropout, 2: adapters
-        return {"shifts": drawn(key, microbatches=table.microbatches, stages=table.stages, replicas=replicas)}
+        return {"shifts": draw_shifts(key, microbatches=table.microbatches, stages=table.stages, replicas=replicas)}
 
     return told
 
 
-def weighed(engine: Engine, recipe: recipes.Loss) -> Engine:
+def with_batch_weight(engine: Engine, recipe: recipes.Loss) -> Engine:
     """`engine`, its weight counted from the batch, which every stage has, and not where the loss is made.
 
     Then no stage waits for the last one to divide its gradient. Raises UserError where the recipe's weight depends on
@@ -179,18 +187,18 @@ def weighed(engine: Engine, recipe: recipes.Loss) -> Engine:
     """
 
     def run(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None, **rows: Row) -> Sums:
-        return engine(params, frozen, batch, keys, **rows)._replace(weight=weight(recipe, batch))
+        return engine(params, frozen, batch, keys, **rows)._replace(weight=batch_weight(recipe, batch))
 
     return run
 
 
-def weight(recipe: recipes.Loss, batch: Batch) -> jax.Array:
+def batch_weight(recipe: recipes.Loss, batch: Batch) -> jax.Array:
     """The recipe's weight of `batch`, without its log-probabilities."""
     names, fields = zip(*batch.items(), strict=True)
     logprobs = jax.ShapeDtypeStruct(batch["targets"].shape, jnp.float32)
-    trace = traced(lambda logprobs, *fields: recipe(logprobs, dict(zip(names, fields, strict=True)))[1],
+    trace = trace_equations(lambda logprobs, *fields: recipe(logprobs, dict(zip(names, fields, strict=True)))[1],
                    logprobs, *(jax.typeof(field) for field in fields))  # fmt: skip
-    if trace.outputs[0] in depending_on({trace.inputs[0]}, trace.equations):
+    if trace.outputs[0] in dependents({trace.inputs[0]}, trace.equations):
         raise UserError(
             "pipeline.post_validation: true, but the recipe weighs tokens by their "
             "probability, which only the last stage knows; set it to false"
@@ -198,7 +206,7 @@ def weight(recipe: recipes.Loss, batch: Batch) -> jax.Array:
     return recipe(jnp.zeros(logprobs.shape, logprobs.dtype), batch)[1]
 
 
-def cast(tree: Any, compute: Any) -> Any:
+def cast_kernels(tree: Any, compute: Any) -> Any:
     """Kernels in the dtype they are multiplied in: once a step, and half the bytes to gather."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf.astype(compute) if path_name(path).endswith("/kernel") else leaf, tree

@@ -26,9 +26,9 @@ from ....models.context import Context
 from ....parallel.gradients import Batch, Engine, Sums
 from ....parallel.sharding import path_name
 from ....parallel.state import TrainState, combine
-from ....parallel.vocabulary import finished, target_logprobs
+from ....parallel.vocabulary import cap_and_mask, target_logprobs
 from ...objectives import interface as recipes
-from ...optim.optimizer_update import Update, Updated
+from ...optim.optimizer_update import Update, UpdateResult
 from . import ghost_norms
 
 Values = Callable[[Any, Any, Batch, jax.Array | None], jax.Array]  # (params, frozen, batch, keys) -> log p of targets
@@ -36,14 +36,14 @@ Told = Callable[..., Context]  # (batch, keys) -> what the blocks are told
 NOISE = 2**32 - 1  # in the place of a row's number: no row has it, so no row's key is that of the noise
 
 
-def private(values: Values, recipe: recipes.Loss, *, squared_norms: Values, clip: float, dtype: Any) -> Engine:
+def clipped_engine(values: Values, recipe: recipes.Loss, *, squared_norms: Values, clip: float, dtype: Any) -> Engine:
     """Sums over rows, of gradients of norm at most `clip`; the weight is the number of rows."""
 
     def engine(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> Sums:
         norms = jnp.sqrt(squared_norms(params, frozen, batch, keys))  # [rows]
         finite = jnp.isfinite(norms)
         scale = jnp.where(finite, jnp.minimum(1, clip / jnp.maximum(norms, 1e-30)), 0)
-        kept = emptied(batch, keep=finite)
+        kept = blank_rows(batch, keep=finite)
 
         def scaled(params: Any) -> tuple[jax.Array, jax.Array]:
             losses = row_losses(recipe, values(params, frozen, kept, keys), kept)
@@ -58,7 +58,7 @@ def private(values: Values, recipe: recipes.Loss, *, squared_norms: Values, clip
     return engine
 
 
-def emptied(batch: Batch, *, keep: jax.Array) -> Batch:
+def blank_rows(batch: Batch, *, keep: jax.Array) -> Batch:
     """`batch`, of its rows only those to `keep` [rows]; the others are padding.
 
     To multiply their gradients by 0 would not do: 0 times infinity is not 0.
@@ -81,7 +81,7 @@ def row_losses(recipe: recipes.Loss, values: jax.Array, batch: Batch) -> jax.Arr
 
 
 def make_norms(
-    graph: Any, recipe: recipes.Loss, *, model: ModelConfig, adapter: AdapterConfig | None, alone: Told
+    graph: Any, recipe: recipes.Loss, *, model: ModelConfig, adapter: AdapterConfig | None, context: Told
 ) -> Values:
     """(params, frozen, batch, keys) -> [rows] squared norms of the gradients of `row_losses`.
 
@@ -90,15 +90,18 @@ def make_norms(
 
     def of_row(params: Any, frozen: Any, row: Batch, key: jax.Array | None) -> jax.Array:
         batch = {name: field[None] for name, field in row.items()}
-        ctx = alone(batch, None if key is None else key[None])
+        ctx = context(batch, None if key is None else key[None])
 
         def loss(probe: jax.Array, params: Any) -> jax.Array:
-            rules = {"linear": ghost_norms.linear(ctx.linear, probe), "lookup": ghost_norms.lookup(ctx.lookup, probe)}
+            rules = {
+                "linear": ghost_norms.probed_linear(ctx.linear, probe),
+                "lookup": ghost_norms.probed_lookup(ctx.lookup, probe),
+            }
             told = dataclasses.replace(ctx, **rules)
-            decoder = nnx.merge(graph, combine(watched(params, probe, adapter=adapter), frozen))
+            decoder = nnx.merge(graph, combine(probe_other_leaves(params, probe, adapter=adapter), frozen))
             hidden, _ = decoder.hidden(batch["tokens"], told)
-            scores = told.linear(hidden, decoder.head_kernel(ctx.compute)).astype(jnp.float32)
-            scores = finished(scores, vocab=model.vocab, softcap=model.logit_softcap)
+            scores = told.linear(hidden, decoder.head_kernel(ctx.compute_dtype)).astype(jnp.float32)
+            scores = cap_and_mask(scores, vocab=model.vocab, softcap=model.logit_softcap)
             return row_losses(recipe, target_logprobs(scores, batch["targets"]), batch)[0]
 
         # By the parameters too, so that the rules see which weights are trained; those gradients are thrown away.
@@ -110,23 +113,23 @@ def make_norms(
     return squared
 
 
-def watched(params: Any, probe: jax.Array, *, adapter: AdapterConfig | None) -> Any:
+def probe_other_leaves(params: Any, probe: jax.Array, *, adapter: AdapterConfig | None) -> Any:
     """`params`, of which those that no linear map and no lookup reads are watched."""
 
     def leaf(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
-        return value if in_a_map(path_name(path), adapter) else ghost_norms.watched(value, probe)
+        return value if has_norm_rule(path_name(path), adapter) else ghost_norms.probed(value, probe)
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def in_a_map(path: str, adapter: AdapterConfig | None) -> bool:
+def has_norm_rule(path: str, adapter: AdapterConfig | None) -> bool:
     """Whether all of the gradient of the weight at `path` comes through `Context.linear` or `Context.lookup`."""
     if path.endswith("/kernel") or path == "embed/embedding":
         return True
     return adapter is not None and adapter.method in ("lora", "dora") and path.endswith(("/adapter/a", "/adapter/b"))
 
 
-def noised(update: Update, privacy: PrivacyConfig, *, rows: int) -> Update:
+def add_noise(update: Update, privacy: PrivacyConfig, *, rows: int) -> Update:
     """`update` of a gradient with noise, which is a mean over `rows`. UserError where the library is not installed."""
     try:
         from jax_privacy.noise_addition import gaussian_privatizer
@@ -135,7 +138,7 @@ def noised(update: Update, privacy: PrivacyConfig, *, rows: int) -> Update:
     # To plan a run whose noise its data will tell, any number would do: with this one, nobody trains by mistake.
     deviation = (math.nan if privacy.noise is None else privacy.noise) * privacy.clip / rows
 
-    def run(gradient: Any, state: TrainState, norm: jax.Array, healthy: jax.Array) -> Updated:
+    def run(gradient: Any, state: TrainState, norm: jax.Array, healthy: jax.Array) -> UpdateResult:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         drawn = gaussian_privatizer(stddev=deviation, prng_key=jax.random.fold_in(key, NOISE))
         return update(drawn.update(gradient, drawn.init(gradient))[0], state, norm, healthy)

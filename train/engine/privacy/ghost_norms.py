@@ -25,7 +25,7 @@ Linear = Callable[..., jax.Array]
 Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def linear(plain: Linear, probe: jax.Array) -> Linear:
+def probed_linear(plain: Linear, probe: jax.Array) -> Linear:
     """`plain(x, kernel, inputs=n)`, whose kernel's squared gradient norm goes to `probe` where it is trained."""
 
     def told(x: jax.Array, kernel: jax.Array, *, inputs: int = 1) -> jax.Array:
@@ -36,12 +36,12 @@ def linear(plain: Linear, probe: jax.Array) -> Linear:
             last = x.ndim - inputs
             return product_norm(x.reshape(-1, math.prod(x.shape[last:])), g.reshape(-1, math.prod(g.shape[last:])))
 
-        return ruled(run, norm)(x, kernel, probe)
+        return with_norm_rule(run, norm)(x, kernel, probe)
 
     return told
 
 
-def lookup(plain: Lookup, probe: jax.Array) -> Lookup:
+def probed_lookup(plain: Lookup, probe: jax.Array) -> Lookup:
     """`plain(table, tokens)`, whose table's squared gradient norm goes to `probe` where it is trained."""
 
     def told(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -49,7 +49,7 @@ def lookup(plain: Lookup, probe: jax.Array) -> Lookup:
             tokens, g = tokens.reshape(-1), g.reshape(tokens.size, -1).astype(jnp.float32)
             return ((tokens[:, None] == tokens) * (g @ g.T)).sum()
 
-        return ruled(lambda tokens, table: plain(table, tokens), norm)(tokens, table, probe)
+        return with_norm_rule(lambda tokens, table: plain(table, tokens), norm)(tokens, table, probe)
 
     return told
 
@@ -63,7 +63,7 @@ def product_norm(x: jax.Array, g: jax.Array) -> jax.Array:
     return jnp.square(x.T @ g).sum()
 
 
-def ruled(run: Callable[..., jax.Array], norm: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def with_norm_rule(run: Callable[..., jax.Array], norm: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`run(x, weight)` of (x, weight, probe); the probe's gradient is `norm(x, g)` where the weight is trained.
 
     The weight itself has none: where norms are wanted, gradients are not.
@@ -92,7 +92,7 @@ def ruled(run: Callable[..., jax.Array], norm: Callable[..., jax.Array]) -> Call
 
 
 @jax.custom_vjp
-def watched(leaf: jax.Array, probe: jax.Array) -> jax.Array:
+def probed(leaf: jax.Array, probe: jax.Array) -> jax.Array:
     """`leaf`, whose squared gradient norm goes to `probe`."""
     del probe
     return leaf
@@ -107,4 +107,4 @@ def _watching(_: None, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros_like(g), jnp.square(g.astype(jnp.float32)).sum()
 
 
-watched.defvjp(_watch, _watching)
+probed.defvjp(_watch, _watching)

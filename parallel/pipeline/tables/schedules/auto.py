@@ -1,10 +1,10 @@
-"""Zero bubble under a memory limit: how far ahead each stage goes is searched for. NumPy only.
+"""Zero bubble under a memory limit, with a search for the number of warm-up forwards of each stage. NumPy only.
 
-Forwards go ahead until the first backward arrives or the limit is reached; then forward and backward take turns, and
-W fill the gaps or make room. How many forwards is best cannot be said beforehand: the limit also cuts W's freedom, so
-a small grid is tried, from 1F1B's slope (one more for each stage in front) to ZB-H2's (two more), each with and
-without one forward that may delay the first backward. Fewest ticks win, then the shortest span of a device, then the
-fewest activations.
+A stage does forwards until the first backward arrives or the limit is reached (the warm-up); then forward and backward
+alternate, and W fills the gaps or frees memory. The best warm-up has no formula, as the limit also restricts where W
+may go, so a small grid is tried: from 1F1B's slope (one more forward for each later stage) to ZB-H2's (two more), each
+with and without one forward that may delay the first backward. Fewest ticks win, then the shortest span of a device,
+then the fewest activations.
 
 Source: Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 3.1, the heuristic in unit time.
 """
@@ -14,16 +14,12 @@ import itertools
 import numpy as np
 
 from .....configs.errors import UserError
-from ..list_schedule import tabulate
-from ..placement import straight
 from ..table import Op, Table
-from ..weight_gradient_fill import filled
 from .family import Family, Request
-from .one_forward_one_backward import classic
-from .zero_bubble import without_weights
+from .zero_bubble import delayed_weight_gradients
 
-SLOPES = (1.0, 1.25, 1.5, 1.75, 2.0)  # forwards ahead for each stage in front
-WINDOWS = (1, 8)  # passes a device chooses among: turns strictly taken, or whichever comes first
+SLOPES = (1.0, 1.25, 1.5, 1.75, 2.0)  # warm-up forwards for each later stage
+WINDOWS = (1, 8)  # passes a device chooses among; 1: it strictly alternates
 
 
 def auto(request: Request) -> Table:
@@ -34,22 +30,20 @@ def auto(request: Request) -> Table:
     p = request.devices
     limit = 2 * p if request.memory_limit is None else int(request.memory_limit)
     if limit < 1:
-        raise UserError(f"memory_limit: {request.memory_limit} microbatches; a device holds at least 1, and 1f1b {p}")
-    slopes = itertools.product(SLOPES, (0, 1))
-    ahead = {tuple(min(int(slope * (p - 1 - i)) + more, limit - 1) for i in range(p)) for slope, more in slopes}
-    tried = itertools.product(sorted(ahead), WINDOWS)
-    return min((_table(request, each, limit, window) for each, window in tried), key=_length)
-
-
-def _table(request: Request, ahead: tuple[int, ...], limit: int, window: int) -> Table:
-    placement = straight(request.devices)
-    orders = [without_weights(classic(one, request.microbatches)) for one in ahead]
-    orders = filled(orders, placement, limits=[limit] * request.devices, window=window)
-    return tabulate(orders, placement, algorithm=0, name="auto")
+        raise UserError(
+            f"memory_limit: {request.memory_limit} microbatches, but a device holds at least 1; raise it to {p} for 1f1b's"
+        )
+    grid = itertools.product(SLOPES, (0, 1))
+    warmups = {tuple(min(int(slope * (p - 1 - i)) + more, limit - 1) for i in range(p)) for slope, more in grid}
+    tables = (
+        delayed_weight_gradients(request, warmup=warmup, limit=limit, window=window, name="auto")
+        for warmup, window in itertools.product(sorted(warmups), WINDOWS)
+    )
+    return min(tables, key=_length)
 
 
 def _length(table: Table) -> tuple[int, int, int]:
-    """Ticks, the longest time from a device's first pass to its last, activations."""
+    """Ticks, the longest span from a device's first pass to its last, activations of all devices."""
     spans = [int(np.ptp(np.nonzero(column)[0])) for column in (table.op != Op.IDLE).T]
     return table.ticks, max(spans), int(table.slots.sum())
 

@@ -3,9 +3,9 @@
     device 0   F . . . . I W            offsets of F, I, W on each device; microbatch k does all of them
     device 1   . F . I W . .            k * interval ticks later
 
-Sorting each device's passes by their time gives an order in which nothing waits in a circle, because whatever a pass
-needs is earlier; squeezing the order (`listing.tabulate`) then removes the gaps of its beginning and end. How long an
-activation lives in the block, in intervals, is how many of it a device holds.
+Sorting each device's passes by their time gives an order without deadlock, because whatever a pass needs is earlier;
+list scheduling (`tabulate`) then removes the gaps at the beginning and the end. The lifetime of an activation in the
+block, in intervals, is the number of activations that a device holds.
 
 Source: Pipeline Parallelism with Controllable Memory, arXiv:2405.15362, section 3.
 """
@@ -20,7 +20,7 @@ from ..table import Op
 Block = Mapping[tuple[Op, int], Sequence[int | Fraction]]
 
 
-def repeated(block: Block, *, interval: int, microbatches: int) -> list[list[Pass]]:
+def repeat_block(block: Block, *, interval: int, microbatches: int) -> list[list[Pass]]:
     """The order of each device when the block is repeated for every microbatch."""
     devices = len(next(iter(block.values())))
     orders = []
@@ -30,25 +30,25 @@ def repeated(block: Block, *, interval: int, microbatches: int) -> list[list[Pas
             for (op, chunk), offsets in block.items()
             for microbatch in range(microbatches)
         ]
-        orders.append([one for _, one in sorted(timed)])
+        orders.append([step for _, step in sorted(timed)])
     return orders
 
 
-def free_offset(taken: set[int], *, earliest: int, interval: int) -> int:
-    """The first offset from `earliest` on whose place in the interval nothing takes; takes it."""
-    offset = next(at for at in range(earliest, earliest + interval) if at % interval not in taken)
-    taken.add(offset % interval)
+def claim_offset(occupied: set[int], *, earliest: int, interval: int) -> int:
+    """The first offset from `earliest` on that is not `occupied`, modulo the interval; adds it to `occupied`."""
+    offset = next(tick for tick in range(earliest, earliest + interval) if tick % interval not in occupied)
+    occupied.add(offset % interval)
     return offset
 
 
-def hoisted(orders: list[list[Pass]]) -> list[list[Pass]]:
-    """The orders with the forwards in front that fit before the last device has done its first: p - i on device i.
+def hoist_warmup(orders: list[list[Pass]]) -> list[list[Pass]]:
+    """Move to the front the forwards that fit before the last device has done its first: p - i on device i.
 
-    A block whose forwards hop slowly would leave its first ticks empty; these forwards are alive before the first
-    backward anyway, so the peak stays.
+    A block whose forwards move slowly from device to device would leave its first ticks empty. These forwards are alive
+    before the first backward anyway, so the peak does not change.
     """
-    hoisted = []
+    result = []
     for device, order in enumerate(orders):
-        forwards = [one for one in order if one.op is Op.F][: len(orders) - device]
-        hoisted.append([*forwards, *(one for one in order if one not in forwards)])
-    return hoisted
+        forwards = [step for step in order if step.op is Op.F][: len(orders) - device]
+        result.append([*forwards, *(step for step in order if step not in forwards)])
+    return result

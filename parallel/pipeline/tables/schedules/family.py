@@ -1,4 +1,4 @@
-"""What a family of schedules is: a function from a request to a table, and what it can be asked for. NumPy only."""
+"""The interface of a schedule: a function from a request to a table, and the options that it takes. NumPy only."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,26 +11,24 @@ from ..table import Table
 
 @dataclass(frozen=True)
 class Request:
-    """What the table is for."""
+    """The sizes and options of a table."""
 
     devices: int
     microbatches: int
-    chunks: int  # stages a device holds
-    vocabulary: int = 0  # 0 none; 1 or 2: the algorithm of the vocabulary passes
-    memory_limit: float | None = (
-        None  # activations a device may hold, in microbatches of all its chunks; None: no limit
-    )
-    placement: np.ndarray | None = None  # only for a table that follows another's placement
-    path: Path | None = None  # only for a table that is read
+    chunks: int  # stages on each device
+    vocabulary: int = 0  # algorithm of the vocabulary passes, 1 or 2; 0: none
+    memory_limit: float | None = None  # microbatches of all its chunks that a device may hold; None: no limit
+    placement: np.ndarray | None = None  # [devices, chunks], only for `forward-only`
+    path: Path | None = None  # of a CSV, only for `file`
 
 
 @dataclass(frozen=True)
 class Family:
-    """A named way to make tables."""
+    """A schedule of any size."""
 
     make: Callable[[Request], Table]
     about: str  # one line for lists
-    chunks: tuple[int, int | None] = (1, 1)  # fewest (and default) and most; None: any number
-    vocabulary: tuple[int, ...] = (0,)  # algorithms it takes
-    options: tuple[str, ...] = ()  # of memory_limit, placement, path
+    chunks: tuple[int, int | None] = (1, 1)  # fewest (the default) and most chunks; None: any number
+    vocabulary: tuple[int, ...] = (0,)  # algorithms of vocabulary passes that it takes
+    options: tuple[str, ...] = ()  # those it takes of memory_limit, placement, path
     trains: bool = True  # False: forward passes only

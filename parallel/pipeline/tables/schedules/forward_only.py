@@ -1,4 +1,4 @@
-"""Forward only: for evaluation. Any placement; with vocabulary passes an S behind the last forward. NumPy only."""
+"""Forward only, for evaluation. Any placement; with vocabulary passes an S follows the last forward. NumPy only."""
 
 from ..dependencies import Pass
 from ..list_schedule import tabulate
@@ -8,9 +8,9 @@ from .family import Family, Request
 
 
 def forward_only(request: Request) -> Table:
-    """[ticks, devices] of F and S; follows `placement`, straight by default.
+    """[ticks, devices] of F and S, for `placement`, by default straight.
 
-    Microbatches enter as far apart as a device has passes to do for each, and go straight through.
+    Microbatches enter as many ticks apart as a device has passes for each, so no microbatch waits on its way.
     """
     placement = straight(request.devices) if request.placement is None else request.placement
     interval = placement.shape[1] + bool(request.vocabulary)
@@ -23,7 +23,7 @@ def forward_only(request: Request) -> Table:
         ]
         if request.vocabulary:
             timed += [(placement.size + k * interval, Pass(Op.S, k, -1)) for k in range(request.microbatches)]
-        orders.append([one for _, one in sorted(timed)])
+        orders.append([step for _, step in sorted(timed)])
     return tabulate(orders, placement, algorithm=request.vocabulary, name="forward-only")
 
 

@@ -1,4 +1,4 @@
-"""A schedule somebody else made, read from a CSV (`csvfile`). NumPy only."""
+"""A schedule that is read from a CSV file (`csv_io.py`). NumPy only."""
 
 from .....configs.errors import UserError
 from ..csv_io import read_csv
@@ -7,18 +7,18 @@ from .family import Family, Request
 
 
 def from_file(request: Request) -> Table:
-    """The table of `path`. Raises UserError where it is not one for these devices and microbatches."""
+    """The table in the file `path`. Raises UserError if it is for other devices or microbatches."""
     if request.path is None:
-        raise UserError("pipeline.path: None; the schedule file is read from a CSV, say which")
+        raise UserError("pipeline.path: None, but pipeline.schedule: file reads a CSV; set its path")
     table = read_csv(request.path)
-    asked = {
+    sizes = {
         "devices": (table.devices, request.devices),
         "microbatches": (table.microbatches, request.microbatches),
-        "algorithm of vocabulary passes": (table.algorithm, request.vocabulary),
+        "vocabulary algorithm": (table.algorithm, request.vocabulary),
     }
-    for what, (there, wanted) in asked.items():
-        if there != wanted:
-            raise UserError(f"{request.path}: a schedule of {there} {what}, the run has {wanted}; change one of them")
+    for name, (in_file, requested) in sizes.items():
+        if in_file != requested:
+            raise UserError(f"{request.path}: {name}: {in_file}, but the run has {requested}; change one of them")
     return table
 
 

@@ -1,6 +1,6 @@
 """GPipe: all forwards, then all backwards. NumPy only.
 
-Simple, and a device holds every microbatch. Idle share of a fused backward (p - 1) / (m + p - 1).
+A device holds the activations of every microbatch. The idle share with a fused backward is (p - 1) / (m + p - 1).
 Source: GPipe, arXiv:1811.06965.
 """
 

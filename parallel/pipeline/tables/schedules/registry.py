@@ -1,13 +1,13 @@
-"""Every schedule by the name used in YAML, and `make`, which asks one for a table. NumPy only."""
+"""Every schedule by its name in YAML, and `make_table`, which makes the table of one. NumPy only."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from .....configs.errors import UserError
 from ..table import Table
-from ..validate import check
+from ..validate import check_table
 from . import (
     auto,
     forward_only,
@@ -34,7 +34,7 @@ SCHEDULES: Mapping[str, Family] = {
 }
 
 
-def make(
+def make_table(
     name: str,
     *,
     devices: int,
@@ -45,12 +45,12 @@ def make(
     placement: np.ndarray | None = None,
     path: Path | None = None,
 ) -> Table:
-    """The table of a named schedule, validated.
+    """The checked table of a named schedule.
 
-    `chunks` stages a device (default: the fewest the schedule takes); `vocabulary` 0, or the algorithm 1 or 2 of the
-    vocabulary passes; `memory_limit` in microbatches of a whole device, for `auto`; `placement` [devices, chunks] for
-    `forward-only`, which follows the training table's; `path` of the CSV for `file`. Raises UserError for what the
-    schedule does not take.
+    `chunks`: stages on each device, by default the fewest that the schedule takes; `vocabulary`: 0, or the algorithm 1
+    or 2 of the vocabulary passes; `memory_limit`: for `auto`, in microbatches of all chunks of a device; `placement`
+    [devices, chunks]: for `forward-only`, that of the training table; `path`: for `file`, that of the CSV. Raises
+    UserError for options that the schedule does not take.
     """
     if name not in SCHEDULES:
         raise UserError.no_match("pipeline.schedule", [name], known=SCHEDULES)
@@ -60,36 +60,37 @@ def make(
     request = Request(devices, microbatches, chunks or family.chunks[0], vocabulary, memory_limit, placement, path)
     _check_request(name, family, request)
     table = family.make(request)
-    if chunks is not None and table.chunks != chunks:  # a file knows its own
-        raise UserError(f"pipeline.chunks: {chunks}, and {path} has {table.chunks}; change one of them")
-    check(table)
+    if chunks is not None and table.chunks != chunks:  # those of a file are in the file
+        raise UserError(f"pipeline.chunks: {chunks}, but {path} has {table.chunks}; change one of them")
+    check_table(table)
     return table
 
 
 def _check_request(name: str, family: Family, request: Request) -> None:
     if request.devices < 1:
-        raise UserError(f"pipeline stages: {request.devices} devices; a pipeline has at least 1")
+        raise UserError(f"pipeline stages: {request.devices} devices; use at least 1")
     if request.microbatches < 1:
-        raise UserError(f"microbatches: {request.microbatches}; a pipeline is fed at least 1, and {request.devices} "
-                        f"or more keep {request.devices} devices busy")  # fmt: skip
+        raise UserError(f"microbatches: {request.microbatches}; use at least 1, and {request.devices} or more to keep "
+                        f"{request.devices} devices busy")  # fmt: skip
     fewest, most = family.chunks
     if request.placement is None and (request.chunks < fewest or (most is not None and request.chunks > most)):
-        taken = f"exactly {fewest}" if fewest == most else f"{fewest} or more"
-        raise UserError(f"pipeline.chunks: {name} takes {taken}, not {request.chunks}")
+        allowed = f"exactly {fewest}" if fewest == most else f"{fewest} or more"
+        raise UserError(f"pipeline.chunks: {request.chunks}, but pipeline.schedule: {name} takes {allowed}")
     if request.vocabulary not in family.vocabulary:
-        taken = _listed(family.vocabulary)
         working = [
-            other
-            for other, one in SCHEDULES.items()
-            if request.vocabulary in one.vocabulary and one.trains and "path" not in one.options
+            schedule
+            for schedule, option in SCHEDULES.items()
+            if request.vocabulary in option.vocabulary and option.trains and "path" not in option.options
         ]
-        remedy = f"{_listed(working)} would work" if working else "1f1b and v-half take 1 and 2"
-        raise UserError(f"pipeline.vocab_parallel: {name} takes {taken}, not {request.vocabulary}; {remedy}")
+        remedy = f"use {_alternatives(working)}" if working else "1f1b and v-half take 1 and 2"
+        raise UserError(f"pipeline.vocab_parallel: {request.vocabulary}, but pipeline.schedule: {name} takes "
+                        f"{_alternatives(family.vocabulary)}; {remedy}")  # fmt: skip
     for option in ("memory_limit", "placement", "path"):
-        if getattr(request, option) is not None and option not in family.options:
-            takers = [other for other, one in SCHEDULES.items() if option in one.options]
-            raise UserError(f"{option}: {name} takes none; {_listed(takers)} would")
+        if (value := getattr(request, option)) is not None and option not in family.options:
+            takers = [schedule for schedule, other in SCHEDULES.items() if option in other.options]
+            raise UserError(f"{option}: {value}, but pipeline.schedule: {name} does not take it; leave it out, or use "
+                            f"{_alternatives(takers)}")  # fmt: skip
 
 
-def _listed(words: object) -> str:
-    return " or ".join(str(word) for word in words)
+def _alternatives(options: Iterable[object]) -> str:
+    return " or ".join(map(str, options))

@@ -1,11 +1,11 @@
-"""Schedules as CSV: by ticks or by orders, and mistakes that name file and line."""
+"""Schedules in CSV files, by ticks or by orders; errors name file and line."""
 
 import pytest
 
 from meshwright.configs.errors import UserError
 from meshwright.parallel.pipeline.tables.csv_io import read_csv, write_csv
-from meshwright.parallel.pipeline.tables.list_schedule import orders_of
-from meshwright.parallel.pipeline.tables.schedules.registry import make
+from meshwright.parallel.pipeline.tables.list_schedule import device_orders
+from meshwright.parallel.pipeline.tables.schedules.registry import make_table
 
 HEAD = "tick,device,op,microbatch,chunk\n"
 
@@ -16,12 +16,12 @@ def written(tmp_path, text):
     return path
 
 
-def test_lines_without_ticks_are_the_orders_of_the_devices(tmp_path):
-    table = make("v-half", devices=2, microbatches=4, vocabulary=2)
+def test_without_the_column_tick_lines_are_the_orders_of_the_devices(tmp_path):
+    table = make_table("v-half", devices=2, microbatches=4, vocabulary=2)
     placement = " | ".join(" ".join(map(str, row)) for row in table.placement.tolist())
     lines = [f"# placement: {placement}", "# algorithm: 2", "# name: v-half", "device,op,microbatch,chunk"]
-    lines += [f"{device},{one.op.name},{one.microbatch},{one.chunk}"
-              for device, order in enumerate(orders_of(table)) for one in order]  # fmt: skip
+    lines += [f"{device},{step.op.name},{step.microbatch},{step.chunk}"
+              for device, order in enumerate(device_orders(table)) for step in order]  # fmt: skip
     assert read_csv(written(tmp_path, "\n".join(lines))).equals(table)
 
 
@@ -30,8 +30,8 @@ def test_a_file_by_hand_needs_no_header_and_any_order_of_lines(tmp_path):
     assert (table.name, table.devices, table.microbatches, table.slot.ravel().tolist()) == ("mine", 1, 1, [0, 0, 0])
 
 
-def test_the_header_is_what_the_page_says(tmp_path):
-    write_csv(make("zb-v", devices=2, microbatches=1), tmp_path / "zb-v.csv")
+def test_the_header_is_the_documented_one(tmp_path):
+    write_csv(make_table("zb-v", devices=2, microbatches=1), tmp_path / "zb-v.csv")
     lines = (tmp_path / "zb-v.csv").read_text().splitlines()
     assert lines[:5] == ["# placement: 0 3 | 1 2", "# algorithm: 0", "# name: zb-v", HEAD.strip(), "0,0,F,0,0"]
 
@@ -44,12 +44,12 @@ MISTAKES = {
     "no number": (HEAD + "0,0,F,x,0\n", r"mine\.csv, line 2: microbatch 'x'; give a whole number"),
     "negative": (HEAD + "0,-1,F,0,0\n", r"mine\.csv, line 2: device -1; count from 0"),
     "no op": (HEAD + "0,0,F,0,0\n1,0,X,0,0\n", r"mine\.csv, line 3: op: X matches nothing; there are B, F, I, S, T, W"),
-    "a cell twice": (HEAD + "0,0,F,0,0\n0,0,F,1,0\n", r"line 3: tick 0, device 0 is taken by line 2"),
+    "a cell twice": (HEAD + "0,0,F,0,0\n0,0,F,1,0\n", r"line 3: tick 0, device 0 is already in line 2"),
     "no such chunk": (HEAD + "0,0,F,0,1\n", r"line 2: chunk 1; a device has 1"),
     "no such device": ("# placement: 0\n" + HEAD + "0,1,F,0,0\n", r"line 3: device 1; the placement has 1"),
     "placement": (
         "# placement: 0 1 | 1 2\n" + HEAD + "0,1,F,0,0\n",
-        r"placement '0 1 \| 1 2'; give every device as many",
+        r"placement '0 1 \| 1 2'; give every device the same",
     ),
     "header": ("# placment: 0\n" + HEAD, r"line 1: placment matches nothing; .*Did you mean placement\?"),
     "not a schedule": (HEAD + "0,0,I,0,0\n1,0,F,0,0\n2,0,W,0,0\n", r"schedule mine: tick 0, device 0: I of .* needs F"),

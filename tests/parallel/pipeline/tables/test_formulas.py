@@ -1,11 +1,11 @@
-"""The published formulas, each beside the simulator: bubbles, spans, peaks."""
+"""The published formulas for bubbles, spans and peaks, each against the simulator."""
 
 import numpy as np
 import pytest
 
 from meshwright.parallel.pipeline.tables.costs import Costs
-from meshwright.parallel.pipeline.tables.fused_backward import fused
-from meshwright.parallel.pipeline.tables.schedules.registry import make
+from meshwright.parallel.pipeline.tables.fused_backward import fuse_backward
+from meshwright.parallel.pipeline.tables.schedules.registry import make_table
 from meshwright.parallel.pipeline.tables.simulator import in_flight, simulate, stash_bytes
 
 UNEVEN = Costs(forward=1.0, input_gradient=1.3, weight_gradient=0.8)
@@ -15,7 +15,7 @@ sizes = pytest.mark.parametrize(("p", "m"), SIZES)
 
 
 def table(name, p, m, **more):
-    return make(name, devices=p, microbatches=m, **more)
+    return make_table(name, devices=p, microbatches=m, **more)
 
 
 def longest_span(timeline):
@@ -26,8 +26,8 @@ def longest_span(timeline):
 @sizes
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
 def test_a_fused_backward_idles_p_minus_1_of_m_plus_p_minus_1(name, p, m):
-    assert simulate(fused(table(name, p, m))).bubble == pytest.approx((p - 1) / (m + p - 1))
-    assert simulate(fused(table(name, p, m)), UNEVEN).makespan == pytest.approx((m + p - 1) * (F + I + W))
+    assert simulate(fuse_backward(table(name, p, m))).bubble == pytest.approx((p - 1) / (m + p - 1))
+    assert simulate(fuse_backward(table(name, p, m)), UNEVEN).makespan == pytest.approx((m + p - 1) * (F + I + W))
 
 
 @sizes
@@ -38,7 +38,7 @@ def test_1f1b_split_into_i_and_w_idles_p_minus_1_forwards_and_input_gradients(p,
 @sizes
 @pytest.mark.parametrize("v", [2, 3])
 def test_interleaving_divides_the_bubble_by_the_chunks(p, m, v):
-    timeline = simulate(fused(table("interleaved", p, m, chunks=v)))
+    timeline = simulate(fuse_backward(table("interleaved", p, m, chunks=v)))
     assert timeline.bubble == pytest.approx((p - 1) / (v * m + p - 1))
     assert timeline.in_flight.max() == pytest.approx(p * (1 + (p - 1) / (p * v)))
 
@@ -100,7 +100,7 @@ def test_vocabulary_passes_add_their_own_time_and_no_bubble(name, algorithm, p):
     costs = Costs(vocabulary_s=1.0, vocabulary_t=1.0) if name == "1f1b" else Costs(vocabulary_s=0.5, vocabulary_t=0.5)
     few, many = (simulate(table(name, p, m, vocabulary=algorithm), costs).makespan for m in (3 * p, 3 * p + 20))
     assert many - few == pytest.approx(20 * (3 + costs.vocabulary_s + costs.vocabulary_t))
-    plain = simulate(fused(table("1f1b", p, 3 * p))).makespan - 9 * p
+    plain = simulate(fuse_backward(table("1f1b", p, 3 * p))).makespan - 9 * p
     assert few - 3 * p * (3 + costs.vocabulary_s + costs.vocabulary_t) <= plain + 1
 
 

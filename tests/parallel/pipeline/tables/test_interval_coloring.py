@@ -1,26 +1,26 @@
-"""Interval colouring: nobody shares a place, and there are no more places than needed."""
+"""Interval coloring: no two values share a slot, and there are no more slots than needed."""
 
 from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.parallel.pipeline.tables.interval_coloring import colour
+from meshwright.parallel.pipeline.tables.interval_coloring import color_intervals
 
-INTERVALS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 10)).map(lambda one: (one[0], one[0] + one[1])))
+INTERVALS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 10)).map(lambda pair: (pair[0], pair[0] + pair[1])))
 
 
 @given(INTERVALS)
-def test_no_two_intervals_share_a_place_in_any_tick(intervals):
-    places, _ = colour(intervals)
-    taken = Counter((tick, place) for (start, end), place in zip(intervals, places, strict=True)
+def test_no_two_intervals_share_a_slot_in_any_tick(intervals):
+    slots, _ = color_intervals(intervals)
+    users = Counter((tick, slot) for (start, end), slot in zip(intervals, slots, strict=True)
                     for tick in range(start, end + 1))  # fmt: skip
-    assert max(taken.values(), default=1) == 1
+    assert max(users.values(), default=1) == 1
 
 
 @given(INTERVALS)
-def test_as_many_places_as_are_ever_alive_at_once(intervals):
+def test_as_many_slots_as_values_are_ever_alive_at_once(intervals):
     alive = Counter(tick for start, end in intervals for tick in range(start, end + 1))
-    places, count = colour(intervals)
+    slots, count = color_intervals(intervals)
     assert count == max(alive.values(), default=0)
-    assert set(places) == set(range(count))
+    assert set(slots) == set(range(count))

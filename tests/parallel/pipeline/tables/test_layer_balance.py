@@ -1,4 +1,4 @@
-"""Layers of each stage: against all ways to put them."""
+"""Layers of each stage, against all distributions there are."""
 
 import itertools
 
@@ -6,26 +6,26 @@ import numpy as np
 import pytest
 
 from meshwright.configs.errors import UserError
-from meshwright.parallel.pipeline.tables.layer_balance import even, redistributed
+from meshwright.parallel.pipeline.tables.layer_balance import even_layers, redistribute_layers
 
 
 @pytest.mark.parametrize("head_cost", [0.0, 0.7, 2.4, 6.4])
-@pytest.mark.parametrize("fewest", [0, 1])
-def test_no_distribution_has_a_faster_slowest_stage(head_cost, fewest):
+@pytest.mark.parametrize("min_layers", [0, 1])
+def test_no_distribution_has_a_faster_slowest_stage(head_cost, min_layers):
     layers, stages, extra = 7, 3, np.array([0.3, 0, head_cost])
-    everything = (way for way in itertools.product(range(layers + 1), repeat=stages)
-                  if sum(way) == layers and min(way) >= fewest)  # fmt: skip
-    fastest = min(max(way + extra) for way in everything)
-    held = redistributed(layers, stages=stages, head_cost=head_cost, embedding_cost=0.3, fewest=fewest)
-    assert held.sum() == layers and held.min() >= fewest
-    assert max(held + extra) == pytest.approx(fastest)
+    distributions = (counts for counts in itertools.product(range(layers + 1), repeat=stages)
+                  if sum(counts) == layers and min(counts) >= min_layers)  # fmt: skip
+    fastest = min(max(counts + extra) for counts in distributions)
+    result = redistribute_layers(layers, stages=stages, head_cost=head_cost, embedding_cost=0.3, min_layers=min_layers)
+    assert result.sum() == layers and result.min() >= min_layers
+    assert max(result + extra) == pytest.approx(fastest)
 
 
-def test_even_differs_by_one_at_most():
-    assert even(8, stages=4).tolist() == [2, 2, 2, 2]
-    assert even(6, stages=4).tolist() == [2, 2, 1, 1]
+def test_even_layers_differ_by_at_most_one():
+    assert even_layers(8, stages=4).tolist() == [2, 2, 2, 2]
+    assert even_layers(6, stages=4).tolist() == [2, 2, 1, 1]
 
 
-def test_too_few_layers_say_how_many_stages_they_make():
-    with pytest.raises(UserError, match="layers: 3 do not give 4 stages 1 each; use 3 stages at most"):
-        redistributed(3, stages=4, head_cost=0.0, fewest=1)
+def test_too_few_layers_are_refused_with_the_number_of_stages_that_fits():
+    with pytest.raises(UserError, match=r"layers: 3 layers, .*4 stages .*at most 3 stages"):
+        redistribute_layers(3, stages=4, head_cost=0.0, min_layers=1)

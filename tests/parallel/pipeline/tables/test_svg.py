@@ -1,4 +1,4 @@
-"""Pictures: every pass is in it, on either clock, and drawing again gives the same file."""
+"""Pictures of schedules: every pass is drawn, on either clock, and drawing again gives the same file."""
 
 from collections import Counter
 from xml.etree import ElementTree
@@ -7,9 +7,9 @@ import pytest
 
 from meshwright.configs.errors import UserError
 from meshwright.parallel.pipeline.tables.costs import Costs
-from meshwright.parallel.pipeline.tables.schedules.registry import make
+from meshwright.parallel.pipeline.tables.schedules.registry import make_table
 from meshwright.parallel.pipeline.tables.simulator import simulate
-from meshwright.parallel.pipeline.tables.svg import draw, figure, ink_on, shade, svg
+from meshwright.parallel.pipeline.tables.svg import draw, figure, ink_on, render_svg, shade
 from meshwright.parallel.pipeline.tables.table import Op
 
 
@@ -31,26 +31,26 @@ def numbers(path):
 @pytest.mark.parametrize("microbatches", [4, 14])
 def test_every_pass_is_in_the_picture_once(microbatches, tmp_path):
     """14 microbatches of V-Half on 2 devices need two lines."""
-    table = make("v-half", devices=2, microbatches=microbatches, vocabulary=2)
+    table = make_table("v-half", devices=2, microbatches=microbatches, vocabulary=2)
     draw(table, tmp_path / "table.svg")
     found = numbers(tmp_path / "table.svg")
     assert found == dict.fromkeys(range(microbatches), 2 * (2 * 3 + 2))
 
 
-def test_ticks_are_counted_in_whole_numbers():
-    found = figure(make("zb-h1", devices=1, microbatches=1)).axes[0]
+def test_tick_labels_are_integers():
+    found = figure(make_table("zb-h1", devices=1, microbatches=1)).axes[0]
     assert found.get_xticks().tolist() == [0, 1, 2, 3]
 
 
 def test_the_same_table_gives_the_same_file(tmp_path):
-    table = make("1f1b", devices=2, microbatches=4)
+    table = make_table("1f1b", devices=2, microbatches=4)
     for name in ("a.svg", "b.svg"):
         draw(table, tmp_path / name, title="the same")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
-def test_costs_move_passes(tmp_path):
-    table = make("1f1b", devices=2, microbatches=4)
+def test_a_timeline_changes_the_picture(tmp_path):
+    table = make_table("1f1b", devices=2, microbatches=4)
     draw(table, tmp_path / "ticks.png")
     draw(table, tmp_path / "clock.png", timeline=simulate(table, Costs(weight_gradient=3.0)))
     assert (tmp_path / "ticks.png").read_bytes() != (tmp_path / "clock.png").read_bytes()
@@ -58,10 +58,10 @@ def test_costs_move_passes(tmp_path):
 
 def test_a_suffix_that_is_no_picture_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"table\.txt: suffix '\.txt'; use \.svg, \.png, \.pdf"):
-        draw(make("1f1b", devices=2, microbatches=4), tmp_path / "table.txt")
+        draw(make_table("1f1b", devices=2, microbatches=4), tmp_path / "table.txt")
 
 
-def test_numbers_stand_out_from_every_colour():
+def test_numbers_have_contrast_on_every_colour():
     """Contrast 3 to 1 at least, by the luminance of WCAG 2."""
 
     def luminance(colour):
@@ -77,6 +77,6 @@ def test_numbers_stand_out_from_every_colour():
 
 
 def test_ops_that_took_no_time_are_drawn_over_ticks():
-    table = make("1f1b", devices=2, microbatches=2)
+    table = make_table("1f1b", devices=2, microbatches=2)
     free = Costs(forward=0, input_gradient=0, weight_gradient=0)
-    assert svg(table, timeline=simulate(table, free)) == svg(table)
+    assert render_svg(table, timeline=simulate(table, free)) == render_svg(table)

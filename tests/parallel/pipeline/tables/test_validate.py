@@ -1,4 +1,4 @@
-"""Whatever is wrong with a table is found, and the message names the cell."""
+"""Every mistake in a table is found, and the error names the cell."""
 
 from dataclasses import replace
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from meshwright.configs.errors import UserError
-from meshwright.parallel.pipeline.tables.schedules.registry import make
+from meshwright.parallel.pipeline.tables.schedules.registry import make_table
 from meshwright.parallel.pipeline.tables.table import Op
-from meshwright.parallel.pipeline.tables.validate import check
+from meshwright.parallel.pipeline.tables.validate import check_table
 
 
 def table(algorithm=0):
@@ -17,38 +17,38 @@ def table(algorithm=0):
     F0 F1 .. I0 W0 .. I1 W1
     .. F0 I0 W0 F1 I1 W1 ..
     """
-    return make("1f1b", devices=2, microbatches=2, vocabulary=algorithm)
+    return make_table("1f1b", devices=2, microbatches=2, vocabulary=algorithm)
 
 
 def changed(**cells):
-    """The table with some cells written over: field -> {(tick, device): value}."""
-    made = table()
-    arrays = {field: getattr(made, field).copy() for field in cells}
+    """The table with some cells replaced: field -> {(tick, device): value}."""
+    table_copy = table()
+    arrays = {field: getattr(table_copy, field).copy() for field in cells}
     for field, values in cells.items():
-        for at, value in values.items():
-            arrays[field][at] = value
-    return replace(made, **arrays)
+        for cell, value in values.items():
+            arrays[field][cell] = value
+    return replace(table_copy, **arrays)
 
 
-def swapped(one, other):
+def swap_cells(first, second):
     """The table with two cells exchanged, all four fields."""
-    made = table()
-    arrays = {field: getattr(made, field).copy() for field in ("op", "microbatch", "chunk", "slot")}
+    table_copy = table()
+    arrays = {field: getattr(table_copy, field).copy() for field in ("op", "microbatch", "chunk", "slot")}
     for array in arrays.values():
-        array[one], array[other] = array[other], array[one]
-    return replace(made, **arrays)
+        array[first], array[second] = array[second], array[first]
+    return replace(table_copy, **arrays)
 
 
 WRONG = {
-    "I before the I behind it": (
-        lambda: swapped((2, 0), (3, 0)),
+    "I before the I of the next stage": (
+        lambda: swap_cells((2, 0), (3, 0)),
         r"tick 2, device 0: I of microbatch 0 of chunk 0 needs I\(microbatch 0, stage 1\), which device 1 does at",
     ),
-    "F before the F in front": (
-        lambda: swapped((0, 1), (1, 1)),
+    "F before the F of the previous stage": (
+        lambda: swap_cells((0, 1), (1, 1)),
         r"tick 0, device 1: F of microbatch 0 of chunk 0 needs F\(.*, stage 0\), which device 0 does at tick 0",
     ),
-    "W before its I": (lambda: swapped((3, 0), (4, 0)), r"tick 3, device 0: W .* needs I\(microbatch 0, stage 0\)"),
+    "W before its I": (lambda: swap_cells((3, 0), (4, 0)), r"tick 3, device 0: W .* needs I\(microbatch 0, stage 0\)"),
     "twice": (
         lambda: changed(microbatch={(1, 0): 0}),
         r"tick 1, device 0: F of microbatch 0 of chunk 0: F\(microbatch 0, stage 0\) was done before, at tick 0",
@@ -87,14 +87,14 @@ WRONG = {
 @pytest.mark.parametrize(("broken", "message"), WRONG.values(), ids=WRONG)
 def test_a_broken_table_is_refused_and_the_cell_named(broken, message):
     with pytest.raises(UserError, match=message):
-        check(broken())
+        check_table(broken())
 
 
 def test_a_backward_cell_may_be_fused():
-    """B stands for I and W: the table with B in the place of I and nothing in that of W is a schedule."""
-    made = table()
-    arrays = {field: getattr(made, field).copy() for field in ("op", "microbatch", "chunk", "slot")}
-    arrays["op"][made.op == Op.I] = Op.B
-    for field, nothing in (("op", 0), ("microbatch", -1), ("chunk", -1), ("slot", -1)):
-        arrays[field][made.op == Op.W] = nothing
-    check(replace(made, **arrays))
+    """B stands for I and W: a table with B instead of I and idle instead of W is a schedule."""
+    table_copy = table()
+    arrays = {field: getattr(table_copy, field).copy() for field in ("op", "microbatch", "chunk", "slot")}
+    arrays["op"][table_copy.op == Op.I] = Op.B
+    for field, empty in (("op", 0), ("microbatch", -1), ("chunk", -1), ("slot", -1)):
+        arrays[field][table_copy.op == Op.W] = empty
+    check_table(replace(table_copy, **arrays))

@@ -1,4 +1,4 @@
-"""W in the gaps: nothing is lost, the limit holds, and looking ahead never locks a device out."""
+"""W in the gaps: no pass is lost, the limit holds, and choosing later passes never causes a deadlock."""
 
 from collections import Counter
 
@@ -7,20 +7,20 @@ import pytest
 from meshwright.parallel.pipeline.tables.dependencies import Pass
 from meshwright.parallel.pipeline.tables.placement import straight, v_shaped
 from meshwright.parallel.pipeline.tables.table import Op
-from meshwright.parallel.pipeline.tables.weight_gradient_fill import filled
+from meshwright.parallel.pipeline.tables.weight_gradient_fill import fill_weight_gradients
 
 
 def v_order(microbatches):
-    """A device of a V: each microbatch down, up, and back, one after the other."""
+    """The order of a device of a V: both forwards, then both backwards, for one microbatch after the other."""
     return [Pass(op, k, chunk) for k in range(microbatches)
             for op, chunk in ((Op.F, 0), (Op.F, 1), (Op.I, 1), (Op.I, 0))]  # fmt: skip
 
 
-def most_held(order):
+def peak_activations(order):
     """Activations between F and W."""
     held = peak = 0
-    for one in order:
-        held += (one.op is Op.F) - (one.op is Op.W)
+    for step in order:
+        held += (step.op is Op.F) - (step.op is Op.W)
         peak = max(peak, held)
     return peak
 
@@ -28,33 +28,33 @@ def most_held(order):
 @pytest.mark.parametrize("window", [1, 2, 8])
 @pytest.mark.parametrize("limit", [2, 3, 5])
 def test_every_i_gets_its_w_and_the_limit_holds(window, limit):
-    orders = filled([v_order(4)] * 3, v_shaped(3), limits=[limit] * 3, window=window)
+    orders = fill_weight_gradients([v_order(4)] * 3, v_shaped(3), limits=[limit] * 3, window=window)
     for order in orders:
-        done = Counter(one.op for one in order)
+        done = Counter(step.op for step in order)
         assert done == {Op.F: 8, Op.I: 8, Op.W: 8}
-        assert all(order.index(one._replace(op=Op.I)) < order.index(one) for one in order if one.op is Op.W)
-        assert most_held(order) <= limit
+        assert all(order.index(step._replace(op=Op.I)) < order.index(step) for step in order if step.op is Op.W)
+        assert peak_activations(order) <= limit
 
 
-def test_a_later_forward_does_not_take_the_room_of_the_one_in_front():
-    """Room for two: were microbatch 1 let in while 0 is away, 0 could not come back, and nothing would ever end."""
-    first, _ = filled([v_order(2)] * 2, v_shaped(2), limits=[2, 2], window=8)
-    chunks = [(one.microbatch, one.chunk) for one in first if one.op is Op.F]
+def test_a_later_forward_does_not_take_the_memory_of_an_earlier_pass():
+    """A limit of two: if microbatch 1 began while 0 is on another device, 0 could not return: a deadlock."""
+    first, _ = fill_weight_gradients([v_order(2)] * 2, v_shaped(2), limits=[2, 2], window=8)
+    chunks = [(step.microbatch, step.chunk) for step in first if step.op is Op.F]
     assert chunks == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
-def test_with_room_it_is_let_in():
-    first, _ = filled([v_order(2)] * 2, v_shaped(2), limits=[3, 3], window=8)
-    assert [(one.microbatch, one.chunk) for one in first if one.op is Op.F][:2] == [(0, 0), (1, 0)]
+def test_a_later_forward_goes_first_if_the_limit_allows():
+    first, _ = fill_weight_gradients([v_order(2)] * 2, v_shaped(2), limits=[3, 3], window=8)
+    assert [(step.microbatch, step.chunk) for step in first if step.op is Op.F][:2] == [(0, 0), (1, 0)]
 
 
 def test_a_window_of_one_keeps_the_order():
     order = v_order(3)
-    for made in filled([order] * 2, v_shaped(2), limits=[9, 9]):
-        assert [one for one in made if one.op is not Op.W] == order
+    for filled in fill_weight_gradients([order] * 2, v_shaped(2), limits=[9, 9]):
+        assert [step for step in filled if step.op is not Op.W] == order
 
 
-def test_orders_that_wait_in_a_circle_are_no_users_mistake():
-    """Generators never make them; a reader of CSV goes through `tabulate`, which explains."""
+def test_orders_that_deadlock_are_an_assertion_error():
+    """Generators never make them, and a CSV goes through `tabulate`, which explains the deadlock."""
     with pytest.raises(AssertionError, match="orders wait in a circle"):
-        filled([[Pass(Op.I, 0, 0), Pass(Op.F, 0, 0)]], straight(1), limits=[1])
+        fill_weight_gradients([[Pass(Op.I, 0, 0), Pass(Op.F, 0, 0)]], straight(1), limits=[1])

@@ -11,10 +11,10 @@ from meshwright.configs.loader import merged
 from meshwright.parallel.hlo import parse
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.pipeline.tables.csv_io import write_csv
-from meshwright.parallel.pipeline.tables.list_schedule import orders_of, tabulate
-from meshwright.parallel.pipeline.tables.schedules.registry import make
-from meshwright.train.core.process_env import World
-from meshwright.train.engine.pipeline.pipeline_plan import staging
+from meshwright.parallel.pipeline.tables.list_schedule import device_orders, tabulate
+from meshwright.parallel.pipeline.tables.schedules.registry import make_table
+from meshwright.train.core.process_env import ProcessInfo
+from meshwright.train.engine.pipeline.pipeline_plan import make_pipeline_plan
 from meshwright.train.engine.program import build
 from meshwright.train.plan.compile_plan import step_flops
 from meshwright.train.run import train
@@ -131,17 +131,17 @@ REFUSED = {
 def test_what_has_no_table_is_refused_before_jax_is_needed(changes, words):
     config = tiny(**merged(merged(BASE, STAGED), changes))
     with pytest.raises(UserError, match=words):
-        staging(config, pipe=config.mesh.pipe)
+        make_pipeline_plan(config, pipe=config.mesh.pipe)
 
 
 def test_a_file_whose_stages_are_no_neighbours_is_refused_before_jax_is_needed(tmp_path):
     """GPipe's orders, the two middle stages on each other's devices: a schedule, but nobody sends that far."""
-    table = make("gpipe", devices=4, microbatches=4)
+    table = make_table("gpipe", devices=4, microbatches=4)
     apart = tmp_path / "apart.csv"
-    write_csv(tabulate(orders_of(table), np.array([[0], [2], [1], [3]]), algorithm=0, name="apart"), apart)
+    write_csv(tabulate(device_orders(table), np.array([[0], [2], [1], [3]]), algorithm=0, name="apart"), apart)
     config = tiny(**merged(merged(BASE, STAGED), {"mesh": {"pipe": 4}, "pipeline": {"schedule": str(apart)}}))
     with pytest.raises(UserError, match="consecutive stages on devices 0 and 2 of 4"):
-        staging(config, pipe=4)
+        make_pipeline_plan(config, pipe=4)
 
 
 UNFIT = {
@@ -174,7 +174,7 @@ def test_a_balanced_deal_leaves_the_stage_with_the_head_fewer_layers():
     config = tiny(
         **merged(merged(BASE, STAGED), {"model": {"layers": 8, "vocab": 512}, "pipeline": {"layers": "balanced"}})
     )
-    found = staging(config, pipe=2)
+    found = make_pipeline_plan(config, pipe=2)
     assert sum(found.repeats) == 8 and found.repeats[0] > found.repeats[1]
     assert sorted(repeat for repeat in found.order if repeat >= 0) == list(range(8))
 
@@ -189,7 +189,7 @@ def compiled():
     """Computation -> instructions, of a step in which a device has one repeat a stage."""
     _, config = pair({}, {"pipeline": {"schedule": "zb-v"}})
     program = build(config, make_mesh(config.mesh))
-    assert program.staging.most == 1
+    assert program.pipeline_plan.max_repeats == 1
     return parse(program.compiled_step().as_text())
 
 
@@ -231,8 +231,12 @@ def test_a_run_goes_on_under_another_schedule_and_without_a_pipeline(tmp_path, m
     base = merged(BASE, small)
     v = {"mesh": {"pipe": 2}, "microbatches": 4, "pipeline": {"schedule": "v-half", "vocab_parallel": 2}}
     more = {"mesh": {"pipe": 4}, "microbatches": 4, "pipeline": {"measure": False}}
-    expected = train(tiny(**merged(base, {"name": "whole", "steps": 6})), world=World(), root=tmp_path).metrics
+    expected = train(
+        tiny(**merged(base, {"name": "whole", "steps": 6})), process_info=ProcessInfo(), root=tmp_path
+    ).metrics
     for steps, layout in ((2, v), (4, more), (6, {})):
-        found = train(tiny(**merged(base, layout | {"steps": steps})), world=World(), root=tmp_path).metrics
+        found = train(
+            tiny(**merged(base, layout | {"steps": steps})), process_info=ProcessInfo(), root=tmp_path
+        ).metrics
     for key in ("loss", "grad_norm", "held_out_loss"):
         assert found[key] == pytest.approx(expected[key], rel=1e-4)

@@ -15,17 +15,17 @@ from meshwright.configs.errors import UserError
 from meshwright.configs.loader import merged
 from meshwright.configs.sections.privacy import PrivacyConfig
 from meshwright.parallel.mesh import make_mesh
-from meshwright.parallel.prng import of_steps, of_weights
+from meshwright.parallel.prng import init_key, step_key
 from meshwright.train.core.event_log import Journal
-from meshwright.train.core.process_env import World
-from meshwright.train.engine.forward_backward import context, context_alone
-from meshwright.train.engine.host_data import to_devices
+from meshwright.train.core.process_env import ProcessInfo
+from meshwright.train.engine.forward_backward import local_context, make_context
+from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.privacy.dp_sgd import make_norms, row_losses
 from meshwright.train.engine.program import build
 from meshwright.train.metrics import metrics_logger
-from meshwright.train.objectives.loss_heads import by_parameters, target_logprobs
+from meshwright.train.objectives.loss_heads import target_logprobs, values_fn
 from meshwright.train.objectives.registry import RECIPES
-from meshwright.train.run import checked, train
+from meshwright.train.run import load_checked_data, train
 
 pytest.importorskip("jax_privacy")
 
@@ -65,8 +65,8 @@ def moved(params):
 
 def materialised(config, program, params, frozen, batch, keys):
     """Gradients of each row, made."""
-    values = by_parameters(
-        target_logprobs(config.model, config.memory), program.graph, context=partial(context, config, program.mesh)
+    values = values_fn(
+        target_logprobs(config.model, config.memory), program.graph, context=partial(make_context, config, program.mesh)
     )
     recipe = RECIPES[config.recipe.name].loss(config.recipe)
 
@@ -83,7 +83,7 @@ def norms_of(config, program):
         RECIPES[config.recipe.name].loss(config.recipe),
         model=config.model,
         adapter=config.adapter,
-        alone=partial(context_alone, config, program.mesh),
+        context=partial(local_context, config, program.mesh),
     )
 
 
@@ -93,7 +93,7 @@ def norms_of(config, program):
 def test_norms_are_those_of_the_gradients_of_each_row(name):
     config = private(**MODELS[name])
     program = build(config, make_mesh(config.mesh))
-    state = program.initialized()
+    state = program.initialize()
     params, batch = moved(state.params), jax.tree.map(jnp.asarray, batches(config, 1)[0])
     keys = jax.random.split(jax.random.key(3), config.data.global_batch)
     with jax.set_mesh(program.mesh):
@@ -109,9 +109,9 @@ def test_norms_are_those_of_the_gradients_of_each_row(name):
 def summed(config):
     """The sums of one batch, and every row's own gradient."""
     program = build(config, make_mesh(config.mesh))
-    state, batch = program.initialized(), batches(config, 1)[0]
+    state, batch = program.initialize(), batches(config, 1)[0]
     with jax.set_mesh(program.mesh):
-        placed = to_devices(batch, config, program.mesh)
+        placed = make_global_arrays(batch, config, program.mesh)
         sums = jax.jit(program.gradients)(state.params, state.frozen, placed, None)
         each = jax.jit(partial(materialised, config, program))(state.params, state.frozen, placed, None)
     return sums, each
@@ -138,7 +138,7 @@ def test_a_row_without_a_finite_norm_counts_as_an_empty_one():
     """A word that no other row reads has an embedding that is not a number: the others' gradients are as without it."""
     config = private()
     program = build(config, make_mesh(config.mesh))
-    params, batch = program.initialized().params, batches(config, 1)[0]
+    params, batch = program.initialize().params, batches(config, 1)[0]
     word = config.model.vocab - 1
     batch["tokens"][batch["tokens"] == word] = 1
     without = batch | {"loss_weights": batch["loss_weights"] * (np.arange(8) > 0)[:, None]}
@@ -147,8 +147,8 @@ def test_a_row_without_a_finite_norm_counts_as_an_empty_one():
     broken["embed"]["embedding"] = params["embed"]["embedding"].at[word].set(jnp.nan)
     with jax.set_mesh(program.mesh):
         engine = jax.jit(program.gradients)
-        found = engine(broken, {}, to_devices(batch, config, program.mesh), None)
-        wanted = engine(params, {}, to_devices(without, config, program.mesh), None)
+        found = engine(broken, {}, make_global_arrays(batch, config, program.mesh), None)
+        wanted = engine(params, {}, make_global_arrays(without, config, program.mesh), None)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), found.gradient, wanted.gradient)
     assert np.abs(found.gradient["head"]["kernel"]).max() > 0.001
     np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-5)
@@ -161,12 +161,12 @@ def test_all_of_the_seed_is_in_the_noise_and_what_is_released_tells_nothing_of_i
     keys = {}
     for seed in (SEED, SEED + 2**32):
         config = private(seed=seed)
-        keys |= {(seed, key): tuple(np.asarray(jax.random.key_data(key(config)))) for key in (of_weights, of_steps)}
+        keys |= {(seed, key): tuple(np.asarray(jax.random.key_data(key(config)))) for key in (init_key, step_key)}
     low = jax.random.key(SEED)
     seen = {*keys.values(), *(tuple(np.asarray(jax.random.key_data(key))) for key in (low, jax.random.fold_in(low, 1)))}
     assert len(seen) == 6
-    state = build(config, make_mesh(config.mesh)).initialized()
-    assert tuple(np.asarray(state.rng)) == keys[SEED + 2**32, of_steps]
+    state = build(config, make_mesh(config.mesh)).initialize()
+    assert tuple(np.asarray(state.rng)) == keys[SEED + 2**32, step_key]
 
 
 def stepping(noise):
@@ -175,14 +175,14 @@ def stepping(noise):
     config = private(optimizer=sgd | {"weight_decay": 0.0, "b1": 0.0}, privacy={"noise": noise})
     program = build(config, make_mesh(config.mesh))
     with jax.set_mesh(program.mesh):
-        batch = to_devices(batches(config, 1)[0], config, program.mesh)
+        batch = make_global_arrays(batches(config, 1)[0], config, program.mesh)
         step = jax.jit(lambda state: program.step(state, batch)[0].params)
 
     def run(state):
         with jax.set_mesh(program.mesh):
             return step(state)
 
-    return program.initialized(), run
+    return program.initialize(), run
 
 
 def test_noise_has_the_deviation_that_is_counted():
@@ -262,13 +262,13 @@ def run_of(directory, **changes):
 def test_a_run_tells_what_it_has_spent_and_goes_on_counting(tmp_path, monkeypatch):
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     budget = {"privacy": {"noise": None, "epsilon": 5.0}, "checkpoint": {"every": 3}}
-    whole = train(run_of(tmp_path, **budget), world=World(), root=tmp_path)
+    whole = train(run_of(tmp_path, **budget), process_info=ProcessInfo(), root=tmp_path)
     assert 4.99 < whole.metrics["epsilon"] <= 5.0
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     epsilons = [row["epsilon"] for row in rows if "epsilon" in row]
     assert len(epsilons) == 6 and 0 < epsilons[0] < epsilons[5]
     shutil.rmtree(tmp_path / "run/checkpoints/6")
-    again = train(run_of(tmp_path, **budget), world=World(), root=tmp_path)
+    again = train(run_of(tmp_path, **budget), process_info=ProcessInfo(), root=tmp_path)
     assert again.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
     assert again.metrics["epsilon"] == whole.metrics["epsilon"]
 
@@ -276,21 +276,21 @@ def test_a_run_tells_what_it_has_spent_and_goes_on_counting(tmp_path, monkeypatc
 def test_what_a_run_begins_with_must_not_tell(tmp_path, monkeypatch):
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="seed: 4294967295 with privacy: whoever knows or guesses the seed"):
-        train(run_of(tmp_path, seed=2**32 - 1), world=World(), root=tmp_path)
+        train(run_of(tmp_path, seed=2**32 - 1), process_info=ProcessInfo(), root=tmp_path)
     words = {"tokenizer": {"bytes": False, "train": "bpe", "vocab": 260}}
     with pytest.raises(UserError, match="a tokenizer trained on the rows tells of them"):
-        train(run_of(tmp_path, data=words), world=World(), root=tmp_path)
+        train(run_of(tmp_path, data=words), process_info=ProcessInfo(), root=tmp_path)
 
 
 def test_no_batch_has_a_row_twice(tmp_path, monkeypatch):
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     config = run_of(tmp_path, data={"global_batch": 16})
-    data, _ = checked(config, World())
+    data, _ = load_checked_data(config, ProcessInfo())
     assert data.summary["rows"] % 16 and data.train.rows_per_epoch() == data.summary["rows"] // 16 * 16
     for first in range(0, 10 * 16, 16):
         assert len({data.train.row(index)["tokens"].tobytes() for index in range(first, first + 16)}) == 16
     with pytest.raises(UserError, match=r"data\.global_batch: 64 with privacy: there are"):
-        train(run_of(tmp_path, data={"global_batch": 64}), world=World(), root=tmp_path)
+        train(run_of(tmp_path, data={"global_batch": 64}), process_info=ProcessInfo(), root=tmp_path)
 
 
 def test_other_machines_are_not_told_the_seed(tmp_path, monkeypatch):

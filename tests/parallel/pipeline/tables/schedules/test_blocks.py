@@ -1,4 +1,4 @@
-"""Building blocks: repeated, no device does two things at once, and nothing is used before it is made."""
+"""Building blocks: repeated, no device does two passes at once, and nothing is used before it is made."""
 
 import pytest
 
@@ -21,22 +21,22 @@ each_block = pytest.mark.parametrize(("block_of", "interval", "algorithm"), BLOC
 
 
 @each_block
-def test_passes_of_a_device_never_meet(block_of, interval, algorithm):
+def test_no_two_passes_of_a_device_are_in_the_same_tick(block_of, interval, algorithm):
     for p in range(2, 33):
-        for places in zip(*block_of(p).values(), strict=True):
-            assert len({at % interval for at in places}) == len(places), p
+        for offsets in zip(*block_of(p).values(), strict=True):
+            assert len({tick % interval for tick in offsets}) == len(offsets), p
 
 
 @each_block
-def test_what_a_pass_needs_is_earlier(block_of, interval, algorithm):
+def test_every_pass_is_after_what_it_needs(block_of, interval, algorithm):
     for p in range(2, 33):
         block = block_of(p)
         chunks = {chunk for op, chunk in block if op is Op.F}
         placement = v_shaped(p) if len(chunks) == 2 else straight(p)
-        at = {(op, int(placement[d, chunk])): block[op, chunk][d]
+        offset_of = {(op, int(placement[d, chunk])): block[op, chunk][d]
               for op, chunk in block if chunk >= 0 for d in range(p)}  # fmt: skip
         last = placement.size - 1
-        forwards, gradients = ([at[op, s] for s in range(last + 1)] for op in (Op.F, Op.I))
+        forwards, gradients = ([offset_of[op, s] for s in range(last + 1)] for op in (Op.F, Op.I))
         assert forwards == sorted(set(forwards)) and gradients[::-1] == sorted(set(gradients))
         assert forwards[last] < gradients[last]
         if algorithm:
@@ -48,15 +48,17 @@ def test_what_a_pass_needs_is_earlier(block_of, interval, algorithm):
 @pytest.mark.parametrize("p", [2, 3, 4, 7, 12])
 def test_offsets_are_the_published_ones(p):
     """Pipeline Parallelism with Controllable Memory: start of F and I of both chunks on device i."""
-    half, least = 3 if p % 2 == 0 else 0, 2 if p % 3 == 0 else 0
+    half_delay, min_delay = 3 if p % 2 == 0 else 0, 2 if p % 3 == 0 else 0
     for i in range(p):
         assert [v.half_block(p)[key][i] for key in ((Op.F, 0), (Op.F, 1), (Op.I, 1), (Op.I, 0))] == [
-            2 * i, 3 * p - 2 - i, 3 * p + half - 1 + 2 * i, 6 * p + half - 2 - i]  # fmt: skip
+            2 * i, 3 * p - 2 - i, 3 * p + half_delay - 1 + 2 * i, 6 * p + half_delay - 2 - i]  # fmt: skip
         assert [v.min_block(p)[key][i] for key in ((Op.F, 0), (Op.F, 1), (Op.I, 1), (Op.I, 0))] == [
-            i, 2 * p - 1 - i, 2 * p + least + i, 4 * p + least - 1 - i]  # fmt: skip
+            i, 2 * p - 1 - i, 2 * p + min_delay + i, 4 * p + min_delay - 1 - i]  # fmt: skip
 
 
 def test_interlaced_leaves_room_for_a_fused_backward():
-    """I of a stage comes behind W of the one behind it."""
+    """I of a stage comes after W of the next stage."""
     block = interlaced.interlaced_block(8)
-    assert all(at > behind for at, behind in zip(block[Op.I, 0], block[Op.W, 0][1:], strict=False))
+    assert all(
+        gradient > next_weight for gradient, next_weight in zip(block[Op.I, 0], block[Op.W, 0][1:], strict=False)
+    )
