@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from markupsafe import Markup
+
 from ...configs.errors import MeshwrightError
 from ...configs.load import validated
 from ...parallel.pipeline.costs import Costs
@@ -9,7 +11,7 @@ from ...parallel.pipeline.draw import svg
 from ...parallel.pipeline.simulate import Timeline, simulate
 from ...parallel.pipeline.table import Table
 from ..staging import staging
-from .markup import Html, element, section, table
+from .markup import render
 
 SHOWN = {
     "forward": "F, a device's layers",
@@ -22,7 +24,7 @@ SHOWN = {
 }
 
 
-def schedule_picture(config: dict[str, Any], measured: dict[str, Any]) -> Html | None:
+def schedule_picture(config: dict[str, Any], measured: dict[str, Any]) -> Markup | None:
     """The section of the report; None for a run without a pipeline, or one that was not measured."""
     if not measured:
         return None
@@ -35,13 +37,8 @@ def schedule_picture(config: dict[str, Any], measured: dict[str, Any]) -> Html |
     costs = Costs.model_validate(measured["costs"])
     timeline = simulate(staged.table, costs)
     times = [(words, f"{1000 * value:.3g} ms") for name, words in SHOWN.items() if (value := getattr(costs, name))]
-    return section(
-        "Pipeline",
-        Html(svg(staged.table, timeline=timeline).replace("<svg ", '<svg class="schedule" ', 1)),
-        table(("op", "measured"), times, numeric=("measured",)),
-        element("p", words_of(staged.table, timeline)),
-        note="Each op as long as it was measured in this run; devices start as soon as they can.",
-    )
+    drawing = Markup(svg(staged.table, timeline=timeline).replace("<svg ", '<svg class="schedule" ', 1))
+    return render("pipeline", drawing=drawing, times=times, summary=words_of(staged.table, timeline))
 
 
 def words_of(schedule: Table, timeline: Timeline) -> str:
