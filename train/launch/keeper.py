@@ -4,7 +4,6 @@ One thread tells the rendezvous what this host has and hears what the others hav
 the process that started it.
 """
 
-import fcntl
 import json
 import os
 import sys
@@ -13,6 +12,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from ...checkpoint.keeper import Keeper
 from ...checkpoint.wire import Listener
@@ -76,8 +77,8 @@ def main() -> None:
     parent = os.getppid()
     directory = Path(settings["directory"])
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = (directory / ".lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)  # an older keeper of this host may be about to end
+    lock = FileLock(directory / ".lock", poll_interval=OFTEN, fallback_to_soft=False)  # held until the process ends
+    lock.acquire()  # an older keeper of this host may be about to end
     keeper = Keeper(
         directory,
         host=settings["host"],
