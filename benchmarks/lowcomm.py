@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import islands, transfer_server
+from . import islands
 
 STREAMING = {"name": "streaming", "fragments": 4, "overlap": 1, "mix": 0.5, "wire": "e3m0"}
 
@@ -123,10 +123,9 @@ def picture(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, train every row, print; `islands` and `transfer` are benchmarks of their own."""
-    others = {"islands": islands, "transfer": transfer_server}
-    if arguments and arguments[0] in others:
-        others[arguments[0]].main(arguments[1:])
+    """Parse, train every row, print; `islands` is a benchmark of its own."""
+    if arguments and arguments[0] == "islands":
+        islands.main(arguments[1:])
         return
     parser = argparse.ArgumentParser(
         prog="meshwright bench lowcomm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

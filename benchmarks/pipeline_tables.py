@@ -67,7 +67,13 @@ def formulas(p: int = 8, m: int = 24) -> Rows:
     add("1f1b, fused: bubble", "(p-1)/(m+p-1)", (p - 1) / (m + p - 1), bubble, fuse_backward(table("1f1b")))
     add("1f1b: idle", "(p-1)(F+I)", 2 * (p - 1), idle, table("1f1b"))
     add("1f1b: held", "p", p, held, table("1f1b"))
-    add("interleaved, fused: bubble", "(p-1)/(vm+p-1)", (p - 1) / (v * m + p - 1), bubble, fuse_backward(table("interleaved")))
+    add(
+        "interleaved, fused: bubble",
+        "(p-1)/(vm+p-1)",
+        (p - 1) / (v * m + p - 1),
+        bubble,
+        fuse_backward(table("interleaved")),
+    )
     add("interleaved: held", "p(1+(p-1)/(pv))", p + (p - 1) / v, held, table("interleaved"))
     add("zb-h1: idle", "(p-1)(F+I-W)", p - 1, idle, table("zb-h1"))
     add("zb-h1: held", "p", p, held, table("zb-h1"))

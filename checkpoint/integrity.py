@@ -73,7 +73,9 @@ def verify_arrays(arrays: Mapping[str, Any], manifest: Manifest, *, where: Path)
         for (name, entry), actual in zip(named_entries, hashes, strict=True):
             damaged += [
                 f"{name} block {number} {box}"
-                for number, (block, expected, box) in enumerate(zip(actual, entry.blocks, blocks(entry.shape), strict=True))
+                for number, (block, expected, box) in enumerate(
+                    zip(actual, entry.blocks, blocks(entry.shape), strict=True)
+                )
                 if block not in (None, expected)
             ]
     if damaged:

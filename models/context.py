@@ -57,7 +57,9 @@ class Context:
     cache: Any = None  # keys and values of earlier tokens (`cache.py`); a block is given its own layer's
     cache_segment_ids: jax.Array | None = None  # [batch, capacity]: segment of each slot of the cache
     adapter_ids: jax.Array | None = None  # [batch] int32: which of several adapters each row belongs to
-    adapter_product: Callable[..., jax.Array] | None = None  # of rows and their own adapters' matrices (adapters/several.py)
+    adapter_product: Callable[..., jax.Array] | None = (
+        None  # of rows and their own adapters' matrices (adapters/several.py)
+    )
     shared_matrices: Any = None  # arrays that the adapters of all layers read (VeRA)
     prefix: Any = None  # {"k", "v"} in front of every document, shaped like a cache without rows; a block gets its own
     attend: Callable[..., jax.Array] = dense_attention  # (q, k, v, mask, where) -> out

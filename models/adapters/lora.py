@@ -91,7 +91,9 @@ def as_matrix(kernel: jax.Array, context: InitContext) -> jax.Array:
 def low_rank_update(leaves: Leaves, x: jax.Array, base: BaseLinear, ctx: Context) -> jax.Array:
     """((x A) * scale) B."""
     narrow = ctx.linear(base.dropout(x, ctx), leaves["a"].astype(ctx.compute_dtype), inputs=base.inputs)
-    return ctx.linear(narrow * leaves["scale"].astype(ctx.compute_dtype), leaves["b"].astype(ctx.compute_dtype), inputs=1)
+    return ctx.linear(
+        narrow * leaves["scale"].astype(ctx.compute_dtype), leaves["b"].astype(ctx.compute_dtype), inputs=1
+    )
 
 
 def apply_lora(leaves: Leaves, x: jax.Array, base: BaseLinear, ctx: Context) -> jax.Array:
@@ -142,9 +144,7 @@ def magnitude_over_norm(leaves: Leaves, kernel: jax.Array, inputs: int) -> jax.A
 def apply_dora(leaves: Leaves, x: jax.Array, base: BaseLinear, ctx: Context) -> jax.Array:
     """The adapted map of x [batch, sequence, inputs...]."""
     both = base.multiply(x, ctx) + low_rank_update(leaves, x, base, ctx)
-    return base.add_bias(
-        both * magnitude_over_norm(leaves, base.gathered_kernel(ctx), base.inputs).astype(both.dtype)
-    )
+    return base.add_bias(both * magnitude_over_norm(leaves, base.gathered_kernel(ctx), base.inputs).astype(both.dtype))
 
 
 def merge_dora(leaves: Leaves, base: BaseLinear) -> BaseLinear:

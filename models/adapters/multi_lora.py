@@ -61,7 +61,9 @@ def apply(leaves: Leaves, x: jax.Array, base: BaseLinear, ctx: Context) -> jax.A
     """The adapted map of x [batch, sequence, inputs...]; leaves have a leading [adapters]."""
     a, b, scale = (leaves[name].astype(ctx.compute_dtype) for name in ("a", "b", "scale"))
     narrow = ctx.adapter_product(base.dropout(x, ctx), a, ctx.adapter_ids, inputs=base.inputs)
-    added = ctx.adapter_product(narrow * jnp.take(scale, ctx.adapter_ids, axis=0)[:, None], b, ctx.adapter_ids, inputs=1)
+    added = ctx.adapter_product(
+        narrow * jnp.take(scale, ctx.adapter_ids, axis=0)[:, None], b, ctx.adapter_ids, inputs=1
+    )
     return base.add_bias(base.multiply(x, ctx) + added)
 
 

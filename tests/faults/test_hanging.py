@@ -82,7 +82,7 @@ HUNG = {
 @pytest.mark.parametrize("saves", HUNG, indirect=True)
 def test_a_save_that_never_ends_is_told_and_later_ones_with_it_and_memory_goes_on(tmp_path, saves, stuck, monkeypatch):
     saving, memory, told = saves
-    monkeypatch.setattr(module, "NEWS", 0.1)
+    monkeypatch.setattr(module, "REPORT_SECONDS", 0.1)
     for step in (1, 2, 3):
         saving.start_save(state(step), step, samples=step, memory=True)
         saving.snapshots._worker.submit(int).result()  # it is in memory

@@ -1,6 +1,7 @@
-"""Back-pressure: a save is due and the one before it is not finished; what each policy does, storage and memory."""
+"""Back-pressure: a save is due while the one before it is unfinished. What each policy does, in storage and memory."""
 
 import threading
+import time
 
 import jax
 import numpy as np
@@ -12,10 +13,10 @@ from meshwright.checkpoint.async_copy import donation_safe_copy
 from meshwright.checkpoint.layout_conversion import Layout
 from meshwright.checkpoint.memory_store import MemoryStore
 from meshwright.checkpoint.redundancy.agent_files import Protected, write_status
-from meshwright.checkpoint.storage import Storage
+from meshwright.checkpoint.storage import Storage, flatten_paths, saved_tree
 from meshwright.configs.sections.training import CheckpointConfig
 from meshwright.parallel.state import TrainState
-from meshwright.train import snapshot_writer as module
+from meshwright.train import snapshot_writer
 from meshwright.train.checkpointer import Checkpointer
 from meshwright.train.core.event_log import Journal, read_events
 from meshwright.train.snapshot_writer import SnapshotWriter
@@ -30,7 +31,7 @@ def state(step):
 
 
 class Slow:
-    """Orbax's answer, once the disk lets go."""
+    """Orbax's response, which waits for the gate."""
 
     def __init__(self, response, gate):
         self._response, self._gate = response, gate
@@ -48,7 +49,7 @@ def gate(monkeypatch):
     return gate
 
 
-def saving(root, policy, snapshots=None):
+def checkpointer(root, policy, snapshots=None):
     config = CheckpointConfig(every=1, keep=99, when_busy=policy, memory_every=1)
     return Checkpointer(config, Storage(root / "checkpoints", layout=PLAIN), Journal(root), {}, snapshots)
 
@@ -57,31 +58,31 @@ def events(root):
     return [(event["event"], event["step"]) for event in read_events(root)]
 
 
-def test_a_copy_survives_the_donation_of_what_it_was_made_of():
-    one = state(3)
-    copy = donation_safe_copy(one)
-    again = donation_safe_copy(copy)  # of arrays that are on the host already
-    jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(one)
-    assert one.params["a"].is_deleted()
-    for found in (copy, again):
-        np.testing.assert_array_equal(found.params["a"], np.full((8, 4), 3))
-    assert copy.params["a"] is not again.params["a"] and copy.params["a"].sharding.memory_kind == "pinned_host"
+def test_a_copy_survives_the_donation_of_the_original():
+    original = state(3)
+    copy = donation_safe_copy(original)
+    second = donation_safe_copy(copy)  # of arrays that are on the host already
+    jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(original)
+    assert original.params["a"].is_deleted()
+    for tree in (copy, second):
+        np.testing.assert_array_equal(tree.params["a"], np.full((8, 4), 3))
+    assert copy.params["a"] is not second.params["a"] and copy.params["a"].sharding.memory_kind == "pinned_host"
 
 
 def test_wait_keeps_training_until_the_disk_is_free(tmp_path, gate):
-    saves = saving(tmp_path, "wait")
+    saves = checkpointer(tmp_path, "wait")
     saves.start_save(state(1), 1, samples=8)
     threading.Timer(0.3, gate.set).start()
     saves.start_save(state(2), 2, samples=16)
     saves.finish()
     assert events(tmp_path) == [("save", 1), ("commit", 1), ("save", 2), ("commit", 2)]
-    told = [event for event in read_events(tmp_path) if event["event"] == "commit"]
-    assert told[0]["flush_seconds"] >= 0.25 and told[0]["bytes"] == 8 * 4 * 4 * 2 + 3 * 4 * 2
+    commit = next(event for event in read_events(tmp_path) if event["event"] == "commit")
+    assert commit["flush_seconds"] >= 0.25 and commit["bytes"] == 8 * 4 * 4 * 2 + 3 * 4 * 2
     saves.storage.close()
 
 
 def test_skip_leaves_out_what_comes_too_early(tmp_path, gate):
-    saves = saving(tmp_path, "skip")
+    saves = checkpointer(tmp_path, "skip")
     for step in (1, 2, 3):
         saves.start_save(state(step), step, samples=8 * step)
     gate.set()
@@ -94,13 +95,14 @@ def test_skip_leaves_out_what_comes_too_early(tmp_path, gate):
 
 
 def test_drop_oldest_writes_the_newest_that_waits(tmp_path, gate):
-    saves = saving(tmp_path, "drop-oldest")
+    saves = checkpointer(tmp_path, "drop-oldest")
     for step in (1, 2, 3):
         saves.start_save(state(step), step, samples=8 * step)
         saves.poll()
     gate.set()
     while 3 not in saves.start_times:
         saves.poll()
+        time.sleep(0.005)
     saves.finish()
     assert events(tmp_path) == [("save", 1), ("save-dropped", 2), ("commit", 1), ("save", 3), ("commit", 3)]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state(0))
@@ -110,58 +112,59 @@ def test_drop_oldest_writes_the_newest_that_waits(tmp_path, gate):
 
 
 @pytest.mark.parametrize(
-    ("policy", "written", "told"),
+    ("policy", "written", "recorded"),
     [("wait", [1, 2, 3], []), ("skip", [1], ["save-skipped"] * 2), ("drop-oldest", [1, 3], ["save-dropped"])],
 )
-def test_snapshots_in_memory_follow_the_same_policy(tmp_path, monkeypatch, policy, written, told):
+def test_snapshots_in_memory_follow_the_same_policy(tmp_path, monkeypatch, policy, written, recorded):
     config = CheckpointConfig(memory_every=1, when_busy=policy)
-    memory, gate, done, save = MemoryStore(tmp_path / "slots"), threading.Event(), [], MemoryStore.save
+    memory, gate, saved, save = MemoryStore(tmp_path / "slots"), threading.Event(), [], MemoryStore.save
+    first_write = threading.Event()
 
-    def slow(self, copy, *, step, data, keep):
+    def slow_save(self, copy, *, step, data, keep_step):
+        first_write.set()
         assert gate.wait(30)
-        done.append(step)
-        return save(self, copy, step=step, data=data, keep_step=keep)
+        saved.append(step)
+        return save(self, copy, step=step, data=data, keep_step=keep_step)
 
-    monkeypatch.setattr(MemoryStore, "save", slow)
+    monkeypatch.setattr(MemoryStore, "save", slow_save)
     snapshots = SnapshotWriter(config, memory, Journal(tmp_path))
     if policy == "wait":
         threading.Timer(0.2, gate.set).start()
     for step in (1, 2, 3):
         if snapshots.accepts(step):
             snapshots.start_snapshot(donation_safe_copy(state(step)), step, data={}, stall=0.0)
-        while step == 1 and not snapshots._jobs[0][1].running():
-            pass
+        assert first_write.wait(30)
     gate.set()
     snapshots.close()
-    assert done == written and [event["event"] for event in read_events(tmp_path)] == told
+    assert saved == written and [event["event"] for event in read_events(tmp_path)] == recorded
     assert memory.newest_step == written[-1]
 
 
 def test_a_protected_snapshot_is_not_overwritten_before_a_newer_one_is(tmp_path, monkeypatch):
-    """Keepers that do not protect step 2: training goes on after a while, and step 1 stays whatever comes."""
-    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    """Snapshot agents never protect step 2: training goes on after a time-out, and step 1 is never overwritten."""
+    monkeypatch.setattr(snapshot_writer, "PROTECTION_TIMEOUT", 0.1)
     memory = MemoryStore(tmp_path / "slots")
     snapshots = SnapshotWriter(CheckpointConfig(memory_every=1, parity="xor"), memory, Journal(tmp_path))
     for step in range(1, 6):
         assert snapshots.accepts(step)
         snapshots.start_snapshot(donation_safe_copy(state(step)), step, data={}, stall=0.0)
-        while not snapshots._jobs[-1][1].done():
-            pass
         if step == 1:
             write_status(memory.directory, Protected(1))
     snapshots.close()
-    assert sorted(header["step"] for _, header in memory._headers()) == [1, 5]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state(0))
+    arrays = [flatten_paths(saved_tree(tree)) for tree in (shardings, jax.eval_shape(lambda: state(0)))]
+    assert sorted(memory.usable_steps(*arrays)) == [1, 5]
     assert [(event["event"], event["step"]) for event in read_events(tmp_path)] == [("unprotected", 2)]
 
 
-def test_a_run_that_goes_back_sets_aside_what_it_saved_beyond(tmp_path):
-    taken = SnapshotWriter(CheckpointConfig(memory_every=1), MemoryStore(tmp_path / "memory"), Journal(tmp_path))
-    saves = saving(tmp_path, "wait", taken)
+def test_a_rewind_quarantines_later_checkpoints_and_deletes_later_snapshots(tmp_path):
+    snapshots = SnapshotWriter(CheckpointConfig(memory_every=1), MemoryStore(tmp_path / "memory"), Journal(tmp_path))
+    saves = checkpointer(tmp_path, "wait", snapshots)
     for step in (2, 4, 6):
         saves.start_save(state(step), step, samples=step, memory=True)
     saves.wait()
     saves.storage.close()
-    saves = saving(tmp_path, "wait", taken)  # the next sitting, which finds the others behind
+    saves = checkpointer(tmp_path, "wait", snapshots)  # the next session, which finds the other islands behind
     saves.rewind(state(3), 3, samples=3)
     assert saves.storage.steps == [2, 3] and saves.storage.checkpoints.quarantined == ["4", "6"]
     assert events(tmp_path)[-4:] == [("quarantine", 4), ("quarantine", 6), ("save", 3), ("commit", 3)]

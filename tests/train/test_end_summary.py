@@ -8,7 +8,7 @@ import typer
 
 from meshwright.configs.loader import load
 from meshwright.train.cli.main import app
-from meshwright.train.end_summary import program_name, next_commands
+from meshwright.train.end_summary import next_commands, program_name
 
 RUN = Path("runs/mine")
 

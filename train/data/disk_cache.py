@@ -9,18 +9,17 @@ An entry is a directory. `digests.json` in it holds a checksum of each other fil
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import xxhash
+from filelock import FileLock
 
 from ...configs.errors import MeshwrightError, UserError
 
@@ -47,7 +46,8 @@ def cached(entry: Path, *, read: Callable[[Path], Entry], write: Callable[[Path]
     try:
         if not _intact(entry, warn=True):
             entry.parent.mkdir(parents=True, exist_ok=True)
-            with locked(entry.with_name(entry.name + ".lock")):
+            # A lock of the kernel's ends with the process that holds it; one that is a mere file would outlive it.
+            with FileLock(entry.with_name(entry.name + ".lock"), fallback_to_soft=False):
                 if not _intact(entry, warn=False):  # nobody else made it while this process waited
                     _replace(entry, write)
     except OSError as error:
@@ -59,14 +59,6 @@ def unwritable(directory: Path, error: OSError) -> UserError:
     """What to tell the user when the cache cannot be written."""
     reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
     return UserError(f"data.cache: {directory} cannot be written: {reason}; set data.cache to another directory")
-
-
-@contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold an exclusive lock; it ends with the process that holds it."""
-    with open(file, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def verify(entry: Path) -> None:

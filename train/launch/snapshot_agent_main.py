@@ -4,7 +4,6 @@ One thread publishes in the membership store what this host has, and reads what 
 protects snapshots. The process ends with the one that started it.
 """
 
-import fcntl
 import json
 import os
 import sys
@@ -13,6 +12,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from ...checkpoint.redundancy.snapshot_agent import SnapshotAgent
 from ...parallel.transport.checked_stream import RequestServer
@@ -76,8 +77,8 @@ def main() -> None:
     parent = os.getppid()
     directory = Path(settings["directory"])
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = (directory / ".lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)  # an older agent of this host may be about to end
+    lock = FileLock(directory / ".lock", poll_interval=POLL_SECONDS, fallback_to_soft=False)  # until the process ends
+    lock.acquire()  # an older agent of this host may be about to end
     agent = SnapshotAgent(
         directory,
         host=settings["host"],

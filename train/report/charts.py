@@ -4,13 +4,14 @@ matplotlib draws with stand-in colours, which become `var(--ink)` and the like a
 the page into dark mode. Nothing in the result refers to another file or address.
 """
 
-import html
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .markup import Html, compact, element
+from markupsafe import Markup, escape
+
+from .markup import compact, render
 
 WIDTH, HEIGHT = 460, 230  # points; the page scales the picture to its column
 COLOURS = {"#00000a": "ink", "#00000b": "line", "#00000c": "series-1", "#00000d": "series-2", "#00000e": "bad"}
@@ -27,26 +28,19 @@ class Curve:
     dots: bool = False  # mark every point: for the few of an evaluation
 
 
-def chart(title: str, curves: Sequence[Curve], *, unit: str = "", marks: Sequence[int] = (), log: bool = False) -> Html:
+def chart(
+    title: str, curves: Sequence[Curve], *, unit: str = "", marks: Sequence[int] = (), log: bool = False
+) -> Markup:
     """A figure with its legend; `marks` are steps at which a sitting began again, drawn as dashed lines.
 
     A curve without points is left out; a chart without curves says so.
     """
     curves = [curve for curve in curves if len(curve.steps)]
-    if not curves:
-        return element("figure", element("figcaption", element("b", title)), element("p", "not logged", class_="note"))
-    keys = [legend(curve, number, unit) for number, curve in enumerate(curves, start=1)]
-    caption = element("figcaption", element("b", title), element("span", *keys, class_="keys"))
-    return element("figure", caption, drawn(title, curves, marks=marks, log=log), class_="chart")
+    picture = drawn(title, curves, marks=marks, log=log) if curves else None
+    return render("chart", title=title, curves=curves, picture=picture, unit=unit)
 
 
-def legend(curve: Curve, number: int, unit: str) -> Html:
-    """The curve's colour, its label and its newest value."""
-    swatch = element("i", class_=f"key series-{number}")
-    return element("span", swatch, f"{curve.label} ", element("b", compact(curve.values[-1]) + unit))
-
-
-def drawn(title: str, curves: Sequence[Curve], *, marks: Sequence[int], log: bool) -> Html:
+def drawn(title: str, curves: Sequence[Curve], *, marks: Sequence[int], log: bool) -> Markup:
     """The picture alone."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -89,7 +83,7 @@ def furnished(axes, *, log: bool) -> None:
     axes.margins(x=0.02, y=0.08)
 
 
-def themed(svg: str, title: str) -> Html:
+def themed(svg: str, title: str) -> Markup:
     """matplotlib's file as an inline picture: no prolog, no metadata, no fonts or names of its own, our colours."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
@@ -103,4 +97,4 @@ def themed(svg: str, title: str) -> Html:
     for colour, variable in COLOURS.items():
         body = body.replace(colour, f"var(--{variable})")
     body = re.sub(r">\s+<", "><", body)
-    return Html(body.replace("TITLE", html.escape(title)))
+    return Markup(body.replace("TITLE", escape(title)))

@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from .markup import Html, duration, section, table
+from markupsafe import Markup
+
+from .markup import duration, render
 from .run_record import Record
 
 CAUSES = ("startup", "restore", "compile", "save", "evaluate", "wasted", "detect", "wait", "restart")
@@ -149,7 +151,7 @@ def total(events: Sequence[Event], name: str, field: str) -> float:
     return sum(float(event.get(field, 0.0)) for event in events if event["event"] == name)
 
 
-def goodput_section(record: Record) -> Html | None:
+def goodput_section(record: Record) -> Markup | None:
     """The account as a table. None where nothing ran."""
     if not record.events:
         return None
@@ -159,4 +161,4 @@ def goodput_section(record: Record) -> Html | None:
     note = f"{100 * found.share:.1f} % of {duration(found.wall)} made steps that stayed."
     if found.interval is not None:
         note += f" Saving every {found.interval:.0f} steps would lose the least (Daly)."
-    return section("Goodput", table(("time", "took", "share"), lines, numeric=("took", "share")), note=note)
+    return render("goodput", rows=lines, note=note)

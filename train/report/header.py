@@ -3,22 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .markup import Html, compact, duration, element, joined, section, table
+from markupsafe import Markup
+
+from .markup import compact, duration, render
 from .run_record import FILES, Record
 
 TONES = {"finished": "good", "failed": "bad", "preempted": "warn", "unfinished": "warn"}
 
 
-def header(record: Record) -> Html:
+def header(record: Record) -> Markup:
     """Name, outcome, a line about model and mesh, the tiles, and what is missing."""
-    badge = element("b", record.status, class_=f"badge {TONES[record.status]}")
-    return element(
+    return render(
         "header",
-        element("h1", record.name, " ", badge),
-        element("p", " · ".join(subtitle(record)), element("br"), " · ".join(origins(record)), class_="subtitle"),
-        failure(record),
-        element("div", *tiles(record), class_="tiles"),
-        missing(record),
+        record=record,
+        tone=TONES[record.status],
+        subtitle=subtitle(record),
+        origins=origins(record),
+        failure=record.of("failure")[-1] if record.status == "failed" else None,
+        tiles=tiles(record),
+        files=FILES,
     )
 
 
@@ -49,39 +52,24 @@ def origins(record: Record) -> list[str]:
     return [*words, f"Python {record.environment['python']}"] if "python" in record.environment else words
 
 
-def failure(record: Record) -> Html | None:
-    """What the run failed of, where it did."""
-    if record.status != "failed":
-        return None
-    event = record.of("failure")[-1]
-    return element(
-        "p", element("b", event.get("error", "failure")), f": {event.get('message', '')}", class_="alert bad"
-    )
-
-
-def tiles(record: Record) -> list[Html]:
-    """The numbers one looks for first; those that are not known are left out."""
+def tiles(record: Record) -> list[tuple[str, str, str]]:
+    """(label, value, note) of the numbers one looks for first; those that are not known are left out."""
     found = []
     if (loss := record.last("loss")) is not None:
-        found.append(tile("training loss", f"{loss:.3f}", f"step {record.metrics[-1]['step']}{of_steps(record)}"))
+        found.append(("training loss", f"{loss:.3f}", f"step {record.metrics[-1]['step']}{of_steps(record)}"))
     if (bits := record.last("held_out_bits_per_byte")) is not None:
-        found.append(tile("held-out bits per byte", f"{bits:.3f}", beside_gzip(record)))
+        found.append(("held-out bits per byte", f"{bits:.3f}", beside_gzip(record)))
     if (perplexity := record.last("held_out_perplexity")) is not None:
-        found.append(tile("held-out perplexity", compact(perplexity), f"loss {record.last('held_out_loss'):.3f}"))
+        found.append(("held-out perplexity", compact(perplexity), f"loss {record.last('held_out_loss'):.3f}"))
     if (rate := record.typical("tokens_per_second")) is not None:
         seconds = record.typical("step_seconds")
-        found.append(tile("tokens/s", compact(rate), f"{seconds:.3g} s a step" if seconds is not None else ""))
+        found.append(("tokens/s", compact(rate), f"{seconds:.3g} s a step" if seconds is not None else ""))
     if (mfu := record.typical("mfu")) is not None:
-        found.append(tile("MFU", f"{mfu:.1%}", host_share(record)))
+        found.append(("MFU", f"{mfu:.1%}", host_share(record)))
     if record.seconds > 0:
         sittings = len(list(record.sittings()))
-        found.append(tile("duration", duration(record.seconds), f"in {sittings} sittings" if sittings > 1 else ""))
+        found.append(("duration", duration(record.seconds), f"in {sittings} sittings" if sittings > 1 else ""))
     return found
-
-
-def tile(label: str, value: str, note: str) -> Html:
-    """One number, large."""
-    return element("div", element("span", label), element("strong", value), element("small", note), class_="tile")
 
 
 def of_steps(record: Record) -> str:
@@ -101,18 +89,7 @@ def host_share(record: Record) -> str:
     return f"host: {host / step:.1%} of a step" if host is not None and step else ""
 
 
-def missing(record: Record) -> Html | None:
-    """The files that are not there, and what the report lacks for it."""
-    if not record.missing:
-        return None
-    lines = [
-        element("li", element("code", file), f" {why}: without it the report lacks {FILES[file]}")
-        for file, why in record.missing.items()
-    ]
-    return element("ul", *lines, class_="alert warn")
-
-
-def surroundings(record: Record) -> Html | None:
+def surroundings(record: Record) -> Markup | None:
     """Versions, machine, corpus, tokenizer, from environment.json. None where it is missing."""
     told = record.environment
     if not told:
@@ -124,22 +101,20 @@ def surroundings(record: Record) -> Html | None:
         "Corpus": told.get("corpus") or {},
         "Tokenizer": told.get("tokenizer") or {},
     }
-    tables = [facts(title, group) for title, group in groups.items() if group]
-    return section("Environment", element("div", *tables, class_="columns"))
+    return render("environment", groups={title: facts(values) for title, values in groups.items() if values})
 
 
-def facts(title: str, values: Mapping[str, Any]) -> Html:
-    """Two columns of names and values."""
-    rows = [(key.replace("_", " "), stated(value)) for key, value in values.items()]
-    return element("div", table((title, ""), rows), class_="facts")
+def facts(values: Mapping[str, Any]) -> list[tuple[str, str | Markup]]:
+    """Names and values: numbers grouped by thousands, long words allowed to break."""
+    return [(key.replace("_", " "), stated(value)) for key, value in values.items()]
 
 
-def stated(value: Any) -> Html:
-    """A value of environment.json: numbers grouped by thousands, long words allowed to break."""
+def stated(value: Any) -> str | Markup:
+    """A value of environment.json."""
     if isinstance(value, float):
-        return joined([f"{value:.4g}"])
+        return f"{value:.4g}"
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return element("span", text, class_="breakable")
+    return Markup('<span class="breakable">{}</span>').format(text)
 
 
 def brief(devices: list[Any]) -> str:

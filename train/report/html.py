@@ -6,16 +6,17 @@ write_report(Path("runs/quickstart"))   ->   runs/quickstart/report.html
 import os
 from pathlib import Path
 
+from markupsafe import Markup
+
 from . import charts, header, plan_bars, timeline
 from .charts import Curve
 from .goodput import goodput_section
-from .markup import Html, element, joined, section
+from .markup import render
 from .mesh_picture import mesh_picture
 from .pipeline_picture import schedule_picture
 from .run_record import Record, read_record
 from .sharding_pictures import sharding_picture
 from .straggler_heatmap import processes_section
-from .style import CSS
 
 REPORT = "report.html"
 
@@ -31,15 +32,7 @@ def write_report(directory: Path) -> Path:
 
 def page(record: Record) -> str:
     """The whole document."""
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", f"{record.name} · Meshwright"),
-        element("style", Html(CSS)),
-    )
-    body = element(
-        "body",
+    parts = [
         header.header(record),
         curves(record),
         *planned(record),
@@ -49,13 +42,11 @@ def page(record: Record) -> str:
         processes_section(record.detection),
         timeline.timeline(record.events),
         header.surroundings(record),
-        configuration(record),
-        element("footer", "Written by meshwright report."),
-    )
-    return "<!doctype html>\n" + element("html", head, body, lang="en") + "\n"
+    ]
+    return render("report", record=record, parts=[part for part in parts if part is not None])
 
 
-def curves(record: Record) -> Html | None:
+def curves(record: Record) -> Markup | None:
     """Everything that changes over steps. None where nothing was logged."""
     if not record.metrics:
         return None
@@ -82,7 +73,7 @@ def curves(record: Record) -> Html | None:
         *([charts.chart("Sent to other replicas", traffic, unit=" MB", marks=marks)] if traffic[0].steps else []),
     ]
     note = f"{'Dashed: the run went on from a checkpoint. ' if marks else ''}Horizontal: steps."
-    return section("Curves", element("div", *figures, class_="charts"), note=note)
+    return render("curves", charts=figures, note=note)
 
 
 def scaled(series: tuple[list[int], list[float]], factor: float) -> tuple[list[int], list[float]]:
@@ -97,7 +88,7 @@ def spread(values: list[float]) -> float:
     return max(known) / min(known) if known and min(known) > 0 else 1.0
 
 
-def planned(record: Record) -> list[Html]:
+def planned(record: Record) -> list[Markup]:
     """What plan.json tells; nothing where it is missing."""
     plan = record.plan
     if not plan:
@@ -109,11 +100,3 @@ def planned(record: Record) -> list[Html]:
     if plan.get("arrays"):
         parts.append(sharding_picture(plan["arrays"], sizes))
     return parts
-
-
-def configuration(record: Record) -> Html | None:
-    """The resolved configuration, folded. None where it is missing."""
-    if not record.config_text:
-        return None
-    text = element("pre", record.config_text, class_="config")
-    return section("Configuration", joined([element("details", element("summary", "config.yaml, resolved"), text)]))

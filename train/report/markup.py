@@ -1,51 +1,37 @@
-"""Just enough HTML: elements that escape what they are given, and numbers as people write them.
+"""The report's templates (`templates/`, Jinja), and numbers as people write them.
 
-element("p", "1 < 2 ", element("b", "always"), class_="note")   ->   <p class="note">1 &lt; 2 <b>always</b></p>
+render("goodput", rows=..., note=...)   ->   templates/goodput.html.jinja with these values, escaped unless `Markup`
 """
 
-import html
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-VOID = ("meta", "br", "line", "rect", "circle")
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    import jinja2
 
 
-class Html(str):
-    """Text that is HTML already; every other text is escaped on its way into an element."""
+def render(template: str, **values: Any) -> Markup:
+    """The template of that name, filled. Raises jinja2.UndefinedError where it reads a value that it was not given."""
+    return Markup(_environment().get_template(f"{template}.html.jinja").render(values))
 
 
-def element(name: str, /, *children: Any, **attributes: Any) -> Html:
-    """<name attributes>children</name>. A trailing `_` in an attribute's name is dropped, other `_` become `-`."""
-    words = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value), quote=True)}"'
-        for key, value in attributes.items()
-        if value is not None
+@cache
+def _environment() -> "jinja2.Environment":
+    import jinja2  # here, because the terminal's tables need the numbers below and no template
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    if name in VOID and not children:
-        return Html(f"<{name}{words}>" if name in ("meta", "br") else f"<{name}{words}/>")
-    return Html(f"<{name}{words}>{joined(children)}</{name}>")
-
-
-def joined(children: Iterable[Any]) -> Html:
-    """Children one after another, escaped where they are not HTML; None is nothing."""
-    return Html("".join(c if isinstance(c, Html) else html.escape(str(c)) for c in children if c is not None))
-
-
-def section(title: str, *children: Any, note: str | None = None) -> Html:
-    """A titled part of the page."""
-    return element("section", element("h2", title), note and element("p", note, class_="note"), *children)
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], *, numeric: Sequence[str] = ()) -> Html:
-    """A table that scrolls sideways on a narrow screen; columns in `numeric` are set flush right."""
-    kinds = ["number" if head in numeric else None for head in heads]
-    top = element("tr", *(element("th", head, class_=kind) for head, kind in zip(heads, kinds, strict=True)))
-    body = [
-        element("tr", *(element("td", cell, class_=kind) for cell, kind in zip(row, kinds, strict=True)))
-        for row in rows
-    ]
-    return element("div", element("table", element("thead", top), element("tbody", *body)), class_="scroll")
+    environment.filters |= {"size": size, "compact": compact}
+    return environment
 
 
 def size(count: float) -> str:

@@ -9,13 +9,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .markup import Html, element, section
+from markupsafe import Markup
+
+from .markup import render
 
 MOST_PANELS = 16  # drawn; a mesh of thousands of devices looks alike everywhere
 PROCESS_TINTS = 6
 
 
-def mesh_picture(sizes: Mapping[str, int], devices: Sequence[Mapping[str, Any]]) -> Html:
+def mesh_picture(sizes: Mapping[str, int], devices: Sequence[Mapping[str, Any]]) -> Markup:
     """`sizes`: axis -> size in mesh order. `devices`: id, kind, platform, process, in the mesh's row-major order."""
     axes = {axis: size for axis, size in sizes.items() if size > 1}
     if not axes or math.prod(axes.values()) != len(devices):
@@ -27,14 +29,20 @@ def mesh_picture(sizes: Mapping[str, int], devices: Sequence[Mapping[str, Any]])
         first = number * rows * columns
         grid = [devices[first + row * columns :][:columns] for row in range(rows)]
         title = "  ".join(f"{axis} {index}" for axis, index in zip(outer, place, strict=True))
-        panels.append(panel(title, grid, row_axis=row_axis, column_axis=column_axis))
-    hidden = len(places) - len(panels)
+        panels.append((title, grid))
     kinds = sorted({str(device.get("kind", device.get("platform", "?"))) for device in devices})
     processes = len({device.get("process", 0) for device in devices})
     shape = " × ".join(f"{axis} {size}" for axis, size in axes.items())
     note = f"{shape}; {len(devices)} × {', '.join(kinds)} in {processes} process{'es' if processes > 1 else ''}."
-    more = element("p", f"{hidden} more panels like these.", class_="note") if hidden else None
-    return section("Mesh", element("div", *panels, class_="panels"), more, note=note)
+    return render(
+        "mesh",
+        note=note,
+        panels=panels,
+        hidden=len(places) - len(panels),
+        row_axis=row_axis,
+        column_axis=column_axis,
+        tints=PROCESS_TINTS,
+    )
 
 
 def folded(axes: Mapping[str, int]) -> tuple[dict[str, int], tuple[str, int], tuple[str, int]]:
@@ -43,22 +51,3 @@ def folded(axes: Mapping[str, int]) -> tuple[dict[str, int], tuple[str, int], tu
     across = (names[-1], axes[names[-1]])
     down = (names[-2], axes[names[-2]]) if len(names) > 1 else ("", 1)
     return {name: axes[name] for name in names[:-2]}, down, across
-
-
-def panel(title: str, grid: Sequence[Sequence[Mapping[str, Any]]], *, row_axis: str, column_axis: str) -> Html:
-    """One table of devices, tinted by the process that holds them."""
-    heads = [element("th", f"{column_axis} {column}") for column in range(len(grid[0]))]
-    rows = [
-        element("tr", element("th", f"{row_axis} {number}" if row_axis else ""), *map(cell, row))
-        for number, row in enumerate(grid)
-    ]
-    label = element("h3", title) if title else None
-    return element("div", label, element("table", element("tr", element("td"), *heads), *rows), class_="panel")
-
-
-def cell(device: Mapping[str, Any]) -> Html:
-    """A device: its id, and whose it is."""
-    process = device.get("process", 0)
-    words = f"device {device.get('id', '?')}: {device.get('kind', '?')}, process {process}"
-    inside = element("b", device.get("id", "?")), element("small", f"process {process}")
-    return element("td", *inside, class_=f"tint-{process % PROCESS_TINTS}", title=words)

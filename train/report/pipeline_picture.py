@@ -2,14 +2,16 @@
 
 from typing import Any
 
+from markupsafe import Markup
+
 from ...configs.errors import MeshwrightError
 from ...configs.loader import validated
 from ...parallel.pipeline.tables.costs import Costs
 from ...parallel.pipeline.tables.simulator import Timeline, simulate
-from ...parallel.pipeline.tables.svg import render_svg
+from ...parallel.pipeline.tables.svg import svg
 from ...parallel.pipeline.tables.table import Table
-from ..engine.pipeline.pipeline_plan import make_pipeline_plan
-from .markup import Html, element, section, table
+from ..engine.pipeline.pipeline_plan import staging
+from .markup import render
 
 SHOWN = {
     "forward": "F, a device's layers",
@@ -22,12 +24,12 @@ SHOWN = {
 }
 
 
-def schedule_picture(config: dict[str, Any], measured: dict[str, Any]) -> Html | None:
+def schedule_picture(config: dict[str, Any], measured: dict[str, Any]) -> Markup | None:
     """The section of the report; None for a run without a pipeline, or one that was not measured."""
     if not measured:
         return None
     try:
-        staged = make_pipeline_plan(validated(config), pipe=measured["devices"])
+        staged = staging(validated(config), pipe=measured["devices"])
     except MeshwrightError:
         return None
     if staged is None or list(staged.repeats) != measured["repeats"] or staged.table.name != measured["schedule"]:
@@ -35,13 +37,8 @@ def schedule_picture(config: dict[str, Any], measured: dict[str, Any]) -> Html |
     costs = Costs.model_validate(measured["costs"])
     timeline = simulate(staged.table, costs)
     times = [(words, f"{1000 * value:.3g} ms") for name, words in SHOWN.items() if (value := getattr(costs, name))]
-    return section(
-        "Pipeline",
-        Html(render_svg(staged.table, timeline=timeline).replace("<svg ", '<svg class="schedule" ', 1)),
-        table(("op", "measured"), times, numeric=("measured",)),
-        element("p", words_of(staged.table, timeline)),
-        note="Each op as long as it was measured in this run; devices start as soon as they can.",
-    )
+    drawing = Markup(svg(staged.table, timeline=timeline).replace("<svg ", '<svg class="schedule" ', 1))
+    return render("pipeline", drawing=drawing, times=times, summary=words_of(staged.table, timeline))
 
 
 def words_of(schedule: Table, timeline: Timeline) -> str:

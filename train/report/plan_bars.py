@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .markup import Html, element, section, size, table
+from markupsafe import Markup
 
-Parts = Mapping[str, float]  # what -> bytes
+from .markup import render, size
 
 
-def memory(plan: Mapping[str, Any]) -> Html:
+def memory(plan: Mapping[str, Any]) -> Markup:
     """One stacked bar of a device's memory during a step, and the numbers behind it."""
     parts = {name: count for name, count in device_parts(plan).items() if count > 0}
     compiled = plan.get("compiled") or {}
@@ -23,23 +23,12 @@ def memory(plan: Mapping[str, Any]) -> Html:
         )
         if compiled.get(key) is not None
     ]
-    whole = [
+    state = [
         (name.title(), size(plan[name]["bytes"]), size(plan[name]["bytes_per_device"]))
         for name in ("parameters", "optimizer")
         if name in plan
     ]
-    return section(
-        "Memory of one device",
-        bar(parts, whole=sum(parts.values())),
-        legend(parts),
-        element(
-            "div",
-            table(("Compiled step", "One device"), rows, numeric=("One device",)),
-            table(("State", "All of it", "One device"), whole, numeric=("All of it", "One device")),
-            class_="columns",
-        ),
-        note="What the compiled step holds at once. Temporaries are gradients, kept activations and buffers.",
-    )
+    return render("memory", parts=parts, compiled=rows, state=state)
 
 
 def device_parts(plan: Mapping[str, Any]) -> dict[str, float]:
@@ -54,7 +43,7 @@ def device_parts(plan: Mapping[str, Any]) -> dict[str, float]:
     return parts
 
 
-def communication(plan: Mapping[str, Any]) -> Html:
+def communication(plan: Mapping[str, Any]) -> Markup:
     """A bar for each set of mesh axes, stacked by kind of collective, all to one scale."""
     by_axes: dict[str, dict[str, float]] = {}
     for kind, axes_bytes in (plan.get("collectives") or {}).items():
@@ -62,42 +51,10 @@ def communication(plan: Mapping[str, Any]) -> Html:
             if count > 0 and axes != "none":  # between no two devices
                 by_axes.setdefault(axes, {})[kind] = count
     kinds = sorted({kind for parts in by_axes.values() for kind in parts})
-    if not kinds:
-        return section("Communication", element("p", "No collective runs: every device works alone.", class_="note"))
-    longest = max(sum(parts.values()) for parts in by_axes.values())
+    sums = {axes: sum(parts.values()) for axes, parts in by_axes.items()}
     rows = [
-        element(
-            "div",
-            element("span", axes.replace("+", " + "), class_="axis"),
-            bar({kind: parts.get(kind, 0) for kind in kinds}, whole=longest),
-            element("span", size(sum(parts.values())), class_="amount"),
-            class_="barrow",
-        )
-        for axes, parts in sorted(by_axes.items(), key=lambda item: -sum(item[1].values()))
+        (axes.replace("+", " + "), {kind: by_axes[axes].get(kind, 0) for kind in kinds})
+        for axes in sorted(sums, key=sums.__getitem__, reverse=True)
     ]
     totals = {kind: sum(parts.get(kind, 0) for parts in by_axes.values()) for kind in kinds}
-    return section(
-        "Communication",
-        *rows,
-        legend(totals),
-        note="Bytes of the results one device receives in a step, by the mesh axes a collective runs over.",
-    )
-
-
-def bar(parts: Parts, *, whole: float) -> Html:
-    """Coloured pieces, one after another, as wide as their share of `whole`."""
-    pieces = []
-    for number, (name, count) in enumerate(parts.items(), start=1):
-        if count > 0:
-            width = f"width:{100 * count / whole:.3f}%"
-            pieces.append(element("i", class_=f"series-{number}", style=width, title=f"{name}: {size(count)}"))
-    return element("div", *pieces, class_="bar")
-
-
-def legend(parts: Parts) -> Html:
-    """What each colour is, and how much of it there is."""
-    keys = [
-        element("span", element("i", class_=f"key series-{number}"), f"{name} ", element("b", size(count)))
-        for number, (name, count) in enumerate(parts.items(), start=1)
-    ]
-    return element("p", *keys, class_="keys")
+    return render("communication", rows=rows, totals=totals, longest=max(sums.values(), default=0))

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from ...models.logical_axes import axis_names
-from .markup import Html, element, joined, section, size, table
+from .markup import render
 
 # Weights drawn as boxes, by the end of their names: the table, and a column- and a row-parallel map.
 DRAWN = ("embed/embedding", "attn/q/kernel", "mlp/up/kernel", "mlp/down/kernel")
@@ -50,20 +52,18 @@ class Array:
         return self.name.split("/")[0] not in ("opt_state", "optimizer", "outer", "rng", "step")
 
 
-def sharding_picture(arrays: Iterable[Mapping[str, Any]], sizes: Mapping[str, int]) -> Html:
+def sharding_picture(arrays: Iterable[Mapping[str, Any]], sizes: Mapping[str, int]) -> Markup:
     """Boxes, the table of parameters, and the rest of the state folded away. `sizes`: mesh axis -> size."""
     known = [Array.of(entry) for entry in arrays]
     weights = [array for array in known if array.of_weights]
     others = [array for array in known if not array.of_weights]
     boxes = [drawn for suffix in DRAWN for drawn in [box(first(weights, suffix), sizes)] if drawn is not None]
-    rest = element("details", element("summary", f"{len(others)} arrays of the optimizer and the rest"), listed(others))
-    return section(
-        "Sharding",
-        element("div", *boxes, class_="boxes"),
-        listed(weights),
-        rest if others else None,
-        note="Weights to scale, cut where the mesh cuts them; the filled piece is what device 0 holds. "
-        "Axes that cut nothing repeat it.",
+    return render(
+        "sharding",
+        boxes=boxes,
+        weights=listed(weights),
+        others=listed(others) if others else None,
+        count=len(others),
     )
 
 
@@ -72,7 +72,7 @@ def first(arrays: Sequence[Array], suffix: str) -> Array | None:
     return next((array for array in arrays if array.name.endswith(suffix)), None)
 
 
-def box(array: Array | None, sizes: Mapping[str, int]) -> Html | None:
+def box(array: Array | None, sizes: Mapping[str, int]) -> Markup | None:
     """The weight's matrix as a box: its first own dimension downwards, the others across. None where it has fewer."""
     own = len(axis_names(array.name)) if array else 0
     if array is None or own < 2:
@@ -84,30 +84,21 @@ def box(array: Array | None, sizes: Mapping[str, int]) -> Html | None:
     down, across = (cuts(part, sizes) for part in (axes[:split], axes[split:]))
     scale = BOX / max(tall, wide)
     height, width = max(tall * scale, 26), max(wide * scale, 26)
-    caption = element(
-        "figcaption",
-        element("b", "/".join(array.name.removeprefix("params/").split("/")[-3:])),
-        element("span", f"↓ {side(names[:split], tall, axes[:split], sizes)}"),
-        element("span", f"→ {side(names[split:], wide, axes[split:], sizes)}"),
+    rows, columns = min(down, MOST_CUTS), min(across, MOST_CUTS)
+    return render(
+        "box",
+        name="/".join(array.name.removeprefix("params/").split("/")[-3:]),
+        rows_are=side(names[:split], tall, axes[:split], sizes),
+        columns_are=side(names[split:], wide, axes[split:], sizes),
+        width=width,
+        height=height,
+        down=down,
+        across=across,
+        rows=rows,
+        columns=columns,
+        wide=width / columns,
+        tall=height / rows,
     )
-    return element("figure", grid(width, height, down=down, across=across), caption)
-
-
-def grid(width: float, height: float, *, down: int, across: int) -> Html:
-    """A rectangle in `down` x `across` pieces, the first filled."""
-    wide, tall = width / min(across, MOST_CUTS), height / min(down, MOST_CUTS)
-    rules = [
-        element("line", x1=f"{n * wide:.1f}", x2=f"{n * wide:.1f}", y1=0, y2=f"{height:.1f}")
-        for n in range(1, min(across, MOST_CUTS))
-    ] + [
-        element("line", y1=f"{n * tall:.1f}", y2=f"{n * tall:.1f}", x1=0, x2=f"{width:.1f}")
-        for n in range(1, min(down, MOST_CUTS))
-    ]
-    own = element("rect", width=f"{wide:.1f}", height=f"{tall:.1f}", class_="own")
-    outline = element("rect", width=f"{width:.1f}", height=f"{height:.1f}", class_="outline")
-    view = f"-1 -1 {width + 2:.1f} {height + 2:.1f}"
-    words = f"cut in {down} by {across} pieces"
-    return element("svg", own, *rules, outline, viewBox=view, width=f"{width + 2:.0f}", role="img", aria_label=words)
 
 
 def cuts(axes: Iterable[Sequence[str]], sizes: Mapping[str, int]) -> int:
@@ -121,26 +112,11 @@ def side(names: Sequence[str | None], length: int, axes: Sequence[Sequence[str]]
     return ", ".join([words, *(f"{axis} {sizes.get(axis, 1)}" for group in axes for axis in group)])
 
 
-def listed(arrays: Sequence[Array]) -> Html:
+def listed(arrays: Sequence[Array]) -> Markup:
     """The table; arrays that differ only in their layer's number share a row."""
     groups: dict[tuple[Any, ...], list[Array]] = {}
     for array in arrays:
         pattern = re.sub(r"/\d+(?=/)", "/*", array.name)
         groups.setdefault((pattern, array.shape, array.dtype, array.axes), []).append(array)
-    rows = [row(pattern, group) for (pattern, *_), group in groups.items()]
-    return table(("Array", "Shape", "Names", "Cut over", "One device"), rows, numeric=("One device",))
-
-
-def row(pattern: str, group: Sequence[Array]) -> tuple[Any, ...]:
-    """A row of the table: one array, or several that are alike."""
-    array = group[0]
-    over = [" + ".join(axes) for axes in array.axes]
-    chips = [element("span", word or "·", class_="chip" if word else "chip none") for word in over]
-    times = element("b", f" × {len(group)}") if len(group) > 1 else None
-    return (
-        joined([element("code", pattern if times else array.name), times]),
-        joined([" × ".join(map(str, array.shape)) or "scalar", element("small", f" {array.dtype}")]),
-        ", ".join(name or "·" for name in array.names) if array.shape else "",
-        joined(chips) if any(over) else element("span", "repeated", class_="chip none"),
-        size(sum(one.bytes_per_device for one in group)),
-    )
+    named = [(pattern if len(group) > 1 else group[0].name, group) for (pattern, *_), group in groups.items()]
+    return render("arrays", groups=named)

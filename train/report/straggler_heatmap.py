@@ -9,26 +9,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .markup import Html, element, joined, section, table
+from markupsafe import Markup
+
+from .markup import render
 
 ROW, LABEL, WIDTH = 20, 84, 640  # pixels
 MOST_ROWS = 256  # more processes are drawn every second, third, ...
-TONE = "var(--series-2)"
 
 
-def processes_section(detection: Mapping[str, Any]) -> Html | None:
+def processes_section(detection: Mapping[str, Any]) -> Markup | None:
     """What was found, then the maps. None where no launcher looked on."""
     heat, links, found = detection.get("heat") or [], detection.get("links"), detection.get("diagnoses") or []
     if not heat and not links and not found:
         return None
     words = [(clock(one["time"]), one["step"], one["kind"], where(one), told(one)) for one in found]
-    parts = [
-        table(("when", "step", "what", "by", "who and why"), words) if words else None,
-        own_time(heat) if heat else None,
-        *(link_maps(links) if links else ()),
-    ]
-    note = None if found else "Nobody was slow and nothing hung."
-    return section("Processes and links", *parts, note=note)
+    maps = ([own_time(heat)] if heat else []) + (link_maps(links) if links else [])
+    return render("processes", diagnoses=words, maps=maps)
 
 
 def clock(seconds: float) -> str:
@@ -49,7 +45,7 @@ def told(diagnosis: Mapping[str, Any]) -> str:
     return f"process {who}: {diagnosis['evidence']}" if who else diagnosis["evidence"]
 
 
-def own_time(heat: Sequence[Mapping[str, Any]]) -> Html:
+def own_time(heat: Sequence[Mapping[str, Any]]) -> Markup:
     """[slot, step]: seconds a step without waiting. The step of a column is its last one.
 
     With all of its processes a run has them in slots of their numbers; with fewer, rows of slots left out are empty.
@@ -61,7 +57,7 @@ def own_time(heat: Sequence[Mapping[str, Any]]) -> Html:
     return figure(caption, rows, most=most, words=lambda value: f"{value:.3f} s", side="slot")
 
 
-def link_maps(links: Mapping[str, Sequence[Sequence[float | None]]]) -> list[Html]:
+def link_maps(links: Mapping[str, Sequence[Sequence[float | None]]]) -> list[Markup]:
     """[from, to]: delay, and seconds for a megabyte, so that dark is bad in both."""
     delay = [[None if value is None else 1e3 * value for value in row] for row in links["delay"]]
     width = [[None if not value else 1e6 / value for value in row] for row in links["bandwidth"]]
@@ -86,34 +82,30 @@ def largest(rows: Sequence[Sequence[float | None]]) -> float:
 
 def figure(
     caption: str, rows: Sequence[Sequence[float | None]], *, most: float, words: Callable[[float], str], side: str
-) -> Html:
+) -> Markup:
     """A grid of cells, the darker the nearer to `most`; a cell without a number is empty."""
     stride = math.ceil(len(rows) / MOST_ROWS)
-    shown = [(number, row) for number, row in enumerate(rows) if number % stride == 0]
     columns = max(len(row) for row in rows)
     cell = min(WIDTH / columns, ROW * 2.2)
     drawn = []
-    for place, (number, row) in enumerate(shown):
-        top = place * ROW
+    for number, row in list(enumerate(rows))[::stride]:
         name = f"{side} {number}".strip()
-        drawn.append(element("text", name, x=LABEL - 8, y=top + ROW - 6, text_anchor="end", fill="var(--ink)"))
-        for column, value in enumerate(row):
-            if value is None:
-                continue
-            title = element("title", f"{name}, {column}: {words(value)}" if side == "" else f"{name}: {words(value)}")
-            drawn.append(
-                element(
-                    "rect",
-                    title,
-                    x=f"{LABEL + column * cell:.1f}",
-                    y=top + 1,
-                    width=f"{max(cell - 1, 0.5):.1f}",
-                    height=ROW - 2,
-                    fill=TONE,
-                    fill_opacity=f"{0.06 + 0.94 * value / most if most > 0 else 0.06:.3f}",
-                )
+        cells = [
+            (
+                LABEL + column * cell,
+                0.06 + 0.94 * value / most if most > 0 else 0.06,
+                f"{name}, {column}: {words(value)}" if side == "" else f"{name}: {words(value)}",
             )
-    width, height = LABEL + columns * cell, len(shown) * ROW
-    text = f"{caption}; darkest: {words(most)}" if most > 0 else caption
-    picture = element("svg", joined(drawn), viewBox=f"0 0 {width:.0f} {height}", width=f"{width:.0f}", role="img")
-    return element("figure", element("figcaption", text), picture, class_="heat")
+            for column, value in enumerate(row)
+            if value is not None
+        ]
+        drawn.append((name, cells))
+    return render(
+        "heat",
+        caption=f"{caption}; darkest: {words(most)}" if most > 0 else caption,
+        rows=drawn,
+        row_height=ROW,
+        label_width=LABEL,
+        cell_width=max(cell - 1, 0.5),
+        width=LABEL + columns * cell,
+    )

@@ -2,6 +2,9 @@
 
 import errno
 import logging
+import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -125,3 +128,14 @@ def test_of_many_who_want_an_entry_one_makes_it(cache):
     for thread in threads:
         thread.join()
     assert len(made) == 1
+
+
+def test_a_process_that_is_killed_while_it_makes_an_entry_leaves_it_to_the_next(cache):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from meshwright.train.data.cache import cached\n"
+        "cached(Path(sys.argv[1]), read=str, write=lambda directory: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(cache / "key")], check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL and (cache / "key.lock").exists()
+    write = lambda directory: (directory / "value").write_text("x")
+    assert cached(cache / "key", read=lambda path: (path / "value").read_text(), write=write) == "x"

@@ -102,11 +102,35 @@ def test_an_empty_directory_has_a_report(tmp_path):
 
 
 def test_what_a_run_says_is_never_taken_for_html(finished):
-    line = {"time": 1.76e9, "event": "failure", "error": "E", "message": "<script>alert(1)</script> & more"}
-    with (finished / "events.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    text = write_report(finished).read_text()
-    assert "<script" not in text and "&lt;script&gt;" in text
+    """Every text that a run can put into its report, from its name to the kind of a device."""
+    hostile = "<script>alert('1')</script>&\"><b"
+    run = finished.rename(finished.with_name("<script>"))
+    lines = [
+        {"event": "sample", "step": 300, "prompt": hostile, "text": hostile},
+        {"event": "failure", "error": hostile, "message": hostile, hostile: hostile},
+        {"event": hostile},
+    ]
+    with (run / "events.jsonl").open("a") as file:
+        file.writelines(json.dumps({"time": 1.77e9, **line}) + "\n" for line in lines)
+    diagnosis = {"time": 1.0, "step": 1, "kind": hostile, "communication": True, "suspects": [], "evidence": hostile}
+    (run / "detection.json").write_text(json.dumps({"diagnoses": [diagnosis]}))
+    (run / "config.yaml").write_text(f"steps: {json.dumps(hostile)}\nmodel: {{family: {json.dumps(hostile)}}}\n")
+    environment = json.loads((run / "environment.json").read_text())
+    environment |= {"versions": {hostile: hostile}, "python": hostile, "tokenizer": {"fingerprint": hostile}}
+    (run / "environment.json").write_text(json.dumps(environment))
+    plan = json.loads((run / "plan.json").read_text())
+    plan["devices"][0] = {"id": hostile, "kind": hostile, "process": 0}
+    plan["arrays"].append({"name": f"params/{hostile}", "shape": [2], "dtype": hostile, "bytes_per_device": 8})
+    plan["collectives"][hostile] = {hostile: 1e6}
+    (run / "plan.json").write_text(json.dumps(plan))
+    text = write_report(run).read_text()
+    assert "<script" not in text and text.count("&lt;script&gt;") > 20
+    assert Page(text).open == [] and Page(text).text.count(hostile) > 15
+
+
+def test_a_spoilt_file_that_only_some_runs_have_is_named(finished):
+    (finished / "pipeline.json").write_text("{")
+    assert "pipeline.json cannot be understood" in page(finished).text
 
 
 @pytest.mark.parametrize(

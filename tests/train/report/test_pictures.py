@@ -5,8 +5,10 @@ import math
 import re
 
 import pytest
+from jinja2 import UndefinedError
+from markupsafe import Markup
 
-from meshwright.train.report.markup import compact, duration, element, size
+from meshwright.train.report.markup import compact, duration, render, size
 from meshwright.train.report.mesh_picture import mesh_picture
 from meshwright.train.report.plan_bars import communication, device_parts
 from meshwright.train.report.sharding_pictures import Array, box, listed, sharding_picture
@@ -114,5 +116,8 @@ def test_bytes_and_durations():
     assert [duration(seconds) for seconds in (8.24, 252, 7500)] == ["8.2 s", "4m 12s", "2h 05m"]
 
 
-def test_markup_escapes_children_and_attributes():
-    assert element("p", "1 < 2", element("b", "&"), class_='"x"') == '<p class="&quot;x&quot;">1 &lt; 2<b>&amp;</b></p>'
+def test_a_template_escapes_what_is_not_markup_and_refuses_to_go_without_a_value():
+    page = render("goodput", note="1 < 2", rows=[("<b>", Markup("<i>kept</i>"), "&")])
+    assert "1 &lt; 2" in page and "<td>&lt;b&gt;</td>" in page and "<i>kept</i>" in page and "&amp;" in page
+    with pytest.raises(UndefinedError, match="note"):
+        render("goodput", rows=[])

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from ....configs.checks.privacy import check_secret
 from ....configs.errors import UserError
@@ -21,6 +22,9 @@ from ....configs.run import RunConfig
 from ....configs.sections.privacy import PrivacyConfig
 from ...data.assemble import Data
 from ...data.dataset import WholeBatches
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
 
 MOST_NOISE = 1e4
 
@@ -67,14 +71,10 @@ def spent(privacy: PrivacyConfig, *, step: int, rows: int, batch: int) -> float:
         return 0.0
     if privacy.sampling == "poisson":
         return sampled(privacy.noise, privacy.delta, step=step, share=batch / rows)
-    return composed(privacy.noise, privacy.delta, count=math.ceil(step * batch / rows))
-
-
-def composed(noise: float, delta: float, *, count: int) -> float:
-    """Of `count` Gaussian mechanisms."""
     import dp_accounting
 
-    return float(dp_accounting.get_epsilon_gaussian(noise / math.sqrt(count), delta))
+    epochs = math.ceil(step * batch / rows)
+    return float(dp_accounting.get_epsilon_gaussian(privacy.noise / math.sqrt(epochs), privacy.delta))
 
 
 @lru_cache(maxsize=4096)
@@ -83,28 +83,39 @@ def sampled(noise: float, delta: float, *, step: int, share: float) -> float:
     import dp_accounting
 
     accountant = dp_accounting.rdp.RdpAccountant()
-    one = dp_accounting.PoissonSampledDpEvent(share, dp_accounting.GaussianDpEvent(noise))
-    return float(accountant.compose(one, step).get_epsilon(delta))
+    return float(accountant.compose(sampled_batches(noise, step=step, share=share)).get_epsilon(delta))
+
+
+def sampled_batches(noise: float, *, step: int, share: float) -> "DpEvent":
+    """The event that dp-accounting counts for `step` updates whose rows are drawn with probability `share`."""
+    import dp_accounting
+
+    update = dp_accounting.PoissonSampledDpEvent(share, dp_accounting.GaussianDpEvent(noise))
+    return dp_accounting.SelfComposedDpEvent(update, step)
 
 
 def calibrated(privacy: PrivacyConfig, *, steps: int, rows: int, batch: int) -> PrivacyConfig:
     """`privacy` with the least noise that spends at most its epsilon in `steps`; as it is where noise is given."""
     if privacy.noise is not None:
         return privacy
+    import dp_accounting
 
-    def over(noise: float) -> float:
-        own = privacy.model_copy(update={"noise": noise})
-        return spent(own, step=steps, rows=rows, batch=batch) - privacy.epsilon
-
-    low, high = 1e-2, 1.0
-    while over(high) > 0:
-        low, high = high, 2 * high
-        if high > MOST_NOISE:
-            raise UserError(
-                f"privacy.epsilon: {privacy.epsilon} cannot be kept for {steps} steps with any useful noise; raise it, "
-                "or lower steps"
+    if privacy.sampling == "poisson":
+        try:
+            noise = dp_accounting.calibrate_dp_mechanism(
+                dp_accounting.rdp.RdpAccountant,
+                lambda noise: sampled_batches(noise, step=steps, share=batch / rows),
+                privacy.epsilon,
+                privacy.delta,
             )
-    while high - low > 1e-6 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if over(middle) > 0 else (low, middle)
-    return privacy.model_copy(update={"noise": high})
+        except dp_accounting.mechanism_calibration.NoBracketIntervalFoundError:
+            noise = math.inf
+    else:
+        one_epoch = dp_accounting.get_sigma_gaussian(privacy.epsilon, privacy.delta)
+        noise = one_epoch * math.sqrt(math.ceil(steps * batch / rows)) * (1 + 1e-9)  # sigma is exact to 1e-12 only
+    if noise > MOST_NOISE:
+        raise UserError(
+            f"privacy.epsilon: {privacy.epsilon} cannot be kept for {steps} steps with any useful noise; raise it, "
+            "or lower steps"
+        )
+    return privacy.model_copy(update={"noise": noise})
