@@ -8,9 +8,9 @@ from ...configs.errors import MeshwrightError
 from ...configs.loader import validated
 from ...parallel.pipeline.tables.costs import Costs
 from ...parallel.pipeline.tables.simulator import Timeline, simulate
-from ...parallel.pipeline.tables.svg import svg
+from ...parallel.pipeline.tables.svg import render_svg
 from ...parallel.pipeline.tables.table import Table
-from ..engine.pipeline.pipeline_plan import staging
+from ..engine.pipeline.pipeline_plan import make_pipeline_plan
 from .markup import render
 
 SHOWN = {
@@ -29,15 +29,15 @@ def schedule_picture(config: dict[str, Any], measured: dict[str, Any]) -> Markup
     if not measured:
         return None
     try:
-        staged = staging(validated(config), pipe=measured["devices"])
+        staged = make_pipeline_plan(validated(config), pipe=measured["devices"])
     except MeshwrightError:
         return None
     if staged is None or list(staged.repeats) != measured["repeats"] or staged.table.name != measured["schedule"]:
-        return None  # of an earlier sitting, under another schedule
+        return None  # of an earlier session, under another schedule
     costs = Costs.model_validate(measured["costs"])
     timeline = simulate(staged.table, costs)
     times = [(words, f"{1000 * value:.3g} ms") for name, words in SHOWN.items() if (value := getattr(costs, name))]
-    drawing = Markup(svg(staged.table, timeline=timeline).replace("<svg ", '<svg class="schedule" ', 1))
+    drawing = Markup(render_svg(staged.table, timeline=timeline).replace("<svg ", '<svg class="schedule" ', 1))
     return render("pipeline", drawing=drawing, times=times, summary=words_of(staged.table, timeline))
 
 
