@@ -85,7 +85,7 @@ def test_it_holds_the_package_and_nothing_else(wheel):
 
 def test_its_commands_find_recipes_and_templates(installed):
     recipes = [line.split()[0] for line in installed("meshwright", "recipes", "ls").splitlines()]
-    folder = ROOT / "configs"
+    folder = ROOT / "configs" / "recipes"
     assert sorted(recipes) == sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))
     assert "quickstart: good" in installed("meshwright", "validate", "quickstart")
     plan = json.loads(installed("meshwright", "plan", "quickstart", *TINY, "--json"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from meshwright.train.bench import BENCHMARKS, run
+from meshwright.train.cli.bench import BENCHMARKS, run
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 

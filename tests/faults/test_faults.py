@@ -1,18 +1,17 @@
 """Processes that die, stop, sleep or flap, under the real supervisor: checked afterwards from their journals."""
 
-import hashlib
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.fake_jobs import WORKER, final_state, make_run, restarts, when, worker_journal
 
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
@@ -22,39 +21,24 @@ from meshwright.train.launch import local_processes
 from meshwright.train.launch.job import Job
 from meshwright.train.launch.launchers import launch_local
 from meshwright.train.launch.local_processes import LocalEngine
-from meshwright.train.launch.supervisor import supervise
+from meshwright.train.launch.supervisor import Supervisor
 
-WORKER = [sys.executable, str(Path(__file__).parents[1] / "support" / "fake_worker.py")]
-PROCESSES, STEPS, EVERY, ROWS = 3, 12, 3, 2
+PROCESSES, STEPS, ROWS = 3, 12, 2
 SETTINGS = {"backoff": 0.01, "hang_factor": 2.0, "hang_floor": 4.0, "start_timeout": 20.0, "grace": 10.0}
+pytestmark = pytest.mark.usefixtures("idle_coordination_service")
 
 
-@pytest.fixture(autouse=True)
-def coordination(monkeypatch):
-    """No worker here speaks JAX."""
-    monkeypatch.setattr(local_processes, "COORDINATOR_HOST", [sys.executable, "-c", "import time; time.sleep(600)"])
+def job(directory, *faults, **settings):
+    command = [*WORKER, str(make_run(directory, *faults))]
+    return Job("run", command, PROCESSES, directory, ElasticConfig(**{**SETTINGS, **settings}))
 
 
 def run(directory, *faults, **settings):
-    """The job under the supervisor; what it raised."""
-    prepare(directory, *faults)
-    elastic = ElasticConfig(**{**SETTINGS, **settings})
-    launch_local(Job("run", [*WORKER, str(directory)], PROCESSES, directory, elastic))
+    launch_local(job(directory, *faults, **settings))
 
 
-def prepare(directory, *faults):
-    keys = ("process", "epoch", "point", "step", "kind")
-    directory.mkdir(exist_ok=True)
-    (directory / "config.yaml").write_text("{}")
-    (directory / "faults.json").write_text(json.dumps([dict(zip(keys, one, strict=True)) for one in faults]))
-
-
-def journal(directory, number):
-    return [json.loads(line) for line in (directory / f"worker-{number}.jsonl").read_text().splitlines()]
-
-
-def surviving(events):
-    """Step -> samples, as the last to apply it left them: a restore forgets the steps behind it."""
+def surviving_steps(events):
+    """Step -> samples, of the steps that no restore undid."""
     timeline = {}
     for event in events:
         if event["event"] == "restore":
@@ -67,7 +51,7 @@ def surviving(events):
 
 def check(directory):
     """No committed step lost, none applied twice, every sample once, and the state is the undisturbed run's."""
-    journals = [journal(directory, number) for number in range(PROCESSES)]
+    journals = [worker_journal(directory, index) for index in range(PROCESSES)]
     committed = 0
     for event in sorted((event for events in journals for event in events), key=lambda event: event["time"]):
         if event["event"] == "commit":
@@ -77,20 +61,15 @@ def check(directory):
             # A commit whose journal line was lost with its process is on disk all the same.
             assert event["step"] >= committed, "a committed step was lost"
             committed = event["step"]
-    samples = sorted(sample for events in journals for rows in surviving(events).values() for sample in rows)
+    samples = sorted(sample for events in journals for rows in surviving_steps(events).values() for sample in rows)
     first = PROCESSES * ROWS
     assert samples == list(range(first, first + STEPS * first))
-    assert {event["state"] for events in journals for event in events if event["event"] == "finish"} == {final()}
+    assert {event["state"] for events in journals for event in events if event["event"] == "finish"} == {
+        final_state(STEPS)
+    }
 
 
-def final():
-    state = "seed"
-    for step in range(1, STEPS + 1):
-        state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()
-    return state
-
-
-# Faults, and (suspect, word of the reason) of each restart.
+# Faults, and (suspect, a part of the reason) of each restart.
 FAULTS = {
     "nothing": ([], []),
     "the first is killed": ([(0, 1, "step", 5, "kill")], [(0, "-9")]),
@@ -108,14 +87,12 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("faults", "restarts"), FAULTS.values(), ids=FAULTS)
-def test_the_run_ends_as_if_nothing_had_happened(tmp_path, faults, restarts):
+@pytest.mark.parametrize(("faults", "expected"), FAULTS.values(), ids=FAULTS)
+def test_a_run_with_faults_ends_as_one_without(tmp_path, faults, expected):
     run(tmp_path, *faults)
     check(tmp_path)
-    told = [event for event in read_events(tmp_path) if event["event"] == "restart"]
-    assert len(told) == len(restarts)
-    for event, (number, word) in zip(told, restarts, strict=True):
-        assert number in (None, event["suspect"]) and word in event["reason"]
+    for event, (suspect, reason) in zip(restarts(tmp_path), expected, strict=True):
+        assert suspect in (None, event["suspect"]) and reason in event["reason"]
 
 
 COORDINATORS = {
@@ -124,39 +101,37 @@ COORDINATORS = {
 }
 
 
-@pytest.mark.parametrize(("does", "word"), COORDINATORS.values(), ids=COORDINATORS)
-def test_a_lost_coordination_service_is_started_again_with_all(tmp_path, monkeypatch, does, word):
+@pytest.mark.parametrize(("statement", "ending"), COORDINATORS.values(), ids=COORDINATORS)
+def test_a_lost_coordination_service_restarts_the_run(tmp_path, monkeypatch, statement, ending):
     code = f"import os, pathlib, sys, time; first = pathlib.Path({str(tmp_path)!r}, 'first')\n"
-    code += f"if not first.exists(): first.touch(); {does}\ntime.sleep(600)"
-    monkeypatch.setattr(local_processes, "COORDINATOR_HOST", [sys.executable, "-c", code])
+    code += f"if not first.exists(): first.touch(); {statement}\ntime.sleep(600)"
+    monkeypatch.setattr(local_processes, "COORDINATION_SERVICE", [sys.executable, "-c", code])
     run(tmp_path, (1, 1, "step", 5, "sleep"))
     check(tmp_path)
-    (told,) = [event for event in read_events(tmp_path) if event["event"] == "restart"]
-    assert told["reason"] == f"the coordination service ended with {word}"
+    (restart,) = restarts(tmp_path)
+    assert "coordination service" in restart["reason"] and restart["reason"].endswith(ending)
 
 
-def test_a_process_that_always_dies_is_given_up(tmp_path):
+def test_the_launcher_gives_up_on_a_process_that_always_dies(tmp_path):
     with pytest.raises(MeshwrightError, match=r"exit codes: \{1: -9\}; gave up after 3 failures \(elastic.restarts\)"):
         run(tmp_path, (1, "any", "step", 5, "kill"), restarts=2)
     assert [event["event"] for event in read_events(tmp_path)] == ["restart", "restart", "give-up"]
     assert json.loads((tmp_path / "checkpoints" / "3").read_text())["step"] == 3
 
 
-def test_what_no_restart_would_mend_is_not_restarted(tmp_path):
+def test_a_refused_configuration_is_not_restarted(tmp_path):
     with pytest.raises(UserError, match="process 2 refused the configuration"):
         run(tmp_path, (2, 1, "start", 0, "refuse"))
     assert not read_events(tmp_path)
 
 
 def test_sigterm_saves_and_the_next_launch_goes_on(tmp_path):
-    def ask():
-        while not (tmp_path / "met" / "1" / "5").exists():
-            time.sleep(0.01)
-        for _ in range(2):  # some schedulers say it twice
+    def stop():
+        for _ in range(2):  # some schedulers send it twice
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
 
-    threading.Thread(target=ask).start()
+    when((tmp_path / "met" / "1" / "5").exists, stop)
     with pytest.raises(Preempted):
         run(tmp_path)
     steps = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
@@ -165,51 +140,48 @@ def test_sigterm_saves_and_the_next_launch_goes_on(tmp_path):
     check(tmp_path)
 
 
-class Unreachable(LocalEngine):
-    """An engine that cannot reach process 1 of the first epoch: it is declared dead, and lives."""
-
-    zombie = None
-
-    def kill(self):
-        if self.zombie is None and self._running:
-            self.zombie = self._running.pop(1)
-        super().kill()
-
-
-def test_a_clock_that_jumps_is_nobodys_failure(tmp_path, monkeypatch):
+def test_a_jump_of_the_clock_is_no_failure(tmp_path, monkeypatch):
     """An hour forth, two back, at every look: what is late is told by a clock that only goes forward."""
     real, looks = time.time, itertools.count()
     monkeypatch.setattr(time, "time", lambda: real() + (3600, -7200)[next(looks) % 2])
     run(tmp_path, (1, 1, "step", 5, "kill"))
     check(tmp_path)
-    assert len([event for event in read_events(tmp_path) if event["event"] == "restart"]) == 1
+    assert len(restarts(tmp_path)) == 1
 
 
-def test_a_zombie_of_an_old_epoch_writes_nothing_more(tmp_path):
-    """Stopped, replaced, and woken after the run has finished."""
-    prepare(tmp_path, (1, 1, "step", 5, "stop"))
+def test_a_stopped_process_of_an_old_epoch_writes_nothing_once_it_wakes(tmp_path, monkeypatch):
+    """Process 1 is stopped, cannot be killed, and is replaced; it wakes after the run has finished."""
+    stopped, real = [], local_processes.kill_groups
+
+    def kill_all_but_one(processes):
+        if not stopped:
+            stopped.append(processes.pop(1))
+        real(processes)
+
+    monkeypatch.setattr(local_processes, "kill_groups", kill_all_but_one)
     with Server() as server:
-        engine = Unreachable([*WORKER, str(tmp_path)], processes=PROCESSES, rendezvous=server.address)
-        settings = ElasticConfig(**SETTINGS)
-        supervise(engine, settings=settings, directory=tmp_path, room=server.store, stop=SimpleNamespace(asked=False))
-    before = journal(tmp_path, 1)
+        stopped_job = job(tmp_path, (1, 1, "step", 5, "stop"))
+        engine = LocalEngine(stopped_job, rendezvous=server.address)
+        stop = SimpleNamespace(requested=False)
+        Supervisor(engine, stopped_job.elastic, tmp_path, server.store, stop).run()
+    before = worker_journal(tmp_path, 1)
     (tmp_path / "met" / "1" / "5" / "1").touch()
-    engine.zombie.send_signal(signal.SIGCONT)
-    assert engine.zombie.wait(timeout=20) == 1 and journal(tmp_path, 1) == before
+    stopped[0].send_signal(signal.SIGCONT)
+    assert stopped[0].wait(timeout=20) == 1 and worker_journal(tmp_path, 1) == before
     check(tmp_path)
 
 
 def test_an_orphan_of_a_killed_launcher_ends_when_another_takes_over(tmp_path):
     """SIGKILL to the launcher itself: its processes go on, until the next launch claims the run."""
-    prepare(tmp_path, (2, 1, "step", 8, "sleep"))
+    make_run(tmp_path, (2, 1, "step", 8, "sleep"))
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]);"
         "from meshwright.train.launch import local_processes;"
-        "from meshwright.train.launch.launchers import launch_here;"
+        "from meshwright.train.launch.launchers import launch_local;"
         "from meshwright.train.launch.job import Job;"
         "from meshwright.configs.sections.fault_tolerance import ElasticConfig; directory = Path(sys.argv[1]);"
-        "local_processes.COORDINATOR_HOST = [sys.executable, '-c', 'import time; time.sleep(5)'];"
-        f"launch_here(Job('run', [*{WORKER!r}, str(directory)], 3, directory, ElasticConfig()))"
+        "local_processes.COORDINATION_SERVICE = [sys.executable, '-c', 'import time; time.sleep(5)'];"
+        f"launch_local(Job('run', [*{WORKER!r}, str(directory)], 3, directory, ElasticConfig()))"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent.parent)])
     while not (tmp_path / "checkpoints" / "6").exists():

@@ -132,7 +132,7 @@ def test_of_many_who_want_an_entry_one_makes_it(cache):
 
 def test_a_process_that_is_killed_while_it_makes_an_entry_leaves_it_to_the_next(cache):
     code = (
-        "import os, signal, sys; from pathlib import Path; from meshwright.train.data.cache import cached\n"
+        "import os, signal, sys; from pathlib import Path; from meshwright.train.data.disk_cache import cached\n"
         "cached(Path(sys.argv[1]), read=str, write=lambda directory: os.kill(os.getpid(), signal.SIGKILL))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(cache / "key")], check=False, timeout=60)

@@ -10,7 +10,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from meshwright.train.doctor import machine
+from meshwright.train.doctor.machine import machine
 
 
 @pytest.fixture(scope="module")

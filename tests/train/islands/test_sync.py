@@ -110,63 +110,63 @@ def test_several_processes_stop_at_one_question_and_for_good(monkeypatch):
 
 
 def test_updates_made_before_an_island_took_anothers_state_are_told_and_judged(tmp_path, monkeypatch):
-    monkeypatch.setattr(loops, "to_devices", lambda rows, config, mesh: rows)
+    monkeypatch.setattr(loops, "make_global_arrays", lambda rows, config, mesh: rows)
     config = Some(steps=5, logging=Some(profile=Some(start=0, steps=0), on_nan="stop"))
-    ledger, told = SampleLog(tmp_path, epoch=1, process=0, processes=1, enabled=True), []
+    sample_log, order = SampleLog(tmp_path, epoch=1, process=0, processes=1, enabled=True), []
     nothing = lambda *words: None
-    quiet = Some(enters=nothing, report=nothing, poll=nothing, began=nothing)
+    quiet = Some(set_activity=nothing, report=nothing, poll=nothing, restart=nothing)
 
-    def meet(state, number):
-        told.append(f"meet {number}")
-        if number == 3:
+    def synchronize(state, step):
+        order.append(f"synchronize {step}")
+        if step == 3:
             raise StateReplaced(state, 4)
         return state
 
-    class Told(Loop):
+    class FakeLoop(Loop):
         def __init__(self):
-            self.program, self.directory, self.ledger = Some(config=config, mesh=None), tmp_path, ledger
-            self.share, self.progress, self.saving, self.pace = Some(first=lambda update: update), quiet, quiet, quiet
-            self.meter = Some(host=lambda: threading.Lock())
-            self.step, self.meet, self.meetings = lambda state, batch: (state, {}), meet, None
-            self.stop = Some(requested=lambda number: False)
+            self.program, self.directory, self.sample_log = Some(config=config, mesh=None), tmp_path, sample_log
+            self.progress = self.checkpointer = self.checkpoint_schedule = quiet
+            self.shard, self.meter = Some(first_sample=lambda step: step), Some(host=lambda: threading.Lock())
+            self.train_step, self.synchronize = lambda state, batch: (state, {}), synchronize
+            self.island_sync, self.stop_request = None, Some(requested=lambda step: False)
 
         def batches(self, start):
             for number in range(start, 5):
                 yield {"tokens": np.full((1, 2), number), "targets": np.full((1, 2), number)}
 
-        def pauses(self, number):
+        def needs_pause(self, step):
             return False
 
-        def read(self, pending):
+        def log_step(self, pending):
             if pending is not None:
-                self.ledger.record_update(pending[0])
-                told.append(pending[0])
+                self.sample_log.record_update(pending[0])
+                order.append(pending[0])
 
-    Told().to_the_end("state", 0)
-    # An update is read before others are waited for: that time is the next one's.
-    assert told == ["meet 1", 1, "meet 2", 2, "meet 3", 3, "meet 5", 5]
+    FakeLoop().run_to_end("state", 0)
+    # The metrics of a step are read before the next synchronization: time spent there belongs to the next step.
+    assert order == ["synchronize 1", 1, "synchronize 2", 2, "synchronize 3", 3, "synchronize 5", 5]
     assert [line.get("step", -1) for line in read_sample_log(tmp_path)[0]] == [-1, 1, 2, 3, -1, 5]
 
 
 def test_an_island_that_goes_back_takes_its_checkpoints_and_notes_along(tmp_path):
-    went, fed = [], []
+    rewinds, sessions = [], []
     others = Some(begin=lambda state, step: ("theirs", 2), finish=lambda state, step: None)
-    saving = Some(
-        go_back=lambda state, step, samples: went.append((state, step, samples)),
-        last=lambda *state, samples: None,
+    checkpointer = Some(
+        rewind=lambda state, step, samples: rewinds.append((state, step, samples)),
+        save_final=lambda *state, samples: None,
         storage=Some(steps=[]),
     )
 
-    class Back(Loop):
+    class FakeLoop(Loop):
         def __init__(self):
             self.program = Some(config=Some(steps=5, data=Some(global_batch=4)))
-            self.assess, self.meetings, self.saving = None, others, saving
-            self.data, self.reread = "noted from 4", lambda step: f"noted from {step}"
+            self.evaluator, self.island_sync, self.checkpointer = None, others, checkpointer
+            self.data, self.data_from = "annotated from 4", lambda step: f"annotated from {step}"
             self.progress = Some(report=lambda step, phase: None)
 
-        def steps(self, state, start):
-            fed.append((self.data, start))
+        def run_steps(self, state, start):
+            sessions.append((self.data, start))
             return state
 
-    assert Back().run("own", 4) == "theirs"
-    assert went == [("theirs", 2, 8)] and fed == [("noted from 2", 2)]
+    assert FakeLoop().run("own", 4) == "theirs"
+    assert rewinds == [("theirs", 2, 8)] and sessions == [("annotated from 2", 2)]

@@ -18,7 +18,7 @@ from support.equivalence import tiny
 from meshwright.configs.loader import load, recipes
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.engine.program import build
-from meshwright.train.plan import compile_plan
+from meshwright.train.plan.compile_plan import compile_plan
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 

@@ -43,7 +43,7 @@ def at_index(tree, index):
 
 
 def routed_sums(weights, frozen, batch, *, path):
-    """Loss and weight of each replica's last stage, without the executor: stage s of rows r in replica path(r, m, s)."""
+    """Loss and weight of each replica's last stage, not by the executor: stage s of rows r in replica path(r, m, s)."""
     sums = [[0.0, 0.0] for _ in range(REPLICAS)]
     layers = frozen.stacked["scale"].shape[0]
     for source in range(REPLICAS):

@@ -89,12 +89,12 @@ def test_pools_of_offloaded_values_are_in_host_memory(table):
     engine, arguments, mesh = make_engine(
         table, repeats, *problem(layers=sum(repeats), tied=False), mesh={"pipe": 2, "fsdp": 2}, functions=OFFLOADED
     )
-    with jax.set_mesh(devices):
-        trace_equations = made.trace(*arguments)
+    with jax.set_mesh(mesh):
+        traced = engine.trace(*arguments)
     value = ROWS // 4 // 2 * LENGTH * EMBED * 8
     held = pool_bytes(table, input=0, weight=2 * 2 * value, stash=0)
-    assert host_bytes(trace_equations.jaxpr) == held * mesh.size
-    text = trace_equations.lower(lowering_platforms=("cuda",)).as_text()
+    assert host_bytes(traced.jaxpr) == held * mesh.size
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
     slots = lower_table(table, repeats=repeats).slots["weight"]
     pool = f"tensor<{slots}x2x{ROWS // 8}x{LENGTH}x{EMBED}xf64>"
     placed = re.findall(r"annotate_device_placement.*pinned_host.* -> (\S+)", text)

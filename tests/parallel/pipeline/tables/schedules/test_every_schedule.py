@@ -146,7 +146,7 @@ REFUSED = {
     "vocabulary": ({"name": "zb-v", "vocabulary": 2}, "vocab_parallel: 2, .*zb-v takes 0; .*1f1b or v-half"),
     "algorithm": ({"vocabulary": 3}, "vocab_parallel: 3, .*1f1b takes 0 or 1 or 2"),
     "limit": ({"memory_limit": 3}, "memory_limit: 3, .*1f1b does not take it.* auto"),
-    "limit below one": ({"name": "auto", "memory_limit": 0.5}, "memory_limit: 0.5 microbatches.* 4 for 1f1b"),
+    "limit below one": ({"name": "auto", "memory_limit": 0.5}, "memory_limit: 0.5 microbatches.*1f1b holds 4"),
     "no path": ({"name": "file"}, "pipeline.path: None"),
 }
 
