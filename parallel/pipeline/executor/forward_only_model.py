@@ -1,6 +1,7 @@
 """A model that goes forward only, such as a teacher: a pipeline of its own that returns the last hidden states.
 
-    hidden = hidden_state_reader(functions, lowered, repeats=2, mesh=mesh)(weights, batch)  # [global_batch, sequence, embed]
+    read = hidden_state_reader(functions, lowered, repeats=2, mesh=mesh)
+    hidden = read(weights, batch)                               # [global_batch, sequence, embed]
 
 Its layers are sharded over `pipe` like those of the trained model, so a device holds only its share of them. But the
 hidden states of all microbatches wait on every device of the pipeline until the trained model's last stage reads them.

@@ -10,7 +10,7 @@ gathered once, before the first tick; gradients are added up where they are made
 after the last tick. What a tick reads of earlier ones is in the pools of `tables/lowering.py`, so memory does not grow
 with the number of microbatches.
 
-No collective-permute may be inside a loop that some devices skip: so no ring attention in a stage, and `parallel/hlo.py`
+No collective-permute may be inside a loop that some devices skip. So no ring attention in a stage; `parallel/hlo.py`
 searches the compiled program for one that the partitioner made.
 """
 
@@ -88,7 +88,7 @@ def stacked_spec(path: tuple[Any, ...], leaf: Any, *, mesh: Mesh, zero: int) -> 
 
 
 def unstacked_spec(path: tuple[Any, ...], leaf: Any, *, vocab_parallel: bool) -> PartitionSpec:
-    """The spec of an unstacked weight and its gradient: replicated, or its vocabulary over `pipe` (`vocab_parallel`)."""
+    """The spec of an unstacked weight and its gradient: replicated, or its vocabulary over `pipe`."""
     del leaf
     vocabulary = {"embed/embedding": 0, "head/kernel": 1}.get(path_name(path)) if vocab_parallel else None
     return PartitionSpec() if vocabulary is None else PartitionSpec(*[None] * vocabulary, "pipe")

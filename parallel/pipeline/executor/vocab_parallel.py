@@ -256,15 +256,15 @@ class VocabParallelEmbedHead:
         """Keep the gradient of the rows for its exchange; add that of the embedding's other weights."""
         fields, context = device.microbatch_inputs(row["microbatch"])
         unstacked, frozen = device.weights.unstacked, device.frozen.unstacked
-        other = {name: value for name, value in unstacked.get("embed", {}).items() if name != "embedding"}
+        extra = {name: value for name, value in unstacked.get("embed", {}).items() if name != "embedding"}
 
-        def embed(other: Any, rows: jax.Array) -> jax.Array:
-            weights = unstacked | ({"embed": unstacked["embed"] | other} if other else {})
+        def embed(extra: Any, rows: jax.Array) -> jax.Array:
+            weights = unstacked | ({"embed": unstacked["embed"] | extra} if extra else {})
             return device.functions.embed(weights, frozen, fields, context, lambda table, tokens: rows)
 
-        _, pull = jax.vjp(embed, other, jnp.zeros_like(carry.output))
+        _, pull = jax.vjp(embed, extra, jnp.zeros_like(carry.output))
         d_other, d_rows = pull(carry.output)
-        carry = add_unstacked_gradient(carry, {"embed": d_other}) if other else carry
+        carry = add_unstacked_gradient(carry, {"embed": d_other}) if extra else carry
         return carry._replace(head_state=carry.head_state | {"embed_gradient": d_rows})
 
     def evaluate(self, device: PipelineDevice, row: Row, carry: Carry) -> Carry:

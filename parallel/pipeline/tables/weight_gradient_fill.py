@@ -61,21 +61,21 @@ def fill_weight_gradients(
     """
     devices = [_Device(i, limit, deque(order)) for i, (limit, order) in enumerate(zip(limits, orders, strict=True))]
     shape = {"stages": placement.size, "devices": len(orders), "algorithm": algorithm}
-    completed: set[Event] = set()
+    complete: set[Event] = set()
     while any(device.remaining or device.weights for device in devices):
         events = []
         for device in devices:
-            step = _run_tick(device, window, completed, placement, shape)
+            step = _run_tick(device, window, complete, placement, shape)
             if step is not None:
                 events.append(event_of(step, device=device.number, placement=placement))
         if not events:
             raise AssertionError(f"orders wait in a circle, or limits {list(limits)} are below what they hold")
-        completed.update(events)  # usable from the next tick on
+        complete.update(events)  # usable from the next tick on
     return [device.order for device in devices]
 
 
 def _run_tick(
-    device: _Device, window: int, completed: set[Event], placement: np.ndarray, shape: dict[str, int]
+    device: _Device, window: int, complete: set[Event], placement: np.ndarray, shape: dict[str, int]
 ) -> Pass | None:
     """Do the pass that this device does in this tick; None: it is idle."""
     most = 0  # most activations that the passes before `index` add
@@ -85,7 +85,7 @@ def _run_tick(
         event = event_of(step, device=device.number, placement=placement)
         if forward and device.unfinished + 1 + most > device.limit:
             pass  # done now, it would take the memory of a pass before it
-        elif all(required in completed for required in required_events(event, **shape)):
+        elif all(required in complete for required in required_events(event, **shape)):
             if forward and device.activations + 1 > device.limit:
                 return device.run_weight_gradient()
             return device.run_remaining(index)

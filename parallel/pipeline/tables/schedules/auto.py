@@ -31,7 +31,7 @@ def auto(request: Request) -> Table:
     limit = 2 * p if request.memory_limit is None else int(request.memory_limit)
     if limit < 1:
         raise UserError(
-            f"memory_limit: {request.memory_limit} microbatches, but a device holds at least 1; raise it to {p} for 1f1b's"
+            f"memory_limit: {request.memory_limit} microbatches, but a device holds at least 1; 1f1b holds {p}"
         )
     grid = itertools.product(SLOPES, (0, 1))
     warmups = {tuple(min(int(slope * (p - 1 - i)) + more, limit - 1) for i in range(p)) for slope, more in grid}
