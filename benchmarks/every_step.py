@@ -67,15 +67,15 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
     with ExitStack() as stack:
         run = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         server = stack.enter_context(Server())
-        here = LocalSnapshotAgents(run, rendezvous=server.address)
-        stack.enter_context(SnapshotAgents(plan, run=run, room=server.store, tending=here)).recover()
+        launcher = LocalSnapshotAgents(run, rendezvous=server.address)
+        stack.enter_context(SnapshotAgents(plan, run=run, store=server.store, launcher=launcher)).recover()
         memories = [MemoryStore(memory_directory(run, host=host), launch_slot=host) for host in range(HOSTS)]
         journal = Journal(run, enabled=False)
         snapshots = [stack.enter_context(closing(SnapshotWriter(config, memory, journal))) for memory in memories]
         for one, state in zip(snapshots, states, strict=True):
             one.reserve(state)
         number = 0
-        guards = [psutil.Process(here.pid(host)) for host in range(HOSTS)]
+        guards = [psutil.Process(launcher.pid(host)) for host in range(HOSTS)]
         for turn in range(2 * (turns + 1)):
             before = time.process_time()
             block = []

@@ -63,8 +63,8 @@ class Attention(nnx.Module):
         q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
         mask = Mask(window=self.window, softcap=config.attention_softcap, scale=config.attention_scale)
         prefix, attend = (ctx.prefix, ctx.attend) if self.prefix is None else self.prefix(x, ctx)
-        k, v, where, entries = attended_keys_values(k, v, ctx, prefix=prefix)
-        out = ctx.constrain(attend(q, k, v, mask, where), ("batch", "sequence", "heads", None))
+        k, v, indices, entries = attended_keys_values(k, v, ctx, prefix=prefix)
+        out = ctx.constrain(attend(q, k, v, mask, indices), ("batch", "sequence", "heads", None))
         y = self.o(out, ctx)
         if self.adapter is not None:
             y = self.adapter(x, y, ctx)

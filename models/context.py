@@ -34,9 +34,9 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take(table, tokens, axis=0)
 
 
-def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: TokenIndices) -> jax.Array:
+def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indices: TokenIndices) -> jax.Array:
     """The reference attention."""
-    return attend(DENSE, q, k, v, mask, where)
+    return attend(DENSE, q, k, v, mask, indices)
 
 
 def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -62,7 +62,7 @@ class Context:
     )
     shared_matrices: Any = None  # arrays that the adapters of all layers read (VeRA)
     prefix: Any = None  # {"k", "v"} in front of every document, shaped like a cache without rows; a block gets its own
-    attend: Callable[..., jax.Array] = dense_attention  # (q, k, v, mask, where) -> out
+    attend: Callable[..., jax.Array] = dense_attention  # (q, k, v, mask, indices) -> out
     linear: Callable[..., jax.Array] = linear
     lookup: Callable[[jax.Array, jax.Array], jax.Array] = lookup
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = unconstrained

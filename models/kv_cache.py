@@ -57,14 +57,14 @@ def attended_keys_values(
     every query, so the causal mask hides them. Every document sees a `prefix` in front of its own.
     """
     if ctx.cache is None:
-        where, entries = TokenIndices(ctx.index, ctx.index, ctx.segment_ids, ctx.segment_ids), None
+        indices, entries = TokenIndices(ctx.index, ctx.index, ctx.segment_ids, ctx.segment_ids), None
     else:
-        k, v, where, entries = update_slots(k, v, ctx)
-    return (k, v, where, entries) if prefix is None else (*prepend_prefix(prefix, k, v, where, ctx), entries)
+        k, v, indices, entries = update_slots(k, v, ctx)
+    return (k, v, indices, entries) if prefix is None else (*prepend_prefix(prefix, k, v, indices, ctx), entries)
 
 
 def prepend_prefix(
-    prefix: dict[str, jax.Array], k: jax.Array, v: jax.Array, where: TokenIndices, ctx: Context
+    prefix: dict[str, jax.Array], k: jax.Array, v: jax.Array, indices: TokenIndices, ctx: Context
 ) -> tuple[jax.Array, jax.Array, TokenIndices]:
     """Keys and values after those of `prefix`, {"k", "v"} [length, kv_heads, head_dim], which all documents share.
 
@@ -78,17 +78,17 @@ def prepend_prefix(
         # Cut like the keys before they are joined: else the partitioner may move them by permutes, inside a block.
         return ctx.constrain(jnp.concatenate([ctx.constrain(same, LAYER_AXES), x], axis=1), LAYER_AXES)
 
-    index = jnp.arange(own, dtype=jnp.int32) if where.key_index is None else where.key_index
-    segments = where.key_segments
+    index = jnp.arange(own, dtype=jnp.int32) if indices.key_index is None else indices.key_index
+    segments = indices.key_segments
     if segments is not None:
         segments = jnp.concatenate([jnp.full((rows, length), ALL_SEGMENTS, segments.dtype), segments], axis=1)
-    where = TokenIndices(
-        query_index=index if where.query_index is None else where.query_index,
+    indices = TokenIndices(
+        query_index=index if indices.query_index is None else indices.query_index,
         key_index=jnp.concatenate([jnp.arange(-length, 0, dtype=jnp.int32), index]),
-        query_segments=where.query_segments,
+        query_segments=indices.query_segments,
         key_segments=segments,
     )
-    return joined("k", k), joined("v", v), where
+    return joined("k", k), joined("v", v), indices
 
 
 def update_slots(

@@ -13,18 +13,18 @@ from .sequence.token_order import ORDER_OF
 
 
 def sharded_attention(name: str, *, mesh: Mesh, strategy: str) -> Callable[..., jax.Array]:
-    """`attend(q, k, v, mask, where)` over global arrays [batch, sequence, heads, head_dim] for `model.attention: name`.
+    """`attend(q, k, v, mask, indices)` over global arrays [batch, sequence, heads, head_dim] for `model.attention: name`.
 
     `strategy` is `sequence.parallel`, for a mesh whose `seq` is above 1. The result equals the implementation's on one
     device. Raises UserError where the implementation or the strategy refuses the combination.
     """
     platform = mesh.devices.flat[0].platform
 
-    def sharded(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: TokenIndices) -> jax.Array:
-        implementation = choose(name, mask=mask, where=where, q=q, k=k, platform=platform)
+    def sharded(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indices: TokenIndices) -> jax.Array:
+        implementation = choose(name, mask=mask, indices=indices, q=q, k=k, platform=platform)
         if mesh.size == 1:
-            return attend(implementation, q, k, v, mask, where)
-        return sequence_parallel(implementation, strategy=strategy, mesh=mesh)(q, k, v, mask, where)
+            return attend(implementation, q, k, v, mask, indices)
+        return sequence_parallel(implementation, strategy=strategy, mesh=mesh)(q, k, v, mask, indices)
 
     return sharded
 

@@ -154,6 +154,13 @@ def shard_count(name: str) -> int:
     return math.prod(mesh.shape[axis] for axis in axes if kinds.get(axis) == automatic)
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of abstract arrays: the shape and dtype of each leaf of `shapes`, with its sharding."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """A key path of `jax.tree_util` as `a/b/0/c`."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from ..configs.errors import MeshwrightError, Preempted
-from ..parallel.outer.traffic import sent
+from ..parallel.outer.traffic import bytes_sent
 from ..parallel.state import TrainState
 from .checkpoint_schedule import CheckpointSchedule
 from .checkpointer import Checkpointer
@@ -29,7 +29,7 @@ from .engine.host_data import ProcessShard, make_global_arrays
 from .engine.program import Program
 from .engine.replicas import Synchronize, metrics_to_host
 from .engine.step import Step
-from .infer.evaluator import Assessment
+from .infer.evaluator import Evaluator
 from .islands.sync import IslandSync, StateReplaced
 from .launch.straggler_detection import WAIT
 from .metrics.metrics_logger import Telling
@@ -50,7 +50,7 @@ class Loop:
     train_step: Step
     synchronize: Synchronize
     island_sync: IslandSync | None  # synchronization with other islands; then it is `synchronize`, too
-    evaluator: Assessment | None  # None: the data hold nothing out
+    evaluator: Evaluator | None  # None: the data hold nothing out
     checkpointer: Checkpointer
     checkpoint_schedule: CheckpointSchedule
     sample_log: SampleLog
@@ -194,7 +194,7 @@ class Loop:
             if self.island_sync:
                 metrics |= self.island_sync.traffic_metrics(step)
             elif self.program.traffic:
-                metrics["sent_bytes"] = sent(self.program.traffic, step)
+                metrics["sent_bytes"] = bytes_sent(self.program.traffic, step)
             self.metrics_logger.step(step, metrics)
             if metrics["skipped"] and self.program.config.logging.on_nan == "stop":
                 check_finite(step, metrics)

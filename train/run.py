@@ -45,7 +45,7 @@ from .engine.pipeline.pool_offload_check import pooled_gradient
 from .engine.privacy.accounting import budgeted, dealt, spending
 from .engine.program import Program, build
 from .engine.quantized_base import save_base
-from .infer.evaluator import Assessment
+from .infer.evaluator import Evaluator
 from .infer.generation_eval import Metric, metric_functions
 from .infer.precompute_logprobs import referenced
 from .islands.join import join_islands
@@ -146,7 +146,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
         synchronize = island_sync or program.compiled_synchronization()
         evaluator = None
         if data.held_out:
-            evaluator = Assessment(program, data, program.compiled_evaluation(), score_functions)
+            evaluator = Evaluator(program, data, program.compiled_evaluation(), score_functions)
         journal.record("compile", seconds=time.monotonic() - began)
         barrier(seconds=config.elastic.start_timeout)
         plan = compile_plan.make_plan(program, train_step)

@@ -1,9 +1,9 @@
-"""AdaLoRA: an added map in the form of a singular value decomposition, whose rank is shared out while it is trained.
+"""AdaLoRA: an added map in the form of a singular value decomposition; training distributes its rank over the layers.
 
     y = x W + ((x A) * e * scale) B + bias      A [inputs..., rank], e, scale [rank], B [rank, outputs...]
 
-A and B are kept near orthogonal, and the least important entries of e become zero on a schedule:
-`train/optim/adalora_schedule.py` does both to the updates. e starts at zero. Source: arXiv:2303.10512.
+`train/optim/adalora_schedule.py` keeps A and B nearly orthogonal, and sets the least important entries of e to zero on
+a schedule. e starts at zero. Source: arXiv:2303.10512.
 """
 
 import jax
@@ -13,23 +13,23 @@ from ..context import Context
 from .interface import BaseLinear, InitContext, Leaves, LinearMethod
 from .lora import apply_lora, merge_lora
 
-INIT_DEVIATION = 0.02  # of the first A and B, as in PEFT
+INIT_DEVIATION = 0.02  # of A and B before the first step, as in PEFT
 
 
 def init(key: jax.Array, kernel: jax.Array, context: InitContext) -> tuple[jax.Array, Leaves]:
     """(kernel, leaves) before the first step."""
     rank = context.scale.shape[0]
-    first, second = jax.random.split(key)
+    key_a, key_b = jax.random.split(key)
     return kernel, {
-        "a": INIT_DEVIATION * jax.random.normal(first, (*context.inputs, rank)),
-        "b": INIT_DEVIATION * jax.random.normal(second, (rank, *context.outputs)),
+        "a": INIT_DEVIATION * jax.random.normal(key_a, (*context.inputs, rank)),
+        "b": INIT_DEVIATION * jax.random.normal(key_b, (rank, *context.outputs)),
         "e": jnp.zeros(rank),
         "scale": context.scale,
     }
 
 
 def as_lora(leaves: Leaves) -> Leaves:
-    """The leaves of LoRA that computes the same."""
+    """The leaves of the LoRA that computes the same."""
     return {"a": leaves["a"], "b": leaves["b"], "scale": leaves["e"] * leaves["scale"]}
 
 

@@ -1,9 +1,10 @@
-"""Where adapters go: every linear map of the blocks has a name, and `adapter.targets` picks among the names.
+"""Which linear maps get adapters: every linear map of the blocks has a name, and `adapter.targets` matches names.
 
     layers/7/attn/q     is matched by   q   attn/q   layers/7/*   layers/*/attn/[qv]
 
-The run holds layers in stacks. A stack has an adapter where one of its layers is picked; its arrays are as wide as the
-widest layer needs, and a `scale` of zeros switches off what a layer does not have: exactly, also in the gradient.
+A run stacks the weights of its layers. A stack has an adapter where one of its layers is matched; the adapter's arrays
+are as wide as its widest layer needs. A `scale` of zeros switches off what a layer does not have, exactly, also in the
+gradient.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,21 +19,21 @@ from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
 from ...configs.trained_segments import first_trained
 
-# What the original of each method adapts where the user does not say.
+# The targets of each method's paper, for users who name none.
 DEFAULT_TARGETS = {"ia3": ["k", "v", "down"], "bitfit": ["*/bias"], "norms": ["*_norm/*"]}
 
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """A stack of linear maps that gets adapters."""
+    """A stack of linear maps, one a layer, that gets adapters."""
 
     path: str  # in the run: segments/0/1/block/attn/q
-    layer_names: tuple[str, ...]  # canonical name of each layer's
-    inputs: tuple[int, ...]  # dimensions of what the map reads
-    outputs: tuple[int, ...]  # and of what it makes
+    layer_names: tuple[str, ...]  # canonical name of each layer's map
+    inputs: tuple[int, ...]  # input dimensions of one map
+    outputs: tuple[int, ...]  # output dimensions of one map
     ranks: tuple[int, ...]  # of each layer; 0: none
-    scales: tuple[float, ...]  # what multiplies each layer's added map
-    map_index: int  # of the map in its block: what its dropout is drawn by
+    scales: tuple[float, ...]  # of each layer: what multiplies its added map
+    map_index: int  # of the map in its block: dropout draws by it
 
     @property
     def rank(self) -> int:
@@ -42,8 +43,8 @@ class AdaptedModule:
     @property
     def scale(self) -> np.ndarray:
         """[layers, rank] float32: a layer's scale up to its rank, zero beyond."""
-        inside = np.arange(self.rank) < np.array(self.ranks)[:, None]
-        return np.where(inside, np.array(self.scales)[:, None], 0).astype(np.float32)
+        has_rank = np.arange(self.rank) < np.array(self.ranks)[:, None]
+        return np.where(has_rank, np.array(self.scales)[:, None], 0).astype(np.float32)
 
 
 def linear_maps(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -63,12 +64,12 @@ def linear_maps(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[in
 
 
 def layer_stacks(model: ModelConfig) -> Iterator[tuple[str, list[int]]]:
-    """(path of a stack's block, numbers of its layers) of every stack."""
+    """(path of the block, numbers of its layers) of every stack of layers."""
     first = 0
     for number, (pattern, repeats) in enumerate(model.segments):
-        for place in range(len(pattern)):
-            layers = [first + repeat * len(pattern) + place for repeat in range(repeats)]
-            yield f"segments/{number}/{place}/block", layers
+        for position in range(len(pattern)):
+            layers = [first + repeat * len(pattern) + position for repeat in range(repeats)]
+            yield f"segments/{number}/{position}/block", layers
         first += len(pattern) * repeats
 
 
@@ -82,18 +83,21 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def select_names(key: str, patterns: Iterable[str], names: Iterable[str]) -> set[str]:
-    """The names some pattern matches. Raises UserError, listing what there is, for a pattern that matches none."""
-    names, found = list(names), set()
+    """The names that some pattern matches.
+
+    Raises UserError for a pattern of the setting `key` that matches none, and lists what there is.
+    """
+    names, selected = list(names), set()
     for pattern in patterns:
-        if not (own := {name for name in names if matches(name, pattern)}):
+        if not (matching := {name for name in names if matches(name, pattern)}):
             known = {name.split("/", 2)[-1] if name.startswith("layers/") else name for name in names}
             raise UserError.no_match(key, [pattern], known=known)
-        found |= own
-    return found
+        selected |= matching
+    return selected
 
 
 def in_trained_layers(names: Iterable[str], model: ModelConfig, adapter: AdapterConfig) -> set[str]:
-    """Without the names in layers that `adapter.layers` leaves alone."""
+    """The names without those in layers that `adapter.layers` excludes."""
     first = first_trained(model, adapter)
     return {name for name in names if not name.startswith("layers/") or int(name.split("/")[1]) >= first}
 
@@ -103,22 +107,22 @@ def find_adapted_modules(model: ModelConfig, adapter: AdapterConfig) -> list[Ada
     maps = linear_maps(model)
     names = [f"layers/{layer}/{name}" for layer in range(model.layers) for name in maps]
     patterns = DEFAULT_TARGETS.get(adapter.method, ["*"]) if adapter.targets is None else adapter.targets
-    chosen = in_trained_layers(select_names("adapter.targets", patterns, names), model, adapter)
-    for key, given in (("ranks", adapter.ranks), ("alphas", adapter.alphas)):
-        select_names(f"adapter.{key}", given, chosen)
-    found = []
+    targets = in_trained_layers(select_names("adapter.targets", patterns, names), model, adapter)
+    select_names("adapter.ranks", adapter.ranks, targets)
+    select_names("adapter.alphas", adapter.alphas, targets)
+    modules = []
     for path, layers in layer_stacks(model):
-        for number, (name, (inputs, outputs)) in enumerate(maps.items()):
-            modules = tuple(f"layers/{layer}/{name}" for layer in layers)
-            sizes = [rank_and_scale(module, adapter) if module in chosen else (0, 0.0) for module in modules]
+        for map_index, (name, (inputs, outputs)) in enumerate(maps.items()):
+            layer_names = tuple(f"layers/{layer}/{name}" for layer in layers)
+            sizes = [rank_and_scale(module, adapter) if module in targets else (0, 0.0) for module in layer_names]
             if any(rank for rank, _ in sizes):
                 ranks, scales = zip(*sizes, strict=True)
-                found.append(AdaptedModule(f"{path}/{name}", modules, inputs, outputs, ranks, scales, number))
-    return found
+                modules.append(AdaptedModule(f"{path}/{name}", layer_names, inputs, outputs, ranks, scales, map_index))
+    return modules
 
 
 def rank_and_scale(module: str, adapter: AdapterConfig) -> tuple[int, float]:
-    """(rank, what multiplies the added map) of one module; methods without a rank have 1 and 1."""
+    """(rank, factor of the added map) of the module with canonical name `module`; (1, 1) for methods without a rank."""
     if adapter.method in ("ia3", "oft", "shira"):
         return 1, 1.0
     if adapter.method == "vera":

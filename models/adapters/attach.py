@@ -1,11 +1,11 @@
 """Adapters put into a model: into its structure, into its parameters, and out of them again.
 
-    graph(model, attached(model, adapter))                        the structure, with an adapter beside each kernel
-    tree = started(weights, model, adapter, key)                  the parameters, leaves beside each kernel
-    params, frozen = split(tree, model, adapter)                  what learns and what does not
-    weights = merged(tree, model, adapter)                        the plain model that computes the same
+    decoder_graphdef(model, adapter_inserter(model, adapter))        the structure, with an adapter beside each kernel
+    tree = init_adapters(weights, model, adapter, key)               the parameters, with leaves beside each kernel
+    params, frozen = split_trained(tree, model, adapter)             what is trained and what is not
+    weights = merge_adapters(tree, model, adapter)                   the plain model that computes the same
 
-Merging leaves what it is given alone: to unmerge is to go on with that.
+Merging does not change its argument: to unmerge, go on with that.
 """
 
 from collections.abc import Callable
@@ -29,62 +29,58 @@ from .registry import ADDED_MODULES, LINEAR_METHODS
 from .selection import trained_masks
 from .vera import SharedMatrices, draw_shared_matrices
 
-CUT_BY_TENSOR = ("heads", "kv_heads", "mlp")  # dimensions of kernels that activations have too
+CUT_BY_TENSOR = ("heads", "kv_heads", "mlp")  # logical axes that kernels and activations have in common
 
 
 def adapter_inserter(model: ModelConfig, adapter: AdapterConfig | None) -> Callable[[Decoder], None]:
-    """A function that puts the adapters, with leaves of zeros, into a decoder. Raises as `sites`."""
-    found = find_adapted_modules(model, adapter) if adapter is not None and adapter.method in LINEAR_METHODS else []
+    """Make a function that inserts the adapters, with leaves of zeros, into a decoder.
 
-    def put(decoder: Decoder) -> None:
-        for site in found:
-            linear = get_linear(decoder, site)
-            leaves = jax.eval_shape(partial(init_adapter, site, adapter), linear.kernel[...], jax.random.key(0))[1]
-            zeros = {leaf: jnp.zeros(like.shape, like.dtype) for leaf, like in leaves.items()}
-            linear.adapter = make_adapter(site, LINEAR_METHODS[adapter.method], zeros, rate=adapter.dropout)
-        if found and adapter.method == "vera":
+    Raises UserError as `find_adapted_modules`.
+    """
+    modules = find_adapted_modules(model, adapter) if adapter is not None and adapter.method in LINEAR_METHODS else []
+
+    def insert(decoder: Decoder) -> None:
+        for module in modules:
+            linear = submodule(decoder, module.path)
+            leaves = jax.eval_shape(partial(init_adapter, module, adapter), linear.kernel[...], jax.random.key(0))[1]
+            zeros = jax.tree.map(jnp.zeros_like, leaves)
+            linear.adapter = make_adapter(module, LINEAR_METHODS[adapter.method], zeros, dropout_rate=adapter.dropout)
+        if modules and adapter.method == "vera":
             decoder.adapter = SharedMatrices(**init_shared_matrices(model, adapter, jax.random.key(0)))
-        for addition in () if adapter is None else ADDED_MODULES.get(adapter.method, ()):
-            insert_module(decoder, addition, jax.eval_shape(partial(added_leaves, addition, model, adapter)))
-            decoder.is_prefix += adapter.length if addition.is_prefix else 0
+        for added in () if adapter is None else ADDED_MODULES.get(adapter.method, ()):
+            for path, leaves in jax.eval_shape(partial(added_leaves, added, model, adapter)).items():
+                parent, _, name = path.rpartition("/")
+                setattr(submodule(decoder, parent), name, added.make_module(jax.tree.map(jnp.zeros_like, leaves)))
+            decoder.prefix_length += adapter.length if added.is_prefix else 0
 
-    return put
-
-
-def get_linear(decoder: Decoder, module: AdaptedModule) -> Any:
-    """The stack of linear maps in the decoder."""
-    _, segment, place, _, part, name = module.path.split("/")
-    return getattr(getattr(decoder.segments[segment][place].block, part), name)
+    return insert
 
 
-def make_adapter(module: AdaptedModule, method: LinearMethod, leaves: Leaves, *, rate: float) -> Adapter:
-    """The module of `leaves` beside the kernels of a stack."""
-    names = tuple(axis if axis in CUT_BY_TENSOR else None for axis in axis_names(f"{module.path}/kernel"))
-    return Adapter(method, leaves, rate=rate, number=module.map_index, names=names)
+def submodule(decoder: Decoder, path: str) -> Any:
+    """The module at `a/b/c` of the decoder; the decoder itself at an empty path."""
+    module = decoder
+    for name in path.split("/") if path else ():
+        module = module[name] if isinstance(module, nnx.Dict) else getattr(module, name)
+    return module
 
 
-def added_leaves(addition: AddedModule, model: ModelConfig, adapter: AdapterConfig) -> dict[str, Leaves]:
-    """What is added to some weights of the model: paths and shapes are those for any."""
+def make_adapter(module: AdaptedModule, method: LinearMethod, leaves: Leaves, *, dropout_rate: float) -> Adapter:
+    """The NNX module of `leaves` beside the kernels of a stack."""
+    axes = tuple(axis if axis in CUT_BY_TENSOR else None for axis in axis_names(f"{module.path}/kernel"))
+    return Adapter(method, leaves, dropout_rate=dropout_rate, map_index=module.map_index, kernel_axes=axes)
+
+
+def added_leaves(added: AddedModule, model: ModelConfig, adapter: AdapterConfig) -> dict[str, Leaves]:
+    """The leaves that are added to weights drawn with key 0; the paths and shapes are the same for all weights."""
     key = jax.random.key(0)
-    return addition.init(initial_params(model, key), model, adapter, key)
-
-
-def insert_module(decoder: Decoder, addition: AddedModule, shapes: dict[str, Leaves]) -> None:
-    """Put modules with leaves of zeros into the decoder."""
-    for path, leaves in shapes.items():
-        *parents, last = path.split("/")
-        place = decoder
-        for name in parents:
-            place = place[name] if isinstance(place, nnx.Dict) else getattr(place, name)
-        zeros = {name: jnp.zeros(like.shape, like.dtype) for name, like in leaves.items()}
-        setattr(place, last, addition.make_module(zeros))
+    return added.init(initial_params(model, key), model, adapter, key)
 
 
 FakeQuantize = Callable[[jax.Array, tuple[int, ...], tuple[int, ...]], jax.Array]
 
 
 def unquantized(kernel: jax.Array, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> jax.Array:
-    """A kernel that will not be quantized."""
+    """`kernel` itself: the `fake_quantize` of a run without quantization."""
     del inputs, outputs
     return kernel
 
@@ -97,24 +93,23 @@ def init_adapters(
     *,
     fake_quantize: FakeQuantize = unquantized,
 ) -> Params:
-    """`weights` with the adapters' leaves as they are before the first step; float32, whatever the weights are.
+    """`weights` with the adapters' leaves before the first step; float32, whatever the weights are. Pure.
 
-    Pure, to be traced. Some starts take from the kernels what they put into the leaves. `read(kernel, inputs, outputs)`
-    is a layer's kernel as it will be once it is quantized.
+    Some initializers move a part of the kernel into the leaves. `fake_quantize(kernel, inputs, outputs)` is a layer's
+    kernel as it reads once it is quantized.
     """
     tree = copy_dicts(weights)
-    for addition in ADDED_MODULES.get(adapter.method, ()):
-        for path, leaves in addition.init(weights, model, adapter, key).items():
-            parent, _, last = path.rpartition("/")
-            (subtree(tree, parent) if parent else tree)[last] = leaves
+    for added in ADDED_MODULES.get(adapter.method, ()):
+        for path, leaves in added.init(weights, model, adapter, key).items():
+            parent, _, name = path.rpartition("/")
+            (subtree(tree, parent) if parent else tree)[name] = leaves
     if adapter.method not in LINEAR_METHODS:
         return tree
-    for number, site in enumerate(find_adapted_modules(model, adapter)):
-        linear = subtree(tree, site.path)
-        kernel, leaves = init_adapter(
-            site, adapter, linear["kernel"], jax.random.fold_in(key, number), fake_quantize=fake_quantize
+    for number, module in enumerate(find_adapted_modules(model, adapter)):
+        linear, module_key = subtree(tree, module.path), jax.random.fold_in(key, number)
+        linear["kernel"], linear["adapter"] = init_adapter(
+            module, adapter, linear["kernel"], module_key, fake_quantize=fake_quantize
         )
-        linear["kernel"], linear["adapter"] = kernel, leaves
     if adapter.method == "vera":
         tree["adapter"] = init_shared_matrices(model, adapter, key)
     return tree
@@ -128,96 +123,96 @@ def init_adapter(
     *,
     fake_quantize: FakeQuantize = unquantized,
 ) -> tuple[jax.Array, Leaves]:
-    """(kernels, leaves) of a stack, each layer by itself."""
-    own = partial(fake_quantize, inputs=module.inputs, outputs=module.outputs)
-    start = LINEAR_METHODS[adapter.method].initializers[adapter.start]
+    """(kernels, leaves) of a stack before the first step; each layer is initialized by itself."""
+    init = LINEAR_METHODS[adapter.method].initializers[adapter.start]
 
-    def layer(key: jax.Array, kernel: jax.Array, scale: jax.Array) -> tuple[jax.Array, Leaves]:
-        setting = InitContext(
+    def init_layer(key: jax.Array, kernel: jax.Array, scale: jax.Array) -> tuple[jax.Array, Leaves]:
+        context = InitContext(
             module.inputs,
             module.outputs,
             scale,
             is_down_projection=module.path.endswith("mlp/down"),
             rank=adapter.rank,
             block=adapter.block,
-            fake_quantize=own,
+            fake_quantize=partial(fake_quantize, inputs=module.inputs, outputs=module.outputs),
         )
-        return start(key, kernel, setting)
+        return init(key, kernel, context)
 
-    return jax.vmap(layer)(jax.random.split(key, len(module.layer_names)), kernels, jnp.asarray(module.scale))
+    return jax.vmap(init_layer)(jax.random.split(key, len(module.layer_names)), kernels, jnp.asarray(module.scale))
 
 
 def init_shared_matrices(model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, jax.Array]:
-    """VeRA's shared pair, as wide as the widest map of the model."""
-    widths = [(int(np.prod(ins)), int(np.prod(outs))) for ins, outs in linear_maps(model).values()]
+    """The pair of matrices that all layers share in VeRA, as wide as the widest linear map of the model."""
+    widths = [(int(np.prod(inputs)), int(np.prod(outputs))) for inputs, outputs in linear_maps(model).values()]
     inputs, outputs = (max(sizes) for sizes in zip(*widths, strict=True))
     return draw_shared_matrices(jax.random.fold_in(key, 1 << 20), inputs=inputs, outputs=outputs, rank=adapter.rank)
 
 
 def split_trained(tree: Params, model: ModelConfig, adapter: AdapterConfig | None) -> tuple[Params, Params]:
-    """(what learns, all the rest) as two nested dicts; everything learns without an adapter."""
+    """(the trained leaves, all others) as two nested dicts; without an adapter everything is trained."""
     if adapter is None:
         return tree, {}
     leaves = flatten(tree)
-    chosen = trained_masks(list(leaves), model, adapter)
+    trained = trained_masks(list(leaves), model, adapter)
     return (
-        unflatten({path: leaf for path, leaf in leaves.items() if path in chosen}),
-        unflatten({path: leaf for path, leaf in leaves.items() if path not in chosen}),
+        unflatten({path: leaf for path, leaf in leaves.items() if path in trained}),
+        unflatten({path: leaf for path, leaf in leaves.items() if path not in trained}),
     )
 
 
 def merge_adapters(tree: Params, model: ModelConfig, adapter: AdapterConfig | None) -> Params:
-    """The weights of the plain model that computes what `tree` does; `tree` itself where nothing was added to it.
+    """The weights of the plain model that computes what `tree` computes; `tree` itself where nothing was added.
 
-    Raises UserError where no plain model does.
+    Raises UserError where no plain model computes the same.
     """
     if adapter is not None and adapter.method in ADDED_MODULES:
-        addition, *more = ADDED_MODULES[adapter.method]
-        if more or addition.merge is None:
+        added, *more = ADDED_MODULES[adapter.method]
+        if more or added.merge is None:
             raise UserError(
-                f"adapter.method: {adapter.method} cannot be merged, no weight of the model can hold what it adds; "
-                "keep the run, or, where PEFT has the method, use `meshwright adapter export`"
+                f"adapter.method: {adapter.method} cannot be merged, because no weight of the model can hold what it "
+                "adds; keep the run, or use `meshwright adapter export` where PEFT has the method"
             )
-        return addition.merge(tree, adapter)
+        return added.merge(tree, adapter)
     if adapter is None or adapter.method not in LINEAR_METHODS:
         return tree
     result = copy_dicts({name: part for name, part in tree.items() if name != "adapter"})
-    for site in find_adapted_modules(model, adapter):
-        linear = subtree(result, site.path)
+    for module in find_adapted_modules(model, adapter):
+        linear = subtree(result, module.path)
         leaves = linear.pop("adapter")
-        # Leaves of the shared pair have no layers: they are the same for all.
-        layer = partial(merge_layer, LINEAR_METHODS[adapter.method].merge, tree.get("adapter", {}), len(site.inputs))
-        linear |= jax.vmap(layer)(leaves, {key: linear[key] for key in ("kernel", "bias") if key in linear})
+        # The shared matrices of VeRA have no dimension of layers: all layers read the same.
+        merge = LINEAR_METHODS[adapter.method].merge
+        merge_stack = jax.vmap(partial(merge_layer, merge, tree.get("adapter", {}), len(module.inputs)))
+        linear |= merge_stack(leaves, {key: linear[key] for key in ("kernel", "bias") if key in linear})
     return result
 
 
 def merge_layer(
-    merge: Callable[[Leaves, BaseLinear], BaseLinear], common: Leaves, inputs: int, leaves: Leaves, linear: Leaves
+    merge: Callable[[Leaves, BaseLinear], BaseLinear], shared: Leaves, inputs: int, leaves: Leaves, linear: Leaves
 ) -> Leaves:
-    """Kernel and bias of one layer, the adapter in them; computed in float32, returned as they were."""
+    """Kernel and bias of one layer with its adapter merged; computed in float32, returned in their own dtypes."""
     wide = {name: array.astype(jnp.float32) for name, array in linear.items()}
-    done = merge(common | leaves, BaseLinear(wide["kernel"], wide.get("bias"), inputs))
-    found = {"kernel": done.kernel} | ({} if done.bias is None else {"bias": done.bias})
-    return {name: array.astype(linear[name].dtype) for name, array in found.items()}
+    merged = merge(shared | leaves, BaseLinear(wide["kernel"], wide.get("bias"), inputs))
+    arrays = {"kernel": merged.kernel} | ({} if merged.bias is None else {"bias": merged.bias})
+    return {name: array.astype(linear[name].dtype) for name, array in arrays.items()}
 
 
 def copy_dicts(tree: Params) -> Params:
-    """The nested dicts anew, with the same leaves."""
+    """A copy of the nested dicts that holds the same leaves."""
     return {key: copy_dicts(part) if isinstance(part, dict) else part for key, part in tree.items()}
 
 
 def subtree(tree: Params, path: str) -> Any:
-    """What stands at `a/b/c`."""
+    """The part of the nested dicts at `a/b/c`."""
     for key in path.split("/"):
         tree = tree[key]
     return tree
 
 
 def flatten(tree: Params) -> dict[str, Any]:
-    """Path -> leaf."""
+    """Nested dicts -> {"a/b/c": leaf}."""
     return flatten_dict(tree, sep="/")
 
 
 def unflatten(leaves: dict[str, Any]) -> Params:
-    """The inverse of `flat`."""
+    """{"a/b/c": leaf} -> nested dicts."""
     return unflatten_dict(leaves, sep="/")

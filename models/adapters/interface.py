@@ -1,10 +1,12 @@
-"""What a method that adds weights is. To linear maps: pure functions of one layer, and which leaves it trains.
+"""The two kinds of adapter methods.
 
-start(key, kernel, context) -> kernel, leaves        before the first step
-apply(leaves, x, base, ctx) -> y                   the adapted map
-merge(leaves, base) -> base                      the plain map that computes the same
+A `LinearMethod` adapts linear maps. It is three pure functions of one layer and the names of the leaves it trains:
 
-Anywhere else: an `Addition`, modules at paths of their own in the decoder, which asks them.
+    init(key, kernel, context) -> kernel, leaves      before the first step
+    apply(leaves, x, base, ctx) -> y                  the adapted map
+    merge(leaves, base) -> base                       the plain map that computes the same
+
+An `AddedModule` adds NNX modules elsewhere: at paths of their own in the decoder, which calls them.
 """
 
 import dataclasses
@@ -27,38 +29,34 @@ Leaves = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class InitContext:
-    """What the start of one layer's adapter is told."""
+    """What an initializer knows about the layer besides its key and kernel."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    scale: jax.Array  # [rank] float32; zeros: this layer has none, or is narrower
-    is_down_projection: bool  # ia3: the map is scaled where it reads
-    rank: int = 1  # shira: how many entries
-    block: int = 1  # oft: inputs that turn together
-    fake_quantize: Callable[[jax.Array], jax.Array] = lambda kernel: (
-        kernel
-    )  # what the kernel will be once it is quantized
+    scale: jax.Array  # [rank] float32; zeros where the layer has no adapter, or a narrower one
+    is_down_projection: bool  # ia3 scales the input of this map, and the output of all others
+    rank: int = 1  # shira: decides how many entries are trained
+    block: int = 1  # oft: how many inputs turn together
+    fake_quantize: Callable[[jax.Array], jax.Array] = lambda kernel: kernel  # the kernel as it reads once quantized
 
 
 @dataclass(frozen=True)
 class BaseLinear:
-    """The linear map an adapter sits in."""
+    """The linear map that an adapter adapts."""
 
     kernel: jax.Array | QuantizedArray  # [inputs..., outputs...]
     bias: jax.Array | None  # [outputs...]
-    inputs: int  # dimensions that are inputs
-    dropout_rate: float = 0.0  # of dropout before the added map
+    inputs: int  # how many dimensions of the kernel are inputs
+    dropout_rate: float = 0.0  # of the input of the added map
     map_index: int = 0  # of the map in its block
-    kernel_axes: tuple[str | None, ...] | None = (
-        None  # activation dimensions that the kernel's are; None: on one device
-    )
+    kernel_axes: tuple[str | None, ...] | None = None  # logical axes shared with activations; None: on one device
 
     def multiply(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """x kernel."""
+        """x kernel, without the bias."""
         return linear_product(x, self.kernel, ctx, inputs=self.inputs)
 
     def gathered_kernel(self, ctx: Context) -> jax.Array:
-        """The kernel in float32, no longer cut over `fsdp`: as the product needs it anyway."""
+        """The kernel in float32, gathered over `fsdp`, as the product needs it anyway."""
         kernel = self.kernel.astype(jnp.float32)
         return kernel if self.kernel_axes is None else ctx.constrain(kernel, self.kernel_axes)
 
@@ -67,54 +65,59 @@ class BaseLinear:
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
     def dropout(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """x with elements zeroed, in training."""
-        salt = 2 + self.map_index  # the block itself has 0 and 1
+        """`x` after dropout, which is active in training only."""
+        salt = 2 + self.map_index  # the block itself uses 0 and 1
         return dropout(x, ctx.dropout_keys, rate=self.dropout_rate, salt=salt, index=ctx.index)
 
     def replace(self, **changes: Any) -> "BaseLinear":
-        """With another kernel or bias."""
+        """A copy with another kernel or bias."""
         return dataclasses.replace(self, **changes)
 
 
-@dataclass(frozen=True, eq=False)  # compared, and hashed in a model's structure, as the one object it is
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, as a part of the model's graph definition
 class LinearMethod:
-    """One way to adapt linear maps."""
+    """One method that adapts linear maps."""
 
-    initializers: Mapping[
-        str, Callable[[jax.Array, jax.Array, InitContext], tuple[jax.Array, Leaves]]
-    ]  # by `adapter.start`
+    initializers: Mapping[str, Callable[[jax.Array, jax.Array, InitContext], tuple[jax.Array, Leaves]]]
+    """`adapter.start` -> (key, kernel, context) -> (kernel, leaves)."""
     apply: Callable[[Leaves, jax.Array, BaseLinear, Context], jax.Array]
     merge: Callable[[Leaves, BaseLinear], BaseLinear]
-    trained_leaves: tuple[str, ...]  # names of the leaves that learn
+    trained_leaves: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class AddedModule:
-    """One way to add elsewhere than to linear maps."""
+    """One method, or a part of one, that adds modules elsewhere than to linear maps."""
 
     init: Callable[[Any, ModelConfig, AdapterConfig, jax.Array], dict[str, Leaves]]
-    """(weights, model, adapter, key) -> path of a module in the run -> its leaves before the first step."""
+    """(weights, model, adapter, key) -> path of each module in the decoder -> its leaves before the first step."""
     make_module: Callable[[Leaves], nnx.Module]
-    trained_suffixes: tuple[str, ...]  # ends of the paths of the leaves that learn
-    merge: Callable[[Any, AdapterConfig], Any] | None = None  # (tree, adapter) -> plain weights; None: there are none
-    is_prefix: bool = False  # puts the keys of `adapter.length` tokens in front of every document
+    trained_suffixes: tuple[str, ...]  # the paths of trained leaves end in one of these
+    merge: Callable[[Any, AdapterConfig], Any] | None = None  # (tree, adapter) -> plain weights; None: cannot be merged
+    is_prefix: bool = False  # whether it puts `adapter.length` tokens in front of every document
 
 
 class Adapter(nnx.Module):
-    """The leaves of one method, beside the kernel of the map they adapt."""
+    """The leaves of one method beside the kernel of the map that they adapt."""
 
     def __init__(
-        self, method: LinearMethod, leaves: Leaves, *, rate: float, number: int, names: tuple[str | None, ...]
+        self,
+        method: LinearMethod,
+        leaves: Leaves,
+        *,
+        dropout_rate: float,
+        map_index: int,
+        kernel_axes: tuple[str | None, ...],
     ):
         for name, leaf in leaves.items():
             setattr(self, name, nnx.Param(leaf))
-        self.method, self.dropout_rate, self.map_index = method, rate, number
-        self.leaves, self.kernel_names = tuple(leaves), names
+        self.method, self.dropout_rate, self.map_index = method, dropout_rate, map_index
+        self.leaf_names, self.kernel_axes = tuple(leaves), kernel_axes
 
     def __call__(
         self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, ctx: Context, *, inputs: int
     ) -> jax.Array:
         """x [batch, sequence, inputs...] -> [batch, sequence, outputs...]."""
-        leaves = {name: getattr(self, name)[...] for name in self.leaves}
-        base = BaseLinear(kernel, bias, inputs, self.dropout_rate, self.map_index, self.kernel_names)
+        leaves = {name: getattr(self, name)[...] for name in self.leaf_names}
+        base = BaseLinear(kernel, bias, inputs, self.dropout_rate, self.map_index, self.kernel_axes)
         return self.method.apply(leaves, x, base, ctx)

@@ -1,9 +1,10 @@
-"""Prefix tuning: every layer has learned keys and values in front of every document. Source: arXiv:2101.00190.
+"""Prefix tuning: every layer learns keys and values that precede every document. Source: arXiv:2101.00190.
 
     attention over [prefix k; k], [prefix v; v]      prefix k, v [length, kv_heads, head_dim] in every layer
 
-They start as what the model itself makes of `length` tokens, drawn at random (section 7.4: better than random numbers),
-and are learned without the paper's reparametrization. Rotations are in them: tokens count their positions after them.
+They start as the keys and values that the model computes for `length` tokens drawn at random (section 7.4: better than
+random numbers), and are learned without the paper's reparametrization. They are already rotated: the positions of the
+document's tokens follow theirs.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ class Prefix(nnx.Module):
         self.k, self.v = nnx.Param(leaves["k"]), nnx.Param(leaves["v"])
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[Leaves, Callable[..., jax.Array]]:
-        """What attention, which reads x [batch, sequence, embed], puts in front of its own, and how it attends then."""
+        """(keys and values to prepend, the attention to use); x [batch, sequence, embed] is the attention's input."""
         del x
         return {"k": self.k[...], "v": self.v[...]}, ctx.attend
 
@@ -35,13 +36,12 @@ class Prefix(nnx.Module):
 def init(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
     """Leaves [layers, length, kv_heads, head_dim] of every stack."""
     decoder = nnx.merge(decoder_graphdef(model), weights)
-    entries = decoder.keys_and_values(
-        sample_embeddings(weights, model, adapter, key), Context(positions=jnp.zeros((1, 1), jnp.int32))
-    )
+    rows = sample_embeddings(weights, model, adapter, key)
+    entries = decoder.keys_and_values(rows, Context(positions=jnp.zeros((1, 1), jnp.int32)))
     return {
-        f"segments/{segment}/{place}/block/attn/prefix": own
-        for segment, places in entries.items()
-        for place, own in enumerate(places)
+        f"segments/{segment}/{position}/block/attn/prefix": leaves
+        for segment, stacks in entries.items()
+        for position, leaves in enumerate(stacks)
     }
 
 

@@ -1,10 +1,10 @@
-"""Prompt tuning and P-tuning: learned virtual tokens in front of every document.
+"""Prompt tuning and P-tuning: learned virtual tokens that precede every document.
 
     prompt:    the rows themselves are learned                                          arXiv:2104.08691
     p-tuning:  rows = W3 relu(W2 relu(W1 seeds + b1) + b2) + b3, all of it learned      arXiv:2103.10385
 
-What a causal model makes of a prompt does not depend on what follows. So the prompt passes through the blocks once, by
-itself, and what it leaves is a prefix of keys and values (`Decoder.prefix`) that all documents of a batch see.
+In a causal model the prompt's keys and values do not depend on the tokens that follow. So the prompt passes through the
+blocks once, by itself, and all documents of a batch see its keys and values as a prefix (`Decoder.prefix`).
 """
 
 import jax
@@ -18,31 +18,31 @@ from .interface import AddedModule, Leaves
 
 
 class PromptEmbedding(nnx.Module):
-    """The rows [length, embed] of virtual tokens."""
+    """The embeddings [length, embed] of the virtual tokens."""
 
     def __init__(self, leaves: Leaves):
         self.rows = nnx.Param(leaves["rows"])
 
     def __call__(self) -> jax.Array:
-        """The rows."""
+        """The embeddings [length, embed]."""
         return self.rows[...]
 
 
 class PromptEncoder(nnx.Module):
-    """Rows [length, embed] that a perceptron makes of seeds."""
+    """A perceptron that computes the embeddings [length, embed] of the virtual tokens from seeds."""
 
     def __init__(self, leaves: Leaves):
         for name, leaf in leaves.items():
             setattr(self, name, nnx.Param(leaf))
 
     def __call__(self) -> jax.Array:
-        """The rows."""
-        first = jax.nn.relu(self.seeds[...] @ self.w1[...] + self.b1[...])
-        return jax.nn.relu(first @ self.w2[...] + self.b2[...]) @ self.w3[...] + self.b3[...]
+        """The embeddings [length, embed]."""
+        hidden = jax.nn.relu(self.seeds[...] @ self.w1[...] + self.b1[...])
+        return jax.nn.relu(hidden @ self.w2[...] + self.b2[...]) @ self.w3[...] + self.b3[...]
 
 
 def sample_embeddings(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> jax.Array:
-    """The table's rows [length, embed] of tokens drawn at random, float32: where prompts start best."""
+    """Embeddings [length, embed] float32 of tokens drawn at random: the best start for prompts."""
     tokens = jax.random.randint(key, (adapter.length,), 0, model.vocab)
     return jnp.take(weights["embed"]["embedding"], tokens, axis=0).astype(jnp.float32)
 
@@ -55,7 +55,7 @@ def init_prompt(weights: Params, model: ModelConfig, adapter: AdapterConfig, key
 def init_prompt_encoder(
     weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array
 ) -> dict[str, Leaves]:
-    """Seeds of deviation 1; maps and biases as PEFT draws them, uniform within 1 / sqrt(inputs)."""
+    """Seeds of deviation 1; weights and biases uniform within 1 / sqrt(inputs), as PEFT draws them."""
     del weights
     width, bound = model.embed, model.embed**-0.5
     keys = jax.random.split(key, 7)

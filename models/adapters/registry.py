@@ -1,4 +1,4 @@
-"""The methods that add weights, by the name in `adapter.method`: to linear maps, or elsewhere."""
+"""The methods that add weights, by the name in `adapter.method`: to linear maps, or as modules elsewhere."""
 
 from .adalora import ADALORA
 from .bottleneck import PARALLEL, SERIAL

@@ -1,8 +1,8 @@
-"""SHiRA: a few entries of a weight are trained, as many as LoRA of the same rank has. Source: arXiv:2406.13175.
+"""SHiRA trains a few entries of a weight, as many as LoRA of the same rank has. Source: arXiv:2406.13175.
 
     y = x (W + D) + bias      D: `values` [rank (inputs + outputs)] at `indices` [2, the same], zero elsewhere
 
-Places are drawn once, without repetition, and never change; `scale` [1] is one, or zero in a layer without adapter.
+The indices are drawn once, without repetition, and never change; `scale` [1] is one, or zero in a layer without adapter.
 """
 
 import math
@@ -18,26 +18,26 @@ def init(key: jax.Array, kernel: jax.Array, context: InitContext) -> tuple[jax.A
     """(kernel, leaves) before the first step."""
     inputs, outputs = math.prod(context.inputs), math.prod(context.outputs)
     count = min(context.rank * (inputs + outputs), inputs * outputs)
-    places = jax.random.choice(key, inputs * outputs, (count,), replace=False).astype(jnp.int32)
-    indices = jnp.stack([places // outputs, places % outputs])
+    flat = jax.random.choice(key, inputs * outputs, (count,), replace=False).astype(jnp.int32)
+    indices = jnp.stack([flat // outputs, flat % outputs])
     return kernel, {"values": jnp.zeros(count), "indices": indices, "scale": context.scale}
 
 
 def dense_delta(leaves: Leaves, shape: tuple[int, ...], inputs: int) -> jax.Array:
     """D [inputs..., outputs...] float32."""
     rows, columns = leaves["indices"]
-    flat = jnp.zeros((math.prod(shape[:inputs]), math.prod(shape[inputs:])))
-    return flat.at[rows, columns].add(leaves["values"] * leaves["scale"]).reshape(shape)
+    zeros = jnp.zeros((math.prod(shape[:inputs]), math.prod(shape[inputs:])))
+    return zeros.at[rows, columns].add(leaves["values"] * leaves["scale"]).reshape(shape)
 
 
 def apply(leaves: Leaves, x: jax.Array, base: BaseLinear, ctx: Context) -> jax.Array:
     """The adapted map of x [batch, sequence, inputs...]."""
 
     def multiply(x: jax.Array, leaves: Leaves, kernel: jax.Array) -> jax.Array:
-        both = base.replace(kernel=kernel).gathered_kernel(ctx) + dense_delta(leaves, kernel.shape, base.inputs)
-        return ctx.linear(x, both.astype(ctx.compute_dtype), inputs=base.inputs)
+        weight = base.replace(kernel=kernel).gathered_kernel(ctx) + dense_delta(leaves, kernel.shape, base.inputs)
+        return ctx.linear(x, weight.astype(ctx.compute_dtype), inputs=base.inputs)
 
-    # Made again for the backward pass: kept, the sums of all layers would be a second model.
+    # Recomputed in the backward pass: to keep the sums of all layers would be to keep a second model.
     return base.add_bias(jax.checkpoint(multiply)(x, leaves, base.kernel))
 
 

@@ -18,39 +18,39 @@ TILE_SCORES = 2**20  # of all heads and rows of a batch together; larger tiles f
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512
 
 
-def refuse(mask: Mask, where: TokenIndices, q, k, platform: str | None) -> str | None:
+def refuse(mask: Mask, indices: TokenIndices, q, k, platform: str | None) -> str | None:
     """Never: every mask, order and type, on every device."""
-    del mask, where, q, k, platform
+    del mask, indices, q, k, platform
     return None
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: TokenIndices) -> tuple[jax.Array, jax.Array]:
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indices: TokenIndices) -> tuple[jax.Array, jax.Array]:
     """out like q, and lse [batch, queries, heads]."""
-    if _uses_query_blocks(q, k, where):
+    if _uses_query_blocks(q, k, indices):
 
-        def part(q, k, v, where):
-            return query_blocks.forward(q, k, v, mask, where, block=ROW_BLOCK)
+        def part(q, k, v, indices):
+            return query_blocks.forward(q, k, v, mask, indices, block=ROW_BLOCK)
 
-        return _by_batch_slices(part, (q, k, v), where)
-    return tile_pairs.forward(q, k, v, mask, where, block=_pair_block(q))
+        return _by_batch_slices(part, (q, k, v), indices)
+    return tile_pairs.forward(q, k, v, mask, indices, block=_pair_block(q))
 
 
-def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv like q, k, v, given `out` and `lse` over all keys."""
-    if _uses_query_blocks(q, k, where):
+    if _uses_query_blocks(q, k, indices):
 
-        def part(q, k, v, out, lse, d_out, where):
-            return query_blocks.backward(q, k, v, out, lse, d_out, mask, where, block=ROW_BLOCK)
+        def part(q, k, v, out, lse, d_out, indices):
+            return query_blocks.backward(q, k, v, out, lse, d_out, mask, indices, block=ROW_BLOCK)
 
-        return _by_batch_slices(part, (q, k, v, out, lse, d_out), where)
-    return tile_pairs.backward(q, k, v, out, lse, d_out, mask, where, block=_pair_block(q))
-
-
-def _uses_query_blocks(q, k, where: TokenIndices) -> bool:
-    return where.query_index is None and max(q.shape[1], k.shape[1]) <= LONGEST_UNROLLED
+        return _by_batch_slices(part, (q, k, v, out, lse, d_out), indices)
+    return tile_pairs.backward(q, k, v, out, lse, d_out, mask, indices, block=_pair_block(q))
 
 
-def _by_batch_slices(function: Callable, arrays: tuple[jax.Array, ...], where: TokenIndices) -> tuple[jax.Array, ...]:
+def _uses_query_blocks(q, k, indices: TokenIndices) -> bool:
+    return indices.query_index is None and max(q.shape[1], k.shape[1]) <= LONGEST_UNROLLED
+
+
+def _by_batch_slices(function: Callable, arrays: tuple[jax.Array, ...], indices: TokenIndices) -> tuple[jax.Array, ...]:
     """`function(*arrays, where)` over as many rows of the batch at a time as keep a tile in the cache of a CPU.
 
     Twice the speed of the whole batch at once at 8 x 512 tokens: scores that leave the cache cost more than products.
@@ -60,8 +60,8 @@ def _by_batch_slices(function: Callable, arrays: tuple[jax.Array, ...], where: T
     fitting = max(1, TILE_SCORES // tile) if jax.default_backend() == "cpu" else batch
     size = max(divisor for divisor in range(1, batch + 1) if batch % divisor == 0 and divisor <= fitting)
     if size == batch:
-        return function(*arrays, where)
-    cut = jax.tree.map(lambda x: x.reshape(batch // size, size, *x.shape[1:]), (arrays, where))
+        return function(*arrays, indices)
+    cut = jax.tree.map(lambda x: x.reshape(batch // size, size, *x.shape[1:]), (arrays, indices))
     results = jax.lax.map(lambda part: function(*part[0], part[1]), cut)
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 

@@ -18,14 +18,14 @@ from .interface import Implementation, Mask, TokenIndices
 OLDEST_GPU, WIDE_HEADS_GPU = 8.0, 9.0  # compute capability: Ampere has the kernels, Hopper heads wider than 128
 
 
-def refuse(mask: Mask, where: TokenIndices, q, k, platform: str | None) -> str | None:
+def refuse(mask: Mask, indices: TokenIndices, q, k, platform: str | None) -> str | None:
     """Why cuDNN cannot do this exactly, or None. Reads the GPU's generation if `platform` is "gpu"."""
     head_dim = q.shape[-1]
     if mask.softcap is not None:
         return f"cannot cap scores (softcap {mask.softcap})"
-    if where.query_segments is not None:
+    if indices.query_segments is not None:
         return "cannot keep packed documents apart (segment ids are given)"
-    if where.query_index is not None:
+    if indices.query_index is not None:
         return "needs tokens in plain order (explicit indices are given)"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"computes in bfloat16 or float16, not {jnp.dtype(q.dtype).name}"
@@ -38,16 +38,16 @@ def refuse(mask: Mask, where: TokenIndices, q, k, platform: str | None) -> str |
     return None
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: TokenIndices) -> tuple[jax.Array, jax.Array]:
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indices: TokenIndices) -> tuple[jax.Array, jax.Array]:
     """out like q, and lse [batch, queries, heads] as float32 with the precision of q."""
-    del where
+    del indices
     out, lse = _attention(q, k, v, mask, return_residual=True)
     return out, lse.astype(jnp.float32)
 
 
-def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv of attention over exactly these keys."""
-    del out, lse, where
+    del out, lse, indices
     return jax.vjp(lambda q, k, v: _attention(q, k, v, mask), q, k, v)[1](d_out)
 
 

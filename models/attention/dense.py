@@ -10,17 +10,17 @@ from . import tile
 from .interface import Implementation, Mask, TokenIndices
 
 
-def refuse(mask: Mask, where: TokenIndices, q, k, platform: str | None) -> str | None:
+def refuse(mask: Mask, indices: TokenIndices, q, k, platform: str | None) -> str | None:
     """Never: the reference does everything, everywhere."""
-    del mask, where, q, k, platform
+    del mask, indices, q, k, platform
     return None
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: TokenIndices) -> tuple[jax.Array, jax.Array]:
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indices: TokenIndices) -> tuple[jax.Array, jax.Array]:
     """out like q, and lse [batch, queries, heads]."""
     queries, kv_heads = q.shape[1], k.shape[2]
     q_tile, k_tile, v_tile = (tile.to_tile(x.astype(jnp.float32), kv_heads) for x in (q, k, v))
-    hidden = tile.apply_visibility(tile.scores(q_tile, k_tile, mask), _visible(q, k, mask, where))
+    hidden = tile.apply_visibility(tile.scores(q_tile, k_tile, mask), _visible(q, k, mask, indices))
     maximum = jnp.max(hidden, axis=-1)
     weights = jnp.exp(hidden - tile.finite(maximum)[..., None])
     total = jnp.sum(weights, axis=-1)
@@ -29,7 +29,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: TokenIn
     return tile.from_tile(out, queries).astype(q.dtype), tile.statistics_from_tile(lse, queries)
 
 
-def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv like q, k, v, of the part of a softmax with the given `out` and `lse` that these keys are."""
     queries, kv_heads = q.shape[1], k.shape[2]
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
@@ -38,17 +38,17 @@ def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices) -> tuple
         tile.statistics_to_tile(lse, kv_heads),
         tile.statistics_to_tile(delta, kv_heads),
         tile.to_tile(d_out.astype(jnp.float32), kv_heads),
-        _visible(q, k, mask, where),
+        _visible(q, k, mask, indices),
         mask,
     )
     dq, dk, dv = tile.from_tile(dq, queries), tile.keys_from_tile(dk), tile.keys_from_tile(dv)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _visible(q, k, mask: Mask, where: TokenIndices):
-    query_index = jnp.arange(q.shape[1]) if where.query_index is None else where.query_index
-    key_index = jnp.arange(k.shape[1]) if where.key_index is None else where.key_index
-    return tile.visibility(mask, query_index, key_index, where.query_segments, where.key_segments)
+def _visible(q, k, mask: Mask, indices: TokenIndices):
+    query_index = jnp.arange(q.shape[1]) if indices.query_index is None else indices.query_index
+    key_index = jnp.arange(k.shape[1]) if indices.key_index is None else indices.key_index
+    return tile.visibility(mask, query_index, key_index, indices.query_segments, indices.key_segments)
 
 
 DENSE = Implementation("dense", refuse, forward, backward)

@@ -79,27 +79,27 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     mask: Mask,
-    where: TokenIndices = TokenIndices(),
+    indices: TokenIndices = TokenIndices(),
 ) -> jax.Array:
     """Attention of q [batch, queries, heads, head_dim] over k, v [batch, keys, kv_heads, head_dim]; out is like q.
 
     The output and its log-sum-exp are named `attn_out` and `attn_lse`: a memory policy that keeps q, k, v and both does
     not run the forward kernel again. Raises UserError on shapes that do not fit, and where the implementation refuses.
     """
-    check(implementation, q, k, v, mask, where)
-    return _attend(implementation, mask, q, k, v, where)
+    check(implementation, q, k, v, mask, indices)
+    return _attend(implementation, mask, q, k, v, indices)
 
 
 def check(
-    implementation: Implementation, q, k, v, mask: Mask, where: TokenIndices, *, platform: str | None = None
+    implementation: Implementation, q, k, v, mask: Mask, indices: TokenIndices, *, platform: str | None = None
 ) -> None:
     """Raise UserError if shapes do not fit or `implementation` refuses; `platform` None leaves the device out of it."""
-    _check_shapes(q, k, v, where)
-    if reason := implementation.refuse(mask, where, q, k, platform):
+    _check_shapes(q, k, v, indices)
+    if reason := implementation.refuse(mask, indices, q, k, platform):
         raise UserError(f"model.attention: {implementation.name} {reason}; use blockwise, which has no such limit")
 
 
-def _check_shapes(q, k, v, where: TokenIndices) -> None:
+def _check_shapes(q, k, v, indices: TokenIndices) -> None:
     (batch, queries, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
         raise UserError(f"model.attention: q {q.shape}, k {k.shape} and v {v.shape} differ in batch, keys or head_dim")
@@ -110,30 +110,30 @@ def _check_shapes(q, k, v, where: TokenIndices) -> None:
         "query_segments": (batch, queries), "key_segments": (batch, keys),
     }  # fmt: skip
     for name, shape in expected.items():
-        given = getattr(where, name)
+        given = getattr(indices, name)
         if given is not None and given.shape != shape:
             raise UserError(f"model.attention: {name} has shape {given.shape}, but q and k ask for {shape}")
     for kind in ("index", "segments"):
-        if (getattr(where, f"query_{kind}") is None) != (getattr(where, f"key_{kind}") is None):
+        if (getattr(indices, f"query_{kind}") is None) != (getattr(indices, f"key_{kind}") is None):
             raise UserError(f"model.attention: query_{kind} and key_{kind} go together, but one of them is None")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(implementation, mask, q, k, v, where):
-    return implementation.forward(q, k, v, mask, where)[0]
+def _attend(implementation, mask, q, k, v, indices):
+    return implementation.forward(q, k, v, mask, indices)[0]
 
 
-def _attend_forward(implementation, mask, q, k, v, where):
-    out, lse = implementation.forward(q, k, v, mask, where)
+def _attend_forward(implementation, mask, q, k, v, indices):
+    out, lse = implementation.forward(q, k, v, mask, indices)
     # Named here and not by the caller: outside of the custom VJP the log-sum-exp is out of a policy's reach, and the
     # output saved there would not be the one the backward pass reads.
     out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return out, (q, k, v, out, lse, where)
+    return out, (q, k, v, out, lse, indices)
 
 
 def _attend_backward(implementation, mask, saved, d_out):
-    q, k, v, out, lse, where = saved
-    return *implementation.backward(q, k, v, out, lse, d_out, mask, where), None  # nothing in `where` is differentiable
+    q, k, v, out, lse, indices = saved
+    return *implementation.backward(q, k, v, out, lse, d_out, mask, indices), None  # nothing in `indices` is differentiable
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -11,7 +11,7 @@ from . import tile
 from .interface import Mask, TokenIndices
 
 
-def forward(q, k, v, mask: Mask, where: TokenIndices, *, block: int) -> tuple[jax.Array, jax.Array]:
+def forward(q, k, v, mask: Mask, indices: TokenIndices, *, block: int) -> tuple[jax.Array, jax.Array]:
     """out like q, and lse [batch, queries, heads]; `block` queries at a time."""
     kv_heads = k.shape[2]
     k_tile, v_tile = tile.to_tile(k, kv_heads), tile.to_tile(v, kv_heads)
@@ -19,7 +19,7 @@ def forward(q, k, v, mask: Mask, where: TokenIndices, *, block: int) -> tuple[ja
     for queries, keys in _tiles(q.shape[1], k.shape[1], mask, block):
         hidden = tile.apply_visibility(
             tile.scores(tile.to_tile(q[:, queries], kv_heads), k_tile[:, :, keys], mask),
-            _visible(mask, where, queries, keys),
+            _visible(mask, indices, queries, keys),
         )
         maximum = jnp.max(hidden, axis=-1)
         weights = jnp.exp(hidden - tile.finite(maximum)[..., None])
@@ -34,7 +34,7 @@ def forward(q, k, v, mask: Mask, where: TokenIndices, *, block: int) -> tuple[ja
     return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
 
 
-def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices, *, block: int):
+def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices, *, block: int):
     """dq, dk, dv like q, k, v."""
     kv_heads = k.shape[2]
     k_tile, v_tile = tile.to_tile(k, kv_heads), tile.to_tile(v, kv_heads)
@@ -49,7 +49,7 @@ def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices, *, block
             tile.statistics_to_tile(lse[:, queries], kv_heads),
             tile.statistics_to_tile(delta[:, queries], kv_heads),
             tile.to_tile(d_out[:, queries], kv_heads),
-            _visible(mask, where, queries, keys),
+            _visible(mask, indices, queries, keys),
             mask,
         )
         dqs.append(tile.from_tile(dq.astype(q.dtype), queries.stop - queries.start))
@@ -72,10 +72,10 @@ def _tiles(queries: int, keys: int, mask: Mask, block: int) -> list[tuple[slice,
     return tiles
 
 
-def _visible(mask: Mask, where: TokenIndices, queries: slice, keys: slice):
+def _visible(mask: Mask, indices: TokenIndices, queries: slice, keys: slice):
     """The tile's mask; no index is compared where every key is in the past of every query."""
     segments = (None, None)
-    if where.query_segments is not None:
-        segments = where.query_segments[:, queries], where.key_segments[:, keys]
+    if indices.query_segments is not None:
+        segments = indices.query_segments[:, queries], indices.key_segments[:, keys]
     query_index, key_index = jnp.arange(queries.start, queries.stop), jnp.arange(keys.start, keys.stop)
     return tile.visibility(mask, query_index, key_index, *segments)

@@ -70,9 +70,9 @@ class Plan(NamedTuple):
         return tile.visibility(mask, *indices, *segments, padded=padded)
 
 
-def forward(q, k, v, mask: Mask, where: TokenIndices, *, block: int) -> tuple[jax.Array, jax.Array]:
+def forward(q, k, v, mask: Mask, indices: TokenIndices, *, block: int) -> tuple[jax.Array, jax.Array]:
     """out like q, and lse [batch, queries, heads]."""
-    plan = _plan(q.shape[1], k.shape[1], mask, where, block)
+    plan = _plan(q.shape[1], k.shape[1], mask, indices, block)
     kv_heads = k.shape[2]
     q, k, v = plan.queries.pad(q, 1), plan.keys.pad(k, 1), plan.keys.pad(v, 1)
 
@@ -102,9 +102,9 @@ def forward(q, k, v, mask: Mask, where: TokenIndices, *, block: int) -> tuple[ja
     return out[:, : plan.queries.tokens], lse[:, : plan.queries.tokens]
 
 
-def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices, *, block: int):
+def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices, *, block: int):
     """dq, dk, dv like q, k, v."""
-    plan = _plan(q.shape[1], k.shape[1], mask, where, block)
+    plan = _plan(q.shape[1], k.shape[1], mask, indices, block)
     kv_heads, like = k.shape[2], (q.dtype, k.dtype, v.dtype)
     q, out, lse, d_out = (plan.queries.pad(x, 1) for x in (q, out, lse, d_out))
     k, v = plan.keys.pad(k, 1), plan.keys.pad(v, 1)
@@ -153,15 +153,15 @@ def _zeros_like(x: jax.Array, dtype=jnp.float32) -> jax.Array:
     return jnp.where(jnp.zeros(x.shape, bool), x, 0).astype(dtype)
 
 
-def _plan(queries: int, keys: int, mask: Mask, where: TokenIndices, block: int) -> Plan:
+def _plan(queries: int, keys: int, mask: Mask, indices: TokenIndices, block: int) -> Plan:
     query_blocks, key_blocks = Blocks.of(queries, block), Blocks.of(keys, block)
-    query_index = np.arange(queries) if where.query_index is None else where.query_index
-    key_index = np.arange(keys) if where.key_index is None else where.key_index
+    query_index = np.arange(queries) if indices.query_index is None else indices.query_index
+    key_index = np.arange(keys) if indices.key_index is None else indices.key_index
     query_index = query_blocks.pad(query_index, 0)
     key_index = key_blocks.pad(key_index, 0, tile.PADDING)
     segments = (None, None)
-    if where.query_segments is not None:
-        segments = query_blocks.pad(where.query_segments, 1), key_blocks.pad(where.key_segments, 1)
+    if indices.query_segments is not None:
+        segments = query_blocks.pad(indices.query_segments, 1), key_blocks.pad(indices.key_segments, 1)
     visits, counts = _visits(query_blocks, key_blocks, query_index, key_index, mask)
     arrays = (jnp.asarray(x, jnp.int32) for x in (query_index, key_index))
     return Plan(query_blocks, key_blocks, *arrays, *segments, jnp.asarray(visits), jnp.asarray(counts))

@@ -18,27 +18,27 @@ from ...models.attention.interface import Implementation, Mask, TokenIndices
 def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implementation:
     """`implementation` on one device's part of a row, [batch, sequence / ranks, heads, head_dim].
 
-    For use where `mesh_axis` is manual. `where` holds this device's part and must have indices.
+    For use where `mesh_axis` is manual. `indices` holds this device's part and must have indices.
     """
 
-    def forward(q, k, v, mask: Mask, where: TokenIndices):
-        return implementation.forward(q, *_gather((k, v), mesh_axis), mask, _with_all_keys(where, mesh_axis))
+    def forward(q, k, v, mask: Mask, indices: TokenIndices):
+        return implementation.forward(q, *_gather((k, v), mesh_axis), mask, _with_all_keys(indices, mesh_axis))
 
-    def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices):
+    def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices):
         k, v = _gather((k, v), mesh_axis)
-        dq, dk, dv = implementation.backward(q, k, v, out, lse, d_out, mask, _with_all_keys(where, mesh_axis))
+        dq, dk, dv = implementation.backward(q, k, v, out, lse, d_out, mask, _with_all_keys(indices, mesh_axis))
         return dq, _scatter_sum(dk, mesh_axis), _scatter_sum(dv, mesh_axis)
 
     return implementation._replace(forward=forward, backward=backward)
 
 
-def _with_all_keys(where: TokenIndices, mesh_axis: str) -> TokenIndices:
+def _with_all_keys(indices: TokenIndices, mesh_axis: str) -> TokenIndices:
     """This device's queries against the row's keys."""
     return TokenIndices(
-        where.query_index,
-        jax.lax.all_gather(where.key_index, mesh_axis, tiled=True),
-        where.query_segments,
-        None if where.key_segments is None else _gather(where.key_segments, mesh_axis),
+        indices.query_index,
+        jax.lax.all_gather(indices.key_index, mesh_axis, tiled=True),
+        indices.query_segments,
+        None if indices.key_segments is None else _gather(indices.key_segments, mesh_axis),
     )
 
 

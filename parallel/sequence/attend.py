@@ -26,7 +26,7 @@ ROWS = ("data", "fsdp")
 
 
 def sequence_parallel(implementation: Implementation, *, strategy: str, mesh: Mesh) -> Callable[..., jax.Array]:
-    """`attend(q, k, v, mask, where)` over global [batch, sequence, heads, head_dim] arrays, sharded over `mesh`.
+    """`attend(q, k, v, mask, indices)` over global [batch, sequence, heads, head_dim] arrays, sharded over `mesh`.
 
     Tokens stand in run order (`parallel/sequence/token_order.py`); `where.query_index = where.key_index` is that order;
     None is plain order. Where `seq` is 1 nothing is communicated. The result equals the implementation's on one device.
@@ -40,13 +40,13 @@ def sequence_parallel(implementation: Implementation, *, strategy: str, mesh: Me
     mapped = _mapped(local, mesh)
     starts_anywhere = not whole_rows and strategy != "ulysses"
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, where: TokenIndices) -> jax.Array:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indices: TokenIndices) -> jax.Array:
         _check_cut(q, k, mesh)
-        if where.query_index is None and starts_anywhere:  # a part of a row does not start at 0
+        if indices.query_index is None and starts_anywhere:  # a part of a row does not start at 0
             order = jnp.arange(q.shape[1], dtype=jnp.int32)
-            where = dataclasses.replace(where, query_index=order, key_index=order)
+            indices = dataclasses.replace(indices, query_index=order, key_index=order)
         k, v = (repeated_heads(x, mesh.shape["tensor"]) for x in (k, v))
-        return attend_with(mapped, q, k, v, mask, where)
+        return attend_with(mapped, q, k, v, mask, indices)
 
     return attend
 
@@ -58,80 +58,80 @@ def repeated_heads(x: jax.Array, devices: int) -> jax.Array:
 
 
 class _Specs(NamedTuple):
-    """How arrays are cut: [batch, sequence, heads, head_dim], statistics [batch, sequence, heads], and `where`."""
+    """How arrays are cut: [batch, sequence, heads, head_dim], statistics [batch, sequence, heads], and `indices`."""
 
     heads: PartitionSpec
     statistics: PartitionSpec
-    where: TokenIndices
+    indices: TokenIndices
     axes: set[str]
 
 
 def _mapped(local: Implementation, mesh: Mesh) -> Implementation:
     """`local`, which works on one device's part, over global arrays."""
 
-    def over_devices(function, axes, arguments, where: TokenIndices, cut, results):
-        specs = _specs(arguments[0], where, mesh, axes)
+    def over_devices(function, axes, arguments, indices: TokenIndices, cut, results):
+        specs = _specs(arguments[0], indices, mesh, axes)
         return jax.shard_map(
             function,
             # Inside another shard_map (a pipeline) the mesh is the one already in use, some of its axes manual.
             mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
-            in_specs=(*(getattr(specs, name) for name in cut), specs.where),
+            in_specs=(*(getattr(specs, name) for name in cut), specs.indices),
             out_specs=tuple(getattr(specs, name) for name in results),
             axis_names=specs.axes,
-        )(*arguments, where)
+        )(*arguments, indices)
 
-    def forward(q, k, v, mask: Mask, where: TokenIndices):
-        def part(q, k, v, where):
-            return local.forward(q, k, v, mask, where)
+    def forward(q, k, v, mask: Mask, indices: TokenIndices):
+        def part(q, k, v, indices):
+            return local.forward(q, k, v, mask, indices)
 
-        def run(axes, *arguments, where: TokenIndices):
-            return over_devices(part, axes, arguments, where, ["heads"] * 3, ("heads", "statistics"))
+        def run(axes, *arguments, indices: TokenIndices):
+            return over_devices(part, axes, arguments, indices, ["heads"] * 3, ("heads", "statistics"))
 
-        return more_rows_for_replicas(run)((q, k, v), where)
+        return more_rows_for_replicas(run)((q, k, v), indices)
 
-    def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices):
-        def part(q, k, v, out, lse, d_out, where):
-            return local.backward(q, k, v, out, lse, d_out, mask, where)
+    def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices):
+        def part(q, k, v, out, lse, d_out, indices):
+            return local.backward(q, k, v, out, lse, d_out, mask, indices)
 
-        def run(axes, *arguments, where: TokenIndices):
+        def run(axes, *arguments, indices: TokenIndices):
             cut = [*["heads"] * 4, "statistics", "heads"]
-            return over_devices(part, axes, arguments, where, cut, ["heads"] * 3)
+            return over_devices(part, axes, arguments, indices, cut, ["heads"] * 3)
 
-        return more_rows_for_replicas(run)((q, k, v, out, lse, d_out), where)
+        return more_rows_for_replicas(run)((q, k, v, out, lse, d_out), indices)
 
     return local._replace(forward=forward, backward=backward)
 
 
 def more_rows_for_replicas(run: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., tuple[jax.Array, ...]]:
-    """`run(axes, *arrays, where)` on arrays [rows, ...], which under `jax.vmap` gets all replicas' rows as its own.
+    """`run(axes, *arrays, indices)` on arrays [rows, ...], which under `jax.vmap` gets all replicas' rows as its own.
 
     To the map they are rows cut over one more axis. Left to the partitioner, that axis would be gathered wherever the
     map communicates over another one.
     """
-    alone = jax.custom_batching.custom_vmap(lambda arrays, where: run(ROWS, *arrays, where=where))
+    alone = jax.custom_batching.custom_vmap(lambda arrays, indices: run(ROWS, *arrays, indices=indices))
 
     @alone.def_vmap
-    def together(count, batched, arrays, where):
+    def together(count, batched, arrays, indices):
         def folded(leaf: jax.Array, by_replica: bool) -> jax.Array:
             if leaf.ndim == 1:  # indices of tokens, the same for all
                 return leaf
             full = leaf if by_replica else jnp.broadcast_to(leaf, (count, *leaf.shape))
             return full.reshape(-1, *full.shape[2:])
 
-        arrays, where = jax.tree.map(folded, (arrays, where), tuple(batched))
-        results = run(("replica", *ROWS), *arrays, where=where)
+        arrays, indices = jax.tree.map(folded, (arrays, indices), tuple(batched))
+        results = run(("replica", *ROWS), *arrays, indices=indices)
         return tuple(one.reshape(count, -1, *one.shape[1:]) for one in results), (True,) * len(results)
 
     return alone
 
 
-def _specs(q, where: TokenIndices, mesh: Mesh, axes: tuple[str, ...]) -> _Specs:
+def _specs(q, indices: TokenIndices, mesh: Mesh, axes: tuple[str, ...]) -> _Specs:
     free = exclude_axes(axes, manual_axes()) or ()  # inside a pipeline's map rows are cut already
     rows = free if free and q.shape[0] % math.prod(mesh.shape[axis] for axis in free) == 0 else None
     return _Specs(
         heads=PartitionSpec(rows, "seq", "tensor", None),
         statistics=PartitionSpec(rows, "seq", "tensor"),
-        where=jax.tree.map(lambda x: PartitionSpec("seq") if x.ndim == 1 else PartitionSpec(rows, "seq"), where),
+        indices=jax.tree.map(lambda x: PartitionSpec("seq") if x.ndim == 1 else PartitionSpec(rows, "seq"), indices),
         axes={*(rows or ()), "seq", "tensor"},
     )
 

@@ -32,42 +32,42 @@ class Part(NamedTuple):
 def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implementation:
     """`implementation` on one device's part of a row, [batch, sequence / ranks, heads, head_dim].
 
-    For use where `mesh_axis` is manual. `where` holds this device's part and must have indices.
+    For use where `mesh_axis` is manual. `indices` holds this device's part and must have indices.
     """
 
-    def forward(q, k, v, mask: Mask, where: TokenIndices):
+    def forward(q, k, v, mask: Mask, indices: TokenIndices):
         def merged(out, lse, part: Part):
             def attended():
-                part_out, part_lse = implementation.forward(q, part.k, part.v, mask, _against(part, where))
+                part_out, part_lse = implementation.forward(q, part.k, part.v, mask, _against(part, indices))
                 return _merge(out, lse, part_out.astype(jnp.float32), part_lse)
 
-            return jax.lax.cond(_may_see(part, mask, where), attended, lambda: (out, lse))
+            return jax.lax.cond(_may_see(part, mask, indices), attended, lambda: (out, lse))
 
         def step(_, carry):
             out, lse, part = carry
             return *merged(out, lse, part), _pass_on(part, mesh_axis)
 
         out = _zeros_like(q)
-        start = (out, out[..., 0] - jnp.inf, Part(k, v, where.key_index, where.key_segments))
+        start = (out, out[..., 0] - jnp.inf, Part(k, v, indices.key_index, indices.key_segments))
         # The last part is not passed on.
         out, lse, part = jax.lax.fori_loop(0, jax.lax.axis_size(mesh_axis) - 1, step, start)
         out, lse = merged(out, lse, part)
         return out.astype(q.dtype), lse
 
-    def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices):
+    def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices):
         def added(dq, dk, dv, part: Part):
             def attended():
-                more = implementation.backward(q, part.k, part.v, out, lse, d_out, mask, _against(part, where))
+                more = implementation.backward(q, part.k, part.v, out, lse, d_out, mask, _against(part, indices))
                 return tuple(sum_ + x.astype(jnp.float32) for sum_, x in zip((dq, dk, dv), more, strict=True))
 
-            return jax.lax.cond(_may_see(part, mask, where), attended, lambda: (dq, dk, dv))
+            return jax.lax.cond(_may_see(part, mask, indices), attended, lambda: (dq, dk, dv))
 
         def step(_, carry):
             dq, dk, dv, part = carry
             dq, dk, dv = added(dq, dk, dv, part)
             return dq, *_pass_on((dk, dv, part), mesh_axis)
 
-        start = (_zeros_like(q), _zeros_like(k), _zeros_like(v), Part(k, v, where.key_index, where.key_segments))
+        start = (_zeros_like(q), _zeros_like(k), _zeros_like(v), Part(k, v, indices.key_index, indices.key_segments))
         dq, dk, dv, part = jax.lax.fori_loop(0, jax.lax.axis_size(mesh_axis) - 1, step, start)
         dq, dk, dv = added(dq, dk, dv, part)
         dk, dv = _pass_on((dk, dv), mesh_axis)  # the last hop home, which the keys need not make
@@ -90,20 +90,20 @@ def _pass_on(tree, mesh_axis: str):
     return jax.lax.ppermute(tree, mesh_axis, [(rank, (rank + 1) % ranks) for rank in range(ranks)])
 
 
-def _against(part: Part, where: TokenIndices) -> TokenIndices:
-    return TokenIndices(where.query_index, part.index, where.query_segments, part.segments)
+def _against(part: Part, indices: TokenIndices) -> TokenIndices:
+    return TokenIndices(indices.query_index, part.index, indices.query_segments, part.segments)
 
 
-def _may_see(part: Part, mask: Mask, where: TokenIndices) -> jax.Array:
+def _may_see(part: Part, mask: Mask, indices: TokenIndices) -> jax.Array:
     """Whether any of our queries may see any of the part's keys, by the ranges of indices and documents."""
-    query, key = where.query_index, part.index
+    query, key = indices.query_index, part.index
     possible = jnp.asarray(True)
     if mask.causal or mask.window is not None:
         possible &= query.max() >= key.min()
     if mask.window is not None:
         possible &= query.min() - key.max() < mask.window
     if part.segments is not None:
-        ours, theirs = where.query_segments, part.segments
+        ours, theirs = indices.query_segments, part.segments
         possible &= jnp.any((ours.max(1) >= theirs.min(1)) & (theirs.max(1) >= ours.min(1)))
     return possible
 

@@ -17,18 +17,18 @@ from ...models.attention.interface import Implementation, Mask, TokenIndices
 def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implementation:
     """`implementation` on one device's part of a row, [batch, sequence / ranks, heads, head_dim].
 
-    For use where `mesh_axis` is manual. `where` holds this device's part; its indices may be None if the row as a whole
+    For use where `mesh_axis` is manual. `indices` holds this device's part; its indices may be None if the row as a whole
     is in plain order. Raises UserError where the devices cannot share this device's key-value heads evenly.
     """
 
-    def forward(q, k, v, mask: Mask, where: TokenIndices):
+    def forward(q, k, v, mask: Mask, indices: TokenIndices):
         _check_heads(k, mesh_axis)
         rows = (_to_rows(x, mesh_axis) for x in (q, k, v))
-        return tuple(_to_heads(x, mesh_axis) for x in implementation.forward(*rows, mask, _whole(where, mesh_axis)))
+        return tuple(_to_heads(x, mesh_axis) for x in implementation.forward(*rows, mask, _whole(indices, mesh_axis)))
 
-    def backward(q, k, v, out, lse, d_out, mask: Mask, where: TokenIndices):
+    def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices):
         rows = (_to_rows(x, mesh_axis) for x in (q, k, v, out, lse, d_out))
-        return tuple(_to_heads(x, mesh_axis) for x in implementation.backward(*rows, mask, _whole(where, mesh_axis)))
+        return tuple(_to_heads(x, mesh_axis) for x in implementation.backward(*rows, mask, _whole(indices, mesh_axis)))
 
     return implementation._replace(forward=forward, backward=backward)
 
@@ -43,9 +43,9 @@ def _to_heads(x, mesh_axis: str):
     return jax.lax.all_to_all(x, mesh_axis, split_axis=1, concat_axis=2, tiled=True)
 
 
-def _whole(where: TokenIndices, mesh_axis: str) -> TokenIndices:
+def _whole(indices: TokenIndices, mesh_axis: str) -> TokenIndices:
     """Whole rows of indices [sequence / ranks] and segments [batch, sequence / ranks]."""
-    return jax.tree.map(lambda x: jax.lax.all_gather(x, mesh_axis, axis=x.ndim - 1, tiled=True), where)
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, mesh_axis, axis=x.ndim - 1, tiled=True), indices)
 
 
 def _check_heads(k, mesh_axis: str) -> None:

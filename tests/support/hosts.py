@@ -1,4 +1,4 @@
-"""Hosts with keepers in one process: directories, snapshots of random bytes, keepers that answer on loopback."""
+"""Hosts with snapshot agents in one process: directories, snapshots of random bytes, agents that serve on loopback."""
 
 import shutil
 from contextlib import ExitStack
@@ -25,7 +25,7 @@ class Hosts:
         self.plan = ParityPlan(hosts, hosts * per_host, tuple(map(tuple, groups)), losses)
         self.root, self.sizes, self._stack = root, sizes, ExitStack()
         self.pools = {host: SlotPool() for host in range(hosts)}
-        self.keepers, self.listeners = {}, {}
+        self.agents, self.servers = {}, {}
 
     def __enter__(self):
         for host in range(self.plan.hosts):
@@ -33,29 +33,29 @@ class Hosts:
         return self
 
     def __exit__(self, *_):
-        for keeper in self.keepers.values():
-            keeper.close()
+        for agent in self.agents.values():
+            agent.close()
         self._stack.close()
 
     def directory(self, host):
         return self.root / f"host-{host}"
 
     def start(self, host):
-        """A keeper for `host`, in place of an earlier one."""
-        if host in self.keepers:
-            self.keepers[host].close()
-        self.keepers[host] = SnapshotAgent(
+        """Start an agent for `host`, in place of an earlier one."""
+        if host in self.agents:
+            self.agents[host].close()
+        self.agents[host] = SnapshotAgent(
             self.directory(host),
             host=host,
             launch_slots=self.plan.slots_of(host),
             groups=self.plan.groups,
             losses=self.plan.losses,
         )
-        self.listeners[host] = self._stack.enter_context(RequestServer(self.keepers[host].answer))
+        self.servers[host] = self._stack.enter_context(RequestServer(self.agents[host].answer))
 
     def snapshot(self, step, *, hosts=None, slot=None):
-        """Every process (of `hosts`) writes `step` to its slot."""
-        for host in self.keepers if hosts is None else hosts:
+        """Have every process (of `hosts`) write `step` to its slot."""
+        for host in self.agents if hosts is None else hosts:
             for process in self.plan.slots_of(host):
                 self.write(host, process, step, slot=step % 2 if slot is None else slot)
 
@@ -63,32 +63,32 @@ class Hosts:
         blocks = content(host, process, step, self.sizes[process % len(self.sizes)])
         header = {"step": step, "layout": "", "data": {}, "arrays": {}}
         path = self.directory(host) / f"{process}.{slot}"
-        with write_slot(self.pools[host], path, [len(block) for block in blocks], header) as filled:
+        with write_slot(self.pools[host], path, [len(block) for block in blocks], header) as slot_writer:
             for number, block in enumerate(blocks):
-                filled.write(number, block)
+                slot_writer.write(number, block)
 
     def infos(self):
-        return {
-            host: keeper.info() | {"address": self.listeners[host].address} for host, keeper in self.keepers.items()
-        }
+        return {host: agent.info() | {"address": self.servers[host].address} for host, agent in self.agents.items()}
 
     def protect(self):
-        """What the keepers do until nothing is left to do."""
+        """Let the agents do what they do, until nothing is left to do."""
         for _ in range(2):
-            for keeper in self.keepers.values():
-                keeper.look(self.infos())
+            for agent in self.agents.values():
+                agent.look(self.infos())
 
-    def lose(self, *lost):
-        """Hosts are gone with their memory; others stand in their place."""
-        for host in lost:
+    def lose(self, *hosts):
+        """Lose hosts with their memory; others take their places."""
+        for host in hosts:
             shutil.rmtree(self.directory(host))
             self.pools[host] = SlotPool()
             self.start(host)
 
-    def recover_snapshots(self, plan=None, *, before=None):
+    def recover(self, plan=None, *, snapshot_plan=None):
         with ExitStack() as stack:
-            peers = {host: stack.enter_context(RequestClient(one.address)) for host, one in self.listeners.items()}
-            return recover_snapshots(peers, plan or self.plan, before=before)
+            clients = {
+                host: stack.enter_context(RequestClient(server.address)) for host, server in self.servers.items()
+            }
+            return recover_snapshots(clients, plan or self.plan, snapshot_plan=snapshot_plan)
 
     def files(self, host):
         """Name -> content of the slots of a host."""

@@ -1,11 +1,11 @@
-"""A network that fails: a port that forwards to another one until it is told to swallow, or to hang up.
+"""A network that fails: a port that forwards to another one until it is told to drop data, or to reset connections.
 
-with Partition("127.0.0.1:4000") as between:
-    dial(between.address)
-    between.cut()                what is sent stays on its way, both ways: a black hole
-    between.cut("back")          answers alone; "there": what is asked
-    between.reset()              connections are reset, and whoever dials anew is, too
-    between.heal()
+with Partition("127.0.0.1:4000") as network:
+    dial(network.address)
+    network.cut()                drops what is sent, both ways, without a word
+    network.cut("back")          drops replies alone; "forward": requests
+    network.reset()              resets connections, and those that are dialled anew
+    network.heal()
 
     python partition.py FILE HOST:PORT PROCESSES
 
@@ -24,21 +24,21 @@ from pathlib import Path
 
 from meshwright.train.launch.local_processes import free_port
 
-THERE, BACK = "there", "back"
-ABORT = struct.pack("ii", 1, 0)  # of SO_LINGER: reset instead of a farewell
+FORWARD, BACK = "forward", "back"
+ABORT = struct.pack("ii", 1, 0)  # of SO_LINGER: reset the connection instead of closing it
 
 
 class Partition:
-    """Between whoever dials `address`, on `port`, and `target`."""
+    """Forwards between `address`, on `port`, and `target`."""
 
     def __init__(self, target, *, port=0):
-        host, _, number = target.rpartition(":")
-        self._target = (host, int(number))
+        host, _, target_port = target.rpartition(":")
+        self._target = (host, int(target_port))
         self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self._flowing = {THERE: threading.Event(), BACK: threading.Event()}
-        self._refusing = self._over = False
-        self._ends = []
+        self._flowing = {FORWARD: threading.Event(), BACK: threading.Event()}
+        self._resetting = self._closed = False
+        self._sockets = []
 
     def __enter__(self):
         self.heal()
@@ -46,38 +46,38 @@ class Partition:
         return self
 
     def __exit__(self, *_):
-        self._over = True
+        self._closed = True
         self.heal()
         self._listener.close()
         self._hang_up()
 
-    def cut(self, *ways):
-        for way in ways or (THERE, BACK):
-            self._flowing[way].clear()
+    def cut(self, *directions):
+        for direction in directions or (FORWARD, BACK):
+            self._flowing[direction].clear()
 
     def reset(self):
-        self._refusing = True
+        self._resetting = True
         self._hang_up()
 
     def heal(self):
-        self._refusing = False
+        self._resetting = False
         for flowing in self._flowing.values():
             flowing.set()
 
     def _hang_up(self):
-        for end in self._ends:
+        for connection in self._sockets:
             with contextlib.suppress(OSError):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
-                end.shutdown(socket.SHUT_RDWR)
-        self._ends = []
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
+                connection.shutdown(socket.SHUT_RDWR)
+        self._sockets = []
 
     def _accept(self):
-        while not self._over:
+        while not self._closed:
             try:
                 near, _ = self._listener.accept()
             except OSError:
                 return
-            if self._refusing:
+            if self._resetting:
                 near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
                 near.close()
                 continue
@@ -86,29 +86,29 @@ class Partition:
             except OSError:
                 near.close()
                 continue
-            self._ends += [near, far]
-            for source, to, way in ((near, far, THERE), (far, near, BACK)):
-                threading.Thread(target=self._forward, args=(source, to, way), daemon=True).start()
+            self._sockets += [near, far]
+            for source, target, direction in ((near, far, FORWARD), (far, near, BACK)):
+                threading.Thread(target=self._forward, args=(source, target, direction), daemon=True).start()
 
-    def _forward(self, source, to, way):
+    def _forward(self, source, target, direction):
         with contextlib.suppress(OSError):
             while content := source.recv(2**16):
-                self._flowing[way].wait()
-                to.sendall(content)
-        self._flowing[way].wait()
-        for end in (source, to):
+                self._flowing[direction].wait()
+                target.sendall(content)
+        self._flowing[direction].wait()
+        for connection in (source, target):
             with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
 
 
 def main():
     file, (address, processes) = Path(sys.argv[1]), sys.argv[2:]
-    own, parent = f"127.0.0.1:{free_port()}", os.getppid()
-    command = [sys.executable, "-m", "meshwright.train.launch.coordination_service", own, processes]
-    with subprocess.Popen(command) as service, Partition(own, port=int(address.rpartition(":")[2])) as between:
+    target, parent = f"127.0.0.1:{free_port()}", os.getppid()
+    command = [sys.executable, "-m", "meshwright.train.launch.coordination_service", target, processes]
+    with subprocess.Popen(command) as service, Partition(target, port=int(address.rpartition(":")[2])) as network:
         while os.getppid() == parent and service.poll() is None:
-            between.cut() if file.exists() else between.heal()
+            network.cut() if file.exists() else network.heal()
             time.sleep(0.05)
         service.kill()
 

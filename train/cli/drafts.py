@@ -29,13 +29,13 @@ def continue_texts(
     teacher = loaded.recipe.teacher
     if target is None and teacher is None:
         raise UserError(f"--target: nobody continues the documents of {config}; name a run or a model directory")
-    from ..infer.draft_data import Asked, write
+    from ..infer.draft_data import GenerationRequest, write_draft_data
     from ..infer.sampling import Sampling
 
     model_path = Path(teacher.origin) if target is None else target
-    request = Asked(texts, prompt_tokens, tokens, Sampling(temperature=temperature), seed)
-    counts = write(loaded, model_path, file, request)
-    how_ended = f"{counts.ended} ended, the others were cut after {tokens} tokens"
+    request = GenerationRequest(texts, prompt_tokens, tokens, Sampling(temperature=temperature), seed)
+    counts = write_draft_data(loaded, model_path, file, request)
+    how_ended = f"{counts.finished} ended, the others were cut after {tokens} tokens"
     typer.echo(f"{file}: {counts.written} texts by {model_path}; {how_ended}")
 
 
@@ -52,11 +52,11 @@ def speculate(
     as_json: Json = False,
 ) -> None:
     """Write by two models, the run's drafting for the target, and tell how much of the draft was kept."""
-    from ..infer.draft_data import Asked, measured
+    from ..infer.draft_data import GenerationRequest, measure_draft
     from ..infer.sampling import Sampling
 
-    request = Asked(texts, prompt_tokens, tokens, Sampling(temperature=temperature), seed)
-    result, prompt_texts, continuations = measured(Path(run), target, prompts or [], ahead=ahead, asked=request)
+    request = GenerationRequest(texts, prompt_tokens, tokens, Sampling(temperature=temperature), seed)
+    result, prompt_texts, continuations = measure_draft(Path(run), target, prompts or [], draft_length=ahead, asked=request)
     if as_json:
         metrics: dict[str, Any] = {"acceptance": result.acceptance, "block_efficiency": result.block_efficiency}
         metrics |= {"tokens": result.tokens, "passes": result.passes, "ahead": ahead}

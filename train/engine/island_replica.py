@@ -21,7 +21,7 @@ from ...configs.run import RunConfig
 from ...parallel.layout import LayerOrder, reorder_layers
 from ...parallel.outer import registry
 from ...parallel.outer.interface import Exchange, OuterOptimizer
-from ...parallel.outer.split_round import Halves, Travel, apart, several
+from ...parallel.outer.split_round import SendReceive, ExchangeFactory, split_outer_step, add_replica_axis
 from ...parallel.sharding import optimizer_shardings
 from ...parallel.state import TrainState
 from ..core.run_directory import flatten_keys, may_change
@@ -73,7 +73,7 @@ class Island:
 
     count: int
     number: int
-    build_outer: Callable[[Travel], OuterOptimizer]  # the outer optimizer over any exchange
+    build_outer: Callable[[ExchangeFactory], OuterOptimizer]  # the outer optimizer over any exchange
     mesh: Mesh
     outer_on_host: bool  # whether the outer state waits in the host's memory
     order: LayerOrder = None  # of the layers in this island's stacks; what is sent has them in order
@@ -110,25 +110,25 @@ class Island:
         """The outer parameters in the dtype of the inner ones: what the run is."""
         outer = self.outer_on_device(state.outer)
         if self.outer.per_replica:
-            outer = several(outer)
-        found = self.outer.parameters(several(state.params), outer)
+            outer = add_replica_axis(outer)
+        found = self.outer.eval_params(add_replica_axis(state.params), outer)
         return jax.tree.map(lambda mean, own: mean.astype(own.dtype), found, state.params)
 
     def outer_on_device(self, outer: Any) -> Any:
         """The outer state in the device's memory; for use in a compiled function."""
         return jax.device_put(outer, jax.memory.Space.Device) if self.outer_on_host else outer
 
-    def send_receive(self, name: str) -> Halves:
+    def send_receive(self, name: str) -> SendReceive:
         """What the meeting `name` sends, and what it makes of what came."""
-        made = apart(self.build_outer, name)
+        made = split_outer_step(self.build_outer, name)
 
         def at_hand(params: Any, outer: Any) -> Any:
             return self.to_canonical_order((params, self.outer_on_device(outer)))
 
-        return Halves(
-            lambda params, outer: made.outgoing(*at_hand(params, outer)),
-            lambda params, outer, arrived: self.to_run_order(made.incoming(*at_hand(params, outer), arrived)),
-            lambda params, outer: made.letters(*jax.eval_shape(at_hand, params, outer)),
+        return SendReceive(
+            lambda params, outer: made.send(*at_hand(params, outer)),
+            lambda params, outer, arrived: self.to_run_order(made.receive(*at_hand(params, outer), arrived)),
+            lambda params, outer: made.messages(*jax.eval_shape(at_hand, params, outer)),
         )
 
     def to_canonical_order(self, tree: Any) -> Any:
@@ -146,7 +146,7 @@ def make_island(config: RunConfig, mesh: Mesh, *, order: LayerOrder = None) -> I
     `order` is that of the layers in its stacks.
     """
 
-    def build(travel: Travel) -> OuterOptimizer:
-        return registry.build(config.outer, model=config.model, travel=travel, replicas=config.islands.count)
+    def build(exchange_factory: ExchangeFactory) -> OuterOptimizer:
+        return registry.build_outer_optimizer(config.outer, model=config.model, exchange_factory=exchange_factory, replicas=config.islands.count)
 
     return Island(config.islands.count, config.islands.number or 0, build, mesh, config.outer.memory == "host", order)

@@ -59,7 +59,9 @@ def measure_costs(program: Program, params: Any, frozen: Any, batch: Any) -> Cos
     wiring = lower_table(staging.table, repeats=staging.repeats)
     idle, longer = idle_rows(wiring, ticks=TICKS), idle_rows(wiring, ticks=LONGER)
     with jax.set_mesh(program.mesh):
-        engine = jax.jit(lambda params, frozen, batch, rows: program.gradients(params, frozen, batch, None, rows=rows))
+        engine = jax.jit(
+            lambda params, frozen, batch, rows: program.gradient_engine(params, frozen, batch, None, rows=rows)
+        )
         short, stretched = (
             partial(
                 compile_cache.compile_cached(engine.lower(params, frozen, batch, rows), program.mesh),

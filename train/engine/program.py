@@ -1,9 +1,12 @@
-"""From configuration and mesh to compiled programs: how the state is born, where it lives, the step, the evaluation.
+"""From a configuration and a mesh to compiled programs: the first state, its shardings, the step, the evaluation.
 
-program = build(config, mesh)
-state = program.initialized()
-step = program.compiled_step()          # ahead of time; its plan can be read before anything runs
-state, metrics = step(state, batch)
+    program = build(config, mesh)
+    state = program.initialize()
+    step = program.compiled_step()          # ahead of time, so its plan can be read before anything runs
+    state, metrics = step(state, batch)
+
+"Run order" is the order in which the run stacks its layers: a pipeline stacks them by device. In canonical order they
+follow each other as in the model.
 """
 
 import dataclasses
@@ -27,9 +30,9 @@ from ...models.quantized_model import dequantize_tree, quantize_trained
 from ...parallel.gradients import Engine
 from ...parallel.hlo import refuse_permute_under_conditional
 from ...parallel.layout import reorder_layers, run_shapes
-from ...parallel.outer.traffic import Traffic, gathered_bytes, routed, traffic
+from ...parallel.outer.traffic import Traffic, all_gather_bytes, outer_traffic, routing_traffic
 from ...parallel.prng import step_key
-from ...parallel.sharding import batch_shardings, optimizer_shardings, weight_shardings
+from ...parallel.sharding import batch_shardings, optimizer_shardings, weight_shardings, with_shardings
 from ...parallel.state import TrainState, combine
 from ..objectives.distillation import init_weights, teacher_of, without_teacher
 from ..objectives.registry import batch_fields
@@ -41,7 +44,6 @@ from . import compile_cache
 from .fisher import two_phase_engine
 from .forward_backward import (
     Evaluate,
-    init_params,
     model_graphdef,
     partition_params,
     pipelined_engines,
@@ -66,44 +68,42 @@ class Program:
 
     config: RunConfig
     mesh: Mesh
-    graph: Any  # the model's structure
+    graph: Any  # the model's structure, an nnx graphdef
     optimizer: optax.GradientTransformation
-    gradients: Engine  # (params, frozen, batch, keys) -> sums
+    gradient_engine: Engine  # (params, frozen, batch, keys) -> sums
     step: Step  # (state, batch) -> (state, metrics)
     evaluate: Evaluate
-    measures: Mapping[str, Evaluate]  # what else is told of held-out text, likewise
-    pipeline_plan: PipelinePlan | None = None  # where the layers stand in a pipeline; None without one
-    replicas: Replicas | Island | None = None  # where several train by themselves: here, or one of them here
+    measures: Mapping[str, Evaluate]  # further metrics of held-out text, by name
+    pipeline_plan: PipelinePlan | None = None  # None without a pipeline
+    replicas: Replicas | Island | None = None  # all replicas of the run, or this island; None if there is one replica
 
     @property
     def order(self) -> tuple[int, ...] | None:
-        """Which repeat of the pattern stands at each place of the stacked arrays; None: in order."""
+        """The repeat of the layer pattern at each place of the stacked arrays; None: canonical order."""
         return None if self.pipeline_plan is None else self.pipeline_plan.order
 
     @property
     def layout(self) -> Layout:
-        """How the run's arrays hold the canonical ones."""
+        """How the arrays of the run map to canonical ones."""
         if self.config.adapters:
             owners = [f"adapters/{name}" for name in self.config.adapters]
             return make_layout(self.config.model, self.order, owners=owners, per_owner=("params", "opt_state"))
         if not isinstance(self.replicas, Replicas):
             return make_layout(self.config.model, self.order)
-        several = ("params", "opt_state", *(["outer"] if self.replicas.outer.per_replica else []))
+        per_replica = ("params", "opt_state", *(["outer"] if self.replicas.outer.per_replica else []))
         owners = [f"replica/{replica}" for replica in range(self.replicas.count)]
-        return make_layout(self.config.model, self.order, owners=owners, per_owner=several)
+        return make_layout(self.config.model, self.order, owners=owners, per_owner=per_replica)
 
     def initial(self, weights: Any = None, teacher: Any = None) -> TrainState:
-        """The state before step 0, as a pure function of the seed, the `weights` it starts from and its teacher's."""
-        one = self._one(weights, teacher)
-        return self.replicas.initial(one) if self.replicas else one
+        """Return the state before the first step: a pure function of the seed and the pretrained weights, if any."""
+        single = self._initial_single(weights, teacher)
+        return self.replicas.initial(single) if self.replicas else single
 
-    def _one(self, weights: Any = None, teacher: Any = None) -> TrainState:
-        """`initial` of one replica."""
-        params, frozen = partition_params(
-            self.config, init_params(self.config) if weights is None else weights, teacher
-        )
+    def _initial_single(self, weights: Any = None, teacher: Any = None) -> TrainState:
+        """`initial` for one replica."""
+        params, frozen = partition_params(self.config, weights, teacher)
         parts = self.to_run_order({"params": params, "frozen": frozen})
-        params = self._held(parts["params"])
+        params = quantize_trained(parts["params"], self.config.model, self.config.quantization)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -114,69 +114,66 @@ class Program:
         )
 
     def to_run_order(self, tree: Any) -> Any:
-        """`tree`, layers in order, as the run stacks them: a teacher's in the order of its own pipeline."""
+        """Reorder the layers of a canonical state or {"params", "frozen"} tree into run order, a teacher's likewise."""
         teacher = None if self.pipeline_plan is None else self.pipeline_plan.teacher
-        found = reorder_layers(tree, before=None, after=self.order)
+        reordered = reorder_layers(tree, before=None, after=self.order)
         if teacher is None:
-            return found
-        own = reorder_layers({"teacher": tree["frozen"]["teacher"]}, before=None, after=teacher.order)
-        return found | {"frozen": found["frozen"] | own}
-
-    def _held(self, params: Any) -> Any:
-        """`params` as the state has them."""
-        return quantize_trained(params, self.config.model, self.config.quantization)
+            return reordered
+        teacher_tree = reorder_layers({"teacher": tree["frozen"]["teacher"]}, before=None, after=teacher.order)
+        return reordered | {"frozen": reordered["frozen"] | teacher_tree}
 
     def initial_weights(self) -> Any:
-        """All weights of the forward pass before step 0, their layers in order, born sharded."""
+        """Return all weights of the forward pass before the first step, in canonical order, created sharded."""
 
-        def born(weights: Any) -> Any:
-            params, frozen = partition_params(self.config, init_params(self.config) if weights is None else weights)
-            return combine(qat.dequantized_weights(self._held(params), self.config), without_teacher(frozen))
+        def create(weights: Any) -> Any:
+            params, frozen = partition_params(self.config, weights)
+            params = quantize_trained(params, self.config.model, self.config.quantization)
+            return combine(qat.dequantized_weights(params, self.config), without_teacher(frozen))
 
-        shapes = jax.eval_shape(born, None)
-        where = weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero)
+        shardings = self._weight_shardings(jax.eval_shape(create, None))
         with jax.set_mesh(self.mesh):
-            return jax.jit(born, out_shardings=where)(self.weights())
+            return jax.jit(create, out_shardings=shardings)(self.pretrained_weights())
 
-    def weights(self) -> Any:
-        """The weights in the directory `model.from`, born sharded; None where there is none. Raises as `read`."""
+    def pretrained_weights(self) -> Any:
+        """Read the weights in the directory `model.from`, sharded; None without `model.from`. Raises UserError."""
         return self._read(self.config.model)
 
     def teacher_weights(self) -> Any:
-        """The weights in the directory `recipe.teacher.from`, like `weights`."""
+        """Read the weights in the directory `recipe.teacher.from`, sharded; None without a teacher's directory."""
         return None if self.config.recipe.teacher is None else self._read(self.config.recipe.teacher)
 
     def _read(self, model: ModelConfig) -> Any:
         if model.origin is None:
             return None
         shapes = jax.eval_shape(partial(init_weights, model, self.config))
-        shardings = weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero)
-        return huggingface.read(model.origin, model, shapes=shapes, shardings=shardings)
+        return huggingface.read(model.origin, model, shapes=shapes, shardings=self._weight_shardings(shapes))
+
+    def _weight_shardings(self, shapes: Any) -> Any:
+        return weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero)
 
     @cached_property
     def shapes(self) -> TrainState:
-        """The state's shapes and dtypes; allocates nothing."""
+        """Shapes and dtypes of the state; allocates nothing."""
         return jax.eval_shape(self.initial)
 
     @cached_property
     def shardings(self) -> TrainState:
-        """Where each array of the state lives."""
-        repeated = NamedSharding(self.mesh, PartitionSpec())
-        zero = self.config.mesh.zero
-        shapes = jax.eval_shape(self._one)
-        one = TrainState(
-            step=repeated,
-            params=weight_shardings(shapes.params, mesh=self.mesh, zero=zero),
-            frozen=weight_shardings(shapes.frozen, mesh=self.mesh, zero=zero),
+        """The sharding of each array of the state."""
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        shapes = jax.eval_shape(self._initial_single)
+        single = TrainState(
+            step=replicated,
+            params=self._weight_shardings(shapes.params),
+            frozen=self._weight_shardings(shapes.frozen),
             opt_state=optimizer_shardings(shapes.opt_state, self._weight_shapes, mesh=self.mesh),
             outer=(),
-            rng=repeated,
+            rng=replicated,
         )
-        return self.replicas.shardings(one, shapes.params) if self.replicas else one
+        return self.replicas.shardings(single, shapes.params) if self.replicas else single
 
     @cached_property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of one global batch."""
+        """Shape, dtype and sharding of each field of a global batch."""
         shape = (self.config.data.global_batch, self.config.data.sequence_length)
         shardings = batch_shardings(self.mesh, batch_fields(self.config))
         return {
@@ -189,40 +186,41 @@ class Program:
         return (self.config.recipe.top_k,) if field in TOP_FIELDS else ()
 
     def initialize(self) -> TrainState:
-        """The state before step 0, born sharded."""
+        """Return the state before the first step, created sharded."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.initial, out_shardings=self.shardings)(*self._given())
+            return jax.jit(self.initial, out_shardings=self.shardings)(*self._read_weights())
 
-    def _given(self) -> tuple[Any, Any]:
-        """The weights that `initial` starts from; a teacher only where it stays."""
-        return self.weights(), None if teacher_of(self.config) is None else self.teacher_weights()
+    def _read_weights(self) -> tuple[Any, Any]:
+        """Read (pretrained weights, teacher's weights); the teacher's are None if the state does not hold it."""
+        return self.pretrained_weights(), None if teacher_of(self.config) is None else self.teacher_weights()
 
     @cached_property
     def origin(self) -> str | None:
-        """What tells the weights that a run needs again to go on from others': of a base, a reference and a teacher."""
+        """Fingerprints of the weights on disk that a restored run reads again: of a base, a reference, a teacher."""
         return " ".join(map(huggingface.fingerprint, self._origins)) or None
 
     @property
     def _origins(self) -> list[str]:
+        """Directories of the weights that a restored run reads again."""
         config, teacher = self.config, self.config.recipe.teacher
-        based = config.adapter is not None and config.quantization is None  # a quantized base is kept with the run
-        needed = [config.model] * (based or config.recipe.reads_itself) + ([teacher] if teacher else [])
-        return [model.origin for model in needed if model.origin is not None]
+        reads_base = config.adapter is not None and config.quantization is None  # the run keeps a quantized base
+        models = [config.model] * (reads_base or config.recipe.reads_itself) + ([teacher] if teacher else [])
+        return [model.origin for model in models if model.origin is not None]
 
     def restore_frozen(self, state: TrainState, *, origin: str | None) -> TrainState:
-        """`state`, as a checkpoint holds it, with what never changes: made again from the seed, or from `model.from`.
+        """Add the frozen weights, which no checkpoint holds, to a restored state: from the seed, or from `model.from`.
 
-        `origin` is that of the weights the checkpoint was trained on. Raises UserError where they are others now.
+        `origin` is the value that the checkpoint recorded. Raises UserError if the weights on disk are others now.
         """
         if not jax.tree.leaves(self.shapes.frozen):
             return state
         self.check_origin(origin)
         with jax.set_mesh(self.mesh):
-            make = jax.jit(lambda *given: self.initial(*given).frozen, out_shardings=self.shardings.frozen)
-            return dataclasses.replace(state, frozen=make(*self._given()))
+            create = jax.jit(lambda *weights: self.initial(*weights).frozen, out_shardings=self.shardings.frozen)
+            return dataclasses.replace(state, frozen=create(*self._read_weights()))
 
     def check_origin(self, origin: str | None) -> None:
-        """Raise UserError where the weights a run needs again to go on are not those of `origin`, a checkpoint's."""
+        """Raise UserError if the weights on disk are not those that a checkpoint recorded as its `origin`."""
         if not set((self.origin or "").split()) <= set((origin or "").split()):
             raise UserError(
                 f"{' or '.join(self._origins)} holds other weights than this run was trained with; bring them back, or "
@@ -230,171 +228,170 @@ class Program:
             )
 
     def compiled_step(self) -> jax.stages.Compiled:
-        """The training step, compiled; it consumes the state it is given."""
-        with jax.set_mesh(self.mesh):
-            jitted = jax.jit(self.step, out_shardings=(self.shardings, None), donate_argnums=0)
-            lowered = jitted.lower(self._abstract_state(), self.batch_shapes)
-            return self._safe(compile_cache.compile_cached(lowered, self.mesh))
+        """Compile the training step (state, batch) -> (state, metrics), which donates its state."""
+        shardings = (self.shardings, None)
+        return self._compile(self.step, self._abstract_state(), out_shardings=shardings, donate_argnums=0)
 
     def compiled_synchronization(self) -> Synchronize:
-        """`meet(state, update)`: what replicas do here after update number `update`; a run of one does nothing."""
+        """Compile `synchronize(state, step)`, which runs the outer steps of replicas that are due after `step`."""
         if not isinstance(self.replicas, Replicas):
-            return lambda state, update: state
+            return lambda state, step: state
         return self.replicas.compiled_synchronization(self.shapes, self.shardings)
 
     def compiled_evaluation(self) -> jax.stages.Compiled:
-        """Loss sums of a batch, compiled, for parameters as `evaluated` gives them."""
-        return self._compiled(self.evaluate)
+        """Compile (eval_params, frozen, batch) -> (loss sum, weight)."""
+        return self._compile_evaluation(self.evaluate)
 
     @cached_property
     def compiled_measures(self) -> dict[str, jax.stages.Compiled]:
-        """The same of each of `measures`."""
-        return {name: self._compiled(measure) for name, measure in self.measures.items()}
+        """Each of `measures`, compiled like the evaluation."""
+        return {name: self._compile_evaluation(measure) for name, measure in self.measures.items()}
 
-    def _compiled(self, evaluate: Evaluate) -> jax.stages.Compiled:
-        frozen = self._abstract_state().frozen
+    def _compile_evaluation(self, evaluate: Evaluate) -> jax.stages.Compiled:
+        weights = (self._abstract_params(), self._abstract_state().frozen)
+        return self._compile(evaluate, *weights, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+    def _compile(self, function: Callable, *arguments: Any, **options: Any) -> jax.stages.Compiled:
+        """Compile `function` for `arguments` and a batch. Raises MeshwrightError for a pipeline that would deadlock."""
         with jax.set_mesh(self.mesh):
-            jitted = jax.jit(evaluate, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
-            lowered = jitted.lower(self._abstract_params(), frozen, self.batch_shapes)
-            return self._safe(compile_cache.compile_cached(lowered, self.mesh))
-
-    def _safe(self, compiled: jax.stages.Compiled) -> jax.stages.Compiled:
-        """`compiled`, unless it is a pipeline that would wait for ever: MeshwrightError, naming the operation."""
+            lowered = jax.jit(function, **options).lower(*arguments, self.batch_shapes)
+            compiled = compile_cache.compile_cached(lowered, self.mesh)
         if self.pipeline_plan is not None:
             refuse_permute_under_conditional(compiled.as_text(), self.mesh)
         return compiled
 
     def to_canonical_order(self, params: Any) -> Any:
-        """All weights of the forward pass with their layers in order, as what does not run in a pipeline reads them."""
+        """Reorder the layers of `params` from run order to canonical order, for programs without a pipeline."""
         if self.order is None:
             return params
+        reorder = partial(reorder_layers, before=self.order, after=None)
         with jax.set_mesh(self.mesh):
-            return jax.jit(lambda tree: reorder_layers({"params": tree}, before=self.order, after=None)["params"])(
-                params
-            )
+            return jax.jit(lambda tree: reorder({"params": tree})["params"])(params)
 
     def merged_weights(self, state: TrainState) -> Any:
-        """All weights that the model reads, as it reads them."""
+        """Merge evaluation parameters and frozen weights into one tree: all that the model reads."""
         return combine(self.eval_params(state), without_teacher(state.frozen))
 
     def dequantized_weights(self, state: TrainState) -> Any:
-        """All weights to export, none of them quantized."""
+        """Return `merged_weights` with no array quantized, for an export."""
         dtype = jnp.dtype(self.config.precision.parameters)
         return dequantize_tree(self.merged_weights(state), self.config.model, self.config.quantization, dtype=dtype)
 
     def eval_params(self, state: TrainState) -> Any:
-        """The parameters to evaluate, sample from and export: the outer ones, an average where one is kept, or all."""
-        return self._evaluated(state) if self._evaluated else state.params
+        """Return the parameters to evaluate, sample from and export.
+
+        They are the outer parameters of replicas, the moving average with `optimizer.ema`, else the trained ones.
+        """
+        return self._eval_params_fn(state) if self._eval_params_fn else state.params
 
     @cached_property
-    def _evaluated(self) -> Callable[[TrainState], Any] | None:
-        averages = "average" in self.shapes.opt_state
-        if not (self.replicas or averages or qat.trains_codes(self.config)):
+    def _eval_params_fn(self) -> Callable[[TrainState], Any] | None:
+        if self.replicas:
+            eval_params = self.replicas.parameters
+        elif "average" in self.shapes.opt_state:
+            eval_params = average_params
+        elif qat.trains_codes(self.config):
+            eval_params = lambda state: qat.dequantized_weights(state.params, self.config)
+        else:
             return None
-        where = jax.tree.map(lambda leaf: leaf.sharding, self._abstract_params())
-        own = average_params if averages else lambda state: qat.dequantized_weights(state.params, self.config)
-        return jax.jit(self.replicas.parameters if self.replicas else own, out_shardings=where)
+        return jax.jit(eval_params, out_shardings=self._weight_shardings(self._weight_shapes))
 
     @cached_property
     def traffic(self) -> tuple[Traffic, ...]:
-        """What each replica sends, and when; nothing in a run of one."""
+        """What each replica sends, and when; empty for a run of one replica."""
         if not self.replicas:
             return ()
-        meetings = traffic(
+        traffic = outer_traffic(
             self.config.outer,
             self.array_shapes,
             layers=self.config.model.layers,
             replicas=self.replicas.count,
-            collected=gathered_bytes if isinstance(self.replicas, Island) else None,
+            mean_bytes=all_gather_bytes if isinstance(self.replicas, Island) else None,
         )
-        return (*meetings, self._routed()) if self.config.outer.routing and self.pipeline_plan else meetings
+        routes = self.config.outer.routing and self.pipeline_plan
+        return (*traffic, self._routing_traffic()) if routes else traffic
 
-    def _routed(self) -> Traffic:
-        """What microbatches carry from replica to replica."""
-        table, config = self.pipeline_plan.table, self.config
-        tokens = config.data.global_batch * config.data.sequence_length // self.replicas.count
-        of_token = config.model.embed * jnp.dtype(config.precision.compute).itemsize
-        keys = 8 * config.data.global_batch // self.replicas.count if uses_dropout(config) else 0
-        return routed(
+    def _routing_traffic(self) -> Traffic:
+        """What a pipeline sends when its microbatches pass from replica to replica."""
+        table, config, replicas = self.pipeline_plan.table, self.config, self.replicas.count
+        tokens = config.data.global_batch * config.data.sequence_length // replicas
+        token_bytes = config.model.embed * jnp.dtype(config.precision.compute).itemsize
+        batch_bytes = sum(shape.size * shape.dtype.itemsize for shape in self.batch_shapes.values())
+        key_bytes = 8 * config.data.global_batch if uses_dropout(config) else 0
+        return routing_traffic(
             ticks=table.ticks,
             pipe=table.devices,
             chunks=table.chunks,
-            replicas=self.replicas.count,
-            message=tokens // table.microbatches * of_token,
-            fields=sum(shape.size * shape.dtype.itemsize for shape in self.batch_shapes.values()) // self.replicas.count
-            + keys,
+            replicas=replicas,
+            message=tokens // table.microbatches * token_bytes,
+            fields=batch_bytes // replicas + key_bytes // replicas,
         )
 
     @cached_property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one replica's every parameter, by canonical name."""
+        """Shape of each parameter of one replica, by canonical name."""
         return run_shapes(self._abstract_params(), self.config.model, self.order)
 
     def _abstract_params(self) -> Any:
-        """One replica's parameters as the model reads them, and where they live."""
-        shapes = self._weight_shapes
-        return jax.tree.map(with_sharding, shapes, weight_shardings(shapes, mesh=self.mesh, zero=self.config.mesh.zero))
+        """Shapes and shardings of one replica's parameters, as the model reads them."""
+        return with_shardings(self._weight_shapes, self._weight_shardings(self._weight_shapes))
 
     @cached_property
     def _weight_shapes(self) -> Any:
-        return jax.eval_shape(lambda: qat.dequantized_weights(self._one().params, self.config))
+        return jax.eval_shape(lambda: qat.dequantized_weights(self._initial_single().params, self.config))
 
     def _abstract_state(self) -> TrainState:
-        return jax.tree.map(with_sharding, self.shapes, self.shardings)
-
-
-def with_sharding(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of `leaf`, at `sharding`."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return with_shardings(self.shapes, self.shardings)
 
 
 def average_params(state: TrainState) -> Any:
-    """The moving average of the parameters, in their dtype."""
-    return jax.tree.map(lambda mean, own: mean.astype(own.dtype), state.opt_state["average"].params, state.params)
+    """Return the moving average of the parameters, in their dtype."""
+    return jax.tree.map(lambda mean, param: mean.astype(param.dtype), state.opt_state["average"].params, state.params)
 
 
 def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) -> Program:
     """Compose recipe, model, memory policy, gradient engine, optimizer and outer optimizer. Allocates nothing.
 
-    `replica_count` is for a mesh that is not the run's own: replicas that it has no axis for are on every device.
+    `replica_count` is for a mesh without an axis for the run's replicas: then all of them are on every device.
     """
-    model = model_graphdef(config)
-    staged = make_pipeline_plan(config, pipe=mesh.shape["pipe"])
-    engines = (
-        single_stage_engines(config, mesh, model) if staged is None else pipelined_engines(config, mesh, model, staged)
-    )
-    schedule = optimizers.schedule(config.optimizer, steps=config.steps)
-    order = None if staged is None else staged.order
-    make = optimizer_factory(config, order=order)
-    optimizer, lift = make(), make_multi_adapter(config)
+    graph = model_graphdef(config)
+    plan = make_pipeline_plan(config, pipe=mesh.shape["pipe"])
+    if plan is None:
+        order, engines = None, single_stage_engines(config, mesh, graph)
+    else:
+        order, engines = plan.order, pipelined_engines(config, mesh, graph, plan)
+    make_optimizer = optimizer_factory(config, order=order)
+    optimizer = make_optimizer()
     update = skip_if_unhealthy(optimizer)
-    if staged is not None and config.pipeline.post_validation:
-        update = post_validated(optimizer, make(clip=optimizers.unclipped), clip=config.optimizer.clip)
+    if plan is not None and config.pipeline.post_validation:
+        update = post_validated(optimizer, make_optimizer(clip=optimizers.unclipped), clip=config.optimizer.clip)
     if config.privacy is not None:
         update = add_noise(update, config.privacy, rows=config.data.global_batch)
-    gradients = qat.with_dequantized_weights(engines.train, config)
-    train, told = gradients, no_extra_inputs
+    gradient_engine = qat.with_dequantized_weights(engines.train, config)
+    train_engine, extra_inputs = gradient_engine, no_extra_inputs
     if engines.squared_gradients is not None:
-        train, told = two_phase_engine(
-            partial(mask_is_final, adapter=config.adapter), engines.squared_gradients, gradients
-        )
-    if staged is not None and config.outer is not None and config.outer.routing:
-        told = routing_inputs(config.seed, staged.table, replicas=config.mesh.replica)
-    applied, numbers = make_update(update, schedule=schedule, spike=config.logging.spike), None
-    if lift is not None:
-        optimizer, applied, numbers = lift.optimizer(optimizer), lift.apply_update(applied), lift.row_ids
-    step = make_step(train, applied, dropout=uses_dropout(config), extra_inputs=told, row_ids=numbers)
+        is_final = partial(mask_is_final, adapter=config.adapter)
+        train_engine, extra_inputs = two_phase_engine(is_final, engines.squared_gradients, gradient_engine)
+    if plan is not None and config.outer is not None and config.outer.routing:
+        extra_inputs = routing_inputs(config.seed, plan.table, replicas=config.mesh.replica)
+    schedule = optimizers.schedule(config.optimizer, steps=config.steps)
+    apply_update, row_ids = make_update(update, schedule=schedule, spike=config.logging.spike), None
+    if (adapters := make_multi_adapter(config)) is not None:
+        optimizer, row_ids = adapters.optimizer(optimizer), adapters.row_ids
+        apply_update = adapters.apply_update(apply_update)
+    dropout = uses_dropout(config)
+    step = make_step(train_engine, apply_update, dropout=dropout, extra_inputs=extra_inputs, row_ids=row_ids)
     evaluate, measures = engines.evaluate, engines.measures
     if config.islands:
-        several = make_island(config, mesh, order=order)
+        replicas = make_island(config, mesh, order=order)
     else:
-        several = make_replicas(config, mesh, count=replica_count, order=order)
-    if several:
-        step, evaluate = several.step(step), several.evaluate(evaluate)
-        measures = {name: several.evaluate(measure) for name, measure in measures.items()}
-    return Program(config, mesh, model, optimizer, gradients, step, evaluate, measures, staged, several)
+        replicas = make_replicas(config, mesh, count=replica_count, order=order)
+    if replicas:
+        step, evaluate = replicas.step(step), replicas.evaluate(evaluate)
+        measures = {name: replicas.evaluate(measure) for name, measure in measures.items()}
+    return Program(config, mesh, graph, optimizer, gradient_engine, step, evaluate, measures, plan, replicas)
 
 
 def uses_dropout(config: RunConfig) -> bool:
-    """Whether anything is random in a forward pass of training."""
+    """Whether the forward pass of training draws random numbers."""
     return config.model.dropout > 0 or (config.adapter is not None and config.adapter.dropout > 0)

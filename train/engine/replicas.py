@@ -26,9 +26,9 @@ from ...configs.sections.model import ModelConfig
 from ...parallel import layout
 from ...parallel.gradients import Batch
 from ...parallel.outer import registry
-from ...parallel.outer.exchange import AXIS, Wires, exchange
-from ...parallel.outer.interface import Exchange, Meeting, OuterOptimizer
-from ...parallel.outer.matchings import chosen
+from ...parallel.outer.exchange import REPLICA_AXIS, WireNames, make_exchange
+from ...parallel.outer.interface import Exchange, OuterStep, OuterOptimizer
+from ...parallel.outer.matchings import matching_for_round
 from ...parallel.sharding import optimizer_shardings
 from ...parallel.state import TrainState
 from . import compile_cache
@@ -107,7 +107,7 @@ class Replicas:
 
     def parameters(self, state: TrainState) -> Any:
         """The outer parameters, without [replica], in the dtype of the inner ones: what the run is."""
-        found = self.outer.parameters(state.params, self.outer_on_device(state.outer))
+        found = self.outer.eval_params(state.params, self.outer_on_device(state.outer))
         return jax.tree.map(lambda mean, own: mean.astype(own.dtype), found, state.params)
 
     def replica_spread(self, state: TrainState) -> dict[str, float]:
@@ -138,20 +138,20 @@ class Replicas:
     def compiled_synchronization(self, shapes: TrainState, shardings: TrainState) -> Synchronize:
         """`meet(state, update)` runs what is due after update number `update`; it consumes the state it is given."""
         compiled = {
-            meeting.name: self.compile_outer_step(meeting, shapes, shardings) for meeting in self.outer.meetings
+            meeting.name: self.compile_outer_step(meeting, shapes, shardings) for meeting in self.outer.outer_steps
         }
 
         def meet(state: TrainState, update: int) -> TrainState:
-            for meeting in self.outer.meetings:
-                if meeting.due(update):
-                    row = chosen(update, replicas=self.count, seed=self.seed)
+            for meeting in self.outer.outer_steps:
+                if meeting.is_due(update):
+                    row = matching_for_round(update, replicas=self.count, seed=self.seed)
                     params, outer = compiled[meeting.name](state.params, state.outer, np.int32(row))
                     state = dataclasses.replace(state, params=params, outer=outer)
             return state
 
         return meet
 
-    def compile_outer_step(self, meeting: Meeting, shapes: TrainState, shardings: TrainState) -> jax.stages.Compiled:
+    def compile_outer_step(self, meeting: OuterStep, shapes: TrainState, shardings: TrainState) -> jax.stages.Compiled:
         """The program of one meeting, by whom nothing but parameters and outer state is read."""
         where = (shardings.params, shardings.outer)
         given = jax.tree.map(
@@ -176,20 +176,20 @@ def make_replicas(
 
     `order` is that of the layers in the run's stacks.
     """
-    count = count or mesh.shape[AXIS]
+    count = count or mesh.shape[REPLICA_AXIS]
     if count == 1:
         return None
 
-    def travel(wire: Wires) -> Exchange:
-        return exchange(wire, replicas=count, mesh=mesh)
+    def exchange_factory(wire: WireNames) -> Exchange:
+        return make_exchange(wire, replicas=count, mesh=mesh)
 
-    outer = registry.build(config.outer, model=config.model, travel=travel, replicas=count, order=order)
+    outer = registry.build_outer_optimizer(config.outer, model=config.model, exchange_factory=exchange_factory, replicas=count, order=order)
     return Replicas(count, outer, mesh, config.seed, config.outer.memory == "host")
 
 
 def shard_over_replicas(shardings: Any) -> Any:
     """The shardings of arrays with a leading [replica], from those without it."""
-    return jax.tree.map(lambda one: NamedSharding(one.mesh, PartitionSpec(AXIS, *one.spec)), shardings)
+    return jax.tree.map(lambda one: NamedSharding(one.mesh, PartitionSpec(REPLICA_AXIS, *one.spec)), shardings)
 
 
 def metrics_to_host(metrics: Mapping[str, jax.Array]) -> dict[str, float]:

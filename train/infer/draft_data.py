@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 32  # texts that are written beside each other
 
 
-class Asked(NamedTuple):
+class GenerationRequest(NamedTuple):
     """How much is read and written."""
 
     texts: int  # at most
@@ -52,7 +52,7 @@ class Counts(NamedTuple):
     """What `write` wrote."""
 
     written: int
-    ended: int  # of these, by themselves
+    finished: int  # of these, by themselves
 
 
 def writer_at(place: Path, *, platform: str) -> Writer:
@@ -66,13 +66,13 @@ def writer_at(place: Path, *, platform: str) -> Writer:
         )
         runtime.start(config, ProcessInfo())
         program = build(config, make_mesh(config.mesh))
-        return Writer(program, program.weights())
+        return Writer(program, program.pretrained_weights())
     run = newest_island(place)
     program, state = opened(read(run, [f"mesh.platform={platform}"]), run)
     return Writer(program, program.merged_weights(state))
 
 
-def write(config: RunConfig, target: Path, file: Path, asked: Asked) -> Counts:
+def write_draft_data(config: RunConfig, target: Path, file: Path, request: GenerationRequest) -> Counts:
     """Continue the beginnings of training documents of `config` with the model in `target`; rows go to `file`.
 
     A row has `prompt` and `completion`. A document that has a prompt begins with it, any other with its first tokens.
@@ -86,27 +86,27 @@ def write(config: RunConfig, target: Path, file: Path, asked: Asked) -> Counts:
     one = writer_at(target, platform=config.mesh.platform)
     data = assemble.of_run(config)
     check_same(data.tokenizer, newest_island(target) if (target / "config.yaml").exists() else target, key="--target")
-    found = beginnings(data.train, data.tokenizer, rows=data.train.rows_per_epoch(0), tokens=asked.prompt_tokens)
+    found = document_prompts(data.train, data.tokenizer, rows=data.train.rows_per_epoch(0), tokens=request.prompt_tokens)
     prompts, counts = whole(found, data.tokenizer), Counts(0, 0)
     with file.open("x", encoding="utf-8") as out:
-        left = asked.texts
+        left = request.texts
         while some := list(islice(prompts, min(AT_ONCE, left))):
             left -= len(some)
-            ended = completed(one, data.tokenizer, some, asked)
+            ended = completed(one, data.tokenizer, some, request)
             for prompt, text, _ in ended:
                 out.write(json.dumps({"prompt": prompt, "completion": text}) + "\n")
-            counts = Counts(counts.written + len(ended), counts.ended + sum(by_itself for *_, by_itself in ended))
+            counts = Counts(counts.written + len(ended), counts.finished + sum(by_itself for *_, by_itself in ended))
             logger.info("%d texts", counts.written)
     if not counts.written:
         file.unlink()
         raise UserError(
-            f"data: no training document has more than {asked.prompt_tokens} tokens, or a prompt; lower --prompt-tokens"
+            f"data: no training document has more than {request.prompt_tokens} tokens, or a prompt; lower --prompt-tokens"
         )
     return counts
 
 
 def completed(
-    one: Writer, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], asked: Asked
+    one: Writer, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], asked: GenerationRequest
 ) -> list[tuple[str, str, bool]]:
     """(prompt, what follows, whether it ended by itself) of the prompts after which something follows."""
     rows = generate(
@@ -125,8 +125,8 @@ def completed(
     ]
 
 
-def measured(
-    draft: Path, target: Path | None, prompts: Sequence[str], *, ahead: int, asked: Asked
+def measure_draft(
+    draft: Path, target: Path | None, prompts: Sequence[str], *, draft_length: int, asked: GenerationRequest
 ) -> tuple[Spoken, list[str], list[str]]:
     """What speculative decoding took, what it continued, and what it wrote.
 
@@ -143,12 +143,12 @@ def measured(
     check_same(tokenizer, newest_island(target) if (target / "config.yaml").exists() else target, key="--target")
     opened_prompts = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(list(prompts))]
     if not prompts:
-        opened_prompts = held_out_beginnings(config, run, asked)
+        opened_prompts = held_out_prompts(config, run, asked)
     spoken = speculate(
         writer_at(target, platform=config.mesh.platform),
         writer_at(run, platform=config.mesh.platform),
         opened_prompts,
-        ahead=ahead,
+        ahead=draft_length,
         max_tokens=asked.tokens,
         sampling=asked.sampling,
         eos=tokenizer.eos,
@@ -158,12 +158,12 @@ def measured(
     return spoken, decoded, [tokenizer.decode(text) for text in spoken.texts]
 
 
-def held_out_beginnings(config: RunConfig, run: Path, asked: Asked) -> list[list[int]]:
+def held_out_prompts(config: RunConfig, run: Path, asked: GenerationRequest) -> list[list[int]]:
     """Of `asked.texts` held-out documents. Raises UserError where there are none."""
     data = assemble.of_run(config)
     if data.held_out is None:
         raise UserError(f"data.held_out: 0 in {run}: nothing to begin with; give texts to continue")
-    found = beginnings(data.held_out, data.tokenizer, rows=data.held_out.rows, tokens=asked.prompt_tokens)
+    found = document_prompts(data.held_out, data.tokenizer, rows=data.held_out.rows, tokens=asked.prompt_tokens)
     prompts = list(islice(found, asked.texts))
     if not prompts:
         raise UserError(
@@ -172,7 +172,7 @@ def held_out_beginnings(config: RunConfig, run: Path, asked: Asked) -> list[list
     return prompts
 
 
-def beginnings(dataset: HasRows, tokenizer: Tokenizer, *, rows: int, tokens: int) -> Iterator[list[int]]:
+def document_prompts(dataset: HasRows, tokenizer: Tokenizer, *, rows: int, tokens: int) -> Iterator[list[int]]:
     """What the documents in the first `rows` rows begin with: what is read only, or else their first `tokens` tokens.
 
     `bos` stands before them. Documents that are too short, and pieces of documents that began elsewhere, are left out.

@@ -17,7 +17,7 @@ from .sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Assessment:
+class Evaluator:
     """Judges states of `program`; `compiled` is its evaluation, `metrics` are the user's, of answers."""
 
     program: Program

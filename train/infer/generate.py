@@ -57,11 +57,11 @@ def generate(
     check(prompts, model, max_tokens=max_tokens)
     if not prompts:
         return []
-    tokens, lengths = padded(prompts, multiple=mesh.shape["data"] * mesh.shape["fsdp"])
+    tokens, lengths = pad_prompts(prompts, multiple=mesh.shape["data"] * mesh.shape["fsdp"])
     # Key data and in numpy: every process hands over the same values, and none of them is on one of its devices.
     keys = np.asarray(jax.random.key_data(text_keys(key, [*prompts, *[()] * (len(tokens) - len(prompts))])))
     compute = program.config.precision.compute
-    run = generator(program.graph, model, mesh, compute=compute, max_tokens=max_tokens, sampling=sampling, eos=eos)
+    run = compiled_generator(program.graph, model, mesh, compute=compute, max_tokens=max_tokens, sampling=sampling, eos=eos)
     with jax.set_mesh(mesh):
         rows = np.asarray(run(params, tokens, lengths, keys))[: len(prompts)].tolist()
     return [row[: row.index(eos)] if eos in row else row for row in rows]
@@ -86,7 +86,7 @@ def check(prompts: Sequence[Sequence[int]], model: ModelConfig, *, max_tokens: i
             )
 
 
-def padded(prompts: Sequence[Sequence[int]], *, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_prompts(prompts: Sequence[Sequence[int]], *, multiple: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [rows, width] with zeros on the left, and lengths [rows]; rows of length 0 fill up to `multiple`."""
     rows = -(-len(prompts) // multiple) * multiple
     width = -(-max(map(len, prompts)) // WIDTH) * WIDTH
@@ -107,7 +107,7 @@ class Written(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def generator(
+def compiled_generator(
     graph: Any,
     model: ModelConfig,
     mesh: Mesh,
@@ -121,11 +121,11 @@ def generator(
 
     `keys` are key data. The token after i others is drawn with `fold_in(key, i)`; what a row holds after `eos` is void.
     """
-    told = inference(mesh, compute=jnp.dtype(compute))
+    told = inference_context(mesh, compute=jnp.dtype(compute))
 
     def run(params: Any, tokens: jax.Array, lengths: jax.Array, keys: jax.Array) -> jax.Array:
         (rows, width), keys = tokens.shape, jax.random.wrap_key_data(keys)
-        decoder = nnx.merge(graph, rounded(params, told.compute))
+        decoder = nnx.merge(graph, cast_weights(params, told.compute))
         ctx = told if decoder.prompt is None else dataclasses.replace(told, prefix=decoder.prefix(told))
         first = width - lengths[:, None]
 
@@ -139,12 +139,12 @@ def generator(
         def another(written: Written) -> Written:
             newest = jax.lax.dynamic_slice_in_dim(written.tokens, written.count - 1, 1, axis=1)
             index = (width + written.count - 1)[None]
-            here = standing(ctx, attention=DENSE, index=index, first=first, cache=written.cache)
+            here = context_at(ctx, attention=DENSE, index=index, first=first, cache=written.cache)
             scores, cache = next_scores(decoder, newest, here)
             return drawn(scores, written._replace(cache=cache))
 
         empty = caches.empty_cache(model, rows=rows, capacity=width + max_tokens, ctx=ctx)
-        here = standing(ctx, attention=BLOCKWISE, index=jnp.arange(width), first=first, cache=empty)
+        here = context_at(ctx, attention=BLOCKWISE, index=jnp.arange(width), first=first, cache=empty)
         scores, cache = next_scores(decoder, tokens, here)
         nothing = Written(jnp.int32(0), jnp.zeros((rows, max_tokens), jnp.int32), lengths == 0, cache)
         going_on = lambda written: (written.count < max_tokens) & ~written.ended.all()
@@ -153,7 +153,7 @@ def generator(
     return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def inference(mesh: Mesh, *, compute: Any) -> Context:
+def inference_context(mesh: Mesh, *, compute: Any) -> Context:
     """What every forward pass on `mesh` is told; `standing` adds where its tokens are.
 
     The sequence stays in one piece: a step of the loop has a single token to share out.
@@ -172,7 +172,7 @@ def inference(mesh: Mesh, *, compute: Any) -> Context:
     )
 
 
-def standing(
+def context_at(
     ctx: Context, *, attention: Implementation, index: jax.Array, first: jax.Array, cache: caches.Cache
 ) -> Context:
     """`ctx` for tokens at `index` [tokens] of every row, where rows begin at `first` [rows, 1]."""
@@ -190,11 +190,11 @@ def standing(
 
 def next_scores(decoder: Decoder, tokens: jax.Array, ctx: Context) -> tuple[jax.Array, caches.Cache]:
     """Logits after the last of `tokens` [rows, tokens], float32 [rows, vocab], and the cache with all of them in it."""
-    scores, cache = all_scores(decoder, tokens, ctx, last=1)
+    scores, cache = forward_logits(decoder, tokens, ctx, last=1)
     return scores[:, 0], cache
 
 
-def all_scores(decoder: Decoder, tokens: jax.Array, ctx: Context, *, last: int) -> tuple[jax.Array, caches.Cache]:
+def forward_logits(decoder: Decoder, tokens: jax.Array, ctx: Context, *, last: int) -> tuple[jax.Array, caches.Cache]:
     """Logits after each of the `last` of `tokens` [rows, tokens], float32 [rows, last, vocab], and the cache."""
     model = decoder.config
     hidden, entries = decoder.hidden(tokens, ctx)
@@ -205,7 +205,7 @@ def all_scores(decoder: Decoder, tokens: jax.Array, ctx: Context, *, last: int) 
     return scores[..., : model.vocab], caches.write_entries(ctx.cache, entries, index=ctx.index[0])
 
 
-def rounded(params: Any, dtype: Any) -> Any:
+def cast_weights(params: Any, dtype: Any) -> Any:
     """`params` with everything in `dtype` that a forward pass rounds to it at every use; norms stay as they are."""
 
     def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from ...models.attention.dense import DENSE
 from ...models.context import Context
 from ...models.decoder import Decoder
 from ..engine.program import Program
-from .generate import all_scores, check, inference, padded, rounded, standing
+from .generate import forward_logits, check, inference_context, pad_prompts, cast_weights, context_at
 from .sampling import Sampling, probabilities, text_keys
 
 
@@ -90,7 +90,7 @@ def speculate(
     )
     texts, counts = [], np.zeros(4, np.int64)
     for prompt, own in zip(prompts, text_keys(key, prompts), strict=True):
-        tokens, lengths = padded([prompt], multiple=1)
+        tokens, lengths = pad_prompts([prompt], multiple=1)
         with jax.set_mesh(target.program.mesh):
             said, *numbers = jax.device_get(run(target.weights, draft.weights, tokens, lengths, own))
         row = said[:max_tokens].tolist()
@@ -140,8 +140,8 @@ def speaker(
             keys = jax.random.split(jax.random.fold_in(key, state.counts[1]))
             text, q, cache = drafted(halves[1], state, ahead=ahead, first=first, sampling=sampling, key=keys[0])
             index = state.end - 1 + jnp.arange(ahead + 1)
-            here = standing(halves[0].ctx, attention=DENSE, index=index, first=first, cache=state.caches[0])
-            scores, read = all_scores(halves[0].decoder, text[:, index], here, last=ahead + 1)
+            here = context_at(halves[0].ctx, attention=DENSE, index=index, first=first, cache=state.caches[0])
+            scores, read = forward_logits(halves[0].decoder, text[:, index], here, last=ahead + 1)
             guesses = text[0, index[1:]]
             kept, token = verified(probabilities(scores[0], sampling=sampling), q, guesses, keys[1])
             text = text.at[0, state.end + kept].set(token)
@@ -160,8 +160,8 @@ def speaker(
 def half(graph: Any, model: ModelConfig, compute: str, weights: Any, *, mesh: Mesh) -> Half:
     """A model with its weights, and what its blocks are told."""
     del model  # tells programs apart
-    ctx = inference(mesh, compute=jnp.dtype(compute))
-    decoder = nnx.merge(graph, rounded(weights, ctx.compute_dtype))
+    ctx = inference_context(mesh, compute=jnp.dtype(compute))
+    decoder = nnx.merge(graph, cast_weights(weights, ctx.compute_dtype))
     return Half(decoder, ctx if decoder.prompt is None else dataclasses.replace(ctx, prefix=decoder.prefix(ctx)))
 
 
@@ -169,8 +169,8 @@ def prefilled(one: Half, tokens: jax.Array, *, first: jax.Array, capacity: int) 
     """The cache after a prompt."""
     empty = caches.empty_cache(one.decoder.config, rows=1, capacity=capacity, ctx=one.ctx)
     index = jnp.arange(tokens.shape[1])
-    here = standing(one.ctx, attention=BLOCKWISE, index=index, first=first, cache=empty)
-    return all_scores(one.decoder, tokens, here, last=1)[1]
+    here = context_at(one.ctx, attention=BLOCKWISE, index=index, first=first, cache=empty)
+    return forward_logits(one.decoder, tokens, here, last=1)[1]
 
 
 def drafted(
@@ -181,8 +181,8 @@ def drafted(
     def one(carry: tuple[jax.Array, caches.Cache], number: jax.Array) -> tuple[Any, jax.Array]:
         text, cache = carry
         index = (state.end - 1 + number)[None]
-        here = standing(draft.ctx, attention=DENSE, index=index, first=first, cache=cache)
-        scores, cache = all_scores(draft.decoder, text[:, index], here, last=1)
+        here = context_at(draft.ctx, attention=DENSE, index=index, first=first, cache=cache)
+        scores, cache = forward_logits(draft.decoder, text[:, index], here, last=1)
         q = probabilities(scores[0, 0], sampling=sampling)
         token = jax.random.categorical(jax.random.fold_in(key, number), jnp.log(q))
         return (text.at[0, index[0] + 1].set(token.astype(text.dtype), mode="drop"), cache), q

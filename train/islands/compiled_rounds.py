@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...parallel.outer.split_round import Letter, decoded
+from ...parallel.outer.split_round import Message, decode
 from ...parallel.state import TrainState
 from ..engine.island_replica import Island
 
@@ -24,7 +24,7 @@ class RoundPrograms(NamedTuple):
 
     send: Callable[[Any, Any], list[Any]]  # (params, outer) -> codes, a tree a letter
     receive: Callable[..., tuple[Any, Any]]  # (params, outer, arrived); consumes the first two
-    messages: list[Letter]
+    messages: list[Message]
     codes: list[Any]  # shapes
     decoders: list[Callable[[Any], Any]]  # of each letter
 
@@ -33,13 +33,13 @@ def make_round_programs(island: Island, name: str, shapes: TrainState, shardings
     """The programs of the meeting `name`; compiled when they are first called."""
     halves = island.send_receive(name)
     where = (shardings.params, shardings.outer)
-    letters = halves.letters(shapes.params, shapes.outer)
+    letters = halves.messages(shapes.params, shapes.outer)
     return RoundPrograms(
-        jax.jit(halves.outgoing),
-        jax.jit(halves.incoming, out_shardings=where, donate_argnums=(0, 1)),
+        jax.jit(halves.send),
+        jax.jit(halves.receive, out_shardings=where, donate_argnums=(0, 1)),
         letters,
-        jax.eval_shape(halves.outgoing, shapes.params, shapes.outer),
-        [jax.jit(partial(decoded, letter)) for letter in letters],
+        jax.eval_shape(halves.send, shapes.params, shapes.outer),
+        [jax.jit(partial(decode, letter)) for letter in letters],
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from ...configs.errors import MeshwrightError, UserError
 from ...configs.sections.islands import IslandsConfig
-from ...parallel.outer.matchings import chosen, matchings
+from ...parallel.outer.matchings import matching_for_round, matchings
 from ...parallel.transport.payload_server import FetchFailure, PayloadServer, Peer, kind
 from ..core.rendezvous import Client, NotAMember
 
@@ -232,7 +232,7 @@ class IslandGroup:
         if self.name not in members:
             return RoundResult("behind", sources=list(members.values()))
         names = sorted(members, key=island_number)
-        row = chosen(update, replicas=len(names), seed=seed)
+        row = matching_for_round(update, replicas=len(names), seed=seed)
         partner = names[int(matchings(len(names))[row, names.index(self.name)])]
         if problem := self._problem(kind(key), payload):
             return RoundResult("behind", failures={self.name: problem}, sources=peers_except(self.name, members))

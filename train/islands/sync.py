@@ -29,9 +29,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ...configs.errors import MeshwrightError, Preempted
 from ...configs.sections.outer import PAIRED
 from ...parallel.multihost import broadcast_bytes
-from ...parallel.outer.interface import Meeting
-from ...parallel.outer.split_round import packed, trouble, unpacked
-from ...parallel.outer.traffic import sent
+from ...parallel.outer.interface import OuterStep
+from ...parallel.outer.split_round import pack, find_defect, unpack
+from ...parallel.outer.traffic import bytes_sent
 from ...parallel.state import TrainState
 from ...parallel.transport.payload_server import Peer, TransferCounters
 from ..core.event_log import Journal
@@ -54,7 +54,7 @@ class StateReplaced(Exception):
 class PendingRound(NamedTuple):
     """An exchange under way."""
 
-    outer_step: Meeting
+    outer_step: OuterStep
     update: int
     future: Future | None  # of Met; None in other processes than the first
     codes: list[Any]  # shapes and shardings of what is sent, a tree a letter
@@ -93,8 +93,8 @@ class IslandSync:
         self._pending: dict[str, PendingRound] = {}
         self._programs: dict[str, RoundPrograms] = {}
         self._skipped: set[str] = set()  # sendings that came to nothing, until they are sent again
-        self._history = {meeting.name: "" for meeting in self.island.outer.meetings}
-        self._threads = ThreadPoolExecutor(max_workers=len(self.island.outer.meetings))
+        self._history = {meeting.name: "" for meeting in self.island.outer.outer_steps}
+        self._threads = ThreadPoolExecutor(max_workers=len(self.island.outer.outer_steps))
         self._update, self._last = 0, (0, time.monotonic())
         self._peak = (0, 0.0)  # bytes in one update, bytes a second
 
@@ -131,17 +131,17 @@ class IslandSync:
         """What is due after update number `update`; it consumes the state it is given."""
         self._update = update
         self._tell(update)
-        for meeting in self.island.outer.meetings:
-            if not meeting.due(update):
+        for meeting in self.island.outer.outer_steps:
+            if not meeting.is_due(update):
                 continue
-            if meeting.needs is not None:
-                state = self._completed(state, meeting.needs)
-                if meeting.needs not in self._skipped:
+            if meeting.depends_on is not None:
+                state = self._completed(state, meeting.depends_on)
+                if meeting.depends_on not in self._skipped:
                     state = self._applied(state, meeting, [])
                 continue
             self._skipped.discard(meeting.name)
             self._begun(state, meeting, update)
-            if not any(one.needs == meeting.name for one in self.island.outer.meetings):
+            if not any(one.depends_on == meeting.name for one in self.island.outer.outer_steps):
                 state = self._completed(state, meeting.name)
         return self._served(state, update)
 
@@ -170,7 +170,7 @@ class IslandSync:
     def traffic_metrics(self, update: int) -> dict[str, float]:
         """Bytes sent so far by this process's office, beside what the configuration predicts by `update`."""
         traffic = self.program.traffic
-        found = {"predicted_sent_bytes": float(sent(traffic, update))}
+        found = {"predicted_sent_bytes": float(bytes_sent(traffic, update))}
         if self._mail:
             by_kind = dict(self._mail.counters.by_kind)
             other = sum(by_kind.get(kind, 0) for kind in OTHERS)
@@ -185,10 +185,10 @@ class IslandSync:
 
     # ---- one exchange
 
-    def _begun(self, state: TrainState, meeting: Meeting, update: int) -> None:
+    def _begun(self, state: TrainState, meeting: OuterStep, update: int) -> None:
         with jax.set_mesh(self.program.mesh):
             coded = self._compiled(meeting.name).send(state.params, state.outer)
-        payload = packed(self._held(coded))
+        payload = pack(self._held(coded))
         codes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), coded)
         future = None
         if self._mail:
@@ -237,7 +237,7 @@ class IslandSync:
         total = None
         with jax.set_mesh(self.program.mesh):
             for payload in met.payloads.values():
-                arrays = unpacked(payload, leaves)[mine]
+                arrays = unpack(payload, leaves)[mine]
                 codes = jax.tree.unflatten(
                     jax.tree.structure(pending.codes[number]),
                     [make_global_array(array, like.sharding) for array, like in zip(arrays, leaves[mine], strict=True)],
@@ -246,7 +246,7 @@ class IslandSync:
                 total = tree if total is None else add_trees(total, tree)
             return divide_tree(total, float(len(met.payloads)))
 
-    def _applied(self, state: TrainState, meeting: Meeting, arrived: Sequence[Any]) -> TrainState:
+    def _applied(self, state: TrainState, meeting: OuterStep, arrived: Sequence[Any]) -> TrainState:
         with jax.set_mesh(self.program.mesh):
             params, outer = self._compiled(meeting.name).receive(state.params, state.outer, list(arrived))
         return dataclasses.replace(state, params=params, outer=outer)
@@ -276,14 +276,14 @@ class IslandSync:
         if payload is None:
             return None
         self._pending.clear()
-        self._skipped.update(one.needs for one in self.island.outer.meetings if one.needs is not None)
+        self._skipped.update(one.depends_on for one in self.island.outer.outer_steps if one.depends_on is not None)
         length = int.from_bytes(payload[:8], "big")
         head = json.loads(payload[8 : 8 + length])
         step = max(int(head["step"]), at_least)
         self._history = dict(head["history"])
         shapes, where = self._shipped(self.program.shapes), self._shipped(self.program.shardings)
         leaves, structure = jax.tree.flatten(jax.eval_shape(self.island.to_canonical_order, shapes))
-        arrays = jax.tree.unflatten(structure, unpacked(payload[8 + length :], leaves))
+        arrays = jax.tree.unflatten(structure, unpack(payload[8 + length :], leaves))
         parts = jax.tree.map(make_global_array, self.island.to_run_order(arrays), where)
         if self._mail:
             self._mail.group.publish_status_now(active=True, catching_up=False, step=step)
@@ -345,7 +345,7 @@ class IslandSync:
     def _in_order(self, tree: Any) -> bytes:
         """`tree` as it travels to islands whose stacks have their layers in another order."""
         whole = jax.tree.unflatten(jax.tree.structure(tree), list(self._held(tree)))
-        return packed(jax.tree.leaves(self.island.to_canonical_order(whole)))
+        return pack(jax.tree.leaves(self.island.to_canonical_order(whole)))
 
     def _held(self, tree: Any) -> Iterator[np.ndarray]:
         """Every array of `tree`, whole, on this host."""
@@ -381,7 +381,7 @@ class IslandSync:
         """What is wrong with a payload of the meeting `name`, if anything."""
         made = self._compiled(name)
         wires = [letter.wire for letter in made.messages]
-        return trouble(payload, [(wire, jax.tree.leaves(codes)) for wire, codes in zip(wires, made.codes, strict=True)])
+        return find_defect(payload, [(wire, jax.tree.leaves(codes)) for wire, codes in zip(wires, made.codes, strict=True)])
 
     def _compiled(self, name: str) -> RoundPrograms:
         if name not in self._programs:

@@ -26,7 +26,7 @@ from ...memory.jaxpr_stats import host_bytes, matmul_flops
 from ...models.flops import flops_per_token
 from ...parallel.hlo import bytes_by_axes, collectives
 from ...parallel.mesh import make_mesh
-from ...parallel.outer.traffic import summary
+from ...parallel.outer.traffic import traffic_summary
 from ...parallel.sharding import path_name
 from ..engine.program import Program, build
 from ..engine.replicas import Replicas
@@ -93,7 +93,7 @@ def outer_plan(program: Program) -> dict[str, Any]:
     """What the replicas will send each other; nothing where there is one."""
     if not program.replicas:
         return {}
-    return {"outer": summary(program.traffic, program.array_shapes, replicas=program.replicas.count)}
+    return {"outer": traffic_summary(program.traffic, program.array_shapes, replicas=program.replicas.count)}
 
 
 def described(name: str, leaf: Any, sharding: NamedSharding) -> dict[str, Any]:

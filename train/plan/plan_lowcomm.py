@@ -16,11 +16,11 @@ from ...configs.errors import UserError
 from ...configs.loader import load
 from ...configs.run import RunConfig
 from ...configs.sections.outer import OuterConfig
-from ...parallel.outer.latency import pair_seconds, tree_seconds, waiting
-from ...parallel.outer.link_simulator import Method, Workload, needed, rarely, streamed, utilisation
+from ...parallel.outer.latency import pair_seconds, tree_seconds, waiting_cost
+from ...parallel.outer.link_simulator import Method, Workload, required_bandwidth, diloco, streaming_diloco, utilisation
 from ...parallel.outer.link_simulator import data_parallel as every_step
-from ...parallel.outer.reference_tables import PAPER, TARGETS, WORKLOADS, methods
-from ...parallel.outer.traffic import Shapes, data_parallel, gathered_bytes, summary, traffic
+from ...parallel.outer.reference_tables import PUBLISHED_BANDWIDTHS, UTILISATION_TARGETS, WORKLOADS, methods
+from ...parallel.outer.traffic import Shapes, data_parallel_bytes, all_gather_bytes, traffic_summary, outer_traffic
 
 REPLICAS = (2, 16, 128, 1024, 4096)
 WIDTH = 126  # of a table in a file
@@ -58,11 +58,11 @@ def planned(words: Sequence[str], *, step_seconds: float | None, gigabits: float
 def bandwidth_rows() -> list[dict[str, Any]]:
     """Gbit/s for a share of computing: simulated, published, and their ratio, cell by cell."""
     rows = []
-    for (size, name), published in PAPER.items():
+    for (size, name), published in PUBLISHED_BANDWIDTHS.items():
         work = WORKLOADS[size]
         method = methods(work.layers)[name]
-        for target, paper in zip(TARGETS, published, strict=True):
-            mine = needed(work, method, target)
+        for target, paper in zip(UTILISATION_TARGETS, published, strict=True):
+            mine = required_bandwidth(work, method, target)
             rows.append(
                 {"model": size, "method": name, "target": target, "simulated": mine, "paper": paper}
                 | {"ratio": mine / paper}
@@ -74,11 +74,11 @@ def latency_rows() -> list[dict[str, Any]]:
     """Times of an exchange in medians of one message, and of a run in its computing's, by number of replicas."""
     rows = []
     for replicas in REPLICAS:
-        waited = waiting(replicas, steps=100, sigma=SIGMA)
+        waited = waiting_cost(replicas, steps=100, sigma=SIGMA)
         tree, pair = tree_seconds(replicas, SIGMA), pair_seconds(SIGMA)
         rows.append(
             {"replicas": replicas, "tree": tree, "pair": pair, "tree_over_pair": tree / pair}
-            | {"run_waiting_for_all": waited.everybody, "run_waiting_for_partner": waited.pairs}
+            | {"run_waiting_for_all": waited.all_reduce, "run_waiting_for_partner": waited.pairs}
         )
     return rows
 
@@ -91,13 +91,13 @@ def own(config: RunConfig, *, step_seconds: float, gigabits: float) -> dict[str,
     outer, layers, islands = config.outer, config.model.layers, config.islands
     replicas = islands.count if islands else config.mesh.replica
     shapes = model_shapes(config)
-    reduced = data_parallel(shapes, replicas=replicas)
-    collected = gathered_bytes if islands else None
-    meetings = traffic(outer, shapes, layers=layers, replicas=replicas, collected=collected)
+    reduced = data_parallel_bytes(shapes, replicas=replicas)
+    collected = all_gather_bytes if islands else None
+    meetings = outer_traffic(outer, shapes, layers=layers, replicas=replicas, mean_bytes=collected)
     work = Workload(layers, step_seconds, 8e-9 * reduced)
     rules = {
         "data-parallel": every_step(),
-        f"diloco, float32, every {outer.every}": rarely(outer.every),
+        f"diloco, float32, every {outer.every}": diloco(outer.every),
         f"this configuration ({outer.name})": method_of(outer, sum(one.bytes for one in meetings) / reduced),
     }
     link = np.array([gigabits])
@@ -105,8 +105,8 @@ def own(config: RunConfig, *, step_seconds: float, gigabits: float) -> dict[str,
         "step_seconds": step_seconds,
         "gigabits": gigabits,
         "computing": {name: float(utilisation(work, rule, link)[0]) for name, rule in rules.items()},
-        "gigabits_for_90_percent": {name: needed(work, rule, 0.9, LINKS) for name, rule in rules.items()},
-        **summary(meetings, shapes, replicas=replicas),
+        "gigabits_for_90_percent": {name: required_bandwidth(work, rule, 0.9, LINKS) for name, rule in rules.items()},
+        **traffic_summary(meetings, shapes, replicas=replicas),
     }
 
 
@@ -114,8 +114,8 @@ def method_of(outer: OuterConfig, shrink: float) -> Method:
     """How the simulator sees `outer`, whose round sends `shrink` of what reducing one gradient would."""
     if outer.name == "streaming":
         count, order = outer.fragments, outer.order
-        return streamed(outer.every, count=count, order=order, overlap=outer.overlap, shrink=shrink)
-    return rarely(outer.every, overlap=outer.every - 1 if outer.name == "eager" else 0, shrink=shrink)
+        return streaming_diloco(outer.every, count=count, order=order, overlap=outer.overlap, compression=shrink)
+    return diloco(outer.every, overlap=outer.every - 1 if outer.name == "eager" else 0, compression=shrink)
 
 
 def model_shapes(config: RunConfig) -> Shapes:
@@ -131,7 +131,7 @@ def model_shapes(config: RunConfig) -> Shapes:
 
 def bandwidth_table(rows: list[dict[str, Any]]) -> Table:
     """A line a model and method, a column a target."""
-    heads = [f"{target:.0%}" for target in TARGETS]
+    heads = [f"{target:.0%}" for target in UTILISATION_TARGETS]
     table = Table("model", "method", *heads, title="Gbit/s for a share of computing: simulated/paper ratio")
     cells: dict[tuple[str, str], list[str]] = {}
     for row in rows:

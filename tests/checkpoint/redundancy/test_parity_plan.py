@@ -61,15 +61,19 @@ def test_every_engine_knows_its_hosts(engine, expected):
     assert count_hosts(engine, LaunchConfig(hosts=3), processes=6) == 3
 
 
-@pytest.mark.parametrize(("slots", "words", "told"), [((0, 1), (), []), ((1,), ("checkpoint.parity=none",), [[1]])])
-def test_where_parity_cannot_be_had_trainers_and_the_journal_are_told(tmp_path, slots, words, told):
+@pytest.mark.parametrize(
+    ("slots", "overrides", "unprotected"), [((0, 1), (), []), ((1,), ("checkpoint.parity=none",), [[1]])]
+)
+def test_where_parity_is_impossible_trainers_and_the_journal_are_told(tmp_path, slots, overrides, unprotected):
     (tmp_path / "config.yaml").write_text("{}")
     plan, started = plan_of(hosts=3, processes=3, parity="xor"), []
-    engine = SimpleNamespace(gather=lambda slots: None, start=lambda epoch, *, slots, words: started.append(words))
-    keepers = SimpleNamespace(plan=plan, run=tmp_path, recover=plan.restrict_to)
-    RecoveringEngine(engine, keepers).start(2, slots=slots, words=())
-    assert started == [words]
-    assert [event["slots"] for event in read_events(tmp_path) if event["event"] == "unprotected"] == told
+    engine = SimpleNamespace(
+        acquire=lambda slots: None, start=lambda epoch, *, slots, overrides: started.append(overrides)
+    )
+    agents = SimpleNamespace(plan=plan, run=tmp_path, recover=plan.restrict_to)
+    RecoveringEngine(engine, agents).start(2, slots=slots, overrides=())
+    assert started == [overrides]
+    assert [event["slots"] for event in read_events(tmp_path) if event["event"] == "unprotected"] == unprotected
 
 
 def test_the_slots_of_the_last_epoch_are_known_to_the_next_launcher(tmp_path):
@@ -83,38 +87,38 @@ def test_the_slots_of_the_last_epoch_are_known_to_the_next_launcher(tmp_path):
     )
 
 
-class Board:
-    """A switchboard on which every slot is on the machine that it is said to be on."""
+class FakeAgentServer:
+    """An agent server with an agent in every slot, on the machine of `machines`."""
 
     def __init__(self, *machines):
-        self.machines, self.present, self.told = machines, set(range(len(machines))), []
+        self.machines, self.connected_slots, self.sent = machines, set(range(len(machines))), []
 
     def host(self, slot):
         return self.machines[slot]
 
-    def tell(self, slot, words):
-        self.told.append((slot, words["settings"]["places"]))
+    def send(self, slot, message):
+        self.sent.append((slot, message["settings"]["places"]))
 
 
-def test_one_agent_of_a_host_starts_its_keeper(tmp_path):
-    plan, board = plan_of(hosts=2, processes=4, parity="xor"), Board("a", "a", "b", "b")
-    there = RemoteSnapshotAgents(board, plan, tmp_path, rendezvous="a:1")
-    there.check(plan)
-    assert there.start(0, plan) and there.start(1, plan) and board.told == [(0, [0, 1]), (2, [2, 3])]
-    board.present = {1}
-    assert there.start(0, plan) and not there.start(1, plan) and board.told[2:] == [(1, [0, 1])]
+def test_one_agent_of_a_host_starts_its_snapshot_agent(tmp_path):
+    plan, server = plan_of(hosts=2, processes=4, parity="xor"), FakeAgentServer("a", "a", "b", "b")
+    launcher = RemoteSnapshotAgents(server, plan, tmp_path, rendezvous="a:1")
+    launcher.check(plan)
+    assert launcher.start(0, plan) and launcher.start(1, plan) and server.sent == [(0, [0, 1]), (2, [2, 3])]
+    server.connected_slots = {1}
+    assert launcher.start(0, plan) and not launcher.start(1, plan) and server.sent[2:] == [(1, [0, 1])]
 
 
 def test_processes_of_a_host_that_are_on_two_machines_are_refused_by_name(tmp_path):
     plan = plan_of(hosts=2, processes=4, parity="xor")
     with pytest.raises(MeshwrightError, match=r"processes \[2, 3\], which should share a host, are on b and c; set it"):
-        RemoteSnapshotAgents(Board("a", "a", "b", "c"), plan, tmp_path, rendezvous="a:1").check(plan)
+        RemoteSnapshotAgents(FakeAgentServer("a", "a", "b", "c"), plan, tmp_path, rendezvous="a:1").check(plan)
 
 
 def test_a_group_on_one_machine_is_told(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("meshwright"), "propagate", True)
     plan = plan_of(hosts=3, processes=3, parity="xor")
-    RemoteSnapshotAgents(Board("a", "b", "c"), plan, tmp_path, rendezvous="a:1").check(plan)
+    RemoteSnapshotAgents(FakeAgentServer("a", "b", "c"), plan, tmp_path, rendezvous="a:1").check(plan)
     assert not caplog.text
-    RemoteSnapshotAgents(Board("a", "b", "a"), plan, tmp_path, rendezvous="a:1").check(plan)
+    RemoteSnapshotAgents(FakeAgentServer("a", "b", "a"), plan, tmp_path, rendezvous="a:1").check(plan)
     assert "hosts [0, 2] of one parity group are all on a" in caplog.text

@@ -36,7 +36,7 @@ def test_any_hosts_the_parity_bears_come_back_to_the_byte(tmp_path, count, losse
                     assert found == content[: len(found)] and len(found) >= len(content.rstrip(b"\0"))
                 assert agent_files.read_recovery(hosts.directory(host)) == word
             hosts.protect()  # the new hosts keep parity, too
-            assert protected(hosts) == {1} and all(1 in keeper.shares() for keeper in hosts.keepers.values())
+            assert protected(hosts) == {1} and all(1 in agent.shares() for agent in hosts.agents.values())
 
 
 def test_one_more_than_the_parity_bears_is_refused_with_the_reason(tmp_path):
@@ -80,20 +80,20 @@ def test_fewer_hosts_protect_each_other_and_what_the_others_left_is_no_more(tmp_
         fewer = hosts.plan.restrict_to([0, 1])
         hosts.snapshot(5)
         hosts.protect()
-        word = hosts.recover(fewer, before=hosts.plan)
+        word = hosts.recover(fewer, snapshot_plan=hosts.plan)
         assert word.step == -1 and "step 5 were taken in slots [0, 1, 2, 3]; slots [0, 1] go on" in word.note
         hosts.snapshot(4, hosts=[0, 1])
         hosts.snapshot(5, hosts=[0, 1])
         hosts.protect()
         assert [agent_files.read_protected(hosts.directory(host)).step for host in (0, 1)] == [5, 5]
         hosts.lose(1)
-        assert hosts.recover(fewer, before=fewer).rebuilt == (1,)
-        assert hosts.recover(before=fewer).step == -1 and not hosts.files(2) and not hosts.files(3)
+        assert hosts.recover(fewer, snapshot_plan=fewer).rebuilt == (1,)
+        assert hosts.recover(snapshot_plan=fewer).step == -1 and not hosts.files(2) and not hosts.files(3)
         hosts.snapshot(6)
         hosts.protect()
         assert protected(hosts) == {6}
         hosts.lose(3)
-        assert hosts.recover(before=hosts.plan).rebuilt == (3,)
+        assert hosts.recover(snapshot_plan=hosts.plan).rebuilt == (3,)
 
 
 def test_parity_of_four_is_not_read_as_parity_of_two(tmp_path):
@@ -102,9 +102,9 @@ def test_parity_of_four_is_not_read_as_parity_of_two(tmp_path):
         fewer = hosts.plan.restrict_to([0, 1])
         hosts.snapshot(5)
         hosts.protect()
-        hosts.recover(fewer, before=hosts.plan)
+        hosts.recover(fewer, snapshot_plan=hosts.plan)
         hosts.lose(1)
-        word = hosts.recover(fewer, before=fewer)
+        word = hosts.recover(fewer, snapshot_plan=fewer)
         assert word.step == -1 and "with the parity that hosts [] have they cannot be rebuilt" in word.note
 
 
@@ -129,11 +129,11 @@ def test_what_is_overwritten_while_it_is_read_is_noticed(tmp_path):
         hosts.snapshot(1)
         infos = hosts.infos()
         hosts.snapshot(3, hosts=[1])  # into the same slot
-        hosts.keepers[0].look(infos)
-        assert not hosts.keepers[0].shares() and "no snapshot" in hosts.keepers[0].trouble
+        hosts.agents[0].look(infos)
+        assert not hosts.agents[0].shares() and "no snapshot" in hosts.agents[0].trouble
         hosts.snapshot(3, hosts=[0])
         hosts.protect()
-        assert protected(hosts) == {3} and not hosts.keepers[0].trouble
+        assert protected(hosts) == {3} and not hosts.agents[0].trouble
 
 
 def test_a_keeper_that_died_is_followed_by_one_that_knows_as_much(tmp_path):

@@ -19,7 +19,7 @@ from meshwright.models.attention.dense import DENSE
 from meshwright.models.attention.interface import attend
 from meshwright.models.context import Context
 from meshwright.models.decoder import decoder_graphdef, initial_params
-from meshwright.train.infer.generate import standing
+from meshwright.train.infer.generate import context_at
 
 MODEL = ModelConfig(vocab=61, vocab_multiple=8, layers=3, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20)
 LEARNED = MODEL.model_copy(update={"position_encoding": "learned", "max_positions": 32, "scan": False})
@@ -84,7 +84,7 @@ def test_generating_reads_it_at_every_step(method):
     cache = caches.empty_cache(MODEL, rows=2, capacity=11, ctx=ctx)
     for part in (slice(0, 10), slice(10, 11)):
         index = jnp.arange(11)[part]
-        here = standing(ctx, attention=DENSE, index=index, first=jnp.zeros((2, 1), jnp.int32), cache=cache)
+        here = context_at(ctx, attention=DENSE, index=index, first=jnp.zeros((2, 1), jnp.int32), cache=cache)
         found, entries = decoder.hidden(tokens[:, part], here)
         assert_close(found, whole[:, part])
         cache = caches.write_entries(cache, entries, index=index[0])

@@ -17,7 +17,7 @@ from meshwright.models.attention.dense import DENSE
 from meshwright.models.attention.interface import attend
 from meshwright.models.context import Context
 from meshwright.models.decoder import decoder_graphdef
-from meshwright.train.infer.generate import standing
+from meshwright.train.infer.generate import context_at
 
 MODEL = ModelConfig(vocab=61, vocab_multiple=8, layers=3, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20)
 ADAPTER = AdapterConfig(method="unipelt", length=3, rank=4, ranks={"layers/0/attn/q": 2, "layers/1/mlp": 5, "mlp": 6})
@@ -121,7 +121,7 @@ def test_generating_opens_the_gates_of_new_tokens_alone(trees):
     cache = caches.empty_cache(MODEL, rows=2, capacity=11, ctx=ctx)
     for own in (slice(0, 10), slice(10, 11)):
         index = jnp.arange(11)[own]
-        here = standing(ctx, attention=DENSE, index=index, first=jnp.zeros((2, 1), jnp.int32), cache=cache)
+        here = context_at(ctx, attention=DENSE, index=index, first=jnp.zeros((2, 1), jnp.int32), cache=cache)
         found, entries = jax.jit(
             lambda tree, here=here, own=own: decoder_of(ADAPTER, tree).hidden(tokens[:, own], here)
         )(tree)

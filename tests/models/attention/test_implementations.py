@@ -16,7 +16,7 @@ HEAD_DIM = 8
 
 class Case(NamedTuple):
     mask: Mask = Mask()
-    where: TokenIndices = TokenIndices()
+    indices: TokenIndices = TokenIndices()
     queries: int = 40
     keys: int = 40
     heads: int = 4
@@ -52,7 +52,7 @@ CASES = {
     "window": Case(Mask(window=7)),
     "window-of-one-block": Case(Mask(window=16)),
     "window-implies-order": Case(Mask(causal=False, window=7)),
-    "segments": Case(where=TokenIndices(query_segments=PACKED, key_segments=PACKED)),
+    "segments": Case(indices=TokenIndices(query_segments=PACKED, key_segments=PACKED)),
     "segments-both-ways": Case(Mask(causal=False), TokenIndices(query_segments=PACKED, key_segments=PACKED)),
     "grouped": Case(kv_heads=2),
     "multi-query": Case(kv_heads=1),
@@ -64,13 +64,13 @@ CASES = {
     "long": Case(queries=83, keys=83, kv_heads=2),
     "long-both-ways": Case(Mask(causal=False), queries=83, keys=83),
     "long-window": Case(Mask(window=21, softcap=2.0), queries=96, keys=96),
-    "zigzag": Case(where=ZIGZAG, queries=24, keys=96),
+    "zigzag": Case(indices=ZIGZAG, queries=24, keys=96),
     "zigzag-window": Case(Mask(window=30), ZIGZAG, queries=24, keys=96),
     "cache": Case(
-        where=TokenIndices(np.arange(20, 23, dtype=np.int32), np.arange(50, dtype=np.int32)), queries=3, keys=50
+        indices=TokenIndices(np.arange(20, 23, dtype=np.int32), np.arange(50, dtype=np.int32)), queries=3, keys=50
     ),
-    "unseen-future": Case(where=TokenIndices(np.arange(40, dtype=np.int32), np.arange(9, 49, dtype=np.int32))),
-    "unseen-document": Case(where=TokenIndices(query_segments=ALIEN, key_segments=PACKED)),
+    "unseen-future": Case(indices=TokenIndices(np.arange(40, dtype=np.int32), np.arange(9, 49, dtype=np.int32))),
+    "unseen-document": Case(indices=TokenIndices(query_segments=ALIEN, key_segments=PACKED)),
     "bfloat16": Case(kv_heads=2, dtype="bfloat16"),
     "bfloat16-long": Case(queries=83, keys=83, dtype="bfloat16"),
     "everything": Case(
@@ -105,7 +105,7 @@ def arrays(case):
     ]
 
 
-def definition(q, k, v, d_out, mask, where):
+def definition(q, k, v, d_out, mask, indices):
     """out, lse, dq, dk, dv in float64, by the softmax's own Jacobian, which mentions neither out nor lse."""
     q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
     group = q.shape[2] // k.shape[2]
@@ -115,15 +115,15 @@ def definition(q, k, v, d_out, mask, where):
     slope = np.ones_like(s)
     if mask.softcap:
         s, slope = mask.softcap * np.tanh(s / mask.softcap), np.cosh(s / mask.softcap) ** -2
-    i = np.arange(q.shape[1]) if where.query_index is None else np.asarray(where.query_index)
-    j = np.arange(k.shape[1]) if where.key_index is None else np.asarray(where.key_index)
+    i = np.arange(q.shape[1]) if indices.query_index is None else np.asarray(indices.query_index)
+    j = np.arange(k.shape[1]) if indices.key_index is None else np.asarray(indices.key_index)
     seen = np.ones(s.shape, bool)
     if mask.causal:
         seen &= j <= i[:, None]
     if mask.window:
         seen &= (i[:, None] - j >= 0) & (i[:, None] - j < mask.window)
-    if where.query_segments is not None:
-        seen &= (np.asarray(where.query_segments)[:, :, None] == np.asarray(where.key_segments)[:, None])[:, None]
+    if indices.query_segments is not None:
+        seen &= (np.asarray(indices.query_segments)[:, :, None] == np.asarray(indices.key_segments)[:, None])[:, None]
     e = np.where(seen, np.exp(s), 0.0)
     total = e.sum(-1, keepdims=True)
     p = e / np.where(total, total, 1.0)
@@ -136,30 +136,30 @@ def definition(q, k, v, d_out, mask, where):
     return np.einsum("bhqk,bkhd->bqhd", p, v), lse, np.einsum("bhqk,bkhd->bqhd", ds, k), dk, dv
 
 
-def everything(implementation, mask, q, k, v, d_out, where):
+def everything(implementation, mask, q, k, v, d_out, indices):
     """out, lse, dq, dk, dv as one compiled program."""
 
-    def run(q, k, v, d_out, where):
-        out, pull = jax.vjp(lambda q, k, v: attend(implementation, q, k, v, mask, where), q, k, v)
-        return out, implementation.forward(q, k, v, mask, where)[1], *pull(d_out)
+    def run(q, k, v, d_out, indices):
+        out, pull = jax.vjp(lambda q, k, v: attend(implementation, q, k, v, mask, indices), q, k, v)
+        return out, implementation.forward(q, k, v, mask, indices)[1], *pull(d_out)
 
-    return jax.jit(run)(q, k, v, d_out, where)
+    return jax.jit(run)(q, k, v, d_out, indices)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("name", PORTABLE)
 def test_output_statistics_and_gradients_are_the_definitions(name, case):
     implementation, (q, k, v, d_out) = IMPLEMENTATIONS[name], arrays(case)
-    if reason := implementation.refuse(case.mask, case.where, q, k, "cpu"):
+    if reason := implementation.refuse(case.mask, case.indices, q, k, "cpu"):
         pytest.skip(f"{name} {reason}")
-    got = everything(implementation, case.mask, q, k, v, d_out, case.where)
+    got = everything(implementation, case.mask, q, k, v, d_out, case.indices)
     for label, like in zip(("out", "dq", "dk", "dv"), (q, q, k, v), strict=True):
         index = ("out", "lse", "dq", "dk", "dv").index(label)
         assert (got[index].shape, got[index].dtype) == (like.shape, like.dtype), f"{label} is not like its array"
     assert got[1].dtype == jnp.float32, "the log-sum-exp is always float32"
     tolerance = {"float32": 2e-5, "bfloat16": 4e-2}[case.dtype]
     for label, ours, exact in zip(
-        ("out", "lse", "dq", "dk", "dv"), got, definition(q, k, v, d_out, case.mask, case.where), strict=True
+        ("out", "lse", "dq", "dk", "dv"), got, definition(q, k, v, d_out, case.mask, case.indices), strict=True
     ):
         np.testing.assert_allclose(
             np.asarray(ours, np.float64), exact, rtol=tolerance, atol=tolerance * 2, err_msg=label
@@ -199,13 +199,13 @@ def test_replicas_under_vmap_are_independent(name, case):
 
     def gradient(q, k, v):
         def loss(q, k, v):
-            return jnp.vdot(attend(IMPLEMENTATIONS[name], q, k, v, case.mask, case.where), d_out)
+            return jnp.vdot(attend(IMPLEMENTATIONS[name], q, k, v, case.mask, case.indices), d_out)
 
         return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
     together = jax.jit(jax.vmap(gradient))(*replicas)
     for replica in (0, 1):
-        alone = definition(*(x[replica] for x in replicas), d_out, case.mask, case.where)[2:]
+        alone = definition(*(x[replica] for x in replicas), d_out, case.mask, case.indices)[2:]
         for ours, exact in zip(together, alone, strict=True):
             np.testing.assert_allclose(ours[replica], exact, rtol=2e-5, atol=4e-5)
 
@@ -219,12 +219,12 @@ def test_blockwise_memory_is_linear_in_the_sequence(order):
 
 def largest_array(tokens, order):
     q = jax.ShapeDtypeStruct((1, tokens, 1, HEAD_DIM), jnp.float32)
-    where = TokenIndices() if order == "plain" else TokenIndices(*(jax.ShapeDtypeStruct((tokens,), jnp.int32),) * 2)
+    indices = TokenIndices() if order == "plain" else TokenIndices(*(jax.ShapeDtypeStruct((tokens,), jnp.int32),) * 2)
 
-    def loss(q, k, v, where):
-        return attend(IMPLEMENTATIONS["blockwise"], q, k, v, Mask(), where).sum()
+    def loss(q, k, v, indices):
+        return attend(IMPLEMENTATIONS["blockwise"], q, k, v, Mask(), indices).sum()
 
-    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, q, q, where).jaxpr
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, q, q, indices).jaxpr
     return max(var.aval.size for jaxpr in nested(program) for equation in jaxpr.eqns for var in equation.outvars)
 
 

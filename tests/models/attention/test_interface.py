@@ -61,11 +61,11 @@ CUDNN_REFUSES = {
 
 
 @pytest.mark.parametrize("mask, where, shape, reason", CUDNN_REFUSES.values(), ids=CUDNN_REFUSES)
-def test_cudnn_named_where_it_is_not_exact_is_an_error_and_auto_takes_blockwise(mask, where, shape, reason):
+def test_cudnn_named_where_it_is_not_exact_is_an_error_and_auto_takes_blockwise(mask, indices, shape, reason):
     q, k = sizes(**shape)
     with pytest.raises(UserError, match=rf"model\.attention: cudnn .*{reason}.*use blockwise"):
-        choose("cudnn", mask=mask, where=where, q=q, k=k, platform="cpu")
-    assert choose("auto", mask=mask, where=where, q=q, k=k, platform="cpu").name == "blockwise"
+        choose("cudnn", mask=mask, indices=indices, q=q, k=k, platform="cpu")
+    assert choose("auto", mask=mask, indices=indices, q=q, k=k, platform="cpu").name == "blockwise"
 
 
 @pytest.mark.parametrize("mask", [Mask(), Mask(window=4), Mask(causal=False), Mask(scale=0.3)])
@@ -82,7 +82,7 @@ def test_attend_asks_the_implementation_before_it_runs():
 def test_an_unknown_name_lists_the_known_ones():
     q, k = sizes()
     with pytest.raises(UserError, match=r"blokwise matches nothing; .*Did you mean blockwise"):
-        choose("blokwise", mask=Mask(), where=TokenIndices(), q=q, k=k, platform="cpu")
+        choose("blokwise", mask=Mask(), indices=TokenIndices(), q=q, k=k, platform="cpu")
 
 
 MISFITS = {
@@ -95,10 +95,10 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("shapes, where, message", MISFITS.values(), ids=MISFITS)
-def test_arrays_that_do_not_fit_are_named(shapes, where, message):
+def test_arrays_that_do_not_fit_are_named(shapes, indices, message):
     q, k = shapes
     with pytest.raises(UserError, match=message):
-        jax.eval_shape(lambda q, k, v: attend(IMPLEMENTATIONS["dense"], q, k, v, Mask(), where), q, k, k)
+        jax.eval_shape(lambda q, k, v: attend(IMPLEMENTATIONS["dense"], q, k, v, Mask(), indices), q, k, k)
 
 
 @pytest.mark.parametrize("wrong", [{"window": 0}, {"softcap": 0.0}, {"softcap": -1.0}])
@@ -119,7 +119,7 @@ def test_cudnn_is_dense_on_a_gpu(mask, tokens, kv_heads):
     q, k, v, d_out = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
 
     def results(name):
-        choose(name, mask=mask, where=TokenIndices(), q=q, k=k, platform="gpu")
+        choose(name, mask=mask, indices=TokenIndices(), q=q, k=k, platform="gpu")
         out, pull = jax.vjp(lambda q, k, v: attend(IMPLEMENTATIONS[name], q, k, v, mask), q, k, v)
         return out, IMPLEMENTATIONS[name].forward(q, k, v, mask, TokenIndices())[1], *pull(d_out)
 

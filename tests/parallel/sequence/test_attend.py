@@ -48,11 +48,11 @@ def results(attention, q, k, v, d_out):
     return out, *pull(d_out)
 
 
-def compiled(strategy, mesh, mask, where, arguments, implementation="blockwise"):
+def compiled(strategy, mesh, mask, indices, arguments, implementation="blockwise"):
     attention = sequence_parallel(IMPLEMENTATIONS[implementation], strategy=strategy, mesh=mesh)
     placed = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "seq", None, None))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for x in arguments]
-    run = jax.jit(lambda *args: results(lambda q, k, v: attention(q, k, v, mask, where), *args))
+    run = jax.jit(lambda *args: results(lambda q, k, v: attention(q, k, v, mask, indices), *args))
     return run.lower(*shapes).compile(), placed
 
 

@@ -32,6 +32,6 @@ def test_a_part_is_left_out_only_if_no_query_sees_it(mask, index, documents, exp
 
 def test_rows_whose_documents_differ_are_asked_one_by_one():
     """One row of the batch that shares a document is enough."""
-    where = TokenIndices(jnp.arange(4, 8), None, jnp.array(np.repeat([[1], [5]], 4, axis=1)), None)
+    indices = TokenIndices(jnp.arange(4, 8), None, jnp.array(np.repeat([[1], [5]], 4, axis=1)), None)
     part = Part(None, None, jnp.arange(4), jnp.array(np.repeat([[0], [5]], 4, axis=1)))
-    assert bool(_may_see(part, Mask(), where))
+    assert bool(_may_see(part, Mask(), indices))

@@ -125,7 +125,7 @@ def test_layers_that_learn_alone_learn_as_among_all():
         like = jax.eval_shape(lambda: init_params(config))
         state = program.initial(from_canonical(weights, like, config.model))
         with jax.set_mesh(program.mesh):
-            sums = jax.jit(lambda: program.gradients(state.params, state.frozen, batch, None))()
+            sums = jax.jit(lambda: program.gradient_engine(state.params, state.frozen, batch, None))()
         return float(sums.loss), to_canonical(sums.gradient, config.model)
 
     (loss, every), (same, own) = gradient(whole), gradient(chosen)
@@ -276,7 +276,7 @@ def test_another_base_is_refused(runs, tmp_path):
     base, root, *_ = runs
     shutil.copytree(base, tmp_path / "kept")
     other = tuned(base, steps=6)
-    weights = build(other, make_mesh(other.mesh)).weights()
+    weights = build(other, make_mesh(other.mesh)).pretrained_weights()
     (base / "model.safetensors").unlink()
     changed = jax.tree.map(lambda leaf: 1.01 * leaf, weights)
     huggingface.write(changed, other.model, base, kind="qwen3", limit=10**9)

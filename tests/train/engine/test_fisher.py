@@ -38,7 +38,7 @@ def alone(row, number, segments):
 def gradients_of(config):
     """sums(params, batch) of the engine that knows of no examples."""
     program = build(config, make_mesh(config.mesh))
-    run = jax.jit(lambda params, batch: program.gradients(params, {}, batch, None))
+    run = jax.jit(lambda params, batch: program.gradient_engine(params, {}, batch, None))
 
     def sums(params, batch):
         with jax.set_mesh(program.mesh):

@@ -17,11 +17,11 @@ from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
 from meshwright.train.data.tokenizer import tokenizer_for
 from meshwright.train.engine.forward_backward import init_params
-from meshwright.train.infer.draft_data import Asked, beginnings, held_out_beginnings, measured, write
+from meshwright.train.infer.draft_data import GenerationRequest, document_prompts, held_out_prompts, measure_draft, write_draft_data
 from meshwright.train.infer.sampling import GREEDY
 from meshwright.train.run import train
 
-FEW = Asked(texts=5, prompt_tokens=4, tokens=6, sampling=GREEDY, seed=0)
+FEW = GenerationRequest(texts=5, prompt_tokens=4, tokens=6, sampling=GREEDY, seed=0)
 LINES = [f"{number} is {number * number} or so, they say" for number in range(60)]
 
 
@@ -65,7 +65,7 @@ def test_a_document_begins_with_its_prompt_or_its_first_tokens(tmp_path, target)
     found = {}
     for name, data in (("texts", {"held_out": 0.0}), ("asked", asked)):
         data = assemble.of_run(run_of(tmp_path, target, data=data))
-        prompts = list(beginnings(data.train, data.tokenizer, rows=data.train.rows_per_epoch(0), tokens=4))
+        prompts = list(document_prompts(data.train, data.tokenizer, rows=data.train.rows_per_epoch(0), tokens=4))
         assert {prompt[0] for prompt in prompts} == {data.tokenizer.bos}
         found[name] = sorted(data.tokenizer.decode(prompt[1:]) for prompt in prompts)
     assert found["texts"] == sorted(line[:4] for line in LINES)
@@ -75,19 +75,19 @@ def test_a_document_begins_with_its_prompt_or_its_first_tokens(tmp_path, target)
 @pytest.mark.slow
 def test_a_target_writes_what_its_draft_learns_and_then_keeps_more_of(tmp_path, target):
     config, file = run_of(tmp_path, target), tmp_path / "texts.jsonl"
-    counts = write(config, target, file, FEW._replace(texts=40, tokens=12))
+    counts = write_draft_data(config, target, file, FEW._replace(texts=40, tokens=12))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(rows) == counts.written == 40 >= counts.ended
+    assert len(rows) == counts.written == 40 >= counts.finished
     assert all(any(line.startswith(row["prompt"]) for line in LINES) and row["completion"] for row in rows)
     with pytest.raises(UserError, match="nothing is overwritten"):
-        write(config, target, file, FEW)
+        write_draft_data(config, target, file, FEW)
     train(config, process_info=ProcessInfo(), root=tmp_path)
-    before, *_ = measured(tmp_path / "draft", None, [], ahead=3, asked=FEW)
+    before, *_ = measure_draft(tmp_path / "draft", None, [], draft_length=3, asked=FEW)
     learning = {"optimizer": {"learning_rate": 0.01, "schedule": "constant", "weight_decay": 0.0}, "steps": 120}
     own = {"path": str(file), "format": "prompt-completion", "held_out": 0.0}
     train(run_of(tmp_path, target, name="aligned", data=own, **learning), process_info=ProcessInfo(), root=tmp_path)
     prompts = [row["prompt"] for row in rows[:5]]
-    after, begun, texts = measured(tmp_path / "aligned", target, prompts, ahead=3, asked=FEW)
+    after, begun, texts = measure_draft(tmp_path / "aligned", target, prompts, draft_length=3, asked=FEW)
     assert begun == prompts and len(texts) == 5
     assert after.acceptance > before.acceptance + 0.2
 
@@ -107,14 +107,14 @@ def test_both_are_typed(tmp_path, target, monkeypatch):
     told = json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).output)
     assert 1 <= told["block_efficiency"] <= 3 and told["texts"][0]["prompt"] == "12 is"
     config = run_of(tmp_path, target)
-    assert len(held_out_beginnings(config, tmp_path / "runs/draft", FEW)) == 5
+    assert len(held_out_prompts(config, tmp_path / "runs/draft", FEW)) == 5
 
 
 def test_what_cannot_be_written_is_refused(tmp_path, target):
     chats = run_of(tmp_path, target, data={"format": "messages"})
     with pytest.raises(UserError, match="continues texts and no conversations"):
-        write(chats, target, tmp_path / "none.jsonl", FEW)
+        write_draft_data(chats, target, tmp_path / "none.jsonl", FEW)
     with pytest.raises(UserError, match="lower --prompt-tokens"):
-        write(run_of(tmp_path, target), target, tmp_path / "none.jsonl", FEW._replace(prompt_tokens=200))
+        write_draft_data(run_of(tmp_path, target), target, tmp_path / "none.jsonl", FEW._replace(prompt_tokens=200))
     assert not (tmp_path / "none.jsonl").exists()
     assert np.all([len(line) < 200 for line in LINES])

@@ -14,7 +14,7 @@ from meshwright.models.context import Context
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.data.tokenizer import byte_tokenizer
 from meshwright.train.engine.program import build
-from meshwright.train.infer.generate import generate, generator, rounded
+from meshwright.train.infer.generate import generate, compiled_generator, cast_weights
 from meshwright.train.infer.generation_eval import complete
 from meshwright.train.infer.sampling import GREEDY, Sampling, sample, text_keys, top_k, top_p
 
@@ -81,7 +81,7 @@ def test_a_greedy_text_is_the_argmax_of_the_uncached_model_at_every_step(model, 
 def test_each_device_holds_its_own_rows_and_heads_of_the_cache():
     program, params = opened(mesh={"data": 2, "tensor": 2})
     model = program.config.model
-    run = generator(program.graph, model, program.mesh, compute="float32", max_tokens=5, sampling=GREEDY, eos=None)
+    run = compiled_generator(program.graph, model, program.mesh, compute="float32", max_tokens=5, sampling=GREEDY, eos=None)
     rows = (np.zeros((4, 16), np.int32), np.ones(4, np.int32), np.zeros((4, 2), np.uint32))
     with jax.set_mesh(program.mesh):
         text = run.lower(params, *rows).compile().as_text()
@@ -96,7 +96,7 @@ def test_a_text_ends_before_eos_and_the_loop_with_the_last_text(plain):
     program, params = plain
     key = jax.random.key(0)
     assert generate(program, params, PROMPTS, max_tokens=8, sampling=GREEDY, eos=eos, key=key) == before
-    run = generator(
+    run = compiled_generator(
         program.graph, program.config.model, program.mesh, compute="float32", max_tokens=8, sampling=GREEDY, eos=eos
     )
     tokens = np.zeros((3, 32), np.int32)
@@ -196,7 +196,7 @@ def test_weights_rounded_once_are_the_weights_rounded_at_every_use():
         ctx = Context(positions=jnp.arange(tokens.shape[1])[None], compute_dtype=jnp.bfloat16)
         return nnx.merge(program.graph, params).hidden(tokens, ctx)[0]
 
-    small = rounded(params, jnp.bfloat16)
+    small = cast_weights(params, jnp.bfloat16)
     assert small["embed"]["embedding"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(hidden(small), hidden(params))
 

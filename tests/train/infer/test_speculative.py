@@ -49,7 +49,7 @@ def likeliest_after(one):
 
     @jax.jit
     def forward(tokens):
-        decoder = nnx.merge(one.program.graph, one.weights)
+        decoder = nnx.merge(one.program.graph, one.pretrained_weights)
         ctx = Context(positions=jnp.arange(tokens.shape[1])[None])
         return decoder.hidden(tokens, ctx)[0] @ decoder.head_kernel(jnp.float32)
 

@@ -112,7 +112,7 @@ def summed(config):
     state, batch = program.initialize(), batches(config, 1)[0]
     with jax.set_mesh(program.mesh):
         placed = make_global_arrays(batch, config, program.mesh)
-        sums = jax.jit(program.gradients)(state.params, state.frozen, placed, None)
+        sums = jax.jit(program.gradient_engine)(state.params, state.frozen, placed, None)
         each = jax.jit(partial(materialised, config, program))(state.params, state.frozen, placed, None)
     return sums, each
 
@@ -146,7 +146,7 @@ def test_a_row_without_a_finite_norm_counts_as_an_empty_one():
     broken = jax.tree.map(jnp.asarray, params)
     broken["embed"]["embedding"] = params["embed"]["embedding"].at[word].set(jnp.nan)
     with jax.set_mesh(program.mesh):
-        engine = jax.jit(program.gradients)
+        engine = jax.jit(program.gradient_engine)
         found = engine(broken, {}, make_global_arrays(batch, config, program.mesh), None)
         wanted = engine(params, {}, make_global_arrays(without, config, program.mesh), None)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), found.gradient, wanted.gradient)
