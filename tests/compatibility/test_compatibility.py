@@ -78,7 +78,7 @@ def test_every_recorded_run_is_tested():
 
 
 def test_a_recorded_model_and_adapter_are_read_and_written_as_before(tmp_path):
-    """Imported, they have the same held-out loss; the runs they were exported from give the same arrays, bit for bit."""
+    """Imported, they have the same held-out loss; exported again from their runs, the same arrays bit for bit."""
     directory = prepared(tmp_path, "model", "adapter", "plain", "lora")
     results = run_cli(*IMPORT, *HELD_OUT, *EXPORT, cwd=directory)
     losses = {one.command[1]: json.loads(one.output) for one in results if one.command[0] == "evaluate"}
