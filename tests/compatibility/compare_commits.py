@@ -86,10 +86,9 @@ def compared(old: Path, new: Path, *, steps: int) -> tuple[bool, str]:
         return True, f"equal: {len(after)} arrays bit for bit after {steps} steps, loss {last:.6f}"
     names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
     pairs = enumerate(zip(losses(old), losses(new), strict=True), 1)
-    parted = next(
-        (f"losses differ from step {step}, {a} and {b}" for step, (a, b) in pairs if a != b), "losses are equal"
-    )
-    return False, f"DIFFERENT: {len(names)} of {len(after)} arrays, e.g. {', '.join(names[:3])}; {next(parting, 'losses are equal')}"
+    parting = (f"losses differ from step {step}, {a} and {b}" for step, (a, b) in pairs if a != b)
+    where = next(parting, "losses are equal")
+    return False, f"DIFFERENT: {len(names)} of {len(after)} arrays, e.g. {', '.join(names[:3])}; {where}"
 
 
 def main() -> None:
