@@ -3,6 +3,8 @@
     cd CHECKOUT && PYTHONPATH=$(dirname $PWD):tests python -m compatibility.make_fixtures
 
 The fixtures record what must not change. Make them anew only where a release breaks a promise on purpose, and say so.
+What a later commit adds (an option, a metric, a field of an event) is written into fixtures/help or expected.json by
+hand: the runs stay those of the old commit.
 """
 
 import json
