@@ -28,7 +28,7 @@ from meshwright.configs.loader import load
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.process_env import NUMBER, SLOT
 from meshwright.train.launch.drain import drain, read_drained
-from meshwright.train.report.goodput import accounted
+from meshwright.train.report.goodput import compute_goodput
 from meshwright.train.report.run_audit import Verdict, audit
 from meshwright.train.report.run_record import read_record
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    check(options.config, options.overrides)
+    check_comparable(options.config, options.overrides)
     job = Job(options.config, tuple(options.overrides), options.processes)
     name = f"chaos-{int(time.time())}"
     killer = Killer(job, name, random.Random(options.seed), options.every)
@@ -60,14 +60,14 @@ def main(arguments: Sequence[str]) -> None:
     directory, steps = Path("runs") / name, newest(Path("runs") / name) + LAST
     print(f"the killer has gone; {name} and {name}-alone run to step {steps}", flush=True)
     for one in (name, f"{name}-alone"):
-        job.run_through(one, steps)
+        job.run_to_end(one, steps)
     verdicts = audit(directory, against=Path("runs") / f"{name}-alone")
-    print(closing_table(directory, killer.faults, verdicts))
-    if broken := [one.promise for one in verdicts if not one.held]:
+    print(summary_table(directory, killer.faults, verdicts))
+    if broken := [one.promise for one in verdicts if not one.passed]:
         raise MeshwrightError(f"{directory}: broken: {'; '.join(broken)}")
 
 
-def check(config: str, overrides: Sequence[str]) -> None:
+def check_comparable(config: str, overrides: Sequence[str]) -> None:
     """Raise UserError where runs of this configuration could not be compared."""
     loaded = load(config, overrides=overrides)
     if loaded.optimizer.schedule != "constant":
@@ -86,7 +86,7 @@ class Job:
     overrides: tuple[str, ...]
     processes: int
 
-    def launched(self, name: str, steps: int, *, engine: str = "local", **variables: str) -> subprocess.Popen:
+    def launch(self, name: str, steps: int, *, engine: str = "local", **variables: str) -> subprocess.Popen:
         """`meshwright launch` of it, begun, with `variables` in its environment; its output goes to NAME.log."""
         command = [sys.executable, "-m", "meshwright.train.cli", "launch", self.config, *self.overrides]
         command += [f"name={name}", f"steps={steps}", "logging.ledger=true", "elastic.restarts=1000000"]
@@ -95,13 +95,13 @@ class Job:
         with Path("runs", f"{name}.log").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | variables)
 
-    def run_through(self, name: str, steps: int) -> None:
+    def run_to_end(self, name: str, steps: int) -> None:
         """Launch it and let it end by itself. Raises MeshwrightError where it does not end well."""
-        launcher = self.launched(name, steps)
+        launcher = self.launch(name, steps)
         try:
             code = launcher.wait(timeout=PATIENCE)
         finally:
-            end_of(launcher)
+            end_launcher(launcher)
         if code != 0:
             raise MeshwrightError(f"runs/{name}: left alone, it ended with exit code {code}; see runs/{name}.log")
 
@@ -118,7 +118,7 @@ class Killer:
 
     def at_work(self, seconds: float) -> None:
         """Launch the job and disturb it for so long; then have it stop."""
-        launcher = self.job.launched(self.name, ENDLESS)
+        launcher = self.job.launch(self.name, ENDLESS)
         end = time.monotonic() + seconds
         try:
             while True:
@@ -135,7 +135,7 @@ class Killer:
                 raise MeshwrightError(f"asked to stop, the launcher ended with {launcher.returncode}, not 75")
             drain(Path("runs") / self.name, range(self.job.processes), undo=True)
         finally:
-            end_of(launcher)
+            end_launcher(launcher)
 
     def strike(self, launcher: subprocess.Popen) -> None:
         """One fault, whichever the die says among those that are possible."""
@@ -164,7 +164,7 @@ class Killer:
             print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
 
 
-def end_of(launcher: subprocess.Popen) -> None:
+def end_launcher(launcher: subprocess.Popen) -> None:
     """Have it end, and its trainers with it."""
     with suppress(subprocess.TimeoutExpired):
         launcher.terminate()
@@ -215,12 +215,12 @@ def newest(directory: Path) -> int:
     return max((event["step"] for event in read_events(directory) if event["event"] == "commit"), default=0)
 
 
-def closing_table(directory: Path, faults: Mapping[str, int], verdicts: Sequence[Verdict]) -> str:
+def summary_table(directory: Path, faults: Mapping[str, int], verdicts: Sequence[Verdict]) -> str:
     """What was done to the run, what it did about it, and which promises it kept."""
     events = read_events(directory)
     answers = Counter(event["event"] for event in events)
     levels = Counter(event["level"] for event in events if event["event"] == "restore")
-    goodput = accounted(read_record(directory))
+    goodput = compute_goodput(read_record(directory))
     lines = ["", f"{'fault':42} {'times':>6}"]
     lines += [f"{name:42} {count:6}" for name, count in sorted(faults.items())]
     lines += [f"{'in all':42} {sum(faults.values()):6}", "", f"{'answer':42} {'times':>6}"]
@@ -228,5 +228,5 @@ def closing_table(directory: Path, faults: Mapping[str, int], verdicts: Sequence
     lines += [f"{f'restored from {level}':42} {count:6}" for level, count in sorted(levels.items())]
     lines += [f"{'committed steps':42} {answers['commit']:6}", f"{'steps in all':42} {newest(directory):6}"]
     lines += [f"{'share of time that made steps that stayed':42} {100 * goodput.share:5.1f}%", "", "promise"]
-    lines += [f"{one.promise:42} {'kept' if one.held else 'BROKEN':>6}  {one.detail}" for one in verdicts]
+    lines += [f"{one.promise:42} {'kept' if one.passed else 'BROKEN':>6}  {one.detail}" for one in verdicts]
     return "\n".join(lines)

@@ -25,7 +25,7 @@ SIDES = {"all cores busy": 1024, "one core busy": 32}  # rows of a matrix, by wh
 LEAF = 16  # megabytes of an array
 
 
-def state_of(megabytes: int, *, seed: int = 0) -> Any:
+def random_state(megabytes: int, *, seed: int = 0) -> Any:
     """A state of random arrays on the first device."""
     import jax
     import numpy as np
@@ -37,7 +37,7 @@ def state_of(megabytes: int, *, seed: int = 0) -> Any:
     return jax.device_put(TrainState(np.int32(0), params, {}, (), (), np.zeros(2, np.uint32)), jax.devices()[0])
 
 
-def slowdowns(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
+def measure_slowdowns(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
     """What snapshots of a state of `megabytes` cost steps of `seconds`, by how many cores a step keeps busy."""
     return {name: slowdown(megabytes, side, seconds=seconds, turns=turns) for name, side in SIDES.items()}
 
@@ -60,7 +60,7 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
     config = CheckpointConfig(memory_every=1, parity="xor")
     plan = make_parity_plan(config, hosts=HOSTS, processes=HOSTS)
     step, repeats = step_of(seconds, side)
-    states = [state_of(megabytes // HOSTS, seed=host) for host in range(HOSTS)]
+    states = [random_state(megabytes // HOSTS, seed=host) for host in range(HOSTS)]
     taken: dict[bool, list[list[float]]] = {False: [], True: []}  # blocks of steps
     cpu = dict.fromkeys((False, True), 0.0)  # seconds of all cores
     stalls: list[float] = []

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from meshwright.benchmarks.chaos import PATIENCE, Job, check, closing_table, end_of
+from meshwright.benchmarks.chaos import PATIENCE, Job, check_comparable, end_launcher, summary_table
 from meshwright.configs.errors import MeshwrightError
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.process_env import NUMBER
@@ -37,16 +37,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--steps", type=int, default=400, help="enough to lose a node and get one back")
     options = parser.parse_args(arguments)
-    check(options.config, options.overrides)
+    check_comparable(options.config, options.overrides)
     import_optional("ray", "ray")
     name = f"lost-node-{int(time.time())}"
     job = Job(options.config, tuple(options.overrides), options.processes)
     disturbed(job, name, options.steps)
-    job.run_through(f"{name}-alone", options.steps)
+    job.run_to_end(f"{name}-alone", options.steps)
     directory = Path("runs") / name
     verdicts = audit(directory, against=Path("runs") / f"{name}-alone")
-    print(closing_table(directory, {"a node lost": 1, "a node back": 1}, verdicts))
-    if broken := [one.promise for one in verdicts if not one.held]:
+    print(summary_table(directory, {"a node lost": 1, "a node back": 1}, verdicts))
+    if broken := [one.promise for one in verdicts if not one.passed]:
         raise MeshwrightError(f"{directory}: broken: {'; '.join(broken)}")
 
 
@@ -58,8 +58,8 @@ def disturbed(job: Job, name: str, steps: int) -> None:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         stack.callback(cluster.shutdown)
         nodes = [cluster.add_node(num_cpus=1) for _ in range(job.processes)]
-        launcher = job.launched(name, steps, engine="ray", RAY_ADDRESS=cluster.address)
-        stack.callback(end_of, launcher)
+        launcher = job.launch(name, steps, engine="ray", RAY_ADDRESS=cluster.address)
+        stack.callback(end_launcher, launcher)
         events = Events(Path("runs") / name, launcher)
         events.wait("commit")
         lost = node_of(trainer(name, number=job.processes - 1), nodes)

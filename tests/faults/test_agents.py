@@ -7,11 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 from support.small_run import SMALL
+from support.waiting import HANG_SECONDS, wait_until
 
 from meshwright.checkpoint import manifest
 from meshwright.checkpoint.redundancy import agent_files
@@ -25,7 +25,6 @@ FOUR = (
     "elastic={backoff: 0.1, hang_floor: 60, meshes: [{data: 2}], deterministic: true, replace: 3, settle: 1}",
     "checkpoint={every: 50, keep: 99, memory_every: 1, parity: xor}", "logging.ledger=true",
 )  # fmt: skip
-PATIENCE = 300.0  # seconds for whatever is waited for, on a machine that has other things to do
 
 
 class Machines:
@@ -90,15 +89,11 @@ class Machines:
     def memory(self, host):
         return agent_files.memory_directory(self.run, host=host)
 
-    def until(self, condition, what):
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            assert self.launcher.poll() is None, f"{what}: the launcher ended\n{self.said.read_text()[-3000:]}"
-            assert time.monotonic() < deadline, what
-            time.sleep(0.02)
+    def wait_until(self, condition, failure):
+        wait_until(condition, process=self.launcher, explain=lambda: f"{failure}\n{self.said.read_text()[-3000:]}")
 
-    def protected(self, step, *, hosts):
-        self.until(
+    def wait_protected(self, step, *, hosts):
+        self.wait_until(
             lambda: min(agent_files.read_protected(self.memory(host)).step for host in hosts) >= step,
             f"step {step} was never protected on {hosts}",
         )
@@ -108,7 +103,7 @@ class Machines:
 
     def finished(self):
         """The parameters of a run that ended well, and its agents with it."""
-        assert self.launcher.wait(PATIENCE) == 0, self.said.read_text()[-3000:]
+        assert self.launcher.wait(HANG_SECONDS) == 0, self.said.read_text()[-3000:]
         assert [agent.wait(20) for agent in self.agents.values()] == [0] * len(self.agents)
         last = max((self.run / "checkpoints").glob("[0-9]*"), key=lambda one: int(one.name))
         return {name: one.blocks for name, one in manifest.read(last).arrays.items()}
@@ -124,9 +119,9 @@ def undisturbed(tmp_path_factory):
 def test_two_terminals_sigterm_and_the_same_command_again(undisturbed, tmp_path):
     """The launcher says what to run on the machines; it is asked to stop; typed again, it goes on to the same end."""
     with Machines(tmp_path / "job", 2, *TWO, "checkpoint={every: 10, keep: 99}") as machines:
-        machines.until(lambda: machines.events("commit"), "no commit")
+        machines.wait_until(lambda: machines.events("commit"), "no commit")
         machines.launcher.send_signal(signal.SIGTERM)
-        assert machines.launcher.wait(PATIENCE) == 75
+        assert machines.launcher.wait(HANG_SECONDS) == 75
         assert [agent.wait(20) for agent in machines.agents.values()] == [0, 0]
         assert f"meshwright.train.launch.agent {machines.address}" in machines.said.read_text()
         machines.launch()
@@ -139,7 +134,7 @@ def test_two_terminals_sigterm_and_the_same_command_again(undisturbed, tmp_path)
 @pytest.mark.slow
 def test_a_lost_machine_is_rebuilt_from_parity(undisturbed, tmp_path):
     with Machines(tmp_path / "job", 2, *TWO, *KEPT) as machines:
-        machines.protected(15, hosts=[0, 1])
+        machines.wait_protected(15, hosts=[0, 1])
         lost = machines.host_of(1)
         machines.lose(1)
         shutil.rmtree(machines.memory(lost))
@@ -158,13 +153,13 @@ def test_a_keeper_outlives_trainers_and_is_replaced_when_it_dies(undisturbed, tm
             children = psutil.Process(machines.agents[number].pid).children()
             return next(child.pid for child in children if word in " ".join(child.cmdline()))
 
-        machines.protected(5, hosts=[0, 1])
-        keepers = [below(number, "launch.keeper") for number in (0, 1)]
+        machines.wait_protected(5, hosts=[0, 1])
+        keepers = [below(number, "launch.snapshot_agent_main") for number in (0, 1)]
         os.kill(below(0, "train.cli"), signal.SIGKILL)
-        machines.until(lambda: len(machines.events("restore")) == 1, "no restore")
-        assert [below(number, "launch.keeper") for number in (0, 1)] == keepers
+        machines.wait_until(lambda: len(machines.events("restore")) == 1, "no restore")
+        assert [below(number, "launch.snapshot_agent_main") for number in (0, 1)] == keepers
         os.kill(keepers[1], signal.SIGKILL)
-        machines.protected(agent_files.read_protected(machines.memory(0)).step + 5, hosts=[0, 1])
+        machines.wait_protected(agent_files.read_protected(machines.memory(0)).step + 5, hosts=[0, 1])
         assert machines.finished() == undisturbed
         assert [event["level"] for event in machines.events("restore")] == ["memory"]
         told = [json.loads(line) for line in (machines.run / "keepers.jsonl").read_text().splitlines()]
@@ -177,19 +172,19 @@ def test_fewer_machines_protect_each_other_and_all_of_them_again(tmp_path):
     with Machines(tmp_path / "whole", 4, *FOUR) as machines:
         undisturbed = machines.finished()
     with Machines(tmp_path / "job", 4, *FOUR) as machines:
-        machines.protected(10, hosts=range(4))
+        machines.wait_protected(10, hosts=range(4))
         gone = machines.host_of(3)
         machines.lose(3)
         shutil.rmtree(machines.memory(gone))
-        machines.until(lambda: machines.events("shrink"), "no shrink")
+        machines.wait_until(lambda: machines.events("shrink"), "no shrink")
         (shrink,) = machines.events("shrink")
-        machines.until(lambda: len(machines.events("restore")) == 1, "no restore")
+        machines.wait_until(lambda: len(machines.events("restore")) == 1, "no restore")
         began = machines.events("restore")[0]["step"]
-        machines.protected(began + 5, hosts=shrink["slots"])
+        machines.wait_protected(began + 5, hosts=shrink["slots"])
         machines.join(3, said=[str(gone)])
-        machines.until(lambda: machines.events("grow"), "no grow")
-        machines.until(lambda: len(machines.events("restore")) == 2, "no restore")
-        machines.protected(machines.events("restore")[1]["step"] + 5, hosts=range(4))
+        machines.wait_until(lambda: machines.events("grow"), "no grow")
+        machines.wait_until(lambda: len(machines.events("restore")) == 2, "no restore")
+        machines.wait_protected(machines.events("restore")[1]["step"] + 5, hosts=range(4))
         lost = machines.host_of(1)
         machines.lose(1)
         shutil.rmtree(machines.memory(lost))
@@ -205,12 +200,12 @@ def test_fewer_machines_protect_each_other_and_all_of_them_again(tmp_path):
 def test_a_machine_is_drained_and_put_back(tmp_path):
     with Machines(tmp_path / "job", 4, *FOUR, "checkpoint.parity=none", "checkpoint.memory_every=0") as machines:
         drain = [sys.executable, "-m", "meshwright.train.cli", "drain", str(machines.run), "2"]
-        machines.until(lambda: (machines.run / "metrics.jsonl").exists(), "no step")
+        machines.wait_until(lambda: (machines.run / "metrics.jsonl").exists(), "no step")
         subprocess.run(drain, check=True, stdout=subprocess.DEVNULL)
-        machines.until(lambda: machines.events("shrink"), "no shrink")
+        machines.wait_until(lambda: machines.events("shrink"), "no shrink")
         assert 2 not in machines.events("shrink")[0]["slots"]
-        machines.until(lambda: len(machines.events("restore")) == 1, "no restore")
+        machines.wait_until(lambda: len(machines.events("restore")) == 1, "no restore")
         subprocess.run([*drain, "--undo"], check=True, stdout=subprocess.DEVNULL)
-        machines.until(lambda: machines.events("grow"), "no grow")
+        machines.wait_until(lambda: machines.events("grow"), "no grow")
         machines.finished()
         assert machines.events("restart") == []

@@ -73,7 +73,7 @@ import os
 from support.corruption import flips
 from meshwright.train.loop import Loop
 if (os.environ["MESHWRIGHT_EPOCH"], os.environ["MESHWRIGHT_PROCESS"]) == ("1", "1"):
-    Loop.settled = flips(Loop.settled, step=15, device=1)
+    Loop.drain = flips(Loop.drain, step=15, device=1)
 from meshwright.train.cli.main import main
 main()
 """

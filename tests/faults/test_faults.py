@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.fake_jobs import WORKER, final_state, make_run, restarts, when, worker_journal
+from support.waiting import wait_until
 
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
@@ -184,8 +185,7 @@ def test_an_orphan_of_a_killed_launcher_ends_when_another_takes_over(tmp_path):
         f"launch_local(Job('run', [*{WORKER!r}, str(directory)], 3, directory, ElasticConfig()))"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent.parent)])
-    while not (tmp_path / "checkpoints" / "6").exists():
-        time.sleep(0.01)
+    wait_until((tmp_path / "checkpoints" / "6").exists, process=launcher)
     launcher.kill()
     launcher.wait()
     run(tmp_path)

@@ -5,22 +5,24 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 from support.small_run import SMALL
+from support.waiting import wait_until
 
 from meshwright.checkpoint import manifest
+from meshwright.checkpoint import storage as storage_module
 from meshwright.checkpoint.layout_conversion import Layout
 from meshwright.checkpoint.memory_store import MemoryStore
 from meshwright.checkpoint.storage import Storage
 from meshwright.checkpoint.storage_timeout import StorageTimeout, has_stuck_writer
 from meshwright.configs.sections.training import CheckpointConfig
 from meshwright.parallel.state import TrainState
-from meshwright.train import checkpointer as module
+from meshwright.train import checkpointer as checkpointer_module
 from meshwright.train.checkpointer import Checkpointer
 from meshwright.train.core.event_log import Journal, read_events
 from meshwright.train.snapshot_writer import SnapshotWriter
@@ -59,16 +61,30 @@ def here(gate):
 
 
 @pytest.fixture
-def saves(tmp_path, request):
-    """(saves by the policy that the test names, their memory)."""
+def clock(monkeypatch):
+    """The clock of the storage, which stands still unless a test moves it."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(storage_module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def saves(tmp_path, request, clock, stuck, monkeypatch):
+    """(checkpointer with the policy that the test names, its snapshots, what it reported while it waited)."""
+    monkeypatch.setattr(checkpointer_module, "REPORT_SECONDS", 0.01)
+    reports = []
+
+    def report_waiting(text):
+        reports.append(text)
+        clock.now += 0.0 if stuck.is_set() else 1.0
+
     config = CheckpointConfig(every=1, keep=99, memory_every=1, when_busy=request.param, timeout=2)
     memory = MemoryStore(tmp_path / "slots")
     storage = Storage(tmp_path / "checkpoints", layout=PLAIN, timeout=config.timeout)
     journal = Journal(tmp_path)
-    saving = Checkpointer(
-        config, storage, journal, {}, SnapshotWriter(config, memory, journal), report_waiting=(told := []).append
-    )
-    yield saving, memory, told
+    snapshots = SnapshotWriter(config, memory, journal)
+    saving = Checkpointer(config, storage, journal, {}, snapshots, report_waiting=report_waiting)
+    yield saving, memory, reports
     saving.snapshots.close()
 
 
@@ -80,28 +96,25 @@ HUNG = {
 
 
 @pytest.mark.parametrize("saves", HUNG, indirect=True)
-def test_a_save_that_never_ends_is_told_and_later_ones_with_it_and_memory_goes_on(tmp_path, saves, stuck, monkeypatch):
-    saving, memory, told = saves
-    monkeypatch.setattr(module, "REPORT_SECONDS", 0.1)
+def test_a_save_that_never_ends_and_later_ones_are_journalled_and_snapshots_go_on(tmp_path, saves, clock, stuck):
+    saving, memory, reports = saves
     for step in (1, 2, 3):
         saving.start_save(state(step), step, samples=step, memory=True)
-        saving.snapshots._worker.submit(int).result()  # it is in memory
+        wait_until(lambda step=step: (saving.snapshots.poll(), saving.snapshots.safe_step == step)[1])
         if step == 2:
-            saving.storage._began -= 2.0  # it has been under way for so much longer
+            clock.now += 2.5  # more than `checkpoint.timeout`
         saving.poll()
     saving.save_final(state(4), 4, samples=4)
-    began = time.monotonic()
     with pytest.raises(StorageTimeout, match="hangs"):
         saving.finish()
     with pytest.raises(StorageTimeout, match=r"checkpoint 1 .* within 2 s \(checkpoint.timeout\)"):
         saving.storage.close()
-    assert time.monotonic() - began < 5 and has_stuck_writer()
+    assert has_stuck_writer()
     policy = saving.config.when_busy
-    assert events(tmp_path) == HUNG[policy] and bool(told) == (policy == "wait")  # the launcher hears why it waits
+    assert events(tmp_path) == HUNG[policy] and bool(reports) == (policy == "wait")  # the launcher hears why it waits
     assert memory.newest_step == 3  # a restart goes on from there
     stuck.set()
-    saving.storage._waiter.shutdown()
-    assert not has_stuck_writer()
+    wait_until(lambda: not has_stuck_writer())
 
 
 @pytest.mark.parametrize("saves", ["wait"], indirect=True)
@@ -110,9 +123,7 @@ def test_storage_that_answers_again_commits_what_hung_and_what_comes_after(tmp_p
     saving.start_save(state(1), 1, samples=1)
     saving.start_save(state(2), 2, samples=2)
     stuck.set()
-    saving.storage._timeout = 60.0
-    while saving.storage.saving:
-        time.sleep(0.01)
+    wait_until(lambda: not saving.storage.saving)
     saving.poll()
     assert saving.failure is not None  # of step 2, which is nowhere
     saving.save_final(state(3), 3, samples=3)
@@ -166,9 +177,7 @@ def test_a_trainer_whose_fsync_never_returns_ends_and_goes_on_from_memory(tmp_pa
     command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart", *WORDS]
     started = {"cwd": tmp_path, "env": os.environ | told, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     trainer = subprocess.Popen(command, **started)
-    while not any(event["event"] == "commit" for event in read_events(run)):
-        assert trainer.poll() is None, trainer.communicate()[1].decode()[-3000:]
-        time.sleep(0.01)
+    wait_until(lambda: "commit" in [event["event"] for event in read_events(run)], process=trainer)
     hangs.touch()
     said = trainer.communicate(timeout=120)[1].decode()
     assert trainer.returncode == 1 and "(checkpoint.timeout): the storage hangs" in said

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from support.small_run import SMALL
+from support.waiting import wait_until
 
 from meshwright.checkpoint import manifest
 from meshwright.checkpoint.redundancy import agent_files
@@ -54,14 +54,10 @@ def children(launcher):
     return trainers, keepers
 
 
-def reached(launcher, directory, step, *, hosts=range(2)):
-    """Wait until `step` is protected on all hosts."""
-    deadline = time.monotonic() + 240
+def wait_protected(launcher, directory, step, *, hosts=range(2)):
+    """Wait until `step` is protected on all hosts; the directories of their slots."""
     slots = [agent_files.memory_directory(directory / "runs" / "run", host=host) for host in hosts]
-    while min(agent_files.read_protected(slot).step for slot in slots) < step:
-        assert launcher.poll() is None, launcher.communicate()[1].decode()[-3000:]
-        assert time.monotonic() < deadline, f"step {step} was never protected"
-        time.sleep(0.01)
+    wait_until(lambda: min(agent_files.read_protected(slot).step for slot in slots) >= step, process=launcher)
     return slots
 
 
@@ -95,7 +91,7 @@ def undisturbed(tmp_path_factory):
 def test_a_lost_host_is_rebuilt_from_parity(undisturbed, tmp_path, lost):
     directory = tmp_path / "job"
     launcher = launched(directory)
-    slots = reached(launcher, directory, 15)
+    slots = wait_protected(launcher, directory, 15)
     lose(launcher, slots, [lost])
     (restore,), blocks = finished(launcher, directory)
     assert restore["level"] == "parity" and restore["step"] >= 15 and f"host {lost} lost" in restore["reason"]
@@ -106,7 +102,7 @@ def test_a_lost_host_is_rebuilt_from_parity(undisturbed, tmp_path, lost):
 def test_both_hosts_of_a_group_are_more_than_xor_bears(undisturbed, tmp_path):
     directory = tmp_path / "job"
     launcher = launched(directory)
-    slots = reached(launcher, directory, 15)
+    slots = wait_protected(launcher, directory, 15)
     lose(launcher, slots, [0, 1])
     (restore,), blocks = finished(launcher, directory)
     assert restore["level"] == "storage" and restore["step"] >= 10 and blocks == undisturbed
@@ -116,9 +112,9 @@ def test_both_hosts_of_a_group_are_more_than_xor_bears(undisturbed, tmp_path):
 def test_a_lost_keeper_costs_nothing_and_a_killed_trainer_goes_on_from_memory(undisturbed, tmp_path):
     directory = tmp_path / "job"
     launcher = launched(directory)
-    reached(launcher, directory, 10)
+    wait_protected(launcher, directory, 10)
     os.kill(children(launcher)[1][1], signal.SIGKILL)
-    reached(launcher, directory, 20)  # the next one protects
+    wait_protected(launcher, directory, 20)  # the next one protects
     os.kill(children(launcher)[0][1], signal.SIGKILL)
     (restore,), blocks = finished(launcher, directory)
     assert restore["level"] == "memory" and restore["step"] >= 20 and blocks == undisturbed
@@ -141,11 +137,7 @@ def test_a_lost_node_of_a_ray_cluster_is_rebuilt_from_parity(undisturbed, tmp_pa
     try:
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         launcher = launched(directory, "--engine", "ray")
-        deadline = time.monotonic() + 240
-        while sum(step >= 15 for step in memories(memory.name).values()) < 2:
-            assert launcher.poll() is None, launcher.communicate()[1].decode()[-3000:]
-            assert time.monotonic() < deadline, "never protected on both"
-            time.sleep(0.01)
+        wait_until(lambda: sum(step >= 15 for step in memories(memory.name).values()) == 2, process=launcher)
         (gone,) = [where.relative_to(memory.name).parts[0] for where in memories(memory.name) if where.name == "host-1"]
         lost = next(node for node, one in nodes.items() if one == gone)
         raylet = psutil.Process(lost.all_processes["raylet"][0].process.pid)
@@ -178,15 +170,15 @@ def test_fewer_hosts_go_on_from_storage_and_protect_each_other_until_all_are_bac
     """Every process has a quarter of the state, which two processes cannot use: storage, and why is in the journal."""
     directory = tmp_path / "job"
     launcher = launched(directory, *FEWER, processes=4)
-    slots = reached(launcher, directory, 15, hosts=range(4))
+    slots = wait_protected(launcher, directory, 15, hosts=range(4))
     run = directory / "runs" / "run"
     lose(launcher, slots, [2])
     drain(run, [2])
     first = restored(launcher, run, 1)
-    reached(launcher, directory, first["step"] + 2, hosts=[0, 1])
+    wait_protected(launcher, directory, first["step"] + 2, hosts=[0, 1])
     drain(run, [2], undo=True)
     second = restored(launcher, run, 2)
-    reached(launcher, directory, second["step"] + 2, hosts=range(4))
+    wait_protected(launcher, directory, second["step"] + 2, hosts=range(4))
     launcher.communicate(timeout=300)
     assert launcher.returncode == 0 and (first["level"], second["level"]) == ("storage", "storage")
     assert "taken in slots [0, 1, 2, 3]; slots [0, 1] go on" in first["reason"] and "of another mesh" in first["reason"]
@@ -196,10 +188,5 @@ def test_fewer_hosts_go_on_from_storage_and_protect_each_other_until_all_are_bac
 
 def restored(launcher, run, count):
     """The restore that is number `count` of the run, once it has happened."""
-    deadline = time.monotonic() + 240
-    while True:
-        told = [event for event in read_events(run) if event["event"] == "restore"]
-        if len(told) >= count:
-            return told[count - 1]
-        assert launcher.poll() is None and time.monotonic() < deadline, f"no restore {count}"
-        time.sleep(0.02)
+    restores = lambda: [event for event in read_events(run) if event["event"] == "restore"]
+    return wait_until(lambda: len(restores()) >= count and restores(), process=launcher)[count - 1]

@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 from support.small_run import SMALL
+from support.waiting import wait_until
 
 from meshwright.checkpoint import manifest
 from meshwright.train.core.event_log import read_events
@@ -57,6 +57,10 @@ def events(directory, name):
     return read_events(file) if file.exists() else []
 
 
+def wait_committed(launcher, directory):
+    wait_until(lambda: "commit" in [event["event"] for event in events(directory, "run")], process=launcher)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
@@ -68,10 +72,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_the_parameters_are_the_undisturbed_runs_bit_for_bit(undisturbed, tmp_path, victim, how):
     launcher = launched(tmp_path, "run")
-    deadline = time.monotonic() + 120
-    while not any(event["event"] == "commit" for event in events(tmp_path, "run")):
-        assert launcher.poll() is None and time.monotonic() < deadline, "no commit"
-        time.sleep(0.02)
+    wait_committed(launcher, tmp_path)
     os.kill(trainers(launcher)[victim], how)
     finished(launcher)
     assert fingerprints(tmp_path, "run") == fingerprints(undisturbed, "whole")
@@ -91,10 +92,7 @@ def test_a_run_on_ray_goes_through_the_loss_of_a_node_bit_for_bit(undisturbed, t
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
     try:
         launcher = launched(tmp_path, "run", "--engine", "ray", RAY_ADDRESS=cluster.address)
-        deadline = time.monotonic() + 400
-        while not any(event["event"] == "commit" for event in events(tmp_path, "run")):
-            assert launcher.poll() is None and time.monotonic() < deadline, "no commit"
-            time.sleep(0.02)
+        wait_committed(launcher, tmp_path)
         lost = next(node for node in nodes if raylet(node) in above(trainer(launcher)))
         cluster.remove_node(lost, allow_graceful=False)
         finished(launcher)

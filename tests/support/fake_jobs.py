@@ -4,8 +4,9 @@ import hashlib
 import json
 import sys
 import threading
-import time
 from pathlib import Path
+
+from support.waiting import wait_until
 
 from meshwright.train.core.event_log import read_events
 
@@ -24,12 +25,7 @@ def make_run(directory, *faults):
 def when(condition, act):
     """Call `act` in a thread, once `condition` holds."""
 
-    def wait():
-        while not condition():
-            time.sleep(0.01)
-        act()
-
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=lambda: (wait_until(condition), act()), daemon=True).start()
 
 
 def worker_journal(directory, index):

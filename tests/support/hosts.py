@@ -68,13 +68,13 @@ class Hosts:
                 slot_writer.write(number, block)
 
     def infos(self):
-        return {host: agent.info() | {"address": self.servers[host].address} for host, agent in self.agents.items()}
+        return {host: agent.status() | {"address": self.servers[host].address} for host, agent in self.agents.items()}
 
     def protect(self):
         """Let the agents do what they do, until nothing is left to do."""
         for _ in range(2):
             for agent in self.agents.values():
-                agent.look(self.infos())
+                agent.protect_newest(self.infos())
 
     def lose(self, *hosts):
         """Lose hosts with their memory; others take their places."""

@@ -56,7 +56,9 @@ def speculate(
     from ..infer.sampling import Sampling
 
     request = GenerationRequest(texts, prompt_tokens, tokens, Sampling(temperature=temperature), seed)
-    result, prompt_texts, continuations = measure_draft(Path(run), target, prompts or [], draft_length=ahead, asked=request)
+    result, prompt_texts, continuations = measure_draft(
+        Path(run), target, prompts or [], draft_length=ahead, request=request
+    )
     if as_json:
         metrics: dict[str, Any] = {"acceptance": result.acceptance, "block_efficiency": result.block_efficiency}
         metrics |= {"tokens": result.tokens, "passes": result.passes, "ahead": ahead}

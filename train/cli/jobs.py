@@ -102,8 +102,8 @@ def audit(
 ) -> None:
     """Whether a run that kept a ledger lost, repeated or left out a step or a sample; exits 0 only if it did not."""
     from ..report.run_audit import audit as audit_run
-    from ..report.run_audit import exit_code, rendered
+    from ..report.run_audit import exit_code, render_verdicts
 
     verdicts = audit_run(run, against=against)
-    typer.echo(rendered(verdicts, as_json=as_json))
+    typer.echo(render_verdicts(verdicts, as_json=as_json))
     raise typer.Exit(exit_code(verdicts))

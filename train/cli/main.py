@@ -145,9 +145,9 @@ def plan(
     `plan lowcomm` simulates slow links: the published table, or, with a CONFIG, your model, step and link.
     """
     if config == "lowcomm":
-        from ..plan.plan_lowcomm import planned
+        from ..plan.plan_lowcomm import print_plan
 
-        planned(overrides or [], step_seconds=step_seconds, gigabits=gigabits, as_json=as_json)
+        print_plan(overrides or [], step_seconds=step_seconds, gigabits=gigabits, as_json=as_json)
         return
     if step_seconds is not None or gigabits is not None:
         raise UserError(f"--step-seconds, --gigabits: they belong to `plan lowcomm CONFIG`, not to `plan {config}`")
@@ -155,9 +155,9 @@ def plan(
     from rich.console import Console
 
     from ..plan.compile_plan import make_plan, render
-    from ..plan.dry_run import prepared
+    from ..plan.dry_run import build_program
 
-    program = prepared(loaded)
+    program = build_program(loaded)
     made = make_plan(program, program.compiled_step())
     if as_json:
         typer.echo(json.dumps(made, indent=1))
@@ -237,10 +237,10 @@ def report(run: RunPath) -> None:
     """Write report.html of a run."""
     from ..core.run_directory import read_config
     from ..report.html import write_report
-    from ..report.merge_islands import merge
+    from ..report.merge_islands import merge_islands
 
     read_config(Path(run))
-    merge(Path(run))  # what islands have written so far
+    merge_islands(Path(run))  # what islands have written so far
     typer.echo(str(write_report(Path(run))))
 
 

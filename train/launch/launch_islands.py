@@ -12,7 +12,7 @@ from ...configs.errors import UserError
 from ...configs.loader import load
 from ...configs.run import RunConfig
 from ..core.run_directory import open_directory
-from ..report.merge_islands import merge
+from ..report.merge_islands import merge_islands
 from .local_islands import supervise_islands
 
 
@@ -43,7 +43,7 @@ def train_islands(
             directory=directory,
         )
     finally:
-        merge(directory)
+        merge_islands(directory)
 
 
 def island_overrides(config: RunConfig, *, count: int) -> list[str]:

@@ -49,7 +49,7 @@ class StatusPublisher:
                     if heads == published and now - published_at < IDLE_SECONDS and not self._agent.has_unprotected:
                         continue
                     if heads != published:
-                        info = self._agent.info()
+                        info = self._agent.status()
                     self._publish(client, info)
                     published, published_at = heads, now
                 except NotAMember:

@@ -16,7 +16,7 @@ from meshwright.configs.loader import dump, merged, validated
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.infer import inference_session
 from meshwright.train.launch.local_islands import serve_rendezvous
-from meshwright.train.report.merge_islands import merge
+from meshwright.train.report.merge_islands import merge_islands
 from meshwright.train.run import train
 
 BASE = merged(
@@ -102,7 +102,7 @@ def group(root, **changes):
 
 
 def state_of(directory):
-    program, state = inference_session.opened(inference_session.read(directory, []), directory)
+    program, state = inference_session.load_program(inference_session.inference_config(directory, []), directory)
     return jax.device_get((program.eval_params(state), state.params))
 
 
@@ -131,7 +131,7 @@ def test_islands_of_unlike_shape_are_the_replicas_of_a_mesh_and_refuse_a_strange
     run = tmp_path / "runs" / "run"
     for number in range(2):
         assert distance(state_of(run / f"island-{number}")[0], wanted) < 1e-6
-    for one in merge(run)["islands"]:
+    for one in merge_islands(run)["islands"]:
         assert one["sent_bytes"] == pytest.approx(one["predicted_sent_bytes"], rel=0.02)
         assert not {"behind", "excluded", "bootstrap"} & one.keys()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -4,9 +4,9 @@ import os
 import signal
 import sys
 import threading
-import time
 
 import pytest
+from support.waiting import wait_until
 
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
@@ -16,14 +16,15 @@ from meshwright.train.launch.launchers import launch_local
 pytestmark = pytest.mark.usefixtures("idle_coordination_service")
 WORKER = (
     "import os, signal, sys, time; number = int(os.environ['MESHWRIGHT_PROCESS']);"
-    "open(f'{sys.argv[1]}/{number}', 'w').write(str(os.getpid()));"
-    "all(time.sleep(0.01) is None for _ in iter(lambda: len(os.listdir(sys.argv[1])) < 3, False));"
+    "here = lambda: open(f'{sys.argv[1]}/{number}', 'w').write(str(os.getpid()));"
+    "met = lambda: all(time.sleep(0.01) is None for _ in iter(lambda: len(os.listdir(sys.argv[1])) < 3, False));"
 )
+HERE = "here(); met();"
 
 
-def run(directory, body, **options):
-    """Three workers, started once: a failure is final."""
-    command = [sys.executable, "-c", WORKER + body, str(directory)]
+def run(directory, body, *, before="", **options):
+    """Three workers, started once: a failure is final. They do `before`, wait for each other, then `body`."""
+    command = [sys.executable, "-c", WORKER + before + HERE + body, str(directory)]
     launch_local(Job("run", command, 3, directory / "run", ElasticConfig(restarts=0, **options)))
 
 
@@ -41,9 +42,7 @@ def alive(directory):
 
 def stop_when_started(directory):
     """Send SIGTERM to this process, the supervisor's, once all workers are there."""
-    while len(list(directory.iterdir())) < 3:
-        time.sleep(0.02)
-    time.sleep(0.5)
+    wait_until(lambda: len(list(directory.iterdir())) == 3)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -71,15 +70,14 @@ def test_exit_codes_decide_the_outcome_and_no_worker_is_left(tmp_path, body, err
 
 
 def test_a_worker_that_ignores_sigterm_is_killed(tmp_path):
-    ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN);"
     threading.Thread(target=stop_when_started, args=(tmp_path,)).start()
     with pytest.raises(MeshwrightError, match=r"processes \[0, 1, 2\] did not stop when asked, within 0.5 s"):
-        run(tmp_path, ignore + "time.sleep(600)", grace=0.5)
+        run(tmp_path, "time.sleep(600)", before="signal.signal(signal.SIGTERM, signal.SIG_IGN);", grace=0.5)
     assert not alive(tmp_path)
 
 
 def test_sigterm_stops_all_workers_and_is_a_preemption(tmp_path):
     threading.Thread(target=stop_when_started, args=(tmp_path,)).start()
     with pytest.raises(Preempted, match="run the same command to go on"):
-        run(tmp_path, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(600)")
+        run(tmp_path, "time.sleep(600)", before="signal.signal(signal.SIGTERM, lambda *_: sys.exit(75));")
     assert not alive(tmp_path)

@@ -3,11 +3,11 @@
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 from support.fake_jobs import WORKER, last_states, make_run, restarts, when
+from support.waiting import wait_until
 
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
@@ -169,8 +169,7 @@ def test_a_slot_has_one_agent_at_a_time():
         server.send(1, {"do": "start", "epoch": 4})
         assert server.started_trainer(1, epoch=4)
         first.close()
-        while 1 in server.connected_slots:
-            time.sleep(0.01)
+        wait_until(lambda: 1 not in server.connected_slots)
         fourth = dial(1)
         assert not server.wait_connected([1], 5)
         assert not server.started_trainer(1, epoch=4), "another agent, which started nothing"

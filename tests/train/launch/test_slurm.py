@@ -3,11 +3,11 @@
 import os
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from support.fake_jobs import WORKER, last_states, make_run, restarts, worker_journal
+from support.waiting import wait_until
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
@@ -43,14 +43,6 @@ def job(directory, *faults, settings=None, processes=2):
     return Job("run", [*WORKER, str(run)], processes, run, elastic, launch)
 
 
-def until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.05)
-    return value
-
-
 def finished(directory, processes=2):
     """The last state of each worker, once all have finished."""
     files = [directory / "run" / f"worker-{index}.jsonl" for index in range(processes)]
@@ -59,7 +51,7 @@ def finished(directory, processes=2):
         states = last_states(directory / "run", processes) if all(file.exists() for file in files) else {None}
         return None not in states and states
 
-    return until(states)
+    return wait_until(states)
 
 
 def test_a_submitted_job_supervises_itself(scheduler, tmp_path, capsys):
@@ -74,13 +66,13 @@ def test_a_submitted_job_supervises_itself(scheduler, tmp_path, capsys):
     assert len(finished(tmp_path)) == 1 and len((scheduler / "1" / "runs").read_text().splitlines()) == 1
     assert [event["suspect"] for event in restarts(tmp_path / "run")] == [1]
     log = Path(next(line.split()[1] for line in printed.splitlines() if line.startswith("logs")))
-    until(lambda: "completed successfully" in log.read_text() and not list((scheduler / "1").glob("task-*")))
+    wait_until(lambda: "completed successfully" in log.read_text() and not list((scheduler / "1").glob("task-*")))
 
 
 def test_a_job_out_of_time_saves_and_is_queued_again(scheduler, tmp_path):
     """SIGUSR2, as SLURM sends it before the end, to every process of every step: only the supervisor answers."""
     slurm.launch(job(tmp_path, SLOW, SLOW, SLOW))
-    until((tmp_path / "run" / "met" / "1" / "5").exists)
+    wait_until((tmp_path / "run" / "met" / "1" / "5").exists)
     subprocess.run(["scancel", "1", "--signal=USR2"], check=True)
     assert len(finished(tmp_path)) == 1
     assert (scheduler / "1" / "calls").read_text() == "requeue 1\n"
@@ -91,9 +83,9 @@ def test_a_job_out_of_time_saves_and_is_queued_again(scheduler, tmp_path):
 
 def test_a_cancelled_job_saves_and_ends(scheduler, tmp_path):
     slurm.launch(job(tmp_path, SLOW))
-    until((tmp_path / "run" / "met" / "1" / "5").exists)
+    wait_until((tmp_path / "run" / "met" / "1" / "5").exists)
     subprocess.run(["scancel", "1"], check=True)
-    until(lambda: not list((scheduler / "1").glob("task-*")))
+    wait_until(lambda: not list((scheduler / "1").glob("task-*")))
     saved = {int(file.name) for file in (tmp_path / "run" / "checkpoints").iterdir()}
     assert max(saved) >= 4 and not (scheduler / "1" / "calls").exists()
 
