@@ -13,7 +13,8 @@ from .sequence.token_order import ORDER_OF
 
 
 def sharded_attention(name: str, *, mesh: Mesh, strategy: str) -> Callable[..., jax.Array]:
-    """`attend(q, k, v, mask, indices)` over global arrays [batch, sequence, heads, head_dim] for `model.attention: name`.
+    """`attend(q, k, v, mask, indices)` over global arrays [batch, sequence, heads, head_dim] for `model.attention:
+    name`.
 
     `strategy` is `sequence.parallel`, for a mesh whose `seq` is above 1. The result equals the implementation's on one
     device. Raises UserError where the implementation or the strategy refuses the combination.

@@ -32,7 +32,7 @@ from .engine.step import Step
 from .infer.evaluator import Evaluator
 from .islands.sync import IslandSync, StateReplaced
 from .launch.straggler_detection import WAIT
-from .metrics.metrics_logger import Telling
+from .metrics.metrics_logger import MetricsLogger
 from .metrics.throughput import Meter
 from .preemption import StopRequest
 from .profiling import StepProfiler
@@ -57,7 +57,7 @@ class Loop:
     stop_request: StopRequest
     progress: ProgressReporter
     meter: Meter
-    metrics_logger: Telling
+    metrics_logger: MetricsLogger
     privacy_metrics: Callable[[int], dict[str, float]]  # step -> epsilon spent so far; empty without privacy
 
     def run(self, state: TrainState, start: int) -> TrainState:
@@ -150,7 +150,7 @@ class Loop:
         if stopping:
             self.checkpointer.save_final(state, step, samples=samples)
             self.checkpointer.finish()
-            self.metrics_logger.stopped(step)
+            self.metrics_logger.log_preemption(step)
             raise Preempted(f"stopped after step {step}, state saved; run the same command to go on")
         storage = self.checkpoint_schedule.is_due(step) and step < config.steps
         memory = self.is_due(config.checkpoint.memory_every, step)
@@ -195,7 +195,7 @@ class Loop:
                 metrics |= self.island_sync.traffic_metrics(step)
             elif self.program.traffic:
                 metrics["sent_bytes"] = bytes_sent(self.program.traffic, step)
-            self.metrics_logger.step(step, metrics)
+            self.metrics_logger.log_step(step, metrics)
             if metrics["skipped"] and self.program.config.logging.on_nan == "stop":
                 check_finite(step, metrics)
 
@@ -203,7 +203,7 @@ class Loop:
         """Compute and publish the held-out metrics and samples of `state`."""
         began = time.monotonic()
         values, samples = self.evaluator(state)
-        self.metrics_logger.evaluation(step, values, samples, seconds=time.monotonic() - began)
+        self.metrics_logger.log_evaluation(step, values, samples, seconds=time.monotonic() - began)
 
 
 def check_finite(step: int, metrics: dict[str, float]) -> None:

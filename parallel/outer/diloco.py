@@ -1,29 +1,42 @@
-"""DiLoCo: the replicas meet every so many updates, and the mean of their drifts is the gradient of one Nesterov step.
+"""DiLoCo: every `interval` updates, one Nesterov step along the mean of the replicas' outer gradients.
 
-    drift = mean over replicas of (anchor - params)
-    velocity <- drift + momentum * velocity
-    anchor <- anchor - learning_rate * (drift + momentum * velocity);   params <- anchor
+    gradient = mean over replicas of (anchor - params)
+    velocity <- gradient + momentum * velocity
+    anchor <- anchor - learning_rate * (gradient + momentum * velocity);   params <- anchor
 
 Inner optimizer states are neither read nor sent. Source: arXiv:2311.08105, Algorithm 1.
 """
 
 import jax
 
-from .interface import Exchange, Meeting, OuterOptimizer, OuterState, Params, drift, float32, nesterov, spread
+from .interface import (
+    Exchange,
+    OuterOptimizer,
+    OuterState,
+    OuterStep,
+    Params,
+    broadcast_anchor,
+    nesterov_step,
+    outer_gradient,
+    to_float32,
+    zeros_float32,
+)
 
 
-def diloco(exchange: Exchange, *, every: int, learning_rate: float, momentum: float) -> OuterOptimizer:
-    """Meet after every `every` updates. With learning rate 1 and momentum 0 the replicas go on from their mean."""
+def diloco(exchange: Exchange, *, interval: int, learning_rate: float, momentum: float) -> OuterOptimizer:
+    """An outer step every `interval` updates. Learning rate 1 and momentum 0: it sets parameters to their mean."""
 
-    def init(params: Params) -> OuterState:
-        return OuterState(float32(params), jax.tree.map(jax.numpy.zeros_like, float32(params)))
-
-    def meet(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
+    def run(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
         del row
-        gradient = exchange.mean(drift(state.anchor, params))
-        anchor, velocity = nesterov(
+        gradient = exchange.mean(outer_gradient(state.anchor, params))
+        anchor, velocity = nesterov_step(
             state.anchor, state.velocity, gradient, learning_rate=learning_rate, momentum=momentum
         )
-        return spread(anchor, params), OuterState(anchor, velocity)
+        return broadcast_anchor(anchor, params), OuterState(anchor, velocity)
 
-    return OuterOptimizer(init, (Meeting("meet", every, 0, meet),), lambda params, state: state.anchor, False)
+    return OuterOptimizer(
+        lambda params: OuterState(to_float32(params), zeros_float32(params)),
+        (OuterStep("meet", interval, 0, run),),
+        lambda params, state: state.anchor,
+        False,
+    )

@@ -1,45 +1,45 @@
-"""Eager DiLoCo: nobody waits for the others' drifts; they are applied a round late, one's own at once.
+"""Eager DiLoCo: no replica waits for the others' outer gradients, which are applied one round late; its own at once.
 
-    gradient = own drift / R + late;   late <- mean over replicas of their drifts - own drift / R
+    gradient = own outer gradient / R + late;   late <- mean over replicas of the outer gradients - own / R
 
-and then DiLoCo's Nesterov step, on an anchor of each replica's own. What is sent at one meeting is needed at the next,
-so the exchange has a whole round to arrive. Source: arXiv:2502.12996, after its abstract and figures ("a mixture of the
-current local outer gradient with the delayed mixture of all other replicas'"); the weights 1 / R are ours to read so.
+and then DiLoCo's Nesterov step, on an anchor of each replica's own. What is sent in one outer step is needed in the
+next, so the exchange may take a whole round. Source: arXiv:2502.12996, after its abstract and figures ("a mixture of
+the current local outer gradient with the delayed mixture of all other replicas'"); the weights 1 / R are our reading.
 """
 
 import jax
-import jax.numpy as jnp
 
 from .interface import (
     Exchange,
-    Meeting,
     OuterOptimizer,
     OuterState,
+    OuterStep,
     Params,
-    drift,
-    float32,
-    nesterov,
-    over_replicas,
-    spread,
+    broadcast_anchor,
+    mean_over_replicas,
+    nesterov_step,
+    outer_gradient,
+    to_float32,
+    zeros_float32,
 )
 
 
-def eager(exchange: Exchange, *, replicas: int, every: int, learning_rate: float, momentum: float) -> OuterOptimizer:
-    """Meet after every `every` updates."""
+def eager(exchange: Exchange, *, replicas: int, interval: int, learning_rate: float, momentum: float) -> OuterOptimizer:
+    """An outer step every `interval` updates."""
 
-    def init(params: Params) -> OuterState:
-        return OuterState(float32(params), *(jax.tree.map(jnp.zeros_like, float32(params)) for _ in range(2)))
-
-    def meet(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
+    def run(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
         del row
-        own = drift(state.anchor, params)
-        gradient = jax.tree.map(lambda mine, late: mine / replicas + late, own, state.late)
-        late = jax.tree.map(lambda mean, mine: mean - mine / replicas, exchange.mean(own), own)
-        anchor, velocity = nesterov(
+        local = outer_gradient(state.anchor, params)
+        gradient = jax.tree.map(lambda own, late: own / replicas + late, local, state.late)
+        late = jax.tree.map(lambda mean, own: mean - own / replicas, exchange.mean(local), local)
+        anchor, velocity = nesterov_step(
             state.anchor, state.velocity, gradient, learning_rate=learning_rate, momentum=momentum
         )
-        return spread(anchor, params), OuterState(anchor, velocity, late)
+        return broadcast_anchor(anchor, params), OuterState(anchor, velocity, late)
 
     return OuterOptimizer(
-        init, (Meeting("meet", every, 0, meet),), lambda params, state: over_replicas(state.anchor), True
+        lambda params: OuterState(to_float32(params), zeros_float32(params), zeros_float32(params)),
+        (OuterStep("meet", interval, 0, run),),
+        lambda params, state: mean_over_replicas(state.anchor),
+        True,
     )

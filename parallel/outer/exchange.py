@@ -1,9 +1,8 @@
-"""How drifts travel between replicas that share a program: over the mesh axis `replica`, or on one device.
+"""The exchange between replicas that share a program: over the mesh axis `replica`, or on one device.
 
-What crosses the axis is what the wire format has made of an array: each replica's codes and scales are gathered, and
-decoded and added by everybody in float32. In float32 nothing is coded and the sum is an all-reduce. A swap sends each
-replica's codes to its partner, by one of the fixed patterns of `pairs.py`, so that a pair exchange is a
-collective-permute and no more.
+Arrays cross the axis in their wire format: each replica's codes and scales are gathered, and every replica decodes and
+adds them in float32. In float32 nothing is coded, and the sum is an all-reduce. A swap sends each replica's codes to
+its partner by one of the fixed patterns of `matchings.py`, so that it is a collective-permute and no more.
 """
 
 import functools
@@ -15,78 +14,78 @@ from jax.sharding import Mesh, PartitionSpec
 
 from .interface import Exchange, Params
 from .matchings import matchings
-from .wire_formats import WIRES, Coded
+from .wire_formats import WIRE_FORMATS, Coded
 
-AXIS = "replica"
-Wires = str | tuple[str, ...]
+REPLICA_AXIS = "replica"
+WireNames = str | tuple[str, ...]
 
 
-def exchange(wire: Wires, *, replicas: int, mesh: Mesh | None = None) -> Exchange:
-    """Between the `replicas` rows of every array; over `mesh` where its `replica` axis cuts them.
+def make_exchange(wire: WireNames, *, replicas: int, mesh: Mesh | None = None) -> Exchange:
+    """The exchange between the `replicas` rows of every array; over `mesh` if its `replica` axis shards them.
 
     `wire` is one format, or a tuple of them for a tuple of trees, all of which travel together.
     """
-    across = mesh is not None and mesh.shape[AXIS] > 1
-    gather = functools.partial(gathered, mesh=mesh) if across else lambda tree: tree
-    trade = functools.partial(traded, mesh=mesh) if across else picked
+    sharded = mesh is not None and mesh.shape[REPLICA_AXIS] > 1
+    gather = all_gather_replicas if sharded else lambda tree: tree
+    permute = functools.partial(permute_sharded, mesh=mesh) if sharded else permute_local
 
     def mean(tree: Params) -> Params:
         if wire == "float32":
             return jax.tree.map(lambda leaf: leaf.astype(jnp.float32).mean(axis=0), tree)
-        return jax.tree.map(lambda leaf: leaf.mean(axis=0), travelled(wire, tree, gather))
+        return jax.tree.map(lambda leaf: leaf.mean(axis=0), send_coded(wire, tree, gather))
 
     def swap(tree: Params, row: jax.Array) -> Params:
-        return travelled(wire, tree, lambda coded: trade(coded, matchings(replicas), row))
+        return send_coded(wire, tree, lambda coded: permute(coded, matchings(replicas), row))
 
     return Exchange(mean, swap)
 
 
-def travelled(wire: Wires, tree: Params, move: Callable[[Params], Params]) -> Params:
-    """What arrives of arrays [replica, ...] when their codes are moved, float32. Scalars travel as arrays of one."""
+def send_coded(wire: WireNames, tree: Params, send: Callable[[Params], Params]) -> Params:
+    """What `send` delivers of the codes of arrays [replica, ...], decoded to float32. A scalar is an array of one."""
     wires = jax.tree.broadcast(wire, tree)
 
-    def encoded(name: str, leaf: jax.Array) -> Coded:
-        return WIRES[name].encode(leaf if leaf.ndim > 1 else leaf[:, None])
+    def encode(name: str, leaf: jax.Array) -> Coded:
+        return WIRE_FORMATS[name].encode(leaf if leaf.ndim > 1 else leaf[:, None])
 
-    def decoded(name: str, leaf: jax.Array, coded: Coded) -> jax.Array:
-        return WIRES[name].decode(coded, leaf.shape[-1] if leaf.ndim > 1 else 1).reshape(leaf.shape)
+    def decode(name: str, leaf: jax.Array, coded: Coded) -> jax.Array:
+        return WIRE_FORMATS[name].decode(coded, leaf.shape[-1] if leaf.ndim > 1 else 1).reshape(leaf.shape)
 
-    return jax.tree.map(decoded, wires, tree, move(jax.tree.map(encoded, wires, tree)))
-
-
-def gathered(tree: Params, *, mesh: Mesh) -> Params:
-    """Every replica's rows on every replica, and not a bit wider than they are."""
-
-    def one(leaf: jax.Array) -> jax.Array:
-        rest = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
-        own = jax.lax.with_sharding_constraint(leaf, PartitionSpec(AXIS, *rest))
-        return jax.lax.with_sharding_constraint(own, PartitionSpec(None, *rest))
-
-    del mesh
-    return jax.tree.map(one, tree)
+    return jax.tree.map(decode, wires, tree, send(jax.tree.map(encode, wires, tree)))
 
 
-def traded(tree: Params, table, row: jax.Array, *, mesh: Mesh) -> Params:
-    """Each replica's partner's rows, by row `row` of `table` [rows, replica]; one permutation, chosen at run time.
+def all_gather_replicas(tree: Params) -> Params:
+    """Every replica's rows on every replica, in the dtype of `tree`."""
+
+    def gather(leaf: jax.Array) -> jax.Array:
+        other = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
+        # The first constraint keeps the compiler from gathering before the codes are narrow.
+        local = jax.lax.with_sharding_constraint(leaf, PartitionSpec(REPLICA_AXIS, *other))
+        return jax.lax.with_sharding_constraint(local, PartitionSpec(None, *other))
+
+    return jax.tree.map(gather, tree)
+
+
+def permute_sharded(tree: Params, table, row: jax.Array, *, mesh: Mesh) -> Params:
+    """Each replica's partner's values, by row `row` of `table` [rows, replica]; one permutation, chosen at run time.
 
     There may be one of these in a program, and no other message that does not wait for it. XLA:CPU (jaxlib 0.10.2)
     runs messages in one order on all devices, but a program that comes from the compilation cache has lost the order
-    between what is inside a conditional and what is outside of it: devices then met in different arrays' messages.
+    between what is inside a conditional and what is outside of it: devices then wait in different arrays' messages.
     """
 
-    def along(partners) -> Callable[[Params], Params]:
-        pattern = [(int(there), here) for here, there in enumerate(partners)]
-        return lambda parts: jax.lax.ppermute(parts, AXIS, pattern)
+    def permute_by(partners) -> Callable[[Params], Params]:
+        pattern = [(int(source), target) for target, source in enumerate(partners)]
+        return lambda shards: jax.lax.ppermute(shards, REPLICA_AXIS, pattern)
 
-    def here(parts: Params, row: jax.Array) -> Params:
-        return jax.lax.switch(row, [along(partners) for partners in table], parts)
+    def permute(shards: Params, row: jax.Array) -> Params:
+        return jax.lax.switch(row, [permute_by(partners) for partners in table], shards)
 
-    spec = jax.tree.map(lambda leaf: PartitionSpec(AXIS), tree)
-    return jax.shard_map(here, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec, axis_names={AXIS})(
-        tree, row
-    )
+    spec = jax.tree.map(lambda leaf: PartitionSpec(REPLICA_AXIS), tree)
+    return jax.shard_map(
+        permute, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec, axis_names={REPLICA_AXIS}
+    )(tree, row)
 
 
-def picked(tree: Params, table, row: jax.Array) -> Params:
-    """`traded` where all replicas are on one device."""
+def permute_local(tree: Params, table, row: jax.Array) -> Params:
+    """`permute_sharded` for replicas that are all on one device."""
     return jax.tree.map(lambda leaf: leaf[jnp.asarray(table)[row]], tree)

@@ -1,6 +1,6 @@
-"""Taking a fragment out of a parameter tree in the run's layout, and putting it back.
+"""Extract a fragment of a parameter tree in the run layout, and insert it again.
 
-Where the run stacks layers, a fragment's part of a stack is some of its rows: a slice where they are evenly spaced.
+Where the run stacks layers, a fragment has some rows of the stack: a slice if they are evenly spaced.
 """
 
 from collections.abc import Callable
@@ -14,52 +14,49 @@ from ..layout import LayerOrder, canonical_slices
 from ..sharding import path_name
 from .fragments import Fragment
 
-Piece = dict[str, jax.Array]  # by path in the run's layout
+FragmentArrays = dict[str, jax.Array]  # by path in the run layout
 
 
-class Cut(NamedTuple):
-    """A fragment of trees like the parameters, with `leading` more dimensions in front of every array."""
+class FragmentSlicer(NamedTuple):
+    """A fragment of trees like the parameters, every array with `leading` more dimensions in front."""
 
-    take: Callable[..., Piece]  # (tree, leading) -> piece
-    put: Callable[..., Any]  # (tree, piece, leading) -> tree
+    extract: Callable[..., FragmentArrays]  # (tree, leading) -> arrays
+    insert: Callable[..., Any]  # (tree, arrays, leading) -> tree
 
 
-def cut(fragment: Fragment, model: ModelConfig, layers_order: LayerOrder = None) -> Cut:
-    """How to take `fragment` out of a tree of `model`'s parameters and put it back.
+def slice_fragment(fragment: Fragment, model: ModelConfig, order: LayerOrder = None) -> FragmentSlicer:
+    """The slicer of `fragment` for trees of `model`'s parameters; `order` is that of the run's stacks (`layout.py`)."""
 
-    `layers_order` is that of the run's stacks (`parallel/layout.py`).
-    """
-
-    def where(path: str, leaf: jax.Array, leading: int) -> tuple[Any, ...] | None:
-        index = rows(path, leaf.shape[leading:], fragment, model, layers_order)
+    def index_of(path: str, leaf: jax.Array, leading: int) -> tuple[Any, ...] | None:
+        index = fragment_index(path, leaf.shape[leading:], fragment, model, order)
         return None if index is None else (slice(None),) * leading + index
 
-    def take(tree: Any, leading: int = 0) -> Piece:
-        named = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        found = {path: (leaf, where(path, leaf, leading)) for path, leaf in named.items()}
-        return {path: leaf[index] for path, (leaf, index) in found.items() if index is not None}
+    def extract(tree: Any, leading: int = 0) -> FragmentArrays:
+        leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        indices = {path: index_of(path, leaf, leading) for path, leaf in leaves.items()}
+        return {path: leaves[path][index] for path, index in indices.items() if index is not None}
 
-    def put(tree: Any, piece: Piece, leading: int = 0) -> Any:
-        def replaced(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+    def insert(tree: Any, arrays: FragmentArrays, leading: int = 0) -> Any:
+        def replace(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
             name = path_name(path)
-            if name not in piece:
+            if name not in arrays:
                 return leaf
-            index = where(name, leaf, leading)
-            return piece[name] if leaf.shape == piece[name].shape else leaf.at[index].set(piece[name])
+            index = index_of(name, leaf, leading)
+            return arrays[name] if leaf.shape == arrays[name].shape else leaf.at[index].set(arrays[name])
 
-        return jax.tree_util.tree_map_with_path(replaced, tree)
+        return jax.tree_util.tree_map_with_path(replace, tree)
 
-    return Cut(take, put)
+    return FragmentSlicer(extract, insert)
 
 
-def rows(
-    path: str, shape: tuple[int, ...], fragment: Fragment, model: ModelConfig, layers_order: LayerOrder = None
+def fragment_index(
+    path: str, shape: tuple[int, ...], fragment: Fragment, model: ModelConfig, order: LayerOrder = None
 ) -> tuple[Any, ...] | None:
-    """Index of the fragment's part of the array at `path`: () for all of it, None for nothing."""
-    held = canonical_slices(path, shape, model, layers_order)
-    indices = [index for name, index in held if fragment.owns(name)]
-    if len(indices) == len(held):
-        return () if held else None
+    """The index of the fragment's part of the array at `path`: () for all of it, None for nothing."""
+    slices = canonical_slices(path, shape, model, order)
+    indices = [index for name, index in slices if fragment.contains(name)]
+    if len(indices) == len(slices):
+        return () if slices else None
     if not indices:
         return None
     columns = np.array(indices).T  # only stacks hold several arrays, and those are indexed by integers

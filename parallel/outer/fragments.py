@@ -1,8 +1,8 @@
-"""Fragments: the parts of a model that are exchanged at different times, in canonical layers. No JAX.
+"""Fragments: the parts of a model that are synchronized at different times, by canonical layers. No JAX.
 
-The first fragment is what is no layer (embedding, final norm, head); the others deal out the layers. `strided` gives
-fragment i the layers i, i + n, i + 2n, ..., so that neighbours never travel together; `sequential` gives it a run of
-neighbours. Source: Streaming DiLoCo, arXiv:2501.18512, section 2.1.
+The first fragment is everything that is not a layer (embedding, final norm, head); the others divide the layers.
+`strided` gives fragment i the layers i, i + n, i + 2n, ..., so neighbours never travel together; `sequential` gives it
+consecutive layers. Source: Streaming DiLoCo, arXiv:2501.18512, section 2.1.
 """
 
 import re
@@ -15,41 +15,41 @@ class Fragment(NamedTuple):
     """A part of the model by canonical names."""
 
     layers: tuple[int, ...]
-    ends: bool  # embedding, final norm and head too
+    embed_and_head: bool  # whether embedding, final norm and head are in it
 
-    def owns(self, name: str) -> bool:
-        """Whether the canonical array `name` is in it.
+    def contains(self, name: str) -> bool:
+        """Whether the canonical array `name` is in the fragment.
 
-        >>> Fragment(layers=(1, 3), ends=False).owns("params/layers/3/attn/q/kernel")
+        >>> Fragment(layers=(1, 3), embed_and_head=False).contains("params/layers/3/attn/q/kernel")
         True
         """
         layer = LAYER.fullmatch(name)
-        return self.ends if layer is None else int(layer[1]) in self.layers
+        return self.embed_and_head if layer is None else int(layer[1]) in self.layers
 
 
-def fragments(layers: int, *, count: int, order: str) -> tuple[Fragment, ...]:
-    """`count` fragments of a model of `layers` layers; one fragment is all of it.
+def split_fragments(layers: int, *, count: int, order: str) -> tuple[Fragment, ...]:
+    """`count` fragments of a model of `layers` layers; a single fragment is the whole model.
 
-    >>> [part.layers for part in fragments(6, count=4, order="strided")]
+    >>> [fragment.layers for fragment in split_fragments(6, count=4, order="strided")]
     [(), (0, 3), (1, 4), (2, 5)]
-    >>> [part.layers for part in fragments(6, count=4, order="sequential")]
+    >>> [fragment.layers for fragment in split_fragments(6, count=4, order="sequential")]
     [(), (0, 1), (2, 3), (4, 5)]
     """
-    every = tuple(range(layers))
+    numbers = tuple(range(layers))
     if count == 1:
-        return (Fragment(every, ends=True),)
-    parts = count - 1
+        return (Fragment(numbers, embed_and_head=True),)
+    groups = count - 1
     if order == "strided":
-        dealt = [every[part::parts] for part in range(parts)]
+        layer_groups = [numbers[group::groups] for group in range(groups)]
     else:
-        dealt = [every[layers * part // parts : layers * (part + 1) // parts] for part in range(parts)]
-    return (Fragment((), ends=True), *(Fragment(part, ends=False) for part in dealt))
+        layer_groups = [numbers[layers * group // groups : layers * (group + 1) // groups] for group in range(groups)]
+    return (Fragment((), embed_and_head=True), *(Fragment(group, embed_and_head=False) for group in layer_groups))
 
 
-def offsets(count: int, *, every: int) -> list[int]:
-    """Updates by which each fragment's meetings come after the first's, evenly over a round of `every`.
+def fragment_offsets(count: int, *, interval: int) -> list[int]:
+    """Updates by which each fragment's outer steps follow the first one's, evenly over `interval`.
 
-    >>> offsets(4, every=30)
+    >>> fragment_offsets(4, interval=30)
     [0, 7, 15, 22]
     """
-    return [every * number // count for number in range(count)]
+    return [interval * number // count for number in range(count)]

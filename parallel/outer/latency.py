@@ -1,13 +1,13 @@
-"""What waiting for others costs: a tree all-reduce over all replicas beside an exchange in pairs. NumPy only.
+"""The cost of waiting for other replicas: a tree all-reduce over all of them, and an exchange in pairs. NumPy only.
 
 A message takes a log-normal time of median 1 and spread sigma. An all-reduce goes up and down a tree of ceil(log2 n)
-levels, each of which waits for the slower of two messages; a pair waits for the slower of its two, there and back:
+levels, each of which waits for the slower of two messages; a pair waits for the slower of its two, in both directions:
 
     E[max(t1, t2)] = (1 + erf(sigma / 2)) exp(sigma^2 / 2)
     tree / pair = log2 n
 
-And replicas whose inner steps take log-normal times wait for the slowest of all before an all-reduce, but only for
-their partner before a pair exchange. Source: NoLoCo, arXiv:2506.10911, section 4 and appendix.
+Replicas whose inner steps take log-normal times wait for the slowest of all before an all-reduce, but only for their
+partner before an exchange in pairs. Source: NoLoCo, arXiv:2506.10911, section 4 and appendix.
 """
 
 import math
@@ -31,30 +31,30 @@ def tree_seconds(replicas: int, sigma: float) -> float:
 
 
 def pair_seconds(sigma: float) -> float:
-    """Expected time of a pair exchange: two messages at once, twice."""
+    """Expected time of an exchange in pairs: two messages at once, twice; in medians of one message."""
     return 2 * slower_of_two(sigma)
 
 
-class Waiting(NamedTuple):
-    """Time of a run over the time its computing alone takes, on average over the replicas."""
+class WaitingCost(NamedTuple):
+    """Time of a run over its time of computing alone, on average over the replicas."""
 
-    everybody: float
+    all_reduce: float
     pairs: float
 
 
-def waiting(replicas: int, *, steps: int, sigma: float, rounds: int = 50, seed: int = 0) -> Waiting:
-    """`rounds` meetings after `steps` inner steps each, a step taking exp(sigma * normal); messages are free.
+def waiting_cost(replicas: int, *, steps: int, sigma: float, rounds: int = 50, seed: int = 0) -> WaitingCost:
+    """Simulate `rounds` of `steps` inner steps, a step taking exp(sigma * normal); messages take no time.
 
-    A replica's time to a meeting is a sum of many steps, drawn as the normal of the same mean and variance.
+    A replica's time of a round is a sum of many steps, drawn as the normal of the same mean and variance.
     """
     random = np.random.default_rng(seed)
     mean = steps * math.exp(sigma**2 / 2)
     deviation = math.sqrt(steps * (math.exp(sigma**2) - 1) * math.exp(sigma**2))
-    together, clocks = 0.0, np.zeros(replicas)
+    all_reduce, clocks = 0.0, np.zeros(replicas)
     for _ in range(rounds):
-        took = np.maximum(mean + deviation * random.normal(size=replicas), 0)
-        together += took.max()
-        clocks += took
+        times = np.maximum(mean + deviation * random.normal(size=replicas), 0)
+        all_reduce += times.max()
+        clocks += times
         pairs = random.permutation(replicas)[: replicas // 2 * 2].reshape(-1, 2)
         clocks[pairs] = clocks[pairs].max(axis=1, keepdims=True)
-    return Waiting(float(together) / (rounds * mean), float(clocks.mean()) / (rounds * mean))
+    return WaitingCost(float(all_reduce) / (rounds * mean), float(clocks.mean()) / (rounds * mean))

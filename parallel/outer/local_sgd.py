@@ -1,27 +1,36 @@
-"""Local SGD: every so many updates all replicas go on from their mean; there is no outer momentum.
+"""Local SGD: every `interval` updates all replicas continue from their mean; there is no outer momentum.
 
     anchor <- anchor - mean over replicas of (anchor - params);   params <- anchor
 
-Drifts travel, not parameters: they are small, so a narrow format costs little. Source: arXiv:1805.09767.
+Outer gradients travel, not parameters: they are small, so a narrow format costs little. Source: arXiv:1805.09767.
 """
 
 import jax
 
-from .interface import Exchange, Meeting, OuterOptimizer, OuterState, Params, drift, float32, spread
+from .interface import (
+    Exchange,
+    OuterOptimizer,
+    OuterState,
+    OuterStep,
+    Params,
+    broadcast_anchor,
+    outer_gradient,
+    to_float32,
+)
 
 
-def local_sgd(exchange: Exchange, *, every: int) -> OuterOptimizer:
-    """Meet after every `every` updates, at the mean."""
+def local_sgd(exchange: Exchange, *, interval: int) -> OuterOptimizer:
+    """Set the parameters to their mean every `interval` updates."""
 
-    def meet(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
+    def run(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
         del row
-        mean = exchange.mean(drift(state.anchor, params))
-        anchor = jax.tree.map(lambda old, way: old - way, state.anchor, mean)
-        return spread(anchor, params), OuterState(anchor, ())
+        mean = exchange.mean(outer_gradient(state.anchor, params))
+        anchor = jax.tree.map(lambda old, gradient: old - gradient, state.anchor, mean)
+        return broadcast_anchor(anchor, params), OuterState(anchor, ())
 
     return OuterOptimizer(
-        lambda params: OuterState(float32(params), ()),
-        (Meeting("meet", every, 0, meet),),
+        lambda params: OuterState(to_float32(params), ()),
+        (OuterStep("meet", interval, 0, run),),
         lambda params, state: state.anchor,
         False,
     )

@@ -1,50 +1,60 @@
-"""NoLoCo: replicas meet in pairs, and no message ever crosses all of them.
+"""NoLoCo: replicas synchronize in pairs, without any all-reduce.
 
-Each replica has an anchor of its own. With the partner of this meeting, m() the mean of the two:
+Each replica has an anchor of its own. With m() the mean over the replica and its partner in this round:
 
     velocity <- momentum * velocity + learning_rate * m(params - anchor) + consensus * (m(anchor) - anchor)
     anchor <- anchor + velocity;   params <- anchor
 
-The momentum is heavy-ball and stays at home. Source: arXiv:2506.10911, equations 2 and 3. Equation 2 is printed with a
-minus before the learning rate, against its own definition of the difference (new minus old), its expectation in
-equation 32 and the released code; the plus above is theirs.
+The momentum is heavy-ball and is not sent. Source: arXiv:2506.10911, equations 2 and 3. Equation 2 is printed with a
+minus before the learning rate, which contradicts its own definition of the difference (new minus old), its expectation
+in equation 32 and the released code; these have the plus above.
 
-How far the anchors spread is a random walk that the last term holds together. With pairs drawn independently their
+The distances between anchors are a random walk that the last term bounds. With pairs drawn independently their
 variance stays bounded if and only if 0 < consensus < `largest_consensus(momentum, replicas=R)`
 (`configs/sections/outer.py`), which for many replicas is 2 (1 - momentum^2). Equation 74 has momentum < consensus <
-sqrt(2 + momentum^2) instead: below its lower end the variance is bounded too; its upper end is right at the paper's
+sqrt(2 + momentum^2) instead: below its lower bound the variance is bounded too; its upper bound is right at the paper's
 momentum, 0.5, and nowhere else.
 """
 
 import jax
 import jax.numpy as jnp
 
-from .interface import Exchange, Meeting, OuterOptimizer, OuterState, Params, float32, over_replicas, spread
+from .interface import (
+    Exchange,
+    OuterOptimizer,
+    OuterState,
+    OuterStep,
+    Params,
+    broadcast_anchor,
+    mean_over_replicas,
+    to_float32,
+    zeros_float32,
+)
 
 
 def noloco(
-    exchange: Exchange, *, every: int, learning_rate: float, momentum: float, consensus: float
+    exchange: Exchange, *, interval: int, learning_rate: float, momentum: float, consensus: float
 ) -> OuterOptimizer:
-    """Meet in pairs after every `every` updates. `exchange` is of (drifts, anchors), in a format each.
+    """An outer step in pairs every `interval` updates. `exchange` swaps (changes, anchors), in a wire format each.
 
-    Drifts may travel in a narrow format, anchors better not.
+    Changes (params - anchor) may travel in a narrow format; anchors should not.
     """
 
-    def init(params: Params) -> OuterState:
-        return OuterState(float32(params), jax.tree.map(jnp.zeros_like, float32(params)))
+    def run(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
+        changes = jax.tree.map(lambda new, old: new.astype(old.dtype) - old, params, state.anchor)
+        partner = exchange.swap((changes, state.anchor), row)
 
-    def meet(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
-        way = jax.tree.map(lambda new, old: new.astype(old.dtype) - old, params, state.anchor)
-        way_there, anchor_there = exchange.swap((way, state.anchor), row)
+        def new_velocity(old, change, anchor, partner_change, partner_anchor) -> jax.Array:
+            step = momentum * old + learning_rate * (change + partner_change) / 2
+            return step + consensus * ((anchor + partner_anchor) / 2 - anchor)
 
-        def velocity(old: jax.Array, way: jax.Array, way_there: jax.Array, anchor: jax.Array, there: jax.Array):
-            together = momentum * old + learning_rate * (way + way_there) / 2
-            return together + consensus * ((anchor + there) / 2 - anchor)
-
-        speed = jax.tree.map(velocity, state.velocity, way, way_there, state.anchor, anchor_there)
-        anchor = jax.tree.map(jnp.add, state.anchor, speed)
-        return spread(anchor, params), OuterState(anchor, speed)
+        velocity = jax.tree.map(new_velocity, state.velocity, changes, state.anchor, *partner)
+        anchor = jax.tree.map(jnp.add, state.anchor, velocity)
+        return broadcast_anchor(anchor, params), OuterState(anchor, velocity)
 
     return OuterOptimizer(
-        init, (Meeting("meet", every, 0, meet),), lambda params, state: over_replicas(state.anchor), True
+        lambda params: OuterState(to_float32(params), zeros_float32(params)),
+        (OuterStep("meet", interval, 0, run),),
+        lambda params, state: mean_over_replicas(state.anchor),
+        True,
     )

@@ -1,27 +1,27 @@
-"""Peer averaging: pairs of replicas move toward each other; nothing else is remembered.
+"""Peer averaging: pairs of replicas move toward each other; there is no outer state.
 
     params <- (1 - rate) * params + rate * the partner's params
 
-Rate 0.5 leaves both at their mean. Source: gossip averaging as in AD-PSGD, arXiv:1710.06952, in rounds.
+Rate 0.5 sets both to their mean. Source: gossip averaging as in AD-PSGD, arXiv:1710.06952, in rounds.
 """
 
 import jax
 import jax.numpy as jnp
 
-from .interface import Exchange, Meeting, OuterOptimizer, OuterState, Params, over_replicas
+from .interface import Exchange, OuterOptimizer, OuterState, OuterStep, Params, mean_over_replicas
 
 
-def peer_average(exchange: Exchange, *, every: int, rate: float) -> OuterOptimizer:
-    """Meet in pairs after every `every` updates."""
+def peer_average(exchange: Exchange, *, interval: int, rate: float) -> OuterOptimizer:
+    """Average in pairs every `interval` updates."""
 
-    def meet(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
+    def run(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        mixed = jax.tree.map(lambda own, there: (1 - rate) * own + rate * there, wide, exchange.swap(wide, row))
+        mixed = jax.tree.map(lambda own, partner: (1 - rate) * own + rate * partner, wide, exchange.swap(wide, row))
         return jax.tree.map(lambda new, old: new.astype(old.dtype), mixed, params), state
 
     return OuterOptimizer(
         lambda params: OuterState((), ()),
-        (Meeting("meet", every, 0, meet),),
-        lambda params, state: over_replicas(params),
+        (OuterStep("meet", interval, 0, run),),
+        lambda params, state: mean_over_replicas(params),
         True,
     )

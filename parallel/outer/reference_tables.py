@@ -1,34 +1,34 @@
-"""The bandwidth table of Streaming DiLoCo (arXiv:2501.18512, table 4), to set a simulation beside. No JAX."""
+"""The bandwidth table of Streaming DiLoCo (arXiv:2501.18512, table 4), to compare a simulation with. No JAX."""
 
-from .link_simulator import Method, Workload, data_parallel, rarely, streamed
+from .link_simulator import Method, Workload, data_parallel, diloco, streaming_diloco
 
-TARGETS = (0.5, 0.8, 0.9, 0.95, 0.99)
+UTILISATION_TARGETS = (0.5, 0.8, 0.9, 0.95, 0.99)
 
-# Bits on the wire of one nominal parameter. bfloat16 would be 16; the paper's data-parallel rows are all met by 13.3 to
-# 13.6 and by nothing else, so what its simulator sends is a sixth less than nominal. Fitted on those rows alone.
-BITS = 13.4
+# Bits on the wire of one nominal parameter. bfloat16 would be 16, but only 13.3 to 13.6 reproduce the paper's
+# data-parallel rows, so its simulator sends a sixth less than nominal. Fitted on those rows alone.
+BITS_PER_PARAMETER = 13.4
 
 WORKLOADS = {
-    "1B": Workload(layers=24, step_seconds=0.1, gigabits=1 * BITS),
-    "10B": Workload(layers=48, step_seconds=0.8, gigabits=10 * BITS),
-    "100B": Workload(layers=108, step_seconds=4.9, gigabits=100 * BITS),
+    "1B": Workload(layers=24, step_seconds=0.1, gigabits=1 * BITS_PER_PARAMETER),
+    "10B": Workload(layers=48, step_seconds=0.8, gigabits=10 * BITS_PER_PARAMETER),
+    "100B": Workload(layers=108, step_seconds=4.9, gigabits=100 * BITS_PER_PARAMETER),
 }
 
 
 def methods(layers: int) -> dict[str, Method]:
-    """The rows of the table: meetings every 100 steps, fragments of 3 layers, and 4 of bfloat16's 16 bits."""
+    """The rows of the table: outer steps every 100 steps, fragments of 3 layers, and 4 of bfloat16's 16 bits."""
     count = layers // 3 + 1
     return {
         "data-parallel": data_parallel(),
-        "diloco": rarely(100),
-        "streaming": streamed(100, count=count),
-        "streaming, overlapped": streamed(100, count=count, overlap=1),
-        "streaming, overlapped, 4 bits": streamed(100, count=count, overlap=1, shrink=4 / 16),
+        "diloco": diloco(100),
+        "streaming": streaming_diloco(100, count=count),
+        "streaming, overlapped": streaming_diloco(100, count=count, overlap=1),
+        "streaming, overlapped, 4 bits": streaming_diloco(100, count=count, overlap=1, compression=4 / 16),
     }
 
 
-# Gbit/s for each of TARGETS.
-PAPER: dict[tuple[str, str], tuple[float, ...]] = {
+# Gbit/s for each of UTILISATION_TARGETS.
+PUBLISHED_BANDWIDTHS: dict[tuple[str, str], tuple[float, ...]] = {
     ("1B", "data-parallel"): (86.8, 152.6, 184.2, 222.3, 569.0),
     ("1B", "diloco"): (1.4, 6.2, 13.3, 23.3, 86.8),
     ("1B", "streaming"): (1.4, 5.2, 9.1, 16.0, 28.1),

@@ -1,4 +1,4 @@
-"""The outer optimizers by the name `outer.name` gives them: from the section to pure functions."""
+"""Outer optimizers by their name in YAML (`outer.name`): from the section to pure functions."""
 
 from collections.abc import Callable
 
@@ -7,29 +7,27 @@ from ...configs.sections.outer import OuterConfig
 from ..layout import LayerOrder
 from .diloco import diloco
 from .eager import eager
-from .exchange import Wires
-from .fragment_slices import cut
-from .fragments import fragments
+from .exchange import WireNames
+from .fragment_slices import slice_fragment
+from .fragments import split_fragments
 from .interface import Exchange, OuterOptimizer
 from .local_sgd import local_sgd
 from .noloco import noloco
 from .peer_average import peer_average
-from .streaming_diloco import streaming
+from .streaming_diloco import streaming_diloco
 
-Travel = Callable[[Wires], Exchange]  # wire format, or one for each of a tuple of trees -> how they travel here
-
-
-def _diloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: LayerOrder) -> OuterOptimizer:
-    return diloco(travel(outer.wire), every=outer.every, learning_rate=outer.learning_rate, momentum=outer.momentum)
+ExchangeFactory = Callable[[WireNames], Exchange]  # wire format, or one for each of a tuple of trees
+Builder = Callable[[OuterConfig, ModelConfig, ExchangeFactory, int, LayerOrder], OuterOptimizer]
 
 
 def _streaming(
-    outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: LayerOrder
+    outer: OuterConfig, model: ModelConfig, exchange_factory: ExchangeFactory, replicas: int, order: LayerOrder
 ) -> OuterOptimizer:
-    return streaming(
-        travel(outer.wire),
-        cuts=[cut(part, model, order) for part in fragments(model.layers, count=outer.fragments, order=outer.order)],
-        every=outer.every,
+    fragments = split_fragments(model.layers, count=outer.fragments, order=outer.order)
+    return streaming_diloco(
+        exchange_factory(outer.wire),
+        fragments=[slice_fragment(fragment, model, order) for fragment in fragments],
+        interval=outer.every,
         learning_rate=outer.learning_rate,
         momentum=outer.momentum,
         overlap=outer.overlap,
@@ -37,43 +35,44 @@ def _streaming(
     )
 
 
-def _noloco(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: LayerOrder) -> OuterOptimizer:
-    return noloco(
-        travel((outer.wire, "float32")),
-        every=outer.every,
+OUTER_OPTIMIZERS: dict[str, Builder] = {
+    "diloco": lambda outer, model, exchange_factory, replicas, order: diloco(
+        exchange_factory(outer.wire), interval=outer.every, learning_rate=outer.learning_rate, momentum=outer.momentum
+    ),
+    "streaming": _streaming,
+    "noloco": lambda outer, model, exchange_factory, replicas, order: noloco(
+        exchange_factory((outer.wire, "float32")),
+        interval=outer.every,
         learning_rate=outer.learning_rate,
         momentum=outer.momentum,
         consensus=outer.consensus,
-    )
-
-
-def _eager(outer: OuterConfig, model: ModelConfig, travel: Travel, replicas: int, order: LayerOrder) -> OuterOptimizer:
-    return eager(
-        travel(outer.wire),
+    ),
+    "local-sgd": lambda outer, model, exchange_factory, replicas, order: local_sgd(
+        exchange_factory(outer.wire), interval=outer.every
+    ),
+    "eager": lambda outer, model, exchange_factory, replicas, order: eager(
+        exchange_factory(outer.wire),
         replicas=replicas,
-        every=outer.every,
+        interval=outer.every,
         learning_rate=outer.learning_rate,
         momentum=outer.momentum,
-    )
-
-
-OUTER: dict[str, Callable[[OuterConfig, ModelConfig, Travel, int, LayerOrder], OuterOptimizer]] = {
-    "diloco": _diloco,
-    "streaming": _streaming,
-    "noloco": _noloco,
-    "local-sgd": lambda outer, model, travel, replicas, order: local_sgd(travel(outer.wire), every=outer.every),
-    "eager": _eager,
-    "peer-average": lambda outer, model, travel, replicas, order: peer_average(
-        travel(outer.wire), every=outer.every, rate=outer.rate
+    ),
+    "peer-average": lambda outer, model, exchange_factory, replicas, order: peer_average(
+        exchange_factory(outer.wire), interval=outer.every, rate=outer.rate
     ),
 }
 
 
-def build(
-    outer: OuterConfig, *, model: ModelConfig, travel: Travel, replicas: int, order: LayerOrder = None
+def build_outer_optimizer(
+    outer: OuterConfig,
+    *,
+    model: ModelConfig,
+    exchange_factory: ExchangeFactory,
+    replicas: int,
+    order: LayerOrder = None,
 ) -> OuterOptimizer:
     """The outer optimizer of the section `outer` for `replicas` replicas of `model`.
 
     `order` is that of the layers in the run's stacks (`parallel/layout.py`).
     """
-    return OUTER[outer.name](outer, model, travel, replicas, order)
+    return OUTER_OPTIMIZERS[outer.name](outer, model, exchange_factory, replicas, order)

@@ -1,11 +1,11 @@
-"""An outer optimizer whose replicas are in programs of their own: a meeting in two halves, with the network between.
+"""An outer step for replicas in programs of their own: split into sending and receiving, with the network between.
 
-The optimizer itself is the one of the mesh. It is traced twice, with one replica and two exchanges that send nothing:
-the first writes down what the optimizer would send, the second hands it what came.
+The outer optimizer is the one of the mesh. It is traced twice, with one replica and two exchanges that send nothing:
+the first records what the optimizer would send, the second returns to it what was received.
 
-    halves = apart(build, "meet", per_replica=...)
-    letters = halves.outgoing(params, outer)                        coded, to be sent
-    params, outer = halves.incoming(params, outer, arrived)         arrived: float32, one tree a letter
+    split = split_outer_step(build, "meet")
+    messages = split.send(params, outer)                            codes, to be sent
+    params, outer = split.receive(params, outer, received)          received: float32, one tree a message
 
 What is sent are the raw bytes of the codes, in the order of the tree: both ends have the same configuration.
 """
@@ -17,136 +17,136 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .exchange import Wires
+from .exchange import WireNames
 from .interface import Exchange, OuterOptimizer, Params
-from .wire_formats import WIRES, Coded
+from .wire_formats import WIRE_FORMATS, Coded
 
-Travel = Callable[[Wires], Exchange]
+ExchangeFactory = Callable[[WireNames], Exchange]
 
 
-class Letter(NamedTuple):
-    """One tree that a meeting sends: its wire format and its shapes, without [replica]."""
+class Message(NamedTuple):
+    """One tree that an outer step sends: its wire format and its shapes, without [replica]."""
 
     wire: str
     shapes: Params
 
 
-class Halves(NamedTuple):
+class SendReceive(NamedTuple):
     """Pure functions of the parameters and the outer state of one replica, without [replica]."""
 
-    outgoing: Callable[[Params, Any], list[Params]]  # (params, outer) -> a tree of Coded for each letter
-    incoming: Callable[[Params, Any, Sequence[Params]], tuple[Params, Any]]  # (params, outer, arrived)
-    letters: Callable[[Params, Any], list[Letter]]  # what it sends, from shapes
+    send: Callable[[Params, Any], list[Params]]  # (params, outer) -> a tree of Coded for each message
+    receive: Callable[[Params, Any, Sequence[Params]], tuple[Params, Any]]  # (params, outer, received trees)
+    messages: Callable[[Params, Any], list[Message]]  # (params, outer) -> what is sent; for shapes too
 
 
-def apart(build: Callable[[Travel], OuterOptimizer], name: str) -> Halves:
-    """The halves of the meeting `name` of the optimizer that `build` makes with any exchange."""
+def split_outer_step(build: Callable[[ExchangeFactory], OuterOptimizer], name: str) -> SendReceive:
+    """Sending and receiving of the outer step `name` of the optimizer that `build` makes with any exchange."""
 
-    def run(travel: Travel, params: Params, outer: Any) -> tuple[Params, Any]:
-        optimizer = build(travel)
-        meeting = next(one for one in optimizer.meetings if one.name == name)
-        held = several(outer) if optimizer.per_replica else outer
-        params, held = meeting.run(several(params), held, jnp.zeros((), jnp.int32))
-        return one(params), one(held) if optimizer.per_replica else held
+    def run(exchange_factory: ExchangeFactory, params: Params, outer: Any) -> tuple[Params, Any]:
+        optimizer = build(exchange_factory)
+        outer_step = next(step for step in optimizer.outer_steps if step.name == name)
+        state = add_replica_axis(outer) if optimizer.per_replica else outer
+        params, state = outer_step.run(add_replica_axis(params), state, jnp.zeros((), jnp.int32))
+        return remove_replica_axis(params), remove_replica_axis(state) if optimizer.per_replica else state
 
-    def written(params: Params, outer: Any) -> list[tuple[str, Params]]:
-        found: list[tuple[str, Params]] = []
+    def record(params: Params, outer: Any) -> list[tuple[str, Params]]:
+        sent_trees: list[tuple[str, Params]] = []
 
-        def note(wire: str, tree: Params) -> Params:
-            alone = jax.tree.map(lambda leaf: leaf[0].astype(jnp.float32), tree)
-            found.append((wire, alone))
-            return alone
+        def record_tree(wire: str, tree: Params) -> Params:
+            single = jax.tree.map(lambda leaf: leaf[0].astype(jnp.float32), tree)
+            sent_trees.append((wire, single))
+            return single
 
-        def travel(wire: Wires) -> Exchange:
-            noted = lambda tree: jax.tree.map(note, wire, tree)
-            return Exchange(noted, lambda tree, row: several(noted(tree)))
+        def recording_exchange(wire: WireNames) -> Exchange:
+            mean = lambda tree: jax.tree.map(record_tree, wire, tree)
+            return Exchange(mean, lambda tree, row: add_replica_axis(mean(tree)))
 
-        run(travel, params, outer)
-        return found
+        run(recording_exchange, params, outer)
+        return sent_trees
 
-    def outgoing(params: Params, outer: Any) -> list[Params]:
-        return [encoded(wire, tree) for wire, tree in written(params, outer)]
+    def send(params: Params, outer: Any) -> list[Params]:
+        return [encode(wire, tree) for wire, tree in record(params, outer)]
 
-    def incoming(params: Params, outer: Any, arrived: Sequence[Params]) -> tuple[Params, Any]:
-        waiting = iter(arrived)
+    def receive(params: Params, outer: Any, received: Sequence[Params]) -> tuple[Params, Any]:
+        remaining = iter(received)
 
-        def travel(wire: Wires) -> Exchange:
-            came = lambda: jax.tree.map(lambda _: next(waiting), wire)
-            return Exchange(lambda tree: came(), lambda tree, row: several(came()))
+        def replaying_exchange(wire: WireNames) -> Exchange:
+            mean = lambda tree: jax.tree.map(lambda _: next(remaining), wire)
+            return Exchange(mean, lambda tree, row: add_replica_axis(mean(tree)))
 
-        return run(travel, params, outer)
+        return run(replaying_exchange, params, outer)
 
-    def letters(params: Params, outer: Any) -> list[Letter]:
+    def messages(params: Params, outer: Any) -> list[Message]:
         wires: list[str] = []
 
         def trees(params: Params, outer: Any) -> list[Params]:
-            found = written(params, outer)
-            wires[:] = [wire for wire, _ in found]
-            return [tree for _, tree in found]
+            sent_trees = record(params, outer)
+            wires[:] = [wire for wire, _ in sent_trees]
+            return [tree for _, tree in sent_trees]
 
         shapes = jax.eval_shape(trees, params, outer)
-        return [Letter(wire, tree) for wire, tree in zip(wires, shapes, strict=True)]
+        return [Message(wire, tree) for wire, tree in zip(wires, shapes, strict=True)]
 
-    return Halves(outgoing, incoming, letters)
+    return SendReceive(send, receive, messages)
 
 
-def several(tree: Any) -> Any:
-    """A leading [1] for every array."""
+def add_replica_axis(tree: Any) -> Any:
+    """Every array with a leading [1]."""
     return jax.tree.map(lambda leaf: leaf[None], tree)
 
 
-def one(tree: Any) -> Any:
-    """The inverse."""
+def remove_replica_axis(tree: Any) -> Any:
+    """The inverse of `add_replica_axis`."""
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
-def encoded(wire: str, tree: Params) -> Params:
-    """Every array as it travels; scalars travel as arrays of one."""
-    return jax.tree.map(lambda leaf: WIRES[wire].encode(leaf if leaf.ndim else leaf[None]), tree)
+def encode(wire: str, tree: Params) -> Params:
+    """The codes of every array; a scalar is an array of one."""
+    return jax.tree.map(lambda leaf: WIRE_FORMATS[wire].encode(leaf if leaf.ndim else leaf[None]), tree)
 
 
-def decoded(letter: Letter, codes: Params) -> Params:
-    """The inverse of `encoded` on the format's grid, float32."""
+def decode(message: Message, codes: Params) -> Params:
+    """The inverse of `encode` on the grid of the format, float32."""
 
-    def leaf(coded: Coded, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        return WIRES[letter.wire].decode(coded, (shape.shape or (1,))[-1]).reshape(shape.shape)
+    def decode_leaf(coded: Coded, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        return WIRE_FORMATS[message.wire].decode(coded, (shape.shape or (1,))[-1]).reshape(shape.shape)
 
-    return jax.tree.map(leaf, codes, letter.shapes, is_leaf=lambda part: isinstance(part, Coded))
+    return jax.tree.map(decode_leaf, codes, message.shapes, is_leaf=lambda leaf: isinstance(leaf, Coded))
 
 
-def packed(arrays: Sequence[np.ndarray]) -> bytes:
+def pack(arrays: Sequence[np.ndarray]) -> bytes:
     """The raw bytes of arrays, one after another; every processor that JAX runs on is little-endian."""
     return b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
 
 
-def unpacked(payload: bytes, shapes: Sequence[Any]) -> list[np.ndarray]:
-    """The inverse, for arrays of such `shapes` (anything with shape and dtype). Raises ValueError for another size."""
-    wanted = sum(int(np.prod(like.shape)) * like.dtype.itemsize for like in shapes)
-    if len(payload) != wanted:
-        raise ValueError(f"{len(payload)} bytes, not {wanted}")
-    found, start = [], 0
+def unpack(payload: bytes, shapes: Sequence[Any]) -> list[np.ndarray]:
+    """The inverse of `pack`, for `shapes` (anything with shape and dtype). Raises ValueError for another size."""
+    expected = sum(int(np.prod(like.shape)) * like.dtype.itemsize for like in shapes)
+    if len(payload) != expected:
+        raise ValueError(f"{len(payload)} bytes, not {expected}")
+    arrays, start = [], 0
     for like in shapes:
         count = int(np.prod(like.shape))
-        found.append(np.frombuffer(payload, like.dtype, count, start).reshape(like.shape))
+        arrays.append(np.frombuffer(payload, like.dtype, count, start).reshape(like.shape))
         start += count * like.dtype.itemsize
-    return found
+    return arrays
 
 
-def trouble(payload: bytes, letters: Sequence[tuple[str, Sequence[Any]]]) -> str | None:
-    """What is wrong with coded bytes of such (wire, shapes of codes and scales): a value not finite, or a wrong size.
+def find_defect(payload: bytes, messages: Sequence[tuple[str, Sequence[Any]]]) -> str | None:
+    """What is wrong with a payload of `messages` (wire, shapes of codes and scales): its size, or values not finite.
 
     None: nothing.
     """
     try:
-        arrays = unpacked(payload, [shape for _, shapes in letters for shape in shapes])
+        arrays = unpack(payload, [shape for _, shapes in messages for shape in shapes])
     except ValueError as error:
         return str(error)
-    wires = [wire for wire, shapes in letters for _ in shapes]
-    bad = sum(not finite(wire, array) for wire, array in zip(wires, arrays, strict=True))
+    wires = [wire for wire, shapes in messages for _ in shapes]
+    bad = sum(not is_finite(wire, array) for wire, array in zip(wires, arrays, strict=True))
     return f"{bad} of {len(arrays)} arrays are not finite" if bad else None
 
 
-def finite(wire: str, array: np.ndarray) -> bool:
+def is_finite(wire: str, array: np.ndarray) -> bool:
     """Whether codes or scales of a format stand for finite values."""
     if array.dtype == np.float32:
         return bool(np.isfinite(array).all())

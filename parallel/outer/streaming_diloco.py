@@ -1,13 +1,13 @@
-"""Streaming DiLoCo: fragments of the model meet in turn, while training goes on, and what arrives is mixed in.
+"""Streaming DiLoCo: fragments of the model synchronize in turn, while training continues; results are mixed in later.
 
-After update t, for the fragment whose turn it is, each replica sends its drift; `overlap` updates later
+After update t, for the fragment whose turn it is, each replica sends its outer gradient; `overlap` updates later
 
-    anchor <- the Nesterov step of DiLoCo along the mean drift of update t
+    anchor <- the Nesterov step of DiLoCo along the mean outer gradient of update t
     params <- mix * params + (1 - mix) * anchor
 
-and the other fragments are left alone. Each fragment meets every `every` updates, `offset` of its own later than the
-first one. Nothing else touches a fragment's anchor between the sending and the arrival, so here the outer step is made
-at once and only the mixing waits: the numbers are the same, and no buffer is in flight.
+and the other fragments are unchanged. Each fragment has an outer step every `interval` updates, at an offset of its own
+from the first one. Nothing else changes a fragment's anchor between sending and receiving, so the Nesterov step is
+made when sending and only the mixing is delayed: the numbers are the same, and no buffer is in flight.
 Source: arXiv:2501.18512, Algorithm 2.
 """
 
@@ -15,55 +15,66 @@ from collections.abc import Sequence
 
 import jax
 
-from .fragment_slices import Cut
-from .fragments import offsets
-from .interface import Exchange, Meeting, OuterOptimizer, OuterState, Params, drift, float32, nesterov
+from .fragment_slices import FragmentSlicer
+from .fragments import fragment_offsets
+from .interface import (
+    Exchange,
+    OuterOptimizer,
+    OuterState,
+    OuterStep,
+    Params,
+    nesterov_step,
+    outer_gradient,
+    to_float32,
+    zeros_float32,
+)
 
 
-def streaming(
+def streaming_diloco(
     exchange: Exchange,
     *,
-    cuts: Sequence[Cut],
-    every: int,
+    fragments: Sequence[FragmentSlicer],
+    interval: int,
     learning_rate: float,
     momentum: float,
     overlap: int,
     mix: float,
 ) -> OuterOptimizer:
-    """One fragment a `cut`. `mix` 0 drops the `overlap` updates made meanwhile, 1 would ignore what arrives."""
+    """`mix` 0 drops the `overlap` updates made meanwhile; 1 would ignore the result of the outer step."""
 
-    def sending(fragment: Cut):
+    def send_step(fragment: FragmentSlicer):
         def send(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
             del row
-            anchor, velocity = fragment.take(state.anchor), fragment.take(state.velocity)
-            gradient = exchange.mean(drift(anchor, fragment.take(params, 1)))
-            anchor, velocity = nesterov(anchor, velocity, gradient, learning_rate=learning_rate, momentum=momentum)
-            return params, OuterState(fragment.put(state.anchor, anchor), fragment.put(state.velocity, velocity))
+            anchor, velocity = fragment.extract(state.anchor), fragment.extract(state.velocity)
+            gradient = exchange.mean(outer_gradient(anchor, fragment.extract(params, 1)))
+            anchor, velocity = nesterov_step(anchor, velocity, gradient, learning_rate=learning_rate, momentum=momentum)
+            return params, OuterState(fragment.insert(state.anchor, anchor), fragment.insert(state.velocity, velocity))
 
         return send
 
-    def receiving(fragment: Cut):
+    def receive_step(fragment: FragmentSlicer):
         def receive(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
             del row
-            own = fragment.take(params, 1)
             mixed = jax.tree.map(
                 lambda old, new: (mix * old.astype(new.dtype) + (1 - mix) * new).astype(old.dtype),
-                own,
-                fragment.take(state.anchor),
+                fragment.extract(params, 1),
+                fragment.extract(state.anchor),
             )
-            return fragment.put(params, mixed, 1), state
+            return fragment.insert(params, mixed, 1), state
 
         return receive
 
-    meetings = []
-    for number, (fragment, offset) in enumerate(zip(cuts, offsets(len(cuts), every=every), strict=True)):
-        meetings += [
-            Meeting(f"send-{number}", every, offset, sending(fragment)),
-            Meeting(f"receive-{number}", every, offset + overlap, receiving(fragment), needs=f"send-{number}"),
+    outer_steps = []
+    offsets = fragment_offsets(len(fragments), interval=interval)
+    for number, (fragment, offset) in enumerate(zip(fragments, offsets, strict=True)):
+        send = f"send-{number}"
+        outer_steps += [
+            OuterStep(send, interval, offset, send_step(fragment)),
+            OuterStep(f"receive-{number}", interval, offset + overlap, receive_step(fragment), depends_on=send),
         ]
     return OuterOptimizer(
-        lambda params: OuterState(float32(params), jax.tree.map(jax.numpy.zeros_like, float32(params))),
-        tuple(meetings),
+        lambda params: OuterState(to_float32(params), zeros_float32(params)),
+        tuple(outer_steps),
         lambda params, state: state.anchor,
         False,
     )

@@ -1,7 +1,7 @@
-"""How much a wire format takes. No JAX: plans and the simulator read it.
+"""The size of arrays in each wire format. No JAX: plans and the simulator read it.
 
-A format is bits of a value and of a block's scale; blocks run along the last dimension, so that no shard of another
-dimension changes them.
+A format has bits for each value and for each block's scale; blocks run along the last dimension, so that sharding
+another dimension changes no block.
 """
 
 import math
@@ -10,24 +10,24 @@ from typing import NamedTuple
 BLOCK = 64  # values that share a scale: half a bit a value, and it divides what a tensor shard holds of most models
 
 
-class Width(NamedTuple):
-    """Bits a format spends."""
+class FormatBits(NamedTuple):
+    """Bits of a format."""
 
     value: int
-    scale: int  # a block; 0: no scales
+    scale: int  # for each block; 0: no scales
 
 
-WIDTHS = {
-    "float32": Width(32, 0),
-    "bf16": Width(16, 0),
-    "fp8": Width(8, 32),
-    "int8": Width(8, 32),
-    "e3m0": Width(4, 32),
+FORMAT_BITS = {
+    "float32": FormatBits(32, 0),
+    "bf16": FormatBits(16, 0),
+    "fp8": FormatBits(8, 32),
+    "int8": FormatBits(8, 32),
+    "e3m0": FormatBits(4, 32),
 }
 
 
 def block_size(length: int) -> int:
-    """Values of a block along a dimension of `length`: even, `BLOCK` at most, and dividing the length where it can.
+    """Values of a block along a dimension of `length`: even, at most `BLOCK`, and a divisor of the length if possible.
 
     >>> block_size(192), block_size(40), block_size(61), block_size(100)
     (64, 40, 62, 50)
@@ -38,15 +38,15 @@ def block_size(length: int) -> int:
 
 
 def coded_bytes(wire: str, shape: tuple[int, ...]) -> int:
-    """Bytes of an array of `shape` in format `wire`, scales and filled-up blocks included.
+    """Bytes of an array of `shape` in format `wire`, with scales and padded blocks.
 
     >>> coded_bytes("float32", (2, 128)), coded_bytes("e3m0", (2, 128))
     (1024, 144)
     """
-    width = WIDTHS[wire]
+    bits = FORMAT_BITS[wire]
     *rows, length = shape or (1,)
-    if not width.scale:
-        return math.prod(rows) * length * width.value // 8
+    if not bits.scale:
+        return math.prod(rows) * length * bits.value // 8
     block = block_size(length)
     blocks = math.prod(rows) * -(-length // block)
-    return blocks * (block * width.value + width.scale) // 8
+    return blocks * (block * bits.value + bits.scale) // 8

@@ -18,7 +18,7 @@ from ...models.attention.interface import Implementation, Mask, TokenIndices
 def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implementation:
     """`implementation` on one device's part of a row, [batch, sequence / ranks, heads, head_dim].
 
-    For use where `mesh_axis` is manual. `indices` holds this device's part and must have indices.
+    For use where `mesh_axis` is manual. `indices` are those of this device's part; neither index may be None.
     """
 
     def forward(q, k, v, mask: Mask, indices: TokenIndices):

@@ -28,10 +28,10 @@ ROWS = ("data", "fsdp")
 def sequence_parallel(implementation: Implementation, *, strategy: str, mesh: Mesh) -> Callable[..., jax.Array]:
     """`attend(q, k, v, mask, indices)` over global [batch, sequence, heads, head_dim] arrays, sharded over `mesh`.
 
-    Tokens stand in run order (`parallel/sequence/token_order.py`); `where.query_index = where.key_index` is that order;
-    None is plain order. Where `seq` is 1 nothing is communicated. The result equals the implementation's on one device.
-    Raises UserError on an unknown strategy, a sequence that `mesh.seq` does not divide, and where the strategy or the
-    implementation refuses.
+    Tokens stand in run order (`parallel/sequence/token_order.py`); `indices.query_index = indices.key_index` is that
+    order; None is plain order. Where `seq` is 1 nothing is communicated. The result equals the implementation's on one
+    device. Raises UserError on an unknown strategy, a sequence that `mesh.seq` does not divide, and where the strategy
+    or the implementation refuses.
     """
     if strategy not in STRATEGIES:
         raise UserError.no_match("sequence.parallel", [strategy], known=STRATEGIES)

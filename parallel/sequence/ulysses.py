@@ -17,8 +17,8 @@ from ...models.attention.interface import Implementation, Mask, TokenIndices
 def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implementation:
     """`implementation` on one device's part of a row, [batch, sequence / ranks, heads, head_dim].
 
-    For use where `mesh_axis` is manual. `indices` holds this device's part; its indices may be None if the row as a whole
-    is in plain order. Raises UserError where the devices cannot share this device's key-value heads evenly.
+    For use where `mesh_axis` is manual. `indices` are those of this device's part; both indexes may be None if the
+    whole row is in plain order. Raises UserError where the devices cannot share this device's key-value heads evenly.
     """
 
     def forward(q, k, v, mask: Mask, indices: TokenIndices):

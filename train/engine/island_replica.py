@@ -21,7 +21,7 @@ from ...configs.run import RunConfig
 from ...parallel.layout import LayerOrder, reorder_layers
 from ...parallel.outer import registry
 from ...parallel.outer.interface import Exchange, OuterOptimizer
-from ...parallel.outer.split_round import SendReceive, ExchangeFactory, split_outer_step, add_replica_axis
+from ...parallel.outer.split_round import ExchangeFactory, SendReceive, add_replica_axis, split_outer_step
 from ...parallel.sharding import optimizer_shardings
 from ...parallel.state import TrainState
 from ..core.run_directory import flatten_keys, may_change
@@ -147,6 +147,8 @@ def make_island(config: RunConfig, mesh: Mesh, *, order: LayerOrder = None) -> I
     """
 
     def build(exchange_factory: ExchangeFactory) -> OuterOptimizer:
-        return registry.build_outer_optimizer(config.outer, model=config.model, exchange_factory=exchange_factory, replicas=config.islands.count)
+        return registry.build_outer_optimizer(
+            config.outer, model=config.model, exchange_factory=exchange_factory, replicas=config.islands.count
+        )
 
     return Island(config.islands.count, config.islands.number or 0, build, mesh, config.outer.memory == "host", order)

@@ -27,7 +27,7 @@ from ...parallel import layout
 from ...parallel.gradients import Batch
 from ...parallel.outer import registry
 from ...parallel.outer.exchange import REPLICA_AXIS, WireNames, make_exchange
-from ...parallel.outer.interface import Exchange, OuterStep, OuterOptimizer
+from ...parallel.outer.interface import Exchange, OuterOptimizer, OuterStep
 from ...parallel.outer.matchings import matching_for_round
 from ...parallel.sharding import optimizer_shardings
 from ...parallel.state import TrainState
@@ -183,7 +183,9 @@ def make_replicas(
     def exchange_factory(wire: WireNames) -> Exchange:
         return make_exchange(wire, replicas=count, mesh=mesh)
 
-    outer = registry.build_outer_optimizer(config.outer, model=config.model, exchange_factory=exchange_factory, replicas=count, order=order)
+    outer = registry.build_outer_optimizer(
+        config.outer, model=config.model, exchange_factory=exchange_factory, replicas=count, order=order
+    )
     return Replicas(count, outer, mesh, config.seed, config.outer.memory == "host")
 
 

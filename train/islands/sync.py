@@ -30,7 +30,7 @@ from ...configs.errors import MeshwrightError, Preempted
 from ...configs.sections.outer import PAIRED
 from ...parallel.multihost import broadcast_bytes
 from ...parallel.outer.interface import OuterStep
-from ...parallel.outer.split_round import pack, find_defect, unpack
+from ...parallel.outer.split_round import find_defect, pack, unpack
 from ...parallel.outer.traffic import bytes_sent
 from ...parallel.state import TrainState
 from ...parallel.transport.payload_server import Peer, TransferCounters
@@ -381,7 +381,9 @@ class IslandSync:
         """What is wrong with a payload of the meeting `name`, if anything."""
         made = self._compiled(name)
         wires = [letter.wire for letter in made.messages]
-        return find_defect(payload, [(wire, jax.tree.leaves(codes)) for wire, codes in zip(wires, made.codes, strict=True)])
+        return find_defect(
+            payload, [(wire, jax.tree.leaves(codes)) for wire, codes in zip(wires, made.codes, strict=True)]
+        )
 
     def _compiled(self, name: str) -> RoundPrograms:
         if name not in self._programs:

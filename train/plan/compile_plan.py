@@ -164,7 +164,7 @@ def render(plan: dict[str, Any]) -> RenderableType:
     parameters, optimizer, compiled = plan["parameters"], plan["optimizer"], plan["compiled"]
     table = Table(title=f"Plan: {axes}", title_justify="left", show_header=False)
     table.add_row("parameters", f"{parameters['count']:,}", f"{size(parameters['bytes_per_device'])} a device")
-    if (learns := trained(plan)) != parameters["count"]:
+    if (learns := trained_count(plan)) != parameters["count"]:
         table.add_row("trained", f"{learns:,}", f"{learns / parameters['count']:.2%} of them")
     table.add_row("optimizer", size(optimizer["bytes"]), f"{size(optimizer['bytes_per_device'])} a device")
     table.add_row("temporaries", "activations, gradients", f"{size(compiled['temporary_bytes'])} a device")
@@ -185,7 +185,7 @@ def render(plan: dict[str, Any]) -> RenderableType:
     return Group(table, largest(plan["arrays"]))
 
 
-def trained(plan: dict[str, Any]) -> int:
+def trained_count(plan: dict[str, Any]) -> int:
     """Weights that learn, of one replica."""
     sizes = (math.prod(array["shape"]) for array in plan["arrays"] if array["name"].startswith("params/"))
     return sum(sizes) // plan["mesh"].get("replica", 1)

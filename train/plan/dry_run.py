@@ -14,7 +14,7 @@ from ..engine.program import Program, build
 from ..objectives.distillation import check_teacher, init_weights
 
 
-def prepared(config: RunConfig) -> Program:
+def build_program(config: RunConfig) -> Program:
     """The program of `config` on its mesh, from a cold start."""
     runtime.start(config, ProcessInfo())
     return build(config, make_mesh(config.mesh))
@@ -24,7 +24,7 @@ def check(config: RunConfig) -> None:
     """Open the data, trace the step and shard every array. Raises UserError at the first thing wrong."""
     data = assemble.of_run(config)
     check_teacher(config, data.tokenizer)
-    program = prepared(config)
+    program = build_program(config)
     for model in (config.model, config.recipe.teacher or config.model):
         if model.origin is not None:
             huggingface.check_files(model.origin, model, shapes=jax.eval_shape(partial(init_weights, model, config)))

@@ -17,10 +17,10 @@ from ...configs.loader import load
 from ...configs.run import RunConfig
 from ...configs.sections.outer import OuterConfig
 from ...parallel.outer.latency import pair_seconds, tree_seconds, waiting_cost
-from ...parallel.outer.link_simulator import Method, Workload, required_bandwidth, diloco, streaming_diloco, utilisation
+from ...parallel.outer.link_simulator import Method, Workload, diloco, required_bandwidth, streaming_diloco, utilisation
 from ...parallel.outer.link_simulator import data_parallel as every_step
 from ...parallel.outer.reference_tables import PUBLISHED_BANDWIDTHS, UTILISATION_TARGETS, WORKLOADS, methods
-from ...parallel.outer.traffic import Shapes, data_parallel_bytes, all_gather_bytes, traffic_summary, outer_traffic
+from ...parallel.outer.traffic import Shapes, all_gather_bytes, data_parallel_bytes, outer_traffic, traffic_summary
 
 REPLICAS = (2, 16, 128, 1024, 4096)
 WIDTH = 126  # of a table in a file
@@ -28,7 +28,7 @@ LINKS = np.logspace(-6, 4, 201)  # Gbit/s looked through for one's own model
 SIGMA = 0.5  # of a log-normal step or message; NoLoCo's "about 20 %" at 1024 replicas and 100 steps is this one
 
 
-def planned(words: Sequence[str], *, step_seconds: float | None, gigabits: float | None, as_json: bool) -> None:
+def print_plan(words: Sequence[str], *, step_seconds: float | None, gigabits: float | None, as_json: bool) -> None:
     """Print the published tables, or the plan of `words`: a CONFIG and `key.sub=value`."""
     if not words:
         if step_seconds is not None or gigabits is not None:

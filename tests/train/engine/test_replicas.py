@@ -159,7 +159,7 @@ def met(outer):
 
 def programs(program):
     """Of every meeting but those that only mix in what has arrived."""
-    sending = [meeting for meeting in program.replicas.outer.meetings if not meeting.name.startswith("receive")]
+    sending = [meeting for meeting in program.replicas.outer.outer_steps if not meeting.name.startswith("receive")]
     return [program.replicas.compiled(meeting, program.shapes, program.shardings) for meeting in sending]
 
 
