@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -113,7 +114,8 @@ def test_a_save_that_fails_at_any_operation_leaves_the_newest_that_was_committed
                 saves.start_save(state(2), 2, samples=2)
                 saves.wait()
             except Killed:
-                saves.storage._waiter.shutdown()
+                with suppress(Killed):
+                    saves.storage.close()
                 saves = None
             for arrays in crash.writing:
                 arrays.result()

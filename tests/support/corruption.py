@@ -17,11 +17,11 @@ def flipped(array, device, bit):
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
 
 
-def flips(settled, *, step, device):
-    """`Loop.settled`, with a bit of a parameter flipped after `step`, on this process's `device`-th device."""
+def flips(drain, *, step, device):
+    """`Loop.drain`, with a bit of a parameter flipped after `step`, on this process's `device`-th device."""
 
     def damaged(loop, state):
-        state = settled(loop, state)
+        state = drain(loop, state)
         if int(state.step) != step:
             return state
         leaves, structure = jax.tree.flatten(state.params)

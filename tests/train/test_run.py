@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from support.equivalence import tiny
+from support.waiting import HANG_SECONDS, wait_until
 
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
 from meshwright.configs.loader import dump
@@ -133,7 +133,7 @@ def test_a_directory_appears_with_its_configuration(tmp_path, monkeypatch):
 def test_fewer_steps_than_were_made_are_refused_and_nothing_is_relabelled(whole):
     root, _ = whole
     before = (root / "run" / "config.yaml").read_text()
-    with pytest.raises(UserError, match="steps: 3.*run.* 6"):
+    with pytest.raises(UserError, match=r"steps: 3.*run.* 6"):
         go(small(mesh=MESH, steps=3), root)
     assert (root / "run" / "config.yaml").read_text() == before
 
@@ -167,12 +167,9 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(tmp_path):
     command = [sys.executable, "-m", "meshwright.train.cli", "train", str(file)]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert process.poll() is None and time.monotonic() < deadline, "the run never got going"
-        time.sleep(0.05)
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, process=process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75 and "state saved; run the same command to go on" in errors
     saved = [event["step"] for event in read_events(tmp_path / "runs" / "run") if event["event"] == "commit"]
     longer = [*command, f"steps={saved[-1] + 2}"]
