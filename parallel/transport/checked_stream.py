@@ -1,10 +1,14 @@
-"""Bytes between keepers: frames over TCP, length first, checksummed, timed out. JAX-free.
+"""Requests and answers over TCP between the snapshot agents of a run: checksummed frames, with timeouts. No JAX.
 
-request     a frame of JSON
-answer      a frame of JSON, {"error": ...} where it cannot be given, and a frame of bytes
+    request     a frame of JSON
+    answer      a frame of JSON, {"error": ...} for a refusal, and a frame of bytes
+    frame       4 bytes magic | 8 bytes length | 8 bytes XXH3 of the payload | payload     (little-endian)
 
-with Listener(answer) as listener: listener.address
-with Peer(address) as peer: told, content = peer.ask({"do": "read", "step": 7}, timeout=10.0)
+    with RequestServer(handler) as server: server.address
+    with RequestClient(address) as client: answer, payload = client.request({"do": "read", "step": 7}, timeout=10.0)
+
+A connection is blocking and serves one request after another. Transfers between islands, which are resumed after a cut,
+are in `payload_server.py`.
 """
 
 import json
@@ -20,68 +24,68 @@ import xxhash
 
 from ...configs.errors import MeshwrightError
 
-FRAME = struct.Struct("<4sQQ")  # magic, bytes, xxh3 of them
+HEADER = struct.Struct("<4sQQ")  # magic, length, checksum
 MAGIC = b"MESH"
-LONGEST = 2**30  # bytes of a frame; more is not ours
-TIMEOUT = 10.0  # seconds for an answer that needs no work
+MAX_FRAME_BYTES = 2**30
+ANSWER_TIMEOUT = 10.0  # seconds, for an answer that needs no work
 
-Answer = Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]
+Handler = Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]  # request -> answer, payload
 
 
 class RequestRefused(MeshwrightError):
-    """The other side answered that it cannot give what was asked for, and why."""
+    """The server answered that it refuses the request, and why."""
 
 
-def send(to: socket.socket, content: Any) -> None:
-    """One frame."""
-    view = memoryview(content)
-    to.sendall(FRAME.pack(MAGIC, len(view), xxhash.xxh3_64_intdigest(view)))
-    to.sendall(view)
+def send_frame(connection: socket.socket, payload: Any) -> None:
+    """Send `payload`, anything with a buffer, as one frame."""
+    view = memoryview(payload)
+    connection.sendall(HEADER.pack(MAGIC, len(view), xxhash.xxh3_64_intdigest(view)))
+    connection.sendall(view)
 
 
-def receive(source: socket.socket, *, into: np.ndarray | None = None) -> np.ndarray:
-    """One frame, in the bytes `into` if they are as many. Raises ConnectionError where it is not what was sent."""
-    magic, length, seen = FRAME.unpack(_fill(np.empty(FRAME.size, np.uint8), source))
-    if magic != MAGIC or length > LONGEST:
-        raise ConnectionError("what arrived is no frame of ours")
-    content = into if into is not None and len(into) == length else np.empty(length, np.uint8)
-    _fill(content, source)
-    if xxhash.xxh3_64_intdigest(content) != seen:
-        raise ConnectionError("a frame was damaged on its way")
-    return content
+def receive_frame(connection: socket.socket, *, into: np.ndarray | None = None) -> np.ndarray:
+    """The payload of the next frame, uint8; in `into` if that has its size. Raises ConnectionError if it is damaged."""
+    magic, length, checksum = HEADER.unpack(_fill(np.empty(HEADER.size, np.uint8), connection))
+    if magic != MAGIC or length > MAX_FRAME_BYTES:
+        raise ConnectionError(f"no frame of Meshwright: it begins with {magic!r} and announces {length} bytes")
+    payload = into if into is not None and len(into) == length else np.empty(length, np.uint8)
+    _fill(payload, connection)
+    if (found := xxhash.xxh3_64_intdigest(payload)) != checksum:
+        raise ConnectionError(f"a frame of {length} bytes has the checksum {found:016x}, not {checksum:016x}")
+    return payload
 
 
-def _fill(content: np.ndarray, source: socket.socket) -> np.ndarray:
-    view = memoryview(content)
+def _fill(buffer: np.ndarray, connection: socket.socket) -> np.ndarray:
+    view = memoryview(buffer)
     while view:
-        count = source.recv_into(view)
+        count = connection.recv_into(view)
         if not count:
-            raise ConnectionError("closed in the middle of a frame")
+            raise ConnectionError(f"the connection was closed with {len(view)} bytes of a frame missing")
         view = view[count:]
-    return content
+    return buffer
 
 
 class RequestServer:
     """Answers requests on a port of its own, each connection in a thread.
 
-    `host` is the name by which others reach it; it listens at `bind`, by default there.
+    `host` is the name by which others reach it; it listens at `bind`, by default the same.
     """
 
-    def __init__(self, answer: Answer, host: str = "127.0.0.1", *, bind: str | None = None) -> None:
-        class Handler(socketserver.BaseRequestHandler):
+    def __init__(self, handler: Handler, host: str = "127.0.0.1", *, bind: str | None = None) -> None:
+        class Connection(socketserver.BaseRequestHandler):
             def handle(self) -> None:
                 self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an answer is two short writes
                 while True:
-                    told, content = answered(answer, receive(self.request))
-                    send(self.request, json.dumps(told).encode())
-                    send(self.request, content)
+                    answer, payload = _answer(handler, receive_frame(self.request))
+                    send_frame(self.request, json.dumps(answer).encode())
+                    send_frame(self.request, payload)
 
         class Server(socketserver.ThreadingTCPServer):
             allow_reuse_address = True
             daemon_threads = True
-            handle_error = staticmethod(lambda *_: None)  # a peer that hung up, or died
+            handle_error = staticmethod(lambda *_: None)  # a client that closed the connection, or died
 
-        self._server = Server((host if bind is None else bind, 0), Handler)
+        self._server = Server((host if bind is None else bind, 0), Connection)
         self.address = f"{host}:{self._server.server_address[1]}"
 
     def __enter__(self) -> "RequestServer":
@@ -93,47 +97,47 @@ class RequestServer:
         self._server.server_close()
 
 
-def answered(answer: Answer, request: np.ndarray) -> tuple[dict[str, Any], Any]:
-    """What `answer` says; its refusal where it raises one."""
+def _answer(handler: Handler, request: np.ndarray) -> tuple[dict[str, Any], Any]:
+    """The handler's answer, or a refusal if it raises."""
     try:
-        return answer(json.loads(bytes(request)))
+        return handler(json.loads(bytes(request)))
     except (MeshwrightError, OSError, ValueError, KeyError, TypeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}, b""
 
 
 class RequestClient:
-    """The other side's address, and a connection to it that is opened when first needed; for several threads."""
+    """Sends requests to the server at `address`; connects when the first one is sent. Safe for several threads."""
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
-        self.address, self._place = address, (host, int(port))
+        self.address, self._endpoint = address, (host, int(port))
         self._socket: socket.socket | None = None
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def request(
-        self, request: Mapping[str, Any], *, timeout: float = TIMEOUT, into: np.ndarray | None = None
+        self, request: Mapping[str, Any], *, timeout: float = ANSWER_TIMEOUT, into: np.ndarray | None = None
     ) -> tuple[dict[str, Any], np.ndarray]:
-        """The answer, its bytes in `into` if given.
+        """The answer and its payload, in `into` if given.
 
-        Raises NotGiven where it is a refusal, OSError where none that fills `into` came within `timeout` seconds.
+        Raises RequestRefused for a refusal, OSError if no answer that fills `into` came within `timeout` seconds.
         """
-        with self._turn:
+        with self._lock:
             try:
                 if self._socket is None:
-                    self._socket = socket.create_connection(self._place, timeout)
+                    self._socket = socket.create_connection(self._endpoint, timeout)
                     self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._socket.settimeout(timeout)
-                send(self._socket, json.dumps(request).encode())
-                told = json.loads(bytes(receive(self._socket)))
-                content = receive(self._socket, into=into)
+                send_frame(self._socket, json.dumps(request).encode())
+                answer = json.loads(bytes(receive_frame(self._socket)))
+                payload = receive_frame(self._socket, into=into)
             except (OSError, ValueError) as error:
-                self._hang_up()
-                raise OSError(f"keeper at {self.address}: {error}") from error
-        if "error" in told:
-            raise RequestRefused(f"keeper at {self.address}: {told['error']}")
-        if into is not None and content is not into:
-            raise OSError(f"keeper at {self.address}: gave {len(content)} bytes where {len(into)} were asked for")
-        return told, content
+                self._disconnect()
+                raise OSError(f"snapshot agent at {self.address}: {error}") from error
+        if "error" in answer:
+            raise RequestRefused(f"snapshot agent at {self.address}: {answer['error']}")
+        if into is not None and payload is not into:
+            raise OSError(f"snapshot agent at {self.address}: sent {len(payload)} bytes, not {len(into)}")
+        return answer, payload
 
     def __enter__(self) -> "RequestClient":
         return self
@@ -141,33 +145,33 @@ class RequestClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
     def close(self) -> None:
-        """Hang up."""
-        with self._turn:
-            self._hang_up()
+        """Close the connection; the next request opens another one."""
+        with self._lock:
+            self._disconnect()
 
 
 class ClientPool:
-    """Connections to others by number, each at the address it tells now."""
+    """Clients by number, each at its server's current address."""
 
     def __init__(self) -> None:
-        self._peers: dict[int, RequestClient] = {}
+        self._clients: dict[int, RequestClient] = {}
 
     def client_for(self, number: int, address: str) -> RequestClient:
-        """The peer of that number, which may have moved."""
-        known = self._peers.get(number)
-        if known is None or known.address != address:
-            if known is not None:
-                known.close()
-            known = self._peers[number] = RequestClient(address)
-        return known
+        """The client of that number, at `address`, which may have changed since the last call."""
+        client = self._clients.get(number)
+        if client is None or client.address != address:
+            if client is not None:
+                client.close()
+            client = self._clients[number] = RequestClient(address)
+        return client
 
     def close(self) -> None:
-        """Hang up."""
-        for peer in self._peers.values():
-            peer.close()
+        """Close all connections."""
+        for client in self._clients.values():
+            client.close()

@@ -1,4 +1,4 @@
-"""Keepers: what a lost host had comes back from the others to the byte, or not at all, and nothing damaged does."""
+"""Snapshot agents: the snapshot of a lost host is rebuilt to the byte or not at all, and never damaged."""
 
 import itertools
 import random
@@ -15,40 +15,44 @@ from meshwright.parallel.transport import checked_stream
 from meshwright.parallel.transport.checked_stream import RequestClient, RequestRefused, RequestServer
 
 
-def protected(hosts):
+def protected_steps(hosts):
     return {agent_files.read_protected(hosts.directory(host)).step for host in range(hosts.plan.hosts)}
 
 
 @pytest.mark.parametrize(("count", "losses"), [(2, 1), (3, 1), (4, 1), (4, 2), (5, 2)])
-def test_any_hosts_the_parity_bears_come_back_to_the_byte(tmp_path, count, losses):
+def test_any_hosts_that_parity_tolerates_are_rebuilt_to_the_byte(tmp_path, count, losses):
     for number, lost in enumerate(itertools.combinations(range(count), losses)):
         with Hosts(tmp_path / str(number), hosts=count, losses=losses, per_host=2) as hosts:
             hosts.snapshot(1)
             hosts.protect()
-            assert protected(hosts) == {1}
+            assert protected_steps(hosts) == {1}
             before = {host: hosts.files(host) for host in lost}
             hosts.lose(*lost)
-            word = hosts.recover()
-            assert (word.step, word.rebuilt) == (1, lost) and "rebuilt from parity" in word.note
+            recovery = hosts.recover()
+            assert (recovery.step, recovery.rebuilt) == (1, lost) and "rebuilt from parity" in recovery.note
             for host in lost:
                 for name, content in before[host].items():
-                    found = hosts.files(host)[name[0] + ".0"]
-                    assert found == content[: len(found)] and len(found) >= len(content.rstrip(b"\0"))
-                assert agent_files.read_recovery(hosts.directory(host)) == word
+                    rebuilt = hosts.files(host)[name[0] + ".0"]
+                    assert rebuilt == content[: len(rebuilt)] and len(rebuilt) >= len(content.rstrip(b"\0"))
+                assert agent_files.read_recovery(hosts.directory(host)) == recovery
             hosts.protect()  # the new hosts keep parity, too
-            assert protected(hosts) == {1} and all(1 in agent.shares() for agent in hosts.agents.values())
+            assert protected_steps(hosts) == {1} and all(1 in agent.parity_members() for agent in hosts.agents.values())
 
 
-def test_one_more_than_the_parity_bears_is_refused_with_the_reason(tmp_path):
+def test_one_lost_host_too_many_is_refused_with_the_reason(tmp_path):
     with Hosts(tmp_path, hosts=4, losses=1) as hosts:
         hosts.snapshot(1)
         hosts.protect()
         hosts.lose(0, 2)
-        word = hosts.recover()
-        assert word.step == -1 and "hosts [0, 2] of group [0, 1, 2, 3] lost" in word.note and "loss of 1" in word.note
+        recovery = hosts.recover()
+        assert (
+            recovery.step == -1
+            and "hosts [0, 2] of group [0, 1, 2, 3]" in recovery.note
+            and "loss of 1" in recovery.note
+        )
 
 
-def test_two_hosts_of_different_groups_come_back_and_a_group_bears_only_its_own(tmp_path):
+def test_two_hosts_of_different_groups_are_rebuilt_but_not_two_of_one_group(tmp_path):
     with Hosts(tmp_path, hosts=4, losses=1, groups=[[0, 2], [1, 3]]) as hosts:
         hosts.snapshot(5)
         hosts.protect()
@@ -59,7 +63,7 @@ def test_two_hosts_of_different_groups_come_back_and_a_group_bears_only_its_own(
         assert "hosts [0, 2] of group [0, 2]" in hosts.recover().note
 
 
-def test_the_newest_step_that_all_have_is_used_and_the_protected_one_stays(tmp_path):
+def test_the_newest_step_that_all_hosts_have_is_recovered_and_the_protected_step_is_kept(tmp_path):
     """Step 3 reached two hosts only when host 2 was lost: step 2 is rebuilt."""
     with Hosts(tmp_path, hosts=3, losses=1) as hosts:
         hosts.snapshot(1)
@@ -68,20 +72,20 @@ def test_the_newest_step_that_all_have_is_used_and_the_protected_one_stays(tmp_p
         hosts.protect()
         hosts.snapshot(3, hosts=[0, 1])
         hosts.protect()
-        assert protected(hosts) == {2}
+        assert protected_steps(hosts) == {2}
         hosts.lose(2)
-        word = hosts.recover()
-        assert (word.step, word.rebuilt) == (2, (2,))
+        recovery = hosts.recover()
+        assert (recovery.step, recovery.rebuilt) == (2, (2,))
 
 
-def test_fewer_hosts_protect_each_other_and_what_the_others_left_is_no_more(tmp_path):
-    """Hosts 2 and 3 are left out at step 5; later, what they have of it is of another time line."""
+def test_remaining_hosts_protect_each_other_and_snapshots_of_removed_hosts_are_deleted(tmp_path):
+    """Hosts 2 and 3 take no part after step 5; later their snapshots of step 5 are outdated."""
     with Hosts(tmp_path, hosts=4, losses=1) as hosts:
         fewer = hosts.plan.restrict_to([0, 1])
         hosts.snapshot(5)
         hosts.protect()
-        word = hosts.recover(fewer, snapshot_plan=hosts.plan)
-        assert word.step == -1 and "step 5 were taken in slots [0, 1, 2, 3]; slots [0, 1] go on" in word.note
+        recovery = hosts.recover(fewer, snapshot_plan=hosts.plan)
+        assert recovery.step == -1 and "step 5 were taken in slots [0, 1, 2, 3]; slots [0, 1] go on" in recovery.note
         hosts.snapshot(4, hosts=[0, 1])
         hosts.snapshot(5, hosts=[0, 1])
         hosts.protect()
@@ -91,25 +95,29 @@ def test_fewer_hosts_protect_each_other_and_what_the_others_left_is_no_more(tmp_
         assert hosts.recover(snapshot_plan=fewer).step == -1 and not hosts.files(2) and not hosts.files(3)
         hosts.snapshot(6)
         hosts.protect()
-        assert protected(hosts) == {6}
+        assert protected_steps(hosts) == {6}
         hosts.lose(3)
         assert hosts.recover(snapshot_plan=hosts.plan).rebuilt == (3,)
 
 
-def test_parity_of_four_is_not_read_as_parity_of_two(tmp_path):
-    """The epoch of two ended before it had a snapshot: what four protected is of other stripes."""
+def test_parity_of_a_group_of_four_is_not_used_for_a_group_of_two(tmp_path):
+    """The epoch of two hosts ended before it took a snapshot: the parity of four hosts has other stripes."""
     with Hosts(tmp_path, hosts=4, losses=1) as hosts:
         fewer = hosts.plan.restrict_to([0, 1])
         hosts.snapshot(5)
         hosts.protect()
         hosts.recover(fewer, snapshot_plan=hosts.plan)
         hosts.lose(1)
-        word = hosts.recover(fewer, snapshot_plan=fewer)
-        assert word.step == -1 and "with the parity that hosts [] have they cannot be rebuilt" in word.note
+        recovery = hosts.recover(fewer, snapshot_plan=fewer)
+        assert (
+            recovery.step == -1
+            and "hosts [1] of group [0, 1]" in recovery.note
+            and "hosts [] have parity" in recovery.note
+        )
 
 
-def test_parity_of_an_overwritten_time_line_is_not_mixed_in(tmp_path):
-    """Step 2 was written anew after a restart and is not protected yet: the old parity of step 2 is of another seal."""
+def test_outdated_parity_of_the_same_step_is_not_used(tmp_path):
+    """Step 2 was written again after a restart and is not protected yet: the old parity of step 2 has another seal."""
     with Hosts(tmp_path, hosts=3, losses=1) as hosts:
         hosts.snapshot(2)
         hosts.protect()
@@ -124,19 +132,19 @@ def test_parity_of_an_overwritten_time_line_is_not_mixed_in(tmp_path):
         assert hosts.recover().rebuilt == (1,)
 
 
-def test_what_is_overwritten_while_it_is_read_is_noticed(tmp_path):
+def test_a_slot_that_is_overwritten_while_parity_is_computed_is_noticed(tmp_path):
     with Hosts(tmp_path, hosts=2, losses=1) as hosts:
         hosts.snapshot(1)
         infos = hosts.infos()
         hosts.snapshot(3, hosts=[1])  # into the same slot
-        hosts.agents[0].look(infos)
-        assert not hosts.agents[0].shares() and "no snapshot" in hosts.agents[0].trouble
+        hosts.agents[0].protect_newest(infos)
+        assert not hosts.agents[0].parity_members() and "no snapshot" in hosts.agents[0].last_error
         hosts.snapshot(3, hosts=[0])
         hosts.protect()
-        assert protected(hosts) == {3} and not hosts.agents[0].trouble
+        assert protected_steps(hosts) == {3} and not hosts.agents[0].last_error
 
 
-def test_a_keeper_that_died_is_followed_by_one_that_knows_as_much(tmp_path):
+def test_a_new_agent_publishes_the_parity_of_the_agent_that_died(tmp_path):
     with Hosts(tmp_path, hosts=3, losses=1) as hosts:
         hosts.snapshot(1)
         hosts.protect()
@@ -148,8 +156,8 @@ def test_a_keeper_that_died_is_followed_by_one_that_knows_as_much(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_keeper_that_dies_while_it_rebuilds_is_followed_by_one_that_does(tmp_path, monkeypatch):
-    """What it had put together is not taken for a snapshot, and the next one begins anew."""
+def test_a_new_agent_rebuilds_after_an_agent_that_died_while_rebuilding(tmp_path, monkeypatch):
+    """The unfinished draft does not count as a snapshot, and the next agent starts again."""
     with Hosts(tmp_path, hosts=3, losses=1) as hosts:
         hosts.snapshot(1)
         hosts.protect()
@@ -157,20 +165,21 @@ def test_a_keeper_that_dies_while_it_rebuilds_is_followed_by_one_that_does(tmp_p
         hosts.lose(1)
         with monkeypatch.context() as patched:
             patched.setattr(
-                "meshwright.checkpoint.redundancy.snapshot_agent.accept", lambda *_: (_ for _ in ()).throw(SystemExit)
+                "meshwright.checkpoint.redundancy.snapshot_agent.accept_drafts",
+                lambda *_: (_ for _ in ()).throw(SystemExit),
             )
-            word = hosts.recover()
-        assert (word.step, word.rebuilt) == (-1, ()) and not hosts.files(1)
+            recovery = hosts.recover()
+        assert (recovery.step, recovery.rebuilt) == (-1, ()) and not hosts.files(1)
         hosts.start(1)
-        word = hosts.recover()
-        assert (word.step, word.rebuilt) == (1, (1,))
-        (found,) = hosts.files(1).values()
-        assert before["1.1"][: len(found)] == found
+        recovery = hosts.recover()
+        assert (recovery.step, recovery.rebuilt) == (1, (1,))
+        (rebuilt,) = hosts.files(1).values()
+        assert before["1.1"][: len(rebuilt)] == rebuilt
 
 
-def test_no_flipped_bit_of_memory_or_parity_is_returned(tmp_path):
-    """Each flip: a slot or a share is damaged, seen, and rebuilt; with a host lost too, all or nothing comes back."""
-    draw, repaired, refused = random.Random(0), 0, 0
+def test_no_flipped_bit_of_snapshots_or_parity_is_returned(tmp_path):
+    """Each damaged slot is noticed and rebuilt; if a host is lost too, everything is recovered or nothing."""
+    random_source, repaired, refused = random.Random(0), 0, 0
     with Hosts(tmp_path, hosts=3, losses=1, sizes=(300, 200, 260)) as hosts:
         hosts.snapshot(1, slot=0)
         hosts.protect()
@@ -182,19 +191,19 @@ def test_no_flipped_bit_of_memory_or_parity_is_returned(tmp_path):
                     path.unlink()
                 for name, content in files.items():
                     (hosts.directory(host) / name).write_bytes(content)
-            host, file = draw.choice([(host, file) for host, files in good.items() for file in files])
+            host, file = random_source.choice([(host, file) for host, files in good.items() for file in files])
             content = bytearray(good[host][file])
-            place = draw.randrange(8 * len(content))
+            place = random_source.randrange(8 * len(content))
             content[place // 8] ^= 1 << place % 8
             (hosts.directory(host) / file).write_bytes(content)
             if number % 2:
                 for path in hosts.directory((host + 1) % 3).glob("*.[01]"):
                     path.unlink()
-            word = hosts.recover()
-            if word.step < 0:
+            recovery = hosts.recover()
+            if recovery.step < 0:
                 refused += 1
                 continue
-            repaired += bool(word.rebuilt)
+            repaired += bool(recovery.rebuilt)
             for host in range(3):
                 name = f"{host}.0"
                 payload = slice(64, 64 + hosts.sizes[host])
@@ -202,7 +211,7 @@ def test_no_flipped_bit_of_memory_or_parity_is_returned(tmp_path):
         assert repaired > 60 and refused > 100
 
 
-def test_swapped_slots_of_a_host_are_told_apart_by_their_seal(tmp_path):
+def test_swapped_slots_of_a_host_change_its_seal(tmp_path):
     with Hosts(tmp_path, hosts=2, losses=1, per_host=2) as hosts:
         hosts.snapshot(1)
         hosts.protect()
@@ -213,14 +222,14 @@ def test_swapped_slots_of_a_host_are_told_apart_by_their_seal(tmp_path):
         assert hosts.recover().step == -1  # the parity is of other snapshots than host 0 has now
 
 
-def test_groups_take_hosts_of_different_domains():
+def test_groups_have_hosts_of_different_domains():
     assert assign_groups(8, size=4, losses=1, domains=list("aabbccdd")) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert assign_groups(5, size=8, losses=1) == [[0, 1, 2, 3, 4]]
     with pytest.raises(UserError, match=r"checkpoint.domains: 2 of the hosts .* at most 2"):
         assign_groups(4, size=4, losses=1, domains=list("aabb"))
-    with pytest.raises(UserError, match="leave a group of 1, and parity that bears 1 needs at least 2"):
+    with pytest.raises(UserError, match=r"checkpoint.group: 3 hosts in groups of at most 2"):
         assign_groups(3, size=2, losses=1)
-    with pytest.raises(UserError, match="names the domains of 1 hosts, and there are 4"):
+    with pytest.raises(UserError, match=r"checkpoint.domains: 1 .* 4 hosts"):
         assign_groups(4, size=4, losses=1, domains=["a"])
 
 
@@ -232,19 +241,19 @@ def test_a_damaged_frame_and_silence_are_errors():
         told, content = peer.request({"do": "anything"})
         assert told == {} and content.tolist() == [0, 1, 2, 3, 4]
         assert peer.request({}, into=(place := np.zeros(5, np.uint8)))[1] is place and place.tolist() == [0, 1, 2, 3, 4]
-        with pytest.raises(OSError, match="gave 5 bytes where 4 were asked for"):
+        with pytest.raises(OSError, match="5 bytes, not 4"):
             peer.request({}, into=np.zeros(4, np.uint8))
     with RequestServer(lambda request: {}["absent"]) as listener, pytest.raises(RequestRefused, match="absent"):
         told_by(listener.address)
-    one, other = socket.socketpair()
-    with one, other:
-        checked_stream.send(one, b"hello")
-        frame = bytearray(other.recv(100))
+    sender, receiver = socket.socketpair()
+    with sender, receiver:
+        checked_stream.send_frame(sender, b"hello")
+        frame = bytearray(receiver.recv(100))
         frame[-1] ^= 1
-        one.sendall(frame)
-        with pytest.raises(ConnectionError, match="damaged on its way"):
-            checked_stream.receive(other)
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(OSError, match="keeper at"):
+        sender.sendall(frame)
+        with pytest.raises(ConnectionError):
+            checked_stream.receive_frame(receiver)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(OSError, match="snapshot agent at"):
         told_by(f"127.0.0.1:{silent.getsockname()[1]}")  # it takes the connection, and says nothing
 
 

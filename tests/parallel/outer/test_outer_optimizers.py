@@ -41,9 +41,7 @@ def run(section, *, rounds=3, seed=0, every=4):
     """Random inner updates, and the outer steps that are due; yields (update, row, before, after, state, outer)."""
     section = OuterConfig(every=every, **section)
     exchange_factory = lambda wire: make_exchange(wire, replicas=REPLICAS)
-    outer = build_outer_optimizer(
-        section, model=MODEL, exchange_factory=lambda wire: make_exchange(wire, replicas=REPLICAS), replicas=REPLICAS
-    )
+    outer = build_outer_optimizer(section, model=MODEL, exchange_factory=exchange_factory, replicas=REPLICAS)
     random = np.random.default_rng(seed)
     params, state = initial_replicas(outer, random_params(random))
     compiled_steps = {outer_step.name: jax.jit(outer_step.run) for outer_step in outer.outer_steps}
