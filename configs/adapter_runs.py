@@ -15,24 +15,24 @@ from .sections.data import DataConfig, MixtureSource, SourceConfig
 Run = TypeVar("Run", bound=RunFields)
 
 
-def rows_of(config: RunFields) -> dict[str, int]:
+def adapter_rows(config: RunFields) -> dict[str, int]:
     """Rows of a global batch of each adapter, in the order they stand there; {} where there are not several."""
     share = config.data.global_batch // max(len(config.adapters), 1)
     return {name: share if one.rows is None else one.rows for name, one in config.adapters.items()}
 
 
-def adapter_of(config: RunFields, name: str) -> AdapterConfig:
+def resolve_adapter(config: RunFields, name: str) -> AdapterConfig:
     """The settings of one of several adapters."""
     own = {key: getattr(config.adapters[name], key) for key in ("rank", "alpha", "targets")}
     return config.adapter.model_copy(update={key: value for key, value in own.items() if value is not None})
 
 
-def adapters_of(config: RunFields) -> dict[str, AdapterConfig]:
+def resolve_adapters(config: RunFields) -> dict[str, AdapterConfig]:
     """The settings of each of several adapters."""
-    return {name: adapter_of(config, name) for name in config.adapters}
+    return {name: resolve_adapter(config, name) for name in config.adapters}
 
 
-def widest(adapters: Mapping[str, AdapterConfig]) -> AdapterConfig:
+def widest_adapter(adapters: Mapping[str, AdapterConfig]) -> AdapterConfig:
     """One adapter that has room for each of `adapters`: wherever one of them is, and as wide as the widest there."""
     first, *more = adapters.values()
     targets = first.targets
@@ -41,7 +41,7 @@ def widest(adapters: Mapping[str, AdapterConfig]) -> AdapterConfig:
     return first.model_copy(update={"rank": max(one.rank for one in adapters.values()), "targets": targets})
 
 
-def inherited(values: Mapping[str, Any]) -> dict[str, Any]:
+def inherit_data(values: Mapping[str, Any]) -> dict[str, Any]:
     """A run's tree of settings in which each of several adapters has all settings of its source, and data none.
 
     What is not of the right type is left to be refused where it is.
@@ -49,43 +49,43 @@ def inherited(values: Mapping[str, Any]) -> dict[str, Any]:
     adapters, data = values.get("adapters"), values.get("data", {})
     if not adapters or not isinstance(adapters, Mapping) or not isinstance(data, Mapping):
         return dict(values)
-    common = {key: value for key, value in data.items() if key in SourceConfig.model_fields}
+    shared = {key: value for key, value in data.items() if key in SourceConfig.model_fields}
 
     def whole(one: Any) -> Any:
         own = one.get("data") or {} if isinstance(one, Mapping) else None
-        return one | {"data": common | own} if isinstance(own, Mapping) else one
+        return one | {"data": shared | own} if isinstance(own, Mapping) else one
 
     return values | {
         "adapters": {name: whole({} if one is None else one) for name, one in adapters.items()},
-        "data": {key: value for key, value in data.items() if key not in common},
+        "data": {key: value for key, value in data.items() if key not in shared},
     }
 
 
-def source_of(config: RunFields, name: str) -> SourceConfig:
+def adapter_source(config: RunFields, name: str) -> SourceConfig:
     """What one of several adapters reads."""
     return config.adapters[name].data or config.data
 
 
-def alone(config: Run, name: str) -> Run:
+def single_adapter_run(config: Run, name: str) -> Run:
     """The run of one of several adapters by itself; its layers are stacked as they are in the run of all."""
-    source = {key: getattr(source_of(config, name), key) for key in SourceConfig.model_fields}
+    source = {key: getattr(adapter_source(config, name), key) for key in SourceConfig.model_fields}
     peak = config.adapters[name].learning_rate
     return config.model_copy(
         update={
             "name": f"{config.name}-{name}",
-            "adapter": adapter_of(config, name),
+            "adapter": resolve_adapter(config, name),
             "adapters": {},
-            "data": config.data.model_copy(update=source | {"global_batch": rows_of(config)[name]}),
+            "data": config.data.model_copy(update=source | {"global_batch": adapter_rows(config)[name]}),
             "optimizer": config.optimizer.model_copy(update={} if peak is None else {"learning_rate": peak}),
         }
     )
 
 
-def together(config: RunFields) -> DataConfig:
+def merged_data(config: RunFields) -> DataConfig:
     """The section data with the sources of all adapters, each weighted by its rows."""
-    rows, fields = rows_of(config), SourceConfig.model_fields
+    rows, fields = adapter_rows(config), SourceConfig.model_fields
     mixture = tuple(
-        MixtureSource(**{key: getattr(source_of(config, name), key) for key in fields}, weight=rows[name])
+        MixtureSource(**{key: getattr(adapter_source(config, name), key) for key in fields}, weight=rows[name])
         for name in config.adapters
     )
     defaults = {key: field.default for key, field in fields.items()}

@@ -21,13 +21,13 @@ class UserError(MeshwrightError):
     exit_code = 2
 
     @classmethod
-    def no_match(cls, key: str, unknown: Iterable[str], *, known: Iterable[str]) -> "UserError":
+    def no_match(cls, key: str, unknown: Iterable[str], *, candidates: Iterable[str]) -> "UserError":
         """`key: x matches nothing; there are a, b, c. Did you mean a?`"""
-        unknown, known = sorted(unknown), sorted(known)
-        near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
-        near = near or (known if len(known) == 1 else [])
+        unknown, candidates = sorted(unknown), sorted(candidates)
+        near = [match for name in unknown for match in difflib.get_close_matches(name, candidates, n=1)]
+        near = near or (candidates if len(candidates) == 1 else [])
         hint = f" Did you mean {', '.join(near)}?" if near else ""
-        return cls(f"{key}: {', '.join(unknown)} matches nothing; there are {', '.join(known)}.{hint}")
+        return cls(f"{key}: {', '.join(unknown)} matches nothing; there are {', '.join(candidates)}.{hint}")
 
 
 class Preempted(MeshwrightError):

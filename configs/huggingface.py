@@ -168,7 +168,7 @@ def format_of(tree: Tree) -> tuple[str, Tree]:
         tree = {"model_type": "gemma3_text"} | tree["text_config"]
     kind = str(tree.get("model_type"))
     if kind not in FORMATS:
-        raise UserError.no_match("model.from: config.json: model_type", [kind], known=FORMATS)
+        raise UserError.no_match("model.from: config.json: model_type", [kind], candidates=FORMATS)
     return kind, tree
 
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .aliases import FOREIGN_KEYS
+from .aliases import foreign_keys
 from .errors import UserError
 from .run import RunConfig
 
@@ -179,7 +179,7 @@ def suggestion(key: str) -> str:
     """` Did you mean ...?` for an unknown key: another tool's name for ours, a near miss, or the right place."""
     known = list(keys())
     parent, _, leaf = key.rpartition(".")
-    if (ours := FOREIGN_KEYS.get(leaf)) in known:
+    if (ours := foreign_keys().get(leaf)) in known:
         return f" Did you mean {ours}?"
     kind = ""  # of the section it is in: its key without the names and numbers of several of a kind
     for part in parent.split("."):

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from .adapter_runs import adapters_of, inherited, together, widest
+from .adapter_runs import resolve_adapters, inherit_data, merged_data, widest_adapter
 from .checks.adapter_method import check_ahead, check_blocks, check_budget, check_scouting
 from .checks.elastic_meshes import check_meshes
 from .checks.mesh_fit import check_fits
@@ -17,16 +17,16 @@ from .sections.islands import check_islands
 from .sections.outer import check_replicas
 from .sections.quantization import check_codes, check_quantization
 from .sections.recipe import check_recipe, check_teacher
-from .trained_segments import cuts
+from .trained_segments import segment_starts
 
 
 class RunConfig(RunFields):
     """One run, checked: `runs/NAME/` holds everything it makes."""
 
     @property
-    def reads(self) -> DataConfig:
+    def all_data(self) -> DataConfig:
         """The section data; of several adapters with the sources of all."""
-        return together(self) if self.adapters else self.data
+        return merged_data(self) if self.adapters else self.data
 
     @model_validator(mode="before")
     @classmethod
@@ -44,12 +44,12 @@ class RunConfig(RunFields):
     @model_validator(mode="before")
     @classmethod
     def _adapters_read_the_data(cls, values: Any) -> Any:
-        return inherited(values) if isinstance(values, dict) else values
+        return inherit_data(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _layers_that_learn_stand_apart(self) -> "RunConfig":
-        adapter = widest(adapters_of(self)) if self.adapters and self.adapter else self.adapter
-        found = () if self.mesh.pipe != 1 else cuts(self.model, adapter)  # a pipeline cuts elsewhere
+        adapter = widest_adapter(resolve_adapters(self)) if self.adapters and self.adapter else self.adapter
+        found = () if self.mesh.pipe != 1 else segment_starts(self.model, adapter)  # a pipeline cuts elsewhere
         if found != self.model._cuts:
             model = self.model.model_copy()
             model._cuts = found
@@ -73,7 +73,7 @@ class RunConfig(RunFields):
         if self.model.attention == "cudnn" and self.mesh.platform == "cpu":
             raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
         check_adapters(self)
-        check_recipe(self.recipe, self.reads)
+        check_recipe(self.recipe, self.all_data)
         check_teacher(self.recipe, self.model, self.data)
         if self.adapter is not None and (self.adapter.layers or 0) > self.model.layers:
             raise ValueError(f"adapter.layers: {self.adapter.layers} exceeds model.layers ({self.model.layers})")
@@ -104,7 +104,7 @@ class RunConfig(RunFields):
                 )
         check_quantization(self.quantization, self.adapter, self.model, recipe=self.recipe.name)
         check_codes(self.quantization, average=self.optimizer.ema, replicated=self.outer is not None)
-        if self.evaluation.answers and any(one.format == "text" and one.prompt is None for one in self.reads.sources):
+        if self.evaluation.answers and any(one.format == "text" and one.prompt is None for one in self.all_data.sources):
             raise ValueError(
                 f"evaluation.answers: {self.evaluation.answers}, but texts without data.prompt ask nothing; set it to 0"
             )

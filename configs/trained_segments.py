@@ -8,7 +8,7 @@ from .sections.adapter import AdapterConfig
 from .sections.model import ModelConfig
 
 
-def cuts(model: ModelConfig, adapter: AdapterConfig | None) -> tuple[int, ...]:
+def segment_starts(model: ModelConfig, adapter: AdapterConfig | None) -> tuple[int, ...]:
     """Numbers of the layers that begin a segment: where layers that `adapter` may train begin and end.
 
     >>> cuts(ModelConfig(layers=8), AdapterConfig(method="selective", targets=["layers/[67]/*"]))
@@ -16,7 +16,7 @@ def cuts(model: ModelConfig, adapter: AdapterConfig | None) -> tuple[int, ...]:
     """
     if adapter is None or (adapter.targets is None and adapter.layers is None):
         return ()
-    chosen = set().union(*(numbers(pattern, layers=model.layers) for pattern in adapter.targets or ["*"]))
+    chosen = set().union(*(matching_layers(pattern, layers=model.layers) for pattern in adapter.targets or ["*"]))
     chosen = {layer for layer in chosen if layer >= first_trained(model, adapter)}
     return tuple(layer for layer in range(1, model.layers) if (layer in chosen) != (layer - 1 in chosen))
 
@@ -26,7 +26,7 @@ def first_trained(model: ModelConfig, adapter: AdapterConfig) -> int:
     return 0 if adapter.layers is None else model.layers - adapter.layers
 
 
-def numbers(pattern: str, *, layers: int) -> set[int]:
+def matching_layers(pattern: str, *, layers: int) -> set[int]:
     """Layers in which `pattern` may match something; none where it names what is outside of the layers."""
     head, _, rest = pattern.partition("/")
     every = set(range(layers))

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from meshwright.configs import loader, names, run
-from meshwright.configs.aliases import FOREIGN_KEYS
+from meshwright.configs.aliases import foreign_keys
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections import adapter, data, model, outer, parallel, recipe, training
 from meshwright.memory.policy import PRESETS
@@ -107,7 +107,7 @@ def test_every_path_and_test_in_backticks_exists(page):
 
 @each_page
 def test_every_key_in_backticks_is_in_the_schema(page):
-    known = {*loader.keys(), *FOREIGN_KEYS.values()}
+    known = {*loader.keys(), *foreign_keys().values()}
     for word in words(page):
         if (match := KEY.fullmatch(word)) and match[1].rpartition(".")[2] not in SUFFIXES:
             assert match[1] in known, f"{word}: unknown key"
@@ -202,7 +202,7 @@ def test_every_verb_in_backticks_exists(page):
 def test_other_tools_keys_are_those_the_errors_know():
     rows = [row for line in re.findall(r"^\| (`.*) \|$", PAGES["docs/coming-from.md"], re.MULTILINE)
             for row in [CODE.findall(line)]]  # fmt: skip
-    assert [tuple(row) for row in rows] == list(FOREIGN_KEYS.items())
+    assert [tuple(row) for row in rows] == list(foreign_keys().items())
 
 
 def choices(section, field):

@@ -2,7 +2,7 @@
 
 import re
 
-from ..adapter_runs import adapters_of, together
+from ..adapter_runs import resolve_adapters, merged_data
 from ..run_fields import RunFields
 from ..sections.data import check_packing, check_source
 
@@ -37,7 +37,7 @@ def check_adapters(config: RunFields) -> None:
             raise ValueError(f"{key}: {value} beside several adapters ({names}); set it to {remedy}")
     check_rows(config)
     check_sources(config)
-    ranks = {adapter.rank for adapter in adapters_of(config).values()}
+    ranks = {adapter.rank for adapter in resolve_adapters(config).values()}
     if config.optimizer.name == "adafactor" and len(ranks) > 1:
         raise ValueError(
             f"optimizer.name: adafactor takes means over whole matrices, and the narrower of ranks {sorted(ranks)} are "
@@ -70,4 +70,4 @@ def check_sources(config: RunFields) -> None:
     for name, one in config.adapters.items():
         if one.data is not None:
             check_source(one.data, key=f"adapters.{name}.data")
-    check_packing(together(config))
+    check_packing(merged_data(config))

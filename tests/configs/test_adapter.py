@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshwright.configs.adapter_runs import alone, rows_of, widest
+from meshwright.configs.adapter_runs import single_adapter_run, adapter_rows, widest_adapter
 from meshwright.configs.errors import UserError
 from meshwright.configs.loader import dump, merged, parse, validated
 
@@ -19,22 +19,22 @@ TWO = {
 def test_each_inherits_and_says_what_differs():
     """The same once resolved and read again: what the run directory keeps is the run."""
     config = validated(TWO)
-    words = alone(config, "words")
+    words = single_adapter_run(config, "words")
     assert (words.adapter.rank, words.adapter.alpha, words.adapter.targets) == (8, 8.0, ["o"])
     assert (words.optimizer.learning_rate, words.data.global_batch, words.adapters) == (0.5, 2, {})
     assert (words.data.source, words.data.path, words.data.format) == ("jsonl", "words.jsonl", "messages")
-    assert alone(config, "sums").optimizer == config.optimizer
-    assert [source.path for source in config.reads.sources] == ["sums.jsonl", "words.jsonl"]
+    assert single_adapter_run(config, "sums").optimizer == config.optimizer
+    assert [source.path for source in config.all_data.sources] == ["sums.jsonl", "words.jsonl"]
     assert validated(parse(dump(config), origin="")) == config
-    wide = widest({name: alone(config, name).adapter for name in config.adapters})
+    wide = widest_adapter({name: single_adapter_run(config, name).adapter for name in config.adapters})
     assert (wide.rank, wide.targets) == (8, ["q", "v", "o"])
 
 
 def test_without_rows_they_share_evenly():
     """And one that says nothing is what the section adapter says."""
     config = validated({"adapter": {}, "adapters": {"a": {}, "b": None}, "data": {"global_batch": 6}})
-    assert rows_of(config) == {"a": 3, "b": 3}
-    assert alone(config, "b").adapter == config.adapter
+    assert adapter_rows(config) == {"a": 3, "b": 3}
+    assert single_adapter_run(config, "b").adapter == config.adapter
 
 
 REFUSED = {
