@@ -57,7 +57,7 @@ def covers_array(shape: Sequence[int], indices: Sequence[Index]) -> bool:
 def convert_arrays(
     stored: Mapping[str, jax.Array], manifest: Manifest, *, shapes: Mapping[str, Any], layout: Layout
 ) -> dict[str, jax.Array]:
-    """Convert the `stored` arrays of a checkpoint to the arrays of a run, shaped as `shapes`, all by path; padding is 0.
+    """Convert the `stored` arrays of a checkpoint to the arrays of a run with `shapes`, all by path; padding is 0.
 
     An array of the run without canonical arrays in it (a placeholder of optax) is copied if the shapes agree.
     """

@@ -1,9 +1,9 @@
-"""Snapshots in the memory of the host: slots in /dev/shm, which outlive the process that wrote them.
+"""Snapshots in host memory: slots in /dev/shm, which outlive the process that wrote them.
 
-Each process keeps two slots (`slots.py`), so that one is whole while the other is written. A snapshot is used where the
-slots on this host together hold everything this process needs: its own where the mesh is the same, the others' of the
-host where it is not. A host that is lost takes its snapshots along; what the keepers (`keeper.py`) rebuild of them from
-parity lies where they lay.
+Each process has two slots (`redundancy/shm_slots.py`), so that one is complete while the other is written. A snapshot
+can be restored if the slots on this host together hold everything that this process needs; after a change of the mesh
+these may be slots of other processes. The snapshots of a lost host are lost with it, unless the snapshot agents
+(`redundancy/snapshot_agent.py`) rebuild them from parity, in the same files.
 """
 
 from collections.abc import Mapping
@@ -17,37 +17,47 @@ from ..parallel.state import TrainState
 from .errors import DamagedCheckpoint
 from .fingerprints import Box, box_of, covers, extract_box, local_shards
 from .redundancy import agent_files
-from .redundancy.shm_slots import Header, SlotPool, block_offsets, header_offset, read_header, verify_slot, write_slot
+from .redundancy.shm_slots import (
+    Header,
+    SlotPool,
+    header_offset,
+    read_header,
+    slot_files,
+    slot_paths,
+    verify_slot,
+    write_slot,
+)
 from .storage import flatten_paths, leaf_paths, saved_tree
 
-HEADER = 2**20  # bytes set aside for the header, which is not known before the first snapshot
+HEADER_RESERVE = 2**20  # bytes reserved for the header, whose size is not known before the first snapshot
 
 Parts = dict[str, dict[Box, np.ndarray]]  # path -> box -> elements
 
 
 class MemoryStore:
-    """The slots of one run on this host. `directory` is in a file system that lives in memory.
+    """The slots of one run on this host, in `directory`, which is in a file system that lives in memory.
 
-    `layout` names the run's layout: snapshots are kept as the run holds its arrays, and another layout's are not
-    offered. `place`: the number in the names of its files, which the next process in this place finds again; None: this
-    process's.
+    `layout`: name of the run layout. Snapshots hold the arrays as the run does, so those of other layouts are ignored.
+    `launch_slot` is in the names of the files of this process, so that the next process in the launch slot finds them;
+    None: the number of the process.
     """
 
     def __init__(self, directory: Path, *, layout: str = "", launch_slot: int | None = None) -> None:
         self.directory, self._layout = directory, layout
-        self._place = jax.process_index() if launch_slot is None else launch_slot
+        self._paths = slot_paths(directory, jax.process_index() if launch_slot is None else launch_slot)
         self._pool = SlotPool()
 
     def reserve(self, state: TrainState) -> None:
-        """Touch the memory of both slots. Raises OSError where there is no room."""
-        total = header_offset([view.nbytes for _, _, _, view in _shards(state)]) + HEADER
-        for slot in (0, 1):
-            self._pool.map_slot(self._path(slot), total)
+        """Map and touch the memory of both slots. Raises OSError if there is no space."""
+        size = header_offset([view.nbytes for _, _, _, view in _shards(state)]) + HEADER_RESERVE
+        for path in self._paths:
+            self._pool.map_slot(path, size)
 
     def save(self, state: TrainState, *, step: int, data: Mapping[str, Any], keep_step: int | None = None) -> int:
-        """Snapshot this process's shards of `state`; bytes written. Returns when the arrays may change.
+        """Write this process's shards of `state` to a slot, and return the bytes written. Then the arrays may change.
 
-        Overwrites the slot that does not hold step `keep`; None: the older one. Raises OSError where there is no room.
+        The slot with step `keep_step` is not overwritten; None: the older slot is overwritten. Raises OSError if there
+        is no space.
         """
         arrays: dict[str, Any] = {}
         views = []
@@ -57,45 +67,47 @@ class MemoryStore:
             views.append(view)
         sizes = [view.nbytes for view in views]
         header = {"step": step, "layout": self._layout, "data": dict(data), "arrays": arrays}
-        with write_slot(self._pool, self._target(keep_step), sizes, header) as slot:
+        with write_slot(self._pool, self._slot_to_write(keep_step), sizes, header) as writer:
             for number, view in enumerate(views):
-                slot.write(number, view)
+                writer.write(number, view)
         return sum(sizes)
 
     @property
     def newest_step(self) -> int:
-        """The newest step of which this process has a whole snapshot; -1: none."""
-        return max((header["step"] for header in map(read_header, map(self._path, (0, 1))) if header), default=-1)
+        """The newest step of which this process has a complete slot; -1: none."""
+        return max((header["step"] for header in map(read_header, self._paths) if header), default=-1)
 
     @property
     def protected(self) -> agent_files.Protected:
-        """What the keepers protect."""
+        """What the snapshot agents protect by parity."""
         return agent_files.read_protected(self.directory)
 
     @property
     def recovery(self) -> agent_files.Recovery | None:
-        """What the keepers found and rebuilt before this sitting; None without keepers."""
+        """What the snapshot agents recovered before this session; None without agents."""
         return agent_files.read_recovery(self.directory)
 
     def usable_steps(self, shardings: Mapping[str, Any], shapes: Mapping[str, Any]) -> list[int]:
-        """Steps of which this host's slots hold all that this process needs, oldest first; not verified yet."""
-        found = {header["step"] for _, header in self._headers()}
-        return sorted(step for step in found if self._lacks(step, shardings, shapes) is None)
+        """Return the steps that this process can restore from slots on this host, oldest first, unverified."""
+        steps = {header["step"] for _, header in self._headers()}
+        return sorted(step for step in steps if self._missing_array(step, shardings, shapes) is None)
 
     def why_unusable(self, step: int, shardings: Mapping[str, Any], shapes: Mapping[str, Any]) -> str:
-        """Why a snapshot here that is newer than `step` cannot be used; empty where there is none."""
-        newer = max((header["step"] for _, header in self._headers() if header["step"] > step), default=step)
-        lack = self._lacks(newer, shardings, shapes) if newer > step else None
-        return f"snapshot {newer} on this host is of another mesh or not whole, it lacks {lack}" if lack else ""
+        """Say why the newest snapshot after `step` on this host cannot be restored; empty if there is none."""
+        newest = max((header["step"] for _, header in self._headers()), default=step)
+        missing = self._missing_array(newest, shardings, shapes) if newest > step else None
+        return (
+            f"snapshot {newest} on this host lacks parts of {missing}: another mesh, or incomplete" if missing else ""
+        )
 
     def restore(self, step: int, *, shapes: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state of `step` placed by `shardings`, and what was saved beside it.
+        """Return the state of `step` on `shardings`, and the data that was saved with it.
 
-        Raises DamagedCheckpoint where a slot is not what was written, or something is missing.
+        Raises DamagedCheckpoint if a slot is damaged or an array is missing.
         """
-        wanted, placed = flatten_paths(saved_tree(shapes)), flatten_paths(saved_tree(shardings))
-        if lack := self._lacks(step, placed, wanted):
-            raise DamagedCheckpoint(f"snapshot {step} in {self.directory}: {lack} is not there")
+        shape_of, sharding_of = flatten_paths(saved_tree(shapes)), flatten_paths(saved_tree(shardings))
+        if missing := self._missing_array(step, sharding_of, shape_of):
+            raise DamagedCheckpoint(f"snapshot {step} in {self.directory}: parts of {missing} are missing")
         parts: Parts = {}
         data: dict[str, Any] = {}
         for path, header in self._headers():
@@ -104,46 +116,49 @@ class MemoryStore:
                 _read(path, header, parts)
         arrays = {
             name: jax.make_array_from_callback(
-                like.shape, placed[name], lambda index, name=name, like=like: _shard(parts[name], index, like)
+                like.shape,
+                sharding_of[name],
+                lambda index, name=name, like=like: extract_box(
+                    list(parts[name].items()), box_of(index, like.shape), like.dtype
+                ),
             )
-            for name, like in wanted.items()
+            for name, like in shape_of.items()
         }
         leaves = [arrays.get(name) for name in leaf_paths(shapes)]
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves), data
 
     def delete_after(self, *, beyond: int) -> None:
-        """Delete this host's snapshots of later steps: the run goes on from `beyond`, on a time line of its own.
+        """Delete the snapshots of later steps than `beyond` on this host: the run goes on from there.
 
-        Those of places that nobody fills now, too: what they hold of a later step would be mixed with the new one.
+        Slots of launch slots without a process are deleted too, or they would be mixed with new snapshots of that step.
         """
         for path, header in self._headers():
             if header["step"] > beyond:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Delete everything: the run has ended, or another one begins under its name."""
+        """Delete everything: the run has ended, or a new run starts under its name."""
         self._pool.close()
-        if self.directory.is_dir():
-            for path in self.directory.glob("[0-9]*.[01]"):
-                path.unlink(missing_ok=True)
+        for path in slot_files(self.directory):
+            path.unlink(missing_ok=True)
         agent_files.remove_leftovers(self.directory)
 
-    def _path(self, slot: int) -> Path:
-        return self.directory / f"{self._place}.{slot}"
-
     def _headers(self) -> list[tuple[Path, Header]]:
-        """The slots that say they are whole, with their headers, which are."""
-        files = sorted(self.directory.glob("[0-9]*.[01]")) if self.directory.is_dir() else []
-        found = [(path, header) for path in files if (header := read_header(path)) is not None]
-        return [(path, header) for path, header in found if header["layout"] == self._layout]
+        """Return (path, header) of the complete slots of this layout on this host."""
+        headers = [(path, read_header(path)) for path in slot_files(self.directory)]
+        return [(path, header) for path, header in headers if header is not None and header["layout"] == self._layout]
 
-    def _target(self, keep: int | None) -> Path:
-        """The slot to write: not that of step `keep`, else one without a snapshot, else the older."""
-        known = {slot: header["step"] for slot in (0, 1) if (header := read_header(self._path(slot))) is not None}
-        return self._path(min((0, 1), key=lambda slot: (known.get(slot, -2) == keep, known.get(slot, -1))))
+    def _slot_to_write(self, keep_step: int | None) -> Path:
+        """Return the slot to overwrite: not that of `keep_step`; else an empty one; else the older."""
 
-    def _lacks(self, step: int, shardings: Mapping[str, Any], shapes: Mapping[str, Any]) -> str | None:
-        """The first array of which the slots of `step` do not hold all that this process needs."""
+        def priority(path: Path) -> tuple[bool, int]:
+            header = read_header(path)
+            return (False, -1) if header is None else (header["step"] == keep_step, header["step"])
+
+        return min(self._paths, key=priority)
+
+    def _missing_array(self, step: int, shardings: Mapping[str, Any], shapes: Mapping[str, Any]) -> str | None:
+        """Return an array of which this process needs a part that the slots of `step` lack; None if there is none."""
         boxes: dict[str, set[Box]] = {}
         kinds: dict[str, tuple] = {}
         for _, header in self._headers():
@@ -161,7 +176,7 @@ class MemoryStore:
 
 
 def _shards(state: TrainState) -> list[tuple[str, Any, Box, np.ndarray]]:
-    """(path, array, box, elements) of this process's distinct shards."""
+    """Return (path, array, box, elements) of the distinct shards of this process."""
     return [
         (path, array, box, view)
         for path, array in flatten_paths(saved_tree(state)).items()
@@ -170,28 +185,22 @@ def _shards(state: TrainState) -> list[tuple[str, Any, Box, np.ndarray]]:
 
 
 def _read(path: Path, header: Header, parts: Parts) -> None:
-    """Add the parts of a slot. Raises DamagedCheckpoint where it is not what was written."""
+    """Verify a slot and add its arrays to `parts`. Raises DamagedCheckpoint if it is damaged."""
     content = verify_slot(path, header)
-    places = block_offsets([size for _, size, _ in header["blocks"]])
     for name, entry in header["arrays"].items():
         dtype = jax.numpy.dtype(entry["dtype"])
         for box, number in entry["parts"]:
             shape = [stop - start for start, stop in box]
-            size = header["blocks"][number][1]
-            elements = content[places[number] : places[number] + size].view(dtype).reshape(shape)
+            offset, size, _ = header["blocks"][number]
+            elements = content[offset : offset + size].view(dtype).reshape(shape)
             parts.setdefault(name, {})[_box(box)] = elements
 
 
 def _box(edges: Any) -> Box:
-    """A box from JSON."""
+    """Build a box from JSON."""
     return tuple((start, stop) for start, stop in edges)
 
 
-def _shard(parts: Mapping[Box, np.ndarray], index: Any, like: Any) -> np.ndarray:
-    """A device's elements, out of the parts of an array."""
-    return extract_box(list(parts.items()), box_of(index, like.shape), like.dtype)
-
-
 def open_memory_store(run: Path, *, layout: str, host: int = 0, launch_slot: int | None = None) -> MemoryStore:
-    """The slots of the run in directory `run` on host number `host`, those of `place` its own."""
+    """Return the store of the run in directory `run` on host number `host`, for the process in `launch_slot`."""
     return MemoryStore(agent_files.memory_directory(run, host=host), layout=layout, launch_slot=launch_slot)

@@ -1,8 +1,8 @@
-"""Checkpoints read again and compared with their manifests, without the run's model: ls, verify, repair.
+"""Listing, verification and repair of checkpoints, without the model of the run.
 
-list_steps(shelf)     what there is, from names and manifests alone
-examine(shelf)        every step read whole and compared
-repair(shelf)         interrupted commits finished, damaged steps set aside, mended ones brought back
+list_steps(checkpoints)     what there is, from file names and manifests alone
+verify_all(checkpoints)     every checkpoint is read and compared with its manifest
+repair(checkpoints)         interrupted commits are finished, damaged steps quarantined, intact ones brought back
 """
 
 from collections.abc import Iterator
@@ -20,80 +20,80 @@ from .storage import load, shard_evenly
 
 @dataclass(frozen=True)
 class CheckpointEntry:
-    """One checkpoint as its directory tells it."""
+    """The state of one checkpoint. `meshwright checkpoint ls --json` prints the fields by their names."""
 
     step: int
-    status: str  # committed, unfinished (its save or commit is under way or was cut short), damaged, quarantined
+    status: str  # committed, unfinished (its save or commit goes on or was interrupted), damaged, quarantined
     bytes: int = 0
     arrays: int = 0  # logical arrays
     layout: str = ""
-    why: str = ""  # not whole
+    why: str = ""  # it is not committed
 
 
-def list_steps(shelf: CheckpointDirectory) -> list[CheckpointEntry]:
-    """Every checkpoint, oldest first, then what was set aside. Reads manifests, not arrays."""
-    aside = [
+def list_steps(checkpoints: CheckpointDirectory) -> list[CheckpointEntry]:
+    """Return every checkpoint, oldest first, then the quarantined ones. Reads manifests, not arrays."""
+    quarantined = [
         CheckpointEntry(int(name.split(".")[0]), "quarantined", why=f"{QUARANTINE}/{name}")
-        for name in shelf.quarantined
+        for name in checkpoints.quarantined
         if name.split(".")[0].isdigit()
     ]
-    return [read_entry(shelf, step) for step in shelf.step_directories] + aside
+    return [read_entry(checkpoints, step) for step in checkpoints.step_directories] + quarantined
 
 
-def read_entry(shelf: CheckpointDirectory, step: int) -> CheckpointEntry:
-    """One checkpoint, from its manifest."""
-    size = sum(file.stat().st_size for file in shelf.path(step).rglob("*") if file.is_file())
-    if not (shelf.path(step) / NAME).exists() and shelf.parts_directory(step).is_dir():
+def read_entry(checkpoints: CheckpointDirectory, step: int) -> CheckpointEntry:
+    """Return the state of one checkpoint, from its manifest."""
+    size = sum(file.stat().st_size for file in checkpoints.path(step).rglob("*") if file.is_file())
+    if not (checkpoints.path(step) / NAME).exists() and checkpoints.parts_directory(step).is_dir():
         return CheckpointEntry(step, "unfinished", size, why="its manifest is not written yet")
     try:
-        manifest = manifests.read(shelf.path(step))
+        manifest = manifests.read(checkpoints.path(step))
     except DamagedCheckpoint as error:
         return CheckpointEntry(step, "damaged", size, why=str(error))
     return CheckpointEntry(step, "committed", size, len(manifest.arrays), manifest.layout)
 
 
-def verify_all(shelf: CheckpointDirectory) -> Iterator[CheckpointEntry]:
-    """Every checkpoint read whole and compared with its manifest, oldest first; what was set aside is not read."""
-    for entry in list_steps(shelf):
-        if entry.status == "committed" and (why := find_damage(shelf, entry.step)):
+def verify_all(checkpoints: CheckpointDirectory) -> Iterator[CheckpointEntry]:
+    """Read every checkpoint and compare it with its manifest, oldest first. Quarantined ones are not read."""
+    for entry in list_steps(checkpoints):
+        if entry.status == "committed" and (why := find_damage(checkpoints, entry.step)):
             yield CheckpointEntry(entry.step, "damaged", entry.bytes, entry.arrays, entry.layout, why)
         elif entry.status != "quarantined":
             yield entry
 
 
-def find_damage(shelf: CheckpointDirectory, step: int) -> str:
-    """What is wrong with a checkpoint; "" where it is whole. Holds the whole state on one device."""
+def find_damage(checkpoints: CheckpointDirectory, step: int) -> str:
+    """Say what is wrong with a checkpoint; "" if it is intact. Needs the memory for all arrays on one device."""
     mesh = Mesh(jax.local_devices()[:1], ("all",))
     try:
-        manifest = manifests.read(shelf.path(step))
-        arrays = load(shelf, manifest, shard_evenly(manifest, mesh))
-        verify_arrays(arrays, manifest, where=shelf.path(step))
+        manifest = manifests.read(checkpoints.path(step))
+        arrays = load(checkpoints, manifest, shard_evenly(manifest, mesh))
+        verify_arrays(arrays, manifest, where=checkpoints.path(step))
     except DamagedCheckpoint as error:
         return str(error)
     return ""
 
 
-def repair(shelf: CheckpointDirectory) -> list[str]:
-    """Make the directory one that a run goes on from; what was done, a sentence each. No run may be writing to it.
+def repair(checkpoints: CheckpointDirectory) -> list[str]:
+    """Repair the directory so that a run can go on from it; return a sentence for each action.
 
-    Commits cut short are finished. Damaged steps are set aside, and steps that were set aside and are whole again
-    (a copy was brought back) return to their place. Nothing is deleted but saves that never ended.
+    Interrupted commits are finished. Damaged steps are quarantined, and quarantined steps that are intact (somebody
+    copied files back) return. Only unfinished saves are deleted. No run may be writing to the directory.
     """
-    done: list[str] = []
-    before = set(shelf.steps)
-    shelf.recover_interrupted(lambda step, why: done.append(f"step {step} set aside: {why}"))
-    done += [f"step {step}: its commit was cut short, and is finished" for step in sorted(set(shelf.steps) - before)]
-    for entry in verify_all(shelf):
+    actions: list[str] = []
+    before = set(checkpoints.steps)
+    checkpoints.recover_interrupted(lambda step, why: actions.append(f"step {step} quarantined: {why}"))
+    actions += [f"step {step}: its interrupted commit was finished" for step in sorted(set(checkpoints.steps) - before)]
+    for entry in verify_all(checkpoints):
         if entry.status == "damaged":
-            place = shelf.quarantine(entry.step)
-            done.append(f"step {entry.step} set aside in {place.name}: {entry.why}")
-    for name in shelf.quarantined:
+            path = checkpoints.quarantine(entry.step)
+            actions.append(f"step {entry.step} quarantined as {path.name}: {entry.why}")
+    for name in checkpoints.quarantined:
         step = name.split(".")[0]
-        if not step.isdigit() or shelf.path(int(step)).exists():
+        if not step.isdigit() or checkpoints.path(int(step)).exists():
             continue
-        (shelf.directory / QUARANTINE / name).rename(shelf.path(int(step)))
-        if find_damage(shelf, int(step)):
-            shelf.path(int(step)).rename(shelf.directory / QUARANTINE / name)
+        (checkpoints.directory / QUARANTINE / name).rename(checkpoints.path(int(step)))
+        if find_damage(checkpoints, int(step)):
+            checkpoints.path(int(step)).rename(checkpoints.directory / QUARANTINE / name)
         else:
-            done.append(f"step {step} is whole and back in its place")
-    return done
+            actions.append(f"step {step} is intact and was brought back")
+    return actions

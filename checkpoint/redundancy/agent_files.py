@@ -1,7 +1,9 @@
-"""What keepers and trainers of a host tell each other: small files beside the slots, replaced whole. JAX-free.
+"""Status files between the snapshot agent and the trainers of a host: small, beside the slots, replaced atomically.
 
-protected.json      the keeper: the newest step that every group of hosts protects, and what that took
-recovery.json       the keeper, before the trainers start: what was found, and what was rebuilt from parity
+protected.json      written by the agent: the newest step that every group of hosts protects, and what that cost
+recovery.json       written by the agent before the trainers start: what can be restored, and what was rebuilt
+
+JAX-free.
 """
 
 import contextlib
@@ -14,75 +16,72 @@ import xxhash
 
 PROTECTED, RECOVERY = "protected.json", "recovery.json"
 PARITY_GLOB = "parity.[01]"
-MEMORY_VARIABLE = "MESHWRIGHT_MEMORY"  # of the environment: a directory in a file system that lives in memory
+MEMORY_VARIABLE = "MESHWRIGHT_MEMORY"  # environment variable: a directory in a file system that lives in memory
 
 
 @dataclass(frozen=True)
 class Protected:
-    """The newest protected step; -1: none."""
+    """The newest protected step; -1: none. The field names are the keys of the JSON."""
 
     step: int = -1
-    seal: str = ""  # of this host's snapshot of it
-    seconds: float = 0.0  # from the snapshot being whole on every host of the group to its parity being whole
+    seal: str = ""  # of this host's snapshot of the step, see `HostSnapshot.seal`
+    seconds: float = 0.0  # from the snapshot being complete on every host of the group to its parity being complete
     bytes: int = 0  # of parity, on this host
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a sitting can go on from in memory."""
+    """What a session can restore from memory. The field names are the keys of the JSON."""
 
     step: int  # -1: nothing
     rebuilt: tuple[int, ...] = ()  # hosts whose snapshots were rebuilt from parity
-    note: str = ""  # what was lost and rebuilt, or why nothing can be had
-    damaged: tuple[str, ...] = ()  # slots that were not what was written
-    seconds: float = 0.0  # that checking and rebuilding took
+    note: str = ""  # what was lost and rebuilt, or why nothing can be restored
+    damaged: tuple[str, ...] = ()  # one sentence for each damaged slot
+    seconds: float = 0.0  # spent on verifying and rebuilding
 
 
-def write_status(directory: Path, word: Protected | Recovery) -> None:
-    """Replace the word of this kind."""
-    name = PROTECTED if isinstance(word, Protected) else RECOVERY
+def write_status(directory: Path, status: Protected | Recovery) -> None:
+    """Replace the status file of this kind in `directory`."""
+    name = PROTECTED if isinstance(status, Protected) else RECOVERY
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     draft = directory / f".{name}.{os.getpid()}"
-    draft.write_text(json.dumps(asdict(word)))
+    draft.write_text(json.dumps(asdict(status)))
     os.replace(draft, directory / name)
 
 
 def read_protected(directory: Path) -> Protected:
-    """The keeper's last word; nothing is protected where it said none."""
-    told = _read(directory / PROTECTED)
-    return Protected(**told) if told else Protected()
+    """Read what is protected; `Protected()` if the agent has written nothing."""
+    content = _read(directory / PROTECTED)
+    return Protected(**content) if content else Protected()
 
 
 def read_recovery(directory: Path) -> Recovery | None:
-    """What the keeper said before this sitting; None where there is no keeper."""
-    told = _read(directory / RECOVERY)
-    return recovery_from_json(told) if told else None
+    """Read what the agent wrote before this session; None if there is no agent."""
+    content = _read(directory / RECOVERY)
+    return recovery_from_json(content) if content else None
 
 
-def recovery_from_json(told: dict) -> Recovery:
-    """A recovery from JSON."""
-    return Recovery(told["step"], tuple(told["rebuilt"]), told["note"], tuple(told["damaged"]), told["seconds"])
-
-
-def files(directory: Path) -> list[Path]:
-    """Everything a keeper leaves."""
-    return [*directory.glob(PARITY_GLOB), *directory.glob("*.json"), *directory.glob(".*"), *directory.glob("*.draft")]
+def recovery_from_json(content: dict) -> Recovery:
+    """Build a Recovery from its JSON."""
+    return Recovery(**{**content, "rebuilt": tuple(content["rebuilt"]), "damaged": tuple(content["damaged"])})
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete what a keeper left in a directory without snapshots."""
+    """Delete the files of a snapshot agent if `directory` has no snapshots."""
     if not directory.is_dir() or any(directory.glob("[0-9]*.[01]")):
         return
-    for path in files(directory):
-        path.unlink(missing_ok=True)
-    for place in (directory, directory.parent):
-        with contextlib.suppress(OSError):  # another host's is still there
-            place.rmdir()
+    for pattern in (PARITY_GLOB, "*.json", ".*", "*.draft"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
+    for folder in (directory, directory.parent):
+        with contextlib.suppress(OSError):  # not empty: it also belongs to another host
+            folder.rmdir()
 
 
 def memory_directory(run: Path, *, host: int) -> Path:
-    """Where the slots of a host are: where this machine's environment says (`PLACE`), else in /dev/shm where the system
-    has it. Hosts simulated on one machine differ.
+    """Return the directory for the slots of a host: under `MEMORY_VARIABLE`, by default in /dev/shm if it exists.
+
+    Hosts that are simulated on one machine have different directories.
     """
     base = Path(os.environ.get(MEMORY_VARIABLE) or ("/dev/shm" if Path("/dev/shm").is_dir() else run / "memory"))
     return base / f"meshwright-{os.getuid()}" / xxhash.xxh3_64_hexdigest(str(run.absolute()).encode()) / f"host-{host}"

@@ -1,4 +1,4 @@
-"""A host's snapshot as a string of bytes: the slots its processes wrote at one step, one after the other. JAX-free."""
+"""A host's snapshot as one string of bytes: the slots that its processes wrote at one step, concatenated. JAX-free."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from .parity_groups import Holding
 
 @dataclass(frozen=True)
 class ProcessSlot:
-    """One process's slot in a host's snapshot."""
+    """The slot of one process in a host's snapshot."""
 
-    process: int
+    launch_slot: int
     bytes: int
-    head: str  # hexadecimal
+    head: str  # the head of the slot, hexadecimal
 
     @property
     def padded(self) -> int:
-        """Bytes in the string: whole words of eight."""
+        """Number of bytes in the string: a multiple of 8."""
         return -(-self.bytes // 8) * 8
 
 
@@ -33,37 +33,37 @@ class HostSnapshot:
 
     @property
     def seal(self) -> str:
-        """Tells it from any other snapshot."""
-        return xxhash.xxh3_64_hexdigest("".join(piece.head for piece in self.slots).encode())
+        """xxh3 of the heads of the slots. The heads contain hashes of all else, so it identifies the snapshot."""
+        return xxhash.xxh3_64_hexdigest("".join(slot.head for slot in self.slots).encode())
 
     @property
     def bytes(self) -> int:
-        """Of the string."""
-        return sum(piece.padded for piece in self.slots)
+        """Length of the string."""
+        return sum(slot.padded for slot in self.slots)
 
     def to_json(self) -> list[list[Any]]:
-        """As JSON."""
-        return [[piece.process, piece.bytes, piece.head] for piece in self.slots]
+        """Return [launch slot, bytes, head] of every slot."""
+        return [[slot.launch_slot, slot.bytes, slot.head] for slot in self.slots]
 
 
-def snapshot_from_json(step: int, pieces: Sequence[Sequence[Any]]) -> HostSnapshot:
-    """The inverse of `Snapshot.public`."""
-    return HostSnapshot(step, tuple(ProcessSlot(*piece) for piece in pieces))
+def snapshot_from_json(step: int, slots: Sequence[Sequence[Any]]) -> HostSnapshot:
+    """Invert `HostSnapshot.to_json`."""
+    return HostSnapshot(step, tuple(ProcessSlot(*slot) for slot in slots))
 
 
-def holding_from_json(info: Mapping[str, Any]) -> Holding:
-    """What a keeper told, as the planner reads it."""
+def holding_from_json(status: Mapping[str, Any]) -> Holding:
+    """Convert the status that a snapshot agent publishes to what `parity_groups` reads."""
     return Holding(
-        {int(step): snapshot_from_json(int(step), pieces).seal for step, pieces in info["held"].items()},
-        {int(step): {int(host): seal for host, seal in made.items()} for step, made in info["shares"].items()},
+        {int(step): snapshot_from_json(int(step), slots).seal for step, slots in status["held"].items()},
+        {int(step): {int(host): seal for host, seal in seals.items()} for step, seals in status["shares"].items()},
     )
 
 
-def scatter_to_slots(content: np.ndarray, drafts: Sequence[np.ndarray], lost: HostSnapshot, *, start: int) -> None:
-    """Write bytes of a host's snapshot, from byte `start` of the string on, to the slots they belong to."""
+def scatter_to_slots(content: np.ndarray, drafts: Sequence[np.ndarray], snapshot: HostSnapshot, *, start: int) -> None:
+    """Copy `content`, the bytes of the snapshot's string from byte `start` on, to the drafts of its slots."""
     offset = 0
-    for piece, draft in zip(lost.slots, drafts, strict=True):
-        low, high = max(start, offset), min(start + len(content), offset + piece.bytes)
+    for slot, draft in zip(snapshot.slots, drafts, strict=True):
+        low, high = max(start, offset), min(start + len(content), offset + slot.bytes)
         if low < high:
             draft[low - offset : high - offset] = content[low - start : high - start]
-        offset += piece.padded
+        offset += slot.padded

@@ -1,10 +1,10 @@
-"""Which hosts protect each other, and what can be had again from those that are left. Pure and JAX-free.
+"""Parity groups: which hosts protect each other, and which step can be recovered after a loss. Pure and JAX-free.
 
-A group's parity bears the loss of `losses` of its hosts (`parity.py`). Hosts of one failure domain (a rack, a switch, a
-power supply) go down together, so they are dealt to different groups.
+The parity of a group tolerates the loss of `losses` of its hosts (`parity.py`). Hosts of one failure domain (a rack, a
+switch, a power supply) fail together, so they are put into different groups.
 
-    groups = laid(8, size=4, losses=1, domains=["a", "a", "b", "b", "c", "c", "d", "d"])
-    found = recoverable(holdings, groups, losses=1)       the newest step every group can give, and whom to rebuild
+    groups = assign_groups(8, size=4, losses=1, domains=["a", "a", "b", "b", "c", "c", "d", "d"])
+    recovery = choose_recovery(holdings, groups, losses=1)      the newest step that all have or can rebuild
 
 Sources: REFT, arXiv:2310.12670 (sharding groups); Gemini, SOSP 2023 (placement of a group over hosts).
 """
@@ -22,99 +22,102 @@ Groups = Sequence[Sequence[int]]
 
 
 def assign_groups(hosts: int, *, size: int, losses: int, domains: Sequence[str] = ()) -> list[list[int]]:
-    """Hosts by group, each of at most `size`, hosts of one failure domain in as many groups as there are.
+    """Assign hosts to groups of at most `size`, hosts of one failure domain to as many groups as possible.
 
-    `domains`: of each host; empty: each host is its own. Raises UserError where a group would be too small for its
-    parity, or the loss of one domain would be more than a group bears.
+    `domains`: the failure domain of each host; empty: each host is its own. Raises UserError if a group is too small
+    for its parity, or if the loss of one domain is more than a group tolerates.
 
-    >>> laid(4, size=2, losses=1, domains=["rack1", "rack1", "rack2", "rack2"])
+    >>> assign_groups(4, size=2, losses=1, domains=["rack1", "rack1", "rack2", "rack2"])
     [[0, 2], [1, 3]]
     """
     count = math.ceil(hosts / size)
     if losses and hosts // count <= losses:
         raise UserError(
-            f"checkpoint.group: {hosts} hosts in groups of at most {size} leave a group of {hosts // count}, and "
-            f"parity that bears {losses} needs at least {losses + 1} hosts"
+            f"checkpoint.group: {hosts} hosts in groups of at most {size} leave a group of {hosts // count}, but "
+            f"parity that tolerates {losses} lost needs at least {losses + 1} hosts; raise checkpoint.group, or set "
+            "checkpoint.parity to none"
         )
     if domains and len(domains) != hosts:
-        raise UserError(f"checkpoint.domains: names the domains of {len(domains)} hosts, and there are {hosts}")
-    owners = list(domains) or [str(host) for host in range(hosts)]
-    sizes = Counter(owners)
-    ordered = sorted(range(hosts), key=lambda host: (-sizes[owners[host]], owners[host], host))
+        raise UserError(
+            f"checkpoint.domains: {len(domains)} domains are listed for {hosts} hosts; list one domain for each host"
+        )
+    domain_of = list(domains) or [str(host) for host in range(hosts)]
+    sizes = Counter(domain_of)
+    ordered = sorted(range(hosts), key=lambda host: (-sizes[domain_of[host]], domain_of[host], host))
     groups = [sorted(ordered[start::count]) for start in range(count)]
     for group in groups if losses else ():
-        domain, most = Counter(owners[host] for host in group).most_common(1)[0]
+        domain, most = Counter(domain_of[host] for host in group).most_common(1)[0]
         if most > losses:
-            fitting = hosts // math.ceil(sizes[domain] / losses)
-            remedy = f"set checkpoint.group to at most {fitting}" if fitting > losses else "spread the hosts more"
+            largest = hosts // math.ceil(sizes[domain] / losses)
+            remedy = f"set checkpoint.group to at most {largest}" if largest > losses else "use more failure domains"
             raise UserError(
-                f"checkpoint.domains: {most} of the hosts {group} are in domain {domain}, and their parity bears the "
-                f"loss of {losses}; {remedy}"
+                f"checkpoint.domains: {most} of the hosts {group} are in domain {domain}, but their parity tolerates "
+                f"the loss of {losses}; {remedy}"
             )
     return groups
 
 
 @dataclass(frozen=True)
 class Holding:
-    """What a host has, verified. A seal tells a host's snapshot of a step from any other snapshot."""
+    """The verified snapshots and parity of a host, identified by seals (`HostSnapshot.seal`)."""
 
     snapshots: Mapping[int, str] = field(default_factory=dict)  # step -> seal of this host's snapshot
-    parity: Mapping[int, Mapping[int, str]] = field(default_factory=dict)  # step -> host -> seal of what it is made of
+    parity: Mapping[int, Mapping[int, str]] = field(default_factory=dict)  # step -> host -> seal of its source
 
 
 def group_holdings(group: Sequence[int], holdings: Mapping[int, Holding]) -> dict[int, Holding]:
-    """The holdings of the hosts of a group; nothing where a host told nothing."""
+    """Return the holdings of the hosts of a group; an empty one for a host without."""
     return {host: holdings.get(host, Holding()) for host in group}
 
 
 def choose_recovery(holdings: Mapping[int, Holding], groups: Groups, *, losses: int) -> Recovery:
-    """The newest step that every group has or can rebuild; step -1, with the reason, where there is none."""
-    steps = {step for one in holdings.values() for step in (*one.snapshots, *one.parity)}
-    failures: list[tuple[int, int, str]] = []  # (hosts that have it, step, why not)
+    """Choose the newest step that every group has or can rebuild; step -1 with the reason if there is none."""
+    steps = {step for holding in holdings.values() for step in (*holding.snapshots, *holding.parity)}
+    failures: list[tuple[int, int, str]] = []  # (number of hosts that have the step, step, reason)
     for step in sorted(steps, reverse=True):
         rebuilt: list[int] = []
         reasons = []
         for group in groups:
-            ours = group_holdings(group, holdings)
-            lost = [host for host in group if step not in ours[host].snapshots]
-            if reason := why_unrecoverable(step, lost, ours, losses=losses):
+            members = group_holdings(group, holdings)
+            missing = [host for host in group if step not in members[host].snapshots]
+            if reason := why_unrecoverable(step, missing, members, losses=losses):
                 reasons.append(reason)
-            rebuilt += lost
+            rebuilt += missing
         if not reasons:
             names = ", ".join(map(str, rebuilt))
             note = f"host {names} lost its snapshot of step {step}; rebuilt from parity and verified" if rebuilt else ""
             return Recovery(step, tuple(rebuilt), note)
-        count = sum(step in one.snapshots for one in holdings.values())
+        count = sum(step in holding.snapshots for holding in holdings.values())
         failures.append((count, step, "; ".join(reasons)))
     return Recovery(-1, (), max(failures)[2] if failures else "")
 
 
-def why_unrecoverable(step: int, lost: Sequence[int], ours: Mapping[int, Holding], *, losses: int) -> str | None:
-    """Why the snapshots of the hosts `lost` of one group cannot be rebuilt; None where they can."""
-    if not lost:
+def why_unrecoverable(step: int, missing: Sequence[int], members: Mapping[int, Holding], *, losses: int) -> str | None:
+    """Say why the snapshots of the hosts `missing` of one group cannot be rebuilt; None if they can."""
+    if not missing:
         return None
-    hosts = list(ours)
+    hosts = list(members)
     if not losses:
-        return f"step {step}: hosts {list(lost)} lost their snapshots, and checkpoint.parity is none"
-    holders = parity_holders(step, ours)
+        return f"step {step}: hosts {list(missing)} lost their snapshots, and checkpoint.parity is none"
+    holders = parity_holders(step, members)
     for stripe in range(len(hosts)):
-        givers, keepers = stripe_hosts(stripe, hosts=len(hosts), losses=losses)
-        missing = sum(hosts[place] in lost for place in givers)
-        if missing > sum(hosts[place] in holders for place in keepers):
+        data_hosts, parity_hosts = stripe_hosts(stripe, hosts=len(hosts), losses=losses)
+        unknowns = sum(hosts[position] in missing for position in data_hosts)
+        if unknowns > sum(hosts[position] in holders for position in parity_hosts):
             return (
-                f"step {step}: hosts {list(lost)} of group {hosts} lost their snapshots, and with the parity that "
-                f"hosts {holders} have they cannot be rebuilt: it bears the loss of {losses}"
+                f"step {step}: hosts {list(missing)} of group {hosts} lost their snapshots, and hosts {holders} have "
+                f"parity for it, which tolerates the loss of {losses}"
             )
     return None
 
 
-def parity_holders(step: int, ours: Mapping[int, Holding]) -> list[int]:
-    """The hosts of a group whose parity of `step` is made of the snapshots that the others have."""
-    seals = {host: one.snapshots[step] for host, one in ours.items() if step in one.snapshots}
+def parity_holders(step: int, members: Mapping[int, Holding]) -> list[int]:
+    """Return the hosts of a group whose parity of `step` was computed from the snapshots that the others have."""
+    seals = {host: holding.snapshots[step] for host, holding in members.items() if step in holding.snapshots}
     return [
         host
-        for host, one in ours.items()
-        if step in one.parity
-        and one.parity[step].keys() == ours.keys()  # else it was made by another group, of other stripes
-        and all(one.parity[step][other] == seal for other, seal in seals.items())
+        for host, holding in members.items()
+        if step in holding.parity
+        and holding.parity[step].keys() == members.keys()  # else it is of another group, with other stripes
+        and all(holding.parity[step][other] == seal for other, seal in seals.items())
     ]

@@ -1,4 +1,4 @@
-"""Which hosts protect each other's snapshots, of the whole run and of what is left of it. Pure and JAX-free."""
+"""The parity plan of a run: its hosts, and the groups that protect each other's snapshots. Pure and JAX-free."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +12,19 @@ LOSSES = {"none": 0, "xor": 1, "p+q": 2}
 
 @dataclass(frozen=True)
 class ParityPlan:
-    """Which hosts there are, and how they protect each other."""
+    """The hosts and launch slots of a run, and its parity groups."""
 
     hosts: int
-    processes: int  # of the run, one in each slot; the same number on each host, in order
+    processes: int  # of the run, one per launch slot; the same number on each host, in order
     groups: tuple[tuple[int, ...], ...]
-    losses: int  # of a group that its parity bears
-    size: int = 8  # of a group, at most
-    domains: tuple[str, ...] = ()  # of each host; empty: each is its own
-    active_slots: tuple[int, ...] | None = None  # slots; None: all
+    losses: int  # lost hosts of a group that its parity tolerates; 0: no parity
+    size: int = 8  # maximum hosts of a group
+    domains: tuple[str, ...] = ()  # failure domain of each host; empty: each host is its own
+    active_slots: tuple[int, ...] | None = None  # launch slots that take part; None: all
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """The slots that take part."""
+        """The launch slots that take part."""
         return tuple(range(self.processes)) if self.active_slots is None else self.active_slots
 
     @property
@@ -33,45 +33,49 @@ class ParityPlan:
         return sorted({self.host_of(slot) for slot in self.slots})
 
     def host_of(self, slot: int) -> int:
-        """The host that a slot is on."""
+        """Return the host of a launch slot."""
         return slot * self.hosts // self.processes
 
     def slots_of(self, host: int) -> list[int]:
-        """The slots on a host that take part."""
+        """Return the launch slots on a host that take part."""
         return [slot for slot in self.slots if self.host_of(slot) == host]
 
     def restrict_to(self, slots: Sequence[int]) -> "ParityPlan":
-        """The plan of an epoch in `slots` alone: the hosts that are left protect each other as well as they can.
+        """Return the plan of an epoch in `slots` alone: the hosts that are left protect each other.
 
-        Failure domains that cannot be kept apart any more are not; with too few hosts for it there is no parity.
+        Failure domains are ignored if they can no longer be kept in different groups. With too few hosts there is no
+        parity.
         """
         if set(slots) == set(range(self.processes)):
             return self
-        left = replace(self, taking_part=tuple(sorted(slots)))
-        hosts = left.active_hosts
-        domains = [self.domains[host] for host in hosts] if self.domains else []
-        for losses, apart in ((self.losses, domains), (self.losses, []), (0, [])):
+        restricted = replace(self, active_slots=tuple(sorted(slots)))
+        hosts = restricted.active_hosts
+        remaining = [self.domains[host] for host in hosts] if self.domains else []
+        for losses, domains in ((self.losses, remaining), (self.losses, []), (0, [])):
             try:
-                groups = assign_groups(len(hosts), size=self.size, losses=losses, domains=apart)
+                groups = assign_groups(len(hosts), size=self.size, losses=losses, domains=domains)
             except UserError:
                 continue
-            return replace(left, losses=losses, groups=tuple(tuple(hosts[one] for one in group) for group in groups))
+            named = tuple(tuple(hosts[position] for position in group) for group in groups)
+            return replace(restricted, losses=losses, groups=named)
         raise AssertionError(f"{len(hosts)} hosts cannot be grouped without parity")
 
 
 def make_parity_plan(checkpoint: CheckpointConfig, *, hosts: int, processes: int) -> ParityPlan | None:
-    """The keepers that a configuration asks for; None where there are no snapshots to keep.
+    """Return the parity plan of a configuration; None if it takes no snapshots in memory.
 
-    Raises UserError where its parity cannot be had on these hosts.
+    Raises UserError if these hosts cannot have its parity.
     """
     losses = LOSSES[checkpoint.parity]
     if processes % hosts:
-        raise UserError(f"launch.hosts: {processes} processes cannot be spread evenly over {hosts} hosts; change one")
+        raise UserError(
+            f"launch.hosts: {processes} processes cannot be divided evenly over {hosts} hosts; change either number"
+        )
     if not checkpoint.memory_every:
         if losses:
             raise UserError(
-                f"checkpoint.parity: {checkpoint.parity} protects snapshots in memory and checkpoint.memory_every is "
-                "0; set it, or parity to none"
+                f"checkpoint.parity: {checkpoint.parity} protects snapshots in memory, but checkpoint.memory_every is "
+                "0; set checkpoint.memory_every, or checkpoint.parity to none"
             )
         return None
     groups = assign_groups(hosts, size=checkpoint.group, losses=losses, domains=checkpoint.domains)

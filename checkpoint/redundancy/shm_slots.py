@@ -1,18 +1,20 @@
-"""Slots: files in memory that are whole or empty, never half of something. JAX-free.
+"""Slots: files in memory that are either complete or empty. JAX-free.
 
     0 .. 64     the head: magic, step, offset and length of the header, xxh3 of the header, state
-    64 ..       the blocks, then the header: JSON with `step`, `blocks` [[offset, bytes, xxh3], ...] and what they are
+    64 ..       the blocks, then the header: JSON with `step`, `blocks` [[offset, bytes, xxh3], ...] and their meaning
 
-A slot is emptied first, then filled, each block hashed as it arrives, and declared whole last. A slot lives in /dev/shm
-as a plain file: it outlives the process that wrote it, killed or not (segments of Python's `shared_memory` do not), and
-its pages are kept from one snapshot to the next, since touching new ones is several times slower than copying.
+A slot is marked empty, then written, each block hashed as it arrives, and marked complete last. It is a plain file in
+/dev/shm, so it outlives the process that wrote it, even if that was killed (segments of Python's `shared_memory` do
+not). Its pages are reused for the next snapshot, because touching new pages is several times slower than copying. Each
+process has two slots, DIRECTORY/3.0 and DIRECTORY/3.1 for launch slot 3.
 
-    with filling(pool, path, [300, 4096], {"step": 7}) as slot:
-        slot.put(0, first), slot.put(1, second)           # in any order, in pieces or whole
-    header = header_of(path)                              # of a whole slot; None of any other
-    verify(path, header)                                  # raises DamagedCheckpoint naming the block
+    with write_slot(pool, path, [300, 4096], {"step": 7}) as writer:
+        writer.write(0, first), writer.write(1, second)   # blocks in any order, at once or in parts
+    header = read_header(path)                            # of a complete slot; None of any other
+    verify_slot(path, header)                             # raises DamagedCheckpoint, which names the block
 """
 
+import itertools
 import json
 import mmap
 import os
@@ -27,122 +29,128 @@ import xxhash
 
 from ..errors import DamagedCheckpoint
 
-MAGIC, WHOLE, EMPTY = b"MESHSLOT", 2, 0
-HEAD = struct.Struct("<8sqQQQQ16x")  # magic, step, header's offset, its length, xxh3 of the header, state
-START = ALIGNED = 64  # bytes
-CHUNK_BYTES = 4 * 2**20  # bytes copied, then hashed while they are still in the cache
+MAGIC, COMPLETE, EMPTY = b"MESHSLOT", 2, 0
+HEAD = struct.Struct("<8sqQQQQ16x")  # magic, step, offset of the header, its length, its xxh3, state
+START = ALIGNMENT = 64  # bytes
+CHUNK_BYTES = 4 * 2**20  # a chunk is copied, then hashed while it is still in the cache
 
 Header = dict[str, Any]
 
 
+def slot_paths(directory: Path, launch_slot: int) -> tuple[Path, Path]:
+    """Return the paths of both slots of the process in a launch slot."""
+    return directory / f"{launch_slot}.0", directory / f"{launch_slot}.1"
+
+
+def slot_files(directory: Path) -> list[Path]:
+    """Return the slots of all processes in `directory`, in order; empty if there is no such directory."""
+    return sorted(directory.glob("[0-9]*.[01]"))
+
+
 class SlotPool:
-    """The slots a process has open: memory that is there already. Bounded by the number of paths it is asked for."""
+    """The slots that a process has mapped into its memory."""
 
     def __init__(self) -> None:
         self._open: dict[Path, mmap.mmap] = {}
 
     def map_slot(self, path: Path, size: int) -> mmap.mmap:
-        """The memory of a slot of at least `size` bytes, touched. Raises OSError where there is no room."""
+        """Return the memory of a slot, at least `size` bytes, already touched. Raises OSError if there is no space."""
         slot = self._open.get(path)
         if slot is None or len(slot) < size or not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with path.open("a+b") as file:
-                # Reserved first: writing to memory that is not there would end the process.
+                # Reserve the space first: writing to unreserved pages of a full file system kills the process.
                 os.posix_fallocate(file.fileno(), 0, size)
                 slot = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
             self._open[path] = slot
         return slot
 
     def close(self) -> None:
-        """Let go of all; the files stay."""
+        """Unmap all slots; the files stay."""
         self._open.clear()
 
 
 class SlotWriter:
-    """A slot that is being filled."""
+    """Writes the blocks of one slot."""
 
     def __init__(self, memory: mmap.mmap, sizes: Sequence[int], total: int) -> None:
         self._memory = np.frombuffer(memory, np.uint8, total)
-        self.offsets = block_offsets(sizes)
+        self._offsets = block_offsets(sizes)
         self._hashes = [xxhash.xxh3_64() for _ in sizes]
-        self._sizes, self._filled = sizes, [0] * len(sizes)
+        self._sizes, self._written = sizes, [0] * len(sizes)
 
     def write(self, number: int, content: np.ndarray) -> None:
-        """The next bytes of block `number`."""
+        """Append `content` to block `number`."""
         content = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
         for start in range(0, len(content), CHUNK_BYTES):
-            piece = content[start : start + CHUNK_BYTES]
-            with self.write_region(number, len(piece)) as target:
-                np.copyto(target, piece)
+            chunk = content[start : start + CHUNK_BYTES]
+            with self.write_region(number, len(chunk)) as region:
+                np.copyto(region, chunk)
 
     @contextmanager
     def write_region(self, number: int, size: int) -> Iterator[np.ndarray]:
-        """The next `size` bytes of block `number`, to be written in the `with`."""
-        place = self.offsets[number] + self._filled[number]
-        target = self._memory[place : place + size]
-        yield target
-        self._hashes[number].update(target)
-        self._filled[number] += size
+        """Give the next `size` bytes of block `number`, to be filled in the `with`."""
+        start = self._offsets[number] + self._written[number]
+        region = self._memory[start : start + size]
+        yield region
+        self._hashes[number].update(region)
+        self._written[number] += size
 
-    def blocks(self) -> list[list[Any]]:
-        """[offset, bytes, xxh3] of every block."""
-        if self._filled != list(self._sizes):
-            raise ValueError(f"a slot was declared whole with {self._filled} of {list(self._sizes)} bytes in it")
-        for place, size, hash_ in zip(self.offsets, self._sizes, self._hashes, strict=True):
-            rest = self._memory[place + size : place + padded_size(size)]
-            rest[:] = 0  # what an earlier snapshot left there; parity is made of every byte
-            hash_.update(rest)
-        hashes = [one.hexdigest() for one in self._hashes]
-        return [list(block) for block in zip(self.offsets, self._sizes, hashes, strict=True)]
+    def finish(self) -> list[list[Any]]:
+        """Return [offset, bytes, xxh3] of every block. Raises ValueError if a block is not complete."""
+        if self._written != list(self._sizes):
+            raise ValueError(f"blocks of {list(self._sizes)} bytes were declared complete after {self._written} bytes")
+        for offset, size, hash_ in zip(self._offsets, self._sizes, self._hashes, strict=True):
+            padding = self._memory[offset + size : offset + padded_size(size)]
+            padding[:] = 0  # an earlier snapshot may have left bytes here, and parity is computed from every byte
+            hash_.update(padding)
+        digests = [hash_.hexdigest() for hash_ in self._hashes]
+        return [list(block) for block in zip(self._offsets, self._sizes, digests, strict=True)]
 
 
 def padded_size(size: int) -> int:
-    """Bytes up to the next block."""
-    return -(-size // ALIGNED) * ALIGNED
+    """Return `size` rounded up to the alignment of blocks."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def block_offsets(sizes: Sequence[int]) -> list[int]:
-    """Where blocks of these sizes begin.
+    """Return the offsets of blocks of these sizes.
 
-    >>> offsets([8, 100, 4])
+    >>> block_offsets([8, 100, 4])
     [64, 128, 256]
     """
-    result, offset = [], START
-    for size in sizes:
-        result.append(offset)
-        offset += padded_size(size)
-    return result
+    return list(itertools.accumulate(map(padded_size, sizes), initial=START))[:-1]
 
 
 def header_offset(sizes: Sequence[int]) -> int:
-    """Bytes up to the header."""
+    """Return the offset of the header, behind blocks of these sizes."""
     return START + sum(map(padded_size, sizes))
 
 
 @contextmanager
 def write_slot(pool: SlotPool, path: Path, sizes: Sequence[int], header: Mapping[str, Any]) -> Iterator[SlotWriter]:
-    """Fill the slot at `path` with blocks of `sizes`; it is whole once the `with` has ended well, empty before.
+    """Write blocks of `sizes` to the slot at `path`. It is complete once the `with` ends without an error, else empty.
 
-    Raises OSError where there is no room.
+    Raises OSError if there is no space.
     """
     end = header_offset(sizes)
     longest = end + len(encode_header(header, [[end, end, "0" * 16]] * len(sizes)))
     memory = pool.map_slot(path, longest)
     memory[: HEAD.size] = HEAD.pack(MAGIC, -1, 0, 0, 0, EMPTY)
-    slot = SlotWriter(memory, sizes, longest)
-    yield slot
-    text = encode_header(header, slot.blocks())
+    writer = SlotWriter(memory, sizes, longest)
+    yield writer
+    text = encode_header(header, writer.finish())
     memory[end : end + len(text)] = text
-    memory[: HEAD.size] = HEAD.pack(MAGIC, header["step"], end, len(text), xxhash.xxh3_64_intdigest(text), WHOLE)
+    memory[: HEAD.size] = HEAD.pack(MAGIC, header["step"], end, len(text), xxhash.xxh3_64_intdigest(text), COMPLETE)
 
 
 def encode_header(header: Mapping[str, Any], blocks: Sequence[Any]) -> bytes:
-    """The header's bytes."""
+    """Return the bytes of a header with the `blocks` of its slot."""
     return json.dumps({**header, "blocks": blocks}).encode()
 
 
 class Head(NamedTuple):
-    """The first bytes of a whole slot, which no other slot has, and what they say."""
+    """The parsed head of a complete slot. It contains a hash of the header, so no two slots have the same."""
 
     raw: bytes
     step: int
@@ -152,12 +160,12 @@ class Head(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes the slot uses."""
+        """Number of bytes that the slot uses."""
         return self.offset + self.length
 
 
 def read_head(path: Path) -> Head | None:
-    """The head of a whole slot; None of any other."""
+    """Read the head of a slot; None unless the slot is complete."""
     try:
         with path.open("rb") as file:
             raw = file.read(HEAD.size)
@@ -166,14 +174,20 @@ def read_head(path: Path) -> Head | None:
         return None
     if len(raw) < HEAD.size:
         return None
-    magic, step, offset, length, seen, state = HEAD.unpack(raw)
-    if magic != MAGIC or state != WHOLE or offset + length > size:
+    magic, step, offset, length, checksum, state = HEAD.unpack(raw)
+    if magic != MAGIC or state != COMPLETE or offset + length > size:
         return None
-    return Head(raw, step, offset, length, seen)
+    return Head(raw, step, offset, length, checksum)
+
+
+def slot_step(path: Path) -> int:
+    """Return the step of a slot; -1 unless the slot is complete."""
+    head = read_head(path)
+    return -1 if head is None else head.step
 
 
 def read_header(path: Path) -> Header | None:
-    """The header of a whole slot, which is what was written; None where there is no such slot."""
+    """Read the header of a slot; None unless the slot is complete and its header undamaged."""
     head = read_head(path)
     if head is None:
         return None
@@ -183,17 +197,19 @@ def read_header(path: Path) -> Header | None:
     if xxhash.xxh3_64_intdigest(text) != head.checksum:
         return None
     header = json.loads(text)
-    # Neither of a slot that was emptied meanwhile, nor under another step's head.
+    # The slot may have been rewritten meanwhile: the head must still be the same.
     return header if header["step"] == head.step and read_head(path) == head else None
 
 
 def verify_slot(path: Path, header: Header) -> np.ndarray:
-    """The content of the slot, block by block what was written. Raises DamagedCheckpoint where it is not."""
+    """Return the content of a slot, uint8. Raises DamagedCheckpoint if a block differs from what was written."""
     try:
         content = np.fromfile(path, np.uint8)
     except OSError as error:
         raise DamagedCheckpoint(f"snapshot {header['step']}: {path} cannot be read: {error}") from error
-    for number, (offset, size, seen) in enumerate(header["blocks"]):
-        if xxhash.xxh3_64_hexdigest(content[offset : offset + padded_size(size)]) != seen:
-            raise DamagedCheckpoint(f"snapshot {header['step']}: block {number} of {path} is not what was written")
+    for number, (offset, size, digest) in enumerate(header["blocks"]):
+        if xxhash.xxh3_64_hexdigest(content[offset : offset + padded_size(size)]) != digest:
+            raise DamagedCheckpoint(
+                f"snapshot {header['step']}: block {number} of {path} differs from what was written"
+            )
     return content

@@ -1,16 +1,16 @@
-"""The keeper of a host's snapshots: protects them by parity with other hosts', and rebuilds those of a lost one.
+"""The snapshot agent of a host: protects its snapshots by parity with other hosts, and rebuilds lost ones. JAX-free.
 
-A keeper stands outside the trainers, so that neither their crash nor its own costs a snapshot: both work on slots in
-/dev/shm. It holds nothing that a new keeper could not read there. JAX-free.
+The agent is a process outside the trainers, so neither a crash of a trainer nor one of the agent costs a snapshot: both
+work on slots in /dev/shm. The agent has no state that a new agent could not read there.
 
-    a host's snapshot     the slots its processes wrote at one step (`snapshots.py`)
-    a seal                fingerprint of the slots' heads, which hold fingerprints of all else
-    parity.0, parity.1    this host's shares (`parity.py`), and of which seals they are made
+    a host's snapshot     the slots that its processes wrote at one step (`host_snapshot.py`)
+    a seal                identifies a host's snapshot of a step: a hash over all its bytes
+    parity.0, parity.1    slots with this host's parity blocks (`parity.py`) and the heads of the slots they protect
 
-Shares are made while the trainers go on: block after block, in pieces, is asked from the hosts that give to a stripe.
-Everything asked for is named by its seal, and once all is read every host is asked whether it still has it: a slot
-that was overwritten meanwhile is noticed. What is rebuilt is compared with the heads that the shares remember, and
-block by block with its fingerprints.
+Parity is computed while the trainers go on, chunk by chunk, from blocks that the other hosts of the group send. A
+request names the seal of the snapshot, and after the last chunk every host is asked whether it still has that snapshot,
+so a slot that was overwritten meanwhile is noticed. A rebuilt slot must have the head that the parity remembers, and
+its blocks must have the hashes in its header.
 
 Sources: REFT, arXiv:2310.12670 (snapshot management processes, RAIM5); DLRover's Flash Checkpoint.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ...parallel.transport.checked_stream import ClientPool, RequestClient, RequestRefused
+from ...parallel.transport.checked_stream import ClientPool, RequestRefused
 from ..errors import DamagedCheckpoint
 from . import agent_files
 from .agent_files import Protected
@@ -32,139 +32,156 @@ from .host_snapshot import HostSnapshot, ProcessSlot, holding_from_json, scatter
 from .parity import add, add_doubling, block_length, solve_stripe, stripe_hosts, stripes_of
 from .parity_groups import group_holdings, parity_holders
 from .rebuild_files import accept_drafts, allocate_drafts
-from .rebuild_files import slot_path as slot_of
-from .shm_slots import CHUNK_BYTES, SlotPool, read_head, read_header, verify_slot, write_slot
+from .shm_slots import (  # fmt: skip
+    CHUNK_BYTES,
+    SlotPool,
+    read_head,
+    read_header,
+    slot_files,
+    slot_paths,
+    slot_step,
+    verify_slot,
+    write_slot,
+)
 
-Info = Mapping[str, Any]  # what a keeper tells the others: address, held, shares (keys of JSON are strings)
+Status = Mapping[str, Any]  # what an agent publishes: address, held, shares; see `SnapshotAgent.status`
+Statuses = Mapping[int, Status]  # by host
 
 
 class SnapshotAgent:
-    """The keeper of host number `host`, on which the processes in `places` write their slots in `directory`.
+    """The snapshot agent of host number `host`, whose processes write their slots in `directory`.
 
-    `groups`: hosts that protect each other; `losses`: how many of a group its parity bears, 0: there is none. A host in
-    no group takes no part.
+    `launch_slots`: of these processes; `groups`: hosts that protect each other; `losses`: lost hosts of a group that
+    its parity tolerates, 0: no parity. A host in no group takes no part.
     """
 
     def __init__(
         self, directory: Path, *, host: int, launch_slots: Sequence[int], groups: Sequence[Sequence[int]], losses: int
     ) -> None:
         self.directory, self.host = directory, host
-        self._part(launch_slots, groups, losses)
-        self._pool = SlotPool()
-        self._peers = ClientPool()
-        self._turn = threading.Lock()  # protecting and rebuilding take turns
-        self._since: dict[int, float] = {}  # step -> when the group was first seen to have it
+        self._parity_paths = [directory / "parity.0", directory / "parity.1"]
+        self._configure(launch_slots, groups, losses)
+        self._pool, self._clients = SlotPool(), ClientPool()
+        self._lock = threading.Lock()  # protecting and rebuilding exclude each other
+        self._first_seen: dict[int, float] = {}  # step -> when all hosts of the group were first seen to have it
         self._threads = ThreadPoolExecutor(8, "fetch")
         self.last_error = ""  # why the last attempt to protect failed
 
-    def _part(self, places: Sequence[int], groups: Sequence[Sequence[int]], losses: int) -> None:
-        self.losses, self._places, self._groups = losses, list(places), groups
-        self._group: Sequence[int] = next((group for group in groups if self.host in group), ())
+    def _configure(self, launch_slots: Sequence[int], groups: Sequence[Sequence[int]], losses: int) -> None:
+        self.losses, self._launch_slots, self._groups = losses, list(launch_slots), groups
+        self._group: list[int] = list(next((group for group in groups if self.host in group), ()))
 
     def close(self) -> None:
-        """Hang up and let go of the slots, which stay."""
+        """Close connections and unmap the slots; the files stay."""
         self._threads.shutdown()
         self._pool.close()
-        self._peers.close()
+        self._clients.close()
 
-    # --- what there is -----------------------------------------------------------------------------------------------
+    # --- what this host has ------------------------------------------------------------------------------------------
 
     def snapshots(self) -> dict[int, HostSnapshot]:
-        """Step -> the snapshot, where every process of this host has a whole slot of it."""
-        found: dict[int, list[ProcessSlot]] = {}
-        for place in self._places:
-            heads = {head.step: head for slot in (0, 1) if (head := read_head(self._slot(place, slot))) is not None}
-            for step, head in heads.items():
-                found.setdefault(step, []).append(ProcessSlot(place, head.bytes, head.raw.hex()))
-        whole = len(self._places)
-        return {step: HostSnapshot(step, tuple(pieces)) for step, pieces in found.items() if len(pieces) == whole}
+        """Return step -> snapshot, for the steps of which every process of this host has a complete slot."""
+        slots: dict[int, list[ProcessSlot]] = {}
+        for launch_slot in self._launch_slots:
+            heads = [read_head(path) for path in slot_paths(self.directory, launch_slot)]
+            for step, head in {head.step: head for head in heads if head is not None}.items():
+                slots.setdefault(step, []).append(ProcessSlot(launch_slot, head.bytes, head.raw.hex()))
+        complete = len(self._launch_slots)
+        return {step: HostSnapshot(step, tuple(parts)) for step, parts in slots.items() if len(parts) == complete}
 
     def parity_members(self) -> dict[int, dict[int, list[list[Any]]]]:
-        """Step -> host -> the pieces its snapshot had, as this host's parity of that step remembers them."""
-        headers = [read_header(self._share(slot)) for slot in (0, 1)] if self.losses else []
+        """Return step -> host -> the slots (JSON) of the snapshot that this host's parity of the step was made from."""
+        headers = map(read_header, self._parity_paths if self.losses else ())
         return {
-            header["step"]: {int(host): pieces for host, pieces in header["members"].items()}
+            header["step"]: {int(host): slots for host, slots in header["members"].items()}
             for header in headers
             if header is not None
         }
 
     def slot_heads(self) -> list[bytes]:
-        """Changes whenever `info` does, and is cheap."""
-        slots = [self._slot(place, slot) for place in self._places for slot in (0, 1)]
-        slots += [self._share(slot) for slot in (0, 1)] if self.losses else []
-        return [head.raw if (head := read_head(path)) is not None else b"" for path in slots]
+        """Return the heads of all slots. Cheap to read, and they change whenever `status` does."""
+        paths = [path for launch_slot in self._launch_slots for path in slot_paths(self.directory, launch_slot)]
+        paths += self._parity_paths if self.losses else []
+        return [head.raw if (head := read_head(path)) is not None else b"" for path in paths]
 
     @property
     def has_unprotected(self) -> bool:
         """Whether there is a snapshot that is not protected yet."""
         return bool(self.losses) and max(self.snapshots(), default=-1) > agent_files.read_protected(self.directory).step
 
-    def info(self) -> dict[str, Any]:
-        """What the other keepers are told."""
+    def status(self) -> dict[str, Any]:
+        """Return what is published to the other agents, as JSON.
+
+        held      step -> the slots of this host's snapshot
+        shares    step -> host -> seal of the snapshot that this host's parity of the step was made from
+        """
         return {
-            "held": {str(step): one.to_json() for step, one in self.snapshots().items()},
+            "held": {str(step): snapshot.to_json() for step, snapshot in self.snapshots().items()},
             "shares": {
-                str(step): {str(host): snapshot_from_json(step, pieces).seal for host, pieces in made.items()}
-                for step, made in self.parity_members().items()
+                str(step): {str(host): snapshot_from_json(step, slots).seal for host, slots in members.items()}
+                for step, members in self.parity_members().items()
             },
         }
 
     # --- protecting --------------------------------------------------------------------------------------------------
 
-    def protect_newest(self, infos: Mapping[int, Info]) -> None:
-        """Protect the newest step the group has, and note which one all groups protect. `infos`: of every keeper."""
-        with self._turn:
+    def protect_newest(self, statuses: Statuses) -> None:
+        """Protect the newest step that all hosts of the group have, and write down which step all groups protect."""
+        with self._lock:
             if not self.losses or not self._group:
                 return
-            theirs = {host: {int(step): made for step, made in info["held"].items()} for host, info in infos.items()}
-            theirs[self.host] = {step: one.to_json() for step, one in self.snapshots().items()}
-            if all(host in theirs for host in self._group):
-                everybodys = set.intersection(*(set(theirs[host]) for host in self._group))
-                if everybodys:
-                    self._protect(max(everybodys), theirs, infos)
-            self._announce(infos)
+            held = {host: {int(step): slots for step, slots in info["held"].items()} for host, info in statuses.items()}
+            held[self.host] = {step: snapshot.to_json() for step, snapshot in self.snapshots().items()}
+            if all(host in held for host in self._group):
+                common = set.intersection(*(set(held[host]) for host in self._group))
+                if common:
+                    step = max(common)
+                    self._protect(step, {host: held[host][step] for host in self._group}, statuses)
+            self._write_protected(statuses)
 
-    def _protect(self, step: int, theirs: Mapping[int, Mapping[int, Any]], infos: Mapping[int, Info]) -> None:
-        """Make this host's shares of `step`, unless they are there."""
-        self._since.setdefault(step, time.monotonic())
-        made = {host: snapshot_from_json(step, theirs[host][step]) for host in self._group}
-        known = self.parity_members().get(step)
-        if known is not None and known == {host: one.to_json() for host, one in made.items()}:
+    def _protect(self, step: int, members: Mapping[int, Any], statuses: Statuses) -> None:
+        """Compute this host's parity of `step`, unless it has it. `members`: host -> slots of its snapshot, as JSON."""
+        self._first_seen.setdefault(step, time.monotonic())
+        if self.parity_members().get(step) == members:
             return
         try:
-            self._encode(step, made, infos)
+            self._compute_parity(
+                step, {host: snapshot_from_json(step, slots) for host, slots in members.items()}, statuses
+            )
             self.last_error = ""
         except (RequestRefused, OSError) as error:
-            self.last_error = str(error)  # a later look tries again, with a newer step where there is one
+            self.last_error = str(error)  # the next call tries again, with a newer step if there is one
 
-    def _encode(self, step: int, made: Mapping[int, HostSnapshot], infos: Mapping[int, Info]) -> None:
-        hosts, place = list(self._group), self._group.index(self.host)
-        block = block_length(max(one.bytes for one in made.values()), hosts=len(hosts), losses=self.losses)
-        header = {"step": step, "members": {host: one.to_json() for host, one in made.items()}}
-        with write_slot(self._pool, self._share(self._free(step)), [block] * self.losses, header) as share:
-            for number, add_to in enumerate((add, add_doubling)[: self.losses]):
-                stripe = (place - number) % len(hosts)
-                givers, _ = stripe_hosts(stripe, hosts=len(hosts), losses=self.losses)
-                for start in range(0, block, CHUNK_BYTES):
-                    size = min(CHUNK_BYTES, block - start)
-                    with share.write_region(
-                        number, size
-                    ) as total:  # where the last giver's block arrives, awaited first
-                        asked = [
+    def _compute_parity(self, step: int, snapshots: Mapping[int, HostSnapshot], statuses: Statuses) -> None:
+        hosts, position = self._group, self._group.index(self.host)
+        length = block_length(
+            max(snapshot.bytes for snapshot in snapshots.values()), hosts=len(hosts), losses=self.losses
+        )
+        header = {"step": step, "members": {host: snapshot.to_json() for host, snapshot in snapshots.items()}}
+        with write_slot(self._pool, self._parity_slot_to_write(step), [length] * self.losses, header) as writer:
+            for number, accumulate in enumerate((add, add_doubling)[: self.losses]):
+                stripe = (position - number) % len(hosts)
+                sources, _ = stripe_hosts(stripe, hosts=len(hosts), losses=self.losses)
+                for start in range(0, length, CHUNK_BYTES):
+                    size = min(CHUNK_BYTES, length - start)
+                    with writer.write_region(number, size) as total:  # the block of the last source arrives in it
+                        futures = [
                             self._threads.submit(
-                                self._fetch, hosts[giver], infos, made[hosts[giver]].seal, step, into=into,
-                                start=self._index(giver, stripe) * block + start, size=size,
-                            ) for giver, into in zip(reversed(givers), [total] + [None] * len(givers), strict=False)
+                                self._fetch_data, snapshots, hosts[source], statuses, into=into,
+                                start=self._block_number(source, stripe) * length + start, size=size,
+                            ) for source, into in zip(reversed(sources), [total] + [None] * len(sources), strict=False)
                         ]  # fmt: skip
-                        _, *others = [one.result() for one in asked]
-                        add_to(total, others)
-            for host in hosts:  # nobody overwrote what was read meanwhile: slots are emptied first
-                self._still(host, infos, made[host])
+                        _, *blocks = [future.result() for future in futures]
+                        accumulate(total, blocks)
+            for (
+                host
+            ) in hosts:  # a slot is emptied before it is overwritten, so a snapshot that is still there was intact
+                self._request(host, {"do": "held", "step": step, "seal": snapshots[host].seal}, statuses)
 
-    def _announce(self, infos: Mapping[int, Info]) -> None:
-        """Write down the newest step that every group protects; a step stays protected while it is there."""
-        holdings = {host: holding_from_json(info) for host, info in {**infos, self.host: self.info()}.items()}
-        safe = [
+    def _write_protected(self, statuses: Statuses) -> None:
+        """Write down the newest step that every group protects. It counts as protected as long as it is there."""
+        holdings = {host: holding_from_json(info) for host, info in {**statuses, self.host: self.status()}.items()}
+        protected = [
             step
             for step in holdings[self.host].snapshots
             if all(
@@ -175,65 +192,67 @@ class SnapshotAgent:
                 for host in group
             )
         ]
-        known, here = agent_files.read_protected(self.directory), self.snapshots()
-        still = [step for step, one in here.items() if (step, one.seal) == (known.step, known.seal)]
-        step = max([*safe, *still], default=-1)
-        seal = here[step].seal if step in here else ""
-        if (step, seal) != (known.step, known.seal):
-            took = time.monotonic() - self._since.get(step, time.monotonic())
-            size = sum(head.bytes for slot in (0, 1) if (head := read_head(self._share(slot))) and head.step == step)
-            agent_files.write_status(self.directory, Protected(step, seal, took, size))
-        self._since = {step: when for step, when in self._since.items() if step in here}
+        previous, snapshots = agent_files.read_protected(self.directory), self.snapshots()
+        if previous.step in snapshots and snapshots[previous.step].seal == previous.seal:
+            protected.append(previous.step)
+        step = max(protected, default=-1)
+        seal = snapshots[step].seal if step in snapshots else ""
+        if (step, seal) != (previous.step, previous.seal):
+            seconds = time.monotonic() - self._first_seen.get(step, time.monotonic())
+            heads = [head for path in self._parity_paths if (head := read_head(path)) and head.step == step]
+            size = sum(head.bytes for head in heads)
+            agent_files.write_status(self.directory, Protected(step, seal, seconds, size))
+        self._first_seen = {step: seen for step, seen in self._first_seen.items() if step in snapshots}
 
-    def _free(self, step: int) -> int:
-        """The slot for the share of `step`: another time line's, else not the protected step's, else the older."""
-        keep = agent_files.read_protected(self.directory).step
-        known = {slot: head.step for slot in (0, 1) if (head := read_head(self._share(slot))) is not None}
-        old = (known.get(slot, -1) for slot in (0, 1))
-        order = [(one != step, one == keep, one, slot) for slot, one in enumerate(old)]
-        return min(order)[-1]
+    def _parity_slot_to_write(self, step: int) -> Path:
+        """Return the parity slot of the same step, an outdated one, if any; else one not protected; else the older."""
+        protected = agent_files.read_protected(self.directory).step
 
-    def _index(self, place: int, stripe: int) -> int:
-        """Which of its blocks the host at `place` of the group gives to a stripe."""
-        return stripes_of(place, hosts=len(self._group), losses=self.losses).index(stripe)
+        def priority(path: Path) -> tuple[bool, bool, int]:
+            present = slot_step(path)
+            return present != step, present == protected, present
 
-    # --- giving ------------------------------------------------------------------------------------------------------
+        return min(self._parity_paths, key=priority)
+
+    def _block_number(self, position: int, stripe: int) -> int:
+        """Return which of its blocks the host at `position` of the group contributes to a stripe."""
+        return stripes_of(position, hosts=len(self._group), losses=self.losses).index(stripe)
+
+    # --- answering ---------------------------------------------------------------------------------------------------
 
     def read_snapshot(self, step: int, seal: str, *, start: int, size: int) -> np.ndarray:
-        """Bytes of this host's snapshot, zeros behind its end; `held` tells afterwards whether they were still its."""
+        """Read bytes of this host's snapshot, zeros behind its end. The caller asks "held" afterwards."""
         parts, offset = [], 0
-        for piece in self.require_snapshot(step, seal).slots:
-            low, high = max(start, offset), min(start + size, offset + piece.bytes)
+        for slot in self.require_snapshot(step, seal).slots:
+            low, high = max(start, offset), min(start + size, offset + slot.bytes)
             if low < high:
-                content = np.memmap(self._at(piece.process, piece.head), np.uint8, "r", 0, piece.bytes)
+                content = np.memmap(self._path_of(slot), np.uint8, "r", 0, slot.bytes)
                 parts.append((low - start, content[low - offset : high - offset]))
-            offset += piece.padded
+            offset += slot.padded
         if len(parts) == 1 and len(parts[0][1]) == size:
             return parts[0][1]
         result = np.zeros(size, np.uint8)
-        for place, part in parts:
-            result[place : place + len(part)] = part
+        for first, part in parts:
+            result[first : first + len(part)] = part
         return result
 
     def require_snapshot(self, step: int, seal: str) -> HostSnapshot:
-        """This host's snapshot. Raises NotGiven where it is not there (any more)."""
+        """Return this host's snapshot. Raises RequestRefused if it is not there, or not any more."""
         snapshot = self.snapshots().get(step)
         if snapshot is None or snapshot.seal != seal:
             raise RequestRefused(f"host {self.host} has no snapshot {seal} of step {step}")
         return snapshot
 
     def read_parity(self, step: int, *, number: int, start: int, size: int) -> np.ndarray:
-        """Bytes of this host's parity. Raises NotGiven where it is not there."""
-        for slot in (0, 1):
-            header = read_header(self._share(slot))
+        """Read bytes of this host's parity block `number` (0: P, 1: Q). Raises RequestRefused if it is not there."""
+        for path in self._parity_paths:
+            header = read_header(path)
             if header is not None and header["step"] == step:
-                with self._share(slot).open("rb") as file:
-                    file.seek(header["blocks"][number][0] + start)
-                    return np.frombuffer(file.read(size), np.uint8)
+                return np.fromfile(path, np.uint8, size, offset=header["blocks"][number][0] + start)
         raise RequestRefused(f"host {self.host} has no parity of step {step}")
 
-    def answer(self, request: Info) -> tuple[dict[str, Any], Any]:
-        """To another keeper, or to the launcher before the trainers start."""
+    def answer(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Answer a request of another agent, or of the launcher before the trainers start: (JSON, bytes)."""
         match request["do"]:
             case "read":
                 span = {"start": request["start"], "size": request["size"]}
@@ -245,10 +264,10 @@ class SnapshotAgent:
                 span = {"start": request["start"], "size": request["size"]}
                 return {}, self.read_parity(request["step"], number=request["number"], **span)
             case "members":
-                made = self.parity_members().get(request["step"], {})
-                return {"members": {str(host): pieces for host, pieces in made.items()}}, b""
+                members = self.parity_members().get(request["step"], {})
+                return {"members": {str(host): slots for host, slots in members.items()}}, b""
             case "check":
-                return {"damaged": self.verify_slots(), "info": self.info()}, b""
+                return {"damaged": self.verify_slots(), "info": self.status()}, b""
             case "rebuild":
                 self.rebuild(request["step"], {int(host): info for host, info in request["infos"].items()})
                 return {}, b""
@@ -256,8 +275,8 @@ class SnapshotAgent:
                 agent_files.write_status(self.directory, agent_files.recovery_from_json(request["word"]))
                 return {}, b""
             case "form":
-                with self._turn:
-                    self._part(request["places"], request["groups"], request["losses"])
+                with self._lock:
+                    self._configure(request["places"], request["groups"], request["losses"])
                 return {}, b""
             case "sweep":
                 self.delete_other_slots(request["places"])
@@ -269,108 +288,87 @@ class SnapshotAgent:
     # --- after a loss ------------------------------------------------------------------------------------------------
 
     def verify_slots(self) -> list[str]:
-        """Verify every slot; delete what is damaged, and say what it was: it is rebuilt from parity, or older is used.
-
-        Slots that were being written are none.
-        """
+        """Verify every complete slot, delete the damaged ones, and return a sentence about each of these."""
         damaged = []
-        with self._turn:
-            for path in [*self.directory.glob("[0-9]*.[01]"), *self.directory.glob(agent_files.PARITY_GLOB)]:
+        with self._lock:
+            for path in [*slot_files(self.directory), *self._parity_paths]:
                 if (head := read_head(path)) is None:
                     continue
                 header = read_header(path)
                 try:
                     if header is None:
-                        raise DamagedCheckpoint(f"snapshot {head.step}: the header of {path} is not what was written")
+                        raise DamagedCheckpoint(f"snapshot {head.step}: the header of {path} is damaged")
                     verify_slot(path, header)
                 except DamagedCheckpoint as error:
                     damaged.append(str(error))
                     path.unlink(missing_ok=True)
         return damaged
 
-    def delete_other_slots(self, places: Sequence[int]) -> None:
-        """Delete the slots of other places: nobody wrote them in the last epoch, so another time line may have."""
-        with self._turn:
-            for path in self.directory.glob("[0-9]*.[01]"):
-                if int(path.stem) not in places:
-                    path.unlink(missing_ok=True)
-            for path in self.directory.glob(agent_files.PARITY_GLOB) if not places else ():
+    def delete_other_slots(self, launch_slots: Sequence[int]) -> None:
+        """Delete the slots of other launch slots: they took no part in the last epoch, so their steps are outdated."""
+        with self._lock:
+            outdated = [path for path in slot_files(self.directory) if int(path.stem) not in launch_slots]
+            for path in outdated if launch_slots else [*outdated, *self._parity_paths]:
                 path.unlink(missing_ok=True)
 
-    def rebuild(self, step: int, infos: Mapping[int, Info]) -> None:
-        """Bring back this host's snapshot of `step` from the others' and their parity.
+    def rebuild(self, step: int, statuses: Statuses) -> None:
+        """Rebuild this host's snapshot of `step` from the snapshots and the parity of the others.
 
-        Raises NotGiven where they do not have enough, DamagedCheckpoint where the result is not what was lost.
+        Raises RequestRefused if they do not have enough, DamagedCheckpoint if the result is not what was lost.
         """
-        with self._turn:
-            hosts, place = list(self._group), self._group.index(self.host)
-            holdings = group_holdings(hosts, {host: holding_from_json(info) for host, info in infos.items()})
+        with self._lock:
+            hosts, position = self._group, self._group.index(self.host)
+            holdings = group_holdings(hosts, {host: holding_from_json(info) for host, info in statuses.items()})
             holders = parity_holders(step, holdings)
             if not holders:
                 raise RequestRefused(f"no host of group {hosts} has parity of step {step}")
-            told, _ = self._peer(holders[0], infos).request({"do": "members", "step": step})
-            made = {int(host): snapshot_from_json(step, pieces) for host, pieces in told["members"].items()}
-            block = block_length(max(one.bytes for one in made.values()), hosts=len(hosts), losses=self.losses)
-            lost = made[self.host]
-            drafts = allocate_drafts(self.directory, lost)
-            for index, stripe in enumerate(stripes_of(place, hosts=len(hosts), losses=self.losses)):
-                givers, keepers = stripe_hosts(stripe, hosts=len(hosts), losses=self.losses)
-                for start in range(0, block, CHUNK_BYTES):
-                    size = min(CHUNK_BYTES, block - start)
+            answer, _ = self._request(holders[0], {"do": "members", "step": step}, statuses)
+            snapshots = {int(host): snapshot_from_json(step, slots) for host, slots in answer["members"].items()}
+            length = block_length(
+                max(snapshot.bytes for snapshot in snapshots.values()), hosts=len(hosts), losses=self.losses
+            )
+            drafts = allocate_drafts(self.directory, snapshots[self.host])
+            for block, stripe in enumerate(stripes_of(position, hosts=len(hosts), losses=self.losses)):
+                data_hosts, parity_hosts = stripe_hosts(stripe, hosts=len(hosts), losses=self.losses)
+                for start in range(0, length, CHUNK_BYTES):
+                    size = min(CHUNK_BYTES, length - start)
                     data = {
-                        number: self._fetch(
-                            hosts[giver], infos, made[hosts[giver]].seal, step,
-                            start=self._index(giver, stripe) * block + start, size=size,
-                        ) for number, giver in enumerate(givers) if step in holdings[hosts[giver]].snapshots
+                        number: self._fetch_data(
+                            snapshots, hosts[source], statuses,
+                            start=self._block_number(source, stripe) * length + start, size=size,
+                        ) for number, source in enumerate(data_hosts) if step in holdings[hosts[source]].snapshots
                     }  # fmt: skip
-                    shares = [
-                        self._fetch_share(hosts[keeper], infos, step, number=number, start=start, size=size)
-                        if hosts[keeper] in holders else None for number, keeper in enumerate(keepers)
+                    request = {"do": "read-share", "step": step, "start": start, "size": size}
+                    parities = [
+                        self._request(hosts[source], {**request, "number": number}, statuses)[1]
+                        if hosts[source] in holders else None for number, source in enumerate(parity_hosts)
                     ]  # fmt: skip
-                    found = solve_stripe(data, shares, count=len(givers))[givers.index(place)]
-                    scatter_to_slots(found, drafts, lost, start=index * block + start)
-            accept_drafts(self.directory, lost, drafts)
+                    solved = solve_stripe(data, parities, count=len(data_hosts))[data_hosts.index(position)]
+                    scatter_to_slots(solved, drafts, snapshots[self.host], start=block * length + start)
+            accept_drafts(self.directory, snapshots[self.host], drafts)
 
-    # --- the others --------------------------------------------------------------------------------------------------
+    # --- requests ----------------------------------------------------------------------------------------------------
 
-    def _fetch(
-        self, host: int, infos: Mapping[int, Info], seal: str, step: int, *, start: int, size: int,
+    def _fetch_data(
+        self, snapshots: Mapping[int, HostSnapshot], host: int, statuses: Statuses, *, start: int, size: int,
         into: np.ndarray | None = None,
     ) -> np.ndarray:  # fmt: skip
+        """Fetch bytes of the snapshot of `host`."""
+        snapshot = snapshots[host]
+        request = {"do": "read", "step": snapshot.step, "seal": snapshot.seal, "start": start, "size": size}
+        return self._request(host, request, statuses, into=into)[1]
+
+    def _request(
+        self, host: int, request: Mapping[str, Any], statuses: Statuses, *, into: np.ndarray | None = None
+    ) -> tuple[dict[str, Any], Any]:
+        """Send a request to the agent of `host`, at the address it publishes; this host's are answered directly."""
         if host == self.host:
-            return self.read_snapshot(step, seal, start=start, size=size)
-        request = {"do": "read", "step": step, "seal": seal, "start": start, "size": size}
-        return self._peer(host, infos).request(request, into=into)[1]
+            return self.answer(request)
+        return self._clients.client_for(host, statuses[host]["address"]).request(request, into=into)
 
-    def _still(self, host: int, infos: Mapping[int, Info], snapshot: HostSnapshot) -> None:
-        """Raise NotGiven where a host does not hold a snapshot any more."""
-        if host == self.host:
-            self.require_snapshot(snapshot.step, snapshot.seal)
-        else:
-            self._peer(host, infos).request({"do": "held", "step": snapshot.step, "seal": snapshot.seal})
-
-    def _fetch_share(
-        self, host: int, infos: Mapping[int, Info], step: int, *, number: int, start: int, size: int
-    ) -> np.ndarray:
-        if host == self.host:
-            return self.read_parity(step, number=number, start=start, size=size)
-        request = {"do": "read-share", "step": step, "number": number, "start": start, "size": size}
-        return self._peer(host, infos).request(request)[1]
-
-    def _peer(self, host: int, infos: Mapping[int, Info]) -> RequestClient:
-        """The keeper of another host, at the address it tells now."""
-        return self._peers.client_for(host, infos[host]["address"])
-
-    def _slot(self, place: int, slot: int) -> Path:
-        return slot_of(self.directory, place, slot)
-
-    def _share(self, slot: int) -> Path:
-        return self.directory / f"parity.{slot}"
-
-    def _at(self, process: int, head: str) -> Path:
-        """The slot of a process that has this head."""
-        for slot in (0, 1):
-            found = read_head(self._slot(process, slot))
-            if found is not None and found.raw.hex() == head:
-                return self._slot(process, slot)
-        raise RequestRefused(f"host {self.host}: process {process} overwrote its slot")
+    def _path_of(self, slot: ProcessSlot) -> Path:
+        for path in slot_paths(self.directory, slot.launch_slot):
+            head = read_head(path)
+            if head is not None and head.raw.hex() == slot.head:
+                return path
+        raise RequestRefused(f"host {self.host}: launch slot {slot.launch_slot} has overwritten its slot")

@@ -1,4 +1,4 @@
-"""Fingerprints: the same for every sharding, other for every change, blocks that tile the array."""
+"""Fingerprints are the same for every sharding and change with every change; blocks tile the array."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ def test_blocks_tile_the_array(shape):
     assert (counts == 1).all() and len(blocks(shape)) <= 128
 
 
-def test_a_block_is_the_xxh3_of_its_bytes():
+def test_a_fingerprint_is_the_xxh3_of_the_bytes_of_a_block():
     array = np.random.default_rng(0).normal(size=(3, 64, 16)).astype(np.float32)
     found = fingerprints(array, [(1, slice(None, 61))])[0]
     inner = array[1, :61]
@@ -32,7 +32,7 @@ def test_a_block_is_the_xxh3_of_its_bytes():
 
 
 @pytest.mark.parametrize("spec", [("x",), (None, "x"), ("x", "y"), (("x", "y"),), (None, ("y", "x"))])
-def test_no_sharding_changes_a_fingerprint(spec):
+def test_fingerprints_do_not_depend_on_the_sharding(spec):
     array = np.random.default_rng(0).normal(size=(64, 24)).astype(np.float32)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
     sharded = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
@@ -49,7 +49,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_every_change_is_seen(change):
+def test_every_change_changes_the_fingerprints(change):
     array = np.random.default_rng(0).normal(size=(64, 24)).astype(np.float32)
     array[3, 3] = 0.0
     before = fingerprints(array, [()])
@@ -57,7 +57,7 @@ def test_every_change_is_seen(change):
     assert fingerprints(array, [()]) != before
 
 
-def test_hashing_leaves_donation_alone():
+def test_hashing_does_not_prevent_donation():
     """A live view of a buffer would silently keep the step from reusing it."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
     array = jax.device_put(np.ones((64, 64), np.float32), NamedSharding(mesh, PartitionSpec()))
@@ -67,7 +67,7 @@ def test_hashing_leaves_donation_alone():
 
 
 def test_a_block_across_processes_has_no_owner():
-    """Two processes hold half the rows each: blocks of eight rows are theirs, the whole is nobody's."""
+    """Two processes hold half the rows each: one holds a block of eight rows, neither holds all rows."""
     halves = {0: {((0, 32), (0, 8))}, 1: {((32, 64), (0, 8))}}
     boxes = [((0, 8), (0, 8)), ((56, 64), (0, 8)), ((0, 64), (0, 8))]
     assert [[fp.covers(parts, box) for parts in halves.values()] for box in boxes] == [

@@ -1,4 +1,4 @@
-"""Snapshots in memory: exact, on this mesh and on another, two slots, and nothing damaged returned."""
+"""Snapshots in memory are exact, load on any mesh, are kept in two slots, and are never restored damaged."""
 
 import random
 
@@ -18,8 +18,11 @@ from meshwright.parallel.state import TrainState
 def state(seed, *spec):
     """A state sharded over eight devices, with what `spec` says of its matrix."""
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
-    draw = np.random.default_rng(seed)
-    params = {"a": draw.normal(size=(16, 8)).astype(np.float32), "b": draw.normal(size=(5,)).astype(jnp.bfloat16)}
+    random_source = np.random.default_rng(seed)
+    params = {
+        "a": random_source.normal(size=(16, 8)).astype(np.float32),
+        "b": random_source.normal(size=(5,)).astype(jnp.bfloat16),
+    }
     whole = TrainState(np.int32(seed), params, {}, (), (), np.zeros(2, np.uint32))
     repeated = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda leaf: repeated, whole)
@@ -35,8 +38,8 @@ def restored(memory, step, saved, shardings):
     return memory.restore(step, shapes=shapes(saved), shardings=shardings)
 
 
-def listed(memory, saved, shardings):
-    return memory.steps(flatten_paths(saved_tree(shardings)), flatten_paths(saved_tree(shapes(saved))))
+def usable_steps(memory, saved, shardings):
+    return memory.usable_steps(flatten_paths(saved_tree(shardings)), flatten_paths(saved_tree(shapes(saved))))
 
 
 def files(memory):
@@ -53,7 +56,7 @@ def memory(tmp_path):
 
 
 @pytest.mark.parametrize("spec", [("x", "y"), (None, "x"), (), (("x", "y"),)], ids=str)
-def test_a_snapshot_comes_back_on_any_mesh(memory, spec):
+def test_a_snapshot_is_restored_on_any_mesh(memory, spec):
     saved, _ = state(1, "x", "y")
     memory.save(saved, step=1, data={"samples": 8})
     _, shardings = state(1, *spec)
@@ -61,15 +64,15 @@ def test_a_snapshot_comes_back_on_any_mesh(memory, spec):
     assert same(found, saved) and data == {"samples": 8} and found.params["a"].sharding == shardings.params["a"]
 
 
-def test_two_slots_hold_the_two_newest(memory):
+def test_two_slots_hold_the_two_newest_steps(memory):
     for step in (1, 2, 3):
         saved, shardings = state(step, "x")
         memory.save(saved, step=step, data={})
-    assert listed(memory, saved, shardings) == [2, 3]
+    assert usable_steps(memory, saved, shardings) == [2, 3]
     assert same(restored(memory, 2, saved, shardings)[0], state(2, "x")[0])
 
 
-def test_a_snapshot_is_untouched_by_donation(memory):
+def test_donation_does_not_change_a_snapshot(memory):
     saved, shardings = state(1, "x")
     wanted = jax.tree.map(np.array, saved)
     memory.save(saved, step=1, data={})
@@ -77,8 +80,8 @@ def test_a_snapshot_is_untouched_by_donation(memory):
     assert saved.params["a"].is_deleted() and same(restored(memory, 1, wanted, shardings)[0], wanted)
 
 
-def test_a_slot_that_was_being_written_is_none(memory, monkeypatch):
-    """Killed in the middle: the step before it is there, whole."""
+def test_an_interrupted_write_leaves_no_snapshot(memory, monkeypatch):
+    """The previous step is still complete."""
     first, shardings = state(1, "x")
     memory.save(first, step=1, data={})
     second, _ = state(2, "x")
@@ -86,17 +89,17 @@ def test_a_slot_that_was_being_written_is_none(memory, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         memory.save(second, step=2, data={})
     monkeypatch.undo()
-    assert listed(memory, first, shardings) == [1] and same(restored(memory, 1, first, shardings)[0], first)
+    assert usable_steps(memory, first, shardings) == [1] and same(restored(memory, 1, first, shardings)[0], first)
 
 
-def test_no_flipped_bit_is_returned(memory):
+def test_no_flipped_bit_is_restored(memory):
     saved, shardings = state(1, "x")
     memory.save(saved, step=1, data={"samples": 8})
     (file,) = files(memory)
-    before, draw, refused = file.read_bytes(), random.Random(0), 0
-    held = [range(offset, offset + size) for offset, size, _ in read_header(file)["blocks"]]
+    before, random_source, refused = file.read_bytes(), random.Random(0), 0
+    payload = [range(offset, offset + size) for offset, size, _ in read_header(file)["blocks"]]
     for _ in range(300):
-        place = draw.randrange(8 * len(before))
+        place = random_source.randrange(8 * len(before))
         damaged = bytearray(before)
         damaged[place // 8] ^= 1 << place % 8
         file.write_bytes(damaged)
@@ -104,17 +107,17 @@ def test_no_flipped_bit_is_returned(memory):
         try:
             found, data = restored(again, 1, saved, shardings)
             assert same(found, saved) and data == {"samples": 8}, place
-            assert not any(place // 8 in block for block in held), "a bit of the payload"
+            assert not any(place // 8 in block for block in payload), "a bit of the payload"
         except DamagedCheckpoint:
             refused += 1
     assert refused > 150  # the rest fell between the blocks
 
 
-def test_another_models_snapshot_is_not_offered(memory):
+def test_a_snapshot_of_another_model_is_not_usable(memory):
     saved, shardings = state(1, "x")
     memory.save(saved, step=1, data={})
     other = shapes(saved)
     other.params["a"] = jax.ShapeDtypeStruct((16, 16), np.float32)
-    assert memory.steps(flatten_paths(saved_tree(shardings)), flatten_paths(saved_tree(other))) == []
+    assert memory.usable_steps(flatten_paths(saved_tree(shardings)), flatten_paths(saved_tree(other))) == []
     memory.clear()
     assert not files(memory)

@@ -88,7 +88,7 @@ def test_the_verbs_list_verify_and_repair(run):
     damage(run, 4)
     code, output, _ = verbs("verify", run)
     assert code == 1 and "damaged: [4]; `meshwright checkpoint repair" in output and "checkpoints/4" in output
-    assert "step 4 set aside" in verbs("repair", run)[1] and verbs("verify", run)[0] == 0
+    assert "step 4 quarantined" in verbs("repair", run)[1] and verbs("verify", run)[0] == 0
     aside = run / "checkpoints" / "quarantine" / "4"
     file = max(aside.rglob("d/*"), key=lambda path: path.stat().st_size)
     text = bytearray(file.read_bytes())

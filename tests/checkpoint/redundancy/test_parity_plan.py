@@ -1,4 +1,4 @@
-"""Which hosts protect each other: of the whole run, and of what is left of it."""
+"""Which hosts protect each other: of the whole run, and of what is restricted of it."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ def test_slots_are_spread_over_hosts_in_order():
     assert [plan.host_of(slot) for slot in range(6)] == [0, 0, 0, 1, 1, 1] and plan.slots_of(1) == [3, 4, 5]
 
 
-LEFT = {  # slots that are left of four hosts of two racks -> (groups, losses)
+REMAINING = {  # slots that remain of four hosts in two racks, changes, (groups, losses)
     "all": (range(4), {}, (((0, 2), (1, 3)), 1)),
     "one of each rack": ([0, 3], {}, (((0, 3),), 1)),
     "one rack": ([2, 3], {}, (((2, 3),), 1)),
@@ -35,22 +35,22 @@ LEFT = {  # slots that are left of four hosts of two racks -> (groups, losses)
 }
 
 
-@pytest.mark.parametrize(("slots", "changes", "expected"), LEFT.values(), ids=LEFT)
-def test_hosts_that_are_left_protect_each_other(slots, changes, expected):
+@pytest.mark.parametrize(("slots", "changes", "expected"), REMAINING.values(), ids=REMAINING)
+def test_remaining_hosts_protect_each_other(slots, changes, expected):
     settings = {"parity": "xor", "group": 2, "domains": ["a", "a", "b", "b"]} | changes
     if settings["group"] == 3:
         settings["domains"] = []
-    left = plan_of(hosts=4, processes=4, **settings).restrict_to(slots)
-    assert (left.groups, left.losses) == expected and left.slots == tuple(slots)
+    restricted = plan_of(hosts=4, processes=4, **settings).restrict_to(slots)
+    assert (restricted.groups, restricted.losses) == expected and restricted.slots == tuple(slots)
 
 
-def test_a_host_of_which_a_part_is_left_is_a_host():
-    left = plan_of(hosts=2, processes=4, parity="xor").restrict_to([0, 1, 3])
-    assert left.active_hosts == [0, 1] and left.slots_of(1) == [3] and left.losses == 1
+def test_a_host_with_some_of_its_slots_takes_part():
+    restricted = plan_of(hosts=2, processes=4, parity="xor").restrict_to([0, 1, 3])
+    assert restricted.active_hosts == [0, 1] and restricted.slots_of(1) == [3] and restricted.losses == 1
 
 
-def test_processes_that_do_not_share_hosts_evenly_are_refused():
-    with pytest.raises(UserError, match="hosts: 3 processes cannot be spread evenly over 2 hosts"):
+def test_a_number_of_processes_not_divisible_by_hosts_is_refused():
+    with pytest.raises(UserError, match=r"launch.hosts: 3 processes .* 2 hosts"):
         plan_of(hosts=2, processes=3)
 
 
