@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
-from meshwright.configs.loader import load
+from meshwright.configs.loader import load_config
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.process_env import NUMBER, SLOT
 from meshwright.train.launch.drain import drain, read_drained
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def check_comparable(config: str, overrides: Sequence[str]) -> None:
     """Raise UserError where runs of this configuration could not be compared."""
-    loaded = load(config, overrides=overrides)
+    loaded = load_config(config, overrides=overrides)
     if loaded.optimizer.schedule != "constant":
         raise UserError(
             f"optimizer.schedule: {loaded.optimizer.schedule} depends on how many steps a run has; use constant"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .every_step import slowdowns, state_of
+from .every_step import measure_slowdowns, random_state
 
 Save = Callable[[Path], tuple[float, float]]  # directory -> (stall, whole)
 
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of such a step")
     parser.add_argument("--turns", type=int, default=4, help="of such steps, four each, with and without snapshots")
     options = parser.parse_args(arguments)
-    ways = saves(state_of(options.megabytes), options.megabytes)
+    ways = saves(random_state(options.megabytes), options.megabytes)
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     try:
         for number in range(options.rounds + 1):
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
         ways["memory"].close()
     result = summary(seen, options.megabytes)
     if options.every_step:
-        result["every step"] = slowdowns(options.every_step, seconds=options.seconds, turns=options.turns)
+        result["every step"] = measure_slowdowns(options.every_step, seconds=options.seconds, turns=options.turns)
     print(json.dumps(result, indent=1))
 
 

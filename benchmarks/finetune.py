@@ -23,12 +23,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from meshwright.benchmarks.step import Ours, configuration
-from meshwright.configs.loader import find, merged, read
+from meshwright.benchmarks.step import TimedStep, configuration
+from meshwright.configs.loader import find_config, merge_trees, read_tree
 from meshwright.configs.run import RunConfig
 from meshwright.configs.sections.adapter import METHOD_KEYS
 
-QUICKSTART = read(find("quickstart"))
+QUICKSTART = read_tree(find_config("quickstart"))
 # What `configuration` is told on top of its 34M parameters.
 SIZES: dict[str, dict[str, Any]] = {
     "34m": {},
@@ -56,7 +56,7 @@ def methods(layers: int, rank: int, batch: int) -> dict[str, dict[str, Any]]:
     lora = {"method": "lora", "rank": rank}
     each = {f"number{number}": {} for number in range(SEVERAL)}
     ranked = {name: {"rank": rank} if "rank" in keys else {} for name, keys in METHOD_KEYS.items()}
-    alike = {name: merged({"adapter": {"method": name} | ranked[name]}, TOLD.get(name, {})) for name in METHOD_KEYS}
+    alike = {name: merge_trees({"adapter": {"method": name} | ranked[name]}, TOLD.get(name, {})) for name in METHOD_KEYS}
     return alike | {
         "full": {},
         "lora": {"adapter": lora},
@@ -100,7 +100,7 @@ def peer(config: RunConfig, python: str, stack: ExitStack) -> Callable[[], float
 def measure(configs: dict[str, RunConfig], *, rounds: int, python: str | None) -> dict[str, Any]:
     """Median seconds of every method in turns, its memory, and the ratios."""
     with ExitStack() as stack:
-        made = {name: Ours(config) for name, config in configs.items()}
+        made = {name: TimedStep(config) for name, config in configs.items()}
         runs: dict[str, Callable[[], float]] = {name: one.run for name, one in made.items()}
         if python:
             runs["peft"] = peer(configs["lora"], python, stack)
@@ -159,6 +159,6 @@ def main(arguments: Sequence[str]) -> None:
     chosen = list(dict.fromkeys(["full", *asked]))
     if options.peer and "lora" not in chosen:
         chosen.append("lora")
-    configs = {name: configuration("34m", "cpu", merged(base, every[name])) for name in chosen}
+    configs = {name: configuration("34m", "cpu", merge_trees(base, every[name])) for name in chosen}
     prepare_devices(configs["full"].mesh)
     print(json.dumps(measure(configs, rounds=options.rounds, python=options.peer), indent=1))

@@ -20,7 +20,7 @@ from ..configs.errors import MeshwrightError
 from ..models.context import Context, unconstrained
 from ..parallel import vocabulary
 from ..parallel.state import combine
-from ..train.infer.inference_session import opened, read
+from ..train.infer.inference_session import inference_config, load_program
 
 ROWS, TOKENS = 4, 96
 CLOSE = 1e-4  # of the largest logit; both sides round in float32
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         print(f"nothing to compare with: {', '.join(missing)} not installed (extra `interop`)")
         return
-    config = read(run, [])
+    config = inference_config(run, [])
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, (ROWS, TOKENS), dtype=np.int32)
     ours = logits(run, tokens)
     theirs = {
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def logits(run: Path, tokens: np.ndarray) -> np.ndarray:
     """[rows, sequence, vocab] of the run's newest checkpoint."""
-    program, state = opened(read(run, []), run)
+    program, state = load_program(inference_config(run, []), run)
     model = program.config.model
 
     @jax.jit

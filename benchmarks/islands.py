@@ -28,7 +28,7 @@ EVERY_STEP = {"name": "local-sgd", "every": 1, "learning_rate": None, "momentum"
 EVERY_STEP |= {"overlap": None, "mix": None, "wire": "float32"}
 
 
-def words(options: argparse.Namespace, row: str) -> list[str]:
+def row_overrides(options: argparse.Namespace, row: str) -> list[str]:
     """What is typed after `meshwright launch CONFIG --islands N`."""
     steps = options.steps if row != "every-step" else options.reference_steps
     return [
@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace, row: str) -> dict[str, Any]:
     ]
     began = time.monotonic()
     with (options.directory / f"{row}.log").open("wb") as log:
-        job = subprocess.Popen([*command, *words(options, row)], cwd=options.directory, stdout=log, stderr=log)
+        job = subprocess.Popen([*command, *row_overrides(options, row)], cwd=options.directory, stdout=log, stderr=log)
     killed: list[int] = []
     if row == "killed":
         threading.Thread(target=kill_now_and_then, args=(job, options, killed), daemon=True).start()

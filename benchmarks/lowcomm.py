@@ -53,7 +53,7 @@ BASE = (
 )
 
 
-def words(
+def row_overrides(
     row: str, *, seed: int, steps: int, every: int, size: str, learning_rate: float, outer: dict[str, Any]
 ) -> list[str]:
     """The words after `meshwright train quickstart` that make a run of `row`, meeting after `every` updates.
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str]) -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for row in options.only:
         for seed in range(options.seeds):
-            given = words(
+            given = row_overrides(
                 row,
                 seed=seed,
                 steps=options.steps,

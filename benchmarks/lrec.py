@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meshwright.configs.loader import find, merged, nested, parse, validated
-from meshwright.configs.loader import read as read_tree
+from meshwright.configs.loader import find_config, merge_trees, nest_value, parse_yaml, validated
+from meshwright.configs.loader import read_tree as read_tree
 
 REPAIR: dict[str, Any] = {
     "name": "lrec",
@@ -82,10 +82,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("base", help="a model directory, e.g. made by `meshwright checkpoint export`")
     parser.add_argument("--set", action="append", default=[], metavar="key.sub=value")
     options = parser.parse_args(arguments)
-    data = read_tree(find("quickstart"))["data"]
+    data = read_tree(find_config("quickstart"))["data"]
     given = {"model": {"from": options.base}, "data": {key: data[key] for key in data if key != "tokenizer"}}
-    tree = merged(REPAIR, given)
+    tree = merge_trees(REPAIR, given)
     for word in options.set:
         key, _, value = word.partition("=")
-        tree = merged(tree, nested(key.split("."), parse(value, origin=word)))
+        tree = merge_trees(tree, nest_value(key.split("."), parse_yaml(value, origin=word)))
     print(json.dumps(measure(tree), indent=1))

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from meshwright.configs.loader import merged, validated
+from meshwright.configs.loader import merge_trees, validated
 from meshwright.configs.run import RunConfig
 
 MODEL = {"vocab": 2048, "layers": 8, "embed": 256, "heads": 8, "mlp": 768}
@@ -46,8 +46,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 def configuration(mesh: dict[str, int], **changes: Any) -> RunConfig:
     """The run that is timed, over `mesh`."""
-    base = merged(BASE, {"model": MODEL, "mesh": mesh | {"platform": "cpu"}})
-    return validated(merged(base, changes))
+    base = merge_trees(BASE, {"model": MODEL, "mesh": mesh | {"platform": "cpu"}})
+    return validated(merge_trees(base, changes))
 
 
 class Case:
@@ -88,7 +88,7 @@ class Case:
         return clock() - began
 
 
-def paired(cases: dict[str, Case], *, rounds: int, clock: Clock = time.perf_counter) -> dict[str, list[float]]:
+def time_in_turns(cases: dict[str, Case], *, rounds: int, clock: Clock = time.perf_counter) -> dict[str, list[float]]:
     """Seconds of every case, taken in turns; the first round warms up."""
     found: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):
@@ -108,7 +108,7 @@ def step(rounds: int) -> dict[str, Any]:
     staged = {name: Case(configuration({"pipe": 4, "fsdp": 2}, pipeline=of)) for name, of in SCHEDULES.items()}
     result: dict[str, Any] = {}
     for name, clock in (("", time.perf_counter), ("cpu ", time.process_time)):
-        found = paired(plain | staged, rounds=rounds, clock=clock)
+        found = time_in_turns(plain | staged, rounds=rounds, clock=clock)
         ratios = {case: [a / b for a, b in zip(found[case], found["plain"], strict=True)] for case in staged}
         result |= {
             f"{name}plain_seconds": statistics.median(found["plain"]),
@@ -213,7 +213,7 @@ def saved_bytes(case: Case) -> dict[str, float]:
     with jax.set_mesh(program.mesh):
         parts = forward_backward.make_stage_functions(config, program.mesh, program.graph)
         block, _ = split_block(
-            parts, *map(pipeline.split_stages, (program.shapes.params, program.shapes.frozen)), fields, None
+            parts, *map(pipeline.split_stacked, (program.shapes.params, program.shapes.frozen)), fields, None
         )
     each = {
         name: sum(leaf.size * leaf.dtype.itemsize for leaf in shapes) for name, shapes in block.shapes._asdict().items()

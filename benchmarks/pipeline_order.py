@@ -11,7 +11,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 
-from .pipeline import SCHEDULES, Case, configuration, paired
+from .pipeline import SCHEDULES, Case, configuration, time_in_turns
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     from meshwright.train.engine.op_profiler import measure_costs
 
     cases = {name: Case(configuration({"pipe": 2}, pipeline=of)) for name, of in SCHEDULES.items()}
-    seconds = paired(cases, rounds=int(rounds))
+    seconds = time_in_turns(cases, rounds=int(rounds))
     costs = {
         name: measure_costs(case.program, case.state.params, case.state.frozen, case.batch)
         for name, case in cases.items()

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] = ()) -> dict[str, Rows]:
     parser.add_argument("tables", nargs="*", help=f"{', '.join(TABLES)}; default all")
     wanted = parser.parse_args(arguments).tables
     if unknown := set(wanted) - TABLES.keys():
-        raise UserError.no_match("bench pipeline-tables", unknown, known=TABLES)
+        raise UserError.no_match("bench pipeline-tables", unknown, candidates=TABLES)
     results = {name: TABLES[name]() for name in wanted or TABLES}
     for head, *rows in results.values():
         print("\n".join(f"| {' | '.join(row)} |" for row in [head, ("---",) * len(head), *rows]), end="\n\n")

@@ -1,4 +1,4 @@
-"""Numbers that papers printed, which `pipeline_tables` compares the simulator with. `published.yaml` has them, with sources."""
+"""Numbers that papers printed, to compare the simulator with. `published.yaml` has them, with their sources."""
 
 from pathlib import Path
 from typing import NamedTuple

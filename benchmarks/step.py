@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from meshwright.configs.adapter_runs import rows_of
-from meshwright.configs.loader import merged, validated
+from meshwright.configs.adapter_runs import adapter_rows
+from meshwright.configs.loader import merge_trees, validated
 from meshwright.configs.names import ADAPTER_FIELD
 from meshwright.configs.run import RunConfig
 
@@ -43,10 +43,10 @@ def configuration(size: str, platform: str, overrides: dict[str, Any]) -> RunCon
         "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.1, "schedule": "constant"},
         "data": {"source": "synthetic", "tokenizer": {"bytes": True}},
     }
-    return validated(merged(merged(base, SIZES[size]), overrides))
+    return validated(merge_trees(merge_trees(base, SIZES[size]), overrides))
 
 
-class Ours:
+class TimedStep:
     """One step here, compiled: `run()` makes it and returns its seconds, `memory` is what it needs on its device."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -77,7 +77,7 @@ def rows(config: RunConfig) -> dict[str, Any]:
 
     shape = (config.data.global_batch, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape, dtype=np.int32)
-    own = np.repeat(np.arange(max(len(config.adapters), 1), dtype=np.int32), list(rows_of(config).values()) or shape[0])
+    own = np.repeat(np.arange(max(len(config.adapters), 1), dtype=np.int32), list(adapter_rows(config).values()) or shape[0])
     return {
         "tokens": tokens,
         "targets": np.roll(tokens, -1, axis=1),
@@ -131,9 +131,9 @@ def theirs(config: RunConfig) -> Callable[[], float]:
 def measure(config: RunConfig, *, rounds: int, peer: bool) -> dict[str, Any]:
     """Median seconds of `rounds` turns of us, them and a matrix product, and the ratios."""
     from meshwright.models.flops import flops_per_token
-    from meshwright.train.metrics.throughput import matmul_flops
+    from meshwright.train.metrics.throughput import measure_matmul
 
-    runs = {"ours": Ours(config).run} | ({"theirs": theirs(config)} if peer else {})
+    runs = {"ours": TimedStep(config).run} | ({"theirs": theirs(config)} if peer else {})
     dtype = config.precision.compute
     size = 2048 if config.mesh.platform == "cpu" else 8192
     for run in runs.values():  # compilation and warm-up
@@ -143,7 +143,7 @@ def measure(config: RunConfig, *, rounds: int, peer: bool) -> dict[str, Any]:
     for _ in range(rounds):
         for name, run in runs.items():
             seconds[name].append(run())
-        rates.append(matmul_flops(size, dtype=dtype))
+        rates.append(measure_matmul(size, dtype=dtype))
     tokens = config.data.global_batch * config.data.sequence_length
     median = {name: statistics.median(values) for name, values in seconds.items()}
     flops = flops_per_token(config.model, config.data.sequence_length) * tokens / median["ours"]
@@ -170,13 +170,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--no-peer", action="store_true", help="only us and the matrix product")
     parser.add_argument("--set", action="append", default=[], metavar="key.sub=value")
     options = parser.parse_args(arguments)
-    from meshwright.configs.loader import nested, parse
+    from meshwright.configs.loader import nest_value, parse_yaml
     from meshwright.parallel.mesh import prepare_devices
 
     overrides: dict[str, Any] = {}
     for word in options.set:
         key, _, value = word.partition("=")
-        overrides = merged(overrides, nested(key.split("."), parse(value, origin=word)))
+        overrides = merge_trees(overrides, nest_value(key.split("."), parse_yaml(value, origin=word)))
     config = configuration(options.model, options.platform, overrides)
     prepare_devices(config.mesh)
     print(json.dumps(measure(config, rounds=options.rounds, peer=not options.no_peer), indent=1))

@@ -24,5 +24,5 @@ BENCHMARKS = (
 def run(name: str, arguments: Sequence[str]) -> None:
     """Run the benchmark called `name`. Raises UserError where there is none."""
     if name not in BENCHMARKS:
-        raise UserError.no_match("bench", [name], known=BENCHMARKS)
+        raise UserError.no_match("bench", [name], candidates=BENCHMARKS)
     importlib.import_module(f"meshwright.benchmarks.{name.replace('-', '_')}").main(arguments)

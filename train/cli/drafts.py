@@ -25,7 +25,7 @@ def continue_texts(
     seed: Annotated[int, typer.Option(help="A prompt and the seed decide its text.")] = 0,
 ) -> None:
     """Have a model continue the training documents of CONFIG: texts for its draft to learn."""
-    loaded = loading.load(config, overrides=overrides or ())
+    loaded = loading.load_config(config, overrides=overrides or ())
     teacher = loaded.recipe.teacher
     if target is None and teacher is None:
         raise UserError(f"--target: nobody continues the documents of {config}; name a run or a model directory")

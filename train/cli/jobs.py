@@ -34,10 +34,10 @@ def launch(
     from ..launch.mesh_options import mesh_options
 
     if engine not in launchers.ENGINES:
-        raise UserError.no_match("--engine", [engine], known=launchers.ENGINES)
+        raise UserError.no_match("--engine", [engine], candidates=launchers.ENGINES)
     from ..core.run_paths import directory_of_run
 
-    loaded = loading.load(config, overrides=overrides or ())
+    loaded = loading.load_config(config, overrides=overrides or ())
     settings = loaded.launch
     count, processes = loaded.mesh.count, processes or settings.processes
     devices = devices_per_process or settings.devices_per_process

@@ -60,7 +60,7 @@ def root(
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train, or go on where the run of that name stopped."""
-    loaded = loading.load(config, overrides=overrides or ())
+    loaded = loading.load_config(config, overrides=overrides or ())
     from ..core.process_env import read_process_info
     from ..run import train as run
 
@@ -80,7 +80,7 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check a configuration; allocates nothing."""
-    loaded = loading.load(config, overrides=overrides or ())
+    loaded = loading.load_config(config, overrides=overrides or ())
     if loaded.mesh.pipe != 1 or loaded.pipeline != PipelineConfig():
         from ..engine.pipeline.pipeline_plan import check_pipeline
 
@@ -123,7 +123,7 @@ def data_preview(
     config: Config, overrides: Overrides = None, rows: Annotated[int, typer.Option(help="Rows to print.", min=1)] = 2
 ) -> None:
     """Print the first rows a run will see, tokens coloured by their weight in the loss."""
-    loaded = loading.load(config, overrides=overrides or ())
+    loaded = loading.load_config(config, overrides=overrides or ())
     from rich.console import Console
 
     from ..data.assemble import of_run
@@ -151,7 +151,7 @@ def plan(
         return
     if step_seconds is not None or gigabits is not None:
         raise UserError(f"--step-seconds, --gigabits: they belong to `plan lowcomm CONFIG`, not to `plan {config}`")
-    loaded = loading.load(config, overrides=overrides or ())
+    loaded = loading.load_config(config, overrides=overrides or ())
     from rich.console import Console
 
     from ..plan.compile_plan import make_plan, render
@@ -257,7 +257,7 @@ def doctor(
     if cluster:
         from ..launch.cluster_test import run_cluster_test
 
-        settings = loading.load(config).launch if config is not None else RunConfig().launch
+        settings = loading.load_config(config).launch if config is not None else RunConfig().launch
         run_cluster_test(
             engine, settings, processes=processes, devices_per_process=devices_per_process, as_json=as_json
         )

@@ -15,15 +15,15 @@ Recipe = Annotated[str, typer.Argument(help="As `recipes ls` lists it, e.g. fine
 @app.command("ls")
 def ls() -> None:
     """List the shipped configurations."""
-    for name in loading.recipes():
-        summary = loading.find(name).read_text().splitlines()[0].removeprefix("#").strip()
+    for name in loading.recipe_names():
+        summary = loading.find_config(name).read_text().splitlines()[0].removeprefix("#").strip()
         typer.echo(f"{name:28} {summary}")
 
 
 @app.command("show")
 def show(name: Recipe) -> None:
     """Print a shipped configuration."""
-    typer.echo(loading.find(name).read_text(), nl=False)
+    typer.echo(loading.find_config(name).read_text(), nl=False)
 
 
 @app.command("cp")
@@ -33,5 +33,5 @@ def cp(name: Recipe, target: Annotated[Path, typer.Argument(help="The new file, 
         target = target / f"{Path(name).name}.yaml"
     if target.exists():
         raise UserError(f"{target} exists; choose another name, nothing is overwritten")
-    loading.copy(loading.find(name), target)
+    loading.copy_recipe(loading.find_config(name), target)
     typer.echo(f"{target}: run it with `meshwright train {target}`")

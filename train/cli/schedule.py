@@ -55,7 +55,7 @@ def make_schedule(request: ScheduleRequest) -> ScheduleResult:
     if request.cores is not None and request.cores < 1:
         raise UserError(f"--cores {request.cores}: at least 1 core computes")
     if request.backward not in ("split", "fused"):
-        raise UserError.no_match("--backward", [request.backward], known=["split", "fused"])
+        raise UserError.no_match("--backward", [request.backward], candidates=["split", "fused"])
     if request.name == "best":
         return _best(request, costs)
     table = _table(request)
@@ -74,7 +74,7 @@ def _table(request: ScheduleRequest) -> Table:
         return make_table("file", devices=stages, microbatches=microbatches, **options)
     if request.name not in SCHEDULES or request.name == "file":
         known = sorted(SCHEDULES.keys() - {"file"})
-        raise UserError.no_match("schedule", [request.name], known=[*known, "best", "PATH.csv"])
+        raise UserError.no_match("schedule", [request.name], candidates=[*known, "best", "PATH.csv"])
     _check_size(request)
     return make_table(request.name, devices=request.stages, microbatches=request.microbatches, **options)
 

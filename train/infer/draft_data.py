@@ -1,9 +1,10 @@
-"""A draft and its target: texts that the target wrote, for the draft to learn, and how well the draft then drafts.
+"""Data for a draft model, written by its target model, and a measurement of how well the draft then drafts.
 
-    write(config, target, file)            # what the target makes of the beginnings of a configuration's documents
-    measured(draft, target, prompts)       # speculative decoding, counted (`speculative.py`)
+    write_draft_data(config, target, file, request)    # the target continues prompts from the documents of `config`
+    measure_draft(draft, target, prompts, ...)         # speculative decoding, counted (`speculative.py`)
 
-A model is named by its directory: a run's, or one of Hugging Face's. Source: FastDraft, arXiv:2411.11055, section 3.
+A model is named by its directory, either a run's or one of Hugging Face's. Source: FastDraft, arXiv:2411.11055,
+section 3.
 """
 
 import json
@@ -17,9 +18,7 @@ import jax
 import numpy as np
 
 from ...configs.errors import UserError
-from ...configs.loader import validated
 from ...configs.run import RunConfig
-from ...configs.sections.model import ModelConfig
 from ...parallel.mesh import make_mesh
 from ..core.process_env import ProcessInfo
 from ..core.run_paths import newest_island
@@ -29,168 +28,139 @@ from ..data.tokenizer import Tokenizer, check_same, load
 from ..engine import runtime
 from ..engine.program import build
 from .generate import generate
-from .import_export import made_for
-from .inference_session import opened, read
+from .import_export import config_for
+from .inference_session import inference_config, load_program
 from .sampling import Sampling
-from .speculative import Spoken, Writer, speculate
+from .speculative import LoadedModel, SpeculationResult, speculate
 
 logger = logging.getLogger(__name__)
-AT_ONCE = 32  # texts that are written beside each other
+BATCH_ROWS = 32  # texts that are generated in one batch
 
 
 class GenerationRequest(NamedTuple):
-    """How much is read and written."""
+    """How many prompts to read and how much to generate for each."""
 
-    texts: int  # at most
-    prompt_tokens: int  # of a document in which nothing is a prompt
-    tokens: int  # to write, at most
+    texts: int  # prompts, at most
+    prompt_tokens: int  # length of the prompt taken from a document that has none of its own
+    tokens: int  # tokens to generate for a prompt, at most
     sampling: Sampling
     seed: int
 
 
 class Counts(NamedTuple):
-    """What `write` wrote."""
+    """Numbers of texts."""
 
     written: int
-    finished: int  # of these, by themselves
+    finished: int  # those that end with the end-of-document token, not at `GenerationRequest.tokens`
 
 
-def writer_at(place: Path, *, platform: str) -> Writer:
-    """The model in `place`, on one device of `mesh.platform`. Raises UserError where there is none."""
-    if (place / "config.json").is_file() and not (place / "config.yaml").is_file():
-        model = ModelConfig.model_validate({"from": str(place.absolute())})
-        length = min(256, made_for(model) or 256)
-        mesh = {"platform": platform, "devices": 1}
-        config = validated(
-            {"model": {"from": str(place.absolute())}, "data": {"sequence_length": length}, "mesh": mesh}
-        )
+def load_model(directory: Path, *, platform: str) -> LoadedModel:
+    """Load the model in `directory` onto one device of `mesh.platform`. Raises UserError if there is none."""
+    if (directory / "config.json").is_file() and not (directory / "config.yaml").is_file():
+        config = config_for(directory, mesh={"platform": platform, "devices": 1})
         runtime.start(config, ProcessInfo())
         program = build(config, make_mesh(config.mesh))
-        return Writer(program, program.pretrained_weights())
-    run = newest_island(place)
-    program, state = opened(read(run, [f"mesh.platform={platform}"]), run)
-    return Writer(program, program.merged_weights(state))
+        return LoadedModel(program, program.pretrained_weights())
+    run = newest_island(directory)
+    program, state = load_program(inference_config(run, [f"mesh.platform={platform}"]), run)
+    return LoadedModel(program, program.merged_weights(state))
 
 
 def write_draft_data(config: RunConfig, target: Path, file: Path, request: GenerationRequest) -> Counts:
-    """Continue the beginnings of training documents of `config` with the model in `target`; rows go to `file`.
+    """Continue prompts from the training documents of `config` with the model in `target`, and write rows to `file`.
 
-    A row has `prompt` and `completion`. A document that has a prompt begins with it, any other with its first tokens.
-    Raises UserError where `file` exists, or the model has another tokenizer than the documents.
+    A row is a JSON object with `prompt` and `completion`. Raises UserError if `file` exists, or if the model has
+    another tokenizer than the documents.
     """
     if file.exists():
         raise UserError(f"{file} exists; choose another name, nothing is overwritten")
     if config.data.chats or config.adapters:
-        what = "several adapters" if config.adapters else f"conversations (data.format: {config.data.format})"
-        raise UserError(f"{target} continues texts and no {what}; set data.format to prompt-completion or text")
-    one = writer_at(target, platform=config.mesh.platform)
+        kind = "several adapters" if config.adapters else f"conversations (data.format: {config.data.format})"
+        raise UserError(f"{target} continues texts and no {kind}; set data.format to prompt-completion or text")
+    model = load_model(target, platform=config.mesh.platform)
     data = assemble.of_run(config)
-    check_same(data.tokenizer, newest_island(target) if (target / "config.yaml").exists() else target, key="--target")
-    found = document_prompts(data.train, data.tokenizer, rows=data.train.rows_per_epoch(0), tokens=request.prompt_tokens)
-    prompts, counts = whole(found, data.tokenizer), Counts(0, 0)
+    tokenizer = data.tokenizer
+    check_same(tokenizer, newest_island(target) if (target / "config.yaml").exists() else target, key="--target")
+    settings = {"max_tokens": request.tokens, "sampling": request.sampling, "eos": tokenizer.eos}
+    length = request.prompt_tokens
+    prompts = document_prompts(data.train, tokenizer, rows=data.train.rows_per_epoch(0), tokens=length)
+    # A file of texts can hold a prompt only if its text gives the same tokens again and no character was cut.
+    prompts = (ids for ids in prompts if list(tokenizer.encode_batch([tokenizer.decode(ids[1:])])[0]) == ids[1:])
+    prompts = islice(prompts, request.texts)
+    written = finished = 0
     with file.open("x", encoding="utf-8") as out:
-        left = request.texts
-        while some := list(islice(prompts, min(AT_ONCE, left))):
-            left -= len(some)
-            ended = completed(one, data.tokenizer, some, request)
-            for prompt, text, _ in ended:
-                out.write(json.dumps({"prompt": prompt, "completion": text}) + "\n")
-            counts = Counts(counts.written + len(ended), counts.finished + sum(by_itself for *_, by_itself in ended))
-            logger.info("%d texts", counts.written)
-    if not counts.written:
+        while batch := list(islice(prompts, BATCH_ROWS)):
+            rows = generate(*model, batch, **settings, key=jax.random.key(request.seed))
+            for prompt, row in zip(batch, rows, strict=True):
+                if completion := tokenizer.decode(row):
+                    out.write(json.dumps({"prompt": tokenizer.decode(prompt[1:]), "completion": completion}) + "\n")
+                    written, finished = written + 1, finished + (len(row) < request.tokens)
+            logger.info("%d texts", written)
+    if not written:
         file.unlink()
-        raise UserError(
-            f"data: no training document has more than {request.prompt_tokens} tokens, or a prompt; lower --prompt-tokens"
-        )
-    return counts
-
-
-def completed(
-    one: Writer, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], asked: GenerationRequest
-) -> list[tuple[str, str, bool]]:
-    """(prompt, what follows, whether it ended by itself) of the prompts after which something follows."""
-    rows = generate(
-        *one,
-        prompts,
-        max_tokens=asked.tokens,
-        sampling=asked.sampling,
-        eos=tokenizer.eos,
-        key=jax.random.key(asked.seed),
-    )
-    texts = [tokenizer.decode(row) for row in rows]
-    return [
-        (tokenizer.decode(prompt[1:]), text, len(row) < asked.tokens)
-        for prompt, row, text in zip(prompts, rows, texts, strict=True)
-        if text
-    ]
+        raise UserError(f"data: no training document has a prompt or over {length} tokens; lower --prompt-tokens")
+    return Counts(written, finished)
 
 
 def measure_draft(
-    draft: Path, target: Path | None, prompts: Sequence[str], *, draft_length: int, asked: GenerationRequest
-) -> tuple[Spoken, list[str], list[str]]:
-    """What speculative decoding took, what it continued, and what it wrote.
+    draft: Path, target: Path | None, prompts: Sequence[str], *, draft_length: int, request: GenerationRequest
+) -> tuple[SpeculationResult, list[str], list[str]]:
+    """Decode speculatively with both models; return the result, the prompts and their continuations.
 
-    `target` None: the teacher of the draft's run. No `prompts`: the beginnings of held-out documents of that run.
-    Raises UserError where there is no target, or it has another tokenizer.
+    `target` None: the teacher of the draft's run. No `prompts`: prompts from held-out documents of that run.
+    Raises UserError if there is no target, or if it has another tokenizer than the draft.
     """
     run = newest_island(draft)
-    config = read(run, [])
+    config = inference_config(run, [])
     if target is None:
         if config.recipe.teacher is None:
-            raise UserError(f"--target: {run} was not taught by another model; name the one it is to draft for")
+            raise UserError(f"--target: {run} has no recipe.teacher; name the model that it drafts for")
         target = Path(config.recipe.teacher.origin)
     tokenizer = load(run)
     check_same(tokenizer, newest_island(target) if (target / "config.yaml").exists() else target, key="--target")
-    opened_prompts = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(list(prompts))]
+    prompt_ids = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(list(prompts))]
     if not prompts:
-        opened_prompts = held_out_prompts(config, run, asked)
-    spoken = speculate(
-        writer_at(target, platform=config.mesh.platform),
-        writer_at(run, platform=config.mesh.platform),
-        opened_prompts,
-        ahead=draft_length,
-        max_tokens=asked.tokens,
-        sampling=asked.sampling,
+        prompt_ids = held_out_prompts(config, run, request)
+    result = speculate(
+        load_model(target, platform=config.mesh.platform),
+        load_model(run, platform=config.mesh.platform),
+        prompt_ids,
+        draft_length=draft_length,
+        max_tokens=request.tokens,
+        sampling=request.sampling,
         eos=tokenizer.eos,
-        key=jax.random.key(asked.seed),
+        key=jax.random.key(request.seed),
     )
-    decoded = [tokenizer.decode(prompt[1:]) for prompt in opened_prompts]
-    return spoken, decoded, [tokenizer.decode(text) for text in spoken.texts]
+    decoded = [tokenizer.decode(prompt[1:]) for prompt in prompt_ids]
+    return result, decoded, [tokenizer.decode(text) for text in result.texts]
 
 
-def held_out_prompts(config: RunConfig, run: Path, asked: GenerationRequest) -> list[list[int]]:
-    """Of `asked.texts` held-out documents. Raises UserError where there are none."""
+def held_out_prompts(config: RunConfig, run: Path, request: GenerationRequest) -> list[list[int]]:
+    """Token ids of prompts from at most `request.texts` held-out documents. Raises UserError if there are none."""
     data = assemble.of_run(config)
     if data.held_out is None:
-        raise UserError(f"data.held_out: 0 in {run}: nothing to begin with; give texts to continue")
-    found = document_prompts(data.held_out, data.tokenizer, rows=data.held_out.rows, tokens=asked.prompt_tokens)
-    prompts = list(islice(found, asked.texts))
-    if not prompts:
         raise UserError(
-            f"--prompt-tokens: {asked.prompt_tokens}, and no held-out document of {run} is longer; lower it"
+            f"data.held_out: 0 in {run}: there are no prompts; give texts to continue, or set data.held_out=0.02"
         )
+    length = request.prompt_tokens
+    prompts = document_prompts(data.held_out, data.tokenizer, rows=data.held_out.rows, tokens=length)
+    if not (prompts := list(islice(prompts, request.texts))):
+        raise UserError(f"--prompt-tokens: {length}, and no held-out document of {run} is longer; lower it")
     return prompts
 
 
 def document_prompts(dataset: HasRows, tokenizer: Tokenizer, *, rows: int, tokens: int) -> Iterator[list[int]]:
-    """What the documents in the first `rows` rows begin with: what is read only, or else their first `tokens` tokens.
+    """Yield a prompt, token ids with `bos` first, for each document in the first `rows` rows of `dataset`.
 
-    `bos` stands before them. Documents that are too short, and pieces of documents that began elsewhere, are left out.
+    A prompt is the leading part of a document that has no loss weight (as prompt-completion data has), else its first
+    `tokens` tokens. Documents that are too short, and rests of documents that an earlier row begins, are left out.
     """
     for index in range(rows):
         row = dataset.row(index)
         for segment in range(1, int(row["segment_ids"].max(initial=0)) + 1):
-            here = row["segment_ids"] == segment
-            ids, learned = row["tokens"][here].tolist(), row["loss_weights"][here] > 0
-            read = int(np.argmax(learned)) if learned.any() else len(ids)
-            length = 1 + (read or tokens)
+            document = row["segment_ids"] == segment
+            ids, trained = row["tokens"][document].tolist(), row["loss_weights"][document] > 0
+            untrained = int(np.argmax(trained)) if trained.any() else len(ids)
+            length = 1 + (untrained or tokens)
             if ids[0] == tokenizer.bos and length <= len(ids):
                 yield ids[:length]
-
-
-def whole(prompts: Iterator[list[int]], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Of `prompts` those that a text can hold: its tokens are these again, and no character was cut."""
-    for prompt in prompts:
-        (again,) = tokenizer.encode_batch([tokenizer.decode(prompt[1:])])
-        if list(again) == prompt[1:]:
-            yield prompt

@@ -18,27 +18,33 @@ from ..objectives.registry import RECIPES
 
 
 def evaluate(program: Program, compiled: Callable[..., Any], params: Any, frozen: Any, data: Data) -> dict[str, float]:
-    """held_out_loss of the held-out documents; of a recipe that counts tokens also _perplexity and _bits_per_byte.
+    """Return held_out_loss; if the loss is per token also held_out_perplexity and held_out_bits_per_byte.
 
-    And where a teacher stands beside the model, held_out_acceptance: how often its speculative sampling, with the model
-    as its draft, would take a token; of a reward model, held_out_accuracy. {} where nothing is held out.
+    A model with a teacher has held_out_acceptance too: how often speculative sampling by the teacher would accept a
+    token that the model drafts. A reward model has held_out_accuracy. With several adapters, names after the first are
+    ADAPTER/held_out_... {} if nothing is held out.
     """
     if data.held_out is None:
         return {}
     measures = {"loss": compiled, **program.compiled_measures}
-    sums = {name: added(program, measure, params, frozen, data.held_out) for name, measure in measures.items()}
+    # Each [2], numerator and weight; [2, adapters] with several adapters.
+    sums = {name: np.zeros(()) for name in measures}
+    for name, measure in measures.items():
+        for batch in held_out_batches(program, data.held_out, program.config):
+            sums[name] = sums[name] + np.stack(jax.device_get(measure(params, frozen, batch))).astype(np.float64)
     if not program.config.adapters:
-        return numbers(program.config, sums, data.held_out)
+        return held_out_metrics(program.config, sums, data.held_out)
     values = {"held_out_loss": mean(*sums["loss"].sum(axis=1))}
     for number, (name, held_out) in enumerate(data.held_out.each.items()):
-        own = numbers(program.config, {key: both[:, number] for key, both in sums.items()}, held_out)
-        values |= {f"{name}/{key}": value for key, value in own.items()}
+        adapter_sums = {key: pair[:, number] for key, pair in sums.items()}
+        metrics = held_out_metrics(program.config, adapter_sums, held_out)
+        values |= {f"{name}/{key}": value for key, value in metrics.items()}
     return values
 
 
-def numbers(config: RunConfig, sums: dict[str, np.ndarray], held_out: HeldOut) -> dict[str, float]:
-    """What is told of `held_out` by the (numerator, weight) of the loss and of other measures."""
-    values = {f"held_out_{name}": mean(*both) for name, both in sums.items()}
+def held_out_metrics(config: RunConfig, sums: dict[str, np.ndarray], held_out: HeldOut) -> dict[str, float]:
+    """The metrics of `held_out` from (numerator, weight) of the loss and of other measures."""
+    values = {f"held_out_{name}": mean(*pair) for name, pair in sums.items()}
     if RECIPES[config.recipe.name].unit != "token":
         return values
     loss = values["held_out_loss"]
@@ -47,24 +53,14 @@ def numbers(config: RunConfig, sums: dict[str, np.ndarray], held_out: HeldOut) -
 
 
 def mean(numerator: float, weight: float) -> float:
-    """Their ratio."""
+    """Numerator over weight; 0 if both are 0."""
     return float(numerator / max(weight, 1e-9))
-
-
-def added(
-    program: Program, compiled: Callable[..., Any], params: Any, frozen: Any, held_out: HeldOut | DealtHeldOut
-) -> np.ndarray:
-    """[2], numerator and weight that `compiled` gives of batches, added up; [2, adapters] of several."""
-    total = np.zeros(())
-    for batch in held_out_batches(program, held_out, program.config):
-        total = total + np.stack(jax.device_get(compiled(params, frozen, batch))).astype(np.float64)
-    return total
 
 
 def held_out_batches(
     program: Program, held_out: HeldOut | DealtHeldOut, config: RunConfig
 ) -> Iterable[dict[str, jax.Array]]:
-    """The first `evaluation.batches` global batches of held-out rows, or all."""
+    """Yield the first `evaluation.batches` global batches of held-out rows; all if that is null."""
     size = config.data.global_batch
     stop = held_out.padded_rows(size)
     if config.evaluation.batches is not None:

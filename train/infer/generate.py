@@ -1,11 +1,11 @@
-"""Continuing texts: one pass over the prompts fills a cache of keys and values, then a loop adds a token at a time.
+"""Generation: one pass over the prompts (prefill) fills the key-value cache, then a loop adds a token at a time.
 
     generate(program, params, [[0, 52, 7]], max_tokens=64, sampling=GREEDY, eos=0, key=key) -> [[31, 4, ...]]
 
-Prompts of different lengths end together: shorter ones begin with padding, a document of its own (segment 0) that
-nothing else sees. Rows are spread over `data` and `fsdp`, heads and vocabulary over `tensor`; the sequence is whole on
-every device, so a mesh with `seq` repeats the work along it. Prefill and loop are one program, compiled once for a
-model, a mesh, a sampling and a shape.
+Prompts are padded on the left, so that all end at the same index; padding is a document of its own (segment 0), which
+no other token attends to. Rows are sharded over `data` and `fsdp`, heads and vocabulary over `tensor`. The sequence is
+not sharded, so a mesh with `seq` repeats the work along that axis. Prefill and loop are one program, compiled once for
+a model, a mesh, a sampling and a shape.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ from ...models.decoder import Decoder
 from ...parallel.sharding import constrainer, path_name
 from ...parallel.vocabulary import compute_logits, embedding_lookup
 from ..engine.program import Program
-from .sampling import Sampling, sample, text_keys
+from .sampling import Sampling, prompt_keys, sample
 
-# A prompt's width is rounded up to a multiple of this: one program serves prompts of similar length.
+# The width of a batch of prompts is a multiple of this, so that one program serves prompts of similar lengths.
 WIDTH = 16
 
 
@@ -47,28 +47,28 @@ def generate(
     eos: int | None,
     key: jax.Array,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt: `max_tokens` of them, or fewer where `eos` (not included) came first.
+    """Return the tokens that follow each prompt: `max_tokens`, or fewer if `eos` (not included) comes first.
 
-    `params` are all weights the forward pass reads, sharded as the program shards them. `key` and a prompt decide its
-    text, whatever is generated beside it. Raises UserError on an empty prompt, on ids the model has no row for, and on
-    texts longer than learned positions reach.
+    `params` are all weights that the forward pass reads, sharded as the program shards them. A text depends on `key`
+    and its prompt only, not on the other prompts. Raises UserError on an empty prompt, on ids outside the vocabulary,
+    and on texts that are longer than learned positions reach.
     """
-    model, mesh = program.config.model, program.mesh
-    check(prompts, model, max_tokens=max_tokens)
+    mesh = program.mesh
+    check_prompts(prompts, program.config.model, max_tokens=max_tokens)
     if not prompts:
         return []
     tokens, lengths = pad_prompts(prompts, multiple=mesh.shape["data"] * mesh.shape["fsdp"])
-    # Key data and in numpy: every process hands over the same values, and none of them is on one of its devices.
-    keys = np.asarray(jax.random.key_data(text_keys(key, [*prompts, *[()] * (len(tokens) - len(prompts))])))
+    # As key data in NumPy: every process passes the same values, which are on none of its devices yet.
+    keys = np.asarray(jax.random.key_data(prompt_keys(key, [*prompts, *[()] * (len(tokens) - len(prompts))])))
     compute = program.config.precision.compute
-    run = compiled_generator(program.graph, model, mesh, compute=compute, max_tokens=max_tokens, sampling=sampling, eos=eos)
+    run = compiled_generator(program.graph, mesh, compute=compute, max_tokens=max_tokens, sampling=sampling, eos=eos)
     with jax.set_mesh(mesh):
         rows = np.asarray(run(params, tokens, lengths, keys))[: len(prompts)].tolist()
     return [row[: row.index(eos)] if eos in row else row for row in rows]
 
 
-def check(prompts: Sequence[Sequence[int]], model: ModelConfig, *, max_tokens: int) -> None:
-    """Raise UserError where a prompt cannot be continued."""
+def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig, *, max_tokens: int) -> None:
+    """Raise UserError if a prompt cannot be continued."""
     if max_tokens < 1:
         raise UserError(f"max_tokens: {max_tokens} adds nothing; use at least 1")
     for number, prompt in enumerate(prompts):
@@ -87,7 +87,10 @@ def check(prompts: Sequence[Sequence[int]], model: ModelConfig, *, max_tokens: i
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], *, multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [rows, width] with zeros on the left, and lengths [rows]; rows of length 0 fill up to `multiple`."""
+    """Return tokens [rows, width], padded on the left with zeros, and lengths [rows].
+
+    The number of rows is a multiple of `multiple`; rows that are no prompt have length 0.
+    """
     rows = -(-len(prompts) // multiple) * multiple
     width = -(-max(map(len, prompts)) // WIDTH) * WIDTH
     tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
@@ -97,19 +100,25 @@ def pad_prompts(prompts: Sequence[Sequence[int]], *, multiple: int) -> tuple[np.
     return tokens, lengths
 
 
-class Written(NamedTuple):
-    """What the loop carries."""
+class LoopState(NamedTuple):
+    """The carry of the generation loop."""
 
-    count: jax.Array  # tokens drawn so far, by every row
+    count: jax.Array  # tokens generated so far, the same in every row
     tokens: jax.Array  # [rows, max_tokens]
-    ended: jax.Array  # [rows]: has drawn eos, or was no prompt to begin with
+    finished: jax.Array  # bool [rows]: the row has drawn eos, or is no prompt
     cache: caches.Cache  # of all tokens but the newest
+
+
+class InferenceModel(NamedTuple):
+    """A decoder with its weights, and the context of its forward passes, to which `context_at` adds the tokens'."""
+
+    decoder: Decoder
+    ctx: Context
 
 
 @functools.lru_cache(maxsize=16)
 def compiled_generator(
     graph: Any,
-    model: ModelConfig,
     mesh: Mesh,
     *,
     compute: str,
@@ -117,65 +126,73 @@ def compiled_generator(
     sampling: Sampling,
     eos: int | None,
 ) -> Callable[..., jax.Array]:
-    """run(params, tokens [rows, width], lengths [rows], keys [rows, ...]) -> tokens [rows, max_tokens], compiled.
+    """Return a jitted run(params, tokens [rows, width], lengths [rows], keys [rows, ...]) -> tokens [rows, max_tokens].
 
-    `keys` are key data. The token after i others is drawn with `fold_in(key, i)`; what a row holds after `eos` is void.
+    `keys` are key data. Token i of a row is drawn with `fold_in(key, i)`. Tokens after `eos` have no meaning.
     """
-    told = inference_context(mesh, compute=jnp.dtype(compute))
 
     def run(params: Any, tokens: jax.Array, lengths: jax.Array, keys: jax.Array) -> jax.Array:
         (rows, width), keys = tokens.shape, jax.random.wrap_key_data(keys)
-        decoder = nnx.merge(graph, cast_weights(params, told.compute))
-        ctx = told if decoder.prompt is None else dataclasses.replace(told, prefix=decoder.prefix(told))
+        model = load_decoder(graph, params, mesh, compute=compute)
         first = width - lengths[:, None]
 
-        def drawn(scores: jax.Array, written: Written) -> Written:
-            """One more token a row, from its `scores` [rows, vocab]."""
-            step = jax.vmap(jax.random.fold_in, (0, None))(keys, written.count)
-            token = sample(scores, step, sampling=sampling)
-            ended = written.ended if eos is None else written.ended | (token == eos)
-            return Written(written.count + 1, written.tokens.at[:, written.count].set(token), ended, written.cache)
+        def append_token(state: LoopState, logits: jax.Array) -> LoopState:
+            """Draw a token for every row from `logits` [rows, 1, vocab]."""
+            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.count)
+            token = sample(logits[:, 0], step_keys, sampling=sampling)
+            finished = state.finished if eos is None else state.finished | (token == eos)
+            return LoopState(state.count + 1, state.tokens.at[:, state.count].set(token), finished, state.cache)
 
-        def another(written: Written) -> Written:
-            newest = jax.lax.dynamic_slice_in_dim(written.tokens, written.count - 1, 1, axis=1)
-            index = (width + written.count - 1)[None]
-            here = context_at(ctx, attention=DENSE, index=index, first=first, cache=written.cache)
-            scores, cache = next_scores(decoder, newest, here)
-            return drawn(scores, written._replace(cache=cache))
+        def decode_step(state: LoopState) -> LoopState:
+            newest = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
+            index = (width + state.count - 1)[None]
+            ctx = context_at(model.ctx, attention=DENSE, index=index, first=first, cache=state.cache)
+            logits, cache = forward_logits(model.decoder, newest, ctx, last=1)
+            return append_token(state._replace(cache=cache), logits)
 
-        empty = caches.empty_cache(model, rows=rows, capacity=width + max_tokens, ctx=ctx)
-        here = context_at(ctx, attention=BLOCKWISE, index=jnp.arange(width), first=first, cache=empty)
-        scores, cache = next_scores(decoder, tokens, here)
-        nothing = Written(jnp.int32(0), jnp.zeros((rows, max_tokens), jnp.int32), lengths == 0, cache)
-        going_on = lambda written: (written.count < max_tokens) & ~written.ended.all()
-        return jax.lax.while_loop(going_on, another, drawn(scores, nothing)).tokens
+        logits, cache = prefill(model, tokens, first=first, capacity=width + max_tokens)
+        start = LoopState(jnp.int32(0), jnp.zeros((rows, max_tokens), jnp.int32), lengths == 0, cache)
+        unfinished = lambda state: (state.count < max_tokens) & ~state.finished.all()
+        return jax.lax.while_loop(unfinished, decode_step, append_token(start, logits)).tokens
 
     return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def inference_context(mesh: Mesh, *, compute: Any) -> Context:
-    """What every forward pass on `mesh` is told; `standing` adds where its tokens are.
-
-    The sequence stays in one piece: a step of the loop has a single token to share out.
-    """
-    place = constrainer(mesh)
+def load_decoder(graph: Any, params: Any, mesh: Mesh, *, compute: str) -> InferenceModel:
+    """Merge `params` into the decoder `graph`, rounded to the dtype `compute`, for inference on `mesh`."""
+    constrain_all = constrainer(mesh)
 
     def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        return place(x, tuple(None if name in ("sequence", "block_sequence") else name for name in names))
+        # The sequence is not sharded: a step of the loop has one token of it.
+        return constrain_all(x, tuple(None if name in ("sequence", "block_sequence") else name for name in names))
 
-    return Context(
+    ctx = Context(
         positions=jnp.zeros((1, 1), jnp.int32),
         linear=flat_linear,
         lookup=partial(embedding_lookup, constrain=constrain),
         constrain=constrain,
-        compute_dtype=compute,
+        compute_dtype=jnp.dtype(compute),
     )
+    decoder = nnx.merge(graph, cast_weights(params, ctx.compute_dtype))
+    return InferenceModel(
+        decoder, ctx if decoder.prompt is None else dataclasses.replace(ctx, prefix=decoder.prefix(ctx))
+    )
+
+
+def prefill(
+    model: InferenceModel, tokens: jax.Array, *, first: jax.Array, capacity: int
+) -> tuple[jax.Array, caches.Cache]:
+    """Return logits [rows, 1, vocab] after prompts `tokens` [rows, width], and a cache for `capacity` tokens a row."""
+    rows, width = tokens.shape
+    empty = caches.empty_cache(model.decoder.config, rows=rows, capacity=capacity, ctx=model.ctx)
+    ctx = context_at(model.ctx, attention=BLOCKWISE, index=jnp.arange(width), first=first, cache=empty)
+    return forward_logits(model.decoder, tokens, ctx, last=1)
 
 
 def context_at(
     ctx: Context, *, attention: Implementation, index: jax.Array, first: jax.Array, cache: caches.Cache
 ) -> Context:
-    """`ctx` for tokens at `index` [tokens] of every row, where rows begin at `first` [rows, 1]."""
+    """Return `ctx` for tokens at `index` [tokens] of every row, where row r begins at `first` [rows, 1]."""
     slots = jnp.arange(caches.capacity(cache))
     return dataclasses.replace(
         ctx,
@@ -188,27 +205,21 @@ def context_at(
     )
 
 
-def next_scores(decoder: Decoder, tokens: jax.Array, ctx: Context) -> tuple[jax.Array, caches.Cache]:
-    """Logits after the last of `tokens` [rows, tokens], float32 [rows, vocab], and the cache with all of them in it."""
-    scores, cache = forward_logits(decoder, tokens, ctx, last=1)
-    return scores[:, 0], cache
-
-
 def forward_logits(decoder: Decoder, tokens: jax.Array, ctx: Context, *, last: int) -> tuple[jax.Array, caches.Cache]:
-    """Logits after each of the `last` of `tokens` [rows, tokens], float32 [rows, last, vocab], and the cache."""
+    """Return float32 logits [rows, last, vocab] after the `last` ones of `tokens` [rows, tokens], and the new cache."""
     model = decoder.config
     hidden, entries = decoder.hidden(tokens, ctx)
     kernel, constrain = decoder.head_kernel(ctx.compute_dtype), ctx.constrain
-    scores = compute_logits(
+    logits = compute_logits(
         hidden[:, -last:], kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=constrain
     )
-    return scores[..., : model.vocab], caches.write_entries(ctx.cache, entries, index=ctx.index[0])
+    return logits[..., : model.vocab], caches.write_entries(ctx.cache, entries, index=ctx.index[0])
 
 
 def cast_weights(params: Any, dtype: Any) -> Any:
-    """`params` with everything in `dtype` that a forward pass rounds to it at every use; norms stay as they are."""
+    """Cast the leaves of `params` that a forward pass would cast to `dtype` at every use; norms keep their dtype."""
 
-    def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if path_name(path).endswith(("/kernel", "/embedding")) else leaf
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(cast, params)

@@ -1,9 +1,9 @@
-"""What the model writes while it trains: after prompts, and in answer to held-out questions; and how good that is.
+"""Evaluation by generation: texts after prompts, and answers to held-out questions, scored by metrics.
 
-A user's measure is a function named in `evaluation.metrics`, of one list and to numbers by name:
+A metric of the user's is a function named in `evaluation.metrics`, from a list of answers to numbers by name:
 
     def length(answers):        # [{"prompt": ..., "expected": ..., "answer": ...}, ...], texts
-        return {"length": sum(len(one["answer"]) for one in answers) / len(answers)}
+        return {"length": sum(len(item["answer"]) for item in answers) / len(answers)}
 """
 
 import importlib
@@ -39,88 +39,83 @@ def complete(
     sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> list[str]:
-    """What the model writes after each prompt, up to `max_tokens` tokens or the end of the document.
+    """Return the model's text after each prompt, up to `max_tokens` tokens or the end of the document.
 
-    A prompt opens a document; with a chat template it is what a user says, and the assistant's turn is written. Raises
-    as `generate`.
+    A prompt is the beginning of a document; with a chat template it is a user's message, which the assistant answers.
+    Raises UserError as `generate` does.
     """
     if template is None:
-        opened, eos = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(list(prompts))], tokenizer.eos
+        prompt_ids, eos = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(list(prompts))], tokenizer.eos
     else:
-        said = [template.prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
-        opened, eos = [one.ids for one in tokenizer.encode_rendered(said)], end_of_turn(template, tokenizer)
+        rendered = [template.prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
+        prompt_ids = [encoding.ids for encoding in tokenizer.encode_rendered(rendered)]
+        eos = end_of_turn(template, tokenizer)
     key = jax.random.key(seed)
-    texts = generate(program, params, opened, max_tokens=max_tokens, sampling=sampling, eos=eos, key=key)
+    texts = generate(program, params, prompt_ids, max_tokens=max_tokens, sampling=sampling, eos=eos, key=key)
     return [tokenizer.decode(ids) for ids in texts]
 
 
 def end_of_turn(template: Template, tokenizer: Tokenizer) -> int:
-    """The token that ends what the assistant says."""
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (made,) = encoded([template.part(talk, origin="a conversation of two words")], tokenizer)
-    read = {place for start, stop in made.unlearned for place in range(start, stop)}
-    return made.tokens[max(place for place in range(len(made.tokens)) if place not in read)]
+    """The id of the token that ends an assistant's message."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (encoding,) = encoded([template.part(messages, origin="a conversation of two words")], tokenizer)
+    masked = {index for start, stop in encoding.unlearned for index in range(start, stop)}
+    return encoding.tokens[max(set(range(len(encoding.tokens))) - masked)]
 
 
-def answered(
+def evaluate_answers(
     program: Program, params: Any, data: Data, config: EvaluationConfig, metrics: Iterable[Metric]
 ) -> dict[str, float]:
-    """held_out_exact_match and the user's measures of likeliest answers to `config.answers` held-out questions.
+    """Answer `config.answers` held-out questions greedily; return held_out_exact_match and the user's metrics.
 
-    {} where none are asked for. An answer is exact where every token is the expected one, the end included.
+    An answer matches if every token is the expected one, the end included. {} if `config.answers` is 0.
     """
     if not config.answers or data.held_out is None:
         return {}
-    asked = data.held_out.questions(config.answers)
-    longest = max(len(expected) for _, expected in asked)
-    ends = {expected[-1] for _, expected in asked}
+    prompts, expected = zip(*data.held_out.questions(config.answers), strict=True)
+    ends = {ids[-1] for ids in expected}
     if len(ends) > 1:
         raise MeshwrightError(
-            f"evaluation.answers: expected answers end in {len(ends)} different tokens; it is not known where one stops"
+            f"evaluation.answers: the expected answers end with {len(ends)} different tokens, and generation can stop "
+            "at one only; set evaluation.answers=0"
         )
-    found = generate(
-        program,
-        params,
-        [prompt for prompt, _ in asked],
-        max_tokens=longest,
-        sampling=GREEDY,
-        eos=ends.pop(),
-        key=jax.random.key(0),  # likeliest tokens: nothing is drawn
-    )
-    exact = [answer == expected[:-1] for answer, (_, expected) in zip(found, asked, strict=True)]
+    key = jax.random.key(0)  # greedy: nothing is drawn
+    length = max(map(len, expected))
+    answers = generate(program, params, prompts, max_tokens=length, sampling=GREEDY, eos=ends.pop(), key=key)
+    exact = [answer == ids[:-1] for answer, ids in zip(answers, expected, strict=True)]
     decode = data.tokenizer.decode
     texts = [
-        {"prompt": decode(prompt), "expected": decode(expected), "answer": decode(answer)}
-        for answer, (prompt, expected) in zip(found, asked, strict=True)
+        {"prompt": decode(prompt), "expected": decode(ids), "answer": decode(answer)}
+        for prompt, ids, answer in zip(prompts, expected, answers, strict=True)
     ]
     values = {"held_out_exact_match": sum(exact) / len(exact)}
     for metric in metrics:
-        values |= numbers(metric, metric(texts))
+        values |= validate_scores(metric, metric(texts))
     return values
 
 
-def numbers(metric: Metric, values: Any) -> dict[str, float]:
-    """What a user's measure returned. Raises UserError where it is not numbers by name."""
+def validate_scores(metric: Metric, values: Any) -> dict[str, float]:
+    """Return the `values` of a user's metric as floats. Raises UserError unless all are finite and have names."""
     name = f"{metric.__module__}:{metric.__qualname__}"
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
         raise UserError(f"evaluation.metrics: {name} returned {values!r:.60}; return e.g. {{'length': 3.0}}")
     try:
-        found = {key: float(value) for key, value in values.items()}
+        scores = {key: float(value) for key, value in values.items()}
     except (TypeError, ValueError):
-        raise UserError(f"evaluation.metrics: {name} returned {values!r:.60}, which are not all numbers") from None
-    if bad := [key for key, value in found.items() if not math.isfinite(value)]:
-        raise UserError(f"evaluation.metrics: {name} returned {found[bad[0]]} as {bad[0]}; return finite numbers")
-    return found
+        raise UserError(f"evaluation.metrics: {name} returned {values!r:.60}; every value must be a number") from None
+    if bad := [key for key, value in scores.items() if not math.isfinite(value)]:
+        raise UserError(f"evaluation.metrics: {name} returned {scores[bad[0]]} as {bad[0]}; return finite numbers")
+    return scores
 
 
-def metric_functions(names: Sequence[str]) -> list[Metric]:
-    """The functions `module:function` names; modules are also found in the working directory.
+def load_metrics(names: Sequence[str]) -> list[Metric]:
+    """Import the functions that `names`, each module:function, name; modules may be in the working directory.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none of a name.
     """
     if names and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    found = []
+    metrics = []
     for name in names:
         module, _, function = name.partition(":")
         try:
@@ -129,6 +124,6 @@ def metric_functions(names: Sequence[str]) -> list[Metric]:
             raise UserError(f"evaluation.metrics: {name}: {error}; modules are looked up from {Path.cwd()}") from None
         if not callable(getattr(imported, function, None)):
             known = [key for key, value in vars(imported).items() if callable(value) and not key.startswith("_")]
-            raise UserError.no_match(f"evaluation.metrics ({module})", [function], known=known)
-        found.append(getattr(imported, function))
-    return found
+            raise UserError.no_match(f"evaluation.metrics ({module})", [function], candidates=known)
+        metrics.append(getattr(imported, function))
+    return metrics

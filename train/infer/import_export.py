@@ -1,4 +1,4 @@
-"""Weights in and out: a Hugging Face directory becomes a run, a run becomes a Hugging Face directory."""
+"""Import and export of weights: a Hugging Face directory becomes a run, and a run becomes a Hugging Face directory."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ from ...checkpoint.storage import Storage
 from ...configs.errors import UserError
 from ...configs.huggingface import config_json
 from ...configs.loader import validated
+from ...configs.run import RunConfig
 from ...configs.sections.model import ModelConfig
 from ...models.adapters.attach import merge_adapters, split_trained
 from ...models.families.safetensors_files import COMPANIONS, copy_companions
@@ -22,43 +23,44 @@ from ..core.run_directory import open_directory
 from ..core.run_paths import newest_island
 from ..engine import runtime
 from ..engine.program import build
-from .inference_session import opened, read
+from .inference_session import inference_config, load_program
 
-# An imported run keeps weights and nothing else: this rule has no state.
+# An imported run holds weights and nothing else: this optimizer has no state.
 WEIGHTS_ONLY = {"name": "sgd", "b1": 0.0}
-SEEDED = ("vera", "shira")  # adapters with numbers that are neither trained nor the base model's
+SEEDED = ("vera", "shira")  # adapters with random arrays that are neither trained nor the base model's
+
+
+def config_for(source: Path, **sections: Any) -> RunConfig:
+    """The configuration of a run whose model is the one in `source`, with more `sections`."""
+    model = {"from": str(source.absolute())}
+    length = min(256, origin_length(ModelConfig.model_validate(model)) or 256)
+    return validated({"model": model, "data": {"sequence_length": length}} | sections)
 
 
 def import_directory(source: Path, run: Path, *, adapter: Path | None = None) -> Path:
-    """Make `run`, a run directory with one checkpoint, from the model in `source`; `generate` and `evaluate` take it.
+    """Create the run directory `run`, with one checkpoint, from the model in `source`.
 
-    `adapter` is a directory of PEFT's, whose adapter the run then has. Raises UserError where one of them cannot be
-    represented exactly, or `run` exists.
+    `generate` and `evaluate` read it. `adapter` is a PEFT directory, whose adapter the run then has. Raises UserError
+    if one of them cannot be represented exactly, or if `run` exists.
     """
-    absent_or_empty(run)
-    model = ModelConfig.model_validate({"from": str(source.absolute())})
-    length = min(256, made_for(model) or 256)
-    found = None if adapter is None else peft.read(adapter, model, kind=huggingface.format_kind(model))
-    if found is not None and found.adapter.method in SEEDED:
-        raise UserError(
-            f"{adapter}: {found.adapter.method} needs the random numbers in its file, and a run makes its own by the "
-            "seed; merge the adapter in PEFT, and import the model"
-        )
-    config = validated(
-        {
-            "name": run.name,
-            "model": {"from": str(source.absolute())},
-            "data": {"sequence_length": length},
-            "optimizer": WEIGHTS_ONLY,
-        }
-        | ({} if found is None else {"adapter": found.adapter.model_dump()})
-    )
+    check_empty(run)
+    sections: dict[str, Any] = {"name": run.name, "optimizer": WEIGHTS_ONLY}
+    if adapter is not None:
+        model = config_for(source).model
+        peft_adapter = peft.read(adapter, model, kind=huggingface.format_kind(model))
+        if peft_adapter.adapter.method in SEEDED:
+            raise UserError(
+                f"{adapter}: {peft_adapter.adapter.method} needs the random numbers in its file, and a run draws its "
+                "own from the seed; merge the adapter in PEFT, and import the model"
+            )
+        sections["adapter"] = peft_adapter.adapter.model_dump()
+    config = config_for(source, **sections)
     runtime.start(config, ProcessInfo())
     program = build(config, make_mesh(config.mesh))
     state = program.initialize()
-    if found is not None:
-        tree = peft.load_adapters(combine(state.params, state.frozen), found, model)
-        params, frozen = split_trained(tree, model, found.adapter)
+    if adapter is not None:
+        tree = peft.load_adapters(combine(state.params, state.frozen), peft_adapter, model)
+        params, frozen = split_trained(tree, model, peft_adapter.adapter)
         state = dataclasses.replace(state, params=params, frozen=frozen)
     open_directory(config, root=run.parent)
     copy_companions(source, run)
@@ -68,55 +70,55 @@ def import_directory(source: Path, run: Path, *, adapter: Path | None = None) ->
 
 
 def export_run(run: Path, target: Path, *, limit: int, adapter: str | None = None) -> list[str]:
-    """Write the newest checkpoint of `run` to `target`, files of at most `limit` bytes; the names written.
+    """Write the newest checkpoint of `run` to `target` in files of at most `limit` bytes; return the file names.
 
-    `adapter` is which of several is merged.
-
-    Raises UserError where no format of transformers holds the model exactly, or `target` exists.
+    The adapter is merged; `adapter` chooses one of several. Raises UserError if no format of transformers holds the
+    model exactly, or if `target` exists.
     """
-    absent_or_empty(target)
+    check_empty(target)
     run = newest_island(run)
-    program, state = opened(read(run, []), run, adapter=adapter)
-    config = program.config
-    params = merge_adapters(program.dequantized_weights(state), config.model, config.adapter)
+    program, state = load_program(inference_config(run, []), run, adapter=adapter)
+    config, model = program.config, program.config.model
+    params = merge_adapters(program.dequantized_weights(state), model, config.adapter)
     dtype = str(params["embed"]["embedding"].dtype)
-    tree = config_json(
-        config.model, positions=max(config.data.sequence_length, made_for(config.model) or 0), dtype=dtype
-    )
+    positions = max(config.data.sequence_length, origin_length(model) or 0)
+    tree = config_json(model, positions=positions, dtype=dtype)
     tree |= token_ids(run)
     if "score" in params:
         params = {name: part for name, part in params.items() if name != "head"}
-        tree |= scoring(tree["model_type"])
+        tree |= classifier_config(tree["model_type"])
     target.mkdir(parents=True, exist_ok=True)
-    files = huggingface.write(params, config.model, target, kind=tree["model_type"], limit=limit)
+    files = huggingface.write(params, model, target, kind=tree["model_type"], limit=limit)
     (target / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     return ["config.json", *(file.name for file in files), *copy_companions(run, target, names=COMPANIONS)]
 
 
-def scoring(kind: str) -> dict[str, Any]:
-    """What config.json says of a model of `kind` that scores. Raises UserError where transformers has none."""
+def classifier_config(kind: str) -> dict[str, Any]:
+    """The part of config.json for a reward model of format `kind`. Raises UserError if transformers has none."""
     if kind not in SEQUENCE_CLASSIFIERS:
         raise UserError(
-            f"recipe.name: reward made a model of format {kind}, and transformers scores only with {', '.join(SEQUENCE_CLASSIFIERS)}"
+            f"recipe.name: reward made a model of format {kind}, and transformers has reward models only of "
+            f"{', '.join(SEQUENCE_CLASSIFIERS)}; train a model of one of these families"
         )
     return {"architectures": [SEQUENCE_CLASSIFIERS[kind]], "id2label": {"0": "score"}, "label2id": {"score": 0}}
 
 
 def export_adapter(run: Path, target: Path, *, adapter: str | None = None) -> list[str]:
-    """Write the adapter of the newest checkpoint of `run` to `target` as PEFT keeps it; the names written.
+    """Write the adapter of the newest checkpoint of `run` to `target` in PEFT's format; return the file names.
 
-    `adapter` is which of several; None: each, to a directory of its name in `target`.
-
-    Raises UserError where the run has no adapter, PEFT has no file for its method, or `target` exists.
+    `adapter` chooses one of several; None: each of them goes to a directory of its name in `target`. Raises UserError
+    if the run has no adapter, if PEFT has no format for its method, or if `target` exists.
     """
-    absent_or_empty(target)
+    check_empty(target)
     run = newest_island(run)
-    config = read(run, [])
+    config = inference_config(run, [])
     if config.adapter is None:
-        raise UserError(f"adapter: {run} has none, it trained the whole model; use `meshwright checkpoint export`")
+        raise UserError(
+            f"adapter: {run} has none, because all weights were trained; use `meshwright checkpoint export`"
+        )
     if config.recipe.name == "reward":
         raise UserError(
-            f"recipe.name: reward trained a score beside the adapter of {run}, and its file has no place for one; "
+            f"recipe.name: reward trained a score head with the adapter of {run}, and PEFT's file cannot hold it; "
             "use `meshwright checkpoint export`, which merges it"
         )
     if config.quantization is not None and config.adapter.start != "zero":
@@ -126,28 +128,30 @@ def export_adapter(run: Path, target: Path, *, adapter: str | None = None) -> li
         )
     kind = config_json(config.model, positions=config.data.sequence_length, dtype="float32")["model_type"]
     if config.adapters and adapter is None:
-        return [f"{one}/{file}" for one in config.adapters for file in export_adapter(run, target / one, adapter=one)]
-    program, state = opened(config, run, adapter=adapter)
+        return [
+            f"{name}/{file}" for name in config.adapters for file in export_adapter(run, target / name, adapter=name)
+        ]
+    program, state = load_program(config, run, adapter=adapter)
     config = program.config
 
-    def started() -> Any:
-        first = program.initialize()
-        return combine(first.params, first.frozen)
+    def initial_tree() -> Any:
+        initial = program.initialize()
+        return combine(initial.params, initial.frozen)
 
     target.mkdir(parents=True, exist_ok=True)
     tree = program.dequantized_weights(state)
-    names = peft.write(tree, config.model, config.adapter, target, kind=kind, initial_tree=started)
+    names = peft.write(tree, config.model, config.adapter, target, kind=kind, initial_tree=initial_tree)
     return [*names, *copy_companions(run, target)]
 
 
-def absent_or_empty(directory: Path) -> None:
-    """Raise UserError where something is there already."""
+def check_empty(directory: Path) -> None:
+    """Raise UserError if `directory` exists and is not an empty directory."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists; choose another name, nothing is overwritten")
 
 
-def made_for(model: ModelConfig) -> int | None:
-    """Tokens of the longest row the model's origin was made for, if that is still there and says so."""
+def origin_length(model: ModelConfig) -> int | None:
+    """The longest row, in tokens, that config.json of the model's origin names; None if it names none or is gone."""
     if model.origin is None or not (file := Path(model.origin) / "config.json").is_file():
         return None
     tree = json.loads(file.read_text(encoding="utf-8"))
@@ -155,7 +159,7 @@ def made_for(model: ModelConfig) -> int | None:
 
 
 def token_ids(run: Path) -> dict[str, Any]:
-    """`bos_token_id` and the like of the run's tokenizer; {} where it has none."""
+    """`bos_token_id` and the like of the run's tokenizer; {} if it has none."""
     from ..data.tokenizer import load
 
     if not (run / "tokenizer.json").is_file():

@@ -1,4 +1,4 @@
-"""A trained run, used: its newest checkpoint brought onto one device, to generate from or to evaluate."""
+"""Use of a trained run: its newest checkpoint, loaded onto one device, to generate from or to evaluate."""
 
 import logging
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from ...checkpoint.manifest import DamagedCheckpoint
 from ...checkpoint.storage import Storage
 from ...configs.errors import UserError
-from ...configs.loader import merged, nested, parse, validated
+from ...configs.loader import merge_trees, nest_value, parse_yaml, validated
 from ...configs.run import RunConfig
 from ...parallel.mesh import make_mesh
 from ...parallel.state import TrainState
@@ -20,9 +20,9 @@ from ..engine.adapter_views import extract_adapter, per_adapter
 from ..engine.program import Program, build
 from ..engine.quantized_base import restore_frozen
 from .evaluation import evaluate as held_out
-from .precompute_logprobs import referenced
+from .precompute_logprobs import with_reference_logprobs
 
-# One device, whatever the run was trained on.
+# Overrides that put a run onto one device, whatever it was trained on.
 ONE_DEVICE = {
     "microbatches": 1,
     "mesh": dict.fromkeys(("replica", "pipe", "data", "fsdp", "expert", "seq", "tensor"), 1) | {"devices": None},
@@ -43,9 +43,9 @@ def generate(
     top_p: float | None,
     seed: int,
 ) -> list[str]:
-    """What the run's model continues each prompt with; one that learned conversations answers it.
+    """Continue each prompt with the model of `run`, or answer it if the model was trained on conversations.
 
-    `adapter` is which of several.
+    `adapter` chooses one of several adapters.
     """
     from ..data.chat import find_template
     from ..data.tokenizer import load
@@ -54,7 +54,7 @@ def generate(
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     run = newest_island(run)
-    program, state = opened(read(run, []), run, adapter=adapter)
+    program, state = load_program(inference_config(run, []), run, adapter=adapter)
     config = program.config
     return complete(
         program,
@@ -69,67 +69,62 @@ def generate(
 
 
 def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
-    """Held-out numbers of the newest checkpoint, and of its answers. Raises UserError where nothing is held out."""
+    """Return the held-out metrics of the newest checkpoint of `run`. Raises UserError if nothing is held out."""
     from ..data import assemble
-    from .generation_eval import answered, metric_functions
+    from .generation_eval import evaluate_answers, load_metrics
 
     run = newest_island(run)
-    config = read(run, overrides)
+    config = inference_config(run, overrides)
     data = assemble.of_run(config)
     if data.held_out is None:
         raise UserError(f"data.held_out: 0 in {run}: nothing to evaluate on; pass data.held_out=0.02")
-    program, state, origin = restored(config, run)
-    program.check_origin(origin)  # held-out text is compared with them again
-    data = referenced(program, data, samples=range(0))
+    program, state, origin = restore_newest(config, run)
+    program.check_origin(origin)  # a recipe may compare with the pretrained weights
+    data = with_reference_logprobs(program, data, samples=range(0))
     values = held_out(program, program.compiled_evaluation(), program.eval_params(state), state.frozen, data)
-    metrics = metric_functions(config.evaluation.metrics)
-    for prefix, one, own, its in per_adapter(program, state, data):
-        found = answered(one, one.merged_weights(own), its, config.evaluation, metrics)
-        values |= {f"{prefix}{name}": value for name, value in found.items()}
+    metrics = load_metrics(config.evaluation.metrics)
+    for prefix, part, part_state, part_data in per_adapter(program, state, data):
+        scores = evaluate_answers(part, part.merged_weights(part_state), part_data, config.evaluation, metrics)
+        values |= {f"{prefix}{name}": value for name, value in scores.items()}
     return values
 
 
-def read(run: Path, overrides: Sequence[str]) -> RunConfig:
-    """The run's configuration on one device, with `key.sub=value` words on top; without a teacher that is gone."""
-    tree = merged(read_config(run).model_dump(mode="json"), ONE_DEVICE)
+def inference_config(run: Path, overrides: Sequence[str]) -> RunConfig:
+    """The run's configuration on one device, with `overrides` (key.sub=value); without a teacher that is gone."""
+    tree = merge_trees(read_config(run).model_dump(mode="json"), ONE_DEVICE)
     teacher = tree["recipe"]["teacher"]
     if teacher is not None and not Path(teacher["from"]).expanduser().exists():
-        tree["recipe"] = {"name": "pretrain"}  # what it taught is learned, and held-out numbers are the same without it
+        tree["recipe"] = {"name": "pretrain"}  # the held-out loss is the same without the teacher
     for word in overrides:
         key, _, value = word.partition("=")
-        tree = merged(tree, nested(key.split("."), parse(value, origin=word)))
+        tree = merge_trees(tree, nest_value(key.split("."), parse_yaml(value, origin=word)))
     return validated(tree)
 
 
-def opened(config: RunConfig, run: Path, *, adapter: str | None = None) -> tuple[Program, TrainState]:
-    """The program and the newest state, of several adapters those of `adapter` alone.
+def load_program(config: RunConfig, run: Path, *, adapter: str | None = None) -> tuple[Program, TrainState]:
+    """Return the program and the newest state of `run`; with several adapters, those of the one called `adapter`.
 
-    Raises UserError where the run has no checkpoint, or no such adapter.
+    Raises UserError if the run has no checkpoint or no such adapter, or if it has several and `adapter` is None.
     """
-    check_named(config, run, adapter)
-    program, state, _ = restored(config, run)
-    return (program, state) if adapter is None else extract_adapter(program, state, adapter)
-
-
-def check_named(config: RunConfig, run: Path, adapter: str | None) -> None:
-    """Raise UserError where `adapter` is not one of several that `run` has, or it has several and none is named."""
     if adapter is None and config.adapters:
         raise UserError(f"{run} has several adapters, {', '.join(config.adapters)}; choose one with --adapter")
     if adapter is not None and adapter not in config.adapters:
         if not config.adapters:
-            raise UserError(f"--adapter: {adapter}, but {run} has not several; leave it out")
-        raise UserError.no_match("--adapter", [adapter], known=config.adapters)
+            raise UserError(f"--adapter: {adapter}, but {run} does not have several adapters; leave it out")
+        raise UserError.no_match("--adapter", [adapter], candidates=config.adapters)
+    program, state, _ = restore_newest(config, run)
+    return (program, state) if adapter is None else extract_adapter(program, state, adapter)
 
 
-def restored(config: RunConfig, run: Path) -> tuple[Program, TrainState, str | None]:
-    """As `opened`, and the origin of the weights that the run needed again.
+def restore_newest(config: RunConfig, run: Path) -> tuple[Program, TrainState, str | None]:
+    """Return the program, its newest undamaged state, and the fingerprint of the pretrained weights it needs.
 
-    Replicas that trained on devices of their own are all on this one.
+    Replicas that were trained on devices of their own are all on this one.
     """
     runtime.start(config, ProcessInfo())
     trained = read_config(run)
-    together = config.model_copy(update={"outer": trained.outer, "islands": trained.islands})
-    program = build(together, make_mesh(config.mesh), replica_count=trained.mesh.replica)
+    config = config.model_copy(update={"outer": trained.outer, "islands": trained.islands})
+    program = build(config, make_mesh(config.mesh), replica_count=trained.mesh.replica)
     with closing(Storage(run / "checkpoints", layout=program.layout)) as storage:
         for step in reversed(storage.steps):
             try:
@@ -139,4 +134,4 @@ def restored(config: RunConfig, run: Path) -> tuple[Program, TrainState, str | N
             else:
                 origin = saved.get("origin")
                 return program, restore_frozen(program, state, run, origin=origin), origin
-    raise UserError(f"{run}: no whole checkpoint; train it with `meshwright train {run / 'config.yaml'}`")
+    raise UserError(f"{run}: no undamaged checkpoint; train it with `meshwright train {run / 'config.yaml'}`")

@@ -1,11 +1,11 @@
-"""What a fixed model says of every token that will be read, noted once before the first step.
+"""Outputs of a fixed model for every token that a run will read, computed once before its first step.
 
-    data = referenced(program, data, samples=range(start, stop))
+    data = with_reference_logprobs(program, data, samples=range(start, stop))
 
-Of recipes that compare with the model as it is before the first step: log p of every token by it. Of those that learn
-from a teacher's likeliest words: these. A fixed model's words depend on a token's own document alone, so one forward
-pass over what will be read, before training, is all that is ever needed: no second model stands beside the trained
-one, a pipeline needs no second pass, and an adapter's base, a full model and quantized weights are the same to it.
+A recipe that compares with the initial model needs its log-probability of every token; one that learns from a teacher's
+top-k tokens needs those. A fixed model's output at a token depends on the token's own document only, so one forward
+pass over the data before training is enough: no second model is kept in memory, a pipeline needs no second pass, and
+it makes no difference whether the model has an adapter or quantized weights.
 """
 
 import dataclasses
@@ -36,56 +36,57 @@ logger = logging.getLogger(__name__)
 REFERENCE = "reference_logprobs"
 
 
-def referenced(program: Program, data: Data, *, samples: Iterable[int]) -> Data:
-    """`data` with the notes in training rows `samples` and in what is held out; `data` where the recipe has none."""
+def with_reference_logprobs(program: Program, data: Data, *, samples: Iterable[int]) -> Data:
+    """Return `data` with annotations for the training rows `samples` and the held-out rows, if the recipe needs any."""
     config = program.config
     if not config.recipe.reads_ahead:
         return data
-    noted = [field for field in batch_fields(config) if field == REFERENCE or program.extra_dimensions(field)]
-    logger.info("%s, once over what will be read", " and ".join(noted))
-    notes = {field: np.zeros((data.tokens, *program.extra_dimensions(field)), BATCH_DTYPES[field]) for field in noted}
+    fields = [field for field in batch_fields(config) if field == REFERENCE or program.extra_dimensions(field)]
+    logger.info("computing %s of the data, once", " and ".join(fields))
+    notes = {field: np.zeros((data.tokens, *program.extra_dimensions(field)), BATCH_DTYPES[field]) for field in fields}
     seen = np.zeros(data.tokens, bool)
-    annotate = by_teacher(program) if config.recipe.top_k else by_first_weights(program)
+    annotate = teacher_annotator(program) if config.recipe.top_k else initial_annotator(program)
     parts: list[tuple[HasRows, Iterable[int]]] = [(data.train, samples)]
     if data.held_out is not None:
         parts.append((data.held_out, range(data.held_out.rows)))
     for dataset, rows in parts:
-        for some in unseen(dataset, rows, seen=seen, size=config.data.global_batch):
-            fill(notes, some, annotate(some))
+        for batch in unseen(dataset, rows, seen=seen, size=config.data.global_batch):
+            fill(notes, batch, annotate(batch))
     held_out = None if data.held_out is None else Noted(data.held_out, notes, seen)
     return dataclasses.replace(data, train=Noted(data.train, notes, seen), held_out=held_out)
 
 
-def by_first_weights(program: Program) -> Annotate:
-    """A function from at most `global_batch` rows to log p of their targets by the weights before step 0."""
-    if program.config.adapters:  # which are nothing yet: one is as good as several
+def initial_annotator(program: Program) -> Annotate:
+    """Return a function from at most `global_batch` rows to log p of their targets by the initial weights."""
+    if program.config.adapters:  # before training, adapters change nothing: one is enough
         program = build(program.config.model_copy(update={"adapters": {}}), program.mesh)
     config = program.config
-    told = partial(make_context, config, program.mesh)
-    forward = values_fn(target_logprobs(config.model, config.memory), program.graph, context=told)
-    return by(program.initial_weights(), lambda weights, batch: {REFERENCE: forward(weights, {}, batch, None)}, program)
+    context = partial(make_context, config, program.mesh)
+    logprobs = values_fn(target_logprobs(config.model, config.memory), program.graph, context=context)
+    forward = lambda weights, batch: {REFERENCE: logprobs(weights, {}, batch, None)}
+    return make_annotator(program.initial_weights(), forward, program)
 
 
-def by_teacher(program: Program) -> Annotate:
-    """A function from at most `global_batch` rows to the likeliest words of the teacher, which it holds."""
-    note = top_k_annotator(program.config, context=partial(make_context, program.config, program.mesh))
-    return by(program.teacher_weights(), note, program)
+def teacher_annotator(program: Program) -> Annotate:
+    """Return a function from at most `global_batch` rows to the teacher's top-k tokens; it holds the teacher."""
+    annotate = top_k_annotator(program.config, context=partial(make_context, program.config, program.mesh))
+    return make_annotator(program.teacher_weights(), annotate, program)
 
 
-def by(weights: Any, forward: Callable[[Any, Batch], dict[str, jax.Array]], program: Program) -> Annotate:
-    """A function from at most `global_batch` rows to what `forward(weights, batch)` says of them, in their order."""
+def make_annotator(weights: Any, forward: Callable[[Any, Batch], dict[str, jax.Array]], program: Program) -> Annotate:
+    """Return a function from at most `global_batch` rows to `forward(weights, batch)`, in the order of the rows."""
     config, mesh = program.config, program.mesh
     compiled = jax.jit(forward, out_shardings=NamedSharding(mesh, PartitionSpec()))
     order = token_order(config.data.sequence_length, mesh=mesh, strategy=config.sequence.parallel)
-    mine = local_rows(config, mesh)
+    process_rows = local_rows(config, mesh)
 
     def annotate(rows: list[Row]) -> Mapping[str, np.ndarray]:
-        whole = [*rows, *rows[-1:] * (config.data.global_batch - len(rows))][mine]
-        batch = {name: np.stack([row[name] for row in whole]) for name in BATCH_FIELDS}
+        padded = [*rows, *rows[-1:] * (config.data.global_batch - len(rows))][process_rows]
+        batch = {name: np.stack([row[name] for row in padded]) for name in BATCH_FIELDS}
         with jax.set_mesh(mesh):
-            found = jax.device_get(compiled(weights, make_global_arrays(batch, config, mesh, fields=BATCH_FIELDS)))
+            outputs = jax.device_get(compiled(weights, make_global_arrays(batch, config, mesh, fields=BATCH_FIELDS)))
         if order is not None:
-            found = {field: values[:, np.argsort(order)] for field, values in found.items()}
-        return {field: values[: len(rows)] for field, values in found.items()}
+            outputs = {field: values[:, np.argsort(order)] for field, values in outputs.items()}
+        return {field: values[: len(rows)] for field, values in outputs.items()}
 
     return annotate

@@ -1,9 +1,9 @@
-"""From logits to the next token: temperature, top-k, top-p, or simply the likeliest.
+"""Sampling of the next token from logits: temperature, top-k, top-p, or greedy.
 
-    logits / temperature -> keep the k likeliest -> keep the likeliest of total probability p -> draw
+    logits / temperature -> mask all but the top k -> mask all but the nucleus of probability p -> draw
 
-Everything is a pure function of one row's logits and one row's key, so that a text never depends on the texts that
-happen to be generated beside it.
+Everything is a pure function of one row's logits and one row's key, so that a text never depends on the other texts of
+its batch.
 """
 
 import zlib
@@ -20,10 +20,10 @@ from ...configs.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Raises UserError on values that leave nothing to draw from."""
+    """How a token is drawn. Raises UserError on values out of range."""
 
     temperature: float = 1.0
-    """Divides the logits; 0: always the likeliest token."""
+    """Divides the logits; 0: always the likeliest token (greedy)."""
     top_k: int | None = None
     """Only the k likeliest tokens; None: all."""
     top_p: float | None = None
@@ -42,21 +42,21 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def sample(logits: jax.Array, keys: jax.Array, *, sampling: Sampling) -> jax.Array:
-    """One token a row, int32 [rows], from float32 logits [rows, vocab] and keys [rows]."""
+    """Draw one token for each row, int32 [rows], from float32 logits [rows, vocab] and keys [rows]."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys, weighed(logits, sampling=sampling)).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, warp_logits(logits, sampling=sampling)).astype(jnp.int32)
 
 
 def probabilities(logits: jax.Array, *, sampling: Sampling) -> jax.Array:
-    """Of each token to be the one that `sample` draws: [..., vocab], from float32 logits [..., vocab]."""
+    """The probabilities [..., vocab] with which `sample` draws each token, from float32 logits [..., vocab]."""
     if sampling.temperature == 0:
         return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
-    return jax.nn.softmax(weighed(logits, sampling=sampling), axis=-1)
+    return jax.nn.softmax(warp_logits(logits, sampling=sampling), axis=-1)
 
 
-def weighed(logits: jax.Array, *, sampling: Sampling) -> jax.Array:
-    """The logits that are drawn from, at a temperature above 0."""
+def warp_logits(logits: jax.Array, *, sampling: Sampling) -> jax.Array:
+    """Apply temperature (above 0), top-k and top-p to logits [..., vocab]."""
     logits = logits / sampling.temperature
     if sampling.top_k is not None:
         logits = top_k(logits, sampling.top_k)
@@ -66,35 +66,36 @@ def weighed(logits: jax.Array, *, sampling: Sampling) -> jax.Array:
 
 
 def top_k(logits: jax.Array, count: int) -> jax.Array:
-    """-inf but for exactly the `count` largest of each row; of equal ones the first. Source: arXiv:1805.04833."""
+    """Keep the `count` largest of each row, of equal ones the first; others are -inf. Source: arXiv:1805.04833."""
     return jnp.where(ranks(logits) < count, logits, -jnp.inf)
 
 
 def top_p(logits: jax.Array, mass: float) -> jax.Array:
-    """-inf but for the nucleus: the fewest largest of each row whose probability is at least `mass`, one or more.
+    """Keep the nucleus of each row: the fewest largest whose probability is at least `mass`; others are -inf.
 
     Source: arXiv:1904.09751, section 3.1.
     """
-    falling = jax.lax.sort(jax.nn.softmax(logits), dimension=-1)[..., ::-1]
-    before = jnp.cumsum(falling, axis=-1) - falling  # probability of all that is likelier
+    descending = jax.lax.sort(jax.nn.softmax(logits), dimension=-1)[..., ::-1]
+    before = jnp.cumsum(descending, axis=-1) - descending  # probability of all likelier tokens
     size = jnp.sum(before < mass, axis=-1, keepdims=True)
     return jnp.where(ranks(logits) < size, logits, -jnp.inf)
 
 
 def ranks(logits: jax.Array) -> jax.Array:
-    """Place of each element of a row, from the largest, 0, downwards; of equal ones the first is the larger."""
+    """The rank of each element of a row, 0 for the largest; of equal ones the first has the lower rank."""
     return jnp.argsort(jnp.argsort(-logits, axis=-1, stable=True), axis=-1, stable=True)
 
 
-def text_keys(key: jax.Array, prompts: Sequence[Sequence[int]]) -> jax.Array:
-    """One key a prompt, [prompts], by what it says and how often it was said before, not by its place in the list.
+def prompt_keys(key: jax.Array, prompts: Sequence[Sequence[int]]) -> jax.Array:
+    """Return a key for each prompt [prompts], which depends on its tokens and how often they occurred before.
 
-    So a prompt's text is the same whatever is generated beside it, and a prompt given twice gets two texts.
+    It does not depend on the index, so that a prompt's text is the same in every batch, and a repeated prompt has
+    different texts.
     """
-    said: Counter[tuple[int, ...]] = Counter()
+    occurrences: Counter[tuple[int, ...]] = Counter()
     identities = np.zeros((len(prompts), 2), np.uint32)
     for row, prompt in enumerate(map(tuple, prompts)):
-        identities[row] = zlib.crc32(np.asarray(prompt, "<u4").tobytes()), said[prompt]
-        said[prompt] += 1
-    one = lambda identity: jax.random.fold_in(jax.random.fold_in(key, identity[0]), identity[1])
-    return jax.vmap(one)(jnp.asarray(identities))
+        identities[row] = zlib.crc32(np.asarray(prompt, "<u4").tobytes()), occurrences[prompt]
+        occurrences[prompt] += 1
+    fold = lambda identity: jax.random.fold_in(jax.random.fold_in(key, identity[0]), identity[1])
+    return jax.vmap(fold)(jnp.asarray(identities))

@@ -17,20 +17,20 @@ from .metric_sinks import Sink, open_sinks
 from .progress_display import open_progress
 
 
-class Telling:
+class MetricsLogger:
     """Only the process whose `journal` is enabled is heard; the others are told the same."""
 
     def __init__(self, config: RunConfig, directory: Path, journal: Journal, *, start: int) -> None:
         self._config, self._directory, self._journal, self._start = config, directory, journal, start
         self._held = ExitStack()
         self._sinks: list[Sink] = []
-        self.last: dict[str, float] = {}
-        self.first: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+        self.initial: dict[str, float] = {}
 
-    def __enter__(self) -> "Telling":
+    def __enter__(self) -> "MetricsLogger":
         config, heard = self._config, self._journal.enabled
         self._bar = self._held.enter_context(
-            open_progress(config.steps, self._start, heard, every=config.logging.every)
+            open_progress(config.steps, self._start, heard, interval=config.logging.every)
         )
         if heard:
             self._sinks = open_sinks(
@@ -51,22 +51,22 @@ class Telling:
         """Show it once."""
         self._bar.note(text)
 
-    def step(self, number: int, metrics: Mapping[str, float]) -> None:
+    def log_step(self, number: int, metrics: Mapping[str, float]) -> None:
         """Update `number` is done. Every `logging.every`-th has a row, the first and the last too."""
-        self.last |= metrics
+        self.latest |= metrics
         if metrics["skipped"]:
             self._journal.record("skip", step=number, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
         self._bar.update(number, metrics)
         if number % self._config.logging.every == 0 or number in (1, self._config.steps):
             self._row(number, metrics)
 
-    def evaluation(
+    def log_evaluation(
         self, step: int, values: Mapping[str, float], samples: Sequence[tuple[str, str]], *, seconds: float
     ) -> None:
         """Numbers of what is held out, and (prompt, text) samples, after `step` updates."""
         if step == 0:
-            self.first = dict(values)
-        self.last |= values
+            self.initial = dict(values)
+        self.latest |= values
         self._row(step, values)
         self._journal.record("evaluation", step=step, seconds=seconds, **values)
         self.note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
@@ -75,7 +75,7 @@ class Telling:
             if step in (0, self._config.steps):
                 self.note(f"step {step}, after {prompt!r}:\n{text}")
 
-    def stopped(self, step: int) -> None:
+    def log_preemption(self, step: int) -> None:
         """On request, the state saved."""
         self._journal.record("preempted", step=step)
 

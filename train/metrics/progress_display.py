@@ -38,12 +38,16 @@ class Progress:
         """Show a text, or anything rich can print, once."""
 
 
-def open_progress(steps: int, start: int, enabled: bool, *, every: int = 1, console: Console | None = None) -> Progress:
+def open_progress(
+    steps: int, start: int, enabled: bool, *, interval: int = 1, console: Console | None = None
+) -> Progress:
     """The display of a run that has done `start` of `steps`; `every` is the distance of the plain lines, in steps."""
     if not enabled:
         return Progress()
     console = console or Console()
-    return LiveProgress(steps, start, console) if console.is_terminal else PlainProgress(steps, start, every, console)
+    return (
+        LiveProgress(steps, start, console) if console.is_terminal else PlainProgress(steps, start, interval, console)
+    )
 
 
 class PlainProgress(Progress):
@@ -100,8 +104,8 @@ class LiveProgress(Progress):
         row.add_row(
             ProgressBar(total=max(self.steps, 1), completed=self.step, width=32),
             Text(f"step {self.step}/{self.steps}", style="bold"),
-            Text(f"{duration(self.clock() - self.began)} elapsed", style="dim"),
-            Text(f"{duration(self.seconds_left())} left", style="dim"),
+            Text(f"{clock_time(self.clock() - self.began)} elapsed", style="dim"),
+            Text(f"{clock_time(self.seconds_left())} left", style="dim"),
         )
         words = described(self.values)
         numbers = Text("  ").join([Text(sparkline(self.losses), style="cyan"), *map(Text, words)])
@@ -139,7 +143,7 @@ def sparkline(values: "deque[float] | list[float]") -> str:
     return "".join(BLOCKS[round((v - low) / span * top)] if math.isfinite(v) else "×" for v in values)
 
 
-def duration(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
     """`0:42`, `1:05:09`, `3d 02:00`; `-:--` where it is not known."""
     if not math.isfinite(seconds):
         return "-:--"

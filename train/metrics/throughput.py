@@ -30,7 +30,7 @@ class Meter:
     last: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def of(cls, config: RunConfig, plan: Mapping[str, Any]) -> "Meter":
+    def from_config(cls, config: RunConfig, plan: Mapping[str, Any]) -> "Meter":
         """The stopwatch of a run, started."""
         positions = config.data.global_batch * config.data.sequence_length
         return cls(positions, plan["model_flops_per_token"], peak_flops(config))
@@ -67,12 +67,12 @@ def peak_flops(config: RunConfig) -> float | None:
         return config.logging.peak_tflops * 1e12 * len(devices)
     if devices[0].platform == "cpu":
         # Processes share the cores too, but would disturb each other's measurement.
-        return matmul_flops() if jax.process_count() == 1 else None
+        return measure_matmul() if jax.process_count() == 1 else None
     known = [peak for name, peak in PEAKS.items() if name in devices[0].device_kind]
     return known[0] * 1e12 * len(devices) if known else None
 
 
-def matmul_flops(size: int = 1024, *, repeats: int = 5, dtype: str = "float32") -> float:
+def measure_matmul(size: int = 1024, *, repeats: int = 5, dtype: str = "float32") -> float:
     """FLOP/s of [size, size] products on one device, the best of `repeats`. A CPU uses all the cores there are."""
     matrix = jax.device_put(jnp.ones((size, size), jnp.dtype(dtype)), jax.local_devices()[0])
     product = jax.jit(lambda a: a @ a)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...configs.errors import UserError
-from ...configs.loader import load
+from ...configs.loader import load_config
 from ...configs.run import RunConfig
 from ...configs.sections.outer import OuterConfig
 from ...parallel.outer.latency import pair_seconds, tree_seconds, waiting_cost
@@ -36,7 +36,7 @@ def print_plan(words: Sequence[str], *, step_seconds: float | None, gigabits: fl
         found = {"bandwidth": bandwidth_rows(), "latency": latency_rows()}
         tables = [bandwidth_table(found["bandwidth"]), latency_table(found["latency"])]
     else:
-        config = load(words[0], overrides=words[1:])
+        config = load_config(words[0], overrides=words[1:])
         if config.outer is None:
             raise UserError(f"outer: not set in {words[0]}: its devices meet every step; try lowcomm/streaming")
         if step_seconds is None or gigabits is None:

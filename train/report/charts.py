@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from .markup import compact, render
+from .markup import format_number, render
 
 WIDTH, HEIGHT = 460, 230  # points; the page scales the picture to its column
 COLOURS = {"#00000a": "ink", "#00000b": "line", "#00000c": "series-1", "#00000d": "series-2", "#00000e": "bad"}
@@ -74,7 +74,7 @@ def furnished(axes, *, log: bool) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(LINE)
     axes.tick_params(which="both", length=0, labelcolor=INK, labelsize=10, pad=5)

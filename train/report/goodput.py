@@ -25,7 +25,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .markup import duration, render
+from .markup import format_duration, render
 from .run_record import Record
 
 CAUSES = ("startup", "restore", "compile", "save", "evaluate", "wasted", "detect", "wait", "restart")
@@ -80,9 +80,9 @@ def daly(*, stall: float, failure: float, recovery: float) -> float:
     return max(math.sqrt(2 * stall * (failure + recovery)) - stall, stall)
 
 
-def accounted(record: Record) -> Goodput:
+def compute_goodput(record: Record) -> Goodput:
     """Where the time of a run went, over all its sittings."""
-    sittings = list(record.sittings())
+    sittings = list(record.sessions())
     starts = [sitting[0].get("step", 0) for sitting in sittings]
     badput = dict.fromkeys(CAUSES, 0.0)
     productive = 0.0
@@ -95,8 +95,8 @@ def accounted(record: Record) -> Goodput:
             spent["restart"] = max(born(sittings[number + 1]) - last(sitting)["time"] - spent["wait"], 0.0)
         for cause, seconds in spent.items():
             badput[cause] += seconds
-    failures = len(record.of("restart", "give-up"))
-    stalls = [event["stall_seconds"] for event in record.of("save") if "stall_seconds" in event]
+    failures = len(record.events_named("restart", "give-up"))
+    stalls = [event["stall_seconds"] for event in record.events_named("save") if "stall_seconds" in event]
     recovered = sum(badput[cause] for cause in ("detect", "wait", "restart", "startup", "restore", "compile"))
     return Goodput(
         wall=productive + sum(badput.values()),
@@ -105,7 +105,7 @@ def accounted(record: Record) -> Goodput:
         failures=failures,
         stall=fmean(stalls) if stalls else None,
         recovery=recovered / failures if failures else None,
-        step=record.typical("step_seconds"),
+        step=record.median("step_seconds"),
     )
 
 
@@ -155,10 +155,12 @@ def goodput_section(record: Record) -> Markup | None:
     """The account as a table. None where nothing ran."""
     if not record.events:
         return None
-    found = accounted(record)
+    found = compute_goodput(record)
     rows = [("productive", found.productive), *found.badput.items()]
-    lines = [(name, duration(seconds), f"{100 * seconds / max(found.wall, 1e-9):.1f} %") for name, seconds in rows]
-    note = f"{100 * found.share:.1f} % of {duration(found.wall)} made steps that stayed."
+    lines = [
+        (name, format_duration(seconds), f"{100 * seconds / max(found.wall, 1e-9):.1f} %") for name, seconds in rows
+    ]
+    note = f"{100 * found.share:.1f} % of {format_duration(found.wall)} made steps that stayed."
     if found.interval is not None:
         note += f" Saving every {found.interval:.0f} steps would lose the least (Daly)."
     return render("goodput", rows=lines, note=note)

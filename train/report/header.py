@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .markup import compact, duration, render
+from .markup import format_duration, format_number, render
 from .run_record import FILES, Record
 
 TONES = {"finished": "good", "failed": "bad", "preempted": "warn", "unfinished": "warn"}
@@ -19,7 +19,7 @@ def header(record: Record) -> Markup:
         tone=TONES[record.status],
         subtitle=subtitle(record),
         origins=origins(record),
-        failure=record.of("failure")[-1] if record.status == "failed" else None,
+        failure=record.events_named("failure")[-1] if record.status == "failed" else None,
         tiles=tiles(record),
         files=FILES,
     )
@@ -34,7 +34,7 @@ def subtitle(record: Record) -> list[str]:
     if model.get("layers") and model.get("embed"):
         words.append(f"{model['layers']} layers of {model['embed']}")
     if parameters := record.plan.get("parameters"):
-        words.append(f"{compact(parameters['count'])} parameters")
+        words.append(f"{format_number(parameters['count'])} parameters")
     if axes := [f"{axis} {size}" for axis, size in (record.plan.get("mesh") or {}).items() if size > 1]:
         words.append(" × ".join(axes))
     if devices := record.plan.get("devices"):
@@ -55,20 +55,20 @@ def origins(record: Record) -> list[str]:
 def tiles(record: Record) -> list[tuple[str, str, str]]:
     """(label, value, note) of the numbers one looks for first; those that are not known are left out."""
     found = []
-    if (loss := record.last("loss")) is not None:
+    if (loss := record.latest("loss")) is not None:
         found.append(("training loss", f"{loss:.3f}", f"step {record.metrics[-1]['step']}{of_steps(record)}"))
-    if (bits := record.last("held_out_bits_per_byte")) is not None:
+    if (bits := record.latest("held_out_bits_per_byte")) is not None:
         found.append(("held-out bits per byte", f"{bits:.3f}", beside_gzip(record)))
-    if (perplexity := record.last("held_out_perplexity")) is not None:
-        found.append(("held-out perplexity", compact(perplexity), f"loss {record.last('held_out_loss'):.3f}"))
-    if (rate := record.typical("tokens_per_second")) is not None:
-        seconds = record.typical("step_seconds")
-        found.append(("tokens/s", compact(rate), f"{seconds:.3g} s a step" if seconds is not None else ""))
-    if (mfu := record.typical("mfu")) is not None:
+    if (perplexity := record.latest("held_out_perplexity")) is not None:
+        found.append(("held-out perplexity", format_number(perplexity), f"loss {record.latest('held_out_loss'):.3f}"))
+    if (rate := record.median("tokens_per_second")) is not None:
+        seconds = record.median("step_seconds")
+        found.append(("tokens/s", format_number(rate), f"{seconds:.3g} s a step" if seconds is not None else ""))
+    if (mfu := record.median("mfu")) is not None:
         found.append(("MFU", f"{mfu:.1%}", host_share(record)))
     if record.seconds > 0:
-        sittings = len(list(record.sittings()))
-        found.append(("duration", duration(record.seconds), f"in {sittings} sittings" if sittings > 1 else ""))
+        sittings = len(list(record.sessions()))
+        found.append(("duration", format_duration(record.seconds), f"in {sittings} sittings" if sittings > 1 else ""))
     return found
 
 
@@ -85,7 +85,7 @@ def beside_gzip(record: Record) -> str:
 
 def host_share(record: Record) -> str:
     """How much of a step the host works while the device may wait for it."""
-    host, step = record.typical("host_seconds"), record.typical("step_seconds")
+    host, step = record.median("host_seconds"), record.median("step_seconds")
     return f"host: {host / step:.1%} of a step" if host is not None and step else ""
 
 

@@ -37,10 +37,10 @@ def page(record: Record) -> str:
         curves(record),
         *planned(record),
         schedule_picture(record.config, record.pipeline),
-        timeline.samples(record.events),
+        timeline.samples_section(record.events),
         goodput_section(record),
         processes_section(record.detection),
-        timeline.timeline(record.events),
+        timeline.events_section(record.events),
         header.surroundings(record),
     ]
     return render("report", record=record, parts=[part for part in parts if part is not None])
@@ -58,7 +58,7 @@ def curves(record: Record) -> Markup | None:
     steps, shares = record.series("mfu")
     mfu = Curve("of the peak", steps, [100 * share for share in shares])
     times = [Curve("step", *record.series("step_seconds")), Curve("host", *record.series("host_seconds"))]
-    marks = [event["step"] for event in record.of("restore") if "step" in event]
+    marks = [event["step"] for event in record.events_named("restore") if "step" in event]
     traffic = [
         Curve("MB sent", *scaled(record.series("sent_bytes"), 1e-6)),
         Curve("predicted", *scaled(record.series("predicted_sent_bytes"), 1e-6)),
@@ -94,7 +94,7 @@ def planned(record: Record) -> list[Markup]:
     if not plan:
         return []
     sizes = plan.get("mesh") or {}
-    parts = [plan_bars.memory(plan), plan_bars.communication(plan)]
+    parts = [plan_bars.memory_section(plan), plan_bars.communication_section(plan)]
     if plan.get("devices"):
         parts.append(mesh_picture(sizes, plan["devices"]))
     if plan.get("arrays"):

@@ -30,11 +30,11 @@ def _environment() -> "jinja2.Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "compact": compact}
+    environment.filters |= {"size": format_bytes, "compact": format_number}
     return environment
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes: `0 B`, `34.1 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
@@ -43,7 +43,7 @@ def size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def compact(value: float) -> str:
+def format_number(value: float) -> str:
     """A number in few digits: `0`, `0.25`, `12.5`, `12.3k`, `34.1M`, `3.0e-4`; an em dash where it is none."""
     if not math.isfinite(value):
         return "—"
@@ -59,7 +59,7 @@ def compact(value: float) -> str:
     return f"{value:.3g}P"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`8.2 s`, `4m 12s`, `2h 05m`, `3d 02h`."""
     if seconds < 60:
         return f"{seconds:.1f} s"

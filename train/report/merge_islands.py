@@ -20,7 +20,7 @@ LARGEST = ("step_seconds", "host_seconds", "skipped", "peak_step_bytes", "peak_b
 TROUBLE = ("restart", "bootstrap", "behind", "excluded", "meeting-skipped", "failure")
 
 
-def merge(directory: Path) -> dict[str, Any]:
+def merge_islands(directory: Path) -> dict[str, Any]:
     """Write the files of `directory` from its islands'; the summary. One that has not written anything is left out."""
     islands = {
         int(island.name.removeprefix("island-")): island

@@ -5,15 +5,15 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .markup import render, size
+from .markup import format_bytes, render
 
 
-def memory(plan: Mapping[str, Any]) -> Markup:
+def memory_section(plan: Mapping[str, Any]) -> Markup:
     """One stacked bar of a device's memory during a step, and the numbers behind it."""
     parts = {name: count for name, count in device_parts(plan).items() if count > 0}
     compiled = plan.get("compiled") or {}
     rows = [
-        (label, size(compiled[key]))
+        (label, format_bytes(compiled[key]))
         for key, label in (
             ("argument_bytes", "arguments: state and batch"),
             ("output_bytes", "results: new state and metrics"),
@@ -24,7 +24,7 @@ def memory(plan: Mapping[str, Any]) -> Markup:
         if compiled.get(key) is not None
     ]
     state = [
-        (name.title(), size(plan[name]["bytes"]), size(plan[name]["bytes_per_device"]))
+        (name.title(), format_bytes(plan[name]["bytes"]), format_bytes(plan[name]["bytes_per_device"]))
         for name in ("parameters", "optimizer")
         if name in plan
     ]
@@ -43,7 +43,7 @@ def device_parts(plan: Mapping[str, Any]) -> dict[str, float]:
     return parts
 
 
-def communication(plan: Mapping[str, Any]) -> Markup:
+def communication_section(plan: Mapping[str, Any]) -> Markup:
     """A bar for each set of mesh axes, stacked by kind of collective, all to one scale."""
     by_axes: dict[str, dict[str, float]] = {}
     for kind, axes_bytes in (plan.get("collectives") or {}).items():

@@ -35,7 +35,7 @@ class Verdict:
     """What became of one promise."""
 
     promise: str
-    held: bool
+    passed: bool
     detail: str  # the first breach, or what was looked at
 
 
@@ -212,13 +212,13 @@ def same_state(directory: Path, other: Path) -> Verdict:
     return Verdict(promise, not odd, detail)
 
 
-def rendered(verdicts: Sequence[Verdict], *, as_json: bool) -> str:
+def render_verdicts(verdicts: Sequence[Verdict], *, as_json: bool) -> str:
     """A line for each promise, or JSON."""
     if as_json:
         return json.dumps([asdict(one) for one in verdicts], indent=1)
-    return "\n".join(f"{'kept  ' if one.held else 'BROKEN'}  {one.promise:42}  {one.detail}" for one in verdicts)
+    return "\n".join(f"{'kept  ' if one.passed else 'BROKEN'}  {one.promise:42}  {one.detail}" for one in verdicts)
 
 
 def exit_code(verdicts: Sequence[Verdict]) -> int:
     """0 only where every promise was kept."""
-    return 0 if all(one.held for one in verdicts) else MeshwrightError.exit_code
+    return 0 if all(one.passed for one in verdicts) else MeshwrightError.exit_code

@@ -45,16 +45,16 @@ class Record:
         values = [row[name] if math.isfinite(row[name]) else math.nan for row in rows]
         return [int(row["step"]) for row in rows], values
 
-    def last(self, name: str) -> float | None:
+    def latest(self, name: str) -> float | None:
         """The newest value of a metric; None where it was never logged."""
         return next((row[name] for row in reversed(self.metrics) if name in row), None)
 
-    def typical(self, name: str) -> float | None:
+    def median(self, name: str) -> float | None:
         """The median of a metric without its first row, which is still warming up; None where it was never logged."""
         values = sorted(row[name] for row in self.metrics[1:] or self.metrics if name in row)
         return values[len(values) // 2] if values else None
 
-    def of(self, *names: str) -> list[dict[str, Any]]:
+    def events_named(self, *names: str) -> list[dict[str, Any]]:
         """The events of these names, oldest first."""
         return [event for event in self.events if event["event"] in names]
 
@@ -68,9 +68,9 @@ class Record:
     @property
     def seconds(self) -> float:
         """Time spent in all sittings, from the first event of each to its last; breaks between them do not count."""
-        return sum(sitting[-1]["time"] - sitting[0]["time"] for sitting in self.sittings())
+        return sum(sitting[-1]["time"] - sitting[0]["time"] for sitting in self.sessions())
 
-    def sittings(self) -> Iterator[list[dict[str, Any]]]:
+    def sessions(self) -> Iterator[list[dict[str, Any]]]:
         """The events of each sitting."""
         sitting: list[dict[str, Any]] = []
         for event in self.events:

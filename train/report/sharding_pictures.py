@@ -32,7 +32,7 @@ class Array:
     bytes_per_device: int
 
     @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> "Array":
+    def from_plan(cls, entry: Mapping[str, Any]) -> "Array":
         """From its entry in plan.json."""
         shape = tuple(entry["shape"])
         spec = [*(entry.get("spec") or ()), *[None] * len(shape)][: len(shape)]
@@ -54,15 +54,15 @@ class Array:
 
 def sharding_picture(arrays: Iterable[Mapping[str, Any]], sizes: Mapping[str, int]) -> Markup:
     """Boxes, the table of parameters, and the rest of the state folded away. `sizes`: mesh axis -> size."""
-    known = [Array.of(entry) for entry in arrays]
+    known = [Array.from_plan(entry) for entry in arrays]
     weights = [array for array in known if array.of_weights]
     others = [array for array in known if not array.of_weights]
-    boxes = [drawn for suffix in DRAWN for drawn in [box(first(weights, suffix), sizes)] if drawn is not None]
+    boxes = [drawn for suffix in DRAWN for drawn in [weight_box(first(weights, suffix), sizes)] if drawn is not None]
     return render(
         "sharding",
         boxes=boxes,
-        weights=listed(weights),
-        others=listed(others) if others else None,
+        weights=arrays_table(weights),
+        others=arrays_table(others) if others else None,
         count=len(others),
     )
 
@@ -72,7 +72,7 @@ def first(arrays: Sequence[Array], suffix: str) -> Array | None:
     return next((array for array in arrays if array.name.endswith(suffix)), None)
 
 
-def box(array: Array | None, sizes: Mapping[str, int]) -> Markup | None:
+def weight_box(array: Array | None, sizes: Mapping[str, int]) -> Markup | None:
     """The weight's matrix as a box: its first own dimension downwards, the others across. None where it has fewer."""
     own = len(axis_names(array.name)) if array else 0
     if array is None or own < 2:
@@ -112,7 +112,7 @@ def side(names: Sequence[str | None], length: int, axes: Sequence[Sequence[str]]
     return ", ".join([words, *(f"{axis} {sizes.get(axis, 1)}" for group in axes for axis in group)])
 
 
-def listed(arrays: Sequence[Array]) -> Markup:
+def arrays_table(arrays: Sequence[Array]) -> Markup:
     """The table; arrays that differ only in their layer's number share a row."""
     groups: dict[tuple[Any, ...], list[Array]] = {}
     for array in arrays:

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .markup import compact, duration, render
+from .markup import format_duration, format_number, render
 
 MOST_EVENTS = 300  # listed; the newest matter when something went wrong
 
@@ -20,7 +20,7 @@ TONES = {
 }  # fmt: skip
 
 
-def timeline(events: Sequence[Mapping[str, Any]]) -> Markup:
+def events_section(events: Sequence[Mapping[str, Any]]) -> Markup:
     """The journal without its samples."""
     events = [event for event in events if event["event"] != "sample"]
     began = events[0]["time"] if events else 0.0
@@ -56,11 +56,11 @@ def titled(key: str) -> str:
 def worded(key: str, value: Any) -> str:
     """A field's value as people write it."""
     if isinstance(value, float) and key.endswith("seconds"):
-        return f"{1000 * value:.0f} ms" if value < 1 else duration(value)
-    return compact(value) if isinstance(value, float) and math.isfinite(value) else str(value)
+        return f"{1000 * value:.0f} ms" if value < 1 else format_duration(value)
+    return format_number(value) if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
-def samples(events: Sequence[Mapping[str, Any]]) -> Markup | None:
+def samples_section(events: Sequence[Mapping[str, Any]]) -> Markup | None:
     """What the model made of the prompts: the newest first, earlier ones folded away. None where there are none."""
     steps: dict[int, list[Mapping[str, Any]]] = {}
     for event in events:

@@ -1,4 +1,4 @@
-"""A draft's last stage: it learns what its target wrote, and its run tells how well it drafts."""
+"""Draft data: the target writes texts, the draft learns from them, and its acceptance is measured."""
 
 import json
 
@@ -11,13 +11,19 @@ from typer.testing import CliRunner
 from meshwright.checkpoint.interop import huggingface
 from meshwright.configs.errors import UserError
 from meshwright.configs.huggingface import config_json
-from meshwright.configs.loader import dump, merged
+from meshwright.configs.loader import dump, merge_trees
 from meshwright.train.cli.main import app
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
 from meshwright.train.data.tokenizer import tokenizer_for
 from meshwright.train.engine.forward_backward import init_params
-from meshwright.train.infer.draft_data import GenerationRequest, document_prompts, held_out_prompts, measure_draft, write_draft_data
+from meshwright.train.infer.draft_data import (
+    GenerationRequest,
+    document_prompts,
+    held_out_prompts,
+    measure_draft,
+    write_draft_data,
+)
 from meshwright.train.infer.sampling import GREEDY
 from meshwright.train.run import train
 
@@ -32,7 +38,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    """The directory of a model that reads bytes."""
+    """The directory of a model with a byte tokenizer."""
     directory = tmp_path_factory.mktemp("target")
     config = tiny(model={"vocab": 264, "embed": 24}, seed=3)
     weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda: init_params(config))())
@@ -43,10 +49,10 @@ def target(tmp_path_factory):
     return directory
 
 
-def run_of(place, target, **changes):
-    """A draft of `target`, on lines of text in `place`."""
-    (place / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
-    data = {"source": "jsonl", "path": str(place / "lines.jsonl"), "held_out": 0.1, "sequence_length": 48}
+def draft_config(directory, target, **changes):
+    """The configuration of a draft of `target`, on lines of text in `directory`."""
+    (directory / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
+    data = {"source": "jsonl", "path": str(directory / "lines.jsonl"), "held_out": 0.1, "sequence_length": 48}
     base = {
         "name": "draft",
         "steps": 2,
@@ -55,26 +61,26 @@ def run_of(place, target, **changes):
         "data": data | {"packing": {"method": "best-fit"}},
         "logging": {"tensorboard": False},
     }
-    return tiny(**merged(base, changes))
+    return tiny(**merge_trees(base, changes))
 
 
-def test_a_document_begins_with_its_prompt_or_its_first_tokens(tmp_path, target):
+def test_a_prompt_is_the_documents_own_or_its_first_tokens(tmp_path, target):
     rows = [{"prompt": f"{n}?", "completion": f" yes {n}"} for n in range(40)]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    asked = {"path": str(tmp_path / "asked.jsonl"), "format": "prompt-completion", "held_out": 0.0}
-    found = {}
-    for name, data in (("texts", {"held_out": 0.0}), ("asked", asked)):
-        data = assemble.of_run(run_of(tmp_path, target, data=data))
+    with_prompts = {"path": str(tmp_path / "asked.jsonl"), "format": "prompt-completion", "held_out": 0.0}
+    prompts_of = {}
+    for name, data in (("texts", {"held_out": 0.0}), ("asked", with_prompts)):
+        data = assemble.of_run(draft_config(tmp_path, target, data=data))
         prompts = list(document_prompts(data.train, data.tokenizer, rows=data.train.rows_per_epoch(0), tokens=4))
         assert {prompt[0] for prompt in prompts} == {data.tokenizer.bos}
-        found[name] = sorted(data.tokenizer.decode(prompt[1:]) for prompt in prompts)
-    assert found["texts"] == sorted(line[:4] for line in LINES)
-    assert found["asked"] == sorted(row["prompt"] for row in rows)
+        prompts_of[name] = sorted(data.tokenizer.decode(prompt[1:]) for prompt in prompts)
+    assert prompts_of["texts"] == sorted(line[:4] for line in LINES)
+    assert prompts_of["asked"] == sorted(row["prompt"] for row in rows)
 
 
 @pytest.mark.slow
-def test_a_target_writes_what_its_draft_learns_and_then_keeps_more_of(tmp_path, target):
-    config, file = run_of(tmp_path, target), tmp_path / "texts.jsonl"
+def test_a_draft_that_learns_its_targets_texts_is_accepted_more_often(tmp_path, target):
+    config, file = draft_config(tmp_path, target), tmp_path / "texts.jsonl"
     counts = write_draft_data(config, target, file, FEW._replace(texts=40, tokens=12))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == counts.written == 40 >= counts.finished
@@ -82,39 +88,43 @@ def test_a_target_writes_what_its_draft_learns_and_then_keeps_more_of(tmp_path, 
     with pytest.raises(UserError, match="nothing is overwritten"):
         write_draft_data(config, target, file, FEW)
     train(config, process_info=ProcessInfo(), root=tmp_path)
-    before, *_ = measure_draft(tmp_path / "draft", None, [], draft_length=3, asked=FEW)
+    before, *_ = measure_draft(tmp_path / "draft", None, [], draft_length=3, request=FEW)
     learning = {"optimizer": {"learning_rate": 0.01, "schedule": "constant", "weight_decay": 0.0}, "steps": 120}
-    own = {"path": str(file), "format": "prompt-completion", "held_out": 0.0}
-    train(run_of(tmp_path, target, name="aligned", data=own, **learning), process_info=ProcessInfo(), root=tmp_path)
+    data = {"path": str(file), "format": "prompt-completion", "held_out": 0.0}
+    train(
+        draft_config(tmp_path, target, name="aligned", data=data, **learning), process_info=ProcessInfo(), root=tmp_path
+    )
     prompts = [row["prompt"] for row in rows[:5]]
-    after, begun, texts = measure_draft(tmp_path / "aligned", target, prompts, draft_length=3, asked=FEW)
-    assert begun == prompts and len(texts) == 5
+    after, begun_prompts, texts = measure_draft(tmp_path / "aligned", target, prompts, draft_length=3, request=FEW)
+    assert begun_prompts == prompts and len(texts) == 5
     assert after.acceptance > before.acceptance + 0.2
 
 
 @pytest.mark.slow
-def test_both_are_typed(tmp_path, target, monkeypatch):
+def test_the_verbs_continue_and_speculate(tmp_path, target, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = run_of(tmp_path, target)
+    config = draft_config(tmp_path, target)
     (tmp_path / "mine.yaml").write_text(dump(config))
     words = ["data", "continue", "mine.yaml", "texts.jsonl", "--texts", "3", "--prompt-tokens", "4", "--tokens", "5"]
-    said = CliRunner().invoke(app, words, catch_exceptions=False).output
-    assert f"texts.jsonl: 3 texts by {target}" in said and "cut after 5 tokens" in said
+    output = CliRunner().invoke(app, words, catch_exceptions=False).output
+    assert f"texts.jsonl: 3 texts by {target}" in output and "cut after 5 tokens" in output
     train(config, process_info=ProcessInfo(), root=tmp_path / "runs")
     words = ["speculate", "runs/draft", "12 is", "--tokens", "8", "--ahead", "2", "--temperature", "0"]
-    said = CliRunner().invoke(app, words, catch_exceptions=False).output
-    assert said.startswith("12 is") and "tokens a pass; it kept" in said
-    told = json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).output)
-    assert 1 <= told["block_efficiency"] <= 3 and told["texts"][0]["prompt"] == "12 is"
-    config = run_of(tmp_path, target)
+    output = CliRunner().invoke(app, words, catch_exceptions=False).output
+    assert output.startswith("12 is") and "tokens a pass; it kept" in output
+    result = json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).output)
+    assert 1 <= result["block_efficiency"] <= 3 and result["texts"][0]["prompt"] == "12 is"
+    config = draft_config(tmp_path, target)
     assert len(held_out_prompts(config, tmp_path / "runs/draft", FEW)) == 5
 
 
-def test_what_cannot_be_written_is_refused(tmp_path, target):
-    chats = run_of(tmp_path, target, data={"format": "messages"})
+def test_data_that_cannot_be_continued_is_refused(tmp_path, target):
+    chats = draft_config(tmp_path, target, data={"format": "messages"})
     with pytest.raises(UserError, match="continues texts and no conversations"):
         write_draft_data(chats, target, tmp_path / "none.jsonl", FEW)
     with pytest.raises(UserError, match="lower --prompt-tokens"):
-        write_draft_data(run_of(tmp_path, target), target, tmp_path / "none.jsonl", FEW._replace(prompt_tokens=200))
+        write_draft_data(
+            draft_config(tmp_path, target), target, tmp_path / "none.jsonl", FEW._replace(prompt_tokens=200)
+        )
     assert not (tmp_path / "none.jsonl").exists()
     assert np.all([len(line) < 200 for line in LINES])

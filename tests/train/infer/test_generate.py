@@ -1,4 +1,4 @@
-"""Generation: the cache changes no token, a text depends on its prompt and key only, and drawing keeps its promises."""
+"""Generation: the cache changes no token, texts depend on prompt and key only, and sampling has its distribution."""
 
 from types import SimpleNamespace
 
@@ -14,9 +14,9 @@ from meshwright.models.context import Context
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.data.tokenizer import byte_tokenizer
 from meshwright.train.engine.program import build
-from meshwright.train.infer.generate import generate, compiled_generator, cast_weights
+from meshwright.train.infer.generate import cast_weights, compiled_generator, generate
 from meshwright.train.infer.generation_eval import complete
-from meshwright.train.infer.sampling import GREEDY, Sampling, sample, text_keys, top_k, top_p
+from meshwright.train.infer.sampling import GREEDY, Sampling, prompt_keys, sample, top_k, top_p
 
 PROMPTS = [[5, 9, 2], [17] * 18 + [3], [60]]
 YARN = {"scaling": "yarn", "factor": 4.0, "original_length": 16, "theta": 50.0}
@@ -32,7 +32,7 @@ CASES = {
 }
 
 
-def opened(model=None, mesh=None, **changes):
+def program_with_weights(model=None, mesh=None, **changes):
     """A program and weights far from their initial values, so that texts are varied."""
     config = tiny(model=model or {}, mesh=mesh or {}, **changes)
     program = build(config, make_mesh(config.mesh))
@@ -42,13 +42,13 @@ def opened(model=None, mesh=None, **changes):
 
 
 @pytest.fixture(scope="module")
-def plain():
-    return opened()
+def model():
+    return program_with_weights()
 
 
-def drawn(plain, prompts, *, seed=0, max_tokens=8, **sampling):
+def generated(model, prompts, *, seed=0, max_tokens=8, **sampling):
     return generate(
-        *plain, prompts, max_tokens=max_tokens, sampling=Sampling(**sampling), eos=None, key=jax.random.key(seed)
+        *model, prompts, max_tokens=max_tokens, sampling=Sampling(**sampling), eos=None, key=jax.random.key(seed)
     )
 
 
@@ -70,18 +70,17 @@ def likeliest(program, params, texts):
 
 @pytest.mark.parametrize(("model", "mesh"), CASES.values(), ids=CASES)
 def test_a_greedy_text_is_the_argmax_of_the_uncached_model_at_every_step(model, mesh):
-    program, params = opened(model, mesh)
+    program, params = program_with_weights(model, mesh)
     texts = generate(program, params, PROMPTS, max_tokens=7, sampling=GREEDY, eos=None, key=jax.random.key(0))
-    wanted = likeliest(program, params, [p + t for p, t in zip(PROMPTS, texts, strict=True)])
-    for prompt, text, row in zip(PROMPTS, texts, wanted, strict=True):
+    argmax = likeliest(program, params, [p + t for p, t in zip(PROMPTS, texts, strict=True)])
+    for prompt, text, row in zip(PROMPTS, texts, argmax, strict=True):
         assert text == row[len(prompt) - 1 :][:7].tolist()
-    assert len({token for text in texts for token in text}) > 4, "the texts are too dull to tell"
+    assert len({token for text in texts for token in text}) > 4, "the texts are too uniform to be a test"
 
 
 def test_each_device_holds_its_own_rows_and_heads_of_the_cache():
-    program, params = opened(mesh={"data": 2, "tensor": 2})
-    model = program.config.model
-    run = compiled_generator(program.graph, model, program.mesh, compute="float32", max_tokens=5, sampling=GREEDY, eos=None)
+    program, params = program_with_weights(mesh={"data": 2, "tensor": 2})
+    run = compiled_generator(program.graph, program.mesh, compute="float32", max_tokens=5, sampling=GREEDY, eos=None)
     rows = (np.zeros((4, 16), np.int32), np.ones(4, np.int32), np.zeros((4, 2), np.uint32))
     with jax.set_mesh(program.mesh):
         text = run.lower(params, *rows).compile().as_text()
@@ -89,39 +88,39 @@ def test_each_device_holds_its_own_rows_and_heads_of_the_cache():
     assert "f32[2,4,21," not in text and "21,2,4]" not in text
 
 
-def test_a_text_ends_before_eos_and_the_loop_with_the_last_text(plain):
-    texts = drawn(plain, PROMPTS, temperature=0)
+def test_a_text_ends_before_eos_and_the_loop_with_the_last_text(model):
+    texts = generated(model, PROMPTS, temperature=0)
     eos = texts[0][3]
     before = [text[: text.index(eos)] if eos in text else text for text in texts]
-    program, params = plain
+    program, params = model
     key = jax.random.key(0)
     assert generate(program, params, PROMPTS, max_tokens=8, sampling=GREEDY, eos=eos, key=key) == before
-    run = compiled_generator(
-        program.graph, program.config.model, program.mesh, compute="float32", max_tokens=8, sampling=GREEDY, eos=eos
-    )
+    run = compiled_generator(program.graph, program.mesh, compute="float32", max_tokens=8, sampling=GREEDY, eos=eos)
     tokens = np.zeros((3, 32), np.int32)
     tokens[0, -len(PROMPTS[0]) :] = PROMPTS[0]
-    with jax.set_mesh(program.mesh):  # two of the rows only fill up
+    with jax.set_mesh(program.mesh):  # two rows are padding
         row = np.asarray(run(params, tokens, np.array([3, 0, 0], np.int32), np.zeros((3, 2), np.uint32)))[0]
     assert row.tolist() == [*before[0], eos] + [0] * (7 - len(before[0]))
 
 
-def test_a_text_depends_on_its_prompt_and_the_key_and_not_on_its_neighbours(plain):
-    together = drawn(plain, PROMPTS)
-    assert together == drawn(plain, PROMPTS)
-    assert drawn(plain, PROMPTS[::-1]) == together[::-1]
-    assert drawn(plain, PROMPTS[2:]) == together[2:], "alone, and with less padding"
-    twice = drawn(plain, [PROMPTS[1], [7], PROMPTS[1]])
-    assert twice[0] == together[1] != twice[2], "given twice, a prompt gets two texts"
-    assert drawn(plain, PROMPTS, seed=1) != together
+def test_a_text_depends_on_its_prompt_and_the_key_and_not_on_its_neighbours(model):
+    texts = generated(model, PROMPTS)
+    assert texts == generated(model, PROMPTS)
+    assert generated(model, PROMPTS[::-1]) == texts[::-1]
+    assert generated(model, PROMPTS[2:]) == texts[2:], "in a batch of its own, with less padding"
+    twice = generated(model, [PROMPTS[1], [7], PROMPTS[1]])
+    assert twice[0] == texts[1] != twice[2], "a repeated prompt has different texts"
+    assert generated(model, PROMPTS, seed=1) != texts
 
 
-def test_every_step_draws_anew(plain):
-    """Weights of zero make all tokens equally likely, whatever came before."""
-    program, params = plain
-    text = drawn((program, jax.tree.map(jnp.zeros_like, params)), PROMPTS)
+def test_every_step_draws_with_a_new_key(model):
+    """Weights of zero make all tokens equally likely after any prefix."""
+    program, params = model
+    text = generated((program, jax.tree.map(jnp.zeros_like, params)), PROMPTS)
     assert all(len(set(tokens)) >= 6 for tokens in text)
-    assert text == drawn(opened({"logit_softcap": 1e-4}), PROMPTS), "capped logits are nearly equal too"
+    assert text == generated(program_with_weights({"logit_softcap": 1e-4}), PROMPTS), (
+        "capped logits are nearly equal too"
+    )
 
 
 def draws(logits, sampling, count=4000):
@@ -133,14 +132,14 @@ def draws(logits, sampling, count=4000):
 
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
 DRAWS = {
-    "as they are": (Sampling(), [0.1, 0.4, 0.05, 0.3, 0.15]),
+    "unchanged": (Sampling(), [0.1, 0.4, 0.05, 0.3, 0.15]),
     "temperature": (Sampling(temperature=0.5), PROBABILITIES**2 / np.sum(PROBABILITIES**2)),
-    "two likeliest": (Sampling(top_k=2), [0, 4 / 7, 0, 3 / 7, 0]),
-    "nucleus that ends between": (Sampling(top_p=0.75), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),
+    "top 2": (Sampling(top_k=2), [0, 4 / 7, 0, 3 / 7, 0]),
+    "nucleus that ends inside a token": (Sampling(top_p=0.75), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),
     "nucleus of one": (Sampling(top_p=1e-6), [0, 1, 0, 0, 0]),
-    "whole nucleus": (Sampling(top_p=1.0), PROBABILITIES),
-    "nucleus of the two likeliest": (Sampling(top_k=2, top_p=0.5), [0, 1, 0, 0, 0]),
-    "more than there are": (Sampling(top_k=9), PROBABILITIES),
+    "nucleus of all": (Sampling(top_p=1.0), PROBABILITIES),
+    "nucleus of the top 2": (Sampling(top_k=2, top_p=0.5), [0, 1, 0, 0, 0]),
+    "top k above the vocabulary": (Sampling(top_k=9), PROBABILITIES),
     "greedy": (GREEDY, [0, 1, 0, 0, 0]),
 }
 
@@ -152,7 +151,7 @@ def test_tokens_are_drawn_with_the_probabilities_asked_for(sampling, wanted):
     assert not got[np.asarray(wanted) == 0].any()
 
 
-def test_equal_logits_do_not_widen_what_is_kept():
+def test_equal_logits_do_not_widen_the_mask():
     logits = jnp.array([[1.0, 2.0, 2.0, 2.0, 0.0]])
     np.testing.assert_array_equal(jnp.isfinite(top_k(logits, 2))[0], [False, True, True, False, False])
     np.testing.assert_array_equal(jnp.isfinite(top_p(logits, 0.4))[0], [False, True, True, False, False])
@@ -160,21 +159,21 @@ def test_equal_logits_do_not_widen_what_is_kept():
 
 def test_keys_tell_prompts_apart():
     key = jax.random.key(0)
-    keys = jax.random.key_data(text_keys(key, [[1, 2], [2, 1], [1, 2], [258], [2, 1, 0]]))
-    assert len({tuple(each) for each in keys.tolist()}) == 5
+    keys = jax.random.key_data(prompt_keys(key, [[1, 2], [2, 1], [1, 2], [258], [2, 1, 0]]))
+    assert len({tuple(key_data) for key_data in keys.tolist()}) == 5
 
 
 REFUSED = {
     "empty": ([[1], []], 4, "prompts: number 1 has 0 tokens; begin it with the tokenizer's bos"),
     "too large an id": ([[61]], 4, "number 0 has ids from 61 to 61, but model.vocab is 61"),
     "negative": ([[-1]], 4, "number 0 has ids from -1"),
-    "nothing to add": ([[1]], 0, "max_tokens: 0 adds nothing"),
+    "no tokens": ([[1]], 0, "max_tokens: 0 adds nothing"),
     "too long": ([[1] * 30], 3, r"has 30 tokens and max_tokens is 3, more than model.max_positions \(32\)"),
 }
 
 
 @pytest.mark.parametrize(("prompts", "max_tokens", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_continued_is_refused(prompts, max_tokens, message):
+def test_a_prompt_that_cannot_be_continued_is_refused(prompts, max_tokens, message):
     model = tiny(model={"family": "gpt2", "max_positions": 32}).model
     program = SimpleNamespace(config=SimpleNamespace(model=model), mesh=None)
     with pytest.raises(UserError, match=message):
@@ -188,7 +187,7 @@ def test_a_sampling_that_leaves_nothing_to_draw_is_refused(values):
 
 
 def test_weights_rounded_once_are_the_weights_rounded_at_every_use():
-    program, params = opened({"norm": "layer", "qkv_bias": True, "tied_embeddings": True})
+    program, params = program_with_weights({"norm": "layer", "qkv_bias": True, "tied_embeddings": True})
     tokens = np.array([PROMPTS[1]])
 
     @jax.jit
@@ -201,9 +200,9 @@ def test_weights_rounded_once_are_the_weights_rounded_at_every_use():
     np.testing.assert_array_equal(hidden(small), hidden(params))
 
 
-def test_completing_opens_a_document_and_speaks_text():
+def test_a_completion_begins_a_document_and_is_text():
     tokenizer = byte_tokenizer()
-    program, params = opened({"vocab": 258})
+    program, params = program_with_weights({"vocab": 258})
     texts = complete(program, params, tokenizer, ["def ", ""], max_tokens=6, sampling=Sampling(), seed=3)
     ids = [[tokenizer.bos, *b"def "], [tokenizer.bos]]
     key = jax.random.key(3)

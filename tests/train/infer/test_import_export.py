@@ -1,4 +1,4 @@
-"""Weights in and out by the command line's own functions: import, train on, export."""
+"""Import and export by the functions of the command line: import, continue training, export."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from support.equivalence import tiny
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import dump, parse, validated
+from meshwright.configs.loader import dump, parse_yaml, validated
 from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.core.process_env import ProcessInfo
@@ -29,8 +29,8 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def stored(directory):
-    """Every tensor of a directory."""
+def read_tensors(directory):
+    """Every tensor of a directory, by name."""
     return {name: array for file in directory.glob("model*.safetensors") for name, array in load_file(file).items()}
 
 
@@ -43,10 +43,10 @@ def test_import_then_export_gives_the_same_tensors_and_companions(tmp_path):
     shutil.rmtree(source)  # the run has all it needs
     written = export_run(tmp_path / "runs/phi3", tmp_path / "out", limit=5000)
     assert {"tokenizer.json", "chat_template.jinja", "config.json"} <= set(written)
-    made, found = stored(FIXTURES / "phi3"), stored(tmp_path / "out")
-    assert made.keys() == found.keys()
-    for name, array in made.items():
-        np.testing.assert_array_equal(found[name], array)
+    original, exported = read_tensors(FIXTURES / "phi3"), read_tensors(tmp_path / "out")
+    assert original.keys() == exported.keys()
+    for name, array in original.items():
+        np.testing.assert_array_equal(exported[name], array)
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 256
     with pytest.raises(UserError, match="nothing is overwritten"):
         export_run(tmp_path / "runs/phi3", tmp_path / "out", limit=5000)
@@ -54,15 +54,15 @@ def test_import_then_export_gives_the_same_tensors_and_companions(tmp_path):
 
 def test_training_starts_from_the_weights_on_any_mesh():
     """The state before step 0 holds the file's tensors, and equals the one on a single device."""
-    made = load_file(FIXTURES / "qwen3/model.safetensors")
+    original = load_file(FIXTURES / "qwen3/model.safetensors")
     for mesh in ({}, {"data": 2, "fsdp": 2, "tensor": 2}):
         tree = tiny(mesh=mesh).model_dump(mode="json") | {
             "model": {"from": str(FIXTURES / "qwen3"), "vocab_multiple": 8},
         }
         config = validated(tree)
         params = to_canonical(build(config, make_mesh(config.mesh)).initialize().params, config.model)
-        np.testing.assert_array_equal(params["embed/embedding"], made["model.embed_tokens.weight"])
-        down = made["model.layers.1.mlp.down_proj.weight"].T
+        np.testing.assert_array_equal(params["embed/embedding"], original["model.embed_tokens.weight"])
+        down = original["model.layers.1.mlp.down_proj.weight"].T
         np.testing.assert_array_equal(jax.device_get(params["layers/1/mlp/down/kernel"]), down)
 
 
@@ -74,8 +74,8 @@ def test_the_origin_fills_the_configuration_and_is_needed_once(tmp_path):
     )
     with pytest.raises(UserError, match="leave the sizes to config"):
         train(config, process_info=ProcessInfo(), root=tmp_path)
-    alone = validated({"model": {"from": str(FIXTURES / "llama2")}})
-    assert alone.data.tokenizer.file == str(FIXTURES / "llama2") and alone.model.vocab == 61
-    tree = parse(dump(alone), origin="config.yaml")
+    inherited = validated({"model": {"from": str(FIXTURES / "llama2")}})
+    assert inherited.data.tokenizer.file == str(FIXTURES / "llama2") and inherited.model.vocab == 61
+    tree = parse_yaml(dump(inherited), origin="config.yaml")
     tree["model"]["from"] = "gone"
     assert validated(tree).model.layers == 2

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from meshwright.train.metrics.progress_display import LiveProgress, PlainProgress, duration, open_progress, sparkline
+from meshwright.train.metrics.progress_display import LiveProgress, PlainProgress, clock_time, open_progress, sparkline
 
 VALUES = {"loss": 3.25, "tokens_per_second": 12345.6, "grad_norm": 0.5, "learning_rate": 1e-3, "mfu": 0.705}
 
@@ -17,7 +17,7 @@ def console(*, terminal):
 
 def test_a_log_file_gets_one_whole_line_a_logged_step():
     page = console(terminal=False)
-    with open_progress(25, 0, True, every=10, console=page) as progress:
+    with open_progress(25, 0, True, interval=10, console=page) as progress:
         for step in range(1, 26):
             progress.update(step, VALUES)
     lines = page.file.getvalue().splitlines()
@@ -27,7 +27,7 @@ def test_a_log_file_gets_one_whole_line_a_logged_step():
 
 def test_a_resumed_run_shows_its_first_step_though_it_is_no_multiple():
     page = console(terminal=False)
-    with open_progress(200, 101, True, every=50, console=page) as progress:
+    with open_progress(200, 101, True, interval=50, console=page) as progress:
         for step in (102, 103):
             progress.update(step, VALUES)
     assert page.file.getvalue().startswith("step 102/200") and page.file.getvalue().count("\n") == 1
@@ -88,4 +88,4 @@ def test_sparkline(values, expected):
     "seconds, expected", [(41.6, "0:42"), (3909, "1:05:09"), (266_400, "3d 02:00"), (math.nan, "-:--")]
 )
 def test_duration(seconds, expected):
-    assert duration(seconds) == expected
+    assert clock_time(seconds) == expected

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 from rich.console import Console
 from support.equivalence import tiny
 
-from meshwright.configs.loader import load, recipes
+from meshwright.configs.loader import load_config, recipe_names
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.engine.program import build
 from meshwright.train.plan.compile_plan import compile_plan
@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 
 def golden(recipe):
     """The golden plan of a shipped recipe, as text; its devices need not exist."""
-    config = load(recipe)
+    config = load_config(recipe)
     sizes = config.mesh.resolved(config.mesh.count or 1)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     made = compile_plan.storage_plan(build(config, mesh))
@@ -38,7 +38,7 @@ def file_of(recipe):
     return GOLDEN / f"plan-{recipe.replace('/', '-')}.json"
 
 
-@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize("recipe", recipe_names())
 def test_a_shipped_recipe_has_its_golden_plan(recipe):
     assert golden(recipe) == file_of(recipe).read_text(), (
         "changed; to accept it: PYTHONPATH=tests python tests/train/plan/test_compile_plan.py"
@@ -46,7 +46,7 @@ def test_a_shipped_recipe_has_its_golden_plan(recipe):
 
 
 def test_every_golden_plan_has_its_recipe():
-    assert {file.name for file in GOLDEN.glob("plan-*.json")} == {file_of(recipe).name for recipe in recipes()}
+    assert {file.name for file in GOLDEN.glob("plan-*.json")} == {file_of(recipe).name for recipe in recipe_names()}
 
 
 @pytest.fixture(scope="module")
@@ -169,5 +169,5 @@ if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for old in GOLDEN.glob("plan-*.json"):
         old.unlink()
-    for name in recipes():
+    for name in recipe_names():
         file_of(name).write_text(golden(name))

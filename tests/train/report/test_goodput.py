@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from meshwright.train.report.goodput import accounted, daly, young
+from meshwright.train.report.goodput import compute_goodput, daly, young
 from meshwright.train.report.run_record import read_record
 
 
@@ -12,7 +12,7 @@ def written(directory, *events):
     lines = [json.dumps({"time": time, "event": name, **fields}) for time, name, fields in events]
     (directory / "events.jsonl").write_text("\n".join(lines) + "\n")
     (directory / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 2.0}\n{"step": 2, "step_seconds": 2.0}\n')
-    return accounted(read_record(directory))
+    return compute_goodput(read_record(directory))
 
 
 FIRST = [

@@ -8,10 +8,10 @@ import pytest
 from jinja2 import UndefinedError
 from markupsafe import Markup
 
-from meshwright.train.report.markup import compact, duration, render, size
+from meshwright.train.report.markup import format_bytes, format_duration, format_number, render
 from meshwright.train.report.mesh_picture import mesh_picture
-from meshwright.train.report.plan_bars import communication, device_parts
-from meshwright.train.report.sharding_pictures import Array, box, listed, sharding_picture
+from meshwright.train.report.plan_bars import communication_section, device_parts
+from meshwright.train.report.sharding_pictures import Array, arrays_table, sharding_picture, weight_box
 
 
 def devices(count):
@@ -69,15 +69,15 @@ def entry(name, shape, spec):
     ],
 )
 def test_a_weight_is_cut_as_its_spec_says(name, shape, spec, pieces, words):
-    drawn = box(Array.of(entry(name, shape, spec)), SIZES)
+    drawn = weight_box(Array.from_plan(entry(name, shape, spec)), SIZES)
     assert f"cut in {pieces[0]} by {pieces[1]} pieces" in drawn and words in drawn
     assert drawn.count("<line") == sum(pieces) - 2
 
 
 def test_layers_cut_alike_share_a_row_and_others_do_not():
-    one = [Array.of(entry(f"params/layers/{n}/mlp/up/kernel", [8, 16], [None, "tensor"])) for n in range(3)]
-    other = Array.of(entry("params/layers/3/mlp/up/kernel", [8, 16], ["fsdp", "tensor"]))
-    rows = re.findall(r"<tr>(.*?)</tr>", listed([*one, other]))[1:]
+    one = [Array.from_plan(entry(f"params/layers/{n}/mlp/up/kernel", [8, 16], [None, "tensor"])) for n in range(3)]
+    other = Array.from_plan(entry("params/layers/3/mlp/up/kernel", [8, 16], ["fsdp", "tensor"]))
+    rows = re.findall(r"<tr>(.*?)</tr>", arrays_table([*one, other]))[1:]
     assert ["layers/*/mlp" in row for row in rows] == [True, False]
     assert "192 B" in rows[0] and "embed, mlp" in rows[0] and "layers/3/" in rows[1]
 
@@ -97,10 +97,10 @@ def test_a_device_holds_its_state_the_batch_and_temporaries(finished):
 
 def test_communication_is_stacked_by_kind_to_one_scale():
     plan = {"collectives": {"all-gather": {"fsdp": 300, "none": 9}, "all-reduce": {"fsdp": 100, "data": 200}}}
-    picture = communication(plan)
+    picture = communication_section(plan)
     widths = [float(width) for width in re.findall(r"width:([\d.]+)%", picture)]
     assert widths == [75.0, 25.0, 50.0] and "none" not in picture
-    assert "No collective" in communication({"collectives": {}})
+    assert "No collective" in communication_section({"collectives": {}})
 
 
 @pytest.mark.parametrize(
@@ -108,12 +108,12 @@ def test_communication_is_stacked_by_kind_to_one_scale():
     [(0, "0"), (12345, "12.3k"), (999.7, "1k"), (2.36e6, "2.36M"), (3e-4, "3.0e-4"), (-0.5, "-0.5"), (math.nan, "—")],
 )
 def test_numbers_as_people_write_them(value, text):
-    assert compact(value) == text
+    assert format_number(value) == text
 
 
 def test_bytes_and_durations():
-    assert [size(count) for count in (0, 1023, 1536, 3 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]
-    assert [duration(seconds) for seconds in (8.24, 252, 7500)] == ["8.2 s", "4m 12s", "2h 05m"]
+    assert [format_bytes(count) for count in (0, 1023, 1536, 3 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]
+    assert [format_duration(seconds) for seconds in (8.24, 252, 7500)] == ["8.2 s", "4m 12s", "2h 05m"]
 
 
 def test_a_template_escapes_what_is_not_markup_and_refuses_to_go_without_a_value():
