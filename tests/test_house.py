@@ -5,13 +5,16 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from support.names import vague_names
 
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 ROOMS = {"configs": 1, "models": 2, "memory": 3, "parallel": 3, "checkpoint": 4, "train": 5, "benchmarks": 6}
 MAY_IMPORT_BESIDE = {("parallel", "memory")}
 # Sub-rooms from the bottom up; a file that lies in the room itself stands at "." and may use all that is below it.
@@ -39,6 +42,17 @@ JAX_FREE_FILES = (
     "train/islands/quorum.py",
     "train/plan/plan_lowcomm.py",
 )
+# A section, a check, a command group and a benchmark are named after what they are about.
+NAMED_AFTER_OTHERS = ("configs.sections", "configs.checks", "train.cli", "benchmarks")
+SAME_MEANING = {
+    "attention": "models/attention holds implementations, parallel/attention.py spreads one over the mesh",
+    "errors": "exceptions: of all rooms, of checkpoints",
+    "huggingface": "Hugging Face's formats: of a configuration, of weights",
+    "interface": "what the members of the registry beside it provide",
+    "pipeline": "pipeline parallelism: tables and executor, and the model cut for them",
+    "registry": "name -> member, of the folder that it lies in",
+    "run": "a run: its configuration, its course",
+}
 FORBIDDEN_NAMES = re.compile(r"\b(util|utils|helper|helpers|manager|wrapper|misc)\b")
 
 
@@ -157,6 +171,19 @@ def test_no_jax_behind_these_doors():
     code = "import importlib, sys; sys.modules['jax'] = None\nfor name in sys.argv[1:]: importlib.import_module(name)"
     done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_names_say_what_they_are():
+    """`tests/allowed_names.txt` is what was there before; it may only get shorter."""
+    allowed, vague = (TESTS / "allowed_names.txt").read_text().splitlines(), vague_names()
+    assert not set(vague) - set(allowed), "names that say nothing: use the field's term"
+    assert allowed == vague, "these are gone: python tests/support/names.py > tests/allowed_names.txt"
+
+
+def test_modules_of_one_name_mean_the_same():
+    modules = {module for module in graph() if module.rpartition(".")[0] not in NAMED_AFTER_OTHERS}
+    counts = Counter(module.rpartition(".")[2] for module in modules)
+    assert {name for name, count in counts.items() if count > 1} == set(SAME_MEANING)
 
 
 def test_no_address_or_path_of_a_machine_is_committed():
