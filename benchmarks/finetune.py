@@ -56,7 +56,9 @@ def methods(layers: int, rank: int, batch: int) -> dict[str, dict[str, Any]]:
     lora = {"method": "lora", "rank": rank}
     each = {f"number{number}": {} for number in range(SEVERAL)}
     ranked = {name: {"rank": rank} if "rank" in keys else {} for name, keys in METHOD_KEYS.items()}
-    alike = {name: merge_trees({"adapter": {"method": name} | ranked[name]}, TOLD.get(name, {})) for name in METHOD_KEYS}
+    alike = {
+        name: merge_trees({"adapter": {"method": name} | ranked[name]}, TOLD.get(name, {})) for name in METHOD_KEYS
+    }
     return alike | {
         "full": {},
         "lora": {"adapter": lora},

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meshwright.configs.loader import find_config, merge_trees, nest_value, parse_yaml, validated
+from meshwright.configs.loader import find_config, merge_trees, nest_value, parse_yaml, validate_tree
 from meshwright.configs.loader import read_tree as read_tree
 
 REPAIR: dict[str, Any] = {
@@ -39,7 +39,7 @@ def held_out_loss(tree: dict[str, Any]) -> float:
     from meshwright.train.engine.program import build
     from meshwright.train.infer.evaluation import evaluate
 
-    config = validated(tree)
+    config = validate_tree(tree)
     program = build(config, make_mesh(config.mesh))
     state = program.initialize()
     data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
@@ -54,7 +54,7 @@ def measure(tree: dict[str, Any]) -> dict[str, float]:
     from meshwright.train.plan.compile_plan import storage_plan
     from meshwright.train.run import train
 
-    config = validated(tree)
+    config = validate_tree(tree)
     prepare_devices(config.mesh)
     full = held_out_loss(tree | {"quantization": None, "adapter": None, "recipe": {"name": "pretrain"}})
     quantized = held_out_loss(tree)

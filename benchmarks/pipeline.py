@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from meshwright.configs.loader import merge_trees, validated
+from meshwright.configs.loader import merge_trees, validate_tree
 from meshwright.configs.run import RunConfig
 
 MODEL = {"vocab": 2048, "layers": 8, "embed": 256, "heads": 8, "mlp": 768}
@@ -47,7 +47,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 def configuration(mesh: dict[str, int], **changes: Any) -> RunConfig:
     """The run that is timed, over `mesh`."""
     base = merge_trees(BASE, {"model": MODEL, "mesh": mesh | {"platform": "cpu"}})
-    return validated(merge_trees(base, changes))
+    return validate_tree(merge_trees(base, changes))
 
 
 class Case:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from meshwright.configs.adapter_runs import adapter_rows
-from meshwright.configs.loader import merge_trees, validated
-from meshwright.configs.names import ADAPTER_FIELD
+from meshwright.configs.loader import merge_trees, validate_tree
+from meshwright.configs.names import ADAPTER_IDS_FIELD
 from meshwright.configs.run import RunConfig
 
 # Sizes by name: what a configuration says of the model, the batch and the numbers.
@@ -43,7 +43,7 @@ def configuration(size: str, platform: str, overrides: dict[str, Any]) -> RunCon
         "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.1, "schedule": "constant"},
         "data": {"source": "synthetic", "tokenizer": {"bytes": True}},
     }
-    return validated(merge_trees(merge_trees(base, SIZES[size]), overrides))
+    return validate_tree(merge_trees(merge_trees(base, SIZES[size]), overrides))
 
 
 class TimedStep:
@@ -77,14 +77,16 @@ def rows(config: RunConfig) -> dict[str, Any]:
 
     shape = (config.data.global_batch, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape, dtype=np.int32)
-    own = np.repeat(np.arange(max(len(config.adapters), 1), dtype=np.int32), list(adapter_rows(config).values()) or shape[0])
+    own = np.repeat(
+        np.arange(max(len(config.adapters), 1), dtype=np.int32), list(adapter_rows(config).values()) or shape[0]
+    )
     return {
         "tokens": tokens,
         "targets": np.roll(tokens, -1, axis=1),
         "loss_weights": np.ones(shape, np.float32),
         "segment_ids": np.ones(shape, np.int32),
         "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        ADAPTER_FIELD: np.broadcast_to(own[:, None], shape),
+        ADAPTER_IDS_FIELD: np.broadcast_to(own[:, None], shape),
     }
 
 

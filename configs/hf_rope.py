@@ -28,7 +28,7 @@ SCALINGS: dict[str, dict[str, str]] = {
     },
 }
 # Of these values a key means what we compute.
-HARMLESS = {"partial_rotary_factor": 1.0, "truncate": True, "type": None, "rope_type": None, "rope_theta": None}
+ACCEPTED_VALUES = {"partial_rotary_factor": 1.0, "truncate": True, "type": None, "rope_type": None, "rope_theta": None}
 
 
 def read_rope(tree: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def read_rope(tree: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
         )
     names = SCALINGS[scaling]
     for key, value in given.items():
-        if key not in names.values() and HARMLESS.get(key, object()) not in (None, value):
+        if key not in names.values() and ACCEPTED_VALUES.get(key, object()) not in (None, value):
             raise UserError(
                 f"model.from: config.json: {key}: {value!r} of rope_type {kind} is not what this decoder computes; "
                 "no exact import, use another model"
@@ -69,7 +69,7 @@ def read_rope(tree: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
     return found
 
 
-def written_rope(rope: Any, *, local: bool) -> dict[str, Any]:
+def write_rope(rope: Any, *, local: bool) -> dict[str, Any]:
     """`rope_theta`, `rope_scaling` and, with `local`, `rope_local_base_freq` of `rope` (a RopeConfig)."""
     given = {theirs: getattr(rope, ours) for ours, theirs in SCALINGS[rope.scaling].items()}
     scaling = {"rope_type": rope.scaling} | {key: value for key, value in given.items() if value is not None}

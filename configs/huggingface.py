@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError
-from .hf_rope import read_rope, written_rope
+from .hf_rope import read_rope, write_rope
 
 logger = logging.getLogger(__name__)
 Tree = Mapping[str, Any]
@@ -62,12 +62,12 @@ NOT_IN_FILES = {"family", "from", "vocab_multiple", "dropout", "attention", "sca
 
 
 @dataclass(frozen=True)
-class Format:
+class HuggingFaceFormat:
     """One `model_type`. `fixed`: the only values we can represent; absent keys mean them too, the last is written."""
 
     architecture: str  # the class in transformers
     family: str  # ours
-    absent: Tree = field(default_factory=dict)  # their key -> what a file without it means
+    defaults: Tree = field(default_factory=dict)  # their key -> what a file without it means
     fixed: Tree = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=lambda: KEYS)  # ours -> theirs
     windows: Literal["none", "all", "types"] = "none"  # no layer has one; every layer; as `layer_types` says
@@ -77,32 +77,32 @@ SILU = {"hidden_act": "silu"}
 GELU = {"attention_bias": False, "use_bidirectional_attention": (None, False)}
 ACTIVATION = ("gelu", "gelu_pytorch_tanh")  # files of Gemma say gelu in one place and mean the tanh form
 
-FORMATS: dict[str, Format] = {
-    "llama": Format("LlamaForCausalLM", "llama", {"rms_norm_eps": 1e-6}, SILU),
-    "mistral": Format(
+FORMATS: dict[str, HuggingFaceFormat] = {
+    "llama": HuggingFaceFormat("LlamaForCausalLM", "llama", {"rms_norm_eps": 1e-6}, SILU),
+    "mistral": HuggingFaceFormat(
         "MistralForCausalLM",
         "mistral",
         {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
         SILU,
         windows="all",
     ),
-    "qwen2": Format(
+    "qwen2": HuggingFaceFormat(
         "Qwen2ForCausalLM", "qwen2", {"rms_norm_eps": 1e-6, "num_key_value_heads": 32}, SILU, windows="types"
     ),
-    "qwen3": Format(
+    "qwen3": HuggingFaceFormat(
         "Qwen3ForCausalLM",
         "qwen3",
         {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128},
         SILU | {"attention_bias": False},
         windows="types",
     ),
-    "gemma": Format(
+    "gemma": HuggingFaceFormat(
         "GemmaForCausalLM",
         "gemma",
         {"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True, "num_key_value_heads": 16},
         GELU | {"hidden_act": ACTIVATION, "hidden_activation": (None, *ACTIVATION)},
     ),
-    "gemma2": Format(
+    "gemma2": HuggingFaceFormat(
         "Gemma2ForCausalLM",
         "gemma2",
         {"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True, "num_key_value_heads": 4}
@@ -112,7 +112,7 @@ FORMATS: dict[str, Format] = {
         keys=KEYS | SOFTCAPS,
         windows="types",
     ),
-    "gemma3_text": Format(
+    "gemma3_text": HuggingFaceFormat(
         "Gemma3ForCausalLM",
         "gemma3",
         {"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True, "num_key_value_heads": 4}
@@ -122,11 +122,11 @@ FORMATS: dict[str, Format] = {
         keys=KEYS | SOFTCAPS,
         windows="types",
     ),
-    "phi3": Format(
+    "phi3": HuggingFaceFormat(
         "Phi3ForCausalLM", "phi3", {"rms_norm_eps": 1e-5}, SILU | {"partial_rotary_factor": 1.0}, windows="all"
     ),
-    "olmo2": Format("Olmo2ForCausalLM", "olmo2", {"rms_norm_eps": 1e-5}, SILU | {"attention_bias": False}),
-    "gpt2": Format(
+    "olmo2": HuggingFaceFormat("Olmo2ForCausalLM", "olmo2", {"rms_norm_eps": 1e-5}, SILU | {"attention_bias": False}),
+    "gpt2": HuggingFaceFormat(
         "GPT2LMHeadModel",
         "gpt2",
         {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "n_positions": 1024},
@@ -137,7 +137,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def read_section(directory: str | Path) -> dict[str, Any]:
+def read_model_section(directory: str | Path) -> dict[str, Any]:
     """The model section that the config.json in `directory` describes. Raises UserError where it cannot be read."""
     file = Path(directory).expanduser() / "config.json"
     try:
@@ -145,25 +145,25 @@ def read_section(directory: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(
             f"model.from: {directory} has no readable config.json ({error.strerror}); "
-            f"set it to a Hugging Face model directory, with config.json and *.safetensors{download(str(directory))}"
+            f"set it to a Hugging Face model directory, with config.json and *.safetensors{download_hint(str(directory))}"
         ) from None
     except ValueError as error:
         raise UserError(f"model.from: {file} is not JSON: {error}; copy the file again") from None
-    return section(tree)
+    return to_model_section(tree)
 
 
-def download(name: str) -> str:
+def download_hint(name: str) -> str:
     """How to get what is named as the hub names it, `owner/model`; nothing is downloaded here."""
     hub = name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
     return f" (`hf download {name} --local-dir {name}` fetches one of the hub's)" if hub else ""
 
 
-def format_of(tree: Tree) -> tuple[str, Tree]:
+def find_format(tree: Tree) -> tuple[str, Tree]:
     """(model_type, the part of the file that describes the decoder). Raises UserError for one we do not have."""
     if tree.get("auto_map"):
-        raise refused("auto_map", tree["auto_map"], "its own code decides what it computes")
+        raise unsupported("auto_map", tree["auto_map"], "its own code decides what it computes")
     if tree.get("quantization_config"):
-        raise refused("quantization_config", tree["quantization_config"], "weights are read unquantized only")
+        raise unsupported("quantization_config", tree["quantization_config"], "weights are read unquantized only")
     if tree.get("model_type") == "gemma3" and "text_config" in tree:  # with an image tower, which is left out
         tree = {"model_type": "gemma3_text"} | tree["text_config"]
     kind = str(tree.get("model_type"))
@@ -172,11 +172,11 @@ def format_of(tree: Tree) -> tuple[str, Tree]:
     return kind, tree
 
 
-def section(tree: Tree) -> dict[str, Any]:
+def to_model_section(tree: Tree) -> dict[str, Any]:
     """Our model section for a config.json. Raises UserError, with their key, where we cannot represent it exactly."""
-    kind, tree = format_of(tree)
+    kind, tree = find_format(tree)
     form = FORMATS[kind]
-    tree = {**form.absent, **tree}
+    tree = {**form.defaults, **tree}
     check_fixed(form, tree)
     found: dict[str, Any] = {"family": form.family}
     found |= {ours: tree[theirs] for ours, theirs in form.keys.items() if tree.get(theirs) is not None}
@@ -185,7 +185,7 @@ def section(tree: Tree) -> dict[str, Any]:
     if form.family == "gpt2":
         return {"mlp": 4 * tree["n_embd"]} | found
     found["rope"] = read_rope(tree, local="gemma3" in kind)
-    found["windows"] = windows(form, tree)
+    found["windows"] = read_windows(form, tree)
     if "query_pre_attn_scalar" in tree:
         found["attention_scale"] = tree["query_pre_attn_scalar"] ** -0.5
     if kind == "llama":
@@ -193,18 +193,18 @@ def section(tree: Tree) -> dict[str, Any]:
     return found
 
 
-def check_fixed(form: Format, tree: Tree) -> None:
+def check_fixed(form: HuggingFaceFormat, tree: Tree) -> None:
     """Raise UserError for a value we cannot represent; name keys nobody told us about."""
     for key, only in form.fixed.items():
         choices = only if isinstance(only, tuple) else (only,)
         if key in tree and tree[key] not in choices:
-            raise refused(key, tree[key], f"only {' or '.join(map(repr, choices))} is what this decoder computes")
+            raise unsupported(key, tree[key], f"only {' or '.join(map(repr, choices))} is what this decoder computes")
     known = IGNORED | set(form.keys.values()) | form.fixed.keys() | {"attention_bias", "mlp_bias"}
     if unknown := sorted(key for key in tree.keys() - known if tree[key] not in (None, False, "", [], {})):
         logger.warning("config.json: not read: %s", ", ".join(f"{key}={tree[key]!r:.40}" for key in unknown))
 
 
-def refused(key: str, value: Any, why: str) -> UserError:
+def unsupported(key: str, value: Any, why: str) -> UserError:
     """What to raise for a model we would compute otherwise than its makers."""
     return UserError(f"model.from: config.json: {key}: {value!r:.120}: {why}; no exact import, use another model")
 
@@ -213,11 +213,11 @@ def llama_biases(tree: Tree) -> dict[str, bool]:
     """`attention_bias` and `mlp_bias`: all maps of a block have a bias here, or none."""
     attention, mlp = bool(tree.get("attention_bias")), bool(tree.get("mlp_bias"))
     if attention != mlp:
-        raise refused("attention_bias", attention, f"mlp_bias is {mlp}, and this decoder has both or neither")
+        raise unsupported("attention_bias", attention, f"mlp_bias is {mlp}, and this decoder has both or neither")
     return {"qkv_bias": attention, "linear_bias": mlp}
 
 
-def windows(form: Format, tree: Tree) -> list[int | None]:
+def read_windows(form: HuggingFaceFormat, tree: Tree) -> list[int | None]:
     """`model.windows`: the shortest pattern that repeats to the file's layers."""
     window, layers = tree.get("sliding_window"), tree["num_hidden_layers"]
     if form.windows == "none":
@@ -226,7 +226,7 @@ def windows(form: Format, tree: Tree) -> list[int | None]:
         return [window]
     if kinds := tree.get("layer_types"):
         if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-            raise refused("layer_types", sorted(unknown), "only full_attention and sliding_attention are known")
+            raise unsupported("layer_types", sorted(unknown), "only full_attention and sliding_attention are known")
         listed = [window if kind == "sliding_attention" else None for kind in kinds]
     elif pattern := tree.get("sliding_window_pattern") or tree.get("_sliding_window_pattern"):
         listed = [None if (layer + 1) % pattern == 0 else window for layer in range(layers)]
@@ -236,19 +236,19 @@ def windows(form: Format, tree: Tree) -> list[int | None]:
     return shortest_pattern(listed)
 
 
-def shortest_pattern(listed: list[Any]) -> list[Any]:
+def shortest_pattern(items: list[Any]) -> list[Any]:
     """
     >>> shortest_pattern([1024, None, 1024, None, 1024])
     [1024, None]
     """
     return next(
-        listed[:length]
-        for length in range(1, len(listed) + 1)
-        if all(item == listed[place % length] for place, item in enumerate(listed))
+        items[:length]
+        for length in range(1, len(items) + 1)
+        if all(item == items[place % length] for place, item in enumerate(items))
     )
 
 
-def config_json(model: Any, *, positions: int, dtype: str) -> dict[str, Any]:
+def to_config_json(model: Any, *, positions: int, dtype: str) -> dict[str, Any]:
     """A config.json that reads back as `model` (a ModelConfig). Raises UserError where no format of transformers does.
 
     The family's own format is tried first. `positions` is the longest row the model was made for, in tokens; `dtype`
@@ -257,8 +257,8 @@ def config_json(model: Any, *, positions: int, dtype: str) -> dict[str, Any]:
     own = [kind for kind, form in FORMATS.items() if form.family == model.family]
     differing = {}
     for kind in [*own, *(kind for kind in FORMATS if kind not in own)]:
-        tree = written(kind, model, positions=positions, dtype=dtype)
-        if not (differing.setdefault(kind, differences(model, tree))):
+        tree = write_format(kind, model, positions=positions, dtype=dtype)
+        if not (differing.setdefault(kind, changed_keys(model, tree))):
             return tree
     raise UserError(
         f"model: no format of transformers holds this model exactly: {own[0]} would change "
@@ -266,7 +266,7 @@ def config_json(model: Any, *, positions: int, dtype: str) -> dict[str, Any]:
     )
 
 
-def written(kind: str, model: Any, *, positions: int, dtype: str) -> dict[str, Any]:
+def write_format(kind: str, model: Any, *, positions: int, dtype: str) -> dict[str, Any]:
     """The config.json of format `kind` that comes closest to `model`."""
     form = FORMATS[kind]
     known = {"kv_heads": model.key_value_heads, "head_dim": model.head_width}
@@ -277,13 +277,13 @@ def written(kind: str, model: Any, *, positions: int, dtype: str) -> dict[str, A
     tree |= {key: only[-1] if isinstance(only, tuple) else only for key, only in form.fixed.items()}
     if form.family == "gpt2":
         return tree
-    tree |= {"max_position_embeddings": positions} | written_rope(model.rope, local="gemma3" in kind)
+    tree |= {"max_position_embeddings": positions} | write_rope(model.rope, local="gemma3" in kind)
     layers = [model.windows[layer % len(model.windows)] for layer in range(model.layers)]
     tree["sliding_window"] = next((window for window in layers if window is not None), None)
     if form.windows == "types":
         tree["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in layers]
         tree["use_sliding_window"] = tree["sliding_window"] is not None
-    if "query_pre_attn_scalar" in form.absent:
+    if "query_pre_attn_scalar" in form.defaults:
         scale = model.head_width**-0.5 if model.attention_scale is None else model.attention_scale
         tree["query_pre_attn_scalar"] = round(scale**-2)
     if kind == "llama":
@@ -291,17 +291,17 @@ def written(kind: str, model: Any, *, positions: int, dtype: str) -> dict[str, A
     return tree
 
 
-def differences(model: Any, tree: Tree) -> list[str]:
+def changed_keys(model: Any, tree: Tree) -> list[str]:
     """Keys of the model section in which what `tree` describes is another model than `model`."""
     try:
-        other = type(model).model_validate(section(tree))
+        other = type(model).model_validate(to_model_section(tree))
     except (UserError, ValueError):
         return ["family"]
-    ours, theirs = effective(model), effective(other)
+    ours, theirs = effective_settings(model), effective_settings(other)
     return [key for key in ours if ours[key] != theirs[key]]
 
 
-def effective(model: Any) -> dict[str, Any]:
+def effective_settings(model: Any) -> dict[str, Any]:
     """The settings that decide what given weights compute, with defaults that mean the same made equal."""
     found = {key: value for key, value in model.model_dump().items() if key not in NOT_IN_FILES}
     found |= {"kv_heads": model.key_value_heads, "head_dim": model.head_width}

@@ -14,69 +14,69 @@ from .errors import UserError
 from .run import RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
-A_KIND = re.compile(
+TYPE_NAME = re.compile(
     r"(constrained|function)-.*|literal\[.*\]|(int|float|str|bool)"
 )  # pydantic's word for one of a union
 
 
-def load(config: str | Path, *, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(config: str | Path, *, overrides: Iterable[str] = ()) -> RunConfig:
     """The run that `config` (a YAML file, or a shipped recipe's name) describes, with `key.sub=value` words on top.
 
     `extends: other.yaml` (relative to the file, or a recipe) is read first. Raises UserError with one line per mistake.
     """
-    tree = read(find(config))
+    tree = read_tree(find_config(config))
     for word in overrides:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise UserError(f"{word!r} is not of the form key.sub=value, such as steps=500")
-        tree = merged(tree, nested(key.split("."), parse(value, origin=word)))
-    return validated(tree)
+        tree = merge_trees(tree, nest_value(key.split("."), parse_yaml(value, origin=word)))
+    return validate_tree(tree)
 
 
-def find(config: str | Path) -> Path:
+def find_config(config: str | Path) -> Path:
     """The file `config` names: a path, or a recipe listed by `recipes ls`."""
     for path in (Path(config), RECIPES / f"{config}.yaml"):
         if path.is_file():
             return path
-    raise UserError(f"CONFIG: {missing(str(config), where=Path.cwd())}")
+    raise UserError(f"CONFIG: {missing_config_message(str(config), where=Path.cwd())}")
 
 
-def missing(config: str, *, where: Path) -> str:
+def missing_config_message(config: str, *, where: Path) -> str:
     """What to say of a `config` that is neither a file seen from `where` nor a recipe."""
     path = where / config
     if (path / "config.json").is_file():
         return f"{config} is a model's directory; name a YAML file in which model.from is {config}"
     if path.is_dir():
         return f"{config} is a directory; name a YAML file"
-    if of_kind := [name for name in recipes() if name.startswith(f"{config}/")]:
+    if of_kind := [name for name in recipe_names() if name.startswith(f"{config}/")]:
         return f"{config} is a kind of recipe; there are {', '.join(of_kind)}"
     beside = sorted(str(file.relative_to(where)) for file in path.parent.glob("*.yaml")) if path.suffix else []
-    near = difflib.get_close_matches(config, [*beside, *recipes()], n=1)
+    near = difflib.get_close_matches(config, [*beside, *recipe_names()], n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"{config} is no file (from {where}) and no shipped recipe; `meshwright recipes ls` lists those.{hint}"
 
 
-def recipes() -> list[str]:
+def recipe_names() -> list[str]:
     """Names of the shipped recipes, e.g. `quickstart`, `pretrain/llama-1b`."""
     return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
 
 
-def copy(recipe: Path, target: Path) -> None:
+def copy_recipe(recipe: Path, target: Path) -> None:
     """The recipe's text in `target`, which extends what the recipe does: by the name that is known everywhere."""
 
     def named(line: re.Match) -> str:
-        return f"extends: {extended(recipe, line[1]).resolve().relative_to(RECIPES.resolve())}"
+        return f"extends: {find_base(recipe, line[1]).resolve().relative_to(RECIPES.resolve())}"
 
     target.write_text(re.sub(r"^extends: (\S+)$", named, recipe.read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
-def read(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_tree(path: Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The tree in `path`, merged over what it extends."""
     path = path.resolve()
-    if path in seen:
-        raise UserError(f"extends: {path.name} extends itself through {' -> '.join(p.name for p in seen)}")
+    if path in extended_by:
+        raise UserError(f"extends: {path.name} extends itself through {' -> '.join(p.name for p in extended_by)}")
     try:
-        tree = parse(path.read_text(encoding="utf-8"), origin=path.name)
+        tree = parse_yaml(path.read_text(encoding="utf-8"), origin=path.name)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}; give a YAML file in UTF-8") from error
     if tree is None:
@@ -84,20 +84,22 @@ def read(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path.name}: {tree!r} is not a mapping of keys to values")
     base = tree.pop("extends", None)
-    return tree if base is None else merged(read(extended(path, base), seen=(*seen, path)), tree)
+    return (
+        tree if base is None else merge_trees(read_tree(find_base(path, base), extended_by=(*extended_by, path)), tree)
+    )
 
 
-def extended(path: Path, base: Any) -> Path:
+def find_base(path: Path, base: Any) -> Path:
     """The file that the one at `path` extends: beside it, or a recipe, `finetune/lora.yaml` or `finetune/lora`."""
     if not isinstance(base, str):
         raise UserError(f"{path.name}: extends: {base!r} is not a word; name one file, or one shipped recipe")
     for place in (path.parent / base, RECIPES / base, RECIPES / f"{base}.yaml"):
         if place.is_file():
             return place
-    raise UserError(f"{path.name}: extends: {missing(base, where=path.parent)}")
+    raise UserError(f"{path.name}: extends: {missing_config_message(base, where=path.parent)}")
 
 
-class OneOfEach(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key stands once: of two, the reader of a long file would believe in the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -117,67 +119,69 @@ NUMBERS = {
         r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+][0-9]+)?|\.[0-9][0-9_]*([eE][-+][0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
     ),
 }
-OneOfEach.yaml_implicit_resolvers = {
+UniqueKeyLoader.yaml_implicit_resolvers = {
     first: [(tag, re.compile(f"(?:{NUMBERS[tag]})$") if tag in NUMBERS else form) for tag, form in forms]
     for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
-def parse(text: str, *, origin: str) -> Any:
+def parse_yaml(text: str, *, origin: str) -> Any:
     """YAML -> Python. Raises UserError with the line where it breaks."""
     try:
-        return yaml.load(text, Loader=OneOfEach)
+        return yaml.load(text, Loader=UniqueKeyLoader)
     except yaml.YAMLError as error:
         told = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
         raise UserError(f"{origin}: not valid YAML: {told}") from error
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge_trees(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`, mappings merged key by key, anything else replaced."""
     result = dict(base)
-    for key, value in over.items():
+    for key, value in override.items():
         both = isinstance(result.get(key), Mapping) and isinstance(value, Mapping)
-        result[key] = merged(result[key], value) if both else value
+        result[key] = merge_trees(result[key], value) if both else value
     return result
 
 
-def nested(keys: list[str], value: Any) -> dict[str, Any]:
+def nest_value(keys: list[str], value: Any) -> dict[str, Any]:
     """`["a", "b"], 1 -> {"a": {"b": 1}}`"""
-    return {keys[0]: value if len(keys) == 1 else nested(keys[1:], value)}
+    return {keys[0]: value if len(keys) == 1 else nest_value(keys[1:], value)}
 
 
-def validated(tree: Mapping[str, Any]) -> RunConfig:
+def validate_tree(tree: Mapping[str, Any]) -> RunConfig:
     """The typed configuration. Raises UserError, one line per mistake, each naming key, value and remedy."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         told: dict[str, str] = {}  # where one of several kinds of value would do, what each of them says
         for item in error.errors():
-            line = explain(item)
+            line = explain_error(item)
             start = line[: len(line) - len(item["msg"])]
             told[start] = f"{told[start]}; or {line[len(start) :]}" if start in told else line
         raise UserError("\n".join(told.values())) from None
 
 
-def explain(item: Mapping[str, Any]) -> str:
+def explain_error(item: Mapping[str, Any]) -> str:
     """One mistake in a line. `item` is one of pydantic's error records."""
-    key = ".".join(str(part) for part in item["loc"] if not A_KIND.fullmatch(str(part)))
+    key = ".".join(str(part) for part in item["loc"] if not TYPE_NAME.fullmatch(str(part)))
     if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key.{suggestion(key)}"
+        return f"{key}: unknown key.{suggest_key(key)}"
     if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        first = next((name for name in keys() if name.rpartition(".")[0] == key), f"{key}.KEY").rpartition(".")[2]
+        first = next((name for name in schema_keys() if name.rpartition(".")[0] == key), f"{key}.KEY").rpartition(".")[
+            2
+        ]
         return f"{key}: {item['input']!r}: input should be a mapping of keys to values, such as {{{first}: ...}}"
     if item["type"] == "value_error":
         told = str(item["ctx"]["error"])  # a check of sections names its key; one of a kind of value knows none
-        return told if not key or told.partition(":")[0] in set(keys()) else f"{key}: {told}"
+        return told if not key or told.partition(":")[0] in set(schema_keys()) else f"{key}: {told}"
     if item["type"] in ("list_type", "tuple_type"):
         return f"{key}: {item['input']!r}: input should be a list, such as [{item['input']}]"
     return f"{key}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
-def suggestion(key: str) -> str:
+def suggest_key(key: str) -> str:
     """` Did you mean ...?` for an unknown key: another tool's name for ours, a near miss, or the right place."""
-    known = list(keys())
+    known = list(schema_keys())
     parent, _, leaf = key.rpartition(".")
     if (ours := foreign_keys().get(leaf)) in known:
         return f" Did you mean {ours}?"
@@ -197,16 +201,16 @@ def suggestion(key: str) -> str:
     return f" There are {', '.join(sorted(siblings))}." if siblings else ""
 
 
-def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+def schema_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
     """Every key of the schema, dotted: `mesh`, `mesh.data`, ..."""
     for attribute, field in section.model_fields.items():
         name = field.alias or attribute
         yield prefix + name
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from keys(kind, f"{prefix}{name}.")
+                yield from schema_keys(kind, f"{prefix}{name}.")
 
 
-def dump(config: RunConfig) -> str:
+def dump_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML; `load` of it gives an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=False), sort_keys=False)

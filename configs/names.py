@@ -17,5 +17,5 @@ BATCH_FIELDS = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
 # What some recipes read besides: what a row says of its example, log p of each target by the model before step 0, and
 # the words that a teacher finds likeliest, [global_batch, sequence, recipe.top_k].
 RECIPE_FIELDS = ("labels", "reference_logprobs", "teacher_logprobs", "teacher_tokens")
-ADAPTER_FIELD = "adapters"  # and with several adapters: the number of each row's own, all along the row
-TOP_FIELDS = RECIPE_FIELDS[2:]
+ADAPTER_IDS_FIELD = "adapters"  # and with several adapters: the number of each row's own, all along the row
+TEACHER_TOP_K_FIELDS = RECIPE_FIELDS[2:]

@@ -5,17 +5,17 @@ from typing import Any
 
 from pydantic import model_validator
 
-from .adapter_runs import resolve_adapters, inherit_data, merged_data, widest_adapter
-from .checks.adapter_method import check_ahead, check_blocks, check_budget, check_scouting
-from .checks.elastic_meshes import check_meshes
-from .checks.mesh_fit import check_fits
+from .adapter_runs import inherit_data, merged_data, resolve_adapters, widest_adapter
+from .checks.adapter_method import check_budget, check_element_search, check_oft_blocks, check_prefix
+from .checks.elastic_meshes import check_elastic_meshes
+from .checks.mesh_fit import check_mesh_fit
 from .checks.multi_adapter import check_adapters
 from .run_fields import RunFields
-from .sections.adapter import ELEMENTS, FISHER
+from .sections.adapter import PER_EXAMPLE_METHODS, SPARSE_METHODS
 from .sections.data import DataConfig
 from .sections.islands import check_islands
 from .sections.outer import check_replicas
-from .sections.quantization import check_codes, check_quantization
+from .sections.quantization import check_quantization, check_trained_codes
 from .sections.recipe import check_recipe, check_teacher
 from .trained_segments import segment_starts
 
@@ -78,21 +78,21 @@ class RunConfig(RunFields):
         if self.adapter is not None and (self.adapter.layers or 0) > self.model.layers:
             raise ValueError(f"adapter.layers: {self.adapter.layers} exceeds model.layers ({self.model.layers})")
         if self.adapter is not None:
-            check_blocks(self.adapter, self.model)
-            check_ahead(self.adapter, self.model, tokens=self.data.sequence_length)
+            check_oft_blocks(self.adapter, self.model)
+            check_prefix(self.adapter, self.model, tokens=self.data.sequence_length)
             if self.adapter.method == "tokens" and self.pipeline.vocab_parallel:
                 raise ValueError(
                     f"pipeline.vocab_parallel: {self.pipeline.vocab_parallel} cuts the table that adapter.method "
                     "tokens puts rows into; set it to 0"
                 )
-            check_scouting(self.adapter, steps=self.steps, average=self.optimizer.ema, spike=self.logging.spike)
-            if self.adapter.method in FISHER and self.recipe.name == "kto":
+            check_element_search(self.adapter, steps=self.steps, average=self.optimizer.ema, spike=self.logging.spike)
+            if self.adapter.method in PER_EXAMPLE_METHODS and self.recipe.name == "kto":
                 raise ValueError(
                     f"recipe.name: kto measures an answer by the others of its row, and adapter.method "
                     f"{self.adapter.method} looks at each alone; use lottery, or dpo"
                 )
             check_budget(self.adapter, steps=self.steps, average=self.optimizer.ema)
-            if self.outer is not None and self.adapter.method in (*ELEMENTS, "adalora"):
+            if self.outer is not None and self.adapter.method in (*SPARSE_METHODS, "adalora"):
                 raise ValueError(
                     f"adapter.method: {self.adapter.method} chooses what learns while it trains, and replicas would "
                     "choose differently; use lora, or set outer to null"
@@ -103,8 +103,10 @@ class RunConfig(RunFields):
                     "that validates it; set it to false"
                 )
         check_quantization(self.quantization, self.adapter, self.model, recipe=self.recipe.name)
-        check_codes(self.quantization, average=self.optimizer.ema, replicated=self.outer is not None)
-        if self.evaluation.answers and any(one.format == "text" and one.prompt is None for one in self.all_data.sources):
+        check_trained_codes(self.quantization, average=self.optimizer.ema, replicated=self.outer is not None)
+        if self.evaluation.answers and any(
+            one.format == "text" and one.prompt is None for one in self.all_data.sources
+        ):
             raise ValueError(
                 f"evaluation.answers: {self.evaluation.answers}, but texts without data.prompt ask nothing; set it to 0"
             )
@@ -129,7 +131,7 @@ class RunConfig(RunFields):
                 replicas=self.mesh.replica,
                 global_batch=self.data.global_batch,
             )
-        if (count := self.mesh.count) is not None:
-            check_fits(self, own := self.mesh.resolved(count))
-            check_meshes(self, own, check_fits)
+        if (count := self.mesh.device_count) is not None:
+            check_mesh_fit(self, own := self.mesh.resolve_sizes(count))
+            check_elastic_meshes(self, own, check_mesh_fit)
         return self

@@ -15,14 +15,14 @@ import numpy as np
 from flax import nnx
 
 from ..configs.errors import MeshwrightError
-from ..configs.sections.base import Decision
+from ..configs.sections.base import MemoryDecision
 from ..configs.sections.model import ModelConfig
 from ..models.context import Context
 from ..models.decoder import decoder_graphdef, initial_params
 from .policy import make_remat
 
 Remat = Callable[..., Callable[[Callable], Callable]]
-Gradient = Callable[[ModelConfig, Mapping[str, Decision] | None], Any]  # under these decisions, by all parameters
+Gradient = Callable[[ModelConfig, Mapping[str, MemoryDecision] | None], Any]  # under these decisions, by all parameters
 
 BATCH, SEQUENCE = 2, 64
 REPEATS = 4  # a residual that another layer's overwrote shows only in a loop of several
@@ -30,7 +30,7 @@ TOLERANCE = 0.02  # of a gradient's norm: far above what rounding in bfloat16 do
 
 
 def check_offload(
-    model: ModelConfig, chosen: Mapping[str, Decision] | None, *, platform: str, gradient: Gradient
+    model: ModelConfig, chosen: Mapping[str, MemoryDecision] | None, *, platform: str, gradient: Gradient
 ) -> None:
     """Raise MeshwrightError if offloading as `chosen` says changes gradients on this machine's first device.
 
@@ -60,7 +60,7 @@ def shrink_model(model: ModelConfig) -> ModelConfig:
 
 
 def scanned_gradient(
-    model: ModelConfig, chosen: Mapping[str, Decision] | None, *, compute: Any, remat: Remat = make_remat
+    model: ModelConfig, chosen: Mapping[str, MemoryDecision] | None, *, compute: Any, remat: Remat = make_remat
 ) -> Any:
     """Of a fixed function of the last hidden state. `remat` turns decisions into a wrapper; a test has another."""
     tokens, params = tokens_and_params(model)

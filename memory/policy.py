@@ -11,12 +11,12 @@ import jax
 
 from ..configs.errors import UserError
 from ..configs.names import POLICY_TENSORS
-from ..configs.sections.base import Decision
+from ..configs.sections.base import MemoryDecision
 from ..configs.sections.model import ModelConfig
 from ..configs.sections.parallel import MemoryConfig
 
 # What a preset does not name is recomputed. `none` keeps everything, named or not; `minimal` what matrix products made.
-PRESETS: dict[str, dict[str, Decision]] = {
+PRESETS: dict[str, dict[str, MemoryDecision]] = {
     "none": {},
     "full": {},
     "attention-out": {"attn_out": "keep", "attn_lse": "keep"},
@@ -33,20 +33,20 @@ def emitted_tensors(model: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in POLICY_TENSORS if name not in absent)
 
 
-def tensor_decisions(memory: MemoryConfig, *, tensors: Collection[str]) -> dict[str, Decision] | None:
+def tensor_decisions(memory: MemoryConfig, *, tensors: Collection[str]) -> dict[str, MemoryDecision] | None:
     """Decision per tensor, of those the model emits (`tensors`); None: keep everything and wrap nothing.
 
     Raises UserError on a name the model does not emit: a policy must not silently do nothing.
     """
     if unknown := memory.names.keys() - set(tensors):
-        raise UserError.no_match("memory.names", unknown, known=tensors)
+        raise UserError.no_match("memory.names", unknown, candidates=tensors)
     if memory.policy == "none" and not memory.names:
         return None
     preset = PRESETS[memory.policy] if memory.policy != "none" else dict.fromkeys(tensors, "keep")
     return {name: decision for name, decision in preset.items() if name in tensors} | memory.names
 
 
-def make_remat(decisions: Mapping[str, Decision] | None, *, scanned: bool) -> Callable[[Callable], Callable]:
+def make_remat(decisions: Mapping[str, MemoryDecision] | None, *, scanned: bool) -> Callable[[Callable], Callable]:
     """`wrap(block)` that computes the same and saves what `chosen` says. `scanned`: the block is a scan's body."""
     if decisions is None:
         return lambda block: block

@@ -1,8 +1,8 @@
 """One transformer block: `block(x, ctx) -> (x, entries)`, with every tensor that a memory policy may name.
 
     x ─ norm ─ q k v ─ rotate ─ attend ─ o ─(+)─ norm ─ gate up ─ act ─ down ─(+)─ x
-Between blocks the sequence is sharded over `tensor` too; norms run there, and the linear maps see it gathered.
-`entries` are the keys and values for a cache (`cache.py`), None in training.
+Between blocks the sequence is sharded over `tensor` too; norms run on it so, and the linear maps read it gathered.
+`entries` are the layer's keys and values for a cache (`kv_cache.py`), None in training.
 """
 
 from functools import partial
@@ -34,8 +34,8 @@ def norm(config: ModelConfig, width: int) -> RMSNorm | LayerNorm:
 class Attention(nnx.Module):
     """Grouped-query self-attention with optional biases, head norms, window and soft-cap."""
 
-    prefix = None  # keys and values of its own in front of every document (`adapters/prefix.py`)
-    adapter = None  # behind or beside it (`adapters/bottleneck.py`)
+    prefix = None  # this layer's keys and values before every document (`adapters/prefix.py`)
+    adapter = None  # a perceptron at the attention (`adapters/bottleneck.py`)
 
     def __init__(self, config: ModelConfig, *, window: int | None, rngs: nnx.Rngs):
         heads, kv_heads, width = config.heads, config.key_value_heads, config.head_width
@@ -44,10 +44,10 @@ class Attention(nnx.Module):
         self.v = Linear((config.embed,), (kv_heads, width), bias=config.qkv_bias, rngs=rngs)
         self.o = Linear((heads, width), (config.embed,), bias=config.linear_bias, rngs=rngs)
         if config.qk_norm:
-            kind = partial(RMSNorm, epsilon=config.norm_epsilon, unit_offset=config.norm_unit_offset)
-            whole = config.qk_norm_whole
-            self.q_norm = kind(heads * width, dimensions=2) if whole else kind(width)
-            self.k_norm = kind(kv_heads * width, dimensions=2) if whole else kind(width)
+            make_norm = partial(RMSNorm, epsilon=config.norm_epsilon, unit_offset=config.norm_unit_offset)
+            over_all_heads = config.qk_norm_whole
+            self.q_norm = make_norm(heads * width, dimensions=2) if over_all_heads else make_norm(width)
+            self.k_norm = make_norm(kv_heads * width, dimensions=2) if over_all_heads else make_norm(width)
         self.config, self.window = config, window
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict | None]:
@@ -58,8 +58,8 @@ class Attention(nnx.Module):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if config.position_encoding == "rope":
-            turn = (ctx.rotations or make_rotations(config, ctx.positions))[self.window is not None]
-            q, k = rotate(q, turn), rotate(k, turn)
+            rotation = (ctx.rotations or make_rotations(config, ctx.positions))[self.window is not None]
+            q, k = rotate(q, rotation), rotate(k, rotation)
         q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
         mask = Mask(window=self.window, softcap=config.attention_softcap, scale=config.attention_scale)
         prefix, attend = (ctx.prefix, ctx.attend) if self.prefix is None else self.prefix(x, ctx)
@@ -74,14 +74,12 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
-    adapter = None  # behind or beside it (`adapters/bottleneck.py`)
+    adapter = None  # a perceptron at the MLP (`adapters/bottleneck.py`)
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        def wide() -> Linear:
-            return Linear((config.embed,), (config.mlp,), bias=config.linear_bias, rngs=rngs)
-
-        self.gate = wide() if config.activation != "gelu" else None
-        self.up = wide()
+        widen = partial(Linear, (config.embed,), (config.mlp,), bias=config.linear_bias, rngs=rngs)
+        self.gate = widen() if config.activation != "gelu" else None
+        self.up = widen()
         self.down = Linear((config.mlp,), (config.embed,), bias=config.linear_bias, rngs=rngs)
         self.activation = ACTIVATIONS[config.activation]
 
@@ -100,7 +98,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP around the residual stream; `parallel_block` reads one norm and adds both at once."""
+    """Attention and MLP around the residual stream; with `parallel_block` both read one norm and are added at once."""
 
     def __init__(self, config: ModelConfig, *, kind: int | None, rngs: nnx.Rngs):
         self.attn_norm = norm(config, config.embed) if config.pre_norms else None
@@ -112,7 +110,7 @@ class Block(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict | None]:
-        """x [batch, sequence, embed] -> the same shape, and what this layer adds to the cache (None without one)."""
+        """x [batch, sequence, embed] -> the same shape, and this layer's entries for the cache (None without one)."""
         x = checkpoint_name(ctx.constrain(x, RESIDUAL), "block_in")
         normed = self._normed(x, self.attn_norm, ctx, name="attn_norm")
         attention, entries = self.attn(normed, ctx)

@@ -1,7 +1,7 @@
-"""What a block is told besides its input: how to attend, multiply, constrain, and where its tokens stand.
+"""The context of a block: how to attend, multiply and constrain, and the positions of its tokens.
 
-Models never see a mesh. `train/` builds one `Context` per step out of functions that do; a test builds one out of
-plain ones. The defaults compute on one device.
+Models never see a mesh. `train/` builds one `Context` per step out of functions that do; a test builds one out of plain
+functions. The defaults compute on one device.
 """
 
 import math
@@ -35,36 +35,34 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indices: TokenIndices) -> jax.Array:
-    """The reference attention."""
+    """Attention by the reference implementation."""
     return attend(DENSE, q, k, v, mask, indices)
 
 
 def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """Leave `x` where it is."""
+    """`x`, with no sharding constraint."""
     del names
     return x
 
 
 @dataclass(frozen=True)
 class Context:
-    """Everything a block reads that is neither its input nor its weights."""
+    """Everything that a block reads besides its input and its weights."""
 
-    positions: jax.Array  # [batch, sequence] int32: place in the document, for rotations
-    rotations: dict[bool, Rotation] | None = None  # of `positions`, made once for all blocks; None: in each block
-    segment_ids: jax.Array | None = None  # [batch, sequence] int32: tokens see their own document only
-    index: jax.Array | None = None  # [sequence] int32: place in the uncut row; None: in order. A cache needs it
+    positions: jax.Array  # [batch, sequence] int32: position in the document, for rotations
+    rotations: dict[bool, Rotation] | None = None  # of `positions`, computed once for all blocks; None: by each
+    segment_ids: jax.Array | None = None  # [batch, sequence] int32: tokens see only their own document
+    index: jax.Array | None = None  # [sequence] int32: index in the unsharded row; None: in order. A cache needs it
     dropout_keys: jax.Array | None = None  # [batch] keys, one a row of the global batch; None: no dropout
-    cache: Any = None  # keys and values of earlier tokens (`cache.py`); a block is given its own layer's
+    cache: Any = None  # keys and values of earlier tokens (`kv_cache.py`); a block sees its own layer's
     cache_segment_ids: jax.Array | None = None  # [batch, capacity]: segment of each slot of the cache
-    adapter_ids: jax.Array | None = None  # [batch] int32: which of several adapters each row belongs to
-    adapter_product: Callable[..., jax.Array] | None = (
-        None  # of rows and their own adapters' matrices (adapters/several.py)
-    )
-    shared_matrices: Any = None  # arrays that the adapters of all layers read (VeRA)
-    prefix: Any = None  # {"k", "v"} in front of every document, shaped like a cache without rows; a block gets its own
+    adapter_ids: jax.Array | None = None  # [batch] int32: which of several adapters each row uses
+    adapter_product: Callable[..., jax.Array] | None = None  # rows times their adapters' matrices (`multi_lora.py`)
+    shared_matrices: Any = None  # matrices that the adapters of all layers read (`adapters/vera.py`)
+    prefix: Any = None  # {"k", "v"} before every document, shaped like a cache without rows; a block sees its own
     attend: Callable[..., jax.Array] = dense_attention  # (q, k, v, mask, indices) -> out
     linear: Callable[..., jax.Array] = linear
     lookup: Callable[[jax.Array, jax.Array], jax.Array] = lookup
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = unconstrained
-    remat: Callable[[Callable], Callable] = lambda block: block  # wraps a block by the memory policy
+    remat: Callable[[Callable], Callable] = lambda block: block  # wraps a block with the memory policy
     compute_dtype: Any = jnp.float32  # dtype of matrix products and activations

@@ -1,10 +1,10 @@
-"""The decoder: embed -> segments -> final_norm -> head, cut where a pipeline may cut it.
+"""The decoder: embed -> segments -> final_norm -> head. A pipeline may cut it between repeats of a segment.
 
-A segment is (pattern of block kinds, repeats): its weights are stacked [repeats, ...] for each place in the pattern,
-and it is scanned over its repeats, or unrolled over the same stacked arrays. Parameters travel as plain nested dicts:
+A segment is (pattern of block kinds, repeats): its weights are stacked [repeats, ...] for each position of the pattern,
+and it is scanned over its repeats, or unrolled over the same stacked arrays. Parameters are plain nested dicts:
 
     params = initial_params(config, key)     # segments/0/1/block/attn/q/kernel: [repeats, embed, heads, head_dim]
-    hidden, _ = nnx.merge(graph(config), params).hidden(tokens, ctx)
+    hidden, _ = nnx.merge(decoder_graphdef(config), params).hidden(tokens, ctx)
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class Stack(nnx.Module):
 class Embed(nnx.Module):
     """Token embedding [padded_vocab, embed], and the learned positions where the model has them."""
 
-    adapter = None  # other rows for some tokens (`adapters/tokens.py`)
+    adapter = None  # trained rows of some tokens (`adapters/tokens.py`)
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         rows = jax.random.normal(rngs.params(), (config.padded_vocab, config.embed)) * 0.02
@@ -50,14 +50,14 @@ class Embed(nnx.Module):
         self.config = config
 
     def __call__(self, tokens: jax.Array, ctx: Context) -> jax.Array:
-        # Rows are cast, not the table: a frequent token's gradient is a long sum, made in the table's own dtype.
+        # Rows are cast, not the table: the gradient of a frequent token is a long sum, computed in the table's dtype.
         x = ctx.lookup(self.embedding[...], tokens).astype(ctx.compute_dtype)
         if self.adapter is not None:
             x = self.adapter(tokens, x)
         return ctx.constrain(self.block_input(x, ctx), RESIDUAL)
 
     def block_input(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """What the first block reads of the table's rows x [batch, sequence, embed]: scaled, with their positions."""
+        """The input of the first block from embeddings x [batch, sequence, embed]: scaled, plus learned positions."""
         if self.config.embedding_scale:
             x = x * jnp.asarray(self.config.embed**0.5, x.dtype)
         if self.config.position_encoding == "learned":
@@ -65,7 +65,7 @@ class Embed(nnx.Module):
         return x
 
     def table(self) -> jax.Array:
-        """[padded_vocab, embed]: the rows that tokens have."""
+        """[padded_vocab, embed]: the embeddings of all tokens, trained rows included."""
         return self.embedding[...] if self.adapter is None else self.adapter.table(self.embedding[...])
 
 
@@ -78,11 +78,11 @@ class Head(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer. Weights are float32 here; `initialized` casts them."""
+    """A decoder-only transformer. Weights are float32 here; `initial_params` casts them."""
 
-    adapter = None  # what the adapters of all layers share, where they share anything
-    prompt = None  # virtual tokens in front of every document (`adapters/prompt.py`)
-    prefix_length = 0  # how many tokens' keys stand in front of every document: their positions come first
+    adapter = None  # matrices that the adapters of all layers share (`adapters/vera.py`)
+    prompt = None  # virtual tokens before every document (`adapters/prompt.py`)
+    prefix_length = 0  # tokens whose keys precede every document; they take the first positions
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.embed = Embed(config, rngs=rngs)
@@ -90,8 +90,8 @@ class Decoder(nnx.Module):
             {
                 str(number): nnx.Dict(
                     {
-                        str(place): Stack(config, kind=kind, repeats=repeats, rngs=rngs)
-                        for place, kind in enumerate(pattern)
+                        str(position): Stack(config, kind=kind, repeats=repeats, rngs=rngs)
+                        for position, kind in enumerate(pattern)
                     }
                 )
                 for number, (pattern, repeats) in enumerate(config.segments)
@@ -102,9 +102,9 @@ class Decoder(nnx.Module):
         self.config = config
 
     def hidden(self, tokens: jax.Array, ctx: Context) -> tuple[jax.Array, Cache | None]:
-        """tokens [batch, sequence] -> what the head reads [batch, sequence, embed], and the entries for the cache.
+        """tokens [batch, sequence] -> (the head's input [batch, sequence, embed], entries for the cache).
 
-        Entries are shaped like the cache, with these tokens only; None where `ctx` has no cache.
+        Entries are shaped like the cache and hold these tokens only; None where `ctx` has no cache.
         """
         if self.adapter is not None:
             ctx = dataclasses.replace(ctx, shared_matrices=self.adapter())
@@ -115,37 +115,40 @@ class Decoder(nnx.Module):
         return self.final_norm(x), None if ctx.cache is None else entries
 
     def prefix(self, ctx: Context) -> Cache:
-        """Keys and values of the prompt's virtual tokens in all layers: what `ctx.prefix` holds."""
+        """Keys and values of the prompt's virtual tokens in all layers: the value of `ctx.prefix`."""
         return self.keys_and_values(self.prompt(), ctx)
 
     def keys_and_values(self, rows: jax.Array, ctx: Context) -> Cache:
-        """Keys and values [repeats, tokens, kv_heads, head_dim] of a document that begins with table rows `rows`.
+        """Keys and values [repeats, tokens, kv_heads, head_dim] of a document with embeddings `rows` [tokens, embed].
 
-        `rows` are [tokens, embed], whether the table has them or not. They are few: every device computes them all.
+        The rows need not be rows of the table. They are few: every device computes them all.
         """
         count = len(rows)
-        alone = Context(
+        document = Context(
             positions=jnp.arange(count)[None],
             index=jnp.arange(count, dtype=jnp.int32),
             shared_matrices=ctx.shared_matrices,
             remat=ctx.remat,
             compute_dtype=ctx.compute_dtype,
         )
-        alone = dataclasses.replace(alone, cache=empty_cache(self.config, rows=1, capacity=count, ctx=alone))
-        x = self.embed.block_input(rows[None].astype(ctx.compute_dtype), alone)
-        _, entries = self._run_segments(x, alone)
+        document = dataclasses.replace(document, cache=empty_cache(self.config, rows=1, capacity=count, ctx=document))
+        x = self.embed.block_input(rows[None].astype(ctx.compute_dtype), document)
+        _, entries = self._run_segments(x, document)
         return jax.tree.map(lambda leaf: leaf[:, 0], entries)
 
     def _run_segments(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Cache]:
-        """x [batch, sequence, embed] through all blocks, and their entries."""
+        """(output of all blocks, their entries) for x [batch, sequence, embed]."""
         ctx = dataclasses.replace(ctx, rotations=make_rotations(self.config, ctx.positions))
         loop = jax.lax.scan if self.config.scan else unrolled_scan
         entries, first = {}, 0
         for number, (pattern, repeats) in enumerate(self.config.segments):
-            stacks = [self.segments[str(number)][str(place)] for place in range(len(pattern))]
-            own = (part_of(whole, str(number), len(pattern)) for whole in (ctx.cache, ctx.prefix))
+            stacks = [self.segments[str(number)][str(position)] for position in range(len(pattern))]
+            cache, prefix = (
+                [None] * len(pattern) if segments is None else segments[str(number)]
+                for segments in (ctx.cache, ctx.prefix)
+            )
             layers = first + np.arange(repeats * len(pattern)).reshape(repeats, len(pattern))
-            x, entries[str(number)] = run_segment(stacks, x, ctx, *own, layers=layers, loop=loop)
+            x, entries[str(number)] = run_segment(stacks, x, ctx, cache, prefix, layers=layers, loop=loop)
             first += layers.size
         return x, entries
 
@@ -153,11 +156,6 @@ class Decoder(nnx.Module):
         """[embed, padded_vocab]; the transposed embedding of a tied model."""
         weight = self.embed.table().T if self.head is None else self.head.kernel[...]
         return weight.astype(dtype)
-
-
-def part_of(cache: Cache | None, segment: str, places: int) -> list[Any]:
-    """What `cache` has of a segment: one {"k", "v"} a place, or None."""
-    return [None] * places if cache is None else cache[segment]
 
 
 def run_segment(
@@ -170,26 +168,26 @@ def run_segment(
     layers: np.ndarray,
     loop: Callable[..., Any],
 ) -> tuple[jax.Array, list[Any]]:
-    """Run a pattern, one stack a place, over its repeats by `loop` (`jax.lax.scan`, or one like it).
+    """Run a pattern of blocks, one stack a position, over its repeats by `loop` (`jax.lax.scan` or `unrolled_scan`).
 
-    `layers` [repeats, places] are the blocks' numbers in the model, which number dropout keys. `cache` and `prefix`
-    have one {"k", "v"} a place, stacked like the weights, or None; so have the entries that come back.
+    `layers` [repeats, positions] are the blocks' numbers in the model, for dropout keys. `cache` and `prefix` have one
+    {"k", "v"} a position, stacked like the weights, or None; so have the returned entries.
     """
     graphs, weights = zip(*(nnx.split(stack.block) for stack in stacks), strict=True)
 
-    def pattern(x: jax.Array, this: tuple[Any, Any, Any, jax.Array]) -> tuple[jax.Array, list[Any]]:
+    def run_pattern(x: jax.Array, repeat: tuple[Any, Any, Any, jax.Array]) -> tuple[jax.Array, list[Any]]:
         entries = []
-        for graph, part, own, before, layer in zip(graphs, *this, strict=True):
-            x, new = run_block(graph, part, x, layer_context(ctx, layer, own, before))
+        for graph, weights, cache, prefix, layer in zip(graphs, *repeat, strict=True):
+            x, new = run_block(graph, weights, x, layer_context(ctx, layer, cache, prefix))
             entries.append(new)
         return x, entries
 
-    return loop(pattern, x, (weights, cache, prefix, layers))
+    return loop(run_pattern, x, (weights, cache, prefix, layers))
 
 
 def unrolled_scan(body: Callable[..., Any], carry: Any, inputs: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan` without the loop: one copy of the body a step, which XLA:CPU runs 15-25 % faster."""
-    # Split and not indexed: the gradient of one split is one concatenation, that of n indexings n padded sums.
+    """`jax.lax.scan` with one copy of the body per step and no loop, which XLA:CPU runs 15-25 % faster."""
+    # One split, not n slices: the gradient of a split is one concatenation, that of n slices is n padded sums.
     leaves, tree = jax.tree.flatten(inputs)
     steps = leaves[0].shape[0]
     parts = [[part.squeeze(0) for part in jax.lax.split(leaf, (1,) * steps)] for leaf in leaves]
@@ -197,7 +195,7 @@ def unrolled_scan(body: Callable[..., Any], carry: Any, inputs: Any) -> tuple[An
     for step in range(steps):
         carry, output = body(carry, jax.tree.unflatten(tree, [part[step] for part in parts]))
         outputs.append(output)
-    return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
 def run_block(graph: Any, weights: Any, x: jax.Array, ctx: Context) -> tuple[jax.Array, Any]:
@@ -210,7 +208,7 @@ def run_block(graph: Any, weights: Any, x: jax.Array, ctx: Context) -> tuple[jax
 
 
 def layer_context(ctx: Context, layer: jax.Array, cache: Any = None, prefix: Any = None) -> Context:
-    """The context as block number `layer` sees it: with its own dropout keys and its own part of cache and prefix."""
+    """The context of block number `layer`: with its own dropout keys, cache and prefix."""
     keys = ctx.dropout_keys
     if keys is not None:
         keys = jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys)
@@ -218,24 +216,24 @@ def layer_context(ctx: Context, layer: jax.Array, cache: Any = None, prefix: Any
 
 
 def decoder_graphdef(config: ModelConfig, insert_modules: Callable[[Decoder], None] = lambda decoder: None) -> Any:
-    """The model's structure without its weights: what `nnx.merge` puts parameters into. Allocates nothing.
+    """The graph definition that `nnx.merge` puts parameters into. Allocates nothing.
 
-    `adapted` puts into a decoder what is to stand beside its own weights.
+    `insert_modules` changes the decoder first, e.g. inserts adapters.
     """
-    found = []
+    graphdefs = []
 
     def build() -> Params:
         decoder = Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)))
         insert_modules(decoder)
-        definition, state = nnx.split(decoder)
-        found.append(definition)
+        graphdef, state = nnx.split(decoder)
+        graphdefs.append(graphdef)
         return nnx.to_pure_dict(state)
 
     jax.eval_shape(build)
-    return found[0]
+    return graphdefs[0]
 
 
 def initial_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Fresh parameters as nested dicts. Trace it under `jax.jit` with `out_shardings` to be born sharded."""
+    """Parameters before the first step, as nested dicts. Call it under `jax.jit` with `out_shardings` to shard them."""
     state = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key))))
     return jax.tree.map(lambda leaf: leaf.astype(dtype), state)

@@ -1,4 +1,4 @@
-"""The layers a block is made of: linear maps, norms, the gated MLP, dropout."""
+"""The layers of a block: linear maps, norms, dropout."""
 
 import math
 
@@ -9,15 +9,15 @@ from flax import nnx
 from .context import Context
 from .quantized.kernel import linear_product
 
-# Standard deviation over fan-in, truncated at two sigma: keeps activations at unit scale whatever the width.
+# Variance 1 / fan-in, truncated at two sigma: keeps activations at unit scale whatever the width.
 initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
 class Linear(nnx.Module):
     """y = x kernel (+ bias), over one or several input and output dimensions, e.g. [embed] -> [heads, head_dim].
 
-    With an `adapter` (`adapters/attach.py` puts it here) that computes y out of kernel and bias instead. The kernel may
-    be quantized (`quantized/attach.py`).
+    An `adapter` (inserted by `adapters/attach.py`) computes y from kernel and bias instead. The kernel may be quantized
+    (`quantized_model.py`).
     """
 
     adapter = None
@@ -48,8 +48,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        own = tuple(range(-self.dimensions, 0))
-        unit = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=own, keepdims=True) + self.epsilon)
+        last = tuple(range(-self.dimensions, 0))
+        unit = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=last, keepdims=True) + self.epsilon)
         scale = self.scale[...].astype(jnp.float32).reshape(x.shape[-self.dimensions :])
         return (unit * (self.offset + scale)).astype(x.dtype)
 
@@ -73,17 +73,17 @@ def dropout(
 ) -> jax.Array:
     """Zero elements of x [batch, sequence, ...] with probability `rate`.
 
-    Each token draws by its row's key and its place in the uncut row, `index` [sequence] (None: in order): no mesh, and
-    no order in which one holds its tokens, changes what is dropped.
+    Each token draws by its row's key and its index in the unsharded row, `index` [sequence] (None: in order), so that
+    neither the mesh nor its order of tokens changes which elements are dropped.
     """
     if keys is None or rate == 0:
         return x
 
-    def token(key: jax.Array, place: jax.Array) -> jax.Array:
-        return jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape[2:])
+    def keep_token(key: jax.Array, index: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, index), 1 - rate, x.shape[2:])
 
-    def row(key: jax.Array) -> jax.Array:
-        places = jnp.arange(x.shape[1]) if index is None else index
-        return jax.vmap(token, (None, 0))(jax.random.fold_in(key, salt), places)
+    def keep_row(key: jax.Array) -> jax.Array:
+        indexes = jnp.arange(x.shape[1]) if index is None else index
+        return jax.vmap(keep_token, (None, 0))(jax.random.fold_in(key, salt), indexes)
 
-    return jnp.where(jax.vmap(row)(keys), x / (1 - rate), 0)
+    return jnp.where(jax.vmap(keep_row)(keys), x / (1 - rate), 0)

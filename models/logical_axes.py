@@ -1,4 +1,7 @@
-"""The one function from a weight's path to the names of its dimensions."""
+"""Logical axes: the one function from a weight's path to the names of its dimensions.
+
+`parallel/sharding.py` maps these names to axes of the mesh.
+"""
 
 WEIGHT_AXES = {
     "embed/embedding": ("vocab", "embed"),
@@ -23,9 +26,9 @@ WEIGHT_AXES = {
 
 
 def axis_names(path: str) -> tuple[str | None, ...]:
-    """Logical names of the dimensions of the weight at `path`, without the leading `layers` of a stacked one.
+    """Logical axes of the weight at `path`, without the leading `layers` of a stacked one.
 
-    Norm scales and the biases of row-parallel maps have no name: `(None, ...)` means repeated everywhere.
+    Norm scales and the biases of row-parallel maps have none: `(None, ...)` means replicated on every device.
 
     >>> axis_names("segments/0/0/block/attn/q/kernel")
     ('embed', 'heads', 'head_dim')
@@ -42,12 +45,14 @@ def axis_names(path: str) -> tuple[str | None, ...]:
 
 
 def adapter_axis_names(linear: str, leaf: str) -> tuple[str | None, ...]:
-    """Dimensions of an adapter's `leaf` beside the kernel of `linear`: those of the kernel it has, and its rank.
+    """Logical axes of an adapter's `leaf` beside the kernel of `linear`: those it shares with the kernel, None for its
+    rank.
 
-    >>> adapter_names("attn/o", "a"), adapter_names("attn/q", "a")
+    >>> adapter_axis_names("attn/o", "a"), adapter_axis_names("attn/q", "a")
     (('heads', 'head_dim', None), (None, None))
     """
-    # Not cut over `fsdp`: thin matrices weigh little, and cut ones the partitioner moves by permutes, inside a block.
+    # Not sharded over `fsdp`: the matrices are small, and for sharded ones the partitioner inserts collective permutes
+    # inside a pipeline's branch.
     kernel = tuple(None if name == "embed" else name for name in WEIGHT_AXES.get(f"{linear}/kernel", ()))
     inputs = 2 if linear == "attn/o" else 1
     shapes = {
@@ -66,9 +71,9 @@ def adapter_axis_names(linear: str, leaf: str) -> tuple[str | None, ...]:
 
 
 def quantized_axis_names(linear: str, leaf: str) -> tuple[str | None, ...]:
-    """Dimensions of a `leaf` in the place of the kernel of `linear`: its inputs are flattened, and cut by the first.
+    """Logical axes of a `leaf` of the quantized kernel of `linear`, whose inputs are flattened to the first of them.
 
-    >>> quantized_names("attn/o", "codes"), quantized_names("attn/q", "scale_mean")
+    >>> quantized_axis_names("attn/o", "codes"), quantized_axis_names("attn/q", "scale_mean")
     (('heads', 'embed'), (None,))
     """
     kernel = WEIGHT_AXES[f"{linear}/kernel"]

@@ -1,4 +1,4 @@
-"""A number for each token, from what the head of a language model reads: a reward model's, in the head's place."""
+"""The head of a reward model: one number for each token, in the place of a language model's head."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from flax import nnx
 
 
 class RewardHead(nnx.Module):
-    """hidden kernel, in float32."""
+    """score = hidden kernel, in float32."""
 
     def __init__(self, embed: int):
         self.kernel = nnx.Param(jnp.zeros((embed, 1)))
@@ -17,5 +17,5 @@ class RewardHead(nnx.Module):
 
 
 def init_reward_head(embed: int, key: jax.Array) -> dict[str, jax.Array]:
-    """The weights before the first step: normal, of variance 1 / (embed + 1). Source: arXiv:2009.01325, appendix C."""
+    """Weights before the first step: normal with variance 1 / (embed + 1). Source: arXiv:2009.01325, appendix C."""
     return {"kernel": jax.random.normal(key, (embed, 1)) * (embed + 1) ** -0.5}

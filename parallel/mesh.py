@@ -19,7 +19,7 @@ def prepare_devices(mesh: MeshConfig, *, local_devices: int | None = None) -> No
     if mesh.platform == "auto":
         return
     jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[mesh.platform])
-    wanted = local_devices or mesh.count
+    wanted = local_devices or mesh.device_count
     if mesh.platform != "cpu" or wanted is None or "host_platform_device_count" in xla_flags():
         return
     if jax.config.jax_num_cpu_devices != wanted:  # a second model may come to a process that has its devices
@@ -45,14 +45,14 @@ def xla_flags() -> str:
 def make_mesh(mesh: MeshConfig, *, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The mesh over `devices` (default: this run's). Raises UserError where the axes do not multiply to their count."""
     devices = found_devices(mesh) if devices is None else list(devices)
-    wanted = mesh.count or len(devices)
+    wanted = mesh.device_count or len(devices)
     if wanted > len(devices):
         raise UserError(
-            f"mesh: {mesh.count} devices wanted, {len(devices)} {devices[0].platform} device(s) found; "
+            f"mesh: {mesh.device_count} devices wanted, {len(devices)} {devices[0].platform} device(s) found; "
             "make the axes smaller, or simulate with mesh.platform=cpu"
         )
     try:
-        sizes = mesh.resolved(wanted)
+        sizes = mesh.resolve_sizes(wanted)
     except ValueError as error:
         raise UserError(str(error)) from None
     types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)

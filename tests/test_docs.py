@@ -107,7 +107,7 @@ def test_every_path_and_test_in_backticks_exists(page):
 
 @each_page
 def test_every_key_in_backticks_is_in_the_schema(page):
-    known = {*loader.keys(), *foreign_keys().values()}
+    known = {*loader.schema_keys(), *foreign_keys().values()}
     for word in words(page):
         if (match := KEY.fullmatch(word)) and match[1].rpartition(".")[2] not in SUFFIXES:
             assert match[1] in known, f"{word}: unknown key"
@@ -118,7 +118,7 @@ def test_every_key_in_backticks_is_in_the_schema(page):
 def value_of(key, text):
     """The value is one the key takes, in a run that has nothing else."""
     try:
-        loader.validated(loader.nested(key.split("."), yaml.safe_load(text)))
+        loader.validate_tree(loader.nest_value(key.split("."), yaml.safe_load(text)))
     except UserError as error:
         assert not str(error).startswith(f"{key}:"), str(error)
 
@@ -128,8 +128,8 @@ def test_every_configuration_validates(page):
     for block in blocks(page, "yaml"):
         tree = yaml.safe_load(block)
         assert isinstance(tree, dict) and tree.keys() & {"extends", *run.RunConfig.model_fields}, block
-        base = loader.read(loader.RECIPES / tree.pop("extends")) if "extends" in tree else {}
-        loader.validated(loader.merged(base, tree))
+        base = loader.read_tree(loader.RECIPES / tree.pop("extends")) if "extends" in tree else {}
+        loader.validate_tree(loader.merge_trees(base, tree))
 
 
 def commands(page):
@@ -149,13 +149,13 @@ def test_every_command_parses_and_says_what_is_printed(page):
             assert arguments[0] in command.commands, f"{arguments[0]}: no such verb"
             command, *arguments = command.commands[arguments[0]], *arguments[1:]
         parsed = command.make_context(command.name, list(arguments)).params  # refuses unknown options
-        if parsed.get("config") in loader.recipes():
+        if parsed.get("config") in loader.recipe_names():
             if printed.startswith("meshwright: "):
                 with pytest.raises(UserError) as mistake:
-                    loader.load(parsed["config"], overrides=parsed["overrides"])
+                    loader.load_config(parsed["config"], overrides=parsed["overrides"])
                 assert printed == f"meshwright: {mistake.value}"
             else:
-                loader.load(parsed["config"], overrides=parsed["overrides"] or ())
+                loader.load_config(parsed["config"], overrides=parsed["overrides"] or ())
 
 
 @each_page
@@ -168,7 +168,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head(page):
 def test_every_section_has_its_page():
     rows = table("docs/configuration.md", "section")
     assert {name for row in rows for name in row[0]} == {
-        key.partition(".")[0] for key in list(loader.keys()) if "." in key
+        key.partition(".")[0] for key in list(loader.schema_keys()) if "." in key
     }
 
 

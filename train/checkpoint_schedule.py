@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from .core.event_log import Journal
-from .report.goodput import accounted, daly
+from .report.goodput import compute_goodput, daly
 from .report.run_record import Record, read_record
 
 FIRST_SAVE_STEPS = 20  # steps before the first save of a run that has measured nothing yet
@@ -56,13 +56,13 @@ def best_interval(record: Record) -> dict[str, Any] | None:
 
     None before the first save of the run. The interval is at least the time to write a save.
     """
-    goodput = accounted(record)
+    goodput = compute_goodput(record)
     if goodput.stall is None or not goodput.step:
         return None
     failure = (goodput.wall + EXPECTED_SECONDS_TO_FAILURE) / (count_storage_failures(record) + 1)
     stall = max(goodput.stall, 1e-3)
     best = daly(stall=stall, failure=failure, recovery=goodput.recovery or 0.0)
-    flush = fmean([event["seconds"] for event in record.of("commit") if "seconds" in event] or [0.0])
+    flush = fmean([event["seconds"] for event in record.events_named("commit") if "seconds" in event] or [0.0])
     seconds = max(best, flush)
     return {
         "steps": max(round(seconds / goodput.step), 1),
@@ -75,7 +75,7 @@ def best_interval(record: Record) -> dict[str, Any] | None:
 
 def count_storage_failures(record: Record) -> int:
     """Count the failures from which the run did not recover by a snapshot in memory."""
-    sittings = list(record.sittings())
+    sittings = list(record.sessions())
     return sum(
         any(event["event"] == "restart" for event in before) and after[0].get("level") not in ("memory", "parity")
         for before, after in pairwise(sittings)

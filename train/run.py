@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ..checkpoint.checkpoint_directory import CheckpointDirectory
 from ..checkpoint.memory_store import open_memory_store
 from ..checkpoint.storage import Storage
-from ..configs.checks.mesh_fit import check_fits
+from ..configs.checks.mesh_fit import check_mesh_fit
 from ..configs.errors import Preempted, UserError
 from ..configs.run import RunConfig
 from ..configs.sections.training import CheckpointConfig
@@ -46,12 +46,12 @@ from .engine.privacy.accounting import budgeted, dealt, spending
 from .engine.program import Program, build
 from .engine.quantized_base import save_base
 from .infer.evaluator import Evaluator
-from .infer.generation_eval import Metric, metric_functions
-from .infer.precompute_logprobs import referenced
+from .infer.generation_eval import Metric, load_metrics
+from .infer.precompute_logprobs import with_reference_logprobs
 from .islands.join import join_islands
 from .loop import Loop
 from .metrics.metric_sinks import check_sinks
-from .metrics.metrics_logger import Telling
+from .metrics.metrics_logger import MetricsLogger
 from .metrics.throughput import Meter
 from .objectives.distillation import check_teacher
 from .plan import compile_plan
@@ -110,11 +110,11 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
         state, start = restore_latest(program, storage, memory, journal, corpus=corpus)
         check_steps_reached(config.steps, start, directory)
         if start == 0:
-            save_base(program, state, directory, allowed=fence.check)
+            save_base(program, state, directory, check_allowed=fence.check)
         shard = make_process_shard(program)
 
         def data_from(step: int, data: Data = data) -> Data:
-            return referenced(program, data, samples=shard.samples(step, config.steps))
+            return with_reference_logprobs(program, data, samples=shard.samples(step, config.steps))
 
         data = data_from(start)
         snapshots = None
@@ -152,7 +152,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
         plan = compile_plan.make_plan(program, train_step)
         if process_info.is_first:
             write_description(program, data, plan, directory)
-        with Telling(program.config, directory, journal, start=start) as metrics_logger:
+        with MetricsLogger(program.config, directory, journal, start=start) as metrics_logger:
             metrics_logger.note(compile_plan.render(plan))
             loop = Loop(
                 program=program,
@@ -169,7 +169,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
                 sample_log=open_sample_log(directory, process_info, fence, enabled=config.logging.ledger),
                 stop_request=stop,
                 progress=progress,
-                meter=Meter.of(program.config, plan),
+                meter=Meter.from_config(program.config, plan),
                 metrics_logger=metrics_logger,
                 privacy_metrics=spending(program.config, data),
             )
@@ -180,10 +180,10 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
             measured = profile_ops(program, state, data)
             if process_info.is_first:
                 write_json(directory / "pipeline.json", measured)
-        journal.record("finish", step=config.steps, **metrics_logger.last)
+        journal.record("finish", step=config.steps, **metrics_logger.latest)
     if process_info.is_first:
         write_report(directory)
-    return Summary(directory, config.steps, metrics_logger.last, metrics_logger.first)
+    return Summary(directory, config.steps, metrics_logger.latest, metrics_logger.initial)
 
 
 def load_checked_data(config: RunConfig, process_info: ProcessInfo) -> tuple[Data, Sequence[Metric]]:
@@ -193,7 +193,7 @@ def load_checked_data(config: RunConfig, process_info: ProcessInfo) -> tuple[Dat
     check_sinks(config.logging)
     data = assemble.of_run(island_config(config))
     check_teacher(config, data.tokenizer)
-    return dealt(config, data), metric_functions(config.evaluation.metrics)
+    return dealt(config, data), load_metrics(config.evaluation.metrics)
 
 
 def build_program(config: RunConfig, process_info: ProcessInfo) -> Program:
@@ -202,7 +202,7 @@ def build_program(config: RunConfig, process_info: ProcessInfo) -> Program:
     runtime.start(job_config, process_info)
     mesh = make_mesh(job_config.mesh)
     try:
-        check_fits(config, dict(mesh.shape))
+        check_mesh_fit(config, dict(mesh.shape))
     except ValueError as error:
         raise UserError(str(error)) from None
     program = build(job_config, mesh)
@@ -267,7 +267,7 @@ def write_description(program: Program, data: Data, plan: dict, directory: Path)
     data.tokenizer.save(directory)
     if config.model.origin is not None and config.data.tokenizer.file == config.model.origin:
         copy_companions(config.model.origin, directory)
-    if config.reads.chats and data.template is not None:
+    if config.all_data.has_conversations and data.template is not None:
         (directory / "chat_template.jinja").write_text(data.template.source, encoding="utf-8")
     write_json(directory / "plan.json", plan)
     write_json(directory / "environment.json", runtime.environment(config, data, program.mesh))

@@ -1,10 +1,10 @@
 """What a method of the section adapter needs of the model and of the length of the run."""
 
-from ..sections.adapter import AHEAD, ELEMENTS, AdapterConfig
+from ..sections.adapter import PREFIX_METHODS, SPARSE_METHODS, AdapterConfig
 from ..sections.model import ModelConfig
 
 
-def check_blocks(adapter: AdapterConfig, model: ModelConfig) -> None:
+def check_oft_blocks(adapter: AdapterConfig, model: ModelConfig) -> None:
     """Raise ValueError where blocks of `oft` do not fit the maps' inputs."""
     for key, size in (("embed", model.embed), ("heads x head_dim", model.heads * model.head_width), ("mlp", model.mlp)):
         if adapter.method == "oft" and size % adapter.block:
@@ -29,9 +29,9 @@ def check_budget(adapter: AdapterConfig, *, steps: int, average: float | None) -
         raise ValueError(f"optimizer.ema: {average} would average ranks that were taken away; remove it with adalora")
 
 
-def check_scouting(adapter: AdapterConfig, *, steps: int, average: float | None, spike: float | None) -> None:
+def check_element_search(adapter: AdapterConfig, *, steps: int, average: float | None, spike: float | None) -> None:
     """Raise ValueError where the search for elements leaves nothing of a run of `steps`."""
-    if adapter.method not in ELEMENTS:
+    if adapter.method not in SPARSE_METHODS:
         return
     if adapter.scouting >= steps:
         raise ValueError(f"adapter.scouting: {adapter.scouting} updates leave none of {steps} steps to train; lower it")
@@ -41,11 +41,11 @@ def check_scouting(adapter: AdapterConfig, *, steps: int, average: float | None,
         raise ValueError(f"logging.spike: {spike} compares the norm of all elements with that of few; set it to null")
 
 
-def check_ahead(adapter: AdapterConfig, model: ModelConfig, *, tokens: int) -> None:
+def check_prefix(adapter: AdapterConfig, model: ModelConfig, *, tokens: int) -> None:
     """Raise ValueError where `adapter` cannot stand in front of documents, or names tokens that the model lacks."""
     if adapter.method == "tokens" and max(adapter.tokens) >= model.vocab:
         raise ValueError(f"adapter.tokens: {max(adapter.tokens)} is no token, model.vocab is {model.vocab}")
-    if adapter.method not in AHEAD:
+    if adapter.method not in PREFIX_METHODS:
         return
     if any(window is not None for window in model.windows):
         raise ValueError(

@@ -15,12 +15,12 @@ Axes = Mapping[str, int]  # axis -> size, none of them -1
 Run = TypeVar("Run", bound=RunFields)
 
 
-def on_axes(config: Run, axes: Axes, *, own: Axes) -> Run:
+def with_mesh_axes(config: Run, axes: Axes, *, current_axes: Axes) -> Run:
     """`config` on a mesh of `axes` in place of its `own`, unchecked."""
     mesh = config.mesh.model_copy(update={**axes, "devices": math.prod(axes.values())})
     count = config.microbatches
     if not config.elastic.deterministic:
-        count = max(math.ceil(count * row_devices(own) / row_devices(axes)), 1)
+        count = max(math.ceil(count * row_devices(current_axes) / row_devices(axes)), 1)
     return config.model_copy(update={"mesh": mesh, "microbatches": count})
 
 
@@ -29,22 +29,22 @@ def row_devices(axes: Axes) -> int:
     return axes["data"] * axes["fsdp"]
 
 
-def check_meshes(config: RunFields, own: Axes, check: Callable[[RunFields, Axes], None]) -> None:
+def check_elastic_meshes(config: RunFields, current_axes: Axes, check: Callable[[RunFields, Axes], None]) -> None:
     """Raise ValueError where an entry of `elastic.meshes` cannot go on with the run; `check` is that of any mesh.
 
     An entry with an axis of -1 is left to the launcher, which knows how many devices there are.
     """
     for number, entry in enumerate(config.elastic.meshes):
-        if entry.replica != own["replica"]:
+        if entry.replica != current_axes["replica"]:
             raise ValueError(
                 f"elastic.meshes.{number}: replica {entry.replica} would be another run than mesh.replica "
-                f"({own['replica']}): each replica trains by itself; write the same number"
+                f"({current_axes['replica']}): each replica trains by itself; write the same number"
             )
-        if entry.product is None:
+        if entry.device_product is None:
             continue
-        axes = entry.resolved(entry.product)
+        axes = entry.resolve_sizes(entry.device_product)
         try:
-            check(on_axes(config, axes, own=own), axes)
+            check(with_mesh_axes(config, axes, current_axes=current_axes), axes)
         except ValueError as error:
             raise ValueError(f"elastic.meshes.{number}: {error}") from None
 
@@ -56,7 +56,7 @@ def check_deterministic(config: RunFields, axes: Axes) -> None:
             f"{', '.join(others)}: elastic.deterministic adds gradients in one order where `data` is the only axis "
             "above 1; set it to false (meshes then agree to rounding), or use data alone"
         )
-    if config.recipe.compares_words:
+    if config.recipe.compares_distributions:
         raise ValueError(
             f"recipe.name: {config.recipe.name} is not computed in a fixed order; set elastic.deterministic to false"
         )

@@ -3,7 +3,7 @@
 import math
 
 from ..run_fields import RunFields
-from ..sections.adapter import AHEAD, FISHER, WHOLE
+from ..sections.adapter import NEEDS_ALL_LAYERS, PER_EXAMPLE_METHODS, PREFIX_METHODS
 from ..sections.model import ModelConfig
 from ..sections.quantization import check_groups
 from .elastic_meshes import check_deterministic
@@ -11,10 +11,14 @@ from .pipeline import check_pipeline
 from .privacy import check_privacy
 
 
-def check_fits(config: RunFields, axes: dict[str, int]) -> None:
+def check_mesh_fit(config: RunFields, axes: dict[str, int]) -> None:
     """Raise ValueError where the models or the batch cannot be divided over mesh `axes` (axis -> size)."""
     method = None if config.adapter is None else config.adapter.method
-    needs = (("seq", AHEAD, "whole rows"), ("pipe", WHOLE, "all layers"), ("pipe", FISHER, "gradients of one example"))
+    needs = (
+        ("seq", PREFIX_METHODS, "whole rows"),
+        ("pipe", NEEDS_ALL_LAYERS, "all layers"),
+        ("pipe", PER_EXAMPLE_METHODS, "gradients of one example"),
+    )
     for axis, methods, need in needs:
         if method in methods and axes[axis] > 1:
             raise ValueError(

@@ -2,11 +2,15 @@
 
 import re
 
-from ..adapter_runs import resolve_adapters, merged_data
+from ..adapter_runs import merged_data, resolve_adapters
 from ..run_fields import RunFields
 from ..sections.data import check_packing, check_source
 
-WITHOUT = ("reward", "lrec", "distill")  # recipes with weights of their own, or a model beside the one that is trained
+UNSUPPORTED_RECIPES = (
+    "reward",
+    "lrec",
+    "distill",
+)  # recipes with weights of their own, or a model beside the one that is trained
 
 
 def check_adapters(config: RunFields) -> None:
@@ -30,7 +34,11 @@ def check_adapters(config: RunFields) -> None:
         "privacy": ("set", config.privacy is None, "null, or train one adapter a run"),
         "elastic.deterministic": (True, not config.elastic.deterministic, "false"),
         "data.mixture": (len(config.data.mixture), not config.data.mixture, "[]: each adapter reads one source"),
-        "recipe.name": (config.recipe.name, config.recipe.name not in WITHOUT, "sft or dpo, or train one a run"),
+        "recipe.name": (
+            config.recipe.name,
+            config.recipe.name not in UNSUPPORTED_RECIPES,
+            "sft or dpo, or train one a run",
+        ),
     }
     for key, (value, fits, remedy) in refused.items():
         if not fits:

@@ -18,9 +18,9 @@ def check_pipeline(config: RunFields, axes: dict[str, int]) -> None:
             f"pipeline.post_validation: true would make the {axes['replica']} replicas wait for each other's norms in "
             "every step; set it to false, or mesh.replica to 1"
         )
-    check_ending(config)
+    check_pipeline_loss(config)
     for key, model in (("model", config.model), ("recipe.teacher", config.recipe.teacher or config.model)):
-        if len(model.segments) > 1 and (key == "model" or config.recipe.two_models):
+        if len(model.segments) > 1 and (key == "model" or config.recipe.has_live_teacher):
             raise ValueError(
                 f"{key}.layers: {model.layers} is not a multiple of the {len(model.windows)} layers of {key}.windows' "
                 "pattern, and a pipeline cuts between whole patterns; change one of them, or leave mesh.pipe at 1"
@@ -46,16 +46,16 @@ def check_pipeline(config: RunFields, axes: dict[str, int]) -> None:
         )
 
 
-def check_ending(config: RunFields) -> None:
+def check_pipeline_loss(config: RunFields) -> None:
     """Raise ValueError where a pipeline that shares its vocabulary or microbatches cannot make the recipe's loss."""
     recipe, cut = config.recipe, config.pipeline.vocab_parallel
-    if cut and (recipe.compares_words or recipe.name == "reward"):
+    if cut and (recipe.compares_distributions or recipe.name == "reward"):
         why = "has a score and no words" if recipe.name == "reward" else "compares all words of two models"
         raise ValueError(
             f"pipeline.vocab_parallel: {cut} makes log-probabilities of the next token where the devices meet, and "
             f"recipe.name {recipe.name} {why}; set it to 0"
         )
-    if recipe.two_models and config.outer is not None and config.outer.routing:
+    if recipe.has_live_teacher and config.outer is not None and config.outer.routing:
         raise ValueError(
             f"outer.routing: true would carry what the teacher of recipe.name {recipe.name} said of every token "
             "through all replicas; set it to false, or store the teacher's words (recipe.top_k)"

@@ -7,8 +7,12 @@ from ..run_fields import RunFields
 PRIVATE_RECIPES = ("pretrain", "sft", "dpo", "ipo", "orpo", "simpo")
 # Methods whose weights are read by the linear maps that norms are made of, or are small; each is tested to be so.
 PRIVATE_ADAPTERS = ("lora", "dora", "ia3", "bitfit", "norms", "selective")
-BESIDE = ("lora", "dora", "ia3")  # of these: whose weights are new, and float32 whatever `precision.parameters` says
-LEAST_SEED = 2**32  # those below are few enough to try them all
+FLOAT32_ADAPTERS = (
+    "lora",
+    "dora",
+    "ia3",
+)  # of these: whose weights are new, and float32 whatever `precision.parameters` says
+SMALLEST_SEED = 2**32  # those below are few enough to try them all
 
 
 def check_privacy(config: RunFields, axes: dict[str, int]) -> None:
@@ -45,8 +49,8 @@ def check_privacy(config: RunFields, axes: dict[str, int]) -> None:
             "sums that are rounded after they were clipped move by more than the clip: use float32",
         ),
         f"precision.parameters: {config.precision.parameters}": (
-            config.precision.parameters != "float32" and method not in BESIDE,
-            f"gradients of the model's own weights would be rounded like them: use float32, or {', '.join(BESIDE)}",
+            config.precision.parameters != "float32" and method not in FLOAT32_ADAPTERS,
+            f"gradients of the model's own weights would be rounded like them: use float32, or {', '.join(FLOAT32_ADAPTERS)}",
         ),
         f"memory.loss_chunks: {config.memory.loss_chunks}": (
             config.memory.loss_chunks > 1,
@@ -58,10 +62,10 @@ def check_privacy(config: RunFields, axes: dict[str, int]) -> None:
         f"mesh.{axis}: {size}": (size > 1 and axis not in ("data", "fsdp"), "use mesh.data and mesh.fsdp")
         for axis, size in axes.items()
     }
-    refuse(wrong)
+    refuse_first(wrong)
 
 
-def check_secret(config: RunFields) -> None:
+def check_private_inputs(config: RunFields) -> None:
     """Raise UserError where a run that is about to train would tell of its rows by what it begins with."""
     trained = config.data.tokenizer.train is not None
     wrong = {
@@ -70,18 +74,18 @@ def check_secret(config: RunFields) -> None:
             "a tokenizer trained on the rows tells of them: set data.tokenizer.file, or bytes",
         ),
         f"seed: {config.seed}": (
-            config.seed < LEAST_SEED,
+            config.seed < SMALLEST_SEED,
             "whoever knows or guesses the seed can take the noise away: set a number of your own, as "
             '`python -c "import secrets; print(secrets.randbits(63))"` draws it, and tell nobody',
         ),
     }
     try:
-        refuse(wrong)
+        refuse_first(wrong)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def refuse(wrong: dict[str, tuple[bool, str]]) -> None:
+def refuse_first(wrong: dict[str, tuple[bool, str]]) -> None:
     """Raise ValueError at the first key and value that is so, with its remedy."""
     for key, (is_so, remedy) in wrong.items():
         if is_so:

@@ -7,34 +7,44 @@ from pydantic import Field, model_validator
 from .base import Section
 
 # Method -> the keys it reads beside `method`.
-SOME = {"targets", "layers"}  # of those that need not be everywhere
-LORA_KEYS = SOME | {"rank", "alpha", "rank_stabilized", "ranks", "alphas", "start", "ratio", "freeze_a", "dropout"}
+TARGET_KEYS = {"targets", "layers"}  # of those that need not be everywhere
+LORA_KEYS = TARGET_KEYS | {
+    "rank",
+    "alpha",
+    "rank_stabilized",
+    "ranks",
+    "alphas",
+    "start",
+    "ratio",
+    "freeze_a",
+    "dropout",
+}
 METHOD_KEYS: dict[str, set[str]] = {
     "lora": LORA_KEYS | {"product"},
     "dora": LORA_KEYS,
-    "adalora": SOME | {"rank", "alpha", "budget", "dropout"},
-    "vera": SOME | {"rank", "dropout"},
-    "ia3": SOME,
-    "oft": SOME | {"block"},
-    "shira": SOME | {"rank"},
+    "adalora": TARGET_KEYS | {"rank", "alpha", "budget", "dropout"},
+    "vera": TARGET_KEYS | {"rank", "dropout"},
+    "ia3": TARGET_KEYS,
+    "oft": TARGET_KEYS | {"block"},
+    "shira": TARGET_KEYS | {"rank"},
     "prefix": {"length"},
     "prompt": {"length"},
     "p-tuning": {"length"},
     "tokens": {"tokens"},
-    "serial": SOME | {"rank", "alpha"},
-    "parallel": SOME | {"rank", "alpha"},
+    "serial": TARGET_KEYS | {"rank", "alpha"},
+    "parallel": TARGET_KEYS | {"rank", "alpha"},
     "mam": {"length", "rank", "alpha"},
     "unipelt": {"length", "rank", "ranks"},
-    "bitfit": SOME,
-    "norms": SOME,
-    "selective": SOME,
-    "fishmask": SOME | {"density", "scouting"},
-    "lottery": SOME | {"density", "scouting"},
+    "bitfit": TARGET_KEYS,
+    "norms": TARGET_KEYS,
+    "selective": TARGET_KEYS,
+    "fishmask": TARGET_KEYS | {"density", "scouting"},
+    "lottery": TARGET_KEYS | {"density", "scouting"},
 }
-ELEMENTS = ("fishmask", "lottery")  # choose among the elements of weights
-FISHER = ("fishmask",)  # of these: by the gradients of single examples
-AHEAD = ("prefix", "prompt", "p-tuning", "mam", "unipelt")  # put keys in front of every document
-WHOLE = ("prompt", "p-tuning")  # need all layers at hand
+SPARSE_METHODS = ("fishmask", "lottery")  # choose among the elements of weights
+PER_EXAMPLE_METHODS = ("fishmask",)  # of these: by the gradients of single examples
+PREFIX_METHODS = ("prefix", "prompt", "p-tuning", "mam", "unipelt")  # put keys in front of every document
+NEEDS_ALL_LAYERS = ("prompt", "p-tuning")  # need all layers at hand
 
 
 class BudgetConfig(Section):

@@ -13,4 +13,4 @@ class Section(BaseModel):
     )
 
 
-Decision = Literal["keep", "recompute", "offload"]
+MemoryDecision = Literal["keep", "recompute", "offload"]

@@ -18,7 +18,7 @@ FORMAT_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "preference": (("chosen", "rejected"), ("prompt", "margin", "tools")),
     "unpaired": (("prompt", "completion", "label"), ("tools",)),
 }
-PAIRED = ("preference", "unpaired")  # formats of which a document is two segments that are compared
+PAIRED_FORMATS = ("preference", "unpaired")  # formats of which a document is two segments that are compared
 
 NEEDS_PATH = ("text", "jsonl", "parquet", "arrow", "hf")
 HAS_COLUMNS = ("jsonl", "parquet", "arrow", "hf")
@@ -150,12 +150,12 @@ class DataConfig(SourceConfig):
         return self
 
     @property
-    def chats(self) -> bool:
+    def has_conversations(self) -> bool:
         """Whether conversations are learned."""
         return any(source.format in ("messages", "sharegpt", "alpaca") for source in self.sources)
 
     @property
-    def examples(self) -> set[str]:
+    def uncuttable_formats(self) -> set[str]:
         """Formats of the sources whose documents are never cut."""
         return {source.format for source in self.sources} - {"text"}
 
@@ -166,9 +166,9 @@ def _differs(section: SourceConfig, name: str) -> bool:
 
 def check_packing(data: DataConfig) -> None:
     """Raise ValueError where documents would be cut that must not be."""
-    if data.examples and data.packing.method == "concat":
+    if data.uncuttable_formats and data.packing.method == "concat":
         raise ValueError(
-            f"data.packing.method: concat cuts documents anywhere, and {' and '.join(sorted(data.examples))} must "
+            f"data.packing.method: concat cuts documents anywhere, and {' and '.join(sorted(data.uncuttable_formats))} must "
             "stay whole; set it to best-fit, or to single for one example a row"
         )
 

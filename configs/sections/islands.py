@@ -12,7 +12,7 @@ SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0}
 QUANTITY = re.compile(r"\s*([\d.]+(?:e[+-]?\d+)?)\s*([a-z]*)(?:/s)?\s*", re.IGNORECASE)
 
 
-def quantity(value: object, units: dict[str, float]) -> object:
+def parse_quantity(value: object, units: dict[str, float]) -> object:
     """`100Mbit` as a number of the unit that counts 1; what is no text is left to pydantic.
 
     >>> quantity("100Mbit", BITS), quantity("50ms", SECONDS)
@@ -26,8 +26,8 @@ def quantity(value: object, units: dict[str, float]) -> object:
     return float(match[1]) * units[match[2].lower()]
 
 
-Bits = Annotated[float, BeforeValidator(lambda value: quantity(value, BITS))]
-Seconds = Annotated[float, BeforeValidator(lambda value: quantity(value, SECONDS))]
+Bits = Annotated[float, BeforeValidator(lambda value: parse_quantity(value, BITS))]
+Seconds = Annotated[float, BeforeValidator(lambda value: parse_quantity(value, SECONDS))]
 
 
 class IslandsConfig(Section):
@@ -65,7 +65,7 @@ class IslandsConfig(Section):
     gather: Seconds = Field(300.0, gt=0)
     """Seconds the first islands wait at the start until all `count` are there."""
 
-    def rows(self, global_batch: int) -> range:
+    def local_rows(self, global_batch: int) -> range:
         """Which of the `global_batch` rows of an update are this island's; without a number it is the first one."""
         size, number = global_batch // self.count, self.number or 0
         return range(number * size, (number + 1) * size)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from ..huggingface import read_section
+from ..huggingface import read_model_section
 from .base import Section
 
 # One entry per family; a key the user writes wins. Sizes are never part of a family.
@@ -56,12 +56,12 @@ FAMILIES["gemma3"] = FAMILIES["gemma"] | {
 }
 
 
-def every_key(section: type[Section]) -> set[str]:
+def section_keys(section: type[Section]) -> set[str]:
     """Names in YAML of all keys of `section`."""
     return {field.alias or name for name, field in section.model_fields.items()}
 
 
-def positive(section: str, settings: Section, keys: Iterable[str]) -> None:
+def check_positive(section: str, settings: Section, keys: Iterable[str]) -> None:
     """Raise ValueError for the first of `keys` that is set and not above 0. Whole numbers start at 1."""
     for key in keys:
         if (value := getattr(settings, key)) is not None and not value > 0:
@@ -105,7 +105,7 @@ class RopeConfig(Section):
                 f"model.rope.factor: {self.factor} has no effect without model.rope.scaling; "
                 "set it to linear, llama3 or yarn"
             )
-        positive("model.rope", self, ("original_length", "low_frequency_factor", "beta_slow", "attention_factor"))
+        check_positive("model.rope", self, ("original_length", "low_frequency_factor", "beta_slow", "attention_factor"))
         if not self.low_frequency_factor < self.high_frequency_factor:
             raise ValueError(
                 f"model.rope.low_frequency_factor: {self.low_frequency_factor} must be below "
@@ -196,8 +196,8 @@ class ModelConfig(Section):
     def _family_defaults(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        if values.get("from") and not every_key(cls) <= values.keys():  # a resolved section needs the file no more
-            found = read_section(values["from"])
+        if values.get("from") and not section_keys(cls) <= values.keys():  # a resolved section needs the file no more
+            found = read_model_section(values["from"])
             rope = {"rope": found["rope"] | values["rope"]} if {"rope"} <= found.keys() & values.keys() else {}
             values = found | values | rope
         family = FAMILIES.get(values.get("family", "llama"), {})
@@ -210,9 +210,11 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _sizes(self) -> "ModelConfig":
-        positive("model", self, ("vocab", "vocab_multiple", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp"))
-        positive("model", self, ("max_positions", "norm_epsilon"))
-        positive("model", self, ("attention_softcap", "logit_softcap", "attention_scale"))
+        check_positive(
+            "model", self, ("vocab", "vocab_multiple", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp")
+        )
+        check_positive("model", self, ("max_positions", "norm_epsilon"))
+        check_positive("model", self, ("attention_softcap", "logit_softcap", "attention_scale"))
         if self.heads % self.key_value_heads:
             raise ValueError(
                 f"model.kv_heads: {self.kv_heads} does not divide model.heads ({self.heads}); use a divisor of it"
@@ -290,11 +292,13 @@ class ModelConfig(Section):
         return tuple(
             part
             for first, end in itertools.pairwise(edges)
-            for part in stretch(self.windows, first=first, count=end - first)
+            for part in pattern_segments(self.windows, first=first, count=end - first)
         )
 
 
-def stretch(windows: tuple[int | None, ...], *, first: int, count: int) -> list[tuple[tuple[int | None, ...], int]]:
+def pattern_segments(
+    windows: tuple[int | None, ...], *, first: int, count: int
+) -> list[tuple[tuple[int | None, ...], int]]:
     """(pattern, repeats) of `count` layers from layer `first` on, those that fill no pattern last."""
     start = first % len(windows)
     turned = windows[start:] + windows[:start]

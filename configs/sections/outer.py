@@ -25,9 +25,9 @@ RULES: dict[str, dict[str, Any]] = {
     "eager": {"learning_rate": 0.7, "momentum": 0.9, "wire": "float32"},
     "peer-average": {"rate": 0.5, "wire": "float32"},
 }
-PAIRED = ("noloco", "peer-average")
+PAIRWISE_RULES = ("noloco", "peer-average")
 # Formats of whole parameters; a drift is small and takes any.
-WIDE_ENOUGH = ("float32", "bf16")
+PARAMETER_WIRES = ("float32", "bf16")
 
 
 class OuterConfig(Section):
@@ -62,11 +62,11 @@ class OuterConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults(cls, given: Any) -> Any:
+    def _defaults(cls, values: Any) -> Any:
         """The rule's defaults, under what is written."""
-        if not isinstance(given, dict):
-            return given
-        written = {key: value for key, value in given.items() if value is not None}
+        if not isinstance(values, dict):
+            return values
+        written = {key: value for key, value in values.items() if value is not None}
         return RULES.get(written.get("name", "diloco"), {}) | written
 
     @model_validator(mode="after")
@@ -89,10 +89,10 @@ class OuterConfig(Section):
                 raise ValueError(
                     f"outer.fragments: {self.fragments} exceeds outer.every ({self.every}); each needs its own turn"
                 )
-        if self.name == "peer-average" and self.wire not in WIDE_ENOUGH:
+        if self.name == "peer-average" and self.wire not in PARAMETER_WIRES:
             raise ValueError(
                 f"outer.wire: {self.wire} is too narrow for peer-average, which sends whole parameters; use "
-                f"{' or '.join(WIDE_ENOUGH)}"
+                f"{' or '.join(PARAMETER_WIRES)}"
             )
         return self
 

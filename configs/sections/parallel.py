@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..names import MESH_AXES
-from .base import Decision, Section
+from .base import MemoryDecision, Section
 
 DTYPE = Literal["float32", "bfloat16", "float16"]
 
@@ -50,7 +50,7 @@ class AxesConfig(Section):
         """Axis -> size as written, in mesh order."""
         return {axis: getattr(self, axis) for axis in MESH_AXES}
 
-    def resolved(self, devices: int) -> dict[str, int]:
+    def resolve_sizes(self, devices: int) -> dict[str, int]:
         """Axis -> size with -1 filled in so that the product is `devices`. Raises ValueError where none fits."""
         sizes = self.sizes
         known = 1
@@ -66,7 +66,7 @@ class AxesConfig(Section):
         return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
 
     @property
-    def product(self) -> int | None:
+    def device_product(self) -> int | None:
         """Devices the axes make; None where one is -1."""
         return None if -1 in self.sizes.values() else math.prod(self.sizes.values())
 
@@ -84,13 +84,13 @@ class MeshConfig(AxesConfig):
     @model_validator(mode="after")
     def _fits_devices(self) -> "MeshConfig":
         if self.devices is not None:
-            self.resolved(self.devices)
+            self.resolve_sizes(self.devices)
         return self
 
     @property
-    def count(self) -> int | None:
+    def device_count(self) -> int | None:
         """Devices the mesh wants, where the configuration alone tells: `devices` or the product of the axes."""
-        return self.product if self.devices is None else self.devices
+        return self.device_product if self.devices is None else self.devices
 
 
 class PipelineConfig(Section):
@@ -128,7 +128,7 @@ class MemoryConfig(Section):
 
     policy: Literal["none", "full", "attention-out", "minimal", "offload-block-in"] = "none"
     """none keeps everything; full recomputes each block; the rest are named in `memory/policy.py`."""
-    names: dict[str, Decision] = {}
+    names: dict[str, MemoryDecision] = {}
     """Tensor name -> keep | recompute | offload, on top of `policy`; a name no block emits is an error."""
     loss_chunks: int = 1
     """The head and its loss run over this many slices of the sequence, so that logits exist for one slice at a time."""
@@ -136,7 +136,7 @@ class MemoryConfig(Section):
     @property
     def offloads(self) -> bool:
         """Whether anything is fetched from the host."""
-        preset: dict[str, Decision] = {"block_in": "offload"} if self.policy == "offload-block-in" else {}
+        preset: dict[str, MemoryDecision] = {"block_in": "offload"} if self.policy == "offload-block-in" else {}
         return "offload" in (preset | self.names).values()
 
 

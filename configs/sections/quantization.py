@@ -66,7 +66,7 @@ def check_quantization(
     check_groups(quantization, model, {"fsdp": 1, "tensor": 1})
 
 
-def check_codes(quantization: QuantizationConfig | None, *, average: float | None, replicated: bool) -> None:
+def check_trained_codes(quantization: QuantizationConfig | None, *, average: float | None, replicated: bool) -> None:
     """Raise ValueError where something would be made of codes that is none."""
     if quantization is None or not quantization.trained:
         return

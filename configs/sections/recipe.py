@@ -6,7 +6,7 @@ from pydantic import Field, ValidatorFunctionWrapHandler, field_validator, model
 
 from ..errors import UserError
 from .base import Section
-from .data import PAIRED, DataConfig
+from .data import PAIRED_FORMATS, DataConfig
 from .model import ModelConfig
 
 # Recipe -> the keys it reads beside `name`, with their defaults; None: there is none.
@@ -24,7 +24,7 @@ RECIPE_KEYS: dict[str, dict[str, float | None]] = {
 }
 # Recipe -> the one format of its documents; the others read what is not compared.
 RECIPE_FORMATS = dict.fromkeys(("dpo", "ipo", "orpo", "simpo", "reward"), "preference") | {"kto": "unpaired"}
-REFERENCED = ("dpo", "ipo", "kto")  # recipes that compare with the model as it was before the first step
+REFERENCE_RECIPES = ("dpo", "ipo", "kto")  # recipes that compare with the model as it was before the first step
 
 
 class RecipeConfig(Section):
@@ -87,26 +87,26 @@ class RecipeConfig(Section):
         return self
 
     @property
-    def compares_words(self) -> bool:
+    def compares_distributions(self) -> bool:
         """Whether all words a model might say next are read, and not the next token's probability alone."""
         return self.name in ("lrec", "distill")
 
     @property
-    def two_models(self) -> bool:
+    def has_live_teacher(self) -> bool:
         """Whether a teacher stands beside the model that is trained."""
-        return self.compares_words and self.top_k is None
+        return self.compares_distributions and self.top_k is None
 
     @property
-    def reads_itself(self) -> bool:
+    def needs_initial_weights(self) -> bool:
         """Whether the model as it was before the first step is read again where a run goes on."""
-        return self.name in REFERENCED or (self.two_models and self.teacher is None)
+        return self.name in REFERENCE_RECIPES or (self.has_live_teacher and self.teacher is None)
 
     @property
-    def reads_ahead(self) -> bool:
+    def precomputes_logprobs(self) -> bool:
         """Whether a fixed model reads every document before the first step."""
-        return self.name in REFERENCED or self.top_k is not None
+        return self.name in REFERENCE_RECIPES or self.top_k is not None
 
-    def number(self, key: str) -> float:
+    def resolved_value(self, key: str) -> float:
         """The value of a key, its recipe's default where it is null."""
         value = getattr(self, key)
         return RECIPE_KEYS[self.name][key] if value is None else value
@@ -125,7 +125,7 @@ def check_recipe(recipe: RecipeConfig, data: DataConfig) -> None:
             raise ValueError(
                 f"data.format: {source.format} is not what recipe.name {recipe.name} compares; set it to {wanted}"
             )
-        if wanted is None and source.format in PAIRED:
+        if wanted is None and source.format in PAIRED_FORMATS:
             readers = [name for name, format in RECIPE_FORMATS.items() if format == source.format]
             raise ValueError(
                 f"recipe.name: {recipe.name} does not compare answers, and data.format is {source.format}; set it to "
@@ -136,7 +136,7 @@ def check_recipe(recipe: RecipeConfig, data: DataConfig) -> None:
                 "data.format: text without data.prompt: recipe.name sft learns answers only; set data.format to what "
                 "a row is (messages, ...), name data.prompt, or set recipe.name to pretrain"
             )
-        if recipe.reads_ahead and source.streaming:
+        if recipe.precomputes_logprobs and source.streaming:
             raise ValueError(
                 f"data.streaming: true with recipe.name {recipe.name}, which reads every document before the first "
                 "step; set it to false"

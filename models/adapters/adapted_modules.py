@@ -91,7 +91,7 @@ def select_names(key: str, patterns: Iterable[str], names: Iterable[str]) -> set
     for pattern in patterns:
         if not (matching := {name for name in names if matches(name, pattern)}):
             known = {name.split("/", 2)[-1] if name.startswith("layers/") else name for name in names}
-            raise UserError.no_match(key, [pattern], known=known)
+            raise UserError.no_match(key, [pattern], candidates=known)
         selected |= matching
     return selected
 

@@ -47,7 +47,7 @@ class Bottleneck(nnx.Module):
 
 
 def init(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:
-    """Leaves of every stack with a layer that `adapter` selects. Raises UserError for a pattern that matches nothing."""
+    """Leaves of every stack with a selected layer. Raises UserError for a pattern that matches nothing."""
     del weights
     names = [f"layers/{layer}/{part}" for layer in range(model.layers) for part in PARTS]
     default = PARTS if adapter.method == "serial" else ("mlp",)
@@ -59,10 +59,8 @@ def init(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.A
         for position, part in enumerate(PARTS):
             scales = [factor if f"layers/{layer}/{part}" in targets else 0.0 for layer in layers]
             if any(scales):
-                part_key, down = (
-                    jax.random.fold_in(key, 2 * number + position),
-                    (len(layers), model.embed, adapter.rank),
-                )
+                part_key = jax.random.fold_in(key, 2 * number + position)
+                down = (len(layers), model.embed, adapter.rank)
                 leaves[f"{path}/{part}/adapter"] = {
                     "down": jax.random.uniform(part_key, down, jnp.float32, -bound, bound),
                     "down_bias": jnp.zeros((len(layers), adapter.rank)),

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...configs.adapter_runs import widest
+from ...configs.adapter_runs import widest_adapter
 from ...configs.errors import UserError
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
@@ -78,7 +78,7 @@ def adapter_inserter(model: ModelConfig, adapters: Mapping[str, AdapterConfig]) 
             find_adapted_modules(model, adapter)
         except UserError as error:
             raise UserError(f"adapters.{name}: {error}") from None
-    wide = widest(adapters)
+    wide = widest_adapter(adapters)
 
     def insert(decoder: Decoder) -> None:
         for module in find_adapted_modules(model, wide):
@@ -98,7 +98,7 @@ def leaf_shapes(module: AdaptedModule, adapter: AdapterConfig, kernels: Any) -> 
 def init_adapters(weights: Params, model: ModelConfig, adapters: Mapping[str, AdapterConfig], key: jax.Array) -> Params:
     """`weights` with the leaves of all adapters, each as in a run of its own before the first step. Pure."""
     trees = [attach.init_adapters(weights, model, adapter, key) for adapter in adapters.values()]
-    result, wide = attach.copy_dicts(weights), widest(adapters)
+    result, wide = attach.copy_dicts(weights), widest_adapter(adapters)
     for module in find_adapted_modules(model, wide):
         linear = attach.subtree(result, module.path)
         per_adapter = [attach.subtree(tree, module.path).get("adapter", {}) for tree in trees]
@@ -117,7 +117,7 @@ def pad_with_zeros(leaf: jax.Array | None, like: Any) -> jax.Array:
 
 def split_trained(tree: Params, model: ModelConfig, adapters: Mapping[str, AdapterConfig]) -> tuple[Params, Params]:
     """(the trained leaves, [adapters, layers, ...]; all others, as `init_adapters` returns them)."""
-    params, frozen = attach.split_trained(tree, model, widest(adapters))
+    params, frozen = attach.split_trained(tree, model, widest_adapter(adapters))
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), params), frozen
 
 

@@ -1,7 +1,6 @@
-"""An adapter of PEFT -> our settings and leaves: `peft.py` the other way.
+"""Reads an adapter in PEFT's format into our settings and leaves: the inverse of `peft_writer.py`. Pure numpy.
 
-What an adapter_config.json asks for that these adapters do not do is refused; keys that matter only before training are
-not read. Pure numpy.
+Features in an adapter_config.json that our adapters lack are refused; keys that matter only to training are not read.
 """
 
 import math
@@ -17,7 +16,7 @@ from ...configs.sections.model import ModelConfig
 from . import peft_prompt
 from .peft_writer import OFT_SINCE, PREFIX, Leaves, PeftModule, peft_modules
 
-# Keys with the only values that mean what we compute.
+# Key -> the values that mean what we compute; all others are refused.
 REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "lora_bias": (False, None),
@@ -27,41 +26,42 @@ REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "target_parameters": (None, []),
 }
-SUPPORTED_INITS = (True, False, "gaussian", "orthogonal", "eva", None)  # these leave the base model as it is
+SUPPORTED_INITS = (True, False, "gaussian", "orthogonal", "eva", None)  # these do not change the base model
 
 
 class PeftAdapter(NamedTuple):
-    """An adapter as this framework has it."""
+    """An adapter that was read."""
 
     adapter: AdapterConfig
-    leaves: dict[str, Leaves]  # by canonical module; "" holds VeRA's shared pair
+    leaves: dict[str, Leaves]  # by canonical module; "" holds the shared matrices of VeRA
 
 
 def from_peft(
     config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: ModelConfig, *, kind: str
 ) -> PeftAdapter:
-    """Settings and leaves for `model`, whose files are of format `kind`. Raises UserError for what we do not have."""
+    """Settings and leaves for `model`, whose files are of format `kind`. Raises UserError for what is not supported."""
     if config.get("peft_type") in peft_prompt.METHOD_BY_PEFT_TYPE:
         return PeftAdapter(*peft_prompt.prompt_from_peft(config, tensors, model, kind=kind))
     method = find_method(config)
-    left = dict(tensors)
+    unread = dict(tensors)
     leaves: dict[str, Leaves] = {}
     for module in peft_modules(model, kind):
-        own = pop_module(left, f"{PREFIX}{module.name}.")
-        if own:
-            leaves |= READERS[method](module, own, config)
+        prefix = f"{PREFIX}{module.name}."
+        names = [name for name in unread if name.startswith(prefix)]
+        if arrays := {name.removeprefix(prefix): unread.pop(name) for name in names}:
+            leaves |= READERS[method](module, arrays, config)
     if method == "vera":
-        leaves[""] = {"a": left.pop("base_model.vera_A").T, "b": left.pop("base_model.vera_B").T}
-    if left:
+        leaves[""] = {"a": unread.pop("base_model.vera_A").T, "b": unread.pop("base_model.vera_B").T}
+    if unread:
         raise UserError(
-            f"adapter_model.safetensors: {', '.join(sorted(left)[:3])} ({len(left)} in all) has no place here; "
-            "only linear maps of its blocks can be adapted here"
+            f"adapter_model.safetensors: {', '.join(sorted(unread)[:3])} ({len(unread)} in all) match no linear map of "
+            "the model's blocks, and only those can have adapters; merge the adapter in PEFT"
         )
     return PeftAdapter(adapter_settings(method, leaves, model, config), leaves)
 
 
 def find_method(config: Mapping[str, Any]) -> str:
-    """Our name of the method. Raises UserError for one we do not have, or a variant of it."""
+    """Our name of the method. Raises UserError for a method or a variant that is not supported."""
     kind = str(config.get("peft_type"))
     methods = {
         "LORA": "dora" if config.get("use_dora") else "lora",
@@ -73,7 +73,7 @@ def find_method(config: Mapping[str, Any]) -> str:
     }
     if kind not in methods:
         raise UserError.no_match(
-            "adapter_config.json: peft_type", [kind], known=methods | peft_prompt.METHOD_BY_PEFT_TYPE
+            "adapter_config.json: peft_type", [kind], candidates=methods | peft_prompt.METHOD_BY_PEFT_TYPE
         )
     for key, choices in REQUIRED_VALUES.items():
         if config.get(key) not in choices:
@@ -89,13 +89,8 @@ def find_method(config: Mapping[str, Any]) -> str:
     return methods[kind]
 
 
-def pop_module(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Remove the tensors of one module, and return them by the rest of their names."""
-    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-
-
 def part_outputs(module: PeftModule) -> Iterator[tuple[str, slice]]:
-    """(canonical module, its outputs) of each map a module of theirs is."""
+    """(canonical name, its outputs) of each of our maps that the module fuses."""
     first = 0
     for part, width in zip(module.parts, module.widths, strict=True):
         yield part, slice(first, first + width)
@@ -103,9 +98,9 @@ def part_outputs(module: PeftModule) -> Iterator[tuple[str, slice]]:
 
 
 def read_lora(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
-    """a [inputs, rank], b [rank, outputs], scale [rank], magnitude [outputs] of each part; inputs, outputs flattened.
+    """a [inputs, rank], b [rank, outputs], scale [rank], magnitude [outputs] of each part, flattened.
 
-    A part of a fused map has the whole A and its own rows of B.
+    Each part of a fused module has all of A and its own rows of B.
     """
     a, b = tensors["lora_A.weight"].T, tensors["lora_B.weight"].T
     rank = a.shape[1]
@@ -122,20 +117,20 @@ def read_lora(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Map
 def read_ia3(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
     """The vector of each part."""
     del config
-    vector, on = tensors["ia3_l"], {"scale": np.ones(1, np.float32)}
-    reads = vector.shape[0] == 1 and vector.shape[1] == module.inputs
-    if reads != module.parts[0].endswith("mlp/down"):
+    vector, scale = tensors["ia3_l"], {"scale": np.ones(1, np.float32)}
+    scales_input = vector.shape[0] == 1 and vector.shape[1] == module.inputs
+    if scales_input != module.parts[0].endswith("mlp/down"):
         raise UserError(
-            f"adapter_config.json: feedforward_modules: {module.name} is {'one' if reads else 'none'} of them; only "
-            "the map out of the feed-forward part is scaled where it reads"
+            f"adapter_config.json: feedforward_modules: {module.name} is {'one' if scales_input else 'none'} of them; "
+            "the input is scaled of the last map of the feed-forward part only; merge the adapter in PEFT"
         )
-    if reads:
-        return {module.parts[0]: {"input_scale": vector.reshape(-1)} | on}
-    return {part: {"output_scale": vector.reshape(-1)[outputs]} | on for part, outputs in part_outputs(module)}
+    if scales_input:
+        return {module.parts[0]: {"input_scale": vector.reshape(-1)} | scale}
+    return {part: {"output_scale": vector.reshape(-1)[outputs]} | scale for part, outputs in part_outputs(module)}
 
 
 def read_vera(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
-    """The two vectors of a map."""
+    """vera_d [rank] and vera_b [outputs] of a map."""
     del config
     scale = np.ones(len(tensors["vera_lambda_d"]), np.float32)
     return {
@@ -144,9 +139,12 @@ def read_vera(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Map
 
 
 def single_part(module: PeftModule) -> str:
-    """The map that a module of theirs is. Raises UserError where it is several."""
+    """The one map of ours that the module is. Raises UserError where it fuses several."""
     if len(module.parts) > 1:
-        raise UserError(f"adapter_model.safetensors: {module.name} is one map in the file and several here; merge it")
+        raise UserError(
+            f"adapter_model.safetensors: {module.name} fuses {', '.join(module.parts)}, which have an adapter each here; "
+            "merge the adapter in PEFT"
+        )
     return module.parts[0]
 
 
@@ -160,8 +158,8 @@ def read_oft(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Mapp
     version = str(config.get("peft_version", "0.0.0"))
     if release(version) < release(OFT_SINCE):
         raise UserError(
-            f"adapter_config.json: peft_version: {version}, but rotations are read as PEFT makes them since "
-            f"{OFT_SINCE}, by another series; train it again there, or merge it with the version that made it"
+            f"adapter_config.json: peft_version: {version} computes rotations by another series than PEFT since "
+            f"{OFT_SINCE}; train the adapter again with that, or merge it with the version that made it"
         )
     return {single_part(module): {"r": tensors["oft_R.weight"], "scale": np.ones(1, np.float32)}}
 
@@ -172,25 +170,25 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def read_adalora(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
-    """The triplets of a map. Those that were taken away are not in the file: they become zeros."""
-    first = int(config["init_r"])
-    if len(tensors["lora_E"]) > first:
-        raise UserError(f"adapter_config.json: init_r: {first}, but {module.name} has {len(tensors['lora_E'])} ranks")
-    room = first - len(tensors["lora_E"])
-    e = tensors["lora_E"][:, 0] / (1 + 1e-5 / first)
-    scale = np.full(first, float(config["lora_alpha"]) / first, np.float32)
+    """a, e and b of a map, padded with zeros to `init_r`: the file lacks the ranks that were pruned."""
+    rank = int(config["init_r"])
+    if len(tensors["lora_E"]) > rank:
+        raise UserError(f"adapter_config.json: init_r: {rank}, but {module.name} has {len(tensors['lora_E'])} ranks")
+    pruned = rank - len(tensors["lora_E"])
+    e = tensors["lora_E"][:, 0] / (1 + 1e-5 / rank)
+    scale = np.full(rank, float(config["lora_alpha"]) / rank, np.float32)
     return {
         single_part(module): {
-            "a": np.pad(tensors["lora_A"].T, ((0, 0), (0, room))),
-            "b": np.pad(tensors["lora_B"].T, ((0, room), (0, 0))),
-            "e": np.pad(e, (0, room)),
+            "a": np.pad(tensors["lora_A"].T, ((0, 0), (0, pruned))),
+            "b": np.pad(tensors["lora_B"].T, ((0, pruned), (0, 0))),
+            "e": np.pad(e, (0, pruned)),
             "scale": scale,
         }
     }
 
 
 def read_shira(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:
-    """The entries of a map, and where they are."""
+    """The trained entries of a map, and their indices."""
     del config
     indices = tensors["shira_indices"][::-1].astype(np.int32)
     return {
@@ -210,35 +208,35 @@ READERS = {
 
 
 def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """What PEFT gives the module called `name`: the value of the first key it ends in, as a regular expression."""
+    """The value of the first regular expression in `patterns` that the end of `name` matches, else `default`."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def adapter_settings(
     method: str, leaves: Mapping[str, Leaves], model: ModelConfig, config: Mapping[str, Any]
 ) -> AdapterConfig:
-    """The adapter section that has exactly these leaves."""
-    found = [name for name in leaves if name]
-    given: dict[str, Any] = {"method": method, "targets": target_patterns(found, model)}
+    """The section adapter that has exactly these leaves."""
+    modules = [name for name in leaves if name]
+    common: dict[str, Any] = {"method": method, "targets": target_patterns(modules, model)}
     if method == "ia3":
-        return AdapterConfig(**given)
+        return AdapterConfig(**common)
     if method == "oft":
-        sizes = {math.isqrt(2 * leaves[name]["r"].shape[1]) + 1 for name in found}
+        sizes = {math.isqrt(2 * leaves[name]["r"].shape[1]) + 1 for name in modules}
         if len(sizes) > 1:
             raise UserError(
                 f"adapter_config.json: oft_block_size: blocks of {sorted(sizes)} in one file; only one size is read"
             )
-        return AdapterConfig(**given, block=sizes.pop())
+        return AdapterConfig(**common, block=sizes.pop())
     if method == "adalora":
-        first = int(config["init_r"])
-        budget = {"rank": min(int(config["target_r"]), first)}
-        return AdapterConfig(**given, rank=first, alpha=float(config["lora_alpha"]), budget=budget)
+        rank = int(config["init_r"])
+        budget = {"rank": min(int(config["target_r"]), rank)}
+        return AdapterConfig(**common, rank=rank, alpha=float(config["lora_alpha"]), budget=budget)
     if method == "shira":
-        return AdapterConfig(**given, rank=int(config["r"]))
-    ranks = {name: len(leaves[name]["scale"]) for name in found}
-    usual = max(ranks.values())
+        return AdapterConfig(**common, rank=int(config["r"]))
+    ranks = {name: len(leaves[name]["scale"]) for name in modules}
+    widest = max(ranks.values())
     if method == "vera":
-        return AdapterConfig(**given, rank=usual)
+        return AdapterConfig(**common, rank=widest)
     stabilized = bool(config.get("use_rslora"))
     alphas = {
         name: float(leaves[name]["scale"][0]) * (math.sqrt(rank) if stabilized else rank)
@@ -246,18 +244,18 @@ def adapter_settings(
     }
     alpha = max(alphas.values())
     return AdapterConfig(
-        **given,
-        rank=usual,
+        **common,
+        rank=widest,
         alpha=alpha,
         rank_stabilized=stabilized,
-        ranks={name: rank for name, rank in ranks.items() if rank != usual},
-        alphas={name: own for name, own in alphas.items() if own != alpha},
+        ranks={name: rank for name, rank in ranks.items() if rank != widest},
+        alphas={name: other for name, other in alphas.items() if other != alpha},
     )
 
 
 def target_patterns(names: list[str], model: ModelConfig) -> list[str]:
-    """Patterns for these modules: `attn/q` where every layer's is among them."""
+    """Patterns that match these modules: `attn/q` where every layer has it, else full names."""
     by_map: dict[str, list[str]] = {}
     for name in names:
         by_map.setdefault(name.split("/", 2)[2], []).append(name)
-    return [name for key, own in by_map.items() for name in ([key] if len(own) == model.layers else own)]
+    return [name for key, layers in by_map.items() for name in ([key] if len(layers) == model.layers else layers)]

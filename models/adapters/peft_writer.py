@@ -1,11 +1,11 @@
-"""Adapters as PEFT keeps them: adapter_config.json and the names and shapes in adapter_model.safetensors.
+"""Adapters in PEFT's format: adapter_config.json and the tensors of adapter_model.safetensors. Pure numpy.
 
-    ours:    layers/7/attn/q   a [inputs..., rank]   b [rank, outputs...]   magnitude [outputs...]
-    theirs:  base_model.model.model.layers.7.self_attn.q_proj   .lora_A.weight [rank, inputs]
+    ours:  layers/7/attn/q   a [inputs..., rank]   b [rank, outputs...]   magnitude [outputs...]
+    PEFT:  base_model.model.model.layers.7.self_attn.q_proj   .lora_A.weight [rank, inputs]
                                      .lora_B.weight [outputs, rank]   .lora_magnitude_vector [outputs]
 
-Maps that are one in the file (q, k, v of GPT-2 and Phi-3) become one adapter: A's one below the other, B's on a
-diagonal of blocks, so that ranks add. Pure numpy.
+Maps that the file fuses (q, k, v of GPT-2 and Phi-3) become one adapter: the rows of all A, and all B in a block
+diagonal matrix, so that ranks add up.
 """
 
 import math
@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from .adapted_modules import linear_maps
 
 Leaves = dict[str, np.ndarray]
 PREFIX = "base_model.model."
-OFT_SINCE = "0.18.0"  # the version of PEFT whose series of rotations ours is
+OFT_SINCE = "0.18.0"  # the first version of PEFT that computes rotations by our series
 PEFT_TYPES = {
     "lora": "LORA",
     "dora": "LORA",
@@ -41,26 +42,26 @@ PEFT_TYPES = {
 
 @dataclass(frozen=True)
 class PeftModule:
-    """A module of theirs, and the maps of ours that it is, by canonical name, in the order of its outputs."""
+    """A linear module in PEFT's files, and our maps that it fuses, in the order of its outputs."""
 
     name: str  # model.layers.7.self_attn.q_proj
-    parts: tuple[str, ...]
+    parts: tuple[str, ...]  # canonical names of our maps; one where nothing is fused
     inputs: int
     widths: tuple[int, ...]  # outputs of each part
 
 
 def peft_modules(model: ModelConfig, kind: str) -> list[PeftModule]:
-    """Every linear map of the blocks as a file of format `kind` has it."""
-    table, maps, found = MODULE_NAMES[kind], linear_maps(model), []
+    """Every linear module of the blocks in files of format `kind`."""
+    table, maps, modules = MODULE_NAMES[kind], linear_maps(model), []
     for layer in range(model.layers):
         for key in maps:
             keys = fused_modules(f"layers/{{}}/{key}", table)
             if keys[0] == f"layers/{{}}/{key}":
-                sizes = [maps[one.removeprefix("layers/{}/")] for one in keys]
+                sizes = [maps[part.removeprefix("layers/{}/")] for part in keys]
                 widths = tuple(math.prod(outputs) for _, outputs in sizes)
-                parts = tuple(one.format(layer) for one in keys)
-                found.append(PeftModule(table[keys[0]].format(layer), parts, math.prod(sizes[0][0]), widths))
-    return found
+                parts = tuple(part.format(layer) for part in keys)
+                modules.append(PeftModule(table[keys[0]].format(layer), parts, math.prod(sizes[0][0]), widths))
+    return modules
 
 
 def to_peft(
@@ -72,35 +73,27 @@ def to_peft(
     column_norms: Callable[[str], np.ndarray],
     base: str,
 ) -> tuple[dict[str, Any], Leaves]:
-    """(adapter_config.json, tensors) of the adapters in `leaves`, by canonical module, cut to their ranks.
+    """(adapter_config.json, tensors) of the adapters in `leaves` (by canonical module), sliced to their ranks.
 
-    `lengths` gives |W| over the inputs of a module, for DoRA beside maps it does not adapt. `base` is the path of the
-    model they belong to. Raises UserError for a method PEFT has no file for.
+    `column_norms` returns |W| over the inputs of a module, which DoRA needs for fused maps that it does not adapt.
+    `base` is the path of the base model. Raises UserError for a method that PEFT has no format for.
     """
     if adapter.method in peft_prompt.PEFT_TYPES:
         return peft_prompt.prompt_to_peft(adapter, model, kind=kind, leaves=leaves, base=base)
     if adapter.method not in PEFT_TYPES:
         raise UserError(
-            f"adapter.method: {adapter.method} has no file in PEFT; `meshwright checkpoint export` merges what can be "
-            "merged"
+            f"adapter.method: {adapter.method} has no format in PEFT; merge the adapter with `meshwright checkpoint "
+            "export`"
         )
     adapted = [module for module in peft_modules(model, kind) if any(part in leaves for part in module.parts)]
-    if adapter.method == "ia3":
-        tensors, settings = ia3_to_peft(adapted, leaves)
-    elif adapter.method == "vera":
-        tensors, settings = vera_to_peft(adapted, leaves, adapter)
-    elif adapter.method == "oft":
-        tensors, settings = oft_to_peft(adapted, leaves, adapter)
-    elif adapter.method == "adalora":
-        tensors, settings = adalora_to_peft(adapted, leaves, adapter)
-    elif adapter.method == "shira":
-        tensors, settings = shira_to_peft(adapted, leaves, adapter)
-    else:
-        tensors, settings = lora_to_peft(adapted, leaves, adapter, column_norms)
+    write = WRITERS.get(adapter.method, partial(lora_to_peft, column_norms=column_norms))
+    tensors, settings = write(adapted, leaves, adapter)
     targets = short_target_names([module.name for module in adapted], peft_modules(model, kind))
     if "feedforward_modules" in settings:
-        inside = settings["feedforward_modules"]
-        settings["feedforward_modules"] = [name for name in targets if any(is_target(one, name) for one in inside)]
+        names = settings["feedforward_modules"]
+        settings["feedforward_modules"] = [
+            target for target in targets if any(name == target or name.endswith(f".{target}") for name in names)
+        ]
     common = {
         "peft_type": PEFT_TYPES[adapter.method],
         "task_type": "CAUSAL_LM",
@@ -112,16 +105,11 @@ def to_peft(
     return common | settings, {name: np.ascontiguousarray(array) for name, array in tensors.items()}
 
 
-def is_target(name: str, target: str) -> bool:
-    """Whether PEFT takes `name` for the target: it is that, or ends in it behind a dot."""
-    return name == target or name.endswith(f".{target}")
-
-
 def short_target_names(names: list[str], all_modules: list[PeftModule]) -> list[str]:
-    """`["q_proj", "v_proj"]` where these modules are the only ones so called; whole names otherwise."""
-    last = sorted({name.rpartition(".")[2] for name in names})
-    meant = sorted(module.name for module in all_modules if module.name.rpartition(".")[2] in last)
-    return last if meant == sorted(names) else sorted(names)
+    """Last parts of the names, `["q_proj", "v_proj"]`, where no other module has the same; else the full names."""
+    short = sorted({name.rpartition(".")[2] for name in names})
+    matched = sorted(module.name for module in all_modules if module.name.rpartition(".")[2] in short)
+    return short if matched == sorted(names) else sorted(names)
 
 
 def lora_to_peft(
@@ -130,26 +118,26 @@ def lora_to_peft(
     adapter: AdapterConfig,
     column_norms: Callable[[str], np.ndarray],
 ) -> tuple[Leaves, dict[str, Any]]:
-    """Tensors and settings of LoRA and DoRA; ranks and alphas that differ go into the patterns."""
+    """Tensors and settings of LoRA and DoRA; less common ranks and alphas go into patterns."""
     tensors, ranks, alphas = {}, {}, {}
     for module in modules:
-        own = [leaves.get(part) for part in module.parts]
-        scale = next(float(one["scale"][0]) for one in own if one)
-        # Ones in a file have one scale: the others' is put into their second factor.
-        a = [one["a"].reshape(module.inputs, -1).T for one in own if one]
+        parts = [leaves.get(part) for part in module.parts]
+        scale = next(float(part["scale"][0]) for part in parts if part)
+        # A module of the file has one scale: those of other parts are multiplied into their second factor.
+        a = [part["a"].reshape(module.inputs, -1).T for part in parts if part]
         b = [
-            one["b"].reshape(-1, width).T * (float(one["scale"][0]) / scale) if one else np.zeros((width, 0))
-            for one, width in zip(own, module.widths, strict=True)
+            part["b"].reshape(-1, width).T * (float(part["scale"][0]) / scale) if part else np.zeros((width, 0))
+            for part, width in zip(parts, module.widths, strict=True)
         ]
         tensors[f"{PREFIX}{module.name}.lora_A.weight"] = np.concatenate(a).astype(np.float32)
         tensors[f"{PREFIX}{module.name}.lora_B.weight"] = block_diagonal(b).astype(np.float32)
         if adapter.method == "dora":
-            sizes = [
-                one["magnitude"].reshape(-1) if one else column_norms(part).reshape(-1)
-                for one, part in zip(own, module.parts, strict=True)
+            magnitudes = [
+                (part["magnitude"] if part else column_norms(name)).reshape(-1)
+                for part, name in zip(parts, module.parts, strict=True)
             ]
-            tensors[f"{PREFIX}{module.name}.lora_magnitude_vector"] = np.concatenate(sizes).astype(np.float32)
-        rank = sum(len(one) for one in a)
+            tensors[f"{PREFIX}{module.name}.lora_magnitude_vector"] = np.concatenate(magnitudes).astype(np.float32)
+        rank = sum(len(rows) for rows in a)
         ranks[module.name] = rank
         alphas[module.name] = scale * (math.sqrt(rank) if adapter.rank_stabilized else rank)
     (rank, _), (alpha, _) = (Counter(values.values()).most_common(1)[0] for values in (ranks, alphas))
@@ -161,18 +149,18 @@ def lora_to_peft(
         "use_dora": adapter.method == "dora",
         "bias": "none",
         "init_lora_weights": True,
-        "rank_pattern": {re.escape(name): own for name, own in ranks.items() if own != rank},
-        "alpha_pattern": {re.escape(name): as_integer(own) for name, own in alphas.items() if own != alpha},
+        "rank_pattern": {re.escape(name): other for name, other in ranks.items() if other != rank},
+        "alpha_pattern": {re.escape(name): as_integer(other) for name, other in alphas.items() if other != alpha},
     }
 
 
 def as_integer(number: float) -> float | int:
-    """The integer, where it is one to seven digits."""
+    """`number` as an integer where it equals one to seven digits."""
     return round(number) if math.isclose(number, round(number), rel_tol=1e-7) else number
 
 
 def block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
-    """Blocks [outputs, rank] on a diagonal, zeros elsewhere."""
+    """A matrix with blocks [outputs, rank] on its diagonal and zeros elsewhere."""
     result = np.zeros((sum(len(block) for block in blocks), sum(block.shape[1] for block in blocks)))
     row = column = 0
     for block in blocks:
@@ -181,35 +169,38 @@ def block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
     return result
 
 
-def ia3_to_peft(modules: list[PeftModule], leaves: Mapping[str, Leaves]) -> tuple[Leaves, dict[str, Any]]:
-    """Tensors and settings of IA3; parts without adapter have ones."""
-    tensors, reading = {}, []
+def ia3_to_peft(
+    modules: list[PeftModule], leaves: Mapping[str, Leaves], adapter: AdapterConfig
+) -> tuple[Leaves, dict[str, Any]]:
+    """Tensors and settings of IA3; fused parts without an adapter have ones."""
+    del adapter
+    tensors, feedforward = {}, []
     for module in modules:
-        own = [leaves.get(part) for part in module.parts]
-        if own[0] is not None and "input_scale" in own[0]:
-            tensors[f"{PREFIX}{module.name}.ia3_l"] = own[0]["input_scale"].reshape(1, -1)
-            reading.append(module.name)
+        parts = [leaves.get(part) for part in module.parts]
+        if parts[0] is not None and "input_scale" in parts[0]:
+            tensors[f"{PREFIX}{module.name}.ia3_l"] = parts[0]["input_scale"].reshape(1, -1)
+            feedforward.append(module.name)
             continue
         vectors = [
-            one["output_scale"].reshape(-1) if one else np.ones(width, np.float32)
-            for one, width in zip(own, module.widths, strict=True)
+            part["output_scale"].reshape(-1) if part else np.ones(width, np.float32)
+            for part, width in zip(parts, module.widths, strict=True)
         ]
         tensors[f"{PREFIX}{module.name}.ia3_l"] = np.concatenate(vectors)[:, None]
-    return tensors, {"feedforward_modules": reading, "init_ia3_weights": True}
+    return tensors, {"feedforward_modules": feedforward, "init_ia3_weights": True}
 
 
 def vera_to_peft(
     modules: list[PeftModule], leaves: Mapping[str, Leaves], adapter: AdapterConfig
 ) -> tuple[Leaves, dict[str, Any]]:
-    """Tensors and settings of VeRA; the shared pair is under "" in `leaves`, and as wide as the chosen maps need."""
+    """Tensors and settings of VeRA; the shared matrices, `leaves[""]`, are sliced to the widest adapted map."""
     refuse_fused(modules, adapter)
     tensors = {}
     for module in modules:
         tensors[f"{PREFIX}{module.name}.vera_lambda_b"] = leaves[module.parts[0]]["vera_b"].reshape(-1)
         tensors[f"{PREFIX}{module.name}.vera_lambda_d"] = leaves[module.parts[0]]["vera_d"]
     inputs, outputs = max(module.inputs for module in modules), max(module.widths[0] for module in modules)
-    pair = {"vera_A": leaves[""]["a"][:inputs].T, "vera_B": leaves[""]["b"][:, :outputs].T}
-    tensors |= {f"base_model.{name}": array for name, array in pair.items()}
+    tensors["base_model.vera_A"] = leaves[""]["a"][:inputs].T
+    tensors["base_model.vera_B"] = leaves[""]["b"][:, :outputs].T
     return tensors, {
         "r": adapter.rank,
         "vera_dropout": adapter.dropout,
@@ -221,11 +212,11 @@ def vera_to_peft(
 
 
 def refuse_fused(modules: list[PeftModule], adapter: AdapterConfig) -> None:
-    """Raise UserError where maps that are one in the file would need one adapter for all of them."""
-    if joined := next((module.name for module in modules if len(module.parts) > 1), None):
+    """Raise UserError where a module that the file fuses would need one adapter for all its parts."""
+    if fused := next((module.name for module in modules if len(module.parts) > 1), None):
         raise UserError(
-            f"adapter.method: {adapter.method} on {joined}, which is one map in the file and several here, with one "
-            "adapter each: use `meshwright checkpoint export`, which merges"
+            f"adapter.method: {adapter.method} on {fused}, which the file fuses of maps that have an adapter each; "
+            "merge the adapter with `meshwright checkpoint export`"
         )
 
 
@@ -241,7 +232,7 @@ def oft_to_peft(
         "module_dropout": 0.0,
         "use_cayley_neumann": True,
         "num_cayley_neumann_terms": 5,
-        "peft_version": OFT_SINCE,  # a file that does not say so is taken for one of the series before
+        "peft_version": OFT_SINCE,  # PEFT reads files without it by the older series
         "bias": "none",
     }
 
@@ -249,14 +240,14 @@ def oft_to_peft(
 def adalora_to_peft(
     modules: list[PeftModule], leaves: Mapping[str, Leaves], adapter: AdapterConfig
 ) -> tuple[Leaves, dict[str, Any]]:
-    """Tensors and settings of AdaLoRA; theirs multiplies by alpha / (rank + 1e-5), which e makes good."""
+    """Tensors and settings of AdaLoRA; PEFT multiplies by alpha / (rank + 1e-5), so e is corrected by that factor."""
     refuse_fused(modules, adapter)
     tensors = {}
     for module in modules:
-        own, name = leaves[module.parts[0]], f"{PREFIX}{module.name}"
-        tensors[f"{name}.lora_A"] = own["a"].reshape(module.inputs, -1).T
-        tensors[f"{name}.lora_B"] = own["b"].reshape(-1, module.widths[0]).T
-        tensors[f"{name}.lora_E"] = ((1 + 1e-5 / adapter.rank) * own["e"])[:, None].astype(np.float32)
+        arrays, name = leaves[module.parts[0]], f"{PREFIX}{module.name}"
+        tensors[f"{name}.lora_A"] = arrays["a"].reshape(module.inputs, -1).T
+        tensors[f"{name}.lora_B"] = arrays["b"].reshape(-1, module.widths[0]).T
+        tensors[f"{name}.lora_E"] = ((1 + 1e-5 / adapter.rank) * arrays["e"])[:, None].astype(np.float32)
     return tensors, {
         "init_r": adapter.rank,
         "target_r": adapter.budget.rank,
@@ -267,7 +258,7 @@ def adalora_to_peft(
         "tfinal": adapter.budget.settled,
         "deltaT": adapter.budget.every,
         "orth_reg_weight": adapter.budget.orthogonality,
-        "total_step": adapter.budget.after + adapter.budget.settled + 1,  # asked for, and read by training alone
+        "total_step": adapter.budget.after + adapter.budget.settled + 1,  # required, but only training reads it
         "bias": "none",
     }
 
@@ -275,11 +266,20 @@ def adalora_to_peft(
 def shira_to_peft(
     modules: list[PeftModule], leaves: Mapping[str, Leaves], adapter: AdapterConfig
 ) -> tuple[Leaves, dict[str, Any]]:
-    """Tensors and settings of SHiRA; places are [2, entries] of the weight [outputs, inputs]."""
+    """Tensors and settings of SHiRA; indices [2, entries] are those of the weight [outputs, inputs]."""
     refuse_fused(modules, adapter)
     tensors = {}
     for module in modules:
-        own = leaves[module.parts[0]]
-        tensors[f"{PREFIX}{module.name}.shira_weight"] = own["values"]
-        tensors[f"{PREFIX}{module.name}.shira_indices"] = own["indices"][::-1].astype(np.int32)
+        arrays = leaves[module.parts[0]]
+        tensors[f"{PREFIX}{module.name}.shira_weight"] = arrays["values"]
+        tensors[f"{PREFIX}{module.name}.shira_indices"] = arrays["indices"][::-1].astype(np.int32)
     return tensors, {"r": adapter.rank, "mask_type": "random", "random_seed": 0}
+
+
+WRITERS = {
+    "ia3": ia3_to_peft,
+    "vera": vera_to_peft,
+    "oft": oft_to_peft,
+    "adalora": adalora_to_peft,
+    "shira": shira_to_peft,
+}  # the others are kinds of LoRA

@@ -2,7 +2,8 @@
 
     y = x (W + D) + bias      D: `values` [rank (inputs + outputs)] at `indices` [2, the same], zero elsewhere
 
-The indices are drawn once, without repetition, and never change; `scale` [1] is one, or zero in a layer without adapter.
+The indices are drawn once, without repetition, and never change. `scale` [1] is one, or zero in a layer without
+adapter.
 """
 
 import math

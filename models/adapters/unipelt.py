@@ -8,7 +8,8 @@
 
 Departs from the paper, whose gate is the mean of these numbers over a text. In a causal model that mean would depend on
 the tokens that follow, and each generated token would change what was computed before it. Here the gate of a token
-reads that token alone, and a query sees the prefix through its own gate: for a text of one token, the paper's equations.
+reads that token alone, and a query sees the prefix through its own gate. For a text of one token these are the paper's
+equations.
 """
 
 import dataclasses

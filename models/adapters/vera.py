@@ -1,4 +1,4 @@
-"""VeRA: all layers share two random matrices that are not trained; each linear map learns two vectors. arXiv:2310.11454.
+"""VeRA: all layers share two random, frozen matrices, and each linear map learns two vectors. arXiv:2310.11454.
 
     y = x W + (((x A) * d) B) * b + bias     A, B: the first inputs and outputs of the shared [widest, rank] matrices
 

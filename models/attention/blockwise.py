@@ -1,10 +1,11 @@
 """`blockwise`: attention whose memory is linear in the sequence, by blocks of queries. The default on a CPU.
 
-Two walks over the same tiles, both with FlashAttention-2's backward pass: `rows` for short sequences in plain order,
-`pairs` for all others. Which one is known from shapes alone.
+It walks over tiles in one of two ways, both with FlashAttention-2's backward pass: `query_blocks` for short sequences
+in plain order, `tile_pairs` for all others. The shapes decide which.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 
@@ -13,13 +14,13 @@ from .interface import Implementation, Mask, TokenIndices
 
 # Measured on 2 cores, float32 (`meshwright bench attention`).
 ROW_BLOCK = 128
-LONGEST_UNROLLED = 1024  # tokens; beyond, unrolled blocks cost compile time and their tiles memory
-TILE_SCORES = 2**20  # of all heads and rows of a batch together; larger tiles fall out of the cache
+LONGEST_UNROLLED = 1024  # tokens; beyond, unrolled blocks cost compile time, and their tiles memory
+TILE_SCORES = 2**20  # over all heads and rows of a batch; larger tiles do not fit into a CPU's cache
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512
 
 
 def refuse(mask: Mask, indices: TokenIndices, q, k, platform: str | None) -> str | None:
-    """Never: every mask, order and type, on every device."""
+    """Never refuses: computes every mask, order and dtype, on every device."""
     del mask, indices, q, k, platform
     return None
 
@@ -27,22 +28,16 @@ def refuse(mask: Mask, indices: TokenIndices, q, k, platform: str | None) -> str
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indices: TokenIndices) -> tuple[jax.Array, jax.Array]:
     """out like q, and lse [batch, queries, heads]."""
     if _uses_query_blocks(q, k, indices):
-
-        def part(q, k, v, indices):
-            return query_blocks.forward(q, k, v, mask, indices, block=ROW_BLOCK)
-
-        return _by_batch_slices(part, (q, k, v), indices)
+        run = partial(query_blocks.forward, mask=mask, block=ROW_BLOCK)
+        return _by_batch_slices(run, (q, k, v), indices)
     return tile_pairs.forward(q, k, v, mask, indices, block=_pair_block(q))
 
 
 def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv like q, k, v, given `out` and `lse` over all keys."""
     if _uses_query_blocks(q, k, indices):
-
-        def part(q, k, v, out, lse, d_out, indices):
-            return query_blocks.backward(q, k, v, out, lse, d_out, mask, indices, block=ROW_BLOCK)
-
-        return _by_batch_slices(part, (q, k, v, out, lse, d_out), indices)
+        run = partial(query_blocks.backward, mask=mask, block=ROW_BLOCK)
+        return _by_batch_slices(run, (q, k, v, out, lse, d_out), indices)
     return tile_pairs.backward(q, k, v, out, lse, d_out, mask, indices, block=_pair_block(q))
 
 
@@ -51,18 +46,19 @@ def _uses_query_blocks(q, k, indices: TokenIndices) -> bool:
 
 
 def _by_batch_slices(function: Callable, arrays: tuple[jax.Array, ...], indices: TokenIndices) -> tuple[jax.Array, ...]:
-    """`function(*arrays, where)` over as many rows of the batch at a time as keep a tile in the cache of a CPU.
+    """`function(*arrays, indices=)` on slices of the batch, so small that a tile stays in the cache of a CPU.
 
-    Twice the speed of the whole batch at once at 8 x 512 tokens: scores that leave the cache cost more than products.
+    At 8 x 512 tokens this is twice as fast as the whole batch at once: scores that leave the cache cost more than the
+    products.
     """
     batch, queries, heads, _ = arrays[0].shape
     tile = heads * min(queries, ROW_BLOCK) * arrays[1].shape[1]
     fitting = max(1, TILE_SCORES // tile) if jax.default_backend() == "cpu" else batch
     size = max(divisor for divisor in range(1, batch + 1) if batch % divisor == 0 and divisor <= fitting)
     if size == batch:
-        return function(*arrays, indices)
-    cut = jax.tree.map(lambda x: x.reshape(batch // size, size, *x.shape[1:]), (arrays, indices))
-    results = jax.lax.map(lambda part: function(*part[0], part[1]), cut)
+        return function(*arrays, indices=indices)
+    slices = jax.tree.map(lambda x: x.reshape(batch // size, size, *x.shape[1:]), (arrays, indices))
+    results = jax.lax.map(lambda part: function(*part[0], indices=part[1]), slices)
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 
 

@@ -1,12 +1,12 @@
 """`cudnn`: NVIDIA's fused attention through JAX's public function, wherever that function is exact.
 
-What it cannot say exactly it refuses: packed documents (the public function takes no segments, and a mask given as a
-bias is quadratic in memory), a soft-cap, tokens out of plain order, float32. Two consequences of the public interface:
+It refuses what that function cannot compute exactly: packed documents (the function takes no segments, and a mask as a
+bias is quadratic in memory), a soft-cap, tokens out of plain order, float32. The public interface has two consequences:
 
 * The backward pass differentiates that function, so it runs the forward kernel once more and takes the softmax over
   *these* keys: `lse` is not used. Sequence parallelism that adds up partial softmaxes (ring) needs explicit indices,
   which are refused, so it never meets this backward pass.
-* `lse` comes back rounded to the type of q and is float32 in name only.
+* `lse` is rounded to the dtype of q; its float32 has no more precision.
 """
 
 import jax
@@ -15,16 +15,16 @@ import jax.numpy as jnp
 
 from .interface import Implementation, Mask, TokenIndices
 
-OLDEST_GPU, WIDE_HEADS_GPU = 8.0, 9.0  # compute capability: Ampere has the kernels, Hopper heads wider than 128
+OLDEST_GPU, WIDE_HEADS_GPU = 8.0, 9.0  # compute capability: Ampere; Hopper for heads wider than 128
 
 
 def refuse(mask: Mask, indices: TokenIndices, q, k, platform: str | None) -> str | None:
-    """Why cuDNN cannot do this exactly, or None. Reads the GPU's generation if `platform` is "gpu"."""
+    """Why cuDNN cannot compute this exactly, or None. Reads the GPU's compute capability if `platform` is "gpu"."""
     head_dim = q.shape[-1]
     if mask.softcap is not None:
         return f"cannot cap scores (softcap {mask.softcap})"
     if indices.query_segments is not None:
-        return "cannot keep packed documents apart (segment ids are given)"
+        return "cannot separate packed documents (segment ids are given)"
     if indices.query_index is not None:
         return "needs tokens in plain order (explicit indices are given)"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -52,7 +52,7 @@ def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices) -> tup
 
 
 def _attention(q, k, v, mask: Mask, **options):
-    window = None if mask.window is None else (mask.window - 1, 0)  # theirs counts the tokens before the query
+    window = None if mask.window is None else (mask.window - 1, 0)  # cuDNN counts the tokens before the query
     causal = mask.causal or mask.window is not None
     return jax.nn.dot_product_attention(
         q, k, v, scale=mask.scale, is_causal=causal, local_window_size=window, implementation="cudnn", **options
@@ -63,11 +63,11 @@ def _refuse_device(platform: str, head_dim: int) -> str | None:
     if platform not in ("gpu", "cuda"):
         return f"runs on NVIDIA GPUs, not on {platform}"
     if "cuda" not in jax.extend.backend.get_backend("gpu").platform_version.lower():
-        return "runs on NVIDIA GPUs, and this one is another maker's"
-    generation = float(jax.local_devices(backend="gpu")[0].compute_capability)
-    needed = WIDE_HEADS_GPU if head_dim > 128 else OLDEST_GPU
-    if generation < needed:
-        return f"needs compute capability {needed} for head_dim {head_dim}, this GPU has {generation}"
+        return "runs on NVIDIA GPUs only, and this GPU is from another vendor"
+    capability = float(jax.local_devices(backend="gpu")[0].compute_capability)
+    minimum = WIDE_HEADS_GPU if head_dim > 128 else OLDEST_GPU
+    if capability < minimum:
+        return f"needs compute capability {minimum} for head_dim {head_dim}, this GPU has {capability}"
     return None
 
 

@@ -1,6 +1,6 @@
 """`dense`: attention as it is defined, all scores at once. The reference the other implementations are tested against.
 
-Memory grows with queries x keys. float32 throughout, so that in bfloat16 it shows what the others round away.
+Memory grows with queries x keys. All arithmetic is float32, so that it shows the rounding errors of the others.
 """
 
 import jax
@@ -11,7 +11,7 @@ from .interface import Implementation, Mask, TokenIndices
 
 
 def refuse(mask: Mask, indices: TokenIndices, q, k, platform: str | None) -> str | None:
-    """Never: the reference does everything, everywhere."""
+    """Never refuses: the reference computes everything, everywhere."""
     del mask, indices, q, k, platform
     return None
 
@@ -20,9 +20,9 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indices: Token
     """out like q, and lse [batch, queries, heads]."""
     queries, kv_heads = q.shape[1], k.shape[2]
     q_tile, k_tile, v_tile = (tile.to_tile(x.astype(jnp.float32), kv_heads) for x in (q, k, v))
-    hidden = tile.apply_visibility(tile.scores(q_tile, k_tile, mask), _visible(q, k, mask, indices))
-    maximum = jnp.max(hidden, axis=-1)
-    weights = jnp.exp(hidden - tile.finite(maximum)[..., None])
+    masked = tile.apply_visibility(tile.scores(q_tile, k_tile, mask), _visible(q, k, mask, indices))
+    maximum = jnp.max(masked, axis=-1)
+    weights = jnp.exp(masked - tile.finite(maximum)[..., None])
     total = jnp.sum(weights, axis=-1)
     out = jnp.einsum("bhqk,bhkd->bhqd", weights, v_tile) / jnp.where(total > 0, total, 1.0)[..., None]
     lse = tile.log_sum_exp(maximum, total)
@@ -30,7 +30,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indices: Token
 
 
 def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, dk, dv like q, k, v, of the part of a softmax with the given `out` and `lse` that these keys are."""
+    """dq, dk, dv like q, k, v, for these keys of a softmax with the given `out` and `lse` over all keys."""
     queries, kv_heads = q.shape[1], k.shape[2]
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     dq, dk, dv = tile.tile_gradients(

@@ -1,12 +1,12 @@
-"""What attention is here: softmax(scores) @ v with its log-sum-exp, and one way to differentiate every implementation.
+"""The interface of attention: softmax(scores) @ v with its log-sum-exp, and one rule to differentiate it.
 
     scores = softcap(scale * q @ k^T), -inf where the query may not see the key
     lse    = log(sum over keys of exp(scores))          the log-sum-exp, always float32
     out    = exp(scores - lse) @ v
 
-An `Implementation` is a pair of functions, forward and backward, and a third that says what it cannot do. The backward
-pass is FlashAttention-2's: it rebuilds the probabilities from the *global* log-sum-exp instead of from its own keys, so
-that a caller may hand it the keys piece by piece (ring attention) and add up what comes back:
+An `Implementation` has a forward and a backward function, and a third that names what it cannot do. The backward pass
+is FlashAttention-2's: it computes the probabilities from the *global* log-sum-exp and not from its own keys, so that a
+caller may pass the keys block by block (ring attention) and add up the gradients:
 
     p = exp(scores - lse)      delta = rowsum(d_out * out)      d_scores = p * (d_out @ v^T - delta)
 
@@ -28,7 +28,7 @@ from ...configs.errors import UserError
 
 @dataclass(frozen=True)
 class Mask:
-    """The part of attention's arithmetic that is fixed when a program is compiled."""
+    """The settings of attention that are fixed when a program is compiled."""
 
     causal: bool = True
     """A query sees keys up to its own index."""
@@ -46,31 +46,31 @@ class Mask:
             raise UserError(f"model.attention_softcap: {self.softcap} must be positive; use none for no cap")
 
 
-ALL_SEGMENTS = -1  # the segment of a key that every document sees
+ALL_SEGMENTS = -1  # segment id of a key that every document sees
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenIndices:
-    """Where queries and keys stand in the uncut sequence, and which document each belongs to. All int32.
+    """Index of each query and key in the unsharded sequence, and segment id of its document. All int32.
 
-    Both indices None: queries and keys are the same contiguous run of tokens, counted from 0, and an implementation may
-    skip invisible blocks when it is compiled. Given, they may come in any order: a zigzag slice, a key cache.
+    With both indexes None, queries and keys are the same contiguous tokens, counted from 0, and an implementation may
+    skip invisible blocks at compile time. Explicit indexes may be in any order: a zigzag slice, a key cache.
     """
 
     query_index: jax.Array | None = None  # [queries]
     key_index: jax.Array | None = None  # [keys]; given if and only if query_index is
     query_segments: jax.Array | None = None  # [batch, queries]; None is one document
-    key_segments: jax.Array | None = None  # [batch, keys]; a pair of different documents is invisible, but see EVERY
+    key_segments: jax.Array | None = None  # [batch, keys]; a query sees keys of its own segment and of ALL_SEGMENTS
 
 
 class Implementation(NamedTuple):
-    """One way to compute attention. `refuse` answers with a reason, so that no combination is ever approximated."""
+    """One implementation of attention. `refuse` returns a reason, so that no combination is ever approximated."""
 
     name: str
-    refuse: Callable  # mask, where, q, k, platform -> reason or None; q, k anything with shape and dtype
-    forward: Callable  # q, k, v, mask, where -> out, lse
-    backward: Callable  # q, k, v, out, lse, d_out, mask, where -> dq, dk, dv; out and lse over *all* keys
+    refuse: Callable  # mask, indices, q, k, platform -> reason or None; q and k need a shape and dtype
+    forward: Callable  # q, k, v, mask, indices -> out, lse
+    backward: Callable  # q, k, v, out, lse, d_out, mask, indices -> dq, dk, dv; out, lse over *all* keys
 
 
 def attend(
@@ -83,8 +83,8 @@ def attend(
 ) -> jax.Array:
     """Attention of q [batch, queries, heads, head_dim] over k, v [batch, keys, kv_heads, head_dim]; out is like q.
 
-    The output and its log-sum-exp are named `attn_out` and `attn_lse`: a memory policy that keeps q, k, v and both does
-    not run the forward kernel again. Raises UserError on shapes that do not fit, and where the implementation refuses.
+    The output and its log-sum-exp are named `attn_out` and `attn_lse`: under a memory policy that keeps q, k, v and
+    both, the forward kernel does not run again. Raises UserError as `check`.
     """
     check(implementation, q, k, v, mask, indices)
     return _attend(implementation, mask, q, k, v, indices)
@@ -93,7 +93,7 @@ def attend(
 def check(
     implementation: Implementation, q, k, v, mask: Mask, indices: TokenIndices, *, platform: str | None = None
 ) -> None:
-    """Raise UserError if shapes do not fit or `implementation` refuses; `platform` None leaves the device out of it."""
+    """Raise UserError if shapes do not fit or `implementation` refuses; with `platform` None, whatever the device."""
     _check_shapes(q, k, v, indices)
     if reason := implementation.refuse(mask, indices, q, k, platform):
         raise UserError(f"model.attention: {implementation.name} {reason}; use blockwise, which has no such limit")
@@ -110,9 +110,9 @@ def _check_shapes(q, k, v, indices: TokenIndices) -> None:
         "query_segments": (batch, queries), "key_segments": (batch, keys),
     }  # fmt: skip
     for name, shape in expected.items():
-        given = getattr(indices, name)
-        if given is not None and given.shape != shape:
-            raise UserError(f"model.attention: {name} has shape {given.shape}, but q and k ask for {shape}")
+        array = getattr(indices, name)
+        if array is not None and array.shape != shape:
+            raise UserError(f"model.attention: {name} has shape {array.shape}, but q and k ask for {shape}")
     for kind in ("index", "segments"):
         if (getattr(indices, f"query_{kind}") is None) != (getattr(indices, f"key_{kind}") is None):
             raise UserError(f"model.attention: query_{kind} and key_{kind} go together, but one of them is None")
@@ -125,15 +125,15 @@ def _attend(implementation, mask, q, k, v, indices):
 
 def _attend_forward(implementation, mask, q, k, v, indices):
     out, lse = implementation.forward(q, k, v, mask, indices)
-    # Named here and not by the caller: outside of the custom VJP the log-sum-exp is out of a policy's reach, and the
-    # output saved there would not be the one the backward pass reads.
+    # Named inside the forward rule: outside of the custom VJP a policy cannot reach the log-sum-exp, and the output
+    # saved there would not be the one that the backward pass reads.
     out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
     return out, (q, k, v, out, lse, indices)
 
 
-def _attend_backward(implementation, mask, saved, d_out):
-    q, k, v, out, lse, indices = saved
-    return *implementation.backward(q, k, v, out, lse, d_out, mask, indices), None  # nothing in `indices` is differentiable
+def _attend_backward(implementation, mask, residuals, d_out):
+    q, k, v, out, lse, indices = residuals
+    return *implementation.backward(q, k, v, out, lse, d_out, mask, indices), None  # integers have no gradient
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

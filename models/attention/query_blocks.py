@@ -1,7 +1,7 @@
 """Short sequences: each block of queries against all the keys it may see, in one tile; the loop is unrolled.
 
 On a CPU a loop in the compiled program costs more than a short sequence's arithmetic, and static slices let each block
-leave out the keys that are invisible to it: half of them when causal. Needs the plain order, `Where` without indices.
+skip the keys that are invisible to it: half of them when causal. Tokens must be in plain order, without indexes.
 """
 
 import jax
@@ -17,12 +17,12 @@ def forward(q, k, v, mask: Mask, indices: TokenIndices, *, block: int) -> tuple[
     k_tile, v_tile = tile.to_tile(k, kv_heads), tile.to_tile(v, kv_heads)
     outs, lses = [], []
     for queries, keys in _tiles(q.shape[1], k.shape[1], mask, block):
-        hidden = tile.apply_visibility(
+        masked = tile.apply_visibility(
             tile.scores(tile.to_tile(q[:, queries], kv_heads), k_tile[:, :, keys], mask),
             _visible(mask, indices, queries, keys),
         )
-        maximum = jnp.max(hidden, axis=-1)
-        weights = jnp.exp(hidden - tile.finite(maximum)[..., None])
+        maximum = jnp.max(masked, axis=-1)
+        weights = jnp.exp(masked - tile.finite(maximum)[..., None])
         total = jnp.sum(weights, axis=-1)
         out = jnp.einsum(
             "bhqk,bhkd->bhqd", weights.astype(v.dtype), v_tile[:, :, keys], preferred_element_type=jnp.float32

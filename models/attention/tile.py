@@ -1,8 +1,8 @@
-"""The arithmetic of one tile of scores, some queries against some keys, that `dense`, `rows` and `pairs` share.
+"""The arithmetic of one tile of scores (some queries against some keys) that all our implementations share.
 
 Tiles are head-major, [batch, kv_heads, rows, head_dim]: the `group` query heads that read one key head are stacked
 along `rows`, group first, so that grouped and multi-query attention are the same matrix products as plain attention.
-Statistics are float32; matrix products take the inputs' type and accumulate in float32.
+Statistics are float32; matrix products read the inputs' dtype and accumulate in float32.
 """
 
 import jax
@@ -44,9 +44,9 @@ def statistics_from_tile(x: jax.Array, tokens: int) -> jax.Array:
 
 
 def visibility(mask: Mask, query_index, key_index, query_segments, key_segments, *, padded: bool = False):
-    """Which key each query sees, [batch or 1, queries, keys], or None if all do. `padded`: some keys are PADDING."""
+    """Which keys each query sees, [batch or 1, queries, keys] bool; None: all. `padded`: some keys are PADDING."""
     visible = None
-    age = query_index[:, None] - key_index[None, :]  # how far back the key is
+    age = query_index[:, None] - key_index[None, :]  # tokens from the key to the query
     if mask.causal or mask.window is not None:
         visible = age >= 0
     if mask.window is not None:
@@ -69,7 +69,7 @@ def scores(q: jax.Array, k: jax.Array, mask: Mask) -> jax.Array:
 
 
 def apply_visibility(scores: jax.Array, visible) -> jax.Array:
-    """-inf where `seen` [batch or 1, queries, keys] is False, for each of the heads stacked along rows."""
+    """-inf where `visible` [batch or 1, queries, keys] is False, for each of the heads stacked along rows."""
     if visible is None:
         return scores
     batch, kv_heads, rows, keys = scores.shape
@@ -78,7 +78,7 @@ def apply_visibility(scores: jax.Array, visible) -> jax.Array:
 
 
 def finite(statistic: jax.Array) -> jax.Array:
-    """0 for -inf, so that exp(-inf - statistic) of a query that sees nothing is 0 and not NaN."""
+    """`statistic` with 0 for -inf, so that exp(-inf - statistic) of a query that sees nothing is 0 and not NaN."""
     return jnp.where(jnp.isneginf(statistic), 0.0, statistic)
 
 
@@ -88,9 +88,9 @@ def log_sum_exp(maximum: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def tile_gradients(q, k, v, lse, delta, d_out, visible, mask: Mask):
-    """What one tile adds to dq [batch, kv_heads, rows, head_dim], dk and dv [batch, kv_heads, head_dim, keys]; float32.
+    """The float32 terms of one tile in dq [batch, kv_heads, rows, head_dim], dk, dv [batch, kv_heads, head_dim, keys].
 
-    `lse` and `delta` = rowsum(d_out * out), [batch, kv_heads, rows], are over all keys, of which the tile may see some.
+    `lse` and `delta` = rowsum(d_out * out), [batch, kv_heads, rows], are over all keys, also those of other tiles.
     """
     scale = q.shape[-1] ** -0.5 if mask.scale is None else mask.scale
     capped = scores(q, k, mask)

@@ -1,12 +1,12 @@
 """Long or reordered sequences: tiles of one query block and one key block, only those that have a visible pair.
 
-Every block of queries gets a list of key blocks, made from the smallest and the largest index in each block: when the
-program is compiled if the order is plain, else from the indices that arrive (a zigzag slice, a key cache), and then the
-inner loop's length is known only at run time. The forward pass rescales a running softmax (arXiv:2307.08691, algorithm
-1); the backward pass keeps dq of one query block and adds into dk, dv. No array is larger than the inputs and a tile.
+Every block of queries gets a list of key blocks, computed from the smallest and the largest index in each block: at
+compile time if the order is plain, else at run time from the indexes (a zigzag slice, a key cache), when the length of
+the inner loop varies. The forward pass rescales a running softmax (arXiv:2307.08691, algorithm 1); the backward pass
+keeps dq of one query block and adds into dk, dv. No array is larger than the inputs and a tile.
 
-Only the order decides what is skipped. Tiles between two documents are computed and hidden: which they are differs from
-row to row of a batch, and asking would make the rows' devices talk to each other.
+Only the order decides what is skipped. Tiles between two documents are computed and masked: they differ from row to row
+of a batch, and to skip them the devices of the rows would have to communicate.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from .interface import Mask, TokenIndices
 
 
 class Blocks(NamedTuple):
-    """A sequence cut into blocks: `count` blocks of `size` tokens, the last one padded."""
+    """A sequence in `count` blocks of `size` tokens, the last one padded."""
 
     size: int
     count: int
@@ -32,24 +32,24 @@ class Blocks(NamedTuple):
         return cls(size, -(-tokens // size), tokens)
 
     def pad(self, x, axis: int, value=0):
-        """Fill the last block up along `axis`."""
-        missing = self.size * self.count - self.tokens
-        if not missing:
+        """Pad the last block along `axis`."""
+        padding = self.size * self.count - self.tokens
+        if not padding:
             return x
-        widths = [(0, missing if at == axis else 0) for at in range(x.ndim)]
+        widths = [(0, padding if dimension == axis else 0) for dimension in range(x.ndim)]
         return (np if isinstance(x, np.ndarray) else jnp).pad(x, widths, constant_values=value)
 
     def take(self, x, block, axis: int = 1):
         """Block number `block` (traced) of a padded array."""
         return jax.lax.dynamic_slice_in_dim(x, block * self.size, self.size, axis)
 
-    def update(self, x, part, block):
-        """`x` with block number `block` replaced, along axis 1."""
-        return jax.lax.dynamic_update_slice_in_dim(x, part, block * self.size, axis=1)
+    def update(self, x, values, block):
+        """`x` with block number `block` replaced by `values`, along axis 1."""
+        return jax.lax.dynamic_update_slice_in_dim(x, values, block * self.size, axis=1)
 
 
 class Plan(NamedTuple):
-    """What both passes walk over."""
+    """The tiles that both passes walk over."""
 
     queries: Blocks
     keys: Blocks
@@ -57,17 +57,17 @@ class Plan(NamedTuple):
     key_index: jax.Array  # [padded keys], PADDING past the end
     query_segments: jax.Array | None  # [batch, padded queries]
     key_segments: jax.Array | None
-    visits: jax.Array  # [query blocks, key blocks]: numbers of the key blocks each query block visits, those first
-    visit_counts: jax.Array  # [query blocks]: how many of them
+    visits: jax.Array  # [query blocks, key blocks]: key blocks that each query block visits, then the others
+    visit_counts: jax.Array  # [query blocks]: how many it visits
 
     def visibility(self, mask: Mask, i, j):
-        """The mask of tile (i, j)."""
+        """The visibility of tile (i, j)."""
         segments = (None, None)
         if self.query_segments is not None:
             segments = self.queries.take(self.query_segments, i), self.keys.take(self.key_segments, j)
-        indices = self.queries.take(self.query_index, i, axis=0), self.keys.take(self.key_index, j, axis=0)
+        indexes = self.queries.take(self.query_index, i, axis=0), self.keys.take(self.key_index, j, axis=0)
         padded = self.keys.size * self.keys.count > self.keys.tokens
-        return tile.visibility(mask, *indices, *segments, padded=padded)
+        return tile.visibility(mask, *indexes, *segments, padded=padded)
 
 
 def forward(q, k, v, mask: Mask, indices: TokenIndices, *, block: int) -> tuple[jax.Array, jax.Array]:
@@ -138,18 +138,18 @@ def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices, *, blo
 
 
 def _accumulate(running, q_tile, k_tile, v_tile, visible, mask: Mask):
-    """One more tile of a running softmax: (sum of weights @ v, largest score, sum of weights), rescaled."""
+    """Add a tile to a running softmax: (sum of weights @ v, largest score, sum of weights), rescaled."""
     accumulator, maximum, total = running
-    hidden = tile.apply_visibility(tile.scores(q_tile, k_tile, mask), visible)
-    higher = jnp.maximum(maximum, jnp.max(hidden, axis=-1))
-    weights = jnp.exp(hidden - tile.finite(higher)[..., None])
+    masked = tile.apply_visibility(tile.scores(q_tile, k_tile, mask), visible)
+    higher = jnp.maximum(maximum, jnp.max(masked, axis=-1))
+    weights = jnp.exp(masked - tile.finite(higher)[..., None])
     rescale = jnp.exp(maximum - tile.finite(higher))
     product = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v_tile.dtype), v_tile, preferred_element_type=jnp.float32)
     return accumulator * rescale[..., None] + product, higher, total * rescale + jnp.sum(weights, axis=-1)
 
 
 def _zeros_like(x: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """Zeros that vary over the same manual mesh axes as `x`, which a loop's carry must inside of `shard_map`."""
+    """Zeros that vary over the same manual mesh axes as `x`, as the carry of a loop must inside `shard_map`."""
     return jnp.where(jnp.zeros(x.shape, bool), x, 0).astype(dtype)
 
 
@@ -168,7 +168,7 @@ def _plan(queries: int, keys: int, mask: Mask, indices: TokenIndices, block: int
 
 
 def _visits(query_blocks: Blocks, key_blocks: Blocks, query_index, key_index, mask: Mask):
-    """Plan.visits and Plan.visit_counts; in NumPy, so before the program runs, if the indices are NumPy arrays."""
+    """Plan.visits and Plan.visit_counts; computed at compile time if the indexes are NumPy arrays."""
     xp = np if isinstance(query_index, np.ndarray) and isinstance(key_index, np.ndarray) else jnp
     by_query_block = query_index.reshape(query_blocks.count, -1)
     by_key_block = key_index.reshape(key_blocks.count, -1)

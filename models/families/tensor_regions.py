@@ -1,6 +1,6 @@
-"""Where a weight of ours lies in a tensor of theirs, so that any block of it is one rectangle of the file.
+"""The region of a Hugging Face tensor that holds one of our weights: any block of a weight is one rectangle of a file.
 
-A kernel of ours is [inputs..., outputs...]; theirs is a matrix of flattened outputs and inputs, transposed or not, in
+Our kernel is [inputs..., outputs...]; the file has a matrix of flattened outputs and inputs, transposed or not, in
 which fused maps follow each other along the outputs:
 
     attn/k/kernel [embed, kv_heads, head_dim]   =   qkv_proj.weight [q | k | v, embed], rows of k, transposed
@@ -26,77 +26,77 @@ INPUT_DIMENSIONS = {"attn/o/kernel": 2}  # other matrices have one
 
 @dataclass(frozen=True)
 class TensorRegion:
-    """A rectangle of a tensor. `inputs` dimensions of `shape` come first; a vector (a bias, a norm) has none."""
+    """The rectangle of a tensor in a file that holds one of our weights."""
 
     tensor: str
-    shape: tuple[int, ...]  # ours
-    inputs: int
-    transposed: bool  # theirs is [outputs, inputs]
-    first_output: int  # output at which ours begins
-    tensor_outputs: int  # outputs of the whole tensor
+    shape: tuple[int, ...]  # of our weight
+    inputs: int  # how many leading dimensions of `shape` are inputs; 0 for a vector (a bias, a norm)
+    transposed: bool  # the tensor is [outputs, inputs]
+    first_output: int  # output of the tensor at which our weight begins
+    tensor_outputs: int  # outputs of the tensor
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Of the whole tensor of theirs."""
+        """The shape of the tensor in the file."""
         if not self.inputs:
             return (self.tensor_outputs,)
         sides = (math.prod(self.shape[: self.inputs]), self.tensor_outputs)
         return sides[::-1] if self.transposed else sides
 
     def read(self, source: Callable[[Index], np.ndarray], index: Index) -> np.ndarray:
-        """The block `index` (one slice a dimension) of ours; `source` gives a rectangle of the tensor."""
+        """The block `index` (one slice a dimension) of our weight; `source` reads a rectangle of the tensor."""
         inputs, inner = flatten_index(self.shape[: self.inputs], index[: self.inputs])
         outputs, outer = flatten_index(self.shape[self.inputs :], index[self.inputs :])
         outputs = slice(self.first_output + outputs.start, self.first_output + outputs.stop)
         if not self.inputs:
-            found = source((outputs,))
+            block = source((outputs,))
         else:
-            found = source((outputs, inputs)).T if self.transposed else source((inputs, outputs))
-        return found.reshape(*inner.shape, *outer.shape)[(*inner.index, *outer.index)]
+            block = source((outputs, inputs)).T if self.transposed else source((inputs, outputs))
+        return block.reshape(*inner.shape, *outer.shape)[(*inner.index, *outer.index)]
 
     def to_file_layout(self, array: np.ndarray) -> np.ndarray:
-        """Ours as a block of the tensor, all of its inputs and its own outputs, [inputs, outputs] or [outputs]."""
+        """Our weight as a block of the tensor, [inputs, outputs] or [outputs]."""
         return array.reshape(math.prod(self.shape[: self.inputs]), -1) if self.inputs else array.reshape(-1)
 
 
 @dataclass(frozen=True)
 class Unflatten:
-    """How a flattened range is unfolded again: to `shape`, of which `rest` is wanted."""
+    """How to unflatten a range: reshape it to `shape`, then take `index`."""
 
     shape: tuple[int, ...]
     index: Index
 
 
 def flatten_index(shape: tuple[int, ...], index: Index) -> tuple[slice, Unflatten]:
-    """The range of flattened dimensions that holds block `index`: no more than that where only the first is cut.
+    """The range of the flattened dimensions that holds block `index`: no more than it if only the first is sliced.
 
-    >>> flat((4, 8), (slice(1, 3), slice(0, 8)))[0]
+    >>> flatten_index((4, 8), (slice(1, 3), slice(0, 8)))[0]
     slice(8, 24, None)
     """
     if not shape:
         return slice(0, 1), Unflatten((), ())
-    (start, stop, _), inside = index[0].indices(shape[0]), math.prod(shape[1:])
-    rest = tuple(slice(*cut.indices(size)) for cut, size in zip(index[1:], shape[1:], strict=True))
-    return slice(start * inside, stop * inside), Unflatten((stop - start, *shape[1:]), (slice(None), *rest))
+    (start, stop, _), stride = index[0].indices(shape[0]), math.prod(shape[1:])
+    rest = tuple(slice(*part.indices(size)) for part, size in zip(index[1:], shape[1:], strict=True))
+    return slice(start * stride, stop * stride), Unflatten((stop - start, *shape[1:]), (slice(None), *rest))
 
 
 def find_module(name: str, modules: Mapping[str, str]) -> tuple[str, str]:
-    """(our module, its key in the table) of the weight called `name`."""
-    whole = LAYER.sub("layers/{}/", name)
-    return (name, whole) if whole in modules else (name.rpartition("/")[0], whole.rpartition("/")[0])
+    """(our module, its key in the table) of the weight with canonical `name`."""
+    key = LAYER.sub("layers/{}/", name)
+    return (name, key) if key in modules else (name.rpartition("/")[0], key.rpartition("/")[0])
 
 
 def fused_modules(key: str, modules: Mapping[str, str]) -> list[str]:
-    """Keys of the modules fused with `key`, itself included, in order."""
-    return [other for other, theirs in modules.items() if theirs == modules[key]]
+    """Keys of the modules that one module of the file fuses with `key`, itself included, in order."""
+    return [other for other, fused in modules.items() if fused == modules[key]]
 
 
 def find_region(name: str, shapes: Shapes, *, kind: str) -> TensorRegion:
-    """The place of the weight with canonical `name` in a file of format `kind`. UserError where it has none."""
+    """The region of the weight with canonical `name` in a file of format `kind`. Raises UserError where it has none."""
     modules = MODULE_NAMES[kind]
     _, key = find_module(name, modules)
     if key not in modules:
-        raise UserError(f"model: {name} has no place in a file of model_type {kind}; it cannot be exported")
+        raise UserError(f"model: a file of model_type {kind} has no tensor for {name}, so it cannot be exported")
     leaf = name.rpartition("/")[2]
     layer = match[1] if (match := LAYER.match(name)) else ""
     inputs = INPUT_DIMENSIONS.get("/".join(name.split("/")[-3:]), 1) if leaf in MATRICES else 0
@@ -117,15 +117,15 @@ def find_region(name: str, shapes: Shapes, *, kind: str) -> TensorRegion:
 
 
 def regions_by_tensor(shapes: Shapes, *, kind: str) -> dict[str, list[tuple[str, TensorRegion]]]:
-    """Every tensor of a file -> what of ours it holds, in the order of outputs. UserError where one has no place."""
-    found: dict[str, list[tuple[str, TensorRegion]]] = {}
+    """Every tensor of a file -> (our weight, its region), in the order of outputs. UserError as `find_region`."""
+    regions: dict[str, list[tuple[str, TensorRegion]]] = {}
     for name in shapes:
-        place = find_region(name, shapes, kind=kind)
-        found.setdefault(place.tensor, []).append((name, place))
-    return {tensor: sorted(parts, key=lambda part: part[1].first_output) for tensor, parts in found.items()}
+        region = find_region(name, shapes, kind=kind)
+        regions.setdefault(region.tensor, []).append((name, region))
+    return {tensor: sorted(parts, key=lambda part: part[1].first_output) for tensor, parts in regions.items()}
 
 
 def assemble_tensor(parts: list[tuple[str, TensorRegion]], get: Callable[[str], np.ndarray]) -> Any:
-    """A whole tensor of theirs from ours; `get` gives an array by canonical name."""
-    whole = np.concatenate([place.to_file_layout(get(name)) for name, place in parts], axis=-1)
-    return np.ascontiguousarray(whole.T if parts[0][1].transposed else whole)
+    """A tensor of the file from our weights; `get` returns an array by canonical name."""
+    tensor = np.concatenate([region.to_file_layout(get(name)) for name, region in parts], axis=-1)
+    return np.ascontiguousarray(tensor.T if parts[0][1].transposed else tensor)

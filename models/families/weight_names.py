@@ -1,8 +1,8 @@
-"""What transformers calls our modules: one small table a format, and nothing else about it.
+"""The names of our modules in transformers: one table a format, and nothing else about it.
 
-    ours:   layers/7/attn/q          theirs:  model.layers.7.self_attn.q_proj      ({} stands for the layer's number)
+    ours:   layers/7/attn/q          in files:  model.layers.7.self_attn.q_proj      ({} is the layer's number)
 
-Modules of ours that share a name of theirs are fused there, their outputs one after another in the table's order.
+Modules of ours with the same name in files are fused there: their outputs follow each other in the table's order.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ LLAMA = {
     "layers/{}/mlp/up": "model.layers.{}.mlp.up_proj",
     "layers/{}/mlp/down": "model.layers.{}.mlp.down_proj",
 }
-# What Llama calls the MLP's norm is here the norm of the attention's output.
+# Llama's name for the norm before the MLP is Gemma 2's name for the norm after attention.
 GEMMA2 = LLAMA | {
     "layers/{}/attn_post_norm": "model.layers.{}.post_attention_layernorm",
     "layers/{}/mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
@@ -66,7 +66,7 @@ MODULE_NAMES: dict[str, Mapping[str, str]] = {
     "gpt2": GPT2,
 }
 
-# model_type -> the class of transformers that has a score in the head's place, where there is one.
+# model_type -> the class of transformers for reward models, which has a score in the place of the head.
 SEQUENCE_CLASSIFIERS = {
     "llama": "LlamaForSequenceClassification",
     "mistral": "MistralForSequenceClassification",
@@ -78,5 +78,5 @@ SEQUENCE_CLASSIFIERS = {
     "gpt2": "GPT2ForSequenceClassification",
 }
 
-# Formats whose linear maps are stored [inputs, outputs]; the others' are [outputs, inputs].
+# Formats that store linear maps as [inputs, outputs]; the others store [outputs, inputs].
 INPUTS_FIRST = {"gpt2"}

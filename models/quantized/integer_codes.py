@@ -1,6 +1,7 @@
-"""Integers: even steps from a group's least weight to its largest, with zero among them. As in GPTQ, arXiv:2210.17323.
+"""Integer formats: even steps from a group's smallest weight to its largest, zero included. As in GPTQ,
+arXiv:2210.17323.
 
-w = (code - zero) * scale
+    weight = (code - zero) * scale
 """
 
 import jax
@@ -10,7 +11,7 @@ from .interface import CodeFormat, Leaves
 
 
 def integer_format(bits: int) -> CodeFormat:
-    """Codes from 0 to 2^bits - 1."""
+    """The format with codes from 0 to 2^bits - 1."""
     last = 2**bits - 1
 
     def encode(groups: jax.Array) -> tuple[jax.Array, Leaves]:

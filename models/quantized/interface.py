@@ -1,4 +1,4 @@
-"""What a format of quantized weights is: two pure functions of the groups of one linear map.
+"""A format of quantized weights: two pure functions of the groups of one linear map.
 
 encode(groups [groups, group, outputs]) -> codes uint8 of that shape, statistics {name: [groups, outputs]}
 decode(codes, statistics) -> groups float32
@@ -12,9 +12,9 @@ import jax
 Leaves = dict[str, jax.Array]
 
 
-@dataclass(frozen=True, eq=False)  # compared as the one object it is
+@dataclass(frozen=True, eq=False)  # compared by identity
 class CodeFormat:
-    """One way to keep weights in few bits."""
+    """One format for weights in few bits."""
 
     bits: int
     encode: Callable[[jax.Array], tuple[jax.Array, Leaves]]

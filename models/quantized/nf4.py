@@ -1,6 +1,6 @@
-"""NF4: sixteen levels, equally likely under a normal distribution, times the largest of the group. arXiv:2305.14314.
+"""NF4: sixteen levels that normal weights use equally often, times the largest of the group. arXiv:2305.14314.
 
-w = LEVELS[code] * scale, scale = max |w| of the group. Codes and scales are those of bitsandbytes.
+weight = LEVELS[code] * scale, scale = max |weight| of the group. Codes and scales equal those of bitsandbytes.
 """
 
 import jax
@@ -20,7 +20,7 @@ LEVELS = np.array(
 
 
 def nearest_level(values: jax.Array, levels: np.ndarray) -> jax.Array:
-    """uint8 place of the nearest of the sorted `levels`."""
+    """uint8 index of the nearest of the sorted `levels`."""
     return jnp.searchsorted(jnp.asarray((levels[:-1] + levels[1:]) / 2), values).astype(jnp.uint8)
 
 
@@ -30,13 +30,13 @@ def look_up_levels(codes: jax.Array, levels: np.ndarray) -> jax.Array:
 
 
 def encode(groups: jax.Array) -> tuple[jax.Array, Leaves]:
-    """Codes, and the largest of each group."""
+    """groups [groups, group, outputs] -> (codes, the scale of each group)."""
     scale = jnp.max(jnp.abs(groups), axis=1)
     return nearest_level(groups / jnp.where(scale > 0, scale, 1)[:, None], LEVELS), {"scale": scale}
 
 
 def decode(codes: jax.Array, statistics: Leaves) -> jax.Array:
-    """The weights."""
+    """The weights [groups, group, outputs] float32."""
     return look_up_levels(codes, LEVELS) * statistics["scale"][:, None]
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from ...configs.sections.outer import PAIRED, OuterConfig
+from ...configs.sections.outer import PAIRWISE_RULES, OuterConfig
 from .fragments import Fragment, fragment_offsets, split_fragments
 from .wire_sizes import coded_bytes
 
@@ -44,7 +44,9 @@ def outer_traffic(
     steps = []
     for number, (fragment, offset) in enumerate(zip(fragments, offsets, strict=True)):
         payload = payload_bytes(fragment, shapes, outer.wire)
-        size = payload if outer.name in PAIRED else (mean_bytes or all_reduce_bytes)(payload, outer.wire, replicas)
+        size = (
+            payload if outer.name in PAIRWISE_RULES else (mean_bytes or all_reduce_bytes)(payload, outer.wire, replicas)
+        )
         if outer.name == "noloco":
             size += payload_bytes(fragment, shapes, "float32")
         name = f"send-{number}" if outer.name == "streaming" else "meet"

@@ -34,7 +34,7 @@ def sequence_parallel(implementation: Implementation, *, strategy: str, mesh: Me
     or the implementation refuses.
     """
     if strategy not in STRATEGIES:
-        raise UserError.no_match("sequence.parallel", [strategy], known=STRATEGIES)
+        raise UserError.no_match("sequence.parallel", [strategy], candidates=STRATEGIES)
     whole_rows = mesh.shape["seq"] == 1
     local = implementation if whole_rows else STRATEGIES[strategy](implementation, mesh_axis="seq")
     mapped = _mapped(local, mesh)

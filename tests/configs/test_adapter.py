@@ -2,9 +2,9 @@
 
 import pytest
 
-from meshwright.configs.adapter_runs import single_adapter_run, adapter_rows, widest_adapter
+from meshwright.configs.adapter_runs import adapter_rows, single_adapter_run, widest_adapter
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import dump, merged, parse, validated
+from meshwright.configs.loader import dump_yaml, merge_trees, parse_yaml, validate_tree
 
 TWO = {
     "adapter": {"rank": 4, "alpha": 8.0, "targets": ["q", "v"]},
@@ -18,21 +18,21 @@ TWO = {
 
 def test_each_inherits_and_says_what_differs():
     """The same once resolved and read again: what the run directory keeps is the run."""
-    config = validated(TWO)
+    config = validate_tree(TWO)
     words = single_adapter_run(config, "words")
     assert (words.adapter.rank, words.adapter.alpha, words.adapter.targets) == (8, 8.0, ["o"])
     assert (words.optimizer.learning_rate, words.data.global_batch, words.adapters) == (0.5, 2, {})
     assert (words.data.source, words.data.path, words.data.format) == ("jsonl", "words.jsonl", "messages")
     assert single_adapter_run(config, "sums").optimizer == config.optimizer
     assert [source.path for source in config.all_data.sources] == ["sums.jsonl", "words.jsonl"]
-    assert validated(parse(dump(config), origin="")) == config
+    assert validate_tree(parse_yaml(dump_yaml(config), origin="")) == config
     wide = widest_adapter({name: single_adapter_run(config, name).adapter for name in config.adapters})
     assert (wide.rank, wide.targets) == (8, ["q", "v", "o"])
 
 
 def test_without_rows_they_share_evenly():
     """And one that says nothing is what the section adapter says."""
-    config = validated({"adapter": {}, "adapters": {"a": {}, "b": None}, "data": {"global_batch": 6}})
+    config = validate_tree({"adapter": {}, "adapters": {"a": {}, "b": None}, "data": {"global_batch": 6}})
     assert adapter_rows(config) == {"a": 3, "b": 3}
     assert single_adapter_run(config, "b").adapter == config.adapter
 
@@ -66,9 +66,9 @@ REFUSED = {
 @pytest.mark.parametrize(("message", "changes"), REFUSED.items(), ids=REFUSED)
 def test_what_cannot_be_trained_together_is_refused(message, changes):
     with pytest.raises(UserError, match=message):
-        validated(merged(TWO, changes))
+        validate_tree(merge_trees(TWO, changes))
 
 
 def test_how_several_are_multiplied_means_nothing_for_one():
     with pytest.raises(UserError, match=r"adapter\.product: ragged is for several adapters"):
-        validated({"adapter": {"product": "ragged"}})
+        validate_tree({"adapter": {"product": "ragged"}})

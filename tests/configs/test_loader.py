@@ -4,7 +4,16 @@ import pytest
 import yaml
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import copy, dump, find, load, parse, read, recipes, validated
+from meshwright.configs.loader import (
+    copy_recipe,
+    dump_yaml,
+    find_config,
+    load_config,
+    parse_yaml,
+    read_tree,
+    recipe_names,
+    validate_tree,
+)
 
 MISTAKES = {
     "misspelt section": ({"meshh": {}}, r"meshh: unknown key. Did you mean mesh\?"),
@@ -29,7 +38,7 @@ MISTAKES = {
         r"adapter.alpha: 32.0 means nothing to method ia3; remove it \(adapter.alpha=null where another file sets it\)",
     ),
     "hours for minutes": (
-        parse("launch: {slurm: {time: 24:00:00}}", origin=""),
+        parse_yaml("launch: {slurm: {time: 24:00:00}}", origin=""),
         r"launch.slurm.time: '24:00:00': input",
     ),
     "neither of two kinds": ({"checkpoint": {"every": 0.5}}, r"^checkpoint.every: 0.5: .*integer.*; or .* 'auto'$"),
@@ -50,13 +59,13 @@ MISTAKES = {
 @pytest.mark.parametrize(("tree", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_line_with_key_value_and_remedy(tree, message):
     with pytest.raises(UserError, match=message):
-        validated(tree)
+        validate_tree(tree)
 
 
 def test_extends_and_overrides_compose(tmp_path):
     (tmp_path / "base.yaml").write_text("steps: 7\nmodel: {layers: 3, embed: 96}\n")
     (tmp_path / "child.yaml").write_text("extends: base.yaml\nmodel: {layers: 5}\n")
-    config = load(tmp_path / "child.yaml", overrides=["model.heads=3", "optimizer.learning_rate=1e-2"])
+    config = load_config(tmp_path / "child.yaml", overrides=["model.heads=3", "optimizer.learning_rate=1e-2"])
     assert (config.steps, config.model.layers, config.model.embed, config.model.heads) == (7, 5, 96, 3)
     assert config.optimizer.learning_rate == 0.01
 
@@ -65,10 +74,12 @@ def test_extends_and_overrides_compose(tmp_path):
 def test_a_recipe_is_extended_from_anywhere(tmp_path, base):
     """As every page of the documentation writes it; a file beside the one that extends comes first."""
     (tmp_path / "mine.yaml").write_text(f"extends: {base}\nadapter: {{rank: 5}}\n")
-    assert load(tmp_path / "mine.yaml").adapter.model_dump() == load("finetune/lora").adapter.model_dump() | {"rank": 5}
+    assert load_config(tmp_path / "mine.yaml").adapter.model_dump() == load_config(
+        "finetune/lora"
+    ).adapter.model_dump() | {"rank": 5}
     (tmp_path / "finetune").mkdir()
     (tmp_path / base).write_text("steps: 7\n")
-    assert load(tmp_path / "mine.yaml").steps == 7
+    assert load_config(tmp_path / "mine.yaml").steps == 7
 
 
 UNREADABLE = {
@@ -87,11 +98,11 @@ UNREADABLE = {
 def test_a_file_that_cannot_be_read_says_where_and_why(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
-        load(tmp_path / "mine.yaml")
+        load_config(tmp_path / "mine.yaml")
 
 
 def test_the_same_key_in_two_mappings_is_not_twice():
-    assert parse("one: {path: a}\nother: &b {path: b}\nthird: {<<: *b, path: c}", origin="") == {
+    assert parse_yaml("one: {path: a}\nother: &b {path: b}\nthird: {<<: *b, path: c}", origin="") == {
         "one": {"path": "a"},
         "other": {"path": "b"},
         "third": {"path": "c"},
@@ -100,8 +111,8 @@ def test_the_same_key_in_two_mappings_is_not_twice():
 
 @pytest.mark.parametrize("text", ["0", "-5", "007", "0x1F", "1_000", ".5", "1.0e-3", "-.inf", "1e-3", "true", "null"])
 def test_all_but_base_60_is_read_as_yaml(text):
-    assert parse(text, origin="") == yaml.safe_load(text)
-    assert yaml.safe_load("24:00:00") == 86400 and parse("24:00:00", origin="") == "24:00:00"
+    assert parse_yaml(text, origin="") == yaml.safe_load(text)
+    assert yaml.safe_load("24:00:00") == 86400 and parse_yaml("24:00:00", origin="") == "24:00:00"
 
 
 def test_what_is_no_configuration_is_told_apart(tmp_path, monkeypatch):
@@ -117,16 +128,16 @@ def test_what_is_no_configuration_is_told_apart(tmp_path, monkeypatch):
         ".": r"is a directory; name a YAML file",
     }.items():
         with pytest.raises(UserError, match=message):
-            load(word)
+            load_config(word)
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", recipe_names())
 def test_a_copied_recipe_is_the_same_run_from_anywhere(tmp_path, name):
-    copy(find(name), tmp_path / "mine.yaml")
-    assert read(tmp_path / "mine.yaml") == read(find(name))
+    copy_recipe(find_config(name), tmp_path / "mine.yaml")
+    assert read_tree(tmp_path / "mine.yaml") == read_tree(find_config(name))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_the_resolved_configuration_reads_back_equal(family):
-    config = validated({"model": {"family": family, "layers": 6}})
-    assert validated(parse(dump(config), origin="dump")) == config
+    config = validate_tree({"model": {"family": family, "layers": 6}})
+    assert validate_tree(parse_yaml(dump_yaml(config), origin="dump")) == config

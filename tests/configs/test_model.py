@@ -3,7 +3,7 @@
 import pytest
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import validated
+from meshwright.configs.loader import validate_tree
 
 MISTAKES = {
     "no layers": ({"layers": 0}, r"model.layers: 0 must be at least 1"),
@@ -48,17 +48,17 @@ MISTAKES = {
 @pytest.mark.parametrize(("settings", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_model_that_cannot_be_is_refused_with_key_value_and_remedy(settings, message):
     with pytest.raises(UserError, match=message):
-        validated({"model": settings})
+        validate_tree({"model": settings})
 
 
 def test_a_family_is_defaults_and_the_users_word_wins():
-    model = validated({"model": {"family": "gemma3", "qk_norm": False, "rope": {"theta": 5e5}}}).model
+    model = validate_tree({"model": {"family": "gemma3", "qk_norm": False, "rope": {"theta": 5e5}}}).model
     assert (model.post_norms, model.qk_norm) == (True, False)
     assert (model.rope.theta, model.rope.local_theta) == (5e5, 1e4)
-    assert validated({"model": {"family": "gemma3", "position_encoding": "none"}}).model.rope.theta == 1e4
+    assert validate_tree({"model": {"family": "gemma3", "position_encoding": "none"}}).model.rope.theta == 1e4
 
 
 def test_equal_models_are_one_key():
     """A compiled program may be remembered by its model."""
-    one, other = (validated({"model": {"windows": windows}}).model for windows in ([4, None], (4, None)))
+    one, other = (validate_tree({"model": {"windows": windows}}).model for windows in ([4, None], (4, None)))
     assert hash(one) == hash(other) and one == other

@@ -3,7 +3,7 @@
 import pytest
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import dump, parse, validated
+from meshwright.configs.loader import dump_yaml, parse_yaml, validate_tree
 from meshwright.configs.sections.outer import RULES, OuterConfig
 
 MESH = {"replica": 2, "platform": "cpu"}
@@ -11,9 +11,9 @@ MESH = {"replica": 2, "platform": "cpu"}
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_has_its_defaults_and_survives_a_round_trip(name):
-    config = validated({"mesh": MESH, "outer": {"name": name}})
+    config = validate_tree({"mesh": MESH, "outer": {"name": name}})
     assert {key: getattr(config.outer, key) for key in RULES[name]} == RULES[name]
-    assert validated(parse(dump(config), origin="dump")) == config
+    assert validate_tree(parse_yaml(dump_yaml(config), origin="dump")) == config
 
 
 REFUSED = {
@@ -62,7 +62,7 @@ REFUSED = {
 @pytest.mark.parametrize(("tree", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_could_not_work_is_refused_by_key_and_value(tree, message):
     with pytest.raises(UserError, match=message):
-        validated(tree)
+        validate_tree(tree)
 
 
 def test_a_formats_name_is_checked_before_anything_else():

@@ -1,25 +1,24 @@
-"""Real trainers under agents, as on machines of one's own: `meshwright launch --engine agents`, an agent a machine."""
+"""Real trainers under agents: `meshwright launch --engine agents`, and an agent for each machine."""
 
-import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
 import psutil
 import pytest
+from support.launched_run import events_of, final_parameters, start_launch
 from support.small_run import SMALL
 from support.waiting import HANG_SECONDS, wait_until
 
-from meshwright.checkpoint import manifest
 from meshwright.checkpoint.redundancy import agent_files
-from meshwright.train.core.event_log import read_events
+from meshwright.train.core.jsonl import read_rows
+from meshwright.train.launch.local_processes import free_port
 
-WORDS = (*SMALL, "name=run")
+OPTIONS = (*SMALL, "name=run")
 TWO = ("steps=60", "mesh={devices: 2, data: 1, fsdp: 2, tensor: 1}", "elastic={backoff: 0.1, hang_floor: 30}")
-KEPT = ("checkpoint={every: 10, keep: 99, memory_every: 1, parity: xor}",)
+STORAGE, PARITY = "checkpoint={every: 10, keep: 99}", "checkpoint={every: 10, keep: 99, memory_every: 1, parity: xor}"
 FOUR = (
     "steps=160", "mesh={devices: 4, data: 4, fsdp: 1, tensor: 1}", "microbatches=4",
     "elastic={backoff: 0.1, hang_floor: 60, meshes: [{data: 2}], deterministic: true, replace: 3, settle: 1}",
@@ -28,13 +27,12 @@ FOUR = (
 
 
 class Machines:
-    """A launcher, and agents that are machines for the test. `with Machines(path, 2, "steps=60") as machines: ...`."""
+    """A launcher, and agents that stand for machines. `with Machines(path, 2, "steps=60") as machines: ...`."""
 
-    def __init__(self, directory, processes, *changes):
-        self.directory, self.processes, self.changes = directory, processes, (*WORDS, *changes)
-        self.run = directory / "runs" / "run"
-        self.environment = os.environ | {"MESHWRIGHT_CACHE": str(directory.parent / "cache"), "XLA_FLAGS": ""}
-        self.agents, self.said = {}, directory / "said"
+    def __init__(self, directory, processes, *options):
+        self.directory, self.processes, self.options = directory, processes, (*OPTIONS, *options)
+        self.run, self.log = directory / "runs" / "run", directory / "launch.log"
+        self.agents = {}
         directory.mkdir(exist_ok=True)
 
     def __enter__(self):
@@ -51,46 +49,52 @@ class Machines:
         self.launcher.wait()
 
     def launch(self):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
-        command = [sys.executable, "-m", "meshwright.train.cli", "launch", "quickstart", *self.changes]
-        command += ["--engine", "agents", "--processes", str(self.processes), "--devices-per-process", "1"]
-        with self.said.open("ab") as said:
-            self.launcher = subprocess.Popen(
-                [*command, f"launch.listen={self.address}"],
-                cwd=self.directory, env=self.environment, stdout=subprocess.DEVNULL, stderr=said,
-            )  # fmt: skip
+        self.address = f"127.0.0.1:{free_port()}"
+        options = [*self.options, "--engine", "agents", f"launch.listen={self.address}"]
+        with self.log.open("ab") as log:
+            self.launcher = start_launch(self.directory, *options, processes=self.processes, stderr=log)
 
-    def join(self, number, *, said=()):
-        """What a person types on a machine; `said`: the number, where it is to have a certain one."""
-        command = [sys.executable, "-m", "meshwright.train.launch.agent", self.address, *said]
-        self.agents[number] = subprocess.Popen(command, cwd=self.directory, env=self.environment)
+    def join(self, number, *, slot=()):
+        """Start an agent, as a person does on a machine; `slot`: as an argument, where it is to have a certain one."""
+        command = [sys.executable, "-m", "meshwright.train.launch.agent", self.address, *slot]
+        environment = os.environ | {"MESHWRIGHT_CACHE": str(self.directory.parent / "cache"), "XLA_FLAGS": ""}
+        self.agents[number] = subprocess.Popen(command, cwd=self.directory, env=environment)
 
     def lose(self, number):
-        """A machine is gone: agent, trainer, keeper."""
+        """Kill an agent and all it started: trainer, snapshot agent."""
         agent = self.agents.pop(number)
-        with_it = psutil.Process(agent.pid).children(recursive=True) if agent.poll() is None else []
-        for process in [agent, *with_it]:
+        children = psutil.Process(agent.pid).children(recursive=True) if agent.poll() is None else []
+        for process in [agent, *children]:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
         agent.wait()
 
+    def lose_with_memory(self, number):
+        """Lose a machine and its snapshots; the number of its host."""
+        host = self.host_of(number)
+        self.lose(number)
+        shutil.rmtree(self.memory(host))
+        return host
+
     def host_of(self, number):
-        """The number of the process that an agent was given."""
+        """The slot, and so the host, that an agent serves."""
         for child in psutil.Process(self.agents[number].pid).children():
-            told = child.environ()
-            if "MESHWRIGHT_SLOT" in told:
-                return int(told["MESHWRIGHT_SLOT"])
+            if slot := child.environ().get("MESHWRIGHT_SLOT"):
+                return int(slot)
         raise AssertionError(f"agent {number} has no trainer")
+
+    def child_pid(self, number, module):
+        """The process id of what an agent started: the child that runs `module`."""
+        children = psutil.Process(self.agents[number].pid).children()
+        return next(child.pid for child in children if module in child.cmdline())
 
     def memory(self, host):
         return agent_files.memory_directory(self.run, host=host)
 
     def wait_until(self, condition, failure):
-        wait_until(condition, process=self.launcher, explain=lambda: f"{failure}\n{self.said.read_text()[-3000:]}")
+        wait_until(condition, process=self.launcher, explain=lambda: f"{failure}\n{self.log.read_text()[-3000:]}")
 
     def wait_protected(self, step, *, hosts):
         self.wait_until(
@@ -99,97 +103,86 @@ class Machines:
         )
 
     def events(self, *kinds):
-        return [event for event in read_events(self.run) if event["event"] in kinds] if self.run.exists() else []
+        return events_of(self.run, *kinds)
 
-    def finished(self):
+    def finish(self):
         """The parameters of a run that ended well, and its agents with it."""
-        assert self.launcher.wait(HANG_SECONDS) == 0, self.said.read_text()[-3000:]
+        assert self.launcher.wait(HANG_SECONDS) == 0, self.log.read_text()[-3000:]
         assert [agent.wait(20) for agent in self.agents.values()] == [0] * len(self.agents)
-        last = max((self.run / "checkpoints").glob("[0-9]*"), key=lambda one: int(one.name))
-        return {name: one.blocks for name, one in manifest.read(last).arrays.items()}
+        return final_parameters(self.run)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    with Machines(tmp_path_factory.mktemp("undisturbed") / "job", 2, *TWO, "checkpoint={every: 10, keep: 99}") as two:
-        return two.finished()
+    with Machines(tmp_path_factory.mktemp("undisturbed") / "job", 2, *TWO, STORAGE) as two:
+        return two.finish()
 
 
 @pytest.mark.slow
-def test_two_terminals_sigterm_and_the_same_command_again(undisturbed, tmp_path):
+def test_a_stopped_launch_goes_on_when_the_same_commands_are_typed_again(undisturbed, tmp_path):
     """The launcher says what to run on the machines; it is asked to stop; typed again, it goes on to the same end."""
-    with Machines(tmp_path / "job", 2, *TWO, "checkpoint={every: 10, keep: 99}") as machines:
+    with Machines(tmp_path / "job", 2, *TWO, STORAGE) as machines:
         machines.wait_until(lambda: machines.events("commit"), "no commit")
         machines.launcher.send_signal(signal.SIGTERM)
         assert machines.launcher.wait(HANG_SECONDS) == 75
         assert [agent.wait(20) for agent in machines.agents.values()] == [0, 0]
-        assert f"meshwright.train.launch.agent {machines.address}" in machines.said.read_text()
+        assert f"meshwright.train.launch.agent {machines.address}" in machines.log.read_text()
         machines.launch()
         for number in range(2):
             machines.join(number)
-        assert machines.finished() == undisturbed
+        assert machines.finish() == undisturbed
         assert machines.events("restart") == [] and len(machines.events("restore")) == 1
 
 
 @pytest.mark.slow
 def test_a_lost_machine_is_rebuilt_from_parity(undisturbed, tmp_path):
-    with Machines(tmp_path / "job", 2, *TWO, *KEPT) as machines:
+    with Machines(tmp_path / "job", 2, *TWO, PARITY) as machines:
         machines.wait_protected(15, hosts=[0, 1])
-        lost = machines.host_of(1)
-        machines.lose(1)
-        shutil.rmtree(machines.memory(lost))
+        lost = machines.lose_with_memory(1)
         machines.join(1)
-        assert machines.finished() == undisturbed
+        assert machines.finish() == undisturbed
         (restore,) = machines.events("restore")
         assert restore["level"] == "parity" and restore["step"] >= 15 and f"host {lost} lost" in restore["reason"]
         assert not any(machines.memory(host).exists() for host in (0, 1))
 
 
 @pytest.mark.slow
-def test_a_keeper_outlives_trainers_and_is_replaced_when_it_dies(undisturbed, tmp_path):
-    with Machines(tmp_path / "job", 2, *TWO, *KEPT) as machines:
-
-        def below(number, word):
-            children = psutil.Process(machines.agents[number].pid).children()
-            return next(child.pid for child in children if word in " ".join(child.cmdline()))
-
+def test_a_snapshot_agent_outlives_trainers_and_is_replaced_when_it_dies(undisturbed, tmp_path):
+    agent_module = "meshwright.train.launch.snapshot_agent_main"
+    with Machines(tmp_path / "job", 2, *TWO, PARITY) as machines:
         machines.wait_protected(5, hosts=[0, 1])
-        keepers = [below(number, "launch.snapshot_agent_main") for number in (0, 1)]
-        os.kill(below(0, "train.cli"), signal.SIGKILL)
+        agents = [machines.child_pid(number, agent_module) for number in (0, 1)]
+        os.kill(machines.child_pid(0, "meshwright.train.cli"), signal.SIGKILL)
         machines.wait_until(lambda: len(machines.events("restore")) == 1, "no restore")
-        assert [below(number, "launch.snapshot_agent_main") for number in (0, 1)] == keepers
-        os.kill(keepers[1], signal.SIGKILL)
+        assert [machines.child_pid(number, agent_module) for number in (0, 1)] == agents
+        os.kill(agents[1], signal.SIGKILL)
         machines.wait_protected(agent_files.read_protected(machines.memory(0)).step + 5, hosts=[0, 1])
-        assert machines.finished() == undisturbed
+        assert machines.finish() == undisturbed
         assert [event["level"] for event in machines.events("restore")] == ["memory"]
-        told = [json.loads(line) for line in (machines.run / "keepers.jsonl").read_text().splitlines()]
-        assert [event["event"] for event in told] == ["recovery", "keeper-lost"]
+        events = [event["event"] for event in read_rows(machines.run / "keepers.jsonl")]
+        assert events == ["recovery", "keeper-lost"]
 
 
 @pytest.mark.slow
-def test_fewer_machines_protect_each_other_and_all_of_them_again(tmp_path):
+def test_fewer_machines_protect_each_other_and_then_all_of_them_again(tmp_path):
     """One of four is lost for good: two go on. It comes back, is drained and returned; another is lost: parity."""
     with Machines(tmp_path / "whole", 4, *FOUR) as machines:
-        undisturbed = machines.finished()
+        undisturbed = machines.finish()
     with Machines(tmp_path / "job", 4, *FOUR) as machines:
         machines.wait_protected(10, hosts=range(4))
-        gone = machines.host_of(3)
-        machines.lose(3)
-        shutil.rmtree(machines.memory(gone))
+        lost = machines.lose_with_memory(3)
         machines.wait_until(lambda: machines.events("shrink"), "no shrink")
         (shrink,) = machines.events("shrink")
         machines.wait_until(lambda: len(machines.events("restore")) == 1, "no restore")
         began = machines.events("restore")[0]["step"]
         machines.wait_protected(began + 5, hosts=shrink["slots"])
-        machines.join(3, said=[str(gone)])
+        machines.join(3, slot=[str(lost)])
         machines.wait_until(lambda: machines.events("grow"), "no grow")
         machines.wait_until(lambda: len(machines.events("restore")) == 2, "no restore")
         machines.wait_protected(machines.events("restore")[1]["step"] + 5, hosts=range(4))
-        lost = machines.host_of(1)
-        machines.lose(1)
-        shutil.rmtree(machines.memory(lost))
+        machines.lose_with_memory(1)
         machines.join(1)
-        assert machines.finished() == undisturbed
+        assert machines.finish() == undisturbed
         levels = [event["level"] for event in machines.events("restore")]
         assert levels == ["memory", "storage", "parity"]
         audit = [sys.executable, "-m", "meshwright.train.cli", "audit", str(machines.run)]
@@ -207,5 +200,5 @@ def test_a_machine_is_drained_and_put_back(tmp_path):
         machines.wait_until(lambda: len(machines.events("restore")) == 1, "no restore")
         subprocess.run([*drain, "--undo"], check=True, stdout=subprocess.DEVNULL)
         machines.wait_until(lambda: machines.events("grow"), "no grow")
-        machines.finished()
+        machines.finish()
         assert machines.events("restart") == []

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from meshwright.configs.loader import merged, validated
+from meshwright.configs.loader import merge_trees, validate_tree
 from meshwright.configs.run import RunConfig
 from meshwright.configs.sections.outer import OuterConfig
 from meshwright.configs.sections.parallel import MemoryConfig, MeshConfig, PipelineConfig
@@ -34,7 +34,7 @@ TINY = {
 
 def tiny(**changes: Any) -> RunConfig:
     """A two-layer run, with `changes` merged over it."""
-    return validated(merged(TINY, changes))
+    return validate_tree(merge_trees(TINY, changes))
 
 
 def batches(config: RunConfig, steps: int) -> list[dict[str, np.ndarray]]:

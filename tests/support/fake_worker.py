@@ -1,4 +1,4 @@
-"""A trainer without JAX: lock-step with its peers, checkpoints, a journal of what it applied, and faults on demand.
+"""A trainer without JAX: lock-step with its peers, checkpoints, a journal of the steps it applied, and planned faults.
 
 `faults.json` of the run directory lists {process, epoch, point, step, kind}; a worker that comes to one commits it.
 """
@@ -18,97 +18,97 @@ from meshwright.train.core.process_env import read_process_info
 from meshwright.train.launch.straggler_detection import WAIT
 
 STEPS, EVERY, ROWS = int(os.environ.get("WORKER_STEPS", 12)), 3, 2
-DIRECTORY, PLACE = Path(sys.argv[1]), read_process_info()
+DIRECTORY, PROCESS = Path(sys.argv[1]), read_process_info()
 KINDS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "sleep": lambda: time.sleep(600),
     "spin": lambda: any(iter(int, 1)),  # never ends, and lets other threads run
-    "hold": lambda: ctypes.PyDLL(None).sleep(600),  # with the interpreter's lock: no thread says a word
+    "hold": lambda: ctypes.PyDLL(None).sleep(600),  # with the interpreter's lock: no thread runs
     "slow": lambda: time.sleep(0.15),
     "crash": lambda: sys.exit(1),
     "refuse": lambda: sys.exit(2),
 }
 
 
-def fault(point, step):
-    """Commit the fault that is planned for here and now."""
-    for planned in json.loads((DIRECTORY / "faults.json").read_text()):
-        here = {"process": PLACE.process, "epoch": PLACE.epoch, "point": point, "step": step}
-        if all(planned[key] in (value, "any") for key, value in here.items()):
-            KINDS[planned["kind"]]()
+def commit_faults(point, step):
+    """Commit the faults that are planned for this process at this point and step."""
+    for fault in json.loads((DIRECTORY / "faults.json").read_text()):
+        now = {"process": PROCESS.process, "epoch": PROCESS.epoch, "point": point, "step": step}
+        if all(fault[key] in (value, "any") for key, value in now.items()):
+            KINDS[fault["kind"]]()
 
 
-def tell(event, **fields):
-    """One line of this process's journal; a single write, as the real one."""
-    line = json.dumps({"event": event, "epoch": PLACE.epoch, "time": time.time(), **fields}) + "\n"
-    with (DIRECTORY / f"worker-{PLACE.process}.jsonl").open("ab") as file:
+def record_event(event, **fields):
+    """Write one line of this process's journal, in a single write, as the real one is written."""
+    line = json.dumps({"event": event, "epoch": PROCESS.epoch, "time": time.time(), **fields}) + "\n"
+    with (DIRECTORY / f"worker-{PROCESS.process}.jsonl").open("ab") as file:
         file.write(line.encode())
 
 
-def meet(step, asked=()):
+def wait_for_peers(step, stop_requests=()):
     """Wait for every peer of this epoch, for ever, as a collective does; false where asked to stop meanwhile."""
-    place = DIRECTORY / "met" / str(PLACE.epoch) / str(step)
-    place.mkdir(parents=True, exist_ok=True)
-    (place / str(PLACE.process)).touch()
-    while len(list(place.iterdir())) < PLACE.processes:
-        if asked:
+    arrivals = DIRECTORY / "met" / str(PROCESS.epoch) / str(step)
+    arrivals.mkdir(parents=True, exist_ok=True)
+    (arrivals / str(PROCESS.process)).touch()
+    while len(list(arrivals.iterdir())) < PROCESS.processes:
+        if stop_requests:
             return False
         time.sleep(0.005)
     return True
 
 
 def save(state, step):
-    """A draft, then its final name."""
+    """Write a draft, then give it its final name."""
     draft = DIRECTORY / "checkpoints" / f".{step}"
     draft.parent.mkdir(exist_ok=True)
     draft.write_text(json.dumps({"state": state, "step": step}))
-    fault("commit", step)
+    commit_faults("commit", step)
     draft.rename(DIRECTORY / "checkpoints" / str(step))
-    tell("commit", step=step)
+    record_event("commit", step=step)
 
 
-def leave(state, step):
-    """Save and say: start me again."""
-    if PLACE.is_first and not (DIRECTORY / "checkpoints" / str(step)).exists():
+def save_and_exit(state, step):
+    """Save, and exit with the code that means: start me again."""
+    if PROCESS.is_first and not (DIRECTORY / "checkpoints" / str(step)).exists():
         save(state, step)
     sys.exit(75)
 
 
 def main():
     """Restore, step, save; exit codes are the real ones."""
-    asked = []
-    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    fence = Fence(DIRECTORY, PLACE.epoch)
-    if PLACE.is_first:
+    stop_requests = []
+    signal.signal(signal.SIGTERM, lambda *_: stop_requests.append(True))
+    fence = Fence(DIRECTORY, PROCESS.epoch)
+    if PROCESS.is_first:
         fence.claim()
-    progress = ProgressReporter(PLACE, fence)
+    progress = ProgressReporter(PROCESS, fence)
     progress.report(0, "start")
-    fault("start", 0)
+    commit_faults("start", 0)
     saved = list((DIRECTORY / "checkpoints").glob("[0-9]*"))
     newest = max(saved, key=lambda path: int(path.name), default=None)
     state, start = (json.loads(newest.read_text())[key] for key in ("state", "step")) if newest else ("seed", 0)
-    tell("restore", step=start)
+    record_event("restore", step=start)
     for step in range(start + 1, STEPS + 1):
         progress.set_activity("work")
-        fault("step", step)
+        commit_faults("step", step)
         progress.report(step - 1)  # a trainer has sent its step off when it reads the metrics of the one before
         progress.set_activity(WAIT)
-        if not meet(step, asked):
-            leave(state, step - 1)
+        if not wait_for_peers(step, stop_requests):
+            save_and_exit(state, step - 1)
         fence.check()
         state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()
-        row = (step * PLACE.processes + PLACE.process) * ROWS
-        tell("applied", step=step, samples=list(range(row, row + ROWS)))
+        row = (step * PROCESS.processes + PROCESS.process) * ROWS
+        record_event("applied", step=step, samples=list(range(row, row + ROWS)))
         time.sleep(0.03)
-        if PLACE.is_first and step % EVERY == 0:
-            fault("save", step)
+        if PROCESS.is_first and step % EVERY == 0:
+            commit_faults("save", step)
             save(state, step)
-        if asked:
-            leave(state, step)
-    meet("end")
-    fault("end", STEPS)
-    tell("finish", state=state)
+        if stop_requests:
+            save_and_exit(state, step)
+    wait_for_peers("end")
+    commit_faults("end", STEPS)
+    record_event("finish", state=state)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from meshwright.configs.loader import load
+from meshwright.configs.loader import load_config
 from meshwright.train.cli.main import app
 from meshwright.train.end_summary import next_commands, program_name
 
@@ -37,14 +37,15 @@ def parsed(words):
     ],
 )
 def test_what_is_advised_can_be_typed(recipe, verbs):
-    found = next_commands(load(recipe), RUN)
+    found = next_commands(load_config(recipe), RUN)
     assert [parsed(words) for words in found] == verbs
 
 
 def test_the_prompt_is_one_of_the_runs_own():
-    assert next_commands(load("quickstart"), RUN)[0] == "generate runs/mine 'def '"
+    assert next_commands(load_config("quickstart"), RUN)[0] == "generate runs/mine 'def '"
     assert (
-        next_commands(load("finetune/docstrings"), RUN)[0] == "generate runs/mine '# Return True if the name is valid.'"
+        next_commands(load_config("finetune/docstrings"), RUN)[0]
+        == "generate runs/mine '# Return True if the name is valid.'"
     )
 
 
@@ -61,5 +62,5 @@ def test_the_command_is_a_name_where_the_shell_knows_it_and_else_a_path(tmp_path
 
 
 def test_only_a_run_on_the_quickstarts_mesh_is_told_of_another():
-    assert any("mesh.fsdp=4" in words for words in next_commands(load("quickstart"), RUN))
-    assert not any("mesh.fsdp=4" in words for words in next_commands(load("pretrain/pipeline-1f1b"), RUN))
+    assert any("mesh.fsdp=4" in words for words in next_commands(load_config("quickstart"), RUN))
+    assert not any("mesh.fsdp=4" in words for words in next_commands(load_config("pretrain/pipeline-1f1b"), RUN))

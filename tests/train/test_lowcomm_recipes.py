@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from meshwright.configs.loader import load
+from meshwright.configs.loader import load_config
 from meshwright.train.launch.launch_islands import island_overrides
 
 RECIPES = {"lowcomm/diloco": 2, "lowcomm/streaming": 2, "lowcomm/noloco": 4}
@@ -17,8 +17,8 @@ TINY = "model={vocab: 512, layers: 3, embed: 32, mlp: 64}"
 
 @pytest.mark.parametrize(("recipe", "replicas"), RECIPES.items(), ids=RECIPES)
 def test_islands_of_a_recipe_are_its_replicas_each_on_its_share_of_the_devices(recipe, replicas):
-    whole = load(recipe)
-    islands = load(recipe, overrides=island_overrides(whole, count=replicas))
+    whole = load_config(recipe)
+    islands = load_config(recipe, overrides=island_overrides(whole, count=replicas))
     assert whole.mesh.replica == islands.islands.count == replicas
     assert islands.mesh.devices * replicas == whole.mesh.devices and islands.outer == whole.outer
 

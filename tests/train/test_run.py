@@ -12,7 +12,7 @@ from support.equivalence import tiny
 from support.waiting import HANG_SECONDS, wait_until
 
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
-from meshwright.configs.loader import dump
+from meshwright.configs.loader import dump_yaml
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.core.run_directory import open_directory
@@ -163,7 +163,7 @@ def test_numbers_that_are_not_stop_the_run_before_they_are_applied(tmp_path, mon
 
 def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(dump(small(steps=400, evaluation={"every": 0}, checkpoint={"every": 0})))
+    file.write_text(dump_yaml(small(steps=400, evaluation={"every": 0}, checkpoint={"every": 0})))
     command = [sys.executable, "-m", "meshwright.train.cli", "train", str(file)]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "runs" / "run" / "metrics.jsonl"

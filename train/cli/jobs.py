@@ -39,7 +39,7 @@ def launch(
 
     loaded = loading.load_config(config, overrides=overrides or ())
     settings = loaded.launch
-    count, processes = loaded.mesh.count, processes or settings.processes
+    count, processes = loaded.mesh.device_count, processes or settings.processes
     devices = devices_per_process or settings.devices_per_process
     if count is not None and devices is None and count % processes:
         raise UserError(
@@ -57,7 +57,7 @@ def launch(
         devices_per_process=devices,
         mesh_options=mesh_options(loaded, processes=processes, devices_per_process=devices),
         parity_plan=make_parity_plan(loaded.checkpoint, hosts=hosts, processes=processes),
-        document=loading.dump(loaded),
+        document=loading.dump_yaml(loaded),
     )
     launchers.launch(engine, job)
 

@@ -16,7 +16,7 @@ import typer
 
 from ...checkpoint.storage_timeout import has_stuck_writer
 from ...configs import loader as loading
-from ...configs.checks.privacy import check_secret
+from ...configs.checks.privacy import check_private_inputs
 from ...configs.errors import MeshwrightError, UserError
 from ...configs.run import RunConfig
 from ...configs.sections.launch import SlurmConfig
@@ -86,7 +86,7 @@ def validate(
 
         check_pipeline(loaded)
     if loaded.privacy is not None:
-        check_secret(loaded)
+        check_private_inputs(loaded)
     if loaded.checkpoint.parity != "none":
         from ...checkpoint.redundancy.parity_plan import make_parity_plan
 

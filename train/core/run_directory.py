@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...configs.errors import UserError
-from ...configs.loader import dump, parse, validated
+from ...configs.loader import dump_yaml, parse_yaml, validate_tree
 from ...configs.run import RunConfig
 
 # Sections that may change between two sessions of a run: none changes what is computed, except the length of the run.
@@ -51,7 +51,7 @@ def open_directory(config: RunConfig, *, root: Path, name: str | None = None, wr
         check_same_run(read_config(directory), config, directory=directory)
     if write:
         try:
-            write_config(file, dump(config))
+            write_config(file, dump_yaml(config))
         except OSError as error:
             raise UserError(
                 f"name: {directory} cannot be written: {error.strerror}; make it writable, or choose another name"
@@ -78,7 +78,7 @@ def read_config(directory: Path) -> RunConfig:
     file = directory / "config.yaml"
     if not file.is_file():
         raise UserError(f"{directory} is not a run directory (it has no config.yaml); {suggest_runs(directory)}")
-    return validated(parse(file.read_text(encoding="utf-8"), origin=str(file)))
+    return validate_tree(parse_yaml(file.read_text(encoding="utf-8"), origin=str(file)))
 
 
 def suggest_runs(directory: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...configs.adapter_runs import rows_of
+from ...configs.adapter_runs import adapter_rows
 from ...configs.errors import UserError
 from ...configs.run import RunConfig
 from ...configs.sections.data import DataConfig, MixtureSource
@@ -59,7 +59,7 @@ class Source:
 
 def of_run(config: RunConfig) -> Data:
     """`build` for all that a run reads, checked against its model."""
-    return build(config.reads, seed=config.seed, model_vocab=config.model.vocab, adapters=rows_of(config))
+    return build(config.all_data, seed=config.seed, model_vocab=config.model.vocab, adapters=adapter_rows(config))
 
 
 def build(

@@ -129,7 +129,7 @@ def find_template(configured: str | None, *, tokenizer: str | None, tokens: Mapp
     if configured is not None:
         file = Path(configured).expanduser()
         if not file.is_file():
-            raise UserError.no_match("data.template", [configured], known=[*TEMPLATES, "a Jinja file"])
+            raise UserError.no_match("data.template", [configured], candidates=[*TEMPLATES, "a Jinja file"])
         return Template(file.read_text(encoding="utf-8"), named, configured)
     if directory is None:
         return None

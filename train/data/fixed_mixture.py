@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from ...configs.names import ADAPTER_FIELD
+from ...configs.names import ADAPTER_IDS_FIELD
 from .dataset import Dataset, HeldOut
 from .rows import Row
 
@@ -31,7 +31,7 @@ class Dealt(Generic[Rows]):
         number = int(np.searchsorted(self._stops, place, side="right"))
         count = self._counts[number]
         row = list(self.each.values())[number].row(batch * count + place - int(self._stops[number] - count))
-        return row | {ADAPTER_FIELD: np.full_like(row["segment_ids"], number)}
+        return row | {ADAPTER_IDS_FIELD: np.full_like(row["segment_ids"], number)}
 
 
 class DealtTraining(Dealt[Dataset]):

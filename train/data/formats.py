@@ -79,7 +79,9 @@ def sharegpt(given: Given) -> str:
     turns = [{"role": "system", "content": given.row["system"]}] if given.row.get("system") else []
     for turn in given.row["conversations"]:
         if turn.get("from") not in SPEAKERS:
-            raise UserError.no_match(f"data.format ({given.origin}): from", [str(turn.get("from"))], known=SPEAKERS)
+            raise UserError.no_match(
+                f"data.format ({given.origin}): from", [str(turn.get("from"))], candidates=SPEAKERS
+            )
         turns.append({"role": SPEAKERS[turn["from"]], "content": turn.get("value")})
     return written([given.chat(turns)])
 
@@ -163,7 +165,7 @@ class Reader:
             if self.names[name] not in available:
                 key = {"text": "data.field", "prompt": "data.prompt"} if self.format == "text" else {}
                 raise UserError.no_match(
-                    key.get(name, f"data.columns.{name}") + where, [self.names[name]], known=available
+                    key.get(name, f"data.columns.{name}") + where, [self.names[name]], candidates=available
                 )
         return [theirs for theirs in dict.fromkeys(self.names.values()) if theirs in available]
 

@@ -6,7 +6,7 @@ No error there: a run may be checked on one machine and train on another. Where 
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...configs.adapter_runs import rows_of
+from ...configs.adapter_runs import adapter_rows
 from ...configs.errors import UserError
 from ...configs.run import RunConfig
 from .source_paths import matching, source_keys, tokenizer_file
@@ -17,15 +17,15 @@ WEIGHTS = "*.safetensors"
 
 def absent(config: RunConfig) -> Iterator[str]:
     """A line for each, with key, value and remedy."""
-    for source, key in zip(config.reads.sources, source_keys(config.reads, rows_of(config)), strict=True):
+    for source, key in zip(config.all_data.sources, source_keys(config.all_data, adapter_rows(config)), strict=True):
         if source.kind in IN_FILES:
             try:
                 matching(source.path, kind=source.kind, key=key)
             except UserError as error:
                 yield str(error)
-    if config.reads.tokenizer.file is not None:
+    if config.all_data.tokenizer.file is not None:
         try:
-            tokenizer_file(config.reads.tokenizer.file)
+            tokenizer_file(config.all_data.tokenizer.file)
         except UserError as error:
             yield str(error)
     for key, model in (("model", config.model), ("recipe.teacher", config.recipe.teacher)):

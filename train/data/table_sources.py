@@ -150,7 +150,7 @@ def _saved(path: str, *, split: str) -> Any:
     if isinstance(rows, datasets.Dataset):
         return rows
     if split not in rows:
-        raise UserError.no_match("data.split", [split], known=rows)
+        raise UserError.no_match("data.split", [split], candidates=rows)
     return rows[split]
 
 

@@ -1,12 +1,13 @@
-"""The self-test of many machines: `meshwright doctor --cluster`, before a job that would take days to find out.
+"""The self-test of many machines: `meshwright doctor --cluster`, before a job that would take days to show the problem.
 
 Every process is this program, brought up by the engine that will bring up the trainers. Each measures its devices,
-memory, disk and links; the first one collects what all found, names who stands out, and prints it.
+memory, disk and links; the first one collects what all measured, finds which machines stand out, and prints it.
 
     links       delay, bandwidth and clocks of every pair (plain sockets), before anything else keeps machines busy
     devices     how many of which kind, and the rate of a matrix product on each
     collective  an all-reduce over all devices of all processes, compared with the exact sum
-    memory      of the host; disk: what writing and syncing takes where runs/ will be
+    memory      of the host
+    disk        the time to write and sync where runs/ will be
 
 Sources: MegaScale (NSDI'24) tests machines before a job so, and again those it suspects; C4 (arXiv:2406.04594).
 """
@@ -28,29 +29,29 @@ import psutil
 from ..core.process_env import ProcessInfo, read_process_info
 from ..core.rendezvous import Client
 from ..launch import network_probe
-from ..report.markup import size
+from ..report.markup import format_bytes
 from .findings import Problem
 
-SIDE = {"cpu": 768}  # of the matrices; 4096 elsewhere
-WRITTEN = 32 << 20  # bytes written to disk
-PATIENCE = 240.0  # seconds for all to come and be done
+MATRIX_SIDE = {"cpu": 768}  # of the matrices that are multiplied; 4096 elsewhere
+WRITE_BYTES = 32 << 20  # written to disk
+TIMEOUT = 240.0  # seconds for all to come and be done
 SLOW_DEVICE = 0.75  # of the median rate of a matrix product
 SLOW_DISK = 0.25  # of the median rate
 SLOW_SYNC = 1.0  # seconds
-SKEW = 1.0  # seconds between two clocks; certificates and logs mind, training does not
-FULL = 0.9  # of the memory in use
+MAX_CLOCK_SKEW = 1.0  # seconds between two clocks; certificates and logs mind, training does not
+FULL_MEMORY = 0.9  # of the memory in use
 
 Report = dict[str, Any]
 
 
-def examined(place: ProcessInfo) -> Report:
-    """What this process finds of its machine. Touches every device."""
-    from .machine import all_reduce
+def examine_machine(process: ProcessInfo) -> Report:
+    """What this process measures of its machine, with its devices. The result is part of the JSON output."""
+    from .machine import check_all_reduce
 
-    join(place)
+    initialize_devices(process)
     import jax
 
-    check = all_reduce(jax.devices())
+    check = check_all_reduce(jax.devices())
     memory = psutil.virtual_memory()
     return {
         "host": socket.gethostname(),
@@ -59,21 +60,24 @@ def examined(place: ProcessInfo) -> Report:
         "collective": asdict(check),
         "memory": memory.total,
         "used": memory.percent / 100,
-        **disk(Path(".")),
+        **measure_disk(Path(".")),
     }
 
 
-def join(place: ProcessInfo) -> None:
-    """Bring devices up as a trainer does."""
+def initialize_devices(process: ProcessInfo) -> None:
+    """Initialize devices, and the coordination between processes, as a trainer does."""
     import jax
 
     from ...configs.sections.parallel import MeshConfig
     from ...parallel.mesh import prepare_devices
 
-    prepare_devices(MeshConfig(platform="cpu" if place.local_devices else "auto"), local_devices=place.local_devices)
-    if place.processes > 1:
-        unused = "127.0.0.1:0" if place.external_coordinator and place.is_first else None
-        jax.distributed.initialize(place.coordinator, place.processes, place.process, coordinator_bind_address=unused)
+    devices = process.local_devices
+    prepare_devices(MeshConfig(platform="cpu" if devices else "auto"), local_devices=devices)
+    if process.processes > 1:
+        bind = "127.0.0.1:0" if process.external_coordinator and process.is_first else None  # to an unused port
+        jax.distributed.initialize(
+            process.coordinator, process.processes, process.process, coordinator_bind_address=bind
+        )
 
 
 def product_rate(device: Any) -> float:
@@ -81,150 +85,152 @@ def product_rate(device: Any) -> float:
     import jax
     import jax.numpy as jnp
 
-    from .machine import timed
+    from .machine import time_best
 
-    side = SIDE.get(device.platform, 4096)
+    side = MATRIX_SIDE.get(device.platform, 4096)
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     matrix = jax.device_put(jnp.ones((side, side), dtype), device)
-    seconds, _ = timed(lambda: product(matrix), repeats=10)
+    square = jax.jit(lambda x: x @ x)
+    seconds, _ = time_best(lambda: square(matrix), repeats=10)
     return 2 * side**3 / seconds
 
 
-def product(matrix: Any) -> Any:
-    """A matrix times itself, compiled."""
-    import jax
+def measure_disk(directory: Path) -> Report:
+    """The rate of writing to `directory`, and the time to sync a small file; leaves nothing behind.
 
-    return jax.jit(lambda x: x @ x)(matrix)
-
-
-def disk(directory: Path) -> Report:
-    """Bytes a second of writing to `directory`, synced, and seconds of syncing a small file. Leaves nothing behind."""
+    Returns `written`, bytes a second, synced, and `sync`, seconds.
+    """
     file = directory / f".selftest.{socket.gethostname()}.{os.getpid()}"
+
+    def write_seconds(content: bytes) -> float:
+        began = time.monotonic()
+        with file.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        return time.monotonic() - began
+
     try:
-        began = time.monotonic()
-        with file.open("wb") as out:
-            out.write(os.urandom(1 << 20) * (WRITTEN >> 20))
-            out.flush()
-            os.fsync(out.fileno())
-        written = WRITTEN / (time.monotonic() - began)
-        began = time.monotonic()
-        with file.open("wb") as out:
-            out.write(b"small")
-            out.flush()
-            os.fsync(out.fileno())
-        return {"written": written, "sync": time.monotonic() - began}
+        content = os.urandom(1 << 20) * (WRITE_BYTES >> 20)
+        return {"written": WRITE_BYTES / write_seconds(content), "sync": write_seconds(b"small")}
     finally:
         file.unlink(missing_ok=True)
 
 
-def findings(reports: Mapping[int, Report], measured: network_probe.Links, *, processes: int) -> list[Problem]:
-    """Who stands out, and what to do about it; most important first."""
-    told = []
-    if absent := sorted(set(range(processes)) - reports.keys()):
-        told.append(Problem(f"no word from processes {absent}", "look at their output; are they out of memory?"))
-    for number, report in reports.items():
-        here = f"process {number} on {report['host']}"
+def find_problems(reports: Mapping[int, Report], links: network_probe.Links, *, processes: int) -> list[Problem]:
+    """What stands out, and what to do about it; most important first. `reports` are those of `examine_machine`."""
+    problems = []
+    if missing := sorted(set(range(processes)) - reports.keys()):
+        problems.append(Problem(f"no report of processes {missing}", "look at their output; are they out of memory?"))
+    for index, report in reports.items():
+        here = f"process {index} on {report['host']}"
         if report["collective"]["outcome"] == "wrong":
-            told.append(Problem(f"{here}: {report['collective']['detail']}", "do not train there"))
-        if report["used"] > FULL:
-            told.append(Problem(f"{here}: {report['used']:.0%} of the memory are in use", "who else runs there?"))
+            problems.append(Problem(f"{here}: {report['collective']['detail']}", "do not train there"))
+        if report["used"] > FULL_MEMORY:
+            problems.append(Problem(f"{here}: {report['used']:.0%} of the memory are in use", "who else runs there?"))
         if report["sync"] > SLOW_SYNC:
-            told.append(Problem(f"{here}: syncing a small file took {report['sync']:.1f} s", "another disk for runs/"))
-    told += [*odd_devices(reports), *slow(reports), *apart(measured)]
-    for culprit in network_probe.culprits(measured):
-        who = " and ".join(map(str, culprit.processes))
-        what = "process" if len(culprit.processes) == 1 else "the link between processes"
-        told.append(
-            Problem(f"{what} {who}: {culprit.evidence}", "leave the machine out, or look at its cable and port")
-        )
-    return told
+            problems.append(
+                Problem(f"{here}: syncing a small file took {report['sync']:.1f} s", "another disk for runs/")
+            )
+    problems += [*device_problems(reports), *speed_problems(reports), *clock_problems(links)]
+    for fault in network_probe.find_link_faults(links):
+        subject = "process" if len(fault.processes) == 1 else "the link between processes"
+        subject = f"{subject} {' and '.join(map(str, fault.processes))}"
+        problems.append(Problem(f"{subject}: {fault.evidence}", "leave the machine out, or look at its cable and port"))
+    return problems
 
 
-def odd_devices(reports: Mapping[int, Report]) -> list[Problem]:
-    """Processes whose devices are not those of the most."""
-    kinds = {number: tuple(report["devices"]) for number, report in reports.items()}
-    usual = statistics.mode(kinds.values()) if kinds else ()
+def device_problems(reports: Mapping[int, Report]) -> list[Problem]:
+    """Processes whose devices are not those that most processes have."""
+    devices = {index: tuple(report["devices"]) for index, report in reports.items()}
+    usual = statistics.mode(devices.values()) if devices else ()
     return [
-        Problem(f"process {number} on {reports[number]['host']} has {shown(found)}, others {shown(usual)}", "drivers?")
-        for number, found in kinds.items()
-        if found != usual
+        Problem(
+            f"process {index} on {reports[index]['host']} has {describe_devices(kinds)}, others "
+            f"{describe_devices(usual)}",
+            "drivers?",
+        )
+        for index, kinds in devices.items()
+        if kinds != usual
     ]
 
 
-def shown(devices: tuple[str, ...]) -> str:
-    """`8 x NVIDIA H100`."""
+def describe_devices(devices: tuple[str, ...]) -> str:
+    """Devices as people read them, e.g. `8 x NVIDIA H100`."""
     return " and ".join(f"{devices.count(kind)} x {kind}" for kind in sorted(set(devices))) or "none"
 
 
-def slow(reports: Mapping[int, Report]) -> list[Problem]:
+def speed_problems(reports: Mapping[int, Report]) -> list[Problem]:
     """Devices and disks far below the median."""
-    told = []
+    problems = []
     rates = [rate for report in reports.values() for rate in report["products"]]
     writes = [report["written"] for report in reports.values()]
-    for number, report in reports.items():
+    for index, report in reports.items():
+        here = f"process {index} on {report['host']}"
         for device, rate in enumerate(report["products"]):
             if rate < SLOW_DEVICE * statistics.median(rates):
-                what = f"process {number} on {report['host']}, device {device}: {rate / 1e9:.0f} GFLOP/s"
-                usual = statistics.median(rates) / 1e9
-                told.append(Problem(f"{what}, the median device {usual:.0f}", "too hot, throttled, or shared"))
+                fact = f"{here}, device {device}: {rate / 1e9:.0f} GFLOP/s"
+                median = f"the median device {statistics.median(rates) / 1e9:.0f}"
+                problems.append(Problem(f"{fact}, {median}", "too hot, throttled, or shared"))
         if report["written"] < SLOW_DISK * statistics.median(writes):
-            what = f"process {number} on {report['host']} writes {size(report['written'])}/s"
-            told.append(
-                Problem(f"{what}, the median one {size(statistics.median(writes))}/s", "another disk for runs/")
-            )
-    return told
+            fact = f"{here} writes {format_bytes(report['written'])}/s"
+            median = f"the median one {format_bytes(statistics.median(writes))}/s"
+            problems.append(Problem(f"{fact}, {median}", "another disk for runs/"))
+    return problems
 
 
-def apart(measured: network_probe.Links) -> list[Problem]:
-    """Clocks that are not the first one's."""
-    offsets = measured.offset[0] if len(measured.offset) > 1 else []
+def clock_problems(links: network_probe.Links) -> list[Problem]:
+    """Clocks that differ from that of process 0."""
+    offsets = links.offset[0] if len(links.offset) > 1 else []
     return [
-        Problem(f"process {number}: its clock is {seconds:+.1f} s off process 0's", "chrony or ntpd")
-        for number, seconds in enumerate(offsets)
-        if np.isfinite(seconds) and abs(seconds) > SKEW
+        Problem(f"process {index}: its clock is {seconds:+.1f} s off process 0's", "chrony or ntpd")
+        for index, seconds in enumerate(offsets)
+        if np.isfinite(seconds) and abs(seconds) > MAX_CLOCK_SKEW
     ]
 
 
-def gathered(client: Client, processes: int) -> tuple[dict[int, Report], network_probe.Links]:
-    """What every process reported, those that did within the time."""
-    deadline = time.monotonic() + PATIENCE
+def collect_reports(client: Client, processes: int) -> tuple[dict[int, Report], network_probe.Links]:
+    """What the processes measured: the reports of those that are done in time, and the links."""
+    deadline = time.monotonic() + TIMEOUT
     while True:
         members = client.heartbeat()["members"]
         reports = {n: members[f"selftest/{n}"] for n in range(processes) if "host" in members.get(f"selftest/{n}", {})}
         if len(reports) == processes or time.monotonic() > deadline:
             infos = {
-                n: members[name] for n in range(processes) if (name := network_probe.name("selftest", n)) in members
+                n: members[name]
+                for n in range(processes)
+                if (name := network_probe.member_name("selftest", n)) in members
             }
-            return reports, network_probe.assembled(infos, processes=processes)
+            return reports, network_probe.assemble_links(infos, processes=processes)
         time.sleep(0.1)
 
 
 def main() -> int:
-    """Measure, report; the first process prints what all found. 1 where something stands out."""
-    place = read_process_info()
-    if place.rendezvous is None:
+    """Measure and report; the first process prints what all found. Returns 1 where something stands out."""
+    process = read_process_info()
+    if process.rendezvous is None:
         print("meshwright: this runs under `meshwright doctor --cluster`", file=sys.stderr)
         return 2
-    if place.processes > 1:
-        network_probe.take_part(
-            session="selftest", rendezvous=place.rendezvous, number=place.process, processes=place.processes
+    if process.processes > 1:
+        network_probe.measure_links(
+            session="selftest", rendezvous=process.rendezvous, number=process.process, processes=process.processes
         )
-    with Client(place.rendezvous, f"selftest/{place.process}", ttl=2 * PATIENCE) as client:
-        client.join(examined(place))
-        if not place.is_first:
+    with Client(process.rendezvous, f"selftest/{process.process}", ttl=2 * TIMEOUT) as client:
+        client.join(examine_machine(process))
+        if not process.is_first:
             return 0
-        reports, measured = gathered(client, place.processes)
-    problems = findings(reports, measured, processes=place.processes)
+        reports, links = collect_reports(client, process.processes)
+    problems = find_problems(reports, links, processes=process.processes)
     if "--json" in sys.argv:
-        matrices = {name: np.nan_to_num(matrix, nan=-1.0).tolist() for name, matrix in asdict(measured).items()}
-        told = {"processes": reports, "links": matrices, "problems": [asdict(problem) for problem in problems]}
-        print(json.dumps(told, indent=1))
+        matrices = {name: np.nan_to_num(matrix, nan=-1.0).tolist() for name, matrix in asdict(links).items()}
+        content = {"processes": reports, "links": matrices, "problems": [asdict(problem) for problem in problems]}
+        print(json.dumps(content, indent=1))
     else:
         from rich.console import Console
 
         from .cluster_view import render
 
-        Console().print(render(reports, measured, problems))
+        Console().print(render(reports, links, problems))
     return int(bool(problems))
 
 

@@ -1,11 +1,11 @@
-"""What an examination of a machine holds: its parts as values, ready for JSON and for a terminal."""
+"""What the doctor finds on a machine, as values: ready for JSON and for a terminal."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried."""
+    """One check of the devices, and how it came out."""
 
     name: str
     outcome: str  # right | wrong | unavailable
@@ -27,7 +27,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional part, and whether it is here."""
+    """An optional part of the package, and whether it is installed."""
 
     name: str
     purpose: str
@@ -37,7 +37,7 @@ class Extra:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that will hurt, and what to do."""
+    """A problem, and what to do about it."""
 
     what: str
     remedy: str
@@ -61,7 +61,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Examination:
-    """All that was found."""
+    """Everything that the doctor found."""
 
     versions: dict[str, str | None]
     host: Host

@@ -1,10 +1,10 @@
 """`meshwright doctor`: is this machine fit to train on, and what is missing for what?
 
-    examination = examine()          # touches every device: all-reduce and offload, both compared with what is right
+    examination = examine_machine()  # checks every device: all-reduce and offload, both compared with what is right
     print(json.dumps(dataclasses.asdict(examination)))
     exit_code(examination)           # 1 where a device computed or kept wrong numbers
 
-Nothing here needs a part that may be missing: a package that does not import is a problem with a remedy.
+Nothing here needs an optional package: one that does not import is a problem with a remedy.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from ..data.disk_cache import cache_directory
-from ..report.markup import size
+from ..report.markup import format_bytes
 from .findings import Check, Device, Examination, Extra, Host, Problem
 from .machine_view import render
 
@@ -44,17 +44,17 @@ EXTRAS = {
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
 
 LOW_DISK = 2 * 2**30  # bytes; a checkpoint of a 34M model with Adam's moments takes 0.4 GiB, and three are kept
-ELEMENTS = 1 << 18  # of the array each device contributes: 1 MiB of float32
+ARRAY_ELEMENTS = 1 << 18  # of the array each device contributes: 1 MiB of float32
 
 
 def main(*, as_json: bool = False) -> int:
-    """Examine, print, and say the exit code."""
+    """Examine this machine and print the result. Returns the exit code."""
     import json
 
     from rich.console import Console
 
     simulate_devices()
-    examination = examine()
+    examination = examine_machine()
     if as_json:
         print(json.dumps(asdict(examination), indent=1))
     else:
@@ -63,28 +63,28 @@ def main(*, as_json: bool = False) -> int:
 
 
 def simulate_devices(count: int = 8) -> None:
-    """Where there is only a CPU, let it pass for `count` devices, so that collectives have something to do."""
+    """Have a CPU pass for `count` devices, so that collectives have something to do; accelerators are not affected."""
     try:
         import jax
 
         if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", count)
     except (ImportError, RuntimeError):
-        pass  # no JAX, which the examination reports, or its devices are up already and stay as they are
+        pass  # no JAX, which the examination reports, or its devices are initialized already
 
 
-def examine() -> Examination:
-    """Look at everything. Takes seconds; writes nothing."""
-    found, failure = jax_devices()
-    checks = (all_reduce(found), round_trip(found)) if found else ()
+def examine_machine() -> Examination:
+    """Everything about this machine. Takes seconds; writes nothing."""
+    devices, failure = list_devices()
+    checks = (check_all_reduce(devices), check_offload(devices)) if devices else ()
     examination = Examination(
-        versions={name: version(name) for name in PACKAGES},
-        host=host(),
-        devices=tuple(map(described, found)),
+        versions={name: installed_version(name) for name in PACKAGES},
+        host=describe_host(),
+        devices=tuple(map(describe_device, devices)),
         checks=checks,
-        extras=tuple(extra(name) for name in EXTRAS),
+        extras=tuple(describe_extra(name) for name in EXTRAS),
     )
-    return replace(examination, problems=(*failure, *problems(examination)))
+    return replace(examination, problems=(*failure, *find_problems(examination)))
 
 
 def exit_code(examination: Examination) -> int:
@@ -92,7 +92,7 @@ def exit_code(examination: Examination) -> int:
     return int(any(check.outcome == "wrong" for check in examination.checks))
 
 
-def jax_devices() -> tuple[list[Any], tuple[Problem, ...]]:
+def list_devices() -> tuple[list[Any], tuple[Problem, ...]]:
     """Every device, or the reason why there is none."""
     try:
         import jax
@@ -105,8 +105,8 @@ def jax_devices() -> tuple[list[Any], tuple[Problem, ...]]:
         return [], (Problem(f"no device: {reason}", "set JAX_PLATFORMS=cpu, or install the driver this jaxlib needs"),)
 
 
-def described(device: Any) -> Device:
-    """A JAX device in plain words."""
+def describe_device(device: Any) -> Device:
+    """A JAX device as a value for JSON."""
     statistics = device.memory_stats() or {}
     return Device(
         id=device.id,
@@ -118,10 +118,10 @@ def described(device: Any) -> Device:
     )
 
 
-def all_reduce(devices: Sequence[Any], *, reduce: Callable[[Any, str], Any] | None = None) -> Check:
+def check_all_reduce(devices: Sequence[Any], *, reduce: Callable[[Any, str], Any] | None = None) -> Check:
     """Sum an array over all devices and compare every device's copy with the exact sum, which float32 can hold.
 
-    `reduce`: (what a device has, axis) -> what it gets; default `jax.lax.psum`.
+    `reduce` maps (the array of a device, axis) to the sum over the axis; default `jax.lax.psum`.
     """
     import jax
     import numpy as np
@@ -129,8 +129,8 @@ def all_reduce(devices: Sequence[Any], *, reduce: Callable[[Any, str], Any] | No
 
     mesh = jax.sharding.Mesh(np.array(devices), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
     # Whole numbers below 2**24 / devices: no order of additions rounds.
-    parts = np.arange(len(devices) * ELEMENTS).reshape(len(devices), ELEMENTS) % 1021
-    given = jax.device_put(parts.astype(np.float32), NamedSharding(mesh, PartitionSpec("all")))
+    parts = np.arange(len(devices) * ARRAY_ELEMENTS).reshape(len(devices), ARRAY_ELEMENTS) % 1021
+    shards = jax.device_put(parts.astype(np.float32), NamedSharding(mesh, PartitionSpec("all")))
     summed = jax.jit(
         jax.shard_map(
             lambda part: (reduce or jax.lax.psum)(part, "all"),
@@ -140,40 +140,40 @@ def all_reduce(devices: Sequence[Any], *, reduce: Callable[[Any, str], Any] | No
             check_vma=False,
         )
     )
-    seconds, result = timed(lambda: summed(given))
+    seconds, result = time_best(lambda: summed(shards))
     wrong = [shard.device.id for shard in result.addressable_shards if not np.array_equal(shard.data[0], parts.sum(0))]
-    name = f"all-reduce of {size(4 * ELEMENTS)} over {len(devices)} devices"
+    name = f"all-reduce of {format_bytes(4 * ARRAY_ELEMENTS)} over {len(devices)} devices"
     if wrong:
         return Check(name, "wrong", f"devices {', '.join(map(str, wrong))} have another sum", seconds)
     return Check(name, "right", "every copy is the exact sum", seconds)
 
 
-def round_trip(devices: Sequence[Any]) -> Check:
+def check_offload(devices: Sequence[Any]) -> Check:
     """Send an array of each device to the host's pinned memory and back, and compare every bit."""
     import jax
     import numpy as np
     from jax.sharding import SingleDeviceSharding
 
-    name = f"offload of {size(4 * ELEMENTS)} to pinned host memory and back"
+    name = f"offload of {format_bytes(4 * ARRAY_ELEMENTS)} to pinned host memory and back"
     kinds = [{memory.kind for memory in device.addressable_memories()} for device in devices]
     if not all("pinned_host" in kind for kind in kinds):
         return Check(name, "unavailable", f"memory kinds are {', '.join(sorted(set().union(*kinds)))}")
-    value = np.arange(ELEMENTS, dtype=np.float32)
+    value = np.arange(ARRAY_ELEMENTS, dtype=np.float32)
 
-    def there_and_back(device: Any) -> Any:
-        out = jax.device_put(value, SingleDeviceSharding(device))
-        away = jax.device_put(out, SingleDeviceSharding(device, memory_kind="pinned_host"))
-        return jax.device_put(away, SingleDeviceSharding(device, memory_kind=device.default_memory().kind))
+    def offload_and_fetch(device: Any) -> Any:
+        on_device = jax.device_put(value, SingleDeviceSharding(device))
+        on_host = jax.device_put(on_device, SingleDeviceSharding(device, memory_kind="pinned_host"))
+        return jax.device_put(on_host, SingleDeviceSharding(device, memory_kind=device.default_memory().kind))
 
-    seconds, back = timed(lambda: [there_and_back(device) for device in devices])
-    wrong = [str(device.id) for device, array in zip(devices, back, strict=True) if not np.array_equal(array, value)]
+    seconds, fetched = time_best(lambda: [offload_and_fetch(device) for device in devices])
+    wrong = [str(device.id) for device, array in zip(devices, fetched, strict=True) if not np.array_equal(array, value)]
     if wrong:
         return Check(name, "wrong", f"devices {', '.join(wrong)} got back another array", seconds)
     return Check(name, "right", f"exact on {len(devices)} devices", seconds)
 
 
-def timed(work: Callable[[], Any], *, repeats: int = 5) -> tuple[float, Any]:
-    """(seconds of the best of `repeats`, the last result), after one that compiles."""
+def time_best(work: Callable[[], Any], *, repeats: int = 5) -> tuple[float, Any]:
+    """(seconds of the fastest of `repeats` calls, the last result), after a call that compiles."""
     import jax
 
     jax.block_until_ready(work())
@@ -185,14 +185,14 @@ def timed(work: Callable[[], Any], *, repeats: int = 5) -> tuple[float, Any]:
     return best, result
 
 
-def host() -> Host:
+def describe_host() -> Host:
     """The machine this runs on."""
     cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_directory(None) / "compiled")
     return Host(
         system=platform.platform(),
         python=platform.python_version(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        cpu_features=cpu_features(),
+        cpu_features=read_cpu_features(),
         memory_bytes=psutil.virtual_memory().total,
         disk_free_bytes=shutil.disk_usage(".").free,
         compilation_cache=str(cache),
@@ -202,7 +202,7 @@ def host() -> Host:
     )
 
 
-def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+def read_cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     """Those of CPU_FEATURES that the first processor has; () where the system does not say."""
     try:
         lines = cpuinfo.read_text().splitlines()
@@ -215,57 +215,57 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
 
 
 def has_gloo() -> bool:
-    """Whether this jaxlib can connect CPU processes. It has no public word for it; its builder of collectives has."""
+    """Whether this jaxlib can connect CPU processes: it has no public way to ask, so look for what builds them."""
     try:
         return hasattr(importlib.import_module("jaxlib._jax"), "make_gloo_tcp_collectives")
     except ImportError:
         return False
 
 
-def version(name: str) -> str | None:
-    """Of an installed distribution; None where it is not."""
+def installed_version(name: str) -> str | None:
+    """The version of a distribution; None where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def installed(pattern: str) -> bool:
+def is_installed(pattern: str) -> bool:
     """Whether a distribution of this name, or of one that fits a pattern with a *, is installed."""
     if "*" not in pattern:
-        return version(pattern) is not None
+        return installed_version(pattern) is not None
     from fnmatch import fnmatch
 
-    return any(fnmatch(found.name or "", pattern) for found in importlib.metadata.distributions())
+    return any(fnmatch(distribution.name or "", pattern) for distribution in importlib.metadata.distributions())
 
 
-def extra(name: str) -> Extra:
-    """An optional part by its name."""
+def describe_extra(name: str) -> Extra:
+    """The state of an optional part of the package."""
     distributions, purpose = EXTRAS[name]
-    missing = tuple(pattern for pattern in distributions if not installed(pattern))
+    missing = tuple(pattern for pattern in distributions if not is_installed(pattern))
     return Extra(name, purpose, missing, remedy=f"pip install 'meshwright[{name}]'" if missing else "")
 
 
-def problems(found: Examination, *, nvidia: Path = Path("/dev/nvidia0")) -> list[Problem]:
-    """What will hurt, most important first. `nvidia`: exists where the system has an NVIDIA GPU."""
-    told = [
+def find_problems(examination: Examination, *, nvidia: Path = Path("/dev/nvidia0")) -> list[Problem]:
+    """The problems, most important first. `nvidia` is a file that exists where the system has an NVIDIA GPU."""
+    problems = [
         Problem(f"{check.name} went wrong: {check.detail}", "do not train here; try another jaxlib, driver or machine")
-        for check in found.checks
+        for check in examination.checks
         if check.outcome == "wrong"
     ]
-    absent = [name for name, installed_version in found.versions.items() if installed_version is None]
-    if absent:
-        told.append(Problem(f"not installed: {', '.join(absent)}", "pip install meshwright"))
-    if nvidia.exists() and not any(device.platform in ("gpu", "cuda") for device in found.devices):
-        told.append(Problem("there is an NVIDIA GPU, and JAX does not use it", "pip install 'meshwright[gpu]'"))
-    if found.host.disk_free_bytes < LOW_DISK:
-        free = size(found.host.disk_free_bytes)
-        told.append(Problem(f"{free} of disk are left here", "make room, or start runs from another directory"))
-    told += [
+    missing = [name for name, version in examination.versions.items() if version is None]
+    if missing:
+        problems.append(Problem(f"not installed: {', '.join(missing)}", "pip install meshwright"))
+    if nvidia.exists() and not any(device.platform in ("gpu", "cuda") for device in examination.devices):
+        problems.append(Problem("there is an NVIDIA GPU, and JAX does not use it", "pip install 'meshwright[gpu]'"))
+    if (free := examination.host.disk_free_bytes) < LOW_DISK:
+        remedy = "make room, or start runs from another directory"
+        problems.append(Problem(f"{format_bytes(free)} of disk are left here", remedy))
+    problems += [
         Problem(f"{check.name}: {check.detail}", "leave offload out of memory.policy and memory.names")
-        for check in found.checks
+        for check in examination.checks
         if check.outcome == "unavailable"
     ]
-    if not found.host.gloo:
-        told.append(Problem("this jaxlib has no gloo: CPU processes cannot work together", "pip install -U jaxlib"))
-    return told
+    if not examination.host.gloo:
+        problems.append(Problem("this jaxlib has no gloo: CPU processes cannot work together", "pip install -U jaxlib"))
+    return problems

@@ -1,4 +1,4 @@
-"""What the doctor found, for a terminal: sections of small tables, with a remedy beside whatever is wrong."""
+"""What the doctor found, for a terminal: sections of small tables, with a remedy for each problem."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,32 +8,34 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..report.markup import size
+from ..report.markup import format_bytes
 from .findings import Device, Examination, Extra, Host
 
 MARKS = {"right": ("✓", "green"), "wrong": ("✗", "bold red"), "unavailable": ("–", "yellow")}
 
 
-def render(found: Examination) -> Group:
-    """All of it."""
+def render(examination: Examination) -> Group:
+    """Everything that the doctor prints."""
     checks = []
-    for check in found.checks:
+    for check in examination.checks:
         mark, style = MARKS[check.outcome]
         took = f" ({1000 * check.seconds:.2f} ms)" if check.seconds is not None else ""
         checks.append(Text.assemble((f"{mark} ", style), check.name, f": {check.detail}{took}"))
-    worries = [Text.assemble(("! ", "bold red"), p.what, "\n  ", ("→ " + p.remedy, "cyan")) for p in found.problems]
+    problem_lines = [
+        Text.assemble(("! ", "bold red"), p.what, "\n  ", ("→ " + p.remedy, "cyan")) for p in examination.problems
+    ]
     return Group(
-        titled("Versions", facts({name: known or "missing" for name, known in found.versions.items()})),
-        titled("Machine", facts(host_facts(found.host))),
-        titled("Devices", devices_table(found.devices)),
-        titled("Checks", *(checks or [Text("none: there is no device")])),
-        titled("What is missing for what", extras_table(found.extras)),
-        titled("Problems", *(worries or [Text("none", style="green")])),
+        section("Versions", facts({name: version or "missing" for name, version in examination.versions.items()})),
+        section("Machine", facts(host_facts(examination.host))),
+        section("Devices", devices_table(examination.devices)),
+        section("Checks", *(checks or [Text("none: there is no device")])),
+        section("What is missing for what", extras_table(examination.extras)),
+        section("Problems", *(problem_lines or [Text("none", style="green")])),
     )
 
 
-def titled(title: str, *parts: RenderableType) -> Group:
-    """Parts under a heading."""
+def section(title: str, *parts: RenderableType) -> Group:
+    """`parts`, indented, under a heading."""
     return Group(Text(title, style="bold"), Padding(Group(*parts), (0, 0, 1, 2)))
 
 
@@ -45,34 +47,34 @@ def facts(values: Mapping[str, str]) -> Table:
     return grid
 
 
-def host_facts(found: Host) -> dict[str, str]:
-    """The machine in words."""
+def host_facts(host: Host) -> dict[str, str]:
+    """The host's facts, name -> text."""
     return {
-        "system": found.system,
-        "python": found.python,
-        "cores": f"{found.cores} ({' '.join(found.cpu_features) or 'features not known'})",
-        "memory": size(found.memory_bytes),
-        "free disk": size(found.disk_free_bytes),
-        "compilation cache": f"{found.compilation_cache} ({size(found.compilation_cache_bytes)})",
-        "gloo": "yes" if found.gloo else "no",
-        "XLA_FLAGS": found.xla_flags or "not set",
+        "system": host.system,
+        "python": host.python,
+        "cores": f"{host.cores} ({' '.join(host.cpu_features) or 'features not known'})",
+        "memory": format_bytes(host.memory_bytes),
+        "free disk": format_bytes(host.disk_free_bytes),
+        "compilation cache": f"{host.compilation_cache} ({format_bytes(host.compilation_cache_bytes)})",
+        "gloo": "yes" if host.gloo else "no",
+        "XLA_FLAGS": host.xla_flags or "not set",
     }
 
 
 def devices_table(devices: Sequence[Device]) -> Table:
-    """One row for devices that are alike."""
+    """A row for devices that are alike, and how many there are."""
     grid = Table("count", "kind", "platform", "memory kinds", "memory", box=None, pad_edge=False)
-    alike: dict[tuple[Any, ...], int] = {}
+    counts: dict[tuple[Any, ...], int] = {}
     for device in devices:
         key = (device.kind, device.platform, device.memory_kinds, device.memory_bytes)
-        alike[key] = alike.get(key, 0) + 1
-    for (kind, name, memory_kinds, memory), count in alike.items():
-        grid.add_row(str(count), kind, name, " ".join(memory_kinds), size(memory) if memory else "the host's")
+        counts[key] = counts.get(key, 0) + 1
+    for (kind, name, memory_kinds, memory), count in counts.items():
+        grid.add_row(str(count), kind, name, " ".join(memory_kinds), format_bytes(memory) if memory else "the host's")
     return grid
 
 
 def extras_table(extras: Sequence[Extra]) -> Table:
-    """One row an optional part."""
+    """A row an optional part."""
     grid = Table("extra", "for", "", box=None, pad_edge=False)
     for part in extras:
         state = Text(part.remedy, style="cyan") if part.missing else Text("installed", style="green")

@@ -1,7 +1,9 @@
-"""How a batch is computed: by all layers on every device, or through a pipeline. And what the blocks are told.
+"""Forward and backward pass of a batch: with all layers on every device, or through a pipeline.
 
-engines = whole(config, mesh, graph)        # or pipelined(config, mesh, graph, staging)
-sums = engines.train(params, frozen, batch, keys)
+    engines = single_stage_engines(config, mesh, graph)        # or pipelined_engines(config, mesh, graph, plan)
+    sums = engines.train(params, frozen, batch, keys)
+
+This module also builds the model's structure and parameters, and the `Context` that every block gets.
 """
 
 import dataclasses
@@ -13,18 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ...configs.adapter_runs import adapters_of
-from ...configs.names import ADAPTER_FIELD
+from ...configs.adapter_runs import resolve_adapters
+from ...configs.names import ADAPTER_IDS_FIELD
 from ...configs.run import RunConfig
 from ...memory import policy
 from ...models.adapters import multi_lora
 from ...models.adapters.attach import adapter_inserter, init_adapters, split_trained
 from ...models.context import Context, flat_linear, linear, unconstrained
-from ...models.decoder import Decoder
-from ...models.decoder import decoder_graphdef as decoder_graph
+from ...models.decoder import Decoder, decoder_graphdef
 from ...models.quantized_model import make_fake_quantize, quantize_frozen, quantized_kernel_inserter
-from ...models.reward_head import RewardHead
-from ...models.reward_head import init_reward_head as score
+from ...models.reward_head import RewardHead, init_reward_head
 from ...parallel.attention import sharded_attention, token_order
 from ...parallel.gradients import Batch, Engine, Loss, accumulate_gradients, plain_engine
 from ...parallel.pipeline.executor.stage_functions import StageFunctions
@@ -65,69 +65,60 @@ Evaluate = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, 
 
 
 class Engines(NamedTuple):
-    """What is computed of a batch: gradients to train, sums to evaluate."""
+    """The functions of a batch: gradients to train with, sums to evaluate."""
 
     train: Engine
     evaluate: Evaluate
-    measures: Mapping[str, Evaluate] = {}  # what else is told of held-out text
-    squared_gradients: Engine | None = None  # of single examples' gradients, where an adapter chooses by them
+    measures: Mapping[str, Evaluate] = {}  # further metrics of held-out text, by name
+    squared_gradients: Engine | None = None  # sums of squares of single examples' gradients, for fishmask
 
 
 def single_stage_engines(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
-    """Every device computes with all layers."""
-    kind = RECIPES[config.recipe.name]
-    recipe, measures = kind.loss(config.recipe), kind.measures
-    told = partial(make_context, config, mesh)
-    values = partial(values_fn, token_values(config))
-    if lift := make_multi_adapter(config):
-        values, recipe = lift.values(values), lift.loss(recipe)
-        measures = {name: lift.loss(measure) for name, measure in measures.items()}
-    loss = make_loss(values(graph, context=told), recipe, measures)
-    learned = (
-        loss_with_teacher(config, graph, distillation_head(config), context=told)
-        if config.recipe.compares_words
-        else loss
-    )
+    """Engines that compute all layers on every device."""
+    recipe = RECIPES[config.recipe.name]
+    recipe_loss, measures = recipe.loss(config.recipe), recipe.measures
+    context, one_device = partial(make_context, config, mesh), partial(local_context, config, mesh)
+    make_values = partial(values_fn, token_values(config), graph)
+    if adapters := make_multi_adapter(config):
+        make_values, recipe_loss = adapters.values(make_values), adapters.loss(recipe_loss)
+        measures = {name: adapters.loss(measure) for name, measure in measures.items()}
+    values = make_values(context=context)
+    loss = training_loss = make_loss(values, recipe_loss, measures)
+    if config.recipe.compares_distributions:
+        training_loss = loss_with_teacher(config, graph, distillation_head(config), context=context)
 
     evaluate = without_dropout(lambda params, frozen, *rest: loss(params, without_teacher(frozen), *rest))
-    further = {name: measured(values(graph, context=told), measure) for name, measure in measures.items()}
+    evaluated = {name: evaluate_measure(values, measure) for name, measure in measures.items()}
     if teacher_of(config) is not None:
-        further["acceptance"] = without_dropout(loss_with_teacher(config, graph, acceptance_head(config), context=told))
+        acceptance = loss_with_teacher(config, graph, acceptance_head(config), context=context)
+        evaluated["acceptance"] = without_dropout(acceptance)
     dtype = jnp.dtype(config.precision.gradients)
+    accumulate = partial(accumulate_gradients, microbatches=config.microbatches)
     if config.privacy is not None:
-        free = partial(local_context, config, mesh)
-        norms = make_norms(graph, recipe, model=config.model, adapter=config.adapter, context=free)
-        clipped = clipped_engine(
-            values(graph, context=told), recipe, squared_norms=norms, clip=config.privacy.clip, dtype=dtype
-        )
-        return Engines(accumulate_gradients(clipped, microbatches=config.microbatches), evaluate, further)
+        norms = make_norms(graph, recipe_loss, model=config.model, adapter=config.adapter, context=one_device)
+        clipped = clipped_engine(values, recipe_loss, squared_norms=norms, clip=config.privacy.clip, dtype=dtype)
+        return Engines(accumulate(clipped), evaluate, evaluated)
     if config.elastic.deterministic:
-        alone = make_loss(values(graph, context=partial(local_context, config, mesh)), recipe, measures)
-        fixed = partial(tree_ordered_engine, mesh=mesh, microbatches=config.microbatches)
-        squares = per_example_engine(
-            config, alone, lambda found, segments: fixed(fisher.single_device_engine(found, segments=segments))
-        )
-        return Engines(fixed(plain_engine(alone, dtype=dtype)), evaluate, further, squares)
-    squares = per_example_engine(config, learned, partial(fisher.shard_over_data, mesh=mesh))
-    engine = accumulate_gradients(plain_engine(learned, dtype=dtype), microbatches=config.microbatches)
-    return Engines(engine, evaluate, further, squares)
+        training_loss = make_loss(make_values(context=one_device), recipe_loss, measures)
+        accumulate = partial(tree_ordered_engine, mesh=mesh, microbatches=config.microbatches)
+    squared_gradients = None
+    if config.adapter is not None and config.adapter.method == "fishmask":
+        segments = 1 if recipe.unit == "token" else 2  # an example is a document, or a pair of responses
+        squares = fisher.per_example_squared_gradients(training_loss, segments=segments)
+        if config.elastic.deterministic:
+            squared_gradients = accumulate(fisher.single_device_engine(squares, segments=segments))
+        else:
+            squared_gradients = fisher.shard_over_data(squares, segments=segments, mesh=mesh)
+    return Engines(accumulate(plain_engine(training_loss, dtype=dtype)), evaluate, evaluated, squared_gradients)
 
 
-def per_example_engine(config: RunConfig, loss: Loss, spread: Callable[..., Engine]) -> Engine | None:
-    """Squares of the gradients of single examples, where the adapter chooses by them. An answer is one of a pair."""
-    if config.adapter is None or config.adapter.method != "fishmask":
-        return None
-    segments = 1 if RECIPES[config.recipe.name].unit == "token" else 2
-    return spread(fisher.per_example_squared_gradients(loss, segments=segments), segments=segments)
-
-
-def measured(values: Callable[..., jax.Array], measure: recipes.Loss) -> Evaluate:
-    """A measure of what `values` says, by parameters."""
+def evaluate_measure(values: Callable[..., jax.Array], measure: recipes.Loss) -> Evaluate:
+    """(params, frozen, batch) -> the sums of `measure` over the per-token `values`."""
     return lambda params, frozen, batch: measure(values(params, frozen, batch, None), batch)
 
 
 def without_dropout(loss: Loss) -> Evaluate:
-    """The sums of `loss`, nothing dropped out."""
+    """(params, frozen, batch) -> numerator and weight of `loss`, without dropout."""
 
     def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         numerator, (weight, _) = loss(params, frozen, batch, None)
@@ -137,28 +128,28 @@ def without_dropout(loss: Loss) -> Evaluate:
 
 
 def token_values(config: RunConfig) -> TokenValues:
-    """What the recipe's loss is of: a number for each token."""
+    """The per-token values that the recipe's loss reads: reward scores, or log p of the targets."""
     return reward_scores if RECIPES[config.recipe.name].scored else target_logprobs(config.model, config.memory)
 
 
 def training_head(config: RunConfig) -> LossHead:
-    """What is made of the last hidden states to train."""
-    kind = RECIPES[config.recipe.name]
-    if config.recipe.compares_words:
+    """The loss head of the training loss."""
+    recipe = RECIPES[config.recipe.name]
+    if config.recipe.compares_distributions:
         return distillation_head(config)
-    return make_loss_head(token_values(config), kind.loss(config.recipe), kind.measures)
+    return make_loss_head(token_values(config), recipe.loss(config.recipe), recipe.measures)
 
 
-def pipelined_engines(config: RunConfig, mesh: Mesh, graph: Any, staging: PipelinePlan) -> Engines:
-    """Devices along `pipe` hold some layers each."""
-    kind, teacher = RECIPES[config.recipe.name], pipelined_teacher(config, mesh, staging)
-    values = token_values(config)
+def pipelined_engines(config: RunConfig, mesh: Mesh, graph: Any, plan: PipelinePlan) -> Engines:
+    """Engines for a pipeline: each device along `pipe` holds some of the layers."""
+    recipe, teacher = RECIPES[config.recipe.name], pipelined_teacher(config, mesh, plan)
+    recipe_loss, values = recipe.loss(config.recipe), token_values(config)
 
-    def engine(table: Table, ending: LossHead, teacher: stages.Teacher | None) -> Engine:
+    def make_engine(table: Table, loss_head: LossHead, teacher: stages.Teacher | None) -> Engine:
         return stages.make_engine(
-            make_stage_functions(config, mesh, graph, ending),
-            lower_table(table, repeats=staging.repeats),
-            repeats=staging.max_repeats,
+            make_stage_functions(config, mesh, graph, loss_head),
+            lower_table(table, repeats=plan.repeats),
+            repeats=plan.max_repeats,
             mesh=mesh,
             zero=config.mesh.zero,
             compute=jnp.dtype(config.precision.compute),
@@ -166,115 +157,115 @@ def pipelined_engines(config: RunConfig, mesh: Mesh, graph: Any, staging: Pipeli
             teacher=teacher,
         )
 
-    def evaluate(ending: LossHead, teacher: stages.Teacher | None = None) -> Evaluate:
-        forward = engine(staging.forward, ending, teacher)
+    def make_evaluate(loss_head: LossHead, teacher: stages.Teacher | None = None) -> Evaluate:
+        forward = make_engine(plan.forward, loss_head, teacher)
 
-        def sums(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            found = forward(params, frozen, batch, None)
-            return found.loss, found.weight
+        def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            sums = forward(params, frozen, batch, None)
+            return sums.loss, sums.weight
 
-        return sums
+        return evaluate
 
-    further = {name: evaluate(make_loss_head(values, measure)) for name, measure in kind.measures.items()}
+    measures = {name: make_evaluate(make_loss_head(values, measure)) for name, measure in recipe.measures.items()}
     if teacher is not None:
-        further["acceptance"] = evaluate(acceptance_head(config), teacher)
-    train = engine(staging.table, training_head(config), teacher)
+        measures["acceptance"] = make_evaluate(acceptance_head(config), teacher)
+    train = make_engine(plan.table, training_head(config), teacher)
     if config.pipeline.post_validation:
-        train = stages.with_batch_weight(train, kind.loss(config.recipe))
-    return Engines(train, evaluate(make_loss_head(values, kind.loss(config.recipe))), further)
+        train = stages.with_batch_weight(train, recipe_loss)
+    return Engines(train, make_evaluate(make_loss_head(values, recipe_loss)), measures)
 
 
-def pipelined_teacher(config: RunConfig, mesh: Mesh, staging: PipelinePlan) -> stages.Teacher | None:
-    """The teacher, through a pipeline of its own; None where there is none."""
-    model, own = teacher_of(config), staging.teacher
-    if model is None or own is None:
+def pipelined_teacher(config: RunConfig, mesh: Mesh, plan: PipelinePlan) -> stages.Teacher | None:
+    """The teacher in a forward-only pipeline of its own; None without a teacher."""
+    model, teacher_plan = teacher_of(config), plan.teacher
+    if model is None or teacher_plan is None:
         return None
     shapes = jax.eval_shape(partial(init_weights, model, config))
-    cut = stages.make_stage_functions(decoder_graph(model), shapes, model=model, **surroundings(config, mesh))
-    return stages.make_teacher(cut, lower_table(own.table, repeats=own.repeats), repeats=own.max_repeats, mesh=mesh)
+    functions = stages.make_stage_functions(
+        decoder_graphdef(model), shapes, model=model, **stage_settings(config, mesh)
+    )
+    lowered = lower_table(teacher_plan.table, repeats=teacher_plan.repeats)
+    return stages.make_teacher(functions, lowered, repeats=teacher_plan.max_repeats, mesh=mesh)
 
 
-def make_stage_functions(config: RunConfig, mesh: Mesh, graph: Any, ending: LossHead | None = None) -> StageFunctions:
-    """The model as a pipeline cuts it; `ending` is that of training by default."""
+def make_stage_functions(
+    config: RunConfig, mesh: Mesh, graph: Any, loss_head: LossHead | None = None
+) -> StageFunctions:
+    """The model split into the functions of a pipeline stage. `loss_head` defaults to that of the training loss."""
 
-    def weights() -> Any:
-        params, frozen = partition_params(config, init_params(config))
+    def create_weights() -> Any:
+        params, frozen = partition_params(config)
         return combine(params, without_teacher(frozen))
 
     return stages.make_stage_functions(
         graph,
-        jax.eval_shape(weights),
+        jax.eval_shape(create_weights),
         model=config.model,
         recipe=RECIPES[config.recipe.name].loss(config.recipe),
-        ending=training_head(config) if ending is None else ending,
+        loss_head=training_head(config) if loss_head is None else loss_head,
         teacher=teacher_of(config),
-        **surroundings(config, mesh),
+        **stage_settings(config, mesh),
     )
 
 
-def surroundings(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
-    """What every model of the run is told, in a pipeline."""
+def stage_settings(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """Arguments of `stages.make_stage_functions` that the model and its teacher have in common."""
     compute = jnp.dtype(config.precision.compute)
     return {"context": partial(make_context, config, mesh), "constrain": constrainer(mesh), "compute": compute}
 
 
-def init_params(config: RunConfig) -> Any:
-    """Random weights of the whole model, by the seed."""
-    return init_weights(config.model, config)
-
-
 def model_graphdef(config: RunConfig) -> Any:
-    """The model's structure, with adapters beside its kernels and quantized kernels in the place of others."""
+    """The model's nnx graphdef, with adapters next to its kernels, and quantized kernels in place of frozen ones."""
     if config.adapters:
-        adapters = multi_lora.adapter_inserter(config.model, adapters_of(config))
+        insert_adapters = multi_lora.adapter_inserter(config.model, resolve_adapters(config))
     else:
-        adapters = adapter_inserter(config.model, config.adapter)
-    kernels = quantized_kernel_inserter(
-        config.model,
-        config.quantization,
-        without_teacher(jax.eval_shape(lambda: partition_params(config, init_params(config)))[1]),
-    )
+        insert_adapters = adapter_inserter(config.model, config.adapter)
+    _, frozen = jax.eval_shape(lambda: partition_params(config))
+    insert_kernels = quantized_kernel_inserter(config.model, config.quantization, without_teacher(frozen))
 
-    def all_of_it(decoder: Decoder) -> None:
-        adapters(decoder)
-        kernels(decoder)
+    def change(decoder: Decoder) -> None:
+        insert_adapters(decoder)
+        insert_kernels(decoder)
         if RECIPES[config.recipe.name].scored:
             decoder.score = RewardHead(config.model.embed)
 
-    return decoder_graph(config.model, all_of_it)
+    return decoder_graphdef(config.model, change)
 
 
-def partition_params(config: RunConfig, weights: Any, teacher: Any = None) -> tuple[Any, Any]:
-    """(what is trained, what is not) of the model that starts from `weights`: adapters added, the rest quantized.
+def partition_params(config: RunConfig, weights: Any = None, teacher: Any = None) -> tuple[Any, Any]:
+    """Return (trained, frozen) parameters of the model that starts from `weights` (None: from the seed).
 
-    `teacher` are the weights of a teacher from elsewhere; None: for shapes alone, where there is one.
+    Adapters are added and frozen kernels quantized. `teacher` are the weights of a teacher of another model; None gives
+    it random ones, for shapes only.
     """
-    given, key = weights, jax.random.fold_in(init_key(config), 2)
+    if weights is None:
+        weights = init_weights(config.model, config)
+    key = jax.random.fold_in(init_key(config), 2)
     if config.adapters:
-        given = multi_lora.init_adapters(weights, config.model, adapters_of(config), key)
-        params, frozen = multi_lora.split_trained(given, config.model, adapters_of(config))
+        adapted = multi_lora.init_adapters(weights, config.model, resolve_adapters(config), key)
+        params, frozen = multi_lora.split_trained(adapted, config.model, resolve_adapters(config))
     else:
+        adapted = weights
         if config.adapter is not None:
-            given = init_adapters(
-                weights, config.model, config.adapter, key, fake_quantize=make_fake_quantize(config.quantization)
-            )
-        params, frozen = split_trained(given, config.model, config.adapter)
+            fake_quantize = make_fake_quantize(config.quantization)
+            adapted = init_adapters(weights, config.model, config.adapter, key, fake_quantize=fake_quantize)
+        params, frozen = split_trained(adapted, config.model, config.adapter)
     if RECIPES[config.recipe.name].scored:
-        params = params | {"score": score(config.model.embed, jax.random.fold_in(init_key(config), 3))}
+        params = params | {"score": init_reward_head(config.model.embed, jax.random.fold_in(init_key(config), 3))}
     frozen = quantize_frozen(frozen, config.model, config.quantization)
-    return params, with_teacher(frozen, config, own=weights, given=teacher)
+    return params, with_teacher(frozen, config, initial_weights=weights, teacher_weights=teacher)
 
 
 def local_context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
-    """What the blocks are told on one device of `mesh`, which computes whole rows by itself."""
-    one = Mesh(mesh.devices.reshape(-1)[:1].reshape([1] * mesh.devices.ndim), mesh.axis_names)
-    free = partial(embedding_lookup, constrain=unconstrained)
-    return dataclasses.replace(make_context(config, one, batch, keys), constrain=unconstrained, lookup=free)
+    """The context of blocks whose rows are computed whole by one device of `mesh`."""
+    local_mesh = Mesh(mesh.devices.reshape(-1)[:1].reshape([1] * mesh.devices.ndim), mesh.axis_names)
+    lookup = partial(embedding_lookup, constrain=unconstrained)
+    return dataclasses.replace(make_context(config, local_mesh, batch, keys), constrain=unconstrained, lookup=lookup)
 
 
 def make_context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
-    """What the blocks are told for one batch on one mesh."""
-    chosen = policy.tensor_decisions(config.memory, tensors=policy.emitted_tensors(config.model))
+    """The context that every block gets for one batch on `mesh`. `keys` [rows] are for dropout; None: no dropout."""
+    decisions = policy.tensor_decisions(config.memory, tensors=policy.emitted_tensors(config.model))
     constrain = constrainer(mesh)
     order = token_order(batch["tokens"].shape[1], mesh=mesh, strategy=config.sequence.parallel)
     return Context(
@@ -282,12 +273,12 @@ def make_context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | 
         segment_ids=batch["segment_ids"],
         index=None if order is None else jnp.asarray(order),
         dropout_keys=keys,
-        adapter_ids=batch[ADAPTER_FIELD][:, 0] if config.adapters else None,
+        adapter_ids=batch[ADAPTER_IDS_FIELD][:, 0] if config.adapters else None,
         adapter_product=sharded_product(config.adapter.product, mesh) if config.adapters else None,
         attend=sharded_attention(config.model.attention, mesh=mesh, strategy=config.sequence.parallel),
         linear=flat_linear if mesh.shape["seq"] == 1 else linear,
         lookup=partial(embedding_lookup, constrain=constrain),
         constrain=constrain,
-        remat=policy.make_remat(chosen, scanned=config.model.scan),
+        remat=policy.make_remat(decisions, scanned=config.model.scan),
         compute_dtype=jnp.dtype(config.precision.compute),
     )

@@ -1,4 +1,4 @@
-"""From a host's rows to global arrays on the mesh."""
+"""From the rows that a process reads to global arrays on the mesh."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .program import Program
 
 
 def local_rows(config: RunConfig, mesh: Mesh) -> slice:
-    """The rows of every global batch that this process's devices hold."""
+    """Return the rows of every global batch of this job that the devices of this process hold."""
     shape = (config.data.global_batch, config.data.sequence_length)
     indices = batch_shardings(mesh)["tokens"].addressable_devices_indices_map(shape).values()
     bounds = [index[0].indices(shape[0])[:2] for index in indices]
@@ -24,48 +24,50 @@ def local_rows(config: RunConfig, mesh: Mesh) -> slice:
 
 @dataclass(frozen=True)
 class ProcessShard:
-    """Which samples of the data are read here: of each `every`, the `job`'s, and of those this process's `rows`."""
+    """Which samples of the data this process reads."""
 
-    run_batch: int  # samples of an update of the whole run, islands and all
-    job_rows: range
-    rows: slice  # of the `every`
+    run_batch: int  # samples of one step of the whole run, all islands included
+    job_rows: range  # those of `run_batch` that this job reads
+    rows: slice  # those of `run_batch` that this process reads
 
-    def first_sample(self, update: int) -> int:
-        """The number of this process's first sample of the update after `update` others."""
-        return update * self.run_batch + self.rows.start
+    def first_sample(self, step: int) -> int:
+        """The number of this process's first sample after `step` steps."""
+        return step * self.run_batch + self.rows.start
 
     def samples(self, start: int, stop: int) -> Iterable[int]:
-        """The job's samples of the updates after `start` others and before `stop`."""
-        return (update * self.run_batch + row for update in range(start, stop) for row in self.job_rows)
+        """The numbers of the job's samples after `start` steps, up to step `stop`."""
+        return (step * self.run_batch + row for step in range(start, stop) for row in self.job_rows)
 
 
 def make_process_shard(program: Program) -> ProcessShard:
-    """This process's share of what the run reads."""
-    size, islands = program.config.data.global_batch, program.config.islands
-    every = size * (islands.count if islands else 1)
-    rows, job = local_rows(program.config, program.mesh), islands.rows(every) if islands else range(every)
-    return ProcessShard(every, job, slice(job.start + rows.start, job.start + rows.stop))
+    """Return the shard of this process."""
+    islands = program.config.islands
+    run_batch = program.config.data.global_batch * (islands.count if islands else 1)
+    job_rows = islands.local_rows(run_batch) if islands else range(run_batch)
+    rows = local_rows(program.config, program.mesh)
+    return ProcessShard(run_batch, job_rows, slice(job_rows.start + rows.start, job_rows.start + rows.stop))
 
 
 def make_global_arrays(
     batch: Mapping[str, np.ndarray], config: RunConfig, mesh: Mesh, *, fields: Iterable[str] | None = None
 ) -> dict[str, jax.Array]:
-    """Global arrays [global_batch, sequence, ...] from this process's `local_rows` of `fields`; None: the recipe's.
+    """Make global arrays [global_batch, sequence, ...] from this process's `local_rows` of a batch.
 
-    Where `seq` cuts the rows, tokens are dealt to its devices in the order the attention wants, in every field alike.
+    `fields` are those to make; None: all that the recipe reads. If `seq` shards the rows, the tokens of every field are
+    permuted into the order that the attention strategy needs.
     """
     shape = (config.data.global_batch, config.data.sequence_length)
     order = token_order(shape[1], mesh=mesh, strategy=config.sequence.parallel)
-    first = local_rows(config, mesh).start
+    first_row = local_rows(config, mesh).start
 
-    def place(field: str, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    def make_global_array(field: str, sharding: jax.sharding.NamedSharding) -> jax.Array:
         rows = batch[field] if order is None else batch[field][:, order]
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(shape[0])
-            return rows[start - first : stop - first, index[1]]
+            return rows[start - first_row : stop - first_row, index[1]]
 
-        return jax.make_array_from_callback((*shape, *rows.shape[2:]), sharding, part)
+        return jax.make_array_from_callback((*shape, *rows.shape[2:]), sharding, shard)
 
-    wanted = batch_shardings(mesh, registry.batch_fields(config) if fields is None else fields)
-    return {field: place(field, sharding) for field, sharding in wanted.items()}
+    shardings = batch_shardings(mesh, registry.batch_fields(config) if fields is None else fields)
+    return {field: make_global_array(field, sharding) for field, sharding in shardings.items()}

@@ -1,10 +1,10 @@
-"""One island's share of a run: a replica in a program of its own, on its own rows of every global batch.
+"""An island is a replica as a job of its own, with its own part of every global batch.
 
-    whole -> own(whole)          the configuration of this job: its rows, its name
-    lift = Island(...)           takes the place of `Replicas` in a program: nothing has a leading [replica]
-    lift.halves(name)            a meeting, cut where the network is (`parallel/outer/split_round.py`)
+    island_config(config)          the configuration of this job, with its part of the global batch
+    island = make_island(...)      replaces `Replicas` in a program; no array has a leading [replica]
+    island.send_receive(name)      an outer step, split where the network is (`parallel/outer/split_round.py`)
 
-What is trained, evaluated and saved is the run of one replica, with the outer state beside it.
+An island trains, evaluates and saves like a run of one replica that also has an outer state.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import optax
 import xxhash
 from jax.sharding import Mesh
 
@@ -25,125 +26,117 @@ from ...parallel.outer.split_round import ExchangeFactory, SendReceive, add_repl
 from ...parallel.sharding import optimizer_shardings
 from ...parallel.state import TrainState
 from ..core.run_directory import flatten_keys, may_change
-from .replicas import Evaluate
+from .replicas import Evaluate, in_host_memory
 from .step import Step
 
-NOWHERE = Exchange(lambda tree: tree, lambda tree, row: tree)  # for what is read of an optimizer without meeting
-# Settings that may differ between the islands of one run, beside those that never change what is computed.
-OWN = ("name", "data.path", "model.from")
+NO_EXCHANGE = Exchange(lambda tree: tree, lambda tree, row: tree)  # for an outer optimizer whose steps are not run
+# Settings that may differ between the islands of a run, besides those that do not change what is computed.
+ISLAND_SETTINGS = ("name", "data.path", "model.from")
 
 
 def island_config(config: RunConfig) -> RunConfig:
-    """The configuration of one island's job: its part of the global batch, under a name of its own."""
+    """Return the configuration of this island's job, with its part of the global batch; `config` without islands."""
     islands = config.islands
     if islands is None:
         return config
-    every = config.evaluation.batches
+    global_batch, eval_batches = config.data.global_batch // islands.count, config.evaluation.batches
+    if eval_batches:  # as many held-out rows as the whole run would evaluate
+        eval_batches *= islands.count
+    staleness = 3 * config.outer.every if islands.staleness is None else islands.staleness
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"global_batch": config.data.global_batch // islands.count}),
-            # As many held-out rows as the whole run would take.
-            "evaluation": config.evaluation.model_copy(update={"batches": every and every * islands.count}),
-            "islands": islands.model_copy(
-                update={"staleness": 3 * config.outer.every if islands.staleness is None else islands.staleness}
-            ),
+            "data": config.data.model_copy(update={"global_batch": global_batch}),
+            "evaluation": config.evaluation.model_copy(update={"batches": eval_batches}),
+            "islands": islands.model_copy(update={"staleness": staleness}),
         }
     )
 
 
 def shared_settings(config: RunConfig, *, corpus: str) -> dict[str, Any]:
-    """What all islands of a run have in common, by key."""
-    islands = config.islands
-    common = {
+    """Return the settings that all islands of a run must share, by key. `corpus` is the fingerprint of the data."""
+    settings = {
         key: value
         for key, value in flatten_keys(config.model_dump(mode="json"))
-        if not may_change(key) and key not in OWN and not key.startswith("islands.")
+        if not may_change(key) and key not in ISLAND_SETTINGS and not key.startswith("islands.")
     }
-    return common | {"steps": config.steps, "islands.count": islands.count, "the data": corpus}
+    return settings | {"steps": config.steps, "islands.count": config.islands.count, "the data": corpus}
 
 
-def fingerprint(common: dict[str, Any]) -> str:
-    """16 hexadecimal digits of a description."""
-    return xxhash.xxh3_64_hexdigest(repr(sorted(common.items())).encode())
+def fingerprint(settings: dict[str, Any]) -> str:
+    """16 hexadecimal digits of `shared_settings`."""
+    return xxhash.xxh3_64_hexdigest(repr(sorted(settings.items())).encode())
 
 
 @dataclass(frozen=True)
 class Island:
-    """How a run of one becomes one of `count` islands, number `number`."""
+    """How a run of one replica becomes island `number` of `count`."""
 
     count: int
     number: int
-    build_outer: Callable[[ExchangeFactory], OuterOptimizer]  # the outer optimizer over any exchange
+    build_outer: Callable[[ExchangeFactory], OuterOptimizer]  # the outer optimizer, for any exchange
     mesh: Mesh
-    outer_on_host: bool  # whether the outer state waits in the host's memory
-    order: LayerOrder = None  # of the layers in this island's stacks; what is sent has them in order
+    outer_on_host: bool  # whether the outer state stays in host memory between outer steps
+    order: LayerOrder = None  # run order of this island's layers; messages are in canonical order
 
     @cached_property
     def outer(self) -> OuterOptimizer:
-        """The outer optimizer, for its state, its times, and what the run is; its meetings need `halves`."""
-        return self.build_outer(lambda wire: NOWHERE)
+        """The outer optimizer: its state, its schedule, its evaluation. Its outer steps need `send_receive`."""
+        return self.build_outer(lambda wire: NO_EXCHANGE)
 
     def initial(self, state: TrainState) -> TrainState:
-        """Every island begins at the same parameters."""
+        """Add the outer state to the first state; all islands start from the same parameters."""
         return dataclasses.replace(state, outer=self.outer.init(state.params))
 
-    def shardings(self, alone: TrainState, params: Any) -> TrainState:
-        """From where one replica's arrays live, and the shapes of its parameters, to where the island's do."""
+    def shardings(self, single: TrainState, params: Any) -> TrainState:
+        """Add the shardings of the outer state to those of one replica; `params` are the shapes of its parameters."""
         outer = optimizer_shardings(jax.eval_shape(self.outer.init, params), params, mesh=self.mesh)
-        if self.outer_on_host:
-            outer = jax.tree.map(lambda where: where.with_memory_kind("pinned_host"), outer)
-        return dataclasses.replace(alone, outer=outer)
+        return dataclasses.replace(single, outer=in_host_memory(outer) if self.outer_on_host else outer)
 
     def step(self, step: Step) -> Step:
-        """`step` on rows that keep the numbers they have in the global batch."""
-
-        def numbered(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-            return step(state, batch, self.number * batch["tokens"].shape[0])
-
-        return numbered
+        """`step` on this island's rows, which keep their ids in the global batch."""
+        return lambda state, batch: step(state, batch, self.number * batch["tokens"].shape[0])
 
     def evaluate(self, evaluate: Evaluate) -> Evaluate:
-        """An island evaluates like a run of one."""
+        """An island evaluates like a run of one replica."""
         return evaluate
 
-    def parameters(self, state: TrainState) -> Any:
-        """The outer parameters in the dtype of the inner ones: what the run is."""
+    def eval_params(self, state: TrainState) -> Any:
+        """Return the outer parameters in the dtype of the inner ones."""
         outer = self.outer_on_device(state.outer)
         if self.outer.per_replica:
             outer = add_replica_axis(outer)
-        found = self.outer.eval_params(add_replica_axis(state.params), outer)
-        return jax.tree.map(lambda mean, own: mean.astype(own.dtype), found, state.params)
+        return optax.tree.cast_like(self.outer.eval_params(add_replica_axis(state.params), outer), state.params)
 
     def outer_on_device(self, outer: Any) -> Any:
-        """The outer state in the device's memory; for use in a compiled function."""
+        """Move the outer state to device memory, inside a compiled function."""
         return jax.device_put(outer, jax.memory.Space.Device) if self.outer_on_host else outer
 
     def send_receive(self, name: str) -> SendReceive:
-        """What the meeting `name` sends, and what it makes of what came."""
-        made = split_outer_step(self.build_outer, name)
+        """Return what the outer step `name` sends, and what it makes of the messages that arrive."""
+        split_step = split_outer_step(self.build_outer, name)
 
-        def at_hand(params: Any, outer: Any) -> Any:
+        def canonical(params: Any, outer: Any) -> Any:
             return self.to_canonical_order((params, self.outer_on_device(outer)))
 
         return SendReceive(
-            lambda params, outer: made.send(*at_hand(params, outer)),
-            lambda params, outer, arrived: self.to_run_order(made.receive(*at_hand(params, outer), arrived)),
-            lambda params, outer: made.messages(*jax.eval_shape(at_hand, params, outer)),
+            lambda params, outer: split_step.send(*canonical(params, outer)),
+            lambda params, outer, arrived: self.to_run_order(split_step.receive(*canonical(params, outer), arrived)),
+            lambda params, outer: split_step.messages(*jax.eval_shape(canonical, params, outer)),
         )
 
     def to_canonical_order(self, tree: Any) -> Any:
-        """Any tree like the parameters (arrays of JAX or numpy) with the layers of its stacks in order."""
+        """Reorder the layers of a tree like the parameters (JAX or NumPy arrays) from run order to canonical order."""
         return reorder_layers(tree, before=self.order, after=None)
 
     def to_run_order(self, tree: Any) -> Any:
-        """The inverse."""
+        """The inverse of `to_canonical_order`."""
         return reorder_layers(tree, before=None, after=self.order)
 
 
 def make_island(config: RunConfig, mesh: Mesh, *, order: LayerOrder = None) -> Island:
-    """The island of `config` on `mesh`; without a number it is the first one, for plans.
+    """Return the island of `config` on `mesh`. Without `islands.number`, for plans, it is the first one.
 
-    `order` is that of the layers in its stacks.
+    `order` is the run order of the layers.
     """
 
     def build(exchange_factory: ExchangeFactory) -> OuterOptimizer:

@@ -1,14 +1,14 @@
-"""How long each op of a pipelined run really takes: the run's own engine, given tables in which all do the same.
+"""Measures how long each op of a pipelined run takes, with the run's own engine on tables of a single op.
 
-    costs = op_times(program, params, frozen, batch)    # parallel/pipeline/tables/costs.py, in seconds
+    costs = measure_costs(program, params, frozen, batch)    # parallel/pipeline/tables/costs.py, in seconds
 
-The engine does what its rows say, and does not ask whether they make a schedule: rows in which every device does F, and
-nothing else, take the time of idle rows and of as many F. What comes out is worth nothing; how long it took is.
+The engine runs the rows of a table and does not check whether they are a schedule: rows in which every device only does
+F take the time of idle rows plus that of as many F. The result is meaningless, but its time is not.
 """
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -28,104 +28,100 @@ from .host_data import make_global_arrays, make_process_shard
 from .program import Program
 from .replicas import Replicas
 
-TICKS = 8  # of the rows that are run; in all of them all devices do the op
-LONGER = 40  # rows in which nobody does anything, for the time of a tick
-ROUNDS = 3
+TICKS = 8  # rows of a measured table; in each of them every device does the op
+LONG_TICKS = 40  # rows of a longer idle table, which gives the time of a tick
+ROUNDS = 3  # runs whose median counts
 
 
 def profile_ops(program: Program, state: TrainState, data: Data) -> dict[str, Any]:
-    """What `pipeline.json` holds: each op's seconds, and the schedule they were measured for."""
-    share, config = make_process_shard(program), program.config
-    rows = batches(data.train, start=0, global_batch=share.run_batch, rows=share.rows, prefetch=config.data.prefetch)
+    """Return the content of `pipeline.json`: the seconds of each op, and the schedule they were measured for."""
+    shard, config, plan = make_process_shard(program), program.config, program.pipeline_plan
+    rows = batches(data.train, start=0, global_batch=shard.run_batch, rows=shard.rows, prefetch=config.data.prefetch)
     with closing(rows) as feed:
         batch = make_global_arrays(next(feed), config, program.mesh)
-    if isinstance(replicas := program.replicas, Replicas):  # all do the same, and no time depends on the numbers
+    if isinstance(replicas := program.replicas, Replicas):  # one is enough: times do not depend on the values
         batch = jax.jit(lambda batch: {field: leaf[0] for field, leaf in replicas.split_rows(batch).items()})(batch)
     costs = measure_costs(program, program.eval_params(state), state.frozen, batch)
-    staging = program.pipeline_plan
     return {
-        "schedule": staging.table.name,
-        "devices": staging.table.devices,
-        "repeats": staging.repeats,
+        "schedule": plan.table.name,
+        "devices": plan.table.devices,
+        "repeats": plan.repeats,
         "costs": costs.model_dump(mode="json"),
     }
 
 
 def measure_costs(program: Program, params: Any, frozen: Any, batch: Any) -> Costs:
-    """Seconds of each op over all layers of a device, of S and T, of what the head adds, and of a tick."""
-    staging = program.pipeline_plan
-    if staging is None:
-        raise MeshwrightError(f"mesh.pipe: {program.mesh.shape['pipe']}: only a pipeline has ops to time")
-    wiring = lower_table(staging.table, repeats=staging.repeats)
-    idle, longer = idle_rows(wiring, ticks=TICKS), idle_rows(wiring, ticks=LONGER)
-    with jax.set_mesh(program.mesh):
-        engine = jax.jit(
-            lambda params, frozen, batch, rows: program.gradient_engine(params, frozen, batch, None, rows=rows)
+    """Return the seconds of each op over all layers of a device, of S and T, of the head's part, and of a tick."""
+    plan = program.pipeline_plan
+    if plan is None:
+        raise MeshwrightError(
+            f"mesh.pipe: {program.mesh.shape['pipe']}: only a pipeline has ops to time; use 2 or more"
         )
-        short, stretched = (
-            partial(
-                compile_cache.compile_cached(engine.lower(params, frozen, batch, rows), program.mesh),
-                params,
-                frozen,
-                batch,
-            )
-            for rows in (idle, longer)
-        )
-    base = median_seconds(short, idle)  # what a step costs without any op: gathering, reducing, and some ticks
-    tick = max(median_seconds(stretched, longer) - base, 0.0) / (LONGER - TICKS)
+    lowered = lower_table(plan.table, repeats=plan.repeats)
+    idle, long_idle = idle_rows(lowered, ticks=TICKS), idle_rows(lowered, ticks=LONG_TICKS)
+    engine = jax.jit(
+        lambda params, frozen, batch, rows: program.gradient_engine(params, frozen, batch, None, rows=rows)
+    )
+
+    def compiled(rows: dict[str, np.ndarray]) -> Callable[[dict[str, np.ndarray]], Any]:
+        with jax.set_mesh(program.mesh):
+            lowered_engine = engine.lower(params, frozen, batch, rows)
+            return partial(compile_cache.compile_cached(lowered_engine, program.mesh), params, frozen, batch)
+
+    run, run_long = compiled(idle), compiled(long_idle)
+    base = median_seconds(run, idle)  # a step without any op: gathering, reducing, and TICKS ticks
+    tick = max(median_seconds(run_long, long_idle) - base, 0.0) / (LONG_TICKS - TICKS)
 
     def cost(op: Op, **fields: int) -> float:
-        if op not in wiring.ops:
+        if op not in lowered.ops:
             return 0.0
-        rows = busy_rows(idle, op, repeats=staging.max_repeats, slots=wiring.slots, **fields)
-        return max(median_seconds(short, rows) - base, 0.0) / TICKS
+        rows = busy_rows(idle, op, repeats=plan.max_repeats, slots=lowered.slots, **fields)
+        return max(median_seconds(run, rows) - base, 0.0) / TICKS
 
     times = {op: cost(op) for op in Op if op is not Op.IDLE}
-    whole = wiring.vocab_exchanges is None
-    backward = Op.B if Op.B in wiring.ops else Op.I
-    head = max(cost(backward, last=1) - times[backward], 0.0) if whole else 0.0
-    chunks = staging.table.chunks
+    vocab_parallel = lowered.vocab_exchanges is not None
+    backward = Op.B if Op.B in lowered.ops else Op.I
+    chunks = plan.table.chunks
     return Costs(
         forward=times[Op.F] * chunks,
         input_gradient=times[backward] * chunks,
         weight_gradient=times[Op.W] * chunks,
-        vocabulary_s=None if whole else times[Op.S],
-        vocabulary_t=None if whole else times[Op.T],
-        head_input_gradient=head,
+        vocabulary_s=times[Op.S] if vocab_parallel else None,
+        vocabulary_t=times[Op.T] if vocab_parallel else None,
+        head_input_gradient=0.0 if vocab_parallel else max(cost(backward, last=1) - times[backward], 0.0),
         tick=tick,
-        stages=tuple(repeats / staging.max_repeats for repeats in staging.repeats),
+        stages=tuple(repeats / plan.max_repeats for repeats in plan.repeats),
     )
 
 
-def idle_rows(wiring: LoweredTable, *, ticks: int) -> dict[str, np.ndarray]:
-    """Rows like those of `wiring`, with nothing to do in any tick."""
-    kept = -1  # no slot, no meeting
-    zeros = ("op", "microbatch", "chunk", "repeats", "first_repeat", "first", "last")
+def idle_rows(lowered: LoweredTable, *, ticks: int) -> dict[str, np.ndarray]:
+    """Return rows with the fields of `lowered` in which no device does anything."""
+    zeros = ("op", "microbatch", "chunk", "repeats", "first_repeat", "first", "last")  # -1: no slot, no exchange
     return {
-        name: np.full((ticks, *field.shape[1:]), 0 if name in zeros else kept, np.int32)
-        for name, field in wiring.fields.items()
+        name: np.full((ticks, *field.shape[1:]), 0 if name in zeros else -1, np.int32)
+        for name, field in lowered.fields.items()
     }
 
 
 def busy_rows(
     idle: dict[str, np.ndarray], op: Op, *, repeats: int, slots: Mapping[str, int], last: int = 0
 ) -> dict[str, np.ndarray]:
-    """`idle` rows in which every device does `op` over `repeats` repeats, as the last stage or not.
+    """Return `idle` rows in which every device does `op` over `repeats` repeats; `last` is 1 for the last stage.
 
-    Each tick has the next slot of every pool, as in a schedule: a slot that is used again stays in a cache.
+    Each tick uses the next slot of every pool, as in a schedule: a slot that is used again would still be in a cache.
     """
-    turn = np.arange(len(idle["op"]))[:, None]
+    tick = np.arange(len(idle["op"]))[:, None]
     pools = {"input": "input", "weight": "weight", "stash": "stash", "read": "messages"}
-    wanted = {"op": op, "repeats": repeats, "last": last}
-    wanted |= {name: turn % max(slots[pool], 1) for name, pool in pools.items()}
-    return idle | {name: np.full_like(idle[name], value) for name, value in wanted.items()}
+    values = {"op": op, "repeats": repeats, "last": last}
+    values |= {name: tick % max(slots[pool], 1) for name, pool in pools.items()}
+    return idle | {name: np.full_like(idle[name], value) for name, value in values.items()}
 
 
 def median_seconds(compiled: Any, rows: dict[str, np.ndarray]) -> float:
-    """The median time of a run over `rows`."""
-    found = []
-    for _ in range(ROUNDS + 1):  # the first warms up
+    """Return the median seconds of ROUNDS runs over `rows`."""
+    seconds = []
+    for _ in range(ROUNDS + 1):  # the first run warms up
         began = time.perf_counter()
         jax.block_until_ready(compiled(rows))
-        found.append(time.perf_counter() - began)
-    return statistics.median(found[1:])
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])

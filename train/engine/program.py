@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ...checkpoint.interop import huggingface
 from ...checkpoint.layout_conversion import Layout, make_layout
 from ...configs.errors import UserError
-from ...configs.names import ADAPTER_FIELD, BATCH_FIELDS, RECIPE_FIELDS, TOP_FIELDS
+from ...configs.names import ADAPTER_IDS_FIELD, BATCH_FIELDS, RECIPE_FIELDS, TEACHER_TOP_K_FIELDS
 from ...configs.run import RunConfig
 from ...configs.sections.model import ModelConfig
 from ...models.quantized_model import dequantize_tree, quantize_trained
@@ -59,7 +59,7 @@ from .step import Step, make_step, make_update, no_extra_inputs
 
 # Dtypes of a batch's fields.
 BATCH_DTYPES = dict.fromkeys(BATCH_FIELDS, jnp.int32) | dict.fromkeys(("loss_weights", *RECIPE_FIELDS), jnp.float32)
-BATCH_DTYPES |= {"teacher_tokens": jnp.int32, ADAPTER_FIELD: jnp.int32}
+BATCH_DTYPES |= {"teacher_tokens": jnp.int32, ADAPTER_IDS_FIELD: jnp.int32}
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Program:
 
     def extra_dimensions(self, field: str) -> tuple[int, ...]:
         """Dimensions of a batch's `field` beyond [global_batch, sequence]."""
-        return (self.config.recipe.top_k,) if field in TOP_FIELDS else ()
+        return (self.config.recipe.top_k,) if field in TEACHER_TOP_K_FIELDS else ()
 
     def initialize(self) -> TrainState:
         """Return the state before the first step, created sharded."""
@@ -204,7 +204,7 @@ class Program:
         """Directories of the weights that a restored run reads again."""
         config, teacher = self.config, self.config.recipe.teacher
         reads_base = config.adapter is not None and config.quantization is None  # the run keeps a quantized base
-        models = [config.model] * (reads_base or config.recipe.reads_itself) + ([teacher] if teacher else [])
+        models = [config.model] * (reads_base or config.recipe.needs_initial_weights) + ([teacher] if teacher else [])
         return [model.origin for model in models if model.origin is not None]
 
     def restore_frozen(self, state: TrainState, *, origin: str | None) -> TrainState:
@@ -287,9 +287,9 @@ class Program:
     @cached_property
     def _eval_params_fn(self) -> Callable[[TrainState], Any] | None:
         if self.replicas:
-            eval_params = self.replicas.parameters
+            eval_params = self.replicas.eval_params
         elif "average" in self.shapes.opt_state:
-            eval_params = average_params
+            eval_params = lambda state: optax.tree.cast_like(state.opt_state["average"].params, state.params)
         elif qat.trains_codes(self.config):
             eval_params = lambda state: qat.dequantized_weights(state.params, self.config)
         else:
@@ -342,11 +342,6 @@ class Program:
 
     def _abstract_state(self) -> TrainState:
         return with_shardings(self.shapes, self.shardings)
-
-
-def average_params(state: TrainState) -> Any:
-    """Return the moving average of the parameters, in their dtype."""
-    return jax.tree.map(lambda mean, param: mean.astype(param.dtype), state.opt_state["average"].params, state.params)
 
 
 def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) -> Program:

@@ -1,7 +1,8 @@
-"""The quantized base of a run, kept once beside its checkpoints: they hold the adapter, this the weights it belongs to.
+"""The quantized base of a run, saved once next to its checkpoints, which hold the adapter only.
 
-Quantizing anew, on another mesh or by another version, may round a weight the other way: then it is another base. Runs
-whose frozen weights are not quantized make them again exactly, from the seed or from `model.from`.
+Quantizing again, on another mesh or with another version, may round a weight the other way, and the adapter would then
+belong to another base. Frozen weights that are not quantized are not saved: a restored run makes exactly the same ones
+again, from the seed or from `model.from`.
 """
 
 from collections.abc import Callable
@@ -23,44 +24,49 @@ from .program import Program
 DIRECTORY = "base"
 
 
-def save_base(program: Program, state: TrainState, run: Path, *, allowed: Callable[[], None] = lambda: None) -> None:
-    """Write the frozen weights of `state`, with which `run` starts, into it, where they are quantized."""
+def save_base(
+    program: Program, state: TrainState, run_directory: Path, *, check_allowed: Callable[[], None] = lambda: None
+) -> None:
+    """Write the frozen weights of a run's first state into its directory, if they are quantized."""
     if program.config.quantization is None:
         return
-    with closing(base_storage(program, run, allowed=allowed)) as storage:
+    with closing(base_storage(program, run_directory, check_allowed=check_allowed)) as storage:
         if jax.process_index() == 0:
             storage.checkpoints.recover_interrupted(lambda step, why: None)
-            if storage.steps:  # of a sitting that came to no checkpoint
+            if storage.steps:  # of a session that ended before its first checkpoint
                 storage.checkpoints.remove(0)
         storage.save(frozen_only(state), step=0, data={"origin": program.origin})
 
 
-def restore_frozen(program: Program, state: TrainState, run: Path, *, origin: str | None) -> TrainState:
-    """`state`, as a checkpoint of `run` holds it, with what never changes. Raises UserError where that is gone."""
+def restore_frozen(program: Program, state: TrainState, run_directory: Path, *, origin: str | None) -> TrainState:
+    """Add the frozen weights to a restored state. Raises UserError if the quantized base is missing or damaged."""
     if program.config.quantization is None:
         return program.restore_frozen(state, origin=origin)
-    with closing(base_storage(program, run)) as storage:
+    with closing(base_storage(program, run_directory)) as storage:
         if not storage.steps:
             raise UserError(
-                f"{run / DIRECTORY}: the quantized base is gone; bring it back, or train under another name"
+                f"{run_directory / DIRECTORY}: the quantized base is missing; bring it back, or train under another "
+                "name"
             )
         try:
-            one, _ = storage.restore(0, shapes=frozen_only(program.shapes), shardings=frozen_only(program.shardings))
+            base, _ = storage.restore(0, shapes=frozen_only(program.shapes), shardings=frozen_only(program.shardings))
         except DamagedCheckpoint as error:
             raise UserError(
-                f"{error}; bring a good copy of {run / DIRECTORY} back, or train under another name"
+                f"{error}; bring a good copy of {run_directory / DIRECTORY} back, or train under another name"
             ) from None
     if "teacher" not in program.shapes.frozen:
-        return replace(state, frozen=one.params)
-    again = program.restore_frozen(state, origin=origin).frozen  # the whole model is where it came from
-    return replace(state, frozen=one.params | {"teacher": again["teacher"]})
+        return replace(state, frozen=base.params)
+    teacher = program.restore_frozen(state, origin=origin).frozen["teacher"]  # read again from its own directory
+    return replace(state, frozen=base.params | {"teacher": teacher})
 
 
-def base_storage(program: Program, run: Path, *, allowed: Callable[[], None] = lambda: None) -> Storage:
-    """Where the base is; its layers stand as in the run."""
-    return Storage(run / DIRECTORY, layout=make_layout(program.config.model, program.order), check_allowed=allowed)
+def base_storage(program: Program, run_directory: Path, *, check_allowed: Callable[[], None] = lambda: None) -> Storage:
+    """Open the storage of the base, whose layers are in run order."""
+    return Storage(
+        run_directory / DIRECTORY, layout=make_layout(program.config.model, program.order), check_allowed=check_allowed
+    )
 
 
 def frozen_only(state: Any) -> Any:
-    """A state (or shapes, or shardings) of the frozen weights of the quantized model and nothing else."""
+    """Return a state (or shapes, or shardings) that holds the frozen weights of the quantized model only."""
     return replace(state, params=without_teacher(state.frozen), frozen={}, opt_state=(), outer=())

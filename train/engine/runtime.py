@@ -28,8 +28,8 @@ def start(config: RunConfig, process_info: ProcessInfo) -> None:
     Nothing may have touched a device before.
     """
     local = process_info.local_devices
-    if local is None and process_info.processes > 1 and config.mesh.count is not None:
-        local = config.mesh.count // process_info.processes
+    if local is None and process_info.processes > 1 and config.mesh.device_count is not None:
+        local = config.mesh.device_count // process_info.processes
     prepare_devices(config.mesh, local_devices=local)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache(config)))

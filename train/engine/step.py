@@ -1,4 +1,4 @@
-"""One optimizer step, as a composition of functions: recipe -> loss -> gradient engine -> optimizer.
+"""One training step as a composition of functions: recipe -> loss -> gradient engine -> optimizer.
 
 step(state, batch) -> (state, metrics)
 """
@@ -16,12 +16,12 @@ from ...parallel.state import TrainState
 from ..optim.optimizer_update import Update
 from ..optim.optimizers import mean_gradient_norm
 
-Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch), and the number of its first row
-ApplyUpdate = Callable[[Sums, TrainState], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch, first_row=0) -> (state, metrics)
+ApplyUpdate = Callable[[Sums, TrainState], tuple[TrainState, dict[str, jax.Array]]]  # -> (state, metrics)
 
 
 def no_extra_inputs(state: TrainState) -> dict[str, Any]:
-    """What an engine is told of the state besides: no more than a batch."""
+    """Extra engine inputs derived from the state. This default has none."""
     del state
     return {}
 
@@ -34,9 +34,10 @@ def make_step(
     extra_inputs: Callable[[TrainState], dict[str, Any]] = no_extra_inputs,
     row_ids: Callable[[], jax.Array] | None = None,
 ) -> Step:
-    """A pure step: the sums of a batch, and what `applied` makes of them.
+    """Return a pure step: `engine` sums up a batch, `apply_update` turns the sums into the next state.
 
-    `told(state)` is what else the engine takes, by name. `numbers()` are those of a batch's rows, None: as they stand.
+    `extra_inputs(state)` are further keyword arguments of the engine. `row_ids()` [rows] seed dropout; None: row i of
+    the batch has id i. `first_row` is added to them, for a batch that is a part of the global batch.
     """
 
     def step(state: TrainState, batch: Batch, first_row: Any = 0) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -48,12 +49,12 @@ def make_step(
 
 
 def make_update(update: Update, *, schedule: optax.Schedule, spike: float | None) -> ApplyUpdate:
-    """The update by what a batch added up to.
+    """Return a function that divides the sums of a batch by their weight and makes the optimizer's update.
 
-    None is healthy that is not finite, or whose norm exceeds `spike` times the mean so far.
+    The update is skipped if loss or gradient norm is not finite, or if the norm exceeds `spike` x its running mean.
     """
 
-    def applied(sums: Sums, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+    def apply_update(sums: Sums, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
         weight = jnp.maximum(sums.weight, 1e-9)
         gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / weight, sums.gradient)
         norm = optax.global_norm(gradient)
@@ -70,13 +71,13 @@ def make_update(update: Update, *, schedule: optax.Schedule, spike: float | None
             **{name: value / weight for name, value in sums.metrics.items()},
             **new.metrics,
         }
-        # An update that is not applied still counts as a step, so that the data goes on.
+        # A skipped update still counts as a step, so that the run goes on to the next batch.
         return dataclasses.replace(state, step=state.step + 1, params=new.params, opt_state=new.opt_state), metrics
 
-    return applied
+    return apply_update
 
 
 def row_keys(state: TrainState, *, rows: jax.Array) -> jax.Array:
-    """One key for each of `rows` of the global batch: no mesh, microbatch or process count changes what a row draws."""
+    """Return one key for each row id, so what a row draws depends on no mesh, microbatch or process count."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)

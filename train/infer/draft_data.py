@@ -74,7 +74,7 @@ def write_draft_data(config: RunConfig, target: Path, file: Path, request: Gener
     """
     if file.exists():
         raise UserError(f"{file} exists; choose another name, nothing is overwritten")
-    if config.data.chats or config.adapters:
+    if config.data.has_conversations or config.adapters:
         kind = "several adapters" if config.adapters else f"conversations (data.format: {config.data.format})"
         raise UserError(f"{target} continues texts and no {kind}; set data.format to prompt-completion or text")
     model = load_model(target, platform=config.mesh.platform)

@@ -47,7 +47,7 @@ class Evaluator:
                 weights,
                 data.tokenizer,
                 config.prompts,
-                template=data.template if run_config.all_data.chats else None,
+                template=data.template if run_config.all_data.has_conversations else None,
                 max_tokens=config.sample_tokens,
                 sampling=Sampling(temperature=config.temperature),
                 seed=run_config.seed if run_config.privacy is None else 0,  # a private run's seed is a secret

@@ -9,8 +9,8 @@ from typing import Any
 from ...checkpoint.interop import huggingface, peft
 from ...checkpoint.storage import Storage
 from ...configs.errors import UserError
-from ...configs.huggingface import config_json
-from ...configs.loader import validated
+from ...configs.huggingface import to_config_json
+from ...configs.loader import validate_tree
 from ...configs.run import RunConfig
 from ...configs.sections.model import ModelConfig
 from ...models.adapters.attach import merge_adapters, split_trained
@@ -34,7 +34,7 @@ def config_for(source: Path, **sections: Any) -> RunConfig:
     """The configuration of a run whose model is the one in `source`, with more `sections`."""
     model = {"from": str(source.absolute())}
     length = min(256, origin_length(ModelConfig.model_validate(model)) or 256)
-    return validated({"model": model, "data": {"sequence_length": length}} | sections)
+    return validate_tree({"model": model, "data": {"sequence_length": length}} | sections)
 
 
 def import_directory(source: Path, run: Path, *, adapter: Path | None = None) -> Path:
@@ -82,7 +82,7 @@ def export_run(run: Path, target: Path, *, limit: int, adapter: str | None = Non
     params = merge_adapters(program.dequantized_weights(state), model, config.adapter)
     dtype = str(params["embed"]["embedding"].dtype)
     positions = max(config.data.sequence_length, origin_length(model) or 0)
-    tree = config_json(model, positions=positions, dtype=dtype)
+    tree = to_config_json(model, positions=positions, dtype=dtype)
     tree |= token_ids(run)
     if "score" in params:
         params = {name: part for name, part in params.items() if name != "head"}
@@ -126,7 +126,7 @@ def export_adapter(run: Path, target: Path, *, adapter: str | None = None) -> li
             f"adapter.start: {config.adapter.start} with quantization: the adapter belongs to a base that only this "
             "run has; use `meshwright checkpoint export`, which merges it"
         )
-    kind = config_json(config.model, positions=config.data.sequence_length, dtype="float32")["model_type"]
+    kind = to_config_json(config.model, positions=config.data.sequence_length, dtype="float32")["model_type"]
     if config.adapters and adapter is None:
         return [
             f"{name}/{file}" for name in config.adapters for file in export_adapter(run, target / name, adapter=name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...checkpoint.manifest import DamagedCheckpoint
 from ...checkpoint.storage import Storage
 from ...configs.errors import UserError
-from ...configs.loader import merge_trees, nest_value, parse_yaml, validated
+from ...configs.loader import merge_trees, nest_value, parse_yaml, validate_tree
 from ...configs.run import RunConfig
 from ...parallel.mesh import make_mesh
 from ...parallel.state import TrainState
@@ -61,7 +61,7 @@ def generate(
         program.merged_weights(state),
         load(run),
         list(prompts),
-        template=find_template(None, tokenizer=str(run), tokens={}) if config.data.chats else None,
+        template=find_template(None, tokenizer=str(run), tokens={}) if config.data.has_conversations else None,
         max_tokens=tokens,
         sampling=sampling,
         seed=seed,
@@ -98,7 +98,7 @@ def inference_config(run: Path, overrides: Sequence[str]) -> RunConfig:
     for word in overrides:
         key, _, value = word.partition("=")
         tree = merge_trees(tree, nest_value(key.split("."), parse_yaml(value, origin=word)))
-    return validated(tree)
+    return validate_tree(tree)
 
 
 def load_program(config: RunConfig, run: Path, *, adapter: str | None = None) -> tuple[Program, TrainState]:

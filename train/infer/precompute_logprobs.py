@@ -39,7 +39,7 @@ REFERENCE = "reference_logprobs"
 def with_reference_logprobs(program: Program, data: Data, *, samples: Iterable[int]) -> Data:
     """Return `data` with annotations for the training rows `samples` and the held-out rows, if the recipe needs any."""
     config = program.config
-    if not config.recipe.reads_ahead:
+    if not config.recipe.precomputes_logprobs:
         return data
     fields = [field for field in batch_fields(config) if field == REFERENCE or program.extra_dimensions(field)]
     logger.info("computing %s of the data, once", " and ".join(fields))

@@ -27,7 +27,7 @@ import xxhash
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ...configs.errors import MeshwrightError, Preempted
-from ...configs.sections.outer import PAIRED
+from ...configs.sections.outer import PAIRWISE_RULES
 from ...parallel.multihost import broadcast_bytes
 from ...parallel.outer.interface import OuterStep
 from ...parallel.outer.split_round import find_defect, pack, unpack
@@ -89,7 +89,7 @@ class IslandSync:
         self.program, self.island = program, program.replicas
         self._mail, self._journal, self._stop = transport, journal, should_stop
         self._waiting = CollectiveWait(report_waiting, lambda: should_stop(self._update), self._arrived)
-        self._paired = program.config.outer.name in PAIRED
+        self._paired = program.config.outer.name in PAIRWISE_RULES
         self._pending: dict[str, PendingRound] = {}
         self._programs: dict[str, RoundPrograms] = {}
         self._skipped: set[str] = set()  # sendings that came to nothing, until they are sent again

@@ -17,7 +17,7 @@ def run_cluster_test(
 ) -> None:
     """Run it; process 0 prints. Raises MeshwrightError where it finds a problem."""
     if engine not in ENGINES or engine == "k8s":
-        raise UserError.no_match("--engine", [engine], known=set(ENGINES) - {"k8s"})
+        raise UserError.no_match("--engine", [engine], candidates=set(ENGINES) - {"k8s"})
     command = [sys.executable, "-m", "meshwright.train.doctor.cluster_selftest", *(["--json"] if as_json else [])]
     elastic = ElasticConfig(restarts=0, start_timeout=TIMEOUT)
     directory = Path("runs") / ".selftest"  # is never made: there is nothing to journal

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...configs.errors import UserError
-from ...configs.loader import load
+from ...configs.loader import load_config
 from ...configs.run import RunConfig
 from ..core.run_directory import open_directory
 from ..report.merge_islands import merge_islands
@@ -29,13 +29,13 @@ def train_islands(
 
     `processes` and `devices` (simulated, of each process) are those of one island.
     """
-    overrides = [*overrides, *island_overrides(load(config, overrides=overrides), count=count)]
+    overrides = [*overrides, *island_overrides(load_config(config, overrides=overrides), count=count)]
     options = [
         *(["--processes", str(processes)] if processes else []),
         *(["--devices-per-process", str(devices)] if devices else []),
     ]
     launch = [sys.executable, "-m", "meshwright.train.cli", "launch", *options, config, *overrides]
-    directory = open_directory(load(config, overrides=overrides), root=root)
+    directory = open_directory(load_config(config, overrides=overrides), root=root)
     try:
         supervise_islands(
             lambda number, address: [*launch, f"islands.number={number}", f"islands.meet={address}"],

@@ -7,8 +7,8 @@ mesh comes first, then `elastic.meshes` in their order.
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from ...configs.checks.elastic_meshes import Axes, on_axes
-from ...configs.checks.mesh_fit import check_fits
+from ...configs.checks.elastic_meshes import Axes, with_mesh_axes
+from ...configs.checks.mesh_fit import check_mesh_fit
 from ...configs.errors import UserError
 from ...configs.run import RunConfig
 from ..engine.pipeline.pipeline_plan import check_pipeline
@@ -43,7 +43,9 @@ def mesh_options(
     devices, run_axes = process_devices(config, processes=processes, devices_per_process=devices_per_process)
     options = [MeshOption(processes, describe_axes(run_axes))]
     for index, entry in enumerate(config.elastic.meshes):
-        sizes = [entry.product] if entry.product else [devices * count for count in range(processes, 0, -1)]
+        sizes = (
+            [entry.device_product] if entry.device_product else [devices * count for count in range(processes, 0, -1)]
+        )
         sizes = [size for size in sizes if size % devices == 0 and size // devices <= processes]
         fitting = list(fitting_options(config, index, sizes, run_axes=run_axes, devices_per_process=devices))
         if not fitting:
@@ -58,14 +60,14 @@ def mesh_options(
 
 def process_devices(config: RunConfig, *, processes: int, devices_per_process: int | None) -> tuple[int, Axes]:
     """Devices of each process, and the sizes of the run's own axes. Raises UserError where they cannot be known."""
-    count = config.mesh.count if devices_per_process is None else devices_per_process * processes
+    count = config.mesh.device_count if devices_per_process is None else devices_per_process * processes
     if count is None:
         raise UserError(
             "elastic.meshes: how many devices a process has cannot be told from a mesh with an axis of -1; "
             "set mesh.devices or launch.devices_per_process"
         )
     try:
-        return count // processes, config.mesh.resolved(count)
+        return count // processes, config.mesh.resolve_sizes(count)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -77,14 +79,14 @@ def fitting_options(
     entry = config.elastic.meshes[index]
     for size in sizes:
         try:
-            axes = entry.resolved(size)
-            changed = on_axes(config, axes, own=run_axes)
-            check_fits(changed, axes)
+            axes = entry.resolve_sizes(size)
+            changed = with_mesh_axes(config, axes, current_axes=run_axes)
+            check_mesh_fit(changed, axes)
             check_pipeline(changed)
         except ValueError:
             continue
         except UserError:
-            if entry.product:
+            if entry.device_product:
                 raise
             continue
         axis_sizes = ", ".join(f"{axis}: {size}" for axis, size in axes.items())

@@ -62,7 +62,7 @@ class Meter:
 
 def peak_flops(config: RunConfig) -> float | None:
     """FLOP/s of all devices together; None where nobody knows."""
-    devices = jax.devices()[: config.mesh.count or jax.device_count()]
+    devices = jax.devices()[: config.mesh.device_count or jax.device_count()]
     if config.logging.peak_tflops is not None:
         return config.logging.peak_tflops * 1e12 * len(devices)
     if devices[0].platform == "cpu":

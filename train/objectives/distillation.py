@@ -58,7 +58,7 @@ def check_teacher(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 def teacher_of(config: RunConfig) -> ModelConfig | None:
     """The model that stands beside the one that is trained; None where there is none."""
-    if not config.recipe.two_models:
+    if not config.recipe.has_live_teacher:
         return None
     return config.model if config.recipe.teacher is None else config.recipe.teacher
 
@@ -85,7 +85,9 @@ def init_weights(model: ModelConfig, config: RunConfig) -> Any:
 def distillation_head(config: RunConfig) -> LossHead:
     """How far the model is from what a teacher says, who stands beside it or whose words are in the batch."""
     recipe, words = config.recipe, vocabulary_chunks(config)
-    mix, temperature = (recipe.number(key) if recipe.name == "distill" else 1.0 for key in ("mix", "temperature"))
+    mix, temperature = (
+        recipe.resolved_value(key) if recipe.name == "distill" else 1.0 for key in ("mix", "temperature")
+    )
     compare = partial(top_tokens_kl_divergence if recipe.top_k else kl_divergence, temperature=temperature, **words)
 
     def ended(
@@ -144,7 +146,7 @@ def top_k_annotator(config: RunConfig, *, context: Told) -> Callable[[Any, Batch
     recipe: RecipeConfig = config.recipe
     whole = decoder_graphdef(recipe.teacher)
     words = partial(
-        top_tokens, count=recipe.top_k, temperature=recipe.number("temperature"), **vocabulary_chunks(config)
+        top_tokens, count=recipe.top_k, temperature=recipe.resolved_value("temperature"), **vocabulary_chunks(config)
     )
 
     def note(weights: Any, batch: Batch) -> dict[str, jax.Array]:

@@ -27,8 +27,8 @@ def loss(config: RecipeConfig) -> Loss:
         moved = jax.lax.stop_gradient(jnp.maximum(elsewhere, 0))[:, None]
         good = sum_by_pair(batch["labels"], batch["segment_ids"])[..., 0] > 0
         sign = jnp.where(good, 1.0, -1.0)
-        weight = jnp.where(good, config.number("desirable"), config.number("undesirable"))
-        values = weight * jax.nn.sigmoid(-sign * config.number("beta") * (reward[..., 0] - moved))
+        weight = jnp.where(good, config.resolved_value("desirable"), config.resolved_value("undesirable"))
+        values = weight * jax.nn.sigmoid(-sign * config.resolved_value("beta") * (reward[..., 0] - moved))
         return jnp.where(found.exists > 0, values, 0).sum(), found.exists.sum()
 
     return sums

@@ -28,26 +28,26 @@ PairLoss = Callable[[Responses, jax.Array | None, RecipeConfig], jax.Array]
 def dpo(answers: Responses, reward: jax.Array, config: RecipeConfig) -> jax.Array:
     """log 2 before the first step, where the rewards are 0."""
     del answers
-    return -jax.nn.log_sigmoid(config.number("beta") * margin(reward))
+    return -jax.nn.log_sigmoid(config.resolved_value("beta") * margin(reward))
 
 
 def ipo(answers: Responses, reward: jax.Array, config: RecipeConfig) -> jax.Array:
     """1 / (4 beta^2) before the first step."""
     mean = reward / jnp.maximum(answers.tokens, 1)
-    return jnp.square(margin(mean) - 1 / (2 * config.number("beta")))
+    return jnp.square(margin(mean) - 1 / (2 * config.resolved_value("beta")))
 
 
 def orpo(answers: Responses, reward: None, config: RecipeConfig) -> jax.Array:
     """The likelihood of the better answer, and its odds against the worse."""
     del reward
     mean = answers.mean
-    return -mean[..., 0] - config.number("beta") * jax.nn.log_sigmoid(margin(log_odds(mean)))
+    return -mean[..., 0] - config.resolved_value("beta") * jax.nn.log_sigmoid(margin(log_odds(mean)))
 
 
 def simpo(answers: Responses, reward: None, config: RecipeConfig) -> jax.Array:
     """No reference: an answer's own mean log-probability is its reward."""
     del reward
-    return -jax.nn.log_sigmoid(config.number("beta") * margin(answers.mean) - config.number("margin"))
+    return -jax.nn.log_sigmoid(config.resolved_value("beta") * margin(answers.mean) - config.resolved_value("margin"))
 
 
 def margin(values: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Recipes by the name used in `recipe.name`."""
 
-from ...configs.names import ADAPTER_FIELD, BATCH_FIELDS, TOP_FIELDS
+from ...configs.names import ADAPTER_IDS_FIELD, BATCH_FIELDS, TEACHER_TOP_K_FIELDS
 from ...configs.run import RunConfig
 from .interface import Recipe
 from .kto import KTO
@@ -24,5 +24,10 @@ RECIPES: dict[str, Recipe] = {
 
 def batch_fields(config: RunConfig) -> tuple[str, ...]:
     """All fields that batches of a run have."""
-    recipe, own = config.recipe, (ADAPTER_FIELD,) if config.adapters else ()
-    return (*BATCH_FIELDS, *RECIPES[recipe.name].reads, *(() if recipe.top_k is None else TOP_FIELDS), *own)
+    recipe, own = config.recipe, (ADAPTER_IDS_FIELD,) if config.adapters else ()
+    return (
+        *BATCH_FIELDS,
+        *RECIPES[recipe.name].all_data,
+        *(() if recipe.top_k is None else TEACHER_TOP_K_FIELDS),
+        *own,
+    )

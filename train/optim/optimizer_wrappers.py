@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ...configs.run import RunConfig
-from ...configs.sections.adapter import ELEMENTS
+from ...configs.sections.adapter import SPARSE_METHODS
 from ...models.adapters.adapted_modules import find_adapted_modules
 from ...models.adapters.selection import update_scaler
 from ...parallel.layout import LayerOrder
@@ -27,13 +27,13 @@ def optimizer_factory(config: RunConfig, *, order: LayerOrder) -> OptimizerFacto
     """`make()` gives the transformation; `make(clip=...)` the same with another clipping. `order`: of the layers."""
     adapter = config.adapter
     chosen = None if adapter is None else update_scaler(config.model, adapter, order=order)
-    chosen = scale_by_adapter(chosen, learning_rates(config))
+    chosen = scale_by_adapter(chosen, learning_rate_ratios(config))
     make = partial(optimizers.build, config.optimizer, steps=config.steps, spike=config.logging.spike, scale=chosen)
     if adapter is not None and adapter.method == "adalora":
         return wrap_optimizer(
             make, partial(rank_allocator, adapter=adapter, present=adapted_layers(config, order), steps=config.steps)
         )
-    if adapter is not None and adapter.method in ELEMENTS:
+    if adapter is not None and adapter.method in SPARSE_METHODS:
         return wrap_optimizer(make, partial(masked_optimizer, adapter=adapter, scale=chosen))
     if trains_codes(config):
         return wrap_optimizer(make, partial(quantization_aware, config=config, order=order))
@@ -54,7 +54,7 @@ def wrap_optimizer(make: OptimizerFactory, around: Callable[..., optax.GradientT
     return lambda **given: around(make(**given))
 
 
-def learning_rates(config: RunConfig) -> tuple[float, ...]:
+def learning_rate_ratios(config: RunConfig) -> tuple[float, ...]:
     """Each adapter's learning rate over the run's."""
     peak, own = config.optimizer.learning_rate, [one.learning_rate for one in config.adapters.values()]
     return tuple(1.0 if rate is None else rate / peak for rate in own)

@@ -19,7 +19,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ...configs.run import RunConfig
-from ...configs.sections.adapter import ELEMENTS
+from ...configs.sections.adapter import SPARSE_METHODS
 from ...configs.sections.parallel import MeshConfig, PipelineConfig
 from ...configs.sections.quantization import BITS, QuantizationConfig
 from ...memory.jaxpr_stats import host_bytes, matmul_flops
@@ -33,7 +33,7 @@ from ..engine.replicas import Replicas
 from ..objectives.distillation import teacher_of
 
 LARGEST = 8  # arrays shown
-DENSE = (*ELEMENTS, "shira")  # adapters that make the gradient of whole weights
+DENSE = (*SPARSE_METHODS, "shira")  # adapters that make the gradient of whole weights
 
 
 def make_plan(program: Program, compiled: jax.stages.Compiled) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ...configs.errors import MeshwrightError
-from ...configs.loader import validated
+from ...configs.loader import validate_tree
 from ...parallel.pipeline.tables.costs import Costs
 from ...parallel.pipeline.tables.simulator import Timeline, simulate
 from ...parallel.pipeline.tables.svg import render_svg
@@ -29,7 +29,7 @@ def schedule_picture(config: dict[str, Any], measured: dict[str, Any]) -> Markup
     if not measured:
         return None
     try:
-        staged = make_pipeline_plan(validated(config), pipe=measured["devices"])
+        staged = make_pipeline_plan(validate_tree(config), pipe=measured["devices"])
     except MeshwrightError:
         return None
     if staged is None or list(staged.repeats) != measured["repeats"] or staged.table.name != measured["schedule"]:

@@ -48,7 +48,7 @@ def audit(directory: Path, *, against: Path | None = None) -> list[Verdict]:
     commits = sum(event["event"] == "commit" for event in events)
     stayed = timeline(lines)
     every = config.data.global_batch
-    job = config.islands.rows(every) if config.islands else range(every)
+    job = config.islands.local_rows(every) if config.islands else range(every)
     taken = {event["step"] for event in events if event["event"] == "bootstrap"}
     misfits = misfed(lines, stayed, every=every, job=job, taken=taken)
     found = [

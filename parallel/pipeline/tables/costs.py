@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import NonNegativeFloat, ValidationError
 
 from ....configs.errors import UserError
-from ....configs.loader import parse
+from ....configs.loader import parse_yaml
 from ....configs.sections.base import Section
 from .table import Op, Table
 
@@ -56,13 +56,13 @@ class Costs(Section):
 def read_costs(path: Path) -> Costs:
     """The costs in a file. Raises UserError naming file and key."""
     try:
-        tree = parse(path.read_text(encoding="utf-8"), origin=f"--costs {path}")  # JSON is YAML
+        tree = parse_yaml(path.read_text(encoding="utf-8"), origin=f"--costs {path}")  # JSON is YAML
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--costs {path}: {error}; give a YAML or JSON file of costs") from error
     if not isinstance(tree, dict):
         raise UserError(f"--costs {path}: {type(tree).__name__}; give a mapping such as {{forward: 1.0}}")
     if unknown := tree.keys() - Costs.model_fields.keys():
-        raise UserError.no_match(f"--costs {path}", map(str, unknown), known=Costs.model_fields)
+        raise UserError.no_match(f"--costs {path}", map(str, unknown), candidates=Costs.model_fields)
     try:
         return Costs.model_validate(tree)
     except ValidationError as error:

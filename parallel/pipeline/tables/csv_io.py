@@ -85,7 +85,7 @@ def _headers(path: Path, lines: list[str]) -> dict[str, str]:
         if not colon:
             continue  # a comment
         if key.strip() not in HEADERS:
-            raise UserError.no_match(f"{path}, line {number}", [key.strip()], known=HEADERS)
+            raise UserError.no_match(f"{path}, line {number}", [key.strip()], candidates=HEADERS)
         headers[key.strip()] = value.strip()
     return headers
 
@@ -107,7 +107,7 @@ def _rows(path: Path, lines: list[str], comments: int) -> Iterator[Row]:
         raise UserError(f"{path}, line {comments + 1}: column {', '.join(sorted(missing))} is missing; "
                         f"the columns are {','.join(COLUMNS)}")  # fmt: skip
     if unknown := set(columns) - set(COLUMNS):
-        raise UserError.no_match(f"{path}, line {comments + 1}", unknown, known=COLUMNS)
+        raise UserError.no_match(f"{path}, line {comments + 1}", unknown, candidates=COLUMNS)
     for cells in reader:
         line = comments + reader.line_num
         yield _row(f"{path}, line {line}", line, cells)
@@ -118,7 +118,7 @@ def _row(origin: str, line: int, cells: Mapping[str | None, str | None]) -> Row:
         raise UserError(f"{origin}: {len([cell for cell in cells.values() if cell])} cells; give one for each column")
     name = cells["op"].strip()
     if name not in Op.__members__ or name == "IDLE":
-        raise UserError.no_match(f"{origin}: op", [name], known=[op.name for op in Op if op])
+        raise UserError.no_match(f"{origin}: op", [name], candidates=[op.name for op in Op if op])
     numbers = {key: _integer(cells[key], f"{origin}: {key}") for key in COLUMNS if key != "op" and key in cells}
     for key, number in numbers.items():
         if number < 0 and not (key == "chunk" and name in "ST"):

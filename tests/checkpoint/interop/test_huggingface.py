@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from meshwright.checkpoint.interop import huggingface
 from meshwright.configs.errors import UserError
-from meshwright.configs.huggingface import config_json, differences, section
+from meshwright.configs.huggingface import changed_keys, to_config_json, to_model_section
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.configs.sections.parallel import MeshConfig
 from meshwright.models.context import Context, unconstrained
@@ -69,9 +69,9 @@ def test_logits_are_transformers_own(name):
 def test_what_is_written_is_what_was_read(name, tmp_path):
     """Every tensor under its name and bit for bit, in files of at most 5 kB; config.json describes the same model."""
     model, params = read(FIXTURES / name)
-    tree = config_json(model, positions=64, dtype="float32")
+    tree = to_config_json(model, positions=64, dtype="float32")
     assert tree["model_type"] == json.loads((FIXTURES / name / "config.json").read_text())["model_type"]
-    assert not differences(model, tree)
+    assert not changed_keys(model, tree)
     huggingface.write(params, model, tmp_path, kind=tree["model_type"], limit=5000)
     written, made = {}, {}
     for file in tmp_path.glob("model*.safetensors"):
@@ -114,22 +114,22 @@ REFUSED = {
 def test_what_we_would_compute_otherwise_is_refused(changes, words):
     tree = json.loads((FIXTURES / "llama2/config.json").read_text())
     with pytest.raises(UserError, match=words):
-        section(tree | changes)
+        to_model_section(tree | changes)
 
 
 def test_version_4_spells_the_same_model():
     """What transformers 4 writes and what 5 does, for the same three models."""
     for name in ("llama3", "gemma3", "qwen3"):
         model = ModelConfig(**{"from": str(FIXTURES / name)})
-        tree = config_json(model, positions=64, dtype="float32")
-        assert "rope_parameters" not in tree and not differences(model, tree)
+        tree = to_config_json(model, positions=64, dtype="float32")
+        assert "rope_parameters" not in tree and not changed_keys(model, tree)
 
 
 def test_defaults_of_absent_keys_are_transformers_own():
     """The text part of a Gemma 3 with images, as published: almost every key is left to the class."""
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024,
             "model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}  # fmt: skip
-    model = ModelConfig(**section({"model_type": "gemma3", "text_config": text, "vision_config": {}}))
+    model = ModelConfig(**to_model_section({"model_type": "gemma3", "text_config": text, "vision_config": {}}))
     assert (model.heads, model.kv_heads, model.head_dim, model.vocab) == (8, 4, 256, 262208)
     assert model.windows == (1024,) * 5 + (None,) and model.attention_scale == 1 / 16
     assert (model.rope.theta, model.rope.local_theta, model.rope.factor) == (1e6, 1e4, 8.0)
@@ -138,7 +138,9 @@ def test_defaults_of_absent_keys_are_transformers_own():
 def test_null_and_absent_are_two_things():
     """Mistral's class has a window where a file says nothing; the later releases say null, and mean none."""
     tree = {"model_type": "mistral", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-    assert section(tree)["windows"] == [4096] and section(tree | {"sliding_window": None})["windows"] == [None]
+    assert to_model_section(tree)["windows"] == [4096] and to_model_section(tree | {"sliding_window": None})[
+        "windows"
+    ] == [None]
 
 
 RENAMED = {
@@ -185,6 +187,6 @@ def test_a_directory_that_is_not_its_config_is_refused(tmp_path):
 
 def test_an_export_no_format_holds_names_the_key():
     with pytest.raises(UserError, match=r"qwen3 would change model.parallel_block"):
-        config_json(ModelConfig(family="qwen3", parallel_block=True), positions=64, dtype="float32")
+        to_config_json(ModelConfig(family="qwen3", parallel_block=True), positions=64, dtype="float32")
     biased = ModelConfig(family="llama", qkv_bias=True, norm_epsilon=1e-6)
-    assert config_json(biased, positions=64, dtype="float32")["model_type"] == "qwen2"
+    assert to_config_json(biased, positions=64, dtype="float32")["model_type"] == "qwen2"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meshwright.checkpoint.interop import huggingface
-from meshwright.configs.huggingface import config_json
+from meshwright.configs.huggingface import to_config_json
 from meshwright.configs.sections.model import FAMILIES, ModelConfig
 from meshwright.models.decoder import initial_params
 
@@ -68,7 +68,7 @@ def test_a_model_of_ours_computes_the_same_there(family, tmp_path):
         lambda leaf: leaf + 0.3 * random.normal(size=leaf.shape).astype(np.float32),
         initial_params(model, jax.random.key(0)),
     )
-    tree = config_json(model, positions=80, dtype="float32")
+    tree = to_config_json(model, positions=80, dtype="float32")
     (tmp_path / "config.json").write_text(json.dumps(tree))
     huggingface.write(params, model, tmp_path, kind=tree["model_type"], limit=20_000)
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import validated
+from meshwright.configs.loader import validate_tree
 from meshwright.configs.sections.adapter import AdapterConfig
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.models import kv_cache as caches
@@ -151,4 +151,4 @@ MISTAKES = {
 @pytest.mark.parametrize(("given", "words"), MISTAKES.values(), ids=MISTAKES)
 def test_what_cannot_be_computed_is_refused_before_anything_runs(given, words):
     with pytest.raises(UserError, match=words):
-        validated({"name": "mine", "data": {"source": "stdlib", "sequence_length": 256}} | given)
+        validate_tree({"name": "mine", "data": {"source": "stdlib", "sequence_length": 256}} | given)

@@ -60,7 +60,7 @@ CUDNN_REFUSES = {
 }
 
 
-@pytest.mark.parametrize("mask, where, shape, reason", CUDNN_REFUSES.values(), ids=CUDNN_REFUSES)
+@pytest.mark.parametrize("mask, indices, shape, reason", CUDNN_REFUSES.values(), ids=CUDNN_REFUSES)
 def test_cudnn_named_where_it_is_not_exact_is_an_error_and_auto_takes_blockwise(mask, indices, shape, reason):
     q, k = sizes(**shape)
     with pytest.raises(UserError, match=rf"model\.attention: cudnn .*{reason}.*use blockwise"):
@@ -94,7 +94,7 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("shapes, where, message", MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize("shapes, indices, message", MISFITS.values(), ids=MISFITS)
 def test_arrays_that_do_not_fit_are_named(shapes, indices, message):
     q, k = shapes
     with pytest.raises(UserError, match=message):

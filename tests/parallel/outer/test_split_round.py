@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.equivalence import tiny
 
-from meshwright.configs.sections.outer import PAIRED, RULES
+from meshwright.configs.sections.outer import PAIRWISE_RULES, RULES
 from meshwright.parallel.outer.exchange import make_exchange
 from meshwright.parallel.outer.registry import build_outer_optimizer
 from meshwright.parallel.outer.split_round import decode, find_defect, pack, split_outer_step, unpack
@@ -55,7 +55,7 @@ def test_sending_and_receiving_equal_the_outer_step_of_the_mesh(name):
     split = split_outer_step(make, outer_step.name)
     messages = split.messages(params[0], states[0])
     codes = [split.send(*replica) for replica in zip(params, states, strict=True)]
-    partners = (1, 0, 3, 2) if name in PAIRED else None
+    partners = (1, 0, 3, 2) if name in PAIRWISE_RULES else None
     for number in range(COUNT):
         senders = [partners[number]] if partners else range(COUNT)
         received = [

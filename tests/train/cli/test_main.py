@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import load, recipes
+from meshwright.configs.loader import load_config, recipe_names
 from meshwright.train.cli.bench import BENCHMARKS
 from meshwright.train.cli.main import app
 from meshwright.train.core.run_directory import open_directory, read_config
@@ -30,8 +30,8 @@ def test_a_misspelt_key_is_one_line_and_exit_code_2():
 
 
 def test_every_recipe_validates_without_jax():
-    assert "quickstart" in recipes()
-    for name in recipes():
+    assert "quickstart" in recipe_names()
+    for name in recipe_names():
         done = meshwright("validate", name)
         if name == "finetune/private":  # what makes it private is the user's
             assert done.returncode == 2 and "data.tokenizer.train" in done.stderr
@@ -105,11 +105,11 @@ def test_slots_are_drained_only_where_a_run_can_go_on_without(tmp_path):
 def test_one_island_that_was_here_before_is_in_nobodys_way(tmp_path):
     """A site of its own leaves runs/NAME/island-0 alone; all of them here then share runs/NAME."""
     (tmp_path / "islands" / "island-0").mkdir(parents=True)
-    assert open_directory(load("lowcomm/islands"), root=tmp_path) == tmp_path / "islands"
+    assert open_directory(load_config("lowcomm/islands"), root=tmp_path) == tmp_path / "islands"
     (tmp_path / "diloco").mkdir()
     (tmp_path / "diloco" / "notes.txt").touch()
     with pytest.raises(UserError, match=r"name: .*no config.yaml"):
-        open_directory(load("lowcomm/diloco"), root=tmp_path)
+        open_directory(load_config("lowcomm/diloco"), root=tmp_path)
 
 
 def test_files_that_are_not_here_are_told_and_are_no_mistake(tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ from support.equivalence import assert_same, batches, tiny
 
 from meshwright.checkpoint.interop import huggingface
 from meshwright.configs.errors import UserError
-from meshwright.configs.huggingface import config_json
-from meshwright.configs.loader import validated
+from meshwright.configs.huggingface import to_config_json
+from meshwright.configs.loader import validate_tree
 from meshwright.models.decoder import initial_params
 from meshwright.parallel.hlo import collectives
 from meshwright.parallel.layout import from_canonical, reorder_layers, to_canonical
@@ -201,7 +201,7 @@ def model_directory(path):
     config = tiny(model={"family": "qwen3", "vocab": 384})
     params = jax.jit(lambda: initial_params(config.model, jax.random.key(5)))()
     path.mkdir()
-    tree = config_json(config.model, positions=64, dtype="float32")
+    tree = to_config_json(config.model, positions=64, dtype="float32")
     (path / "config.json").write_text(json.dumps(tree))
     huggingface.write(params, config.model, path, kind=tree["model_type"], limit=10**9)
     byte_tokenizer().save(path)
@@ -220,7 +220,7 @@ def tuned(directory, **changes):
         "optimizer": {"schedule": "constant"},
         "mesh": {"platform": "cpu"},
     }
-    return validated(tree | changes)
+    return validate_tree(tree | changes)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def number(text):
 
 def trained(**adapter):
     """Weights that a run of the quickstart's model with this adapter trains."""
-    config = loader.load("quickstart", overrides=[*ALONE, f"adapter={adapter}"])
+    config = loader.load_config("quickstart", overrides=[*ALONE, f"adapter={adapter}"])
     shapes = build(config, make_mesh(config.mesh)).shapes
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
 

@@ -51,7 +51,7 @@ def test_the_plan_counts_the_turns_of_the_loop():
     assert step_flops(build(config, mesh)) == step_flops(build(plain, mesh))
 
 
-def tree_sum(values):
+def numpy_tree_sum(values):
     """The tree of the module's docstring, in NumPy."""
     while len(values) > 1:
         values = [values[i] + values[i + 1] if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)]
@@ -62,13 +62,13 @@ def tree_sum(values):
 def test_a_device_and_devices_add_in_the_same_tree(count):
     values = np.random.default_rng(count).normal(size=(count, 50)).astype(np.float32)
     local = jax.jit(lambda parts: tree_accumulate(lambda part: part, parts, count=count))(jnp.asarray(values))
-    np.testing.assert_array_equal(local, tree_sum(list(values)))
-    np.testing.assert_array_equal(tree_sum([jnp.asarray(one) for one in values]), tree_sum(list(values)))
+    np.testing.assert_array_equal(local, numpy_tree_sum(list(values)))
+    np.testing.assert_array_equal(tree_sum([jnp.asarray(one) for one in values]), numpy_tree_sum(list(values)))
 
 
 def test_another_order_of_additions_is_seen(monkeypatch):
     """The test of the bits can fail: here devices' sums are added from left to right."""
-    monkeypatch.setattr(deterministic_reduce, "pairwise", lambda nodes: sum(nodes[1:], nodes[0]))
+    monkeypatch.setattr(deterministic_reduce, "tree_sum", lambda nodes: sum(nodes[1:], nodes[0]))
     assert differing(state_of(1)[1], state_of(4, name="from-left-to-right")[1])
 
 

@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 from support.equivalence import assert_close, batches, tiny
 
-from meshwright.configs.adapter_runs import alone, rows_of
+from meshwright.configs.adapter_runs import adapter_rows, single_adapter_run
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import merged
+from meshwright.configs.loader import merge_trees
 from meshwright.configs.run import RunConfig
 from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
@@ -39,18 +39,20 @@ SGD = {"name": "sgd", "b1": 0.0, "weight_decay": 0.1, "clip": 0.3}
 
 def three(**changes):
     """A run of three adapters."""
-    return tiny(**merged({"adapter": COMMON, "adapters": ADAPTERS, "optimizer": SGD}, changes))
+    return tiny(**merge_trees({"adapter": COMMON, "adapters": ADAPTERS, "optimizer": SGD}, changes))
 
 
 def parts(config):
     """Slices of the global batch, by adapter."""
-    stops = np.cumsum(list(rows_of(config).values()))
-    return {name: slice(stop - rows, stop) for (name, rows), stop in zip(rows_of(config).items(), stops, strict=True)}
+    stops = np.cumsum(list(adapter_rows(config).values()))
+    return {
+        name: slice(stop - rows, stop) for (name, rows), stop in zip(adapter_rows(config).items(), stops, strict=True)
+    }
 
 
 def numbered(config, batch):
     """The batch with whose each row is."""
-    own = np.repeat(np.arange(len(config.adapters)), list(rows_of(config).values())).astype(np.int32)
+    own = np.repeat(np.arange(len(config.adapters)), list(adapter_rows(config).values())).astype(np.int32)
     return batch | {"adapters": np.broadcast_to(own[:, None], batch["tokens"].shape)}
 
 
@@ -79,7 +81,7 @@ def together(config, steps=4):
 
 def apart(config, name, steps=4):
     """Metrics of every step and the last state of one adapter's run, on its own rows of the same batches."""
-    one = alone(config, name)
+    one = single_adapter_run(config, name)
     program = build(one, make_mesh(one.mesh))
     state, step, seen = program.initialize(), program.compiled_step(), []
     for batch in batches(config, steps):
@@ -176,7 +178,7 @@ def of_two(root, **changes):
         "checkpoint": {"every": 2, "keep": 5},
         "logging": {"every": 1, "tensorboard": False},
     }
-    return tiny(**merged(tree, changes))
+    return tiny(**merge_trees(tree, changes))
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +206,7 @@ def test_a_run_of_two_is_two_runs(root, tmp_path):
     written = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
     assert set(names) >= {f"{name}/{file}" for name in config.adapters for file in written}
     name = "letters"  # the second: its rows and its place are not the first ones
-    one = train(alone(config, name), process_info=ProcessInfo(), root=root)
+    one = train(single_adapter_run(config, name), process_info=ProcessInfo(), root=root)
     for key in ("loss", "tokens", "held_out_loss", "held_out_bits_per_byte"):
         assert both.metrics[f"{name}/{key}"] == pytest.approx(one.metrics[key], rel=1e-5), key
     assert found[f"{name}/held_out_loss"] == pytest.approx(one.metrics["held_out_loss"], rel=1e-5)
@@ -253,6 +255,6 @@ def test_each_prefers_by_a_reference_of_its_own_rows(root):
     rows = [json.loads(line) for line in (root / "pairs/metrics.jsonl").read_text().splitlines()]
     for name in several:
         assert rows[0][f"{name}/loss"] == pytest.approx(np.log(2), rel=1e-5)
-        one = train(alone(config, name), process_info=ProcessInfo(), root=root)
+        one = train(single_adapter_run(config, name), process_info=ProcessInfo(), root=root)
         assert found.metrics[f"{name}/held_out_loss"] == pytest.approx(one.metrics["held_out_loss"], rel=1e-5)
         assert found.metrics[f"{name}/loss"] == pytest.approx(one.metrics["loss"], rel=1e-5)

@@ -39,7 +39,7 @@ def test_every_op_is_run_alone_and_the_idle_time_is_taken_off(timed):
     ran, costs = timed
     assert ran == [(0, 0, 0), (0, 0, 0), (1, 1, 0), (2, 1, 0), (3, 1, 0), (2, 1, 1)]
     ticks = module.TICKS
-    assert costs.tick == 0.5 / (module.LONGER - ticks)
+    assert costs.tick == 0.5 / (module.LONG_TICKS - ticks)
     assert (costs.forward, costs.input_gradient) == (2 / ticks, 4 / ticks)
     assert (costs.weight_gradient, costs.head_input_gradient, costs.vocabulary_s) == (5 / ticks, 4 / ticks, None)
 

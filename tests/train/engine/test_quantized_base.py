@@ -11,7 +11,7 @@ from flax import nnx
 from support.equivalence import assert_close, assert_same, batches, tiny
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import validated
+from meshwright.configs.loader import validate_tree
 from meshwright.models.adapters.attach import merge_adapters
 from meshwright.models.context import Context
 from meshwright.models.decoder import decoder_graphdef
@@ -23,7 +23,7 @@ from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.engine.forward_backward import init_params
 from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
-from meshwright.train.infer.inference_session import opened, read
+from meshwright.train.infer.inference_session import inference_config, load_program
 from meshwright.train.plan.compile_plan import storage_plan
 from meshwright.train.run import train
 
@@ -203,7 +203,7 @@ def test_what_cannot_work_is_refused(settings, words):
 def run_config(**changes):
     tree = {"name": "run", "steps": 4, "optimizer": {"schedule": "constant"}, "checkpoint": {"every": 2}}
     model = MODEL | {"vocab": 258}
-    return validated(
+    return validate_tree(
         {**tiny(**QLORA | {"model": model}).model_dump(mode="json"), **tree, "logging": {"tensorboard": False}}
         | changes
     )
@@ -215,8 +215,8 @@ def test_a_run_goes_on_from_its_own_base(tmp_path):
     shutil.rmtree(tmp_path / "run/checkpoints/4")
     rest = train(run_config(mesh={"platform": "cpu", **MESH}), process_info=ProcessInfo(), root=tmp_path)
     assert rest.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
-    program, state = opened(read(tmp_path / "run", []), tmp_path / "run")
+    program, state = load_program(inference_config(tmp_path / "run", []), tmp_path / "run")
     assert program.dequantized_weights(state)["segments"]["0"]["0"]["block"]["mlp"]["up"]["kernel"].shape == (2, 16, 32)
     shutil.rmtree(tmp_path / "run/base")
-    with pytest.raises(UserError, match="the quantized base is gone"):
-        opened(read(tmp_path / "run", []), tmp_path / "run")
+    with pytest.raises(UserError, match="the quantized base is missing"):
+        load_program(inference_config(tmp_path / "run", []), tmp_path / "run")

@@ -62,7 +62,7 @@ def test_a_run_is_evaluated_and_used_by_its_outer_parameters(whole):
     root, summary = whole
     found = inference_session.evaluate(root / "run", [])
     assert found["held_out_loss"] == pytest.approx(summary.metrics["held_out_loss"], rel=1e-5)
-    program, state = inference_session.opened(inference_session.read(root / "run", []), root / "run")
+    program, state = inference_session.load_program(inference_session.inference_config(root / "run", []), root / "run")
     params, anchor = program.eval_params(state), state.outer.anchor
     jax.tree.map(np.testing.assert_array_equal, params, anchor)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(anchor)} == {"pinned_host"}

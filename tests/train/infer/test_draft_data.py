@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from meshwright.checkpoint.interop import huggingface
 from meshwright.configs.errors import UserError
-from meshwright.configs.huggingface import config_json
-from meshwright.configs.loader import dump, merge_trees
+from meshwright.configs.huggingface import to_config_json
+from meshwright.configs.loader import dump_yaml, merge_trees
 from meshwright.train.cli.main import app
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
@@ -43,7 +43,7 @@ def target(tmp_path_factory):
     config = tiny(model={"vocab": 264, "embed": 24}, seed=3)
     weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda: init_params(config))())
     huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
-    tree = config_json(config.model, positions=64, dtype="float32")
+    tree = to_config_json(config.model, positions=64, dtype="float32")
     (directory / "config.json").write_text(json.dumps(tree))
     tokenizer_for(config.data.tokenizer).save(directory)
     return directory
@@ -104,7 +104,7 @@ def test_a_draft_that_learns_its_targets_texts_is_accepted_more_often(tmp_path, 
 def test_the_verbs_continue_and_speculate(tmp_path, target, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = draft_config(tmp_path, target)
-    (tmp_path / "mine.yaml").write_text(dump(config))
+    (tmp_path / "mine.yaml").write_text(dump_yaml(config))
     words = ["data", "continue", "mine.yaml", "texts.jsonl", "--texts", "3", "--prompt-tokens", "4", "--tokens", "5"]
     output = CliRunner().invoke(app, words, catch_exceptions=False).output
     assert f"texts.jsonl: 3 texts by {target}" in output and "cut after 5 tokens" in output

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from support.equivalence import tiny
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import dump, parse_yaml, validated
+from meshwright.configs.loader import dump_yaml, parse_yaml, validate_tree
 from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.core.process_env import ProcessInfo
@@ -59,7 +59,7 @@ def test_training_starts_from_the_weights_on_any_mesh():
         tree = tiny(mesh=mesh).model_dump(mode="json") | {
             "model": {"from": str(FIXTURES / "qwen3"), "vocab_multiple": 8},
         }
-        config = validated(tree)
+        config = validate_tree(tree)
         params = to_canonical(build(config, make_mesh(config.mesh)).initialize().params, config.model)
         np.testing.assert_array_equal(params["embed/embedding"], original["model.embed_tokens.weight"])
         down = original["model.layers.1.mlp.down_proj.weight"].T
@@ -68,14 +68,14 @@ def test_training_starts_from_the_weights_on_any_mesh():
 
 def test_the_origin_fills_the_configuration_and_is_needed_once(tmp_path):
     """`data.tokenizer` is the model's own unless the user says otherwise; a resolved configuration needs no origin."""
-    config = validated(
+    config = validate_tree(
         {"model": {"from": str(FIXTURES / "llama2"), "vocab": 384}, "steps": 2, "data": BYTES, "name": "tuned"}
         | {"logging": {"tensorboard": False}}
     )
     with pytest.raises(UserError, match="leave the sizes to config"):
         train(config, process_info=ProcessInfo(), root=tmp_path)
-    inherited = validated({"model": {"from": str(FIXTURES / "llama2")}})
+    inherited = validate_tree({"model": {"from": str(FIXTURES / "llama2")}})
     assert inherited.data.tokenizer.file == str(FIXTURES / "llama2") and inherited.model.vocab == 61
-    tree = parse_yaml(dump(inherited), origin="config.yaml")
+    tree = parse_yaml(dump_yaml(inherited), origin="config.yaml")
     tree["model"]["from"] = "gone"
-    assert validated(tree).model.layers == 2
+    assert validate_tree(tree).model.layers == 2

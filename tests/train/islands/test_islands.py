@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from support.equivalence import TINY
 
-from meshwright.configs.loader import dump, merged, validated
+from meshwright.configs.loader import dump_yaml, merge_trees, validate_tree
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.infer import inference_session
 from meshwright.train.launch.local_islands import serve_rendezvous
 from meshwright.train.report.merge_islands import merge_islands
 from meshwright.train.run import train
 
-BASE = merged(
+BASE = merge_trees(
     TINY,
     {
         "name": "run",
@@ -51,7 +51,7 @@ class Group:
 
     def __init__(self, root, address, **changes):
         self.root, self.address, self.jobs = root, address, []
-        (root / "run.yaml").write_text(dump(validated(merged(BASE, changes))))
+        (root / "run.yaml").write_text(dump_yaml(validate_tree(merge_trees(BASE, changes))))
 
     def start(self, number, *words):
         own = [f"islands.number={number}", f"islands.meet={self.address}", *words]
@@ -113,7 +113,7 @@ def distance(one, other):
 def on_a_mesh(root, rule, count, **more):
     """The same run on a mesh of replicas: what is evaluated, and every replica's parameters."""
     changes = {"mesh": {"replica": count}, "outer": RULES[rule], "name": "mesh"}
-    train(validated(merged(merged(BASE, changes), more)), process_info=ProcessInfo(), root=root)
+    train(validate_tree(merge_trees(merge_trees(BASE, changes), more)), process_info=ProcessInfo(), root=root)
     return state_of(root / "mesh")
 
 

@@ -11,8 +11,8 @@ from support.equivalence import assert_same, batches, tiny, trajectory
 
 from meshwright.checkpoint.interop import huggingface
 from meshwright.configs.errors import UserError
-from meshwright.configs.huggingface import config_json
-from meshwright.configs.loader import merged
+from meshwright.configs.huggingface import to_config_json
+from meshwright.configs.loader import merge_trees
 from meshwright.models.context import Context
 from meshwright.models.decoder import decoder_graphdef
 from meshwright.parallel.mesh import make_mesh
@@ -23,7 +23,7 @@ from meshwright.train.engine.forward_backward import init_params
 from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 from meshwright.train.infer import inference_session
-from meshwright.train.infer.precompute_logprobs import referenced
+from meshwright.train.infer.precompute_logprobs import with_reference_logprobs
 from meshwright.train.run import train
 
 MESH = {"fsdp": 2, "tensor": 2}
@@ -41,7 +41,7 @@ def teachers(tmp_path_factory):
         directory.mkdir()
         weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda config=config: init_params(config))())  # it has opinions
         huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
-        tree = config_json(config.model, positions=64, dtype="float32")
+        tree = to_config_json(config.model, positions=64, dtype="float32")
         (directory / "config.json").write_text(json.dumps(tree))
         tokenizer_for(config.data.tokenizer).save(directory)
     return root
@@ -57,7 +57,7 @@ def taught(teachers, *, vocab=61, recipe=None, **changes):
     teacher = {"from": str(teachers / str(vocab)), "vocab_multiple": 8}
     own = {"name": "distill", "teacher": teacher, "temperature": 2.0, "mix": 0.7}
     base = {"recipe": own | (recipe or {}), "model": {"vocab": vocab}, "data": {"packing": {"method": "best-fit"}}}
-    return tiny(**merged(base, changes))
+    return tiny(**merge_trees(base, changes))
 
 
 def words(model, weights, batch, temperature):
@@ -132,8 +132,8 @@ SLOW = [pytest.param(*case, marks=[pytest.mark.slow] if place else [], id=name)
 @pytest.mark.parametrize(("settings", "pipeline"), SLOW)
 def test_a_pipeline_changes_nothing(teachers, settings, pipeline):
     """The teacher has three layers: its stages are uneven, and not where those of the model are."""
-    plain = merged({"model": {"layers": 4}, "optimizer": CHEAP, "microbatches": 4}, settings)
-    one, staged = taught(teachers, **plain), taught(teachers, **merged(plain, pipeline))
+    plain = merge_trees({"model": {"layers": 4}, "optimizer": CHEAP, "microbatches": 4}, settings)
+    one, staged = taught(teachers, **plain), taught(teachers, **merge_trees(plain, pipeline))
     assert_same(one, staged, steps=3, tolerance=1e-5)
     told = [[metrics["divergence"] for metrics in trajectory(config, steps=3)[0]] for config in (one, staged)]
     np.testing.assert_allclose(told[0], told[1], rtol=1e-5)
@@ -154,7 +154,7 @@ def run_of(teachers, **changes):
     logging = {"every": 1, "tensorboard": False}
     data = {"global_batch": 8, "held_out": 0.1}
     base = {"steps": 6, "optimizer": CHEAP, "logging": logging, "data": data, "checkpoint": {"every": 3}}
-    return taught(teachers, **merged(base | {"vocab": 264}, changes))
+    return taught(teachers, **merge_trees(base | {"vocab": 264}, changes))
 
 
 def losses(directory):
@@ -177,7 +177,7 @@ def test_stored_words_teach_what_the_teacher_teaches(teachers, tmp_path):
 def test_notes_are_the_teachers_words_of_each_row(teachers):
     config = run_of(teachers, recipe={"top_k": 5})
     program = build(config, make_mesh(config.mesh))
-    data = referenced(program, assemble.build(config.data, seed=0), samples=range(8))
+    data = with_reference_logprobs(program, assemble.build(config.data, seed=0), samples=range(8))
     rows = [data.train.row(index) for index in range(4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     said = words(config.recipe.teacher, program.teacher_weights(), batch, 2.0)

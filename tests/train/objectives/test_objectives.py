@@ -7,9 +7,9 @@ import pytest
 from support.equivalence import packed
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import validated
+from meshwright.configs.loader import validate_tree
 from meshwright.configs.names import RECIPE_FIELDS
-from meshwright.configs.sections.recipe import RECIPE_FORMATS, RECIPE_KEYS, REFERENCED, RecipeConfig
+from meshwright.configs.sections.recipe import RECIPE_FORMATS, RECIPE_KEYS, REFERENCE_RECIPES, RecipeConfig
 from meshwright.train.objectives.registry import RECIPES
 
 PAIRED = [name for name, recipe in RECIPES.items() if recipe.unit != "token"]
@@ -39,8 +39,10 @@ def logprobs():
 def test_names_are_those_of_the_schema():
     assert list(RECIPES) == list(RECIPE_KEYS)
     assert set(RECIPE_FORMATS) == set(PAIRED)
-    assert {name for name, recipe in RECIPES.items() if "reference_logprobs" in recipe.reads} == set(REFERENCED)
-    assert all(set(recipe.reads) <= set(RECIPE_FIELDS) for recipe in RECIPES.values())
+    assert {name for name, recipe in RECIPES.items() if "reference_logprobs" in recipe.all_data} == set(
+        REFERENCE_RECIPES
+    )
+    assert all(set(recipe.all_data) <= set(RECIPE_FIELDS) for recipe in RECIPES.values())
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -182,7 +184,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("tree", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_recipe_and_data_that_do_not_fit_are_refused(tree, message):
     with pytest.raises(UserError, match=message):
-        validated(tree)
+        validate_tree(tree)
 
 
 def test_a_reward_is_read_at_the_last_token_that_is_learned(batch, logprobs):

@@ -11,18 +11,19 @@ from support.equivalence import assert_same, tiny
 
 from meshwright.checkpoint.interop import huggingface
 from meshwright.configs.errors import UserError
-from meshwright.configs.huggingface import config_json
-from meshwright.configs.loader import merged
+from meshwright.configs.huggingface import to_config_json
+from meshwright.configs.loader import merge_trees
 from meshwright.configs.sections.data import DataConfig
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
 from meshwright.train.data.token_annotations import Noted, fill, unseen
-from meshwright.train.engine.forward_backward import init_params, make_context
+from meshwright.train.engine.forward_backward import make_context
 from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 from meshwright.train.infer import inference_session
-from meshwright.train.infer.precompute_logprobs import by_first_weights, referenced
+from meshwright.train.infer.precompute_logprobs import by_first_weights, with_reference_logprobs
+from meshwright.train.objectives.distillation import init_weights
 from meshwright.train.objectives.loss_heads import target_logprobs, values_fn
 from meshwright.train.preemption import StopRequest
 from meshwright.train.run import train
@@ -49,8 +50,8 @@ MESHES = {
 
 @pytest.mark.parametrize(("settings", "changes"), MESHES.values(), ids=MESHES)
 def test_a_mesh_changes_nothing(settings, changes):
-    settings = merged(settings, {"optimizer": {"name": "sgd"}})
-    assert_same(tiny(**settings), tiny(**merged(settings, changes)), steps=2)
+    settings = merge_trees(settings, {"optimizer": {"name": "sgd"}})
+    assert_same(tiny(**settings), tiny(**merge_trees(settings, changes)), steps=2)
 
 
 def written(directory, count=24):
@@ -76,7 +77,7 @@ def run_of(directory, name, **changes):
         "optimizer": {"learning_rate": 0.01},
         "logging": {"every": 1, "tensorboard": False},
     }
-    return tiny(**merged(base, changes))
+    return tiny(**merge_trees(base, changes))
 
 
 def written_base(directory, *, scale):
@@ -84,9 +85,9 @@ def written_base(directory, *, scale):
     config = tiny(model={"vocab": 264})
     directory.mkdir(exist_ok=True)
     (directory / "model.safetensors").unlink(missing_ok=True)
-    weights = jax.tree.map(lambda leaf: scale * leaf, jax.jit(lambda: init_params(config))())
+    weights = jax.tree.map(lambda leaf: scale * leaf, jax.jit(lambda: init_weights(config.model, config))())
     huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
-    (directory / "config.json").write_text(json.dumps(config_json(config.model, positions=64, dtype="float32")))
+    (directory / "config.json").write_text(json.dumps(to_config_json(config.model, positions=64, dtype="float32")))
 
 
 def every_token(config, method):
@@ -176,7 +177,7 @@ def test_who_reads_the_first_weights_again(tmp_path):
     origins = {}
     for name in ("dpo", "kto", "simpo", "distill"):
         data = {"data": {"format": "text"}} if name == "distill" else {}
-        config = run_of(tmp_path, name, **merged({"model": {"from": str(tmp_path / "base")}}, data))
+        config = run_of(tmp_path, name, **merge_trees({"model": {"from": str(tmp_path / "base")}}, data))
         origins[name] = build(config, make_mesh(config.mesh)).origin
     assert origins["simpo"] is None
     assert origins["dpo"] is not None and origins["dpo"] == origins["kto"] == origins["distill"]
@@ -185,7 +186,7 @@ def test_who_reads_the_first_weights_again(tmp_path):
 def test_notes_are_what_the_model_says_of_each_row(tmp_path):
     config = run_of(tmp_path, "dpo")
     program = build(config, make_mesh(config.mesh))
-    data = referenced(program, assemble.build(config.data, seed=0), samples=range(20))
+    data = with_reference_logprobs(program, assemble.build(config.data, seed=0), samples=range(20))
     assert isinstance(data.train, Noted)
     rows = [data.train.row(index) for index in range(4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}

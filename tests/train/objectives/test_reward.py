@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from support.equivalence import assert_same, tiny, trajectory
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import merged
+from meshwright.configs.loader import merge_trees
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.engine.program import build
@@ -46,7 +46,7 @@ def run_of(directory, **changes):
     data |= {"packing": {"method": "best-fit"}, "sequence_length": 48, "global_batch": 4, "held_out": 0.2}
     base = {"recipe": {"name": "reward"}, "steps": 30, "model": {"vocab": 264}, "data": data}
     learning = {"learning_rate": 0.02, "schedule": "constant", "weight_decay": 0.0}
-    return tiny(**merged(base | {"optimizer": learning, "logging": {"every": 1, "tensorboard": False}}, changes))
+    return tiny(**merge_trees(base | {"optimizer": learning, "logging": {"every": 1, "tensorboard": False}}, changes))
 
 
 def test_it_learns_which_answer_is_better_and_goes_out_as_transformers_has_it(tmp_path):
@@ -83,7 +83,7 @@ CHOICES = {
 @pytest.mark.parametrize("adapter", CHOICES.values(), ids=CHOICES)
 def test_the_score_learns_whatever_else_is_chosen(adapter):
     """All of it, though its gradient is the smallest, and in no element's place."""
-    config = tiny(**merged(REWARD, {"adapter": adapter, "optimizer": {"warmup_steps": 0}}), steps=4)
+    config = tiny(**merge_trees(REWARD, {"adapter": adapter, "optimizer": {"warmup_steps": 0}}), steps=4)
     program = build(config, make_mesh(config.mesh))
 
     @jax.jit
@@ -113,8 +113,8 @@ SLOW = [pytest.param(case, marks=[pytest.mark.slow] if place else [], id=name)
 
 @pytest.mark.parametrize("pipeline", SLOW)
 def test_a_pipeline_changes_nothing(pipeline):
-    plain = merged(REWARD, {"model": {"layers": 4}, "microbatches": 4})
-    one, staged = tiny(**plain), tiny(**merged(plain, pipeline))
+    plain = merge_trees(REWARD, {"model": {"layers": 4}, "microbatches": 4})
+    one, staged = tiny(**plain), tiny(**merge_trees(plain, pipeline))
     assert_same(one, staged, steps=3, tolerance=1e-5)
     told = [[float(metrics["accuracy"]) for metrics in trajectory(config, steps=3)[0]] for config in (one, staged)]
     assert told[0] == pytest.approx(told[1]) and any(told[0])
@@ -133,4 +133,4 @@ def test_held_out_pairs_are_told_apart_by_a_pipeline_as_by_one_device(tmp_path):
 
 def test_a_shared_vocabulary_is_refused():
     with pytest.raises(UserError, match=r"pipeline.vocab_parallel: 2 .* recipe.name reward has a score and no words"):
-        tiny(**merged(REWARD, {"mesh": {"pipe": 2}, "microbatches": 2, "pipeline": {"vocab_parallel": 2}}))
+        tiny(**merge_trees(REWARD, {"mesh": {"pipe": 2}, "microbatches": 2, "pipeline": {"vocab_parallel": 2}}))

@@ -10,7 +10,7 @@ import pytest
 from support.equivalence import assert_close, assert_same, batches, tiny
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import merged
+from meshwright.configs.loader import merge_trees
 from meshwright.configs.sections.parallel import MeshConfig
 from meshwright.models.quantized.kernel import dequantize_kernel, quantize_kernel
 from meshwright.models.quantized_model import kernel_layouts
@@ -35,7 +35,7 @@ def program_of(**settings):
 
 def test_sgd_of_codes_is_that_of_the_weights_they_stand_for():
     """With the paper's 1 / scale^2, before anything is rounded; without it a step is thousands of times too short."""
-    config = tiny(**merged(CODES, {"model": {"embed": 16}, "quantization": {"group": 8}}))
+    config = tiny(**merge_trees(CODES, {"model": {"embed": 16}, "quantization": {"group": 8}}))
     _, form = next(kernel_layouts(config.model, config.quantization))
     random = np.random.default_rng(0)
     kernel = jnp.asarray(random.normal(size=(16, 4, 4)) * np.geomspace(0.01, 1.0, 16).reshape(16, 1, 1), jnp.float32)
@@ -149,7 +149,7 @@ def test_a_run_goes_on_from_its_codes(tmp_path, monkeypatch):
     """Stopped in the middle it ends where it would have, on another mesh: what is rounded how is no chance of a run."""
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     told = {"name": "codes", "checkpoint": {"every": 2}, "logging": {"every": 1, "tensorboard": False}}
-    config = tiny(**merged(CODES, {"model": {"vocab": 384}}), **told, steps=4, data={"held_out": 0.0})
+    config = tiny(**merge_trees(CODES, {"model": {"vocab": 384}}), **told, steps=4, data={"held_out": 0.0})
     whole = train(config, process_info=ProcessInfo(), root=tmp_path)
     shutil.rmtree(tmp_path / "codes/checkpoints/4")
     there = config.model_copy(update={"mesh": MeshConfig(platform="cpu", data=2, tensor=2)})
@@ -168,7 +168,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("changes", "words"), MISTAKES.values(), ids=MISTAKES)
 def test_what_no_codes_can_do_is_refused(changes, words):
     with pytest.raises(UserError, match=words):
-        tiny(**merged(CODES, changes))
+        tiny(**merge_trees(CODES, changes))
 
 
 def test_norms_have_no_codes():

@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 def golden(recipe):
     """The golden plan of a shipped recipe, as text; its devices need not exist."""
     config = load_config(recipe)
-    sizes = config.mesh.resolved(config.mesh.count or 1)
+    sizes = config.mesh.resolve_sizes(config.mesh.device_count or 1)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     made = compile_plan.storage_plan(build(config, mesh))
     arrays = [json.dumps(array) for array in made.pop("arrays")]

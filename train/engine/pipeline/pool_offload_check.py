@@ -1,6 +1,6 @@
-"""The check of `memory/offload_check.py` for a pipeline, whose offloaded values wait in pools in host memory.
+"""The gradient that `memory/offload_check.py` checks for a pipeline, whose offloaded values wait in host memory pools.
 
-check_offload(model, chosen, platform="gpu", gradient=partial(pooled_gradient, compute="bfloat16"))
+check_offload(model, decisions, platform="gpu", gradient=partial(pooled_gradient, compute="bfloat16"))
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ....configs.names import MESH_AXES
-from ....configs.sections.base import Decision
+from ....configs.sections.base import MemoryDecision
 from ....configs.sections.model import ModelConfig
 from ....configs.sections.parallel import MemoryConfig
 from ....memory.offload_check import BATCH, REPEATS, Remat, tokens_and_params
@@ -27,26 +27,25 @@ from .stages import make_engine, make_stage_functions
 
 
 def pooled_gradient(
-    model: ModelConfig, chosen: Mapping[str, Decision] | None, *, compute: Any, remat: Remat = make_remat
+    model: ModelConfig, decisions: Mapping[str, MemoryDecision] | None, *, compute: Any, remat: Remat = make_remat
 ) -> Any:
-    """By all parameters, out of a pipeline of one device and as many microbatches as there are rows, all in flight."""
+    """The gradient of all parameters from a pipeline on one device: one row a microbatch, all of them in flight."""
     tokens, params = tokens_and_params(model)
-    structure, shapes = decoder_graphdef(model), jax.eval_shape(lambda: params)
-    axes = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    mesh = Mesh(np.array(jax.local_devices()[:1]).reshape([1] * len(MESH_AXES)), MESH_AXES, axis_types=axes)
-    cut = make_stage_functions(
-        structure,
-        shapes,
+    axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    mesh = Mesh(np.array(jax.local_devices()[:1]).reshape([1] * len(MESH_AXES)), MESH_AXES, axis_types=axis_types)
+    functions = make_stage_functions(
+        decoder_graphdef(model),
+        jax.eval_shape(lambda: params),
         model=model,
-        ending=make_loss_head(target_logprobs(model, MemoryConfig()), negative_sum),
+        loss_head=make_loss_head(target_logprobs(model, MemoryConfig()), negative_sum),
         context=lambda fields, keys: Context(
-            positions=fields["positions"], remat=remat(chosen, scanned=True), compute_dtype=compute
+            positions=fields["positions"], remat=remat(decisions, scanned=True), compute_dtype=compute
         ),
         constrain=unconstrained,
         compute=jnp.dtype(compute),
     )
     engine = make_engine(
-        cut,
+        functions,
         lower_table(make_table("gpipe", devices=1, microbatches=BATCH), repeats=(REPEATS,)),
         repeats=REPEATS,
         mesh=mesh,
@@ -54,12 +53,12 @@ def pooled_gradient(
         compute=jnp.dtype(compute),
         dtype=jnp.float32,
     )
-    places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "positions": places}
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "positions": positions}
     with jax.set_mesh(mesh):
         return jax.jit(lambda params: engine(params, {}, batch, None).gradient)(params)
 
 
 def negative_sum(logprobs: jax.Array, fields: Batch) -> tuple[jax.Array, jax.Array]:
-    """Every token counts the same."""
+    """A recipe in which every token has weight 1."""
     return -logprobs.sum(), jnp.float32(fields["targets"].size)

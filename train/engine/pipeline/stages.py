@@ -1,4 +1,4 @@
-"""The model split into pipeline stages for `parallel/pipeline/executor/table_executor.py`, and its gradient engine."""
+"""The model as pipeline stages for `parallel/pipeline/executor/table_executor.py`, with its gradient engine."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,19 +31,19 @@ from ...objectives import interface as recipes
 from ...objectives.distillation import without_teacher
 from ...objectives.loss_heads import LossAndMetrics, LossHead
 
-HIDDEN = "teacher_hidden"  # field of a batch: what the teacher's head multiplies
-Teacher = Callable[[Any, Batch], OutputHead]  # (its weights, batch) -> what its logits are made of
+TEACHER_HIDDEN = "teacher_hidden"  # field of a batch: the hidden states that the teacher's head multiplies
+Teacher = Callable[[Any, Batch], OutputHead]  # (teacher's weights, batch) -> inputs of the teacher's logits
 Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def split_stages(tree: Any) -> Weights:
-    """Parameters (or shapes) as the blocks' stacks, by place in the pattern, and the rest."""
+def split_stacked(tree: Any) -> Weights:
+    """Split parameters (or shapes) into the stacks of blocks, by place in the layer pattern, and all others."""
     stacks = {place: stack["block"] for place, stack in tree.get("segments", {}).get("0", {}).items()}
     return Weights(stacks, {name: value for name, value in tree.items() if name != "segments"})
 
 
-def join_stages(weights: Weights) -> Any:
-    """The inverse of `cut`."""
+def merge_stacked(weights: Weights) -> Any:
+    """The inverse of `split_stacked`."""
     stacks = {place: {"block": block} for place, block in weights.stacked.items()}
     return weights.unstacked | ({"segments": {"0": stacks}} if stacks else {})
 
@@ -57,70 +57,64 @@ def make_stage_functions(
     constrain: Constrain,
     compute: Any,
     recipe: recipes.Loss | None = None,
-    ending: LossHead | None = None,
+    loss_head: LossHead | None = None,
     teacher: ModelConfig | None = None,
 ) -> StageFunctions:
-    """The decoder's pieces as pure functions; `shapes` are those of all its weights, adapters too.
+    """The decoder as pure functions of a stage; `shapes` are those of all its weights, adapters included.
 
-    `context(fields, keys)` is what blocks are told. `ending` makes the loss on the last stage, and `recipe` where the
-    vocabulary is cut over `pipe`; a model that only reads has neither. `teacher` has read the batch where it is given.
+    `context(fields, keys)` makes the context of blocks. `loss_head` makes the loss on the last stage, `recipe` makes it
+    if the vocabulary is split over `pipe`; a model that only reads has neither. With a `teacher`, the batch holds the
+    teacher's hidden states.
     """
-    places, ahead = len(model.segments[0][0]), nnx.merge(graph, shapes).prefix_length
+    full_model = nnx.merge(graph, shapes)
+    pattern_length = len(model.segments[0][0])
+    block_graphs = [nnx.split(full_model.segments["0"][str(place)].block)[0] for place in range(pattern_length)]
 
-    def arrays(frozen: Any, fields: Batch, keys: jax.Array | None) -> dict[str, Any]:
+    def context_arrays(frozen: Any, fields: Batch, keys: jax.Array | None) -> dict[str, Any]:
         shared = None
-        if "adapter" in frozen:  # what the adapters of all layers read is one of the ends
+        if "adapter" in frozen:  # matrices that the adapters of all layers share are not stacked
             shared = nnx.merge(graph, shapes | {"adapter": frozen["adapter"]}).adapter()
-        fields = fields | {"positions": fields["positions"] + ahead}
-        return {
-            "fields": fields,
-            "keys": keys,
-            "rotations": make_rotations(model, fields["positions"]),
-            "shared": shared,
-        }
+        fields = fields | {"positions": fields["positions"] + full_model.prefix_length}
+        rotations = make_rotations(model, fields["positions"])
+        return {"fields": fields, "keys": keys, "rotations": rotations, "shared": shared}
 
-    def told(given: dict[str, Any]) -> Context:
-        ctx = context(given["fields"], given["keys"])
-        return dataclasses.replace(ctx, rotations=given["rotations"], shared_matrices=given["shared"])
+    def make_context(arrays: dict[str, Any]) -> Context:
+        ctx = context(arrays["fields"], arrays["keys"])
+        return dataclasses.replace(ctx, rotations=arrays["rotations"], shared_matrices=arrays["shared"])
 
-    def block(weights: Any, frozen: Any, given: tuple[dict[str, Any], jax.Array], x: jax.Array) -> jax.Array:
-        ctx, layers = told(given[0]), given[1] * places
-        whole = combine(weights, frozen)
-        for place in range(places):
-            x, _ = run_block(graphs[place], whole[str(place)], x, layer_context(ctx, layers + place))
+    def block(weights: Any, frozen: Any, inputs: tuple[dict[str, Any], jax.Array], x: jax.Array) -> jax.Array:
+        arrays, repeat = inputs
+        ctx, params = make_context(arrays), combine(weights, frozen)
+        for place, block_graph in enumerate(block_graphs):
+            x, _ = run_block(block_graph, params[str(place)], x, layer_context(ctx, repeat * pattern_length + place))
         return x
 
-    def decoder(ends: Any, frozen: Any) -> Decoder:
-        return nnx.merge(graph, combine(ends, without_teacher(frozen)) | {"segments": shapes["segments"]})
+    def decoder(unstacked: Any, frozen: Any) -> Decoder:
+        return nnx.merge(graph, combine(unstacked, without_teacher(frozen)) | {"segments": shapes["segments"]})
 
-    def enter(ends: Any, frozen: Any, fields: Batch, given: dict[str, Any], rows: Lookup | None) -> jax.Array:
-        ctx = told(given) if rows is None else dataclasses.replace(told(given), lookup=rows)
-        return decoder(ends, frozen).embed(fields["tokens"], ctx)
+    def embed(unstacked: Any, frozen: Any, fields: Batch, arrays: dict[str, Any], lookup: Lookup | None) -> jax.Array:
+        ctx = make_context(arrays)
+        if lookup is not None:
+            ctx = dataclasses.replace(ctx, lookup=lookup)
+        return decoder(unstacked, frozen).embed(fields["tokens"], ctx)
 
-    def normed(ends: Any, frozen: Any, hidden: jax.Array) -> jax.Array:
-        return decoder(ends, frozen).final_norm(hidden)
+    def apply_loss_head(
+        unstacked: Any, frozen: Any, hidden: jax.Array, fields: Batch, arrays: dict[str, Any]
+    ) -> LossAndMetrics:
+        student, output_head = decoder(unstacked, frozen), None
+        if teacher is not None:
+            output_head = OutputHead(fields[TEACHER_HIDDEN], frozen["teacher"], teacher.logit_softcap)
+        return loss_head(student, student.final_norm(hidden), fields, make_context(arrays), output_head)
 
-    def kernel(ends: Any, frozen: Any) -> jax.Array:
-        return decoder(ends, frozen).head_kernel(compute)
-
-    def leave(ends: Any, frozen: Any, hidden: jax.Array, fields: Batch, given: dict[str, Any]) -> LossAndMetrics:
-        whole = decoder(ends, frozen)
-        said = None if teacher is None else OutputHead(fields[HIDDEN], frozen["teacher"], teacher.logit_softcap)
-        return ending(whole, whole.final_norm(hidden), fields, told(given), said)
-
-    def shape(fields: Batch) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*fields["tokens"].shape, model.embed), compute)
-
-    graphs = [nnx.split(nnx.merge(graph, shapes).segments["0"][str(place)].block)[0] for place in range(places)]
     return StageFunctions(
-        context=arrays,
+        context=context_arrays,
         block=block,
-        embed=enter,
-        loss_head=leave,
-        final_norm=normed,
-        head_kernel=kernel,
+        embed=embed,
+        loss_head=apply_loss_head,
+        final_norm=lambda unstacked, frozen, hidden: decoder(unstacked, frozen).final_norm(hidden),
+        head_kernel=lambda unstacked, frozen: decoder(unstacked, frozen).head_kernel(compute),
         recipe=recipe,
-        hidden_shape=shape,
+        hidden_shape=lambda fields: jax.ShapeDtypeStruct((*fields["tokens"].shape, model.embed), compute),
         constrain=constrain,
         lookup=partial(embedding_lookup, constrain=constrain),
         vocab=model.vocab,
@@ -129,61 +123,59 @@ def make_stage_functions(
 
 
 def make_engine(
-    parts: StageFunctions, wiring: LoweredTable, *, repeats: int, mesh: Mesh, zero: int, compute: Any, dtype: Any,
+    functions: StageFunctions, lowered: LoweredTable, *, repeats: int, mesh: Mesh, zero: int, compute: Any, dtype: Any,
     teacher: Teacher | None = None,
 ) -> Engine:  # fmt: skip
-    """The pipelined gradient engine: like the plain one, over parameters in the pipeline's layout.
+    """The pipelined gradient engine, like the plain one, over parameters in run order.
 
-    The `teacher`, whose weights are in `frozen`, reads the whole batch before the first microbatch enters.
-
-    `rows` are run instead of the table's where they are given (`op_times.py`); `shifts` send microbatches through
-    replicas (`parallel/pipeline/executor/replica_routing.py`).
+    The `teacher`, whose weights are in `frozen`, reads the whole batch before the first microbatch enters. If `rows`
+    are given, they run instead of the table's (`op_profiler.py`). `shifts` route microbatches through replicas
+    (`parallel/pipeline/executor/replica_routing.py`).
     """
-    run = pipeline_engine(parts, wiring, repeats=repeats, mesh=mesh, zero=zero, dtype=dtype)
+    run = pipeline_engine(functions, lowered, repeats=repeats, mesh=mesh, zero=zero, dtype=dtype)
 
     def engine(
         params: Any, frozen: Any, batch: Batch, keys: jax.Array | None, rows: Row | None = None, shifts: Any = None
     ) -> Sums:
-        weights, fixed = (split_stages(cast_kernels(tree, compute)) for tree in (params, without_teacher(frozen)))
+        trained = split_stacked(cast_kernels(params, compute))
+        constant = split_stacked(cast_kernels(without_teacher(frozen), compute))
         if teacher is not None:
             head = teacher(cast_kernels(frozen["teacher"], compute), batch)
-            batch, fixed = (
-                batch | {HIDDEN: head.hidden},
-                fixed._replace(unstacked=fixed.unstacked | {"teacher": head.kernel}),
-            )
-        sums = run(weights, fixed, batch, keys, wiring.fields if rows is None else rows, shifts)
-        loss, weight, gradient, metrics = sums
-        return Sums(loss, weight, join_stages(gradient) if wiring.trains else (), metrics)
+            batch = batch | {TEACHER_HIDDEN: head.hidden}
+            constant = constant._replace(unstacked=constant.unstacked | {"teacher": head.kernel})
+        rows = lowered.fields if rows is None else rows
+        loss, weight, gradient, metrics = run(trained, constant, batch, keys, rows, shifts)
+        return Sums(loss, weight, merge_stacked(gradient) if lowered.trains else (), metrics)
 
     return engine
 
 
-def make_teacher(parts: StageFunctions, wiring: LoweredTable, *, repeats: int, mesh: Mesh) -> Teacher:
-    """A model in a pipeline of its own, which goes forward only."""
-    read = hidden_state_reader(parts, wiring, repeats=repeats, mesh=mesh)
+def make_teacher(functions: StageFunctions, lowered: LoweredTable, *, repeats: int, mesh: Mesh) -> Teacher:
+    """A teacher in a forward-only pipeline of its own."""
+    read_hidden = hidden_state_reader(functions, lowered, repeats=repeats, mesh=mesh)
 
     def teacher(weights: Any, batch: Batch) -> OutputHead:
-        own = split_stages(weights)
-        return OutputHead(read(own, batch), parts.head_kernel(own.unstacked, {}), parts.softcap)
+        split = split_stacked(weights)
+        return OutputHead(read_hidden(split, batch), functions.head_kernel(split.unstacked, {}), functions.softcap)
 
     return teacher
 
 
 def routing_inputs(seed: int, table: Table, *, replicas: int) -> Callable[[TrainState], dict[str, jax.Array]]:
-    """What the engine is told so that microbatches pass through all replicas: other ways in every update."""
+    """Extra engine inputs that route microbatches through all replicas, on a new random route in every step."""
 
-    def told(state: TrainState) -> dict[str, jax.Array]:
+    def extra_inputs(state: TrainState) -> dict[str, jax.Array]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 3), state.step)  # 1: dropout, 2: adapters
         return {"shifts": draw_shifts(key, microbatches=table.microbatches, stages=table.stages, replicas=replicas)}
 
-    return told
+    return extra_inputs
 
 
 def with_batch_weight(engine: Engine, recipe: recipes.Loss) -> Engine:
-    """`engine`, its weight counted from the batch, which every stage has, and not where the loss is made.
+    """`engine` whose weight is counted from the batch, which every stage has, and not on the last stage.
 
-    Then no stage waits for the last one to divide its gradient. Raises UserError where the recipe's weight depends on
-    the log-probabilities.
+    So no stage waits for the last one before it divides its gradient. Raises UserError if the recipe's weight depends
+    on the log-probabilities.
     """
 
     def run(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None, **rows: Row) -> Sums:
@@ -193,21 +185,21 @@ def with_batch_weight(engine: Engine, recipe: recipes.Loss) -> Engine:
 
 
 def batch_weight(recipe: recipes.Loss, batch: Batch) -> jax.Array:
-    """The recipe's weight of `batch`, without its log-probabilities."""
+    """The recipe's weight of `batch`, computed without log-probabilities. Raises UserError if it depends on them."""
     names, fields = zip(*batch.items(), strict=True)
     logprobs = jax.ShapeDtypeStruct(batch["targets"].shape, jnp.float32)
     trace = trace_equations(lambda logprobs, *fields: recipe(logprobs, dict(zip(names, fields, strict=True)))[1],
                    logprobs, *(jax.typeof(field) for field in fields))  # fmt: skip
     if trace.outputs[0] in dependents({trace.inputs[0]}, trace.equations):
         raise UserError(
-            "pipeline.post_validation: true, but the recipe weighs tokens by their "
-            "probability, which only the last stage knows; set it to false"
+            "pipeline.post_validation: true, but the recipe weights tokens by their probability, which only the last "
+            "stage knows; set pipeline.post_validation to false"
         )
     return recipe(jnp.zeros(logprobs.shape, logprobs.dtype), batch)[1]
 
 
 def cast_kernels(tree: Any, compute: Any) -> Any:
-    """Kernels in the dtype they are multiplied in: once a step, and half the bytes to gather."""
+    """Cast kernels to `compute`, once a step and not at each use; it also halves the bytes to gather."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf.astype(compute) if path_name(path).endswith("/kernel") else leaf, tree
     )

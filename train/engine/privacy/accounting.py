@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ....configs.checks.privacy import check_secret
+from ....configs.checks.privacy import check_private_inputs
 from ....configs.errors import UserError
 from ....configs.run import RunConfig
 from ....configs.sections.privacy import PrivacyConfig
@@ -33,7 +33,7 @@ def budgeted(config: RunConfig, data: Data) -> RunConfig:
     """`config` with the noise that the data and the run's epsilon ask for. UserError where it cannot be counted."""
     if config.privacy is None:
         return config
-    check_secret(config)
+    check_private_inputs(config)
     try:
         import dp_accounting  # noqa: F401
     except ImportError:

@@ -53,7 +53,7 @@ def make_table(
     UserError for options that the schedule does not take.
     """
     if name not in SCHEDULES:
-        raise UserError.no_match("pipeline.schedule", [name], known=SCHEDULES)
+        raise UserError.no_match("pipeline.schedule", [name], candidates=SCHEDULES)
     family = SCHEDULES[name]
     if placement is not None:
         chunks = chunks or placement.shape[1]

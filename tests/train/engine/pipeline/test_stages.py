@@ -7,7 +7,7 @@ import pytest
 from support.equivalence import assert_same, tiny
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import merged
+from meshwright.configs.loader import merge_trees
 from meshwright.parallel.hlo import parse
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.pipeline.tables.csv_io import write_csv
@@ -64,8 +64,8 @@ CASES = {
 
 def pair(model, pipeline):
     """Both add up the same microbatches: Adam makes much of rounding in gradients that are almost zero."""
-    plain = merged(merged(BASE, {"microbatches": 4}), model)
-    return tiny(**plain), tiny(**merged(plain, merged(STAGED, pipeline)))
+    plain = merge_trees(merge_trees(BASE, {"microbatches": 4}), model)
+    return tiny(**plain), tiny(**merge_trees(plain, merge_trees(STAGED, pipeline)))
 
 
 SLOW = {"some tensors on the host, a fused backward"}  # `test_engine.py` has it in small
@@ -129,7 +129,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("changes", "words"), REFUSED.values(), ids=REFUSED)
 def test_what_has_no_table_is_refused_before_jax_is_needed(changes, words):
-    config = tiny(**merged(merged(BASE, STAGED), changes))
+    config = tiny(**merge_trees(merge_trees(BASE, STAGED), changes))
     with pytest.raises(UserError, match=words):
         make_pipeline_plan(config, pipe=config.mesh.pipe)
 
@@ -139,7 +139,7 @@ def test_a_file_whose_stages_are_no_neighbours_is_refused_before_jax_is_needed(t
     table = make_table("gpipe", devices=4, microbatches=4)
     apart = tmp_path / "apart.csv"
     write_csv(tabulate(device_orders(table), np.array([[0], [2], [1], [3]]), algorithm=0, name="apart"), apart)
-    config = tiny(**merged(merged(BASE, STAGED), {"mesh": {"pipe": 4}, "pipeline": {"schedule": str(apart)}}))
+    config = tiny(**merge_trees(merge_trees(BASE, STAGED), {"mesh": {"pipe": 4}, "pipeline": {"schedule": str(apart)}}))
     with pytest.raises(UserError, match="consecutive stages on devices 0 and 2 of 4"):
         make_pipeline_plan(config, pipe=4)
 
@@ -167,12 +167,14 @@ UNFIT = {
 @pytest.mark.parametrize(("changes", "words"), UNFIT.values(), ids=UNFIT)
 def test_what_a_pipeline_cannot_hold_is_refused_by_the_configuration(changes, words):
     with pytest.raises(UserError, match=words):
-        tiny(**merged(merged(BASE, STAGED), changes))
+        tiny(**merge_trees(merge_trees(BASE, STAGED), changes))
 
 
 def test_a_balanced_deal_leaves_the_stage_with_the_head_fewer_layers():
     config = tiny(
-        **merged(merged(BASE, STAGED), {"model": {"layers": 8, "vocab": 512}, "pipeline": {"layers": "balanced"}})
+        **merge_trees(
+            merge_trees(BASE, STAGED), {"model": {"layers": 8, "vocab": 512}, "pipeline": {"layers": "balanced"}}
+        )
     )
     found = make_pipeline_plan(config, pipe=2)
     assert sum(found.repeats) == 8 and found.repeats[0] > found.repeats[1]
@@ -228,15 +230,15 @@ def test_a_run_goes_on_under_another_schedule_and_without_a_pipeline(tmp_path, m
         "optimizer": {"ema": 0.9, "schedule": "constant", "warmup_steps": 0},
         "evaluation": {"prompts": ["ab"], "sample_tokens": 2},
     }
-    base = merged(BASE, small)
+    base = merge_trees(BASE, small)
     v = {"mesh": {"pipe": 2}, "microbatches": 4, "pipeline": {"schedule": "v-half", "vocab_parallel": 2}}
     more = {"mesh": {"pipe": 4}, "microbatches": 4, "pipeline": {"measure": False}}
     expected = train(
-        tiny(**merged(base, {"name": "whole", "steps": 6})), process_info=ProcessInfo(), root=tmp_path
+        tiny(**merge_trees(base, {"name": "whole", "steps": 6})), process_info=ProcessInfo(), root=tmp_path
     ).metrics
     for steps, layout in ((2, v), (4, more), (6, {})):
         found = train(
-            tiny(**merged(base, layout | {"steps": steps})), process_info=ProcessInfo(), root=tmp_path
+            tiny(**merge_trees(base, layout | {"steps": steps})), process_info=ProcessInfo(), root=tmp_path
         ).metrics
     for key in ("loss", "grad_norm", "held_out_loss"):
         assert found[key] == pytest.approx(expected[key], rel=1e-4)

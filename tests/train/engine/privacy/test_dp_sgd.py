@@ -12,7 +12,7 @@ import pytest
 from support.equivalence import assert_same, batches, tiny
 
 from meshwright.configs.errors import UserError
-from meshwright.configs.loader import merged
+from meshwright.configs.loader import merge_trees
 from meshwright.configs.sections.privacy import PrivacyConfig
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.prng import init_key, step_key
@@ -54,7 +54,7 @@ FAST = ("llama, all of it", "lora, dropout")
 
 
 def private(**changes):
-    return tiny(**merged(PRIVATE, changes))
+    return tiny(**merge_trees(PRIVATE, changes))
 
 
 def moved(params):
@@ -255,7 +255,7 @@ def run_of(directory, **changes):
     (directory / "rows.jsonl").write_text("\n".join(rows))
     data = {"source": "jsonl", "path": str(directory / "rows.jsonl"), "held_out": 0.2, "sequence_length": 48}
     base = {"model": {"vocab": 264}, "data": data, "logging": {"every": 1, "tensorboard": False}, "steps": 6}
-    return private(**merged(base, changes))
+    return private(**merge_trees(base, changes))
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_other_machines_are_not_told_the_seed(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(metrics_logger, "open_sinks", lambda *given, config, **settings: told.append(config) or [])
     for config in (private(), private(privacy=None)):
-        with metrics_logger.Telling(config, tmp_path, Journal(tmp_path, enabled=True), start=0):
+        with metrics_logger.MetricsLogger(config, tmp_path, Journal(tmp_path, enabled=True), start=0):
             pass
     assert "seed" not in told[0] and told[1]["seed"] == SEED
 
