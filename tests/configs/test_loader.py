@@ -14,6 +14,7 @@ from meshwright.configs.loader import (
     recipe_names,
     validate_tree,
 )
+from meshwright.configs.sections.model import FAMILIES
 
 MISTAKES = {
     "misspelt section": ({"meshh": {}}, r"meshh: unknown key. Did you mean mesh\?"),
@@ -137,7 +138,7 @@ def test_a_copied_recipe_is_the_same_run_from_anywhere(tmp_path, name):
     assert read_tree(tmp_path / "mine.yaml") == read_tree(find_config(name))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_resolved_configuration_reads_back_equal(family):
     config = validate_tree({"model": {"family": family, "layers": 6}})
     assert validate_tree(parse_yaml(dump_yaml(config), origin="dump")) == config

@@ -102,9 +102,9 @@ def test_a_logit_depends_on_exactly_the_tokens_it_may_see(window):
         np.testing.assert_array_equal(table != 0, wanted)
 
 
-@pytest.mark.parametrize("settings", [MODELS["family gpt2"], MODELS["family gemma3"]], ids=["gpt2", "gemma3"])
-def test_every_weight_has_a_name_for_each_dimension(settings):
-    model = ModelConfig(**TINY | settings | {"layers": 7})
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_has_a_name_for_each_dimension(family):
+    model = ModelConfig(**TINY | {"family": family, "layers": 7})
     weights = jax.eval_shape(lambda: initial_params(model, jax.random.key(0)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         name = path_name(path)

@@ -3,6 +3,8 @@
 import pytest
 from support.equivalence import assert_same, tiny
 
+from meshwright.parallel.sequence.attend import STRATEGIES
+
 PRODUCTS = {
     "data": {"data": 2},
     "fsdp": {"fsdp": 2},
@@ -18,6 +20,6 @@ def test_a_product_of_axes_equals_one_device(mesh):
     assert_same(tiny(), tiny(mesh=mesh))
 
 
-@pytest.mark.parametrize("strategy", ["all-gather", "ring", "ulysses"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_context_parallelism_equals_one_device(strategy):
     assert_same(tiny(), tiny(mesh={"seq": 2, "fsdp": 2, "data": 2}, sequence={"parallel": strategy}))

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from meshwright.checkpoint.interop import huggingface
 from meshwright.configs.errors import UserError
-from meshwright.configs.huggingface import changed_keys, to_config_json, to_model_section
+from meshwright.configs.huggingface import FORMATS, changed_keys, to_config_json, to_model_section
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.configs.sections.parallel import MeshConfig
 from meshwright.models.context import Context, unconstrained
@@ -55,6 +55,11 @@ def logits(model, params, tokens):
         constrain=unconstrained,
     )
     return np.asarray(found)[..., : model.vocab]
+
+
+def test_every_format_has_a_fixture():
+    configs = [json.loads((directory / "config.json").read_text()) for directory in FIXTURES.iterdir()]
+    assert {config["model_type"] for config in configs} == set(FORMATS)
 
 
 @each_fixture

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from meshwright.checkpoint.interop import huggingface, peft
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.adapter import AdapterConfig
-from meshwright.models.adapters import attach
+from meshwright.models.adapters import attach, peft_prompt, peft_writer
 from meshwright.models.context import Context, unconstrained
 from meshwright.models.decoder import decoder_graphdef
 from meshwright.parallel import vocabulary
@@ -114,6 +114,10 @@ def test_what_is_written_reads_back_as_the_same_function(name, settings, tmp_pat
     jax.tree.map(assert_same, got, wanted)
     moved = jax.tree.map(lambda one, other: np.abs(one - other).max() > 0.01, wanted, jax.device_get(weights))
     assert any(jax.tree.leaves(moved))
+
+
+def test_every_method_that_peft_has_is_among_the_cases():
+    assert {settings["method"] for _, settings in CASES.values()} == {*peft_writer.PEFT_TYPES, *peft_prompt.PEFT_TYPES}
 
 
 def test_names_and_shapes_are_pefts_own(tmp_path):

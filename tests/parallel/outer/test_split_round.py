@@ -11,6 +11,7 @@ from meshwright.configs.sections.outer import PAIRWISE_RULES, RULES
 from meshwright.parallel.outer.exchange import make_exchange
 from meshwright.parallel.outer.registry import build_outer_optimizer
 from meshwright.parallel.outer.split_round import decode, find_defect, pack, split_outer_step, unpack
+from meshwright.parallel.outer.wire_formats import WIRE_FORMATS
 
 COUNT = 4
 SIZES = {"layers": 2, "embed": 16, "vocab": 61, "heads": 2, "kv_heads": 2, "mlp": 24}
@@ -69,7 +70,7 @@ def test_sending_and_receiving_equal_the_outer_step_of_the_mesh(name):
         assert_same(outer, row_of(state, number) if optimizer.per_replica else state)
 
 
-@pytest.mark.parametrize("wire", ["float32", "bf16", "fp8", "int8", "e3m0"])
+@pytest.mark.parametrize("wire", WIRE_FORMATS)
 def test_payloads_hold_the_codes_and_values_that_are_not_finite_are_detected(wire):
     config = tiny(model=SIZES, outer={"name": "diloco", "every": 4, "wire": wire}, islands={"count": 2})
     build = functools.partial(build_outer_optimizer, config.outer, model=config.model, replicas=2)

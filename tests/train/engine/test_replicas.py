@@ -12,20 +12,18 @@ import numpy as np
 import pytest
 from support.equivalence import assert_same, batches, born, tiny
 
+from meshwright.configs.sections.outer import PAIRWISE_RULES, RULES
 from meshwright.parallel.hlo import collectives
 from meshwright.parallel.layout import from_canonical_replicas, to_canonical_replicas
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 
-OUTERS = {
-    "diloco": {"name": "diloco", "every": 2},
+OUTERS = {name: {"name": name, "every": 2} for name in RULES} | {
     "diloco-int8": {"name": "diloco", "every": 2, "wire": "int8"},
     "streaming": {"name": "streaming", "every": 3, "fragments": 3, "wire": "e3m0"},
     "noloco": {"name": "noloco", "every": 2, "wire": "bf16"},
     "local-sgd": {"name": "local-sgd", "every": 2, "wire": "fp8"},
-    "eager": {"name": "eager", "every": 2},
-    "peer-average": {"name": "peer-average", "every": 2},
 }
 MESH = {"replica": 2, "fsdp": 2, "tensor": 2}
 SGD = {"name": "sgd", "b1": 0.0, "learning_rate": 0.2, "clip": None, "schedule": "constant"}
@@ -117,7 +115,7 @@ def test_meetings_on_a_mesh_are_those_on_one_device(outer):
     for expected, found in zip(jax.tree.leaves(states[0]), jax.tree.leaves(states[1]), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     kinds = set().union(*(crossing(one, wide.mesh) for one in programs(wide)))
-    paired = outer in ("noloco", "peer-average")
+    paired = outer in PAIRWISE_RULES
     wire = OUTERS[outer].get("wire", "float32")
     assert kinds == {"collective-permute" if paired else "all-reduce" if wire == "float32" else "all-gather"}
 

@@ -1,6 +1,7 @@
 """Optimizers: sharded like parameters, the same on every mesh; schedules, masks, averages, per-layer matrices."""
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,16 @@ def test_a_schedule_has_its_exact_values(name, more, values):
     schedule = optimizers.schedule(section, steps=20)
     found = {count: float(schedule(count)) / 2.0 for count in values}
     assert found == pytest.approx(values, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", get_args(OptimizerConfig.model_fields["schedule"].annotation))
+def test_a_schedule_warms_up_to_its_peak_and_then_only_falls(name):
+    section = OptimizerConfig(learning_rate=2.0, schedule=name, warmup_steps=4, final_fraction=0.1)
+    schedule = optimizers.schedule(section, steps=20)
+    values = [float(schedule(count)) / 2.0 for count in range(20)]
+    assert values[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert values[3:] == pytest.approx(sorted(values[3:], reverse=True))
+    assert values[-1] == pytest.approx(1.0 if name == "constant" else 0.1)
 
 
 def test_a_cosine_is_halfway_in_the_middle():
