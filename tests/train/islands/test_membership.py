@@ -1,46 +1,68 @@
 """What islands do to each other at a meeting: members in threads, real sockets, payloads that are a few bytes."""
 
 import threading
-import time
 from contextlib import ExitStack, suppress
 
 import pytest
+from support.waiting import HANG_SECONDS, wait_until
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.islands import IslandsConfig
 from meshwright.parallel.transport.payload_server import PayloadServer, Peer, ServerSettings
 from meshwright.train.core.rendezvous import Client, NotAMember
-from meshwright.train.islands import quorum
+from meshwright.train.islands import membership, quorum
 from meshwright.train.islands.membership import IslandGroup
 from meshwright.train.launch.local_islands import serve_rendezvous
 
 QUICK = {"patience": 2, "timeout": 2, "deadline": 5, "retries": 1, "ttl": 1, "gather": 5, "staleness": 9, "count": 3}
 
 
+class Run:
+    """A run on loopback: its rendezvous, and the payload servers of its islands. `run.start(0, 1, 2)` starts islands.
+
+    `requested` is the keys that others asked for and that were not there.
+    """
+
+    def __init__(self, stack):
+        self.stack, self.servers, self.requested = stack, {}, []
+        self.rendezvous = stack.enter_context(ExitStack())
+        self.address = self.rendezvous.enter_context(serve_rendezvous())
+
+    def join(self, number, **changes):
+        """One island, which has not begun."""
+        name = f"island-{number}"
+        server = PayloadServer(
+            name, fingerprint="one", description={}, settings=ServerSettings(2.0, 0.2, 1),
+            on_missing=self.requested.append,
+        )  # fmt: skip
+        self.stack.callback(server.close)
+        self.servers[name] = server
+        islands = IslandsConfig(**QUICK | changes, meet=self.address)
+        problem = lambda name, payload: "not finite" if payload == b"nan" else None
+        group = IslandGroup(server, islands, address=f"127.0.0.1:{server.port}", find_problem=problem)
+        self.stack.callback(group.leave)
+        return group
+
+    def start(self, *numbers, **changes):
+        groups = [self.join(number, **{"count": len(numbers)} | changes) for number in numbers]
+        assert all(first for first, _ in at_once(lambda group: group.enter(step=0, version="x"), groups))
+        return groups
+
+    def peer(self, group):
+        return Peer(group.name, group.ticket, f"127.0.0.1:{self.servers[group.name].port}")
+
+    def wait_published(self, group, key):
+        """Wait until `group` has published what it takes to a round."""
+        reader = PayloadServer("reader", fingerprint="one", description={}, settings=ServerSettings())
+        self.stack.callback(reader.close)
+        payload = reader.collect(key, [self.peer(group)], deadline=HANG_SECONDS, patience=HANG_SECONDS)[group.name]
+        assert isinstance(payload, bytes)
+
+
 @pytest.fixture
-def opened():
-    """Opens islands by number: `islands = opened(0, 1, 2)`, all of which have begun."""
+def run():
     with ExitStack() as stack:
-        address = stack.enter_context(serve_rendezvous())
-
-        def member(number, **changes):
-            office = PayloadServer(
-                f"island-{number}", fingerprint="one", description={}, settings=ServerSettings(2.0, 0.2, 1)
-            )
-            stack.callback(office.close)
-            islands = IslandsConfig(**QUICK | changes, meet=address)
-            bad = lambda name, payload: "not finite" if payload == b"nan" else None
-            made = IslandGroup(office, islands, address=f"127.0.0.1:{office.port}", find_problem=bad)
-            stack.callback(made.leave)
-            return made
-
-        def begun(*numbers, **changes):
-            made = [member(number, **{"count": len(numbers)} | changes) for number in numbers]
-            assert all(first for first, _ in at_once(lambda one: one.enter(step=0, version="x"), made))
-            return made
-
-        begun.member = member
-        yield begun
+        yield Run(stack)
 
 
 def at_once(work, members):
@@ -61,62 +83,62 @@ def average(members, payloads, key="meet 3", histories=None, update=3):
     return at_once(work, members)
 
 
-def test_one_who_leaves_while_it_waits_is_answered_and_does_not_come_back(opened):
-    one, other = opened(0, 1, patience=30, deadline=30, ttl=30)  # it does not merely expire
-    waits = threading.Thread(target=lambda: average([one], {one.name: b"1"}))
+def test_one_who_leaves_while_it_waits_is_answered_and_does_not_come_back(run):
+    bounds = dict.fromkeys(("patience", "deadline", "ttl"), 2 * HANG_SECONDS)  # it does not merely expire
+    one, other = run.start(0, 1, **bounds)
+    waits = threading.Thread(target=lambda: average([one], {one.name: b"1"}), daemon=True)
     waits.start()
-    time.sleep(0.3)
+    run.wait_published(one, "meet 3")
     one.leave()
-    waits.join(timeout=5)
+    waits.join(timeout=HANG_SECONDS)
     assert not waits.is_alive()
-    time.sleep(0.5)
-    assert one.name not in other.others()
+    wait_until(lambda: one.name not in other.peer_statuses())
 
 
 def letters(members):
     return {one.name: one.name.encode() for one in members}
 
 
-def test_all_have_the_same_payloads(opened):
-    islands = opened(0, 1, 2)
+def test_all_have_the_same_payloads(run):
+    islands = run.start(0, 1, 2)
     for met in average(islands, letters(islands)):
-        assert met.kind == "applied" and met.payloads == letters(islands) and not met.lost
+        assert met.kind == "applied" and met.payloads == letters(islands) and not met.failures
 
 
-def test_one_that_is_not_finite_is_left_out_by_all_and_takes_their_state(opened):
-    islands = opened(0, 1, 2)
+def test_one_that_is_not_finite_is_left_out_by_all_and_takes_their_state(run):
+    islands = run.start(0, 1, 2)
     payloads = letters(islands) | {"island-1": b"nan"}
     first, bad, last = average(islands, payloads)
     assert first.kind == last.kind == "applied" and sorted(first.payloads) == ["island-0", "island-2"]
-    assert first.lost == {"island-1": "not finite"} and first.payloads == last.payloads
+    assert first.failures == {"island-1": "not finite"} and first.payloads == last.payloads
     assert bad.kind == "behind" and [peer.name for peer in bad.sources] == ["island-0", "island-2"]
 
 
-def test_one_with_an_older_history_takes_the_others_state(opened):
-    islands = opened(0, 1, 2)
+def test_one_with_an_older_history_takes_the_others_state(run):
+    islands = run.start(0, 1, 2)
     mets = average(islands, letters(islands), histories={"island-0": "old"})
     assert [met.kind for met in mets] == ["behind", "applied", "applied"] and "island-0" not in mets[1].payloads
 
 
-def test_one_that_comes_late_takes_what_the_others_took_unless_its_history_is_another(opened):
-    islands = opened(0, 1, 2, patience=0.5)
+def test_one_that_comes_late_takes_what_the_others_took_unless_its_history_is_another(run):
+    islands = run.start(0, 1, 2, patience=0.5)
     early = average(islands[:2], letters(islands))
     assert [met.kind for met in early] == ["applied", "applied"] and len(early[0].payloads) == 2
     (late,) = average(islands[2:], letters(islands))
-    assert late.kind == "applied" and late.payloads == early[0].payloads and "island-2" in late.lost
+    assert late.kind == "applied" and late.payloads == early[0].payloads and "island-2" in late.failures
     (other,) = average(islands[2:], letters(islands), histories={"island-2": "old"})
     assert other.kind == "behind" and len(other.sources) == 2
 
 
-def test_an_exchange_that_was_decided_has_one_result_however_often_it_is_asked_for(opened):
-    islands = opened(0, 1)
+def test_an_exchange_that_was_decided_has_one_result_however_often_it_is_asked_for(run):
+    islands = run.start(0, 1)
     once, again = average(islands, letters(islands)), average(islands, letters(islands))
     assert [dict(met.payloads) for met in once] == [dict(met.payloads) for met in again]
 
 
-def test_what_the_others_did_long_ago_is_not_decided_anew(opened, monkeypatch):
+def test_what_the_others_did_long_ago_is_not_decided_anew(run, monkeypatch):
     monkeypatch.setattr(quorum, "MAX_DECISIONS", 4)
-    first, asleep = opened(0, 1, patience=0.1)
+    first, asleep = run.start(0, 1, patience=0.1)
     meet = lambda one, update: one.average(f"send-0 {update}", b"1", update=update, history="")
     swap = lambda one, update: one.pair(f"meet {update}", b"1", update=update, seed=0)
     for way in (meet, swap):
@@ -126,31 +148,32 @@ def test_what_the_others_did_long_ago_is_not_decided_anew(opened, monkeypatch):
     assert swap(asleep, 8).kind == "applied"  # the newest are remembered
 
 
-def test_a_rendezvous_that_outlives_a_run_does_not_answer_the_next_one_with_its_decisions(opened, monkeypatch):
+def test_a_rendezvous_that_outlives_a_run_does_not_answer_the_next_one_with_its_decisions(run, monkeypatch):
     monkeypatch.setattr(quorum, "MAX_DECISIONS", 4)
-    earlier = opened(0, 1)
+    earlier = run.start(0, 1)
     for update in range(3, 9):
         average(earlier, letters(earlier), key=f"meet {update}", update=update)
     [one.leave() for one in earlier]
-    islands = opened(0, 1)
+    islands = run.start(0, 1)
     for update in (3, 8):
         mets = average(islands, letters(islands), key=f"meet {update}", update=update)
         assert [(met.kind, met.payloads) for met in mets] == [("applied", letters(islands))] * 2
 
 
-def test_one_that_was_given_up_comes_back_under_its_name_at_whichever_of_its_threads(opened):
-    (one,) = opened(0)
-    with Client(one._islands.meet, one.name) as client:
+def test_one_that_was_given_up_comes_back_under_its_name_at_whichever_of_its_threads(run):
+    (one,) = run.start(0)
+    with Client(run.address, one.name) as client:
         for _ in range(20):
             client.ticket = one.ticket
             with suppress(NotAMember):
                 client.leave()
-            assert at_once(lambda one: one._rejoin(), [one] * 4) == [None] * 4
-    one.tell(step=1)
+            assert at_once(lambda group: group.publish_status_now(step=1), [one] * 4) == [None] * 4
+        assert [client.wait(beyond=-1, timeout=0.0)["members"][one.name]["ticket"]] == [one.ticket]
 
 
-def test_one_that_was_given_up_while_the_rendezvous_was_away_comes_back_with_its_question(opened, monkeypatch):
-    (one,) = opened(0, ttl=30)  # no heartbeat gets ahead of the question
+def test_one_that_was_given_up_while_the_rendezvous_was_away_comes_back_with_its_question(run, monkeypatch):
+    monkeypatch.setattr(membership, "HEARTBEAT_SECONDS", HANG_SECONDS)
+    (one,) = run.start(0, ttl=5 * HANG_SECONDS)  # no heartbeat gets ahead of the question
     join, failed = Client.join, []
 
     def first_lost(client, info=None):
@@ -160,84 +183,80 @@ def test_one_that_was_given_up_while_the_rendezvous_was_away_comes_back_with_its
         return join(client, info)
 
     monkeypatch.setattr(Client, "join", first_lost)
-    one._ended.set()
-    one._beats.join()
-    one._ended.clear()
-    with Client(one._islands.meet, one.name) as client:
+    with Client(run.address, one.name) as client:
         client.ticket = one.ticket
         client.leave()
     (met,) = average([one], {one.name: b"1"})
     assert failed and (met.kind, dict(met.payloads)) == ("applied", {one.name: b"1"})
 
 
-def test_the_last_updates_of_islands_that_left_are_known_to_the_others_of_their_run(opened):
-    one, other = opened(0, 1)
-    other.tell_now(finished=True)
+def test_the_last_updates_of_islands_that_left_are_known_to_the_others_of_their_run(run):
+    one, other = run.start(0, 1)
+    other.publish_status_now(finished=True)
     other.leave()
-    assert one.unfinished()
-    one.tell_now(finished=True)
-    assert not one.unfinished()
-    with Client(one._islands.meet, "stranger") as client:
+    assert one.has_unfinished()
+    one.publish_status_now(finished=True)
+    assert not one.has_unfinished()
+    with Client(run.address, "stranger") as client:
         assert client.ask("ended", run="two") == {"names": []}
 
 
-def test_pairs_swap_and_a_partner_that_has_gone_leaves_one_alone(opened):
-    islands = opened(0, 1, patience=0.5)
+def test_pairs_swap_and_a_partner_that_has_gone_leaves_one_alone(run):
+    islands = run.start(0, 1, patience=0.5)
     pair = lambda key: lambda one: one.pair(key, one.name.encode(), update=4, seed=0)
     first, second = at_once(pair("meet 4"), islands)
     assert (dict(first.payloads), dict(second.payloads)) == ({"island-1": b"island-1"}, {"island-0": b"island-0"})
     alone = pair("meet 8")(islands[0])
-    assert dict(alone.payloads) == {"island-0": b"island-0"} and "island-1" in alone.lost
+    assert dict(alone.payloads) == {"island-0": b"island-0"} and "island-1" in alone.failures
 
 
-def test_a_state_is_given_to_whoever_asks(opened):
-    giver, taker = opened(0, 1)
-    asked = threading.Thread(target=lambda: got.append(taker.state(taker._peers())))
-    got, wanted = [], giver._office
-    wanted._wanted = lambda key: threading.Thread(
-        target=wanted.publish, args=(key, b"state"), kwargs={"ticket": giver.ticket}
-    ).start()
-    asked.start()
-    asked.join()
-    assert got == [b"state"]
+def test_a_state_is_given_to_whoever_asks(run):
+    giver, taker = run.start(0, 1, patience=HANG_SECONDS, deadline=HANG_SECONDS)
+    states = []
+    fetching = threading.Thread(target=lambda: states.append(taker.fetch_state([run.peer(giver)])))
+    fetching.start()
+    key = wait_until(lambda: run.requested)[0]
+    run.servers[giver.name].publish(key, b"state", ticket=giver.ticket)
+    fetching.join()
+    assert states == [b"state"]
 
 
-def test_one_that_got_no_state_and_begins_with_the_others_is_awaited_like_them(opened):
-    gone = opened.member(2, count=2)
-    islands = [opened.member(number, count=2) for number in (0, 1)]
-    assert islands[0].state([Peer(gone.name, gone.ticket, "127.0.0.1:9")]) is None
+def test_one_that_got_no_state_and_begins_with_the_others_is_awaited_like_them(run):
+    gone = run.join(2, count=2)
+    islands = [run.join(number, count=2, patience=HANG_SECONDS) for number in (0, 1)]
+    assert islands[0].fetch_state([Peer(gone.name, gone.ticket, "127.0.0.1:9")]) is None
     gone.leave()
     assert all(first for first, _ in at_once(lambda one: one.enter(step=100, version="x"), islands))
     early = threading.Thread(target=lambda: mets.extend(average(islands[1:], letters(islands), update=103)))
     mets = []
     early.start()
-    time.sleep(0.5)
+    run.wait_published(islands[1], "meet 3")
     mets += average(islands[:1], letters(islands), update=103)
     early.join()
     assert [sorted(met.payloads) for met in mets] == 2 * [["island-0", "island-1"]]
 
 
-def test_a_number_that_is_given_twice_ends_the_first_job(opened):
-    (first,) = opened(0)
-    opened.member(0)
-    with pytest.raises(UserError, match=r"islands.number: another job is island-0 now"):
-        for _ in range(100):
-            first.tell(step=1)
-            time.sleep(0.05)
+def test_a_number_that_is_given_twice_ends_the_first_job(run):
+    (first,) = run.start(0)
+    run.join(0)
+    with pytest.raises(UserError, match=r"islands\.number: .*island-0"):
+        wait_until(lambda: first.publish_status(step=1))
 
 
-def test_without_the_rendezvous_a_meeting_is_skipped_in_time():
-    with ExitStack() as stack:
-        with serve_rendezvous() as address:
-            office = PayloadServer("island-0", fingerprint="one", description={}, settings=ServerSettings(1.0, 0.2, 1))
-            stack.callback(office.close)
-            islands = IslandsConfig(**QUICK | {"deadline": 1}, meet=address)
-            group = IslandGroup(
-                office, islands, address=f"127.0.0.1:{office.port}", find_problem=lambda name, payload: None
-            )
-            stack.callback(group.leave)
-        began = time.monotonic()
-        met = group.average("meet 3", b"x", update=3, history="")
-        assert met.kind == "skipped" and "rendezvous" in met.failures and 1 < time.monotonic() - began < 8
-        began = time.monotonic()  # it was waited for once
-        assert group.average("meet 6", b"x", update=6, history="").kind == "skipped" and time.monotonic() - began < 0.5
+def test_without_the_rendezvous_a_round_is_skipped_and_only_the_first_one_waits(run, monkeypatch):
+    (group,) = run.start(0, deadline=1)
+    run.rendezvous.close()
+    attempts, heartbeat = [], Client.heartbeat
+
+    def count_attempts(client, info):
+        if threading.current_thread() is threading.main_thread():
+            attempts.append(client)
+        return heartbeat(client, info)
+
+    monkeypatch.setattr(Client, "heartbeat", count_attempts)
+    monkeypatch.setattr(membership, "RETRY_SECONDS", 0.01)
+    for update, waits in ((3, True), (6, False)):
+        result = group.average(f"meet {update}", b"x", update=update, history="")
+        assert result.kind == "skipped" and "rendezvous" in result.failures
+        assert (len(attempts) > 1) == waits
+        attempts.clear()

@@ -1,10 +1,10 @@
 """Who counts: the decisions that islands act on, as pure functions, and asked for at once over sockets."""
 
 import threading
-import time
 from contextlib import suppress
 
 import pytest
+from support.waiting import HANG_SECONDS, wait_until
 
 from meshwright.train.core.rendezvous import Client, MembershipStore, NotAMember, join_member, remove_member
 from meshwright.train.islands.quorum import (
@@ -125,9 +125,9 @@ def test_all_who_ask_are_given_one_answer_and_a_stranger_none():
 
 def test_a_question_whose_askers_have_gone_is_asked_anew():
     """Else who comes an hour later is told at once that it has waited long enough."""
-    now = [0.0]
+    now, looks = [0.0], []
     room = MembershipStore(lambda: now[0])
-    arbiter, told = QuorumService(room, lambda: now[0]), []
+    arbiter, told = QuorumService(room, lambda: (looks.append(now[0]), now[0])[1]), []
 
     def ask(ticket):
         with suppress(NotAMember):
@@ -136,9 +136,9 @@ def test_a_question_whose_askers_have_gone_is_asked_anew():
 
     def come():
         ticket = room.change(lambda m, at: join_member(m, "a", now=at, ttl=1e9)).members["a"].ticket
-        waits = threading.Thread(target=ask, args=(ticket,))
+        waits, before = threading.Thread(target=ask, args=(ticket,)), len(looks)
         waits.start()
-        time.sleep(0.2)
+        wait_until(lambda: len(looks) > before + 2)  # asked, and not decided
         return ticket, waits
 
     first, waits = come()
@@ -148,5 +148,5 @@ def test_a_question_whose_askers_have_gone_is_asked_anew():
     _, waits = come()
     assert waits.is_alive()
     now[0] += 61.0
-    waits.join(timeout=5.0)
+    waits.join(timeout=HANG_SECONDS)
     assert told == [{"sources": ["a"], "together": True}]

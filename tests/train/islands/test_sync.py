@@ -1,62 +1,90 @@
 """What an island does while it waits for others: it says so, and it stops when asked to. Nothing is compiled here."""
 
 import threading
-import time
 from concurrent.futures import Future
-from types import SimpleNamespace as Some
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
+from support.waiting import HANG_SECONDS
 
 from meshwright.configs.errors import Preempted
+from meshwright.parallel.outer.interface import OuterStep
 from meshwright.parallel.transport.payload_server import TransferCounters
 from meshwright.train import loop as loops
 from meshwright.train.core.event_log import Journal, read_events
 from meshwright.train.core.sample_log import SampleLog, read_sample_log
 from meshwright.train.islands import agreed_wait
-from meshwright.train.islands import sync as module
-from meshwright.train.islands.sync import IslandSync, PendingRound, StateReplaced
+from meshwright.train.islands import sync as sync_module
+from meshwright.train.islands.agreed_wait import CollectiveWait
+from meshwright.train.islands.compiled_rounds import RoundPrograms
+from meshwright.train.islands.sync import IslandSync, IslandTransport, StateReplaced
 from meshwright.train.loop import Loop
 from meshwright.train.preemption import StopRequest
 
 
 class Group:
-    """Of two islands; the other one trains and answers nothing."""
+    """Of two islands; the other one trains and answers nothing until the test is over."""
 
-    def unfinished(self):
+    over = threading.Event()
+
+    def has_unfinished(self):
         return True
 
-    def tell_now(self, **info):
+    def publish_status(self, **info):
         pass
 
-    def enter(self, **said):
-        threading.Event().wait(0.2)
+    publish_status_now = publish_status
+
+    def enter(self, **info):
+        self.over.wait()
         raise OSError("nobody answers")
+
+    average = pair = lambda self, key, payload, **info: self.over.wait()
 
 
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(agreed_wait, "REPORT_SECONDS", 0.01)
     monkeypatch.setattr(agreed_wait, "STOP_GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(Group, "over", threading.Event())
+    yield
+    Group.over.set()
 
 
-def meetings(directory, *, alive=lambda phase: None, stop=lambda update: False, patience=60.0):
-    island = Some(outer=Some(meetings=[Some(name="meet", needs=None)]), in_order=lambda tree: tree)
-    config = Some(outer=Some(name="diloco"), islands=Some(patience=patience, gather=60.0, deadline=60.0))
-    program = Some(replicas=island, config=config, traffic=None, evaluated=lambda state: state)
-    mail = Some(group=Group(), counters=TransferCounters(), wanted=set(), giving=lambda: False)
-    made = IslandSync(program, mail, Journal(directory), report_waiting=alive, should_stop=stop)
-    made.traffic_metrics = lambda step: {}
-    return made
+def make_sync(directory, *, is_sending=lambda: False, patience=HANG_SECONDS, **callbacks):
+    """The rounds of an island: one begins after every third update, and is used one update later."""
+    outer_steps = [OuterStep("meet", 3, 1, None, "send"), OuterStep("send", 3, 0, None)]
+    island = SimpleNamespace(outer=SimpleNamespace(outer_steps=outer_steps), to_canonical_order=lambda tree: tree)
+    config = SimpleNamespace(
+        outer=SimpleNamespace(name="diloco"),
+        islands=SimpleNamespace(patience=patience, gather=HANG_SECONDS, deadline=HANG_SECONDS),
+        seed=0,
+    )
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    program = SimpleNamespace(
+        replicas=island,
+        config=config,
+        traffic=[],
+        mesh=mesh,
+        eval_params=lambda state: state,
+        shapes=None,
+        shardings=None,
+    )
+    transport = IslandTransport(Group(), TransferCounters(), None, set(), is_sending)
+    sync = IslandSync(program, transport, Journal(directory), **callbacks)
+    sync.traffic_metrics = lambda step: {}
+    return sync
 
 
 def test_each_sign_of_life_of_one_who_waits_is_news_though_nothing_arrives(tmp_path, quick, monkeypatch):
     """A supervisor takes what it has heard already for a hang."""
     seconds = iter(range(1000))
-    for one in (module, agreed_wait):
-        monkeypatch.setattr(one, "time", Some(monotonic=lambda: float(next(seconds)), sleep=lambda seconds: None))
+    for module in (sync_module, agreed_wait):
+        clock = SimpleNamespace(monotonic=lambda: float(next(seconds)), sleep=lambda seconds: None)
+        monkeypatch.setattr(module, "time", clock)
     future, heard = Future(), []
 
     def alive(phase):
@@ -64,19 +92,21 @@ def test_each_sign_of_life_of_one_who_waits_is_news_though_nothing_arrives(tmp_p
         if len(heard) == 4:
             future.set_result("payload")
 
-    assert meetings(tmp_path, alive=alive)._waiting.result(future, "meet") == "payload"
+    assert CollectiveWait(alive, lambda: False).result(future, "meet") == "payload"
     assert len(set(heard)) == 4
     heard.clear()
-    meetings(tmp_path, alive=heard.append, patience=9.0).finish({}, 7)
+    make_sync(tmp_path, report_waiting=heard.append, patience=9.0).finish({}, 7)
     assert len(set(heard)) == len(heard) > 2
 
 
-def test_one_who_is_asked_to_stop_gives_a_meeting_up_and_keeps_its_state(tmp_path, quick):
+def test_one_who_is_asked_to_stop_gives_a_round_up_and_keeps_its_state(tmp_path, quick, monkeypatch):
+    programs = RoundPrograms(lambda params, outer: [], None, [], [], [])
+    monkeypatch.setattr(sync_module, "make_round_programs", lambda *_: programs)
     asked = []
-    one = meetings(tmp_path, stop=lambda update: asked.append(update) or len(asked) > 2)
-    one._pending["meet"] = PendingRound(Some(name="meet"), 3, Future(), [])  # never ends
-    began = time.monotonic()
-    assert one.drain("state") == "state" and time.monotonic() - began < 5
+    sync = make_sync(tmp_path, should_stop=lambda update: asked.append(update) or len(asked) > 2)
+    state = SimpleNamespace(params={}, outer={})
+    assert sync(state, 3) is state and not asked, "training goes on while the round is under way"
+    assert sync.drain(state) is state
     assert [(event["event"], event["lost"]) for event in read_events(tmp_path)] == [
         ("meeting-skipped", {"all": "asked to stop"})
     ]
@@ -84,21 +114,19 @@ def test_one_who_is_asked_to_stop_gives_a_meeting_up_and_keeps_its_state(tmp_pat
 
 def test_one_who_is_asked_to_stop_before_the_others_are_there_is_preempted(tmp_path, quick):
     with pytest.raises(Preempted):
-        meetings(tmp_path, stop=lambda update: True).begin({"w": jax.numpy.zeros(2)}, 0)
+        make_sync(tmp_path, should_stop=lambda update: True).begin({"w": jax.numpy.zeros(2)}, 0)
 
 
 def test_one_who_is_asked_to_stop_at_the_end_waits_for_nobody(tmp_path):
-    began = time.monotonic()
-    meetings(tmp_path, stop=lambda update: True).finish({}, 7)
-    assert time.monotonic() - began < 5
+    waits = []
+    make_sync(tmp_path, should_stop=lambda update: True, report_waiting=waits.append).finish({}, 7)
+    assert not waits
 
 
 def test_one_who_has_finished_stays_until_a_state_that_it_gives_has_arrived(tmp_path):
-    one = meetings(tmp_path, patience=0.0)
-    until = time.monotonic() + 0.5
-    one._mail.is_sending = lambda: time.monotonic() < until
-    one.finish({}, 7)
-    assert until <= time.monotonic() < until + 5
+    sending = iter([True, True, True])
+    make_sync(tmp_path, patience=0.0, is_sending=lambda: next(sending, False)).finish({}, 7)
+    assert next(sending, None) is None
 
 
 def test_several_processes_stop_at_one_question_and_for_good(monkeypatch):
@@ -111,10 +139,10 @@ def test_several_processes_stop_at_one_question_and_for_good(monkeypatch):
 
 def test_updates_made_before_an_island_took_anothers_state_are_told_and_judged(tmp_path, monkeypatch):
     monkeypatch.setattr(loops, "make_global_arrays", lambda rows, config, mesh: rows)
-    config = Some(steps=5, logging=Some(profile=Some(start=0, steps=0), on_nan="stop"))
+    config = SimpleNamespace(steps=5, logging=SimpleNamespace(profile=SimpleNamespace(start=0, steps=0), on_nan="stop"))
     sample_log, order = SampleLog(tmp_path, epoch=1, process=0, processes=1, enabled=True), []
     nothing = lambda *words: None
-    quiet = Some(set_activity=nothing, report=nothing, poll=nothing, restart=nothing)
+    quiet = SimpleNamespace(set_activity=nothing, report=nothing, poll=nothing, restart=nothing)
 
     def synchronize(state, step):
         order.append(f"synchronize {step}")
@@ -124,11 +152,18 @@ def test_updates_made_before_an_island_took_anothers_state_are_told_and_judged(t
 
     class FakeLoop(Loop):
         def __init__(self):
-            self.program, self.directory, self.sample_log = Some(config=config, mesh=None), tmp_path, sample_log
+            self.program, self.directory, self.sample_log = (
+                SimpleNamespace(config=config, mesh=None),
+                tmp_path,
+                sample_log,
+            )
             self.progress = self.checkpointer = self.checkpoint_schedule = quiet
-            self.shard, self.meter = Some(first_sample=lambda step: step), Some(host=lambda: threading.Lock())
+            self.shard, self.meter = (
+                SimpleNamespace(first_sample=lambda step: step),
+                SimpleNamespace(host=lambda: threading.Lock()),
+            )
             self.train_step, self.synchronize = lambda state, batch: (state, {}), synchronize
-            self.island_sync, self.stop_request = None, Some(requested=lambda step: False)
+            self.island_sync, self.stop_request = None, SimpleNamespace(requested=lambda step: False)
 
         def batches(self, start):
             for number in range(start, 5):
@@ -150,19 +185,19 @@ def test_updates_made_before_an_island_took_anothers_state_are_told_and_judged(t
 
 def test_an_island_that_goes_back_takes_its_checkpoints_and_notes_along(tmp_path):
     rewinds, sessions = [], []
-    others = Some(begin=lambda state, step: ("theirs", 2), finish=lambda state, step: None)
-    checkpointer = Some(
+    others = SimpleNamespace(begin=lambda state, step: ("theirs", 2), finish=lambda state, step: None)
+    checkpointer = SimpleNamespace(
         rewind=lambda state, step, samples: rewinds.append((state, step, samples)),
         save_final=lambda *state, samples: None,
-        storage=Some(steps=[]),
+        storage=SimpleNamespace(steps=[]),
     )
 
     class FakeLoop(Loop):
         def __init__(self):
-            self.program = Some(config=Some(steps=5, data=Some(global_batch=4)))
+            self.program = SimpleNamespace(config=SimpleNamespace(steps=5, data=SimpleNamespace(global_batch=4)))
             self.evaluator, self.island_sync, self.checkpointer = None, others, checkpointer
             self.data, self.data_from = "annotated from 4", lambda step: f"annotated from {step}"
-            self.progress = Some(report=lambda step, phase: None)
+            self.progress = SimpleNamespace(report=lambda step, phase: None)
 
         def run_steps(self, state, start):
             sessions.append((self.data, start))
