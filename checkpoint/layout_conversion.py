@@ -55,21 +55,21 @@ def covers_array(shape: Sequence[int], indices: Sequence[Index]) -> bool:
 
 
 def convert_arrays(
-    stored: Mapping[str, jax.Array], manifest: Manifest, *, shapes: Mapping[str, Any], layout: Layout
+    arrays: Mapping[str, jax.Array], manifest: Manifest, *, shapes: Mapping[str, Any], layout: Layout
 ) -> dict[str, jax.Array]:
-    """Convert the `stored` arrays of a checkpoint to the arrays of a run with `shapes`, all by path; padding is 0.
+    """Convert the stored `arrays` of a checkpoint to the arrays of a run with `shapes`, all by path; padding is 0.
 
     An array of the run without canonical arrays in it (a placeholder of optax) is copied if the shapes agree.
     """
     result = {}
     for path, like in shapes.items():
         locate = layout.locate(path, tuple(like.shape))
-        if not locate and path in stored and stored[path].shape == like.shape:
-            result[path] = stored[path]
+        if not locate and path in arrays and arrays[path].shape == like.shape:
+            result[path] = arrays[path]
             continue
         array = jnp.zeros(like.shape, like.dtype)
         for name, index in locate:
             entry = manifest.arrays[name]
-            array = array.at[index].set(stored[entry.path][index_from_json(entry.index)])
+            array = array.at[index].set(arrays[entry.path][index_from_json(entry.index)])
         result[path] = array
     return result

@@ -301,7 +301,7 @@ def check_compatible(shapes: Mapping[str, Any], manifest: Manifest, *, layout: L
         if expected.get(name) != saved.get(name):
             raise UserError(
                 f"checkpoint {manifest.step}: {name} is {saved.get(name, 'absent')} on disk and "
-                f"{expected.get(name, 'absent')} in this run; choose another name, or undo the change of model or optimizer"
+                f"{expected.get(name, 'absent')} in this run; choose another name, or undo that change"
             )
 
 

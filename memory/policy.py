@@ -1,8 +1,8 @@
-"""What the backward pass finds again, and where: keep on the device, recompute, or offload to host memory.
+"""Memory policy: keep intermediate values for the backward pass, recompute them, or offload them to host memory.
 
-A block names its intermediate values (`configs/names.py`); a policy decides for each. Unnamed values (squares of a
-norm, masks, casts) are recomputed, unless everything is kept. `attn_out` is of use only with `attn_lse`: the backward
-pass of attention reads both, and without one of them runs the scores again.
+A block names its intermediate values (`configs/names.py`), and the policy has a decision for each name. Unnamed values
+(squares in a norm, masks, casts) are recomputed, unless everything is kept. Keep `attn_out` and `attn_lse`
+together: the backward pass of attention reads both, and if one is missing it computes the scores again.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -15,7 +15,7 @@ from ..configs.sections.base import MemoryDecision
 from ..configs.sections.model import ModelConfig
 from ..configs.sections.parallel import MemoryConfig
 
-# What a preset does not name is recomputed. `none` keeps everything, named or not; `minimal` what matrix products made.
+# A preset recomputes what it does not name. `none` keeps everything; `minimal` keeps the results of matrix products.
 PRESETS: dict[str, dict[str, MemoryDecision]] = {
     "none": {},
     "full": {},
@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, MemoryDecision]] = {
 
 
 def emitted_tensors(model: ModelConfig) -> tuple[str, ...]:
-    """Names of the tensors that this model's blocks really emit, in order."""
+    """Return the names of the tensors that the blocks of `model` have, in order."""
     absent = {"mlp_gate"} if model.activation == "gelu" else set()
     absent |= {"mlp_norm"} if model.parallel_block else set()
     absent |= set() if model.pre_norms else {"attn_norm", "mlp_norm"}
@@ -34,9 +34,9 @@ def emitted_tensors(model: ModelConfig) -> tuple[str, ...]:
 
 
 def tensor_decisions(memory: MemoryConfig, *, tensors: Collection[str]) -> dict[str, MemoryDecision] | None:
-    """Decision per tensor, of those the model emits (`tensors`); None: keep everything and wrap nothing.
+    """Return name -> decision, for the `tensors` that the model has; None: keep everything, without `jax.checkpoint`.
 
-    Raises UserError on a name the model does not emit: a policy must not silently do nothing.
+    Raises UserError if `memory.names` has a name that the model does not have, which would have no effect.
     """
     if unknown := memory.names.keys() - set(tensors):
         raise UserError.no_match("memory.names", unknown, candidates=tensors)
@@ -47,19 +47,19 @@ def tensor_decisions(memory: MemoryConfig, *, tensors: Collection[str]) -> dict[
 
 
 def make_remat(decisions: Mapping[str, MemoryDecision] | None, *, scanned: bool) -> Callable[[Callable], Callable]:
-    """`wrap(block)` that computes the same and saves what `chosen` says. `scanned`: the block is a scan's body."""
+    """Return a function that wraps a block so that it saves what `decisions` says. `scanned`: it is the body of a scan."""
     if decisions is None:
         return lambda block: block
-    kept = [name for name, decision in decisions.items() if decision == "keep"]
-    offloaded = [name for name, decision in decisions.items() if decision == "offload"]
-    if offloaded:
+    kept_names = [name for name, decision in decisions.items() if decision == "keep"]
+    offloaded_names = [name for name, decision in decisions.items() if decision == "offload"]
+    if offloaded_names:
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=kept,
-            names_which_can_be_offloaded=offloaded,
+            names_which_can_be_saved=kept_names,
+            names_which_can_be_offloaded=offloaded_names,
             offload_src="device",
             offload_dst="pinned_host",
         )
     else:
-        policy = jax.checkpoint_policies.save_only_these_names(*kept)
-    # A scan is a barrier already; elsewhere XLA would merge the recomputation with the original.
+        policy = jax.checkpoint_policies.save_only_these_names(*kept_names)
+    # In a scan there is a barrier already; elsewhere XLA would merge the recomputation with the original (CSE).
     return lambda block: jax.checkpoint(block, policy=policy, prevent_cse=not scanned)

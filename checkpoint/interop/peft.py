@@ -1,4 +1,4 @@
-"""A run's adapters to and from a directory of PEFT: adapter_config.json and adapter_model.safetensors."""
+"""Reads and writes adapters in PEFT directories: adapter_config.json and adapter_model.safetensors."""
 
 import json
 from collections.abc import Callable
@@ -20,31 +20,31 @@ from ...models.adapters.registry import ADDED_MODULES
 from ...models.adapters.selection import canonical_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-STARTS_FROM_BASE = ("pissa", "olora")  # what took its start out of the base model
+STARTS_FROM_BASE = ("pissa", "olora")  # initializations that subtract the initial adapter from the base model
 
 
 def adapter_leaves(tree: Any, model: ModelConfig, adapter: AdapterConfig) -> dict[str, peft_writer.Leaves]:
-    """The adapters in `tree` (the run's layout) by canonical module, each as wide as its own rank, on the host."""
-    found = {}
+    """Return the adapters in `tree` (run layout) by canonical module, each trimmed to its own rank, on the host."""
+    result = {}
     for path, modules in added_modules(model, adapter).items():
-        whole = jax.device_get(subtree(tree, path))
+        values = jax.device_get(subtree(tree, path))
         stacked = path.startswith("segments/")
         for layer, module in enumerate(modules):
-            found[module] = {name: leaf[layer] if stacked else leaf for name, leaf in whole.items()}
-    if found:
-        return found
-    for site in find_adapted_modules(model, adapter):
-        stack = jax.device_get(subtree(tree, f"{site.path}/adapter"))
-        for layer, (module, rank) in enumerate(zip(site.layer_names, site.ranks, strict=True)):
+            result[module] = {name: leaf[layer] if stacked else leaf for name, leaf in values.items()}
+    if result:
+        return result
+    for target in find_adapted_modules(model, adapter):
+        stack = jax.device_get(subtree(tree, f"{target.path}/adapter"))
+        for layer, (module, rank) in enumerate(zip(target.layer_names, target.ranks, strict=True)):
             if rank:
-                found[module] = {name: trim_to_rank(name, leaf[layer], rank) for name, leaf in stack.items()}
+                result[module] = {name: trim_to_rank(name, leaf[layer], rank) for name, leaf in stack.items()}
     if adapter.method == "vera":
-        found[""] = jax.device_get(tree["adapter"])
-    return found
+        result[""] = jax.device_get(tree["adapter"])
+    return result
 
 
 def added_modules(model: ModelConfig, adapter: AdapterConfig) -> dict[str, list[str]]:
-    """Path in the run -> canonical names of the modules that a method adds elsewhere than to linear maps."""
+    """Return path in the run -> canonical names, for the modules that a method adds elsewhere than to linear maps."""
     paths: list[str] = []
     for addition in ADDED_MODULES.get(adapter.method, ()):
         paths += jax.eval_shape(partial(added_leaves, addition, model, adapter))
@@ -52,27 +52,27 @@ def added_modules(model: ModelConfig, adapter: AdapterConfig) -> dict[str, list[
 
 
 def trim_to_rank(name: str, leaf: np.ndarray, rank: int) -> np.ndarray:
-    """A layer's leaf without the part that only wider layers of its stack use."""
+    """Return a layer's leaf without the padding that only layers with a higher rank in its stack use."""
     if name == "a":
         return leaf[..., :rank]
     return leaf[:rank] if name in ("b", "e", "scale", "vera_d") else leaf
 
 
 def change_since_start(
-    start: dict[str, peft_writer.Leaves], now: dict[str, peft_writer.Leaves]
+    initial: dict[str, peft_writer.Leaves], current: dict[str, peft_writer.Leaves]
 ) -> dict[str, peft_writer.Leaves]:
-    """Adapters for the model as it was before PiSSA or OLoRA took their start out of it: twice as wide.
+    """Convert adapters to the model before PiSSA or OLoRA subtracted the initial adapter from it. Doubles the rank.
 
-    A B now - A B then = [A now, A then] [B now, -B then].
+    A B current - A B at the initial = [A current, A at the initial] [B current, -B at the initial].
     """
     return {
-        name: own
+        name: leaves
         | {
-            "a": np.concatenate([own["a"], start[name]["a"]], axis=-1),
-            "b": np.concatenate([own["b"], -start[name]["b"]]),
-            "scale": np.concatenate([own["scale"]] * 2),
+            "a": np.concatenate([leaves["a"], initial[name]["a"]], axis=-1),
+            "b": np.concatenate([leaves["b"], -initial[name]["b"]]),
+            "scale": np.concatenate([leaves["scale"]] * 2),
         }
-        for name, own in now.items()
+        for name, leaves in current.items()
     }
 
 
@@ -85,22 +85,23 @@ def write(
     kind: str,
     initial_tree: Callable[[], Any],
 ) -> list[str]:
-    """Write the adapters of `tree` for a base model of format `kind`; the names written.
+    """Write the adapters of `tree` for a base model of format `kind`; return the names of the files.
 
-    `started` makes the tree before the first step, which only some starts need. Raises as `peft.written`.
+    `initial_tree` returns the tree before the first step; it is called only for some initializations. Raises like
+    `peft_writer.to_peft`.
     """
     leaves = adapter_leaves(tree, model, adapter)
     if adapter.start in STARTS_FROM_BASE:
         leaves = change_since_start(adapter_leaves(initial_tree(), model, adapter), leaves)
 
-    def lengths(module: str) -> np.ndarray:
-        site, layer = next((site, site.layer_names.index(module)) for site in every if module in site.layer_names)
-        kernel = np.asarray(subtree(tree, f"{site.path}/kernel")[layer], np.float32)
-        return np.sqrt(np.square(kernel).sum(tuple(range(len(site.inputs)))))
+    def column_norms(module: str) -> np.ndarray:
+        target = next(target for target in targets if module in target.layer_names)
+        kernel = np.asarray(subtree(tree, f"{target.path}/kernel")[target.layer_names.index(module)], np.float32)
+        return np.sqrt(np.square(kernel).sum(tuple(range(len(target.inputs)))))
 
-    every = find_adapted_modules(model, AdapterConfig())
+    targets = find_adapted_modules(model, AdapterConfig())
     config, tensors = peft_writer.to_peft(
-        adapter, model, kind=kind, leaves=leaves, column_norms=lengths, base=model.origin or ""
+        adapter, model, kind=kind, leaves=leaves, column_norms=column_norms, base=model.origin or ""
     )
     from safetensors.numpy import save_file
 
@@ -110,7 +111,7 @@ def write(
 
 
 def read(directory: Path, model: ModelConfig, *, kind: str) -> peft_reader.PeftAdapter:
-    """The adapter in `directory`, for `model` with files of format `kind`. Raises as `peft_reader.read`."""
+    """Read the adapter in `directory` for `model` with files of format `kind`. Raises like `peft_reader.read`."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -119,40 +120,43 @@ def read(directory: Path, model: ModelConfig, *, kind: str) -> peft_reader.PeftA
         tensors = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"{directory}: not an adapter ({first_line(error)}); it must hold {CONFIG} and {WEIGHTS}"
+            f"{directory} is not an adapter ({first_line(error)}); it must contain {CONFIG} and {WEIGHTS}"
         ) from None
     return peft_reader.from_peft(config, tensors, model, kind=kind)
 
 
-def load_adapters(tree: Any, found: peft_reader.PeftAdapter, model: ModelConfig) -> Any:
-    """`tree` (the run's layout, adapters started) with the leaves that were read in place of its own."""
+def load_adapters(tree: Any, peft_adapter: peft_reader.PeftAdapter, model: ModelConfig) -> Any:
+    """Return `tree` (run layout, with initialized adapters) with its adapters replaced by `peft_adapter`."""
     result = copy_dicts(tree)
-    for path, modules in added_modules(model, found.adapter).items():
-        own = subtree(result, path)
-        for name in own:
-            layers = [found.leaves[module][name] for module in modules]
-            own[name] = jnp.asarray(np.stack(layers) if path.startswith("segments/") else layers[0])
-    if found.adapter.method in ADDED_MODULES:
+    for path, modules in added_modules(model, peft_adapter.adapter).items():
+        leaves = subtree(result, path)
+        for name in leaves:
+            layers = [peft_adapter.leaves[module][name] for module in modules]
+            leaves[name] = jnp.asarray(np.stack(layers) if path.startswith("segments/") else layers[0])
+    if peft_adapter.adapter.method in ADDED_MODULES:
         return result
-    for site in find_adapted_modules(model, found.adapter):
-        stack = subtree(result, f"{site.path}/adapter")
+    for target in find_adapted_modules(model, peft_adapter.adapter):
+        stack = subtree(result, f"{target.path}/adapter")
         for name, leaf in stack.items():
             layers = np.zeros(leaf.shape, leaf.dtype)
-            for layer, module in enumerate(site.layer_names):
-                if module in found.leaves:
-                    copy_leaf(layers[layer], found.leaves[module][name], last=name == "a")
+            for layer, module in enumerate(target.layer_names):
+                if module in peft_adapter.leaves:
+                    copy_leaf(layers[layer], peft_adapter.leaves[module][name], last=name == "a")
             stack[name] = jnp.asarray(layers)
-    if "" in found.leaves:
+    if "" in peft_adapter.leaves:
         for name, leaf in result["adapter"].items():
             wide = np.zeros(leaf.shape, np.float32)
-            own = found.leaves[""][name]
-            wide[tuple(slice(size) for size in own.shape)] = own
+            leaves = peft_adapter.leaves[""][name]
+            wide[tuple(slice(size) for size in leaves.shape)] = leaves
             result["adapter"][name] = jnp.asarray(wide)
     return result
 
 
 def copy_leaf(layer: np.ndarray, leaf: np.ndarray, *, last: bool) -> None:
-    """Write a leaf, its inputs and outputs flattened, into a layer's array that may be wider; `last`: along its end."""
+    """Copy a leaf, whose dimensions may be flattened, into a layer of the stack, which may have a higher rank.
+
+    `last`: the rank is the last dimension, else the first.
+    """
     if last:
         layer[..., : leaf.shape[-1]] = leaf.reshape(*layer.shape[:-1], leaf.shape[-1])
     elif layer.ndim == leaf.ndim == 1:

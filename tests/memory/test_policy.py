@@ -1,4 +1,4 @@
-"""Memory policies change no number, scanned or unrolled, and refuse names that nothing emits."""
+"""Memory policies do not change results, scanned or unrolled, and unknown names are refused."""
 
 import functools
 
@@ -17,7 +17,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 @functools.lru_cache
 def gradient(policy_name, names=(), *, scan=True):
-    """Of a batch's loss by all parameters, with dropout, under `policy_name` and (name, decision) pairs."""
+    """Loss and gradient of a batch, with dropout, under `policy_name` and (name, decision) pairs."""
     memory = {"policy": policy_name, "names": dict(names)}
     config = tiny(memory=memory, model={"scan": scan})
     program = build(config, make_mesh(config.mesh))
@@ -27,17 +27,17 @@ def gradient(policy_name, names=(), *, scan=True):
 
 
 @pytest.mark.parametrize("preset", sorted(set(policy.PRESETS) - {"none"}))
-def test_a_preset_changes_no_number(preset):
+def test_a_preset_does_not_change_the_gradient(preset):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), gradient("none"), gradient(preset))
 
 
-def test_names_change_no_number_in_unrolled_blocks():
+def test_decisions_do_not_change_the_gradient_of_unrolled_blocks():
     names = (("block_in", "offload"), ("mlp_up", "recompute"), ("q", "keep"))
-    under = gradient("none", names, scan=False)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), gradient("none"), under)
+    actual = gradient("none", names, scan=False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), gradient("none"), actual)
 
 
-def test_a_name_that_nothing_emits_is_refused_with_what_there_is():
+def test_an_unknown_name_is_refused_with_the_known_names():
     memory = tiny(memory={"names": {"mlp_upp": "keep"}}).memory
     with pytest.raises(UserError, match=r"memory.names: mlp_upp matches nothing; .*Did you mean mlp_up\?"):
         policy.tensor_decisions(memory, tensors=policy.emitted_tensors(tiny().model))
@@ -51,12 +51,12 @@ def test_a_tensor_of_another_architecture_is_refused():
         )
 
 
-def test_names_come_on_top_of_a_preset_and_nothing_wraps_nothing():
-    chosen = policy.tensor_decisions(
+def test_names_override_a_preset_and_the_default_wraps_nothing():
+    decisions = policy.tensor_decisions(
         tiny(memory={"policy": "minimal", "names": {"q": "recompute"}}).memory,
         tensors=policy.emitted_tensors(tiny().model),
     )
-    assert chosen == policy.PRESETS["minimal"] | {"q": "recompute"}
+    assert decisions == policy.PRESETS["minimal"] | {"q": "recompute"}
     assert policy.tensor_decisions(tiny().memory, tensors=policy.emitted_tensors(tiny().model)) is None
     block = object()
     assert policy.make_remat(None, scanned=True)(block) is block

@@ -1,4 +1,4 @@
-"""The proof of a policy: what the backward pass finds, what it computes again, what waits on the host."""
+"""What each policy saves, recomputes and offloads, read from the jaxpr of the backward pass."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from meshwright.train.engine.program import build
 
 @pytest.mark.parametrize("name", POLICY_TENSORS)
 def test_each_decision_does_what_it_says(name):
-    """On the host: one array put there and fetched again."""
+    """An offload is one copy to the host and one back."""
     assert residuals({"policy": "full", "names": {name: "keep"}}, **POST_NORMS) == ({name}, 0)
     assert residuals({"names": {name: "recompute"}}, **POST_NORMS) == (set(POLICY_TENSORS) - {name}, 0)
     offload = {"policy": "full", "names": {name: "offload"}}
@@ -37,11 +37,11 @@ def test_none_saves_everything():
     assert residuals({"policy": "none"}, **POST_NORMS) == (set(POLICY_TENSORS), 0)
 
 
-def test_minimal_computes_no_matrix_product_again():
+def test_minimal_recomputes_no_matrix_product():
     assert flops({"policy": "minimal"}) == flops({"policy": "none"}) < flops({"policy": "full"})
 
 
-def test_attention_runs_again_unless_its_output_and_log_sum_exp_are_both_kept():
+def test_attention_is_recomputed_unless_its_output_and_log_sum_exp_are_both_kept():
     """q, k, v are recomputed in all three: the scores, and the average over values, make the difference."""
     batch, tokens, heads, head_dim = 2, 8, 4, 4
     scores = 2 * batch * heads * tokens * tokens * head_dim
@@ -52,14 +52,14 @@ def test_attention_runs_again_unless_its_output_and_log_sum_exp_are_both_kept():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_emitted_names_are_those_a_block_gives(family):
+def test_emitted_tensors_are_the_checkpoint_names_of_a_block(family):
     model = {"family": family, "max_positions": 16}
     names = jaxpr_stats.checkpoint_names(backward({}, **model))
     assert sorted(names) == sorted(policy.emitted_tensors(tiny(model=model).model))
 
 
 def temporary_bytes(preset):
-    """Of the gradient of eight layers; the logits, which no policy touches, are kept small."""
+    """Temporary memory of the gradient of eight layers; the logits, which no policy covers, are small."""
     config = tiny(model={"layers": 8, "vocab": 8}, data={"sequence_length": 64}, memory={"policy": preset})
     program = build(config, make_mesh(config.mesh))
     with jax.set_mesh(program.mesh):

@@ -1,7 +1,7 @@
-"""Waiting for what other islands do, alike in every process of this one.
+"""Waiting for other islands, with the same result in every process of this island.
 
-How long it may take is bounded by `islands`, not by who watches the processes: each of them tells a new sign of life
-again and again. Only a request to stop ends it early.
+The waiting time is bounded by the section `islands`, not by the supervisor of the processes: each process reports again
+and again that it waits. Only a request to stop ends a wait early.
 """
 
 import time
@@ -12,34 +12,40 @@ from typing import Any
 
 from ...parallel.multihost import broadcast_int
 
-REPORT_SECONDS = 1.0  # seconds between two signs of life
-STOP_GRACE_SECONDS = 3.0  # seconds that what is under way still has once this island is asked to stop
+REPORT_SECONDS = 1.0  # between two reports of a wait
+STOP_GRACE_SECONDS = 3.0  # a wait may still last this long after a request to stop
 
 
 class WaitStopped(Exception):
-    """This island is asked to stop: what it waited for is not waited for any more."""
+    """The wait was given up because this island was asked to stop."""
 
 
 @dataclass
 class CollectiveWait:
-    """`alive` hears what is waited for; `stop` says whether the island was asked to stop, the same in every process."""
+    """Waits that all processes of this island enter and leave together.
+
+    `should_stop` returns whether the island was asked to stop, the same in every process.
+    """
 
     report_waiting: Callable[[str], None]
     should_stop: Callable[[], bool]
-    progress_text: Callable[[], str] = lambda: ""  # what came so far
-    stop_requested_at: float | None = None  # when it was to stop
+    progress_text: Callable[[], str] = lambda: ""  # what has arrived so far, for the reports
+    stop_requested_at: float | None = None
 
-    def result(self, future: Future | None, what: str) -> Any:
-        """The result of the first process's future; None in the others. Raises GivenUp, in all of them."""
-        began = time.monotonic()
+    def result(self, future: Future | None, description: str) -> Any:
+        """Wait for the future of process 0; return its result there and None in other processes, which pass None.
+
+        Raises WaitStopped in all processes if the island was asked to stop.
+        """
+        start = time.monotonic()
         while not broadcast_flag(future is None or bool(wait([future], timeout=REPORT_SECONDS).done)):
-            self.report_waiting(f"waits for {what}, {time.monotonic() - began:.0f} s{self.progress_text()}")
+            self.report_waiting(f"waits for {description}, {time.monotonic() - start:.0f} s{self.progress_text()}")
             if self.grace_is_over():
                 raise WaitStopped
         return future.result() if future else None
 
     def grace_is_over(self) -> bool:
-        """Whether the island was asked to stop, and what is under way has had its time."""
+        """Return whether the island was asked to stop more than `STOP_GRACE_SECONDS` ago."""
         if not self.should_stop():
             return False
         if self.stop_requested_at is None:
@@ -47,6 +53,6 @@ class CollectiveWait:
         return broadcast_flag(time.monotonic() - self.stop_requested_at > STOP_GRACE_SECONDS)
 
 
-def broadcast_flag(yes: bool) -> bool:
-    """The first process's word, in every process."""
-    return bool(broadcast_int(int(yes)))
+def broadcast_flag(flag: bool) -> bool:
+    """Return the flag of process 0 in every process. A collective call."""
+    return bool(broadcast_int(int(flag)))

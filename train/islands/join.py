@@ -1,4 +1,4 @@
-"""How an island's job joins the others: its office opened, its settings compared, its place taken."""
+"""How the job of an island joins the others: payload server, membership, and the comparison of settings."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -29,33 +29,37 @@ def join_islands(
     report_waiting: Callable[[str], None],
     should_stop: Callable[[int], bool],
 ) -> Iterator[IslandSync]:
-    """The meetings of the island of `config`, a member until the end. `corpus` is the data's fingerprint.
+    """Join the other islands; give the synchronization of this one in the `with`, and leave at its end.
 
-    `alive` is told what is waited for, `stop` asked whether to wait no more: see Meetings.
-
-    Raises UserError where the others are of another run, or nobody answers at `islands.meet`.
+    `corpus`: fingerprint of the data. `report_waiting`, `should_stop`: see `IslandSync`. Raises UserError if the other
+    islands belong to another run, or if nobody answers at `islands.meet`.
     """
     with ExitStack() as stack:
-        mail = None
-        found: list[IslandSync] = []
+        transport = None
+        created: list[IslandSync] = []  # the group needs it for received payloads, but is created first
         if jax.process_index() == 0:
-            wanted: set[str] = set()
-            office = open_payload_server(config, shared_settings(config, corpus=corpus), wanted)
-            stack.callback(office.close)
+            requested_states: set[str] = set()
+            server = open_payload_server(config, shared_settings(config, corpus=corpus), requested_states)
+            stack.callback(server.close)
             group = join_group(
-                office, program.config.islands, lambda name, payload: found[0].find_problem(name, payload)
+                server, program.config.islands, lambda name, payload: created[0].find_problem(name, payload)
             )
             stack.callback(group.leave)
             group.check_same_run()
-            mail = IslandTransport(group, office.counters, office.publish, wanted, lambda: office.active_sends > 0)
-        found.append(IslandSync(program, mail, journal, report_waiting=report_waiting, should_stop=should_stop))
-        yield stack.enter_context(closing(found[0]))
+            transport = IslandTransport(
+                group, server.counters, server.publish, requested_states, lambda: server.active_sends > 0
+            )
+        created.append(IslandSync(program, transport, journal, report_waiting=report_waiting, should_stop=should_stop))
+        yield stack.enter_context(closing(created[0]))
 
 
-def open_payload_server(config: RunConfig, common: dict[str, Any], wanted: set[str]) -> PayloadServer:
-    """The office of the island of `config`; keys of states that others ask for are put in `wanted`."""
+def open_payload_server(config: RunConfig, settings: dict[str, Any], requested_states: set[str]) -> PayloadServer:
+    """Open the payload server of the island of `config`. It adds keys of states that others request to the set.
+
+    `settings`: what must be the same in all islands. Raises UserError if it cannot listen at `islands.address`.
+    """
     islands = config.islands
-    settings = ServerSettings(
+    server_settings = ServerSettings(
         timeout=islands.timeout,
         wait_seconds=min(islands.timeout, islands.patience) / 2,
         retries=islands.retries,
@@ -65,24 +69,26 @@ def open_payload_server(config: RunConfig, common: dict[str, Any], wanted: set[s
     try:
         return PayloadServer(
             f"island-{islands.number}",
-            fingerprint=fingerprint(common),
-            description=common,
-            settings=settings,
+            fingerprint=fingerprint(settings),
+            description=settings,
+            settings=server_settings,
             host="0.0.0.0" if islands.address else local_address(islands.meet),
             port=port,
-            on_missing=lambda key: wanted.add(key) if key.startswith("state ") else None,
+            on_missing=lambda key: requested_states.add(key) if key.startswith("state ") else None,
         )
     except OSError as error:
-        raise UserError(f"islands.address: {islands.address}: cannot listen there: {error.strerror}") from error
+        raise UserError(
+            f"islands.address: cannot listen at {islands.address} ({error.strerror}); choose a free port"
+        ) from error
 
 
 def join_group(
-    office: PayloadServer, islands: IslandsConfig, problem: Callable[[str, bytes], str | None]
+    server: PayloadServer, islands: IslandsConfig, find_problem: Callable[[str, bytes], str | None]
 ) -> IslandGroup:
-    """The group, joined. Raises UserError where nobody answers."""
-    address = islands.address or f"{local_address(islands.meet)}:{office.port}"
+    """Join the group of islands. Raises UserError if nobody answers at `islands.meet`."""
+    address = islands.address or f"{local_address(islands.meet)}:{server.port}"
     try:
-        return IslandGroup(office, islands, address=address, find_problem=problem)
+        return IslandGroup(server, islands, address=address, find_problem=find_problem)
     except OSError as error:
         raise UserError(
             f"islands.meet: nobody answers at {islands.meet} ({error}); start `meshwright rendezvous` there"
@@ -90,11 +96,13 @@ def join_group(
 
 
 def local_address(meet: str) -> str:
-    """This machine's address on the way to host:port `meet`. Raises UserError where there is no way."""
+    """Return the address of this machine on the route to host:port `meet`. Raises UserError if there is no route."""
     host, _, port = meet.rpartition(":")
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, int(port)))  # sends nothing
             return probe.getsockname()[0]
     except OSError as error:
-        raise UserError(f"islands.meet: {meet}: no way there from here: {error}") from error
+        raise UserError(
+            f"islands.meet: this machine has no route to {meet} ({error}); check the address and the network"
+        ) from error

@@ -1,13 +1,13 @@
-"""The islands of a run as one of them sees them: joining, exchanging, catching up, leaving. JAX-free.
+"""The group of islands of a run, as one island sees it: joining, rounds, fetching states, leaving. JAX-free.
 
-    group = Group(office, islands, ...)                      joins; a thread keeps saying that it is alive
-    group.enter(step=0, version="...")                       who begins, and whom the others bootstrap from
-    group.average("send-2 137", payload, ...)                one meeting of all: whose payloads count, and the payloads
-    group.pair("meet 150", payload, ...)                     one meeting in pairs
-    group.state(sources)                                     another island's state
+    group = IslandGroup(server, islands, ...)                joins; a thread sends heartbeats
+    group.enter(step=0, version="...")                       start together, or bootstrap from others
+    group.average("send-2 137", payload, ...)                a round of all islands: the payloads that count
+    group.pair("meet 150", payload, ...)                     a round in pairs
+    group.fetch_state(sources)                               the state of another island
     group.leave()
 
-Every wait is bounded by the section `islands`. Without an answer from the rendezvous a meeting fails, and is skipped.
+Every wait is bounded by the section `islands`. If the rendezvous does not answer, a round fails and is skipped.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...configs.errors import MeshwrightError, UserError
@@ -24,17 +24,18 @@ from ...parallel.outer.matchings import matching_for_round, matchings
 from ...parallel.transport.payload_server import FetchFailure, PayloadServer, Peer, kind
 from ..core.rendezvous import Client, NotAMember
 
-HEARTBEAT_SECONDS = 0.2  # seconds; less than that where the time-to-live is short
-RETRY_SECONDS = 0.5  # seconds before a silent rendezvous is asked again
+HEARTBEAT_SECONDS = 0.2  # between two heartbeats; shorter if the time-to-live is short
+RETRY_SECONDS = 0.5  # before a silent rendezvous is asked again
+ANSWER_SECONDS = 5.0  # that an answer may take beyond the time for which the rendezvous waits
 
 
 @dataclass(frozen=True)
 class RoundResult:
-    """How a meeting ended.
+    """The result of a synchronization round.
 
-    applied   `payloads` are what counts, this island's own among them (in pairs: the partner's alone)
-    skipped   nothing counts; the drift goes on to the next meeting
-    behind    the others have met without this island, which bootstraps from one of `sources`
+    applied   `payloads` count, this island's own among them (in pairs: the partner's alone)
+    skipped   nothing counts; the outer gradient stays for the next round
+    behind    the others did the round without this island, which must bootstrap from one of `sources`
     """
 
     kind: str
@@ -45,230 +46,221 @@ class RoundResult:
 
 
 class RoundForgotten(Exception):
-    """The rendezvous knows no more what the others did at a meeting: that was long ago."""
+    """The rendezvous has dropped the decision about a round: it was long ago."""
 
-    def __init__(self, others: Sequence[Peer]) -> None:
-        super().__init__(f"long ago; there are {[peer.name for peer in others]}")
-        self.others = others
+    def __init__(self, peers: Sequence[Peer]) -> None:
+        super().__init__(f"the decision was dropped; active islands: {[peer.name for peer in peers]}")
+        self.peers = peers
 
 
 class IslandGroup:
-    """Membership of one island. `problem(meeting, payload)` says what is wrong with a payload, if anything."""
+    """The membership of one island. `find_problem(round, payload)` says what is wrong with a payload, or None."""
 
     def __init__(
         self,
-        office: PayloadServer,
+        server: PayloadServer,
         islands: IslandsConfig,
         *,
         address: str,
         find_problem: Callable[[str, bytes], str | None],
     ) -> None:
-        self._office, self._islands, self.name = office, islands, office.name
-        self._problem = find_problem
-        self._info: dict[str, Any] = {"address": address, "run": office.fingerprint, "step": 0, "active": False}
+        self._server, self._islands, self.name = server, islands, server.name
+        self._find_problem = find_problem
+        self._info: dict[str, Any] = {"address": address, "run": server.fingerprint, "step": 0, "active": False}
         self._members: dict[str, dict[str, Any]] = {}
-        self._lock, self._ended = threading.Lock(), threading.Event()
-        self._asked = itertools.count()
-        self._taken: str | None = None  # why this island may not go on
-        self._silent = False  # the rendezvous was waited for in vain, and has not been heard since
+        self._rejoin_lock, self._left = threading.Lock(), threading.Event()
+        self._state_requests = itertools.count()
+        self._displaced: str | None = None  # the error, once another job has the name of this island
+        self._is_silent = False  # the rendezvous did not answer within the deadline, and has not answered since
         with self._client() as client:
             self._members = client.join(self._info)["members"]
             self.ticket = client.ticket
-        self._beats = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._beats.start()
+        self._heartbeats = threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True)
+        self._heartbeats.start()
 
     def check_same_run(self) -> None:
-        """Raise UserError where an island that joined earlier is of another run, naming what differs."""
+        """Raise UserError if an island that joined earlier belongs to another run; name the settings that differ."""
         for peer in self._peers():
-            if peer.ticket < self.ticket and (different := self._office.compare_settings(peer)):
-                keys = [f"{key} ({there} there, {here} here)" for key, (there, here) in different.items()]
+            if peer.ticket < self.ticket and (different := self._server.compare_settings(peer)):
+                keys = [f"{key} ({other} there, {this} here)" for key, (other, this) in different.items()]
                 raise UserError(
-                    f"islands.meet: {peer.name} at {peer.address} is of another run: {', '.join(keys[:4])}; give all "
-                    "islands one configuration, or another rendezvous"
+                    f"islands.meet: {peer.name} at {peer.address} belongs to another run: {', '.join(keys[:4])}; give "
+                    "all islands the same configuration, or another rendezvous"
                 )
 
     def publish_status(self, **info: Any) -> None:
-        """What the others hear with the next heartbeat: step, finished, ... Raises UserError where displaced."""
-        if self._taken is not None:
-            raise UserError(self._taken)
+        """Publish step, finished, ... with the next heartbeat. Raises UserError if another job has this name."""
+        if self._displaced is not None:
+            raise UserError(self._displaced)
         self._info.update(info)
 
     def publish_status_now(self, **info: Any) -> None:
-        """`tell`, heard before this returns, if the rendezvous answers."""
+        """Publish like `publish_status`, and wait until the rendezvous has it, if it answers."""
         self.publish_status(**info)
         with suppress(OSError):
             self._ask("ended", run=self._info["run"])
 
     def enter(self, *, step: int, version: str) -> tuple[bool, list[Peer]]:
-        """Whether this island begins with what it has, and otherwise whom it bootstraps from. `version` is its state's.
+        """Return (True, []) if this island starts with its own state, else (False, islands to bootstrap from).
 
-        Raises MeshwrightError where the rendezvous does not answer.
+        `version` is a hash of its state. Raises OSError if the rendezvous does not answer.
         """
-        self.publish_status(step=step)  # who begins is awaited at the first meeting, which may be a moment away
-        found = self._ask(
+        self.publish_status(step=step)  # the others wait for this step in their first round
+        decision = self._ask(
             "enter", patience=self._islands.gather + 10, run=self._info["run"], step=step, version=version,
             count=self._islands.count, gather=self._islands.gather,
         )  # fmt: skip
-        sources = found["sources"]
-        if self.name in sources:
+        if self.name in decision["sources"]:
             self._info["active"] = True
             return True, []
-        return False, [peer for peer in self._peers() if peer.name in sources]
+        return False, [peer for peer in self._peers() if peer.name in decision["sources"]]
 
     def average(self, key: str, payload: bytes, *, update: int, history: str) -> RoundResult:
-        """Meet everybody: all whose answer is `applied` hold the same payloads, to be averaged."""
-        return self._timed(lambda: self._average(key, payload, update, history))
+        """Do a round of all islands. All islands whose result is "applied" have the same payloads, to be averaged."""
+        return self._run_round(lambda: self._average(key, payload, update, history))
 
     def pair(self, key: str, payload: bytes, *, update: int, seed: int) -> RoundResult:
-        """Meet this meeting's partner; alone (one's own payload) where the number is odd, or the partner fails."""
-        return self._timed(lambda: self._pair(key, payload, update, seed))
+        """Do a round with a partner. Without one (an odd number of islands, a failure) the own payload is returned."""
+        return self._run_round(lambda: self._pair(key, payload, update, seed))
 
     def fetch_state(self, sources: Sequence[Peer]) -> bytes | None:
-        """The state of one of `sources`, another one first for each island; None where none gave it."""
+        """Fetch the state of one of `sources`; None if none sent it. Islands try the sources in different orders."""
         if not sources:
             return None
         self.publish_status_now(catching_up=True)  # nobody waits for an island that catches up
-        turn = sum(self.name.encode()) % len(sources)
-        for peer in [*sources[turn:], *sources[:turn]]:
-            key = f"state {self.name}/{self.ticket}/{next(self._asked)}"
-            found = self._collect(key, [peer])[peer.name]
-            if not isinstance(found, FetchFailure):
-                return found
-        self.publish_status(catching_up=False)  # it goes on with what it has
+        first = sum(self.name.encode()) % len(sources)
+        for peer in [*sources[first:], *sources[:first]]:
+            key = f"state {self.name}/{self.ticket}/{next(self._state_requests)}"
+            payload = self._collect(key, [peer])[peer.name]
+            if not isinstance(payload, FetchFailure):
+                return payload
+        self.publish_status(catching_up=False)  # it goes on with its own state
         return None
 
     def has_unfinished(self) -> bool:
-        """Whether an island of the run has updates to make, be it here or not; False where the rendezvous is silent."""
+        """Return whether an island of the run, here or gone, has not finished; False if the rendezvous is silent."""
         try:
             with self._client() as client:
-                ended = client.ask("ended", run=self._info["run"])["names"]
+                finished = client.ask("ended", run=self._info["run"])["names"]
         except OSError:
             return False
-        return len(ended) < self._islands.count
+        return len(finished) < self._islands.count
 
     def peer_statuses(self) -> dict[str, Mapping[str, Any]]:
-        """What the other members last told."""
+        """Return what the other members last published, by name."""
         return {name: info for name, info in self._members.items() if name != self.name}
 
     def leave(self) -> None:
-        """Take part no longer; the others do not wait for this island."""
-        self._ended.set()
-        self._beats.join()
-        try:
-            with self._client() as client:
-                client.ticket = self.ticket
-                client.leave()
-        except (OSError, NotAMember):
-            pass  # it is gone either way
+        """Leave the group, so that the others do not wait for this island."""
+        self._left.set()
+        self._heartbeats.join()
+        with suppress(OSError, NotAMember), self._client() as client:
+            client.ticket = self.ticket
+            client.leave()
 
-    # ---- meetings
+    # ---- rounds
 
     def _average(self, key: str, payload: bytes, update: int, history: str) -> RoundResult:
-        members, told = self._present(key, payload, update=update, history=history)
+        decision = self._ask(
+            "present", before=lambda: self._server.publish(key, payload, ticket=self.ticket),
+            patience=self._islands.patience, key=key, update=update, staleness=self._islands.staleness,
+            minimum=self._islands.minimum, history=history,
+        )  # fmt: skip
+        members = peers_from_json(decision["members"])
         if not members:
             return RoundResult("skipped", failures={"all": "too few"})
         if self.name not in members:
-            return (
-                self._late(key, members, update)
-                if told == history
-                else RoundResult("behind", sources=list(members.values()))
-            )
-        found = self._judged(key, {self.name: payload} | self._collect(key, peers_except(self.name, members)))
-        have = [name for name, one in found.items() if not isinstance(one, FetchFailure)]
-        lost = {name: one.reason for name, one in found.items() if isinstance(one, FetchFailure)}
-        count, lost = self._voted(key, members, update, have=have, lost=lost)
+            if decision["history"] != history:
+                return RoundResult("behind", sources=list(members.values()))
+            return self._catch_up(key, members, update)
+        payloads, failures = self._collect_valid(key, peers_except(self.name, members), payload=payload)
+        count, failures = self._vote(key, members, update, have=list(payloads), failures=failures)
         if not count:
-            return RoundResult("skipped", failures=lost)
-        if self.name not in have or not set(count) <= set(have):
-            # Its own drift is of no use, or it lacks another's: it has to go where the others went.
-            return RoundResult("behind", failures=lost, sources=[members[name] for name in count if name != self.name])
-        return RoundResult("applied", {name: found[name] for name in sorted(count)}, lost)
+            return RoundResult("skipped", failures=failures)
+        if self.name not in payloads or not set(count) <= set(payloads):
+            # Its own payload is invalid, or it lacks one that counts: it has to take the state of the others.
+            sources = [members[name] for name in count if name != self.name]
+            return RoundResult("behind", failures=failures, sources=sources)
+        return RoundResult("applied", {name: payloads[name] for name in sorted(count)}, failures)
 
-    def _late(self, key: str, members: Mapping[str, Peer], update: int) -> RoundResult:
-        """A meeting that took place without this island, which was with the others before: it takes what they took."""
-        count, lost = self._voted(key, members, update, have=None, lost={})
-        found = self._judged(key, self._collect(key, [members[name] for name in count]))
+    def _catch_up(self, key: str, members: Mapping[str, Peer], update: int) -> RoundResult:
+        """Take the payloads of a round that the others did without this island, which had the same history."""
+        count, failures = self._vote(key, members, update, have=None, failures={})
         if not count:
-            return RoundResult("skipped", failures=lost)
-        if any(isinstance(one, FetchFailure) for one in found.values()):
-            return RoundResult("behind", failures=lost, sources=list(members.values()))
-        return RoundResult("applied", {name: found[name] for name in sorted(count)}, lost | {self.name: "it came late"})
+            return RoundResult("skipped", failures=failures)
+        payloads, missing = self._collect_valid(key, [members[name] for name in count])
+        if missing:
+            return RoundResult("behind", failures=failures, sources=list(members.values()))
+        return RoundResult(
+            "applied", {name: payloads[name] for name in sorted(count)}, failures | {self.name: "it came late"}
+        )
 
-    def _voted(
-        self, key: str, members: Mapping[str, Peer], update: int, *, have: list[str] | None, lost: Mapping[str, str]
-    ) -> tuple[list[str], dict[str, str]]:
-        """Whose payloads count, and why the others' do not; `have` None: this island has no vote."""
+    def _vote(
+        self, key: str, members: Mapping[str, Peer], update: int, *, have: list[str] | None,
+        failures: Mapping[str, str],
+    ) -> tuple[list[str], dict[str, str]]:  # fmt: skip
+        """Return (islands whose payloads count, why the others do not). `have`: received payloads; None: no vote."""
         rules = self._islands
-        told = self._ask(
-            "voted", patience=rules.deadline, key=key, update=update, have=have, lost=lost,
+        decision = self._ask(
+            "voted", patience=rules.deadline, key=key, update=update, have=have, lost=failures,
             members={name: peer.ticket for name, peer in members.items()}, policy=rules.on_failure,
             minimum=rules.minimum,
         )  # fmt: skip
-        return told["count"], told["lost"]
-
-    def _present(self, key: str, payload: bytes, *, update: int, history: str) -> tuple[dict[str, Peer], str | None]:
-        """Who takes part in a meeting, and what history they have in common."""
-        told = self._ask(
-            "present",
-            before=lambda: self._office.publish(key, payload, ticket=self.ticket),
-            patience=self._islands.patience,
-            key=key,
-            update=update,
-            staleness=self._islands.staleness,
-            minimum=self._islands.minimum,
-            history=history,
-        )
-        return {name: Peer(name, *whose) for name, whose in told["members"].items()}, told["history"]
+        return decision["count"], decision["lost"]
 
     def _pair(self, key: str, payload: bytes, update: int, seed: int) -> RoundResult:
-        told = self._ask(
-            "roster",
-            before=lambda: self._office.publish(key, payload, ticket=self.ticket),
-            key=key,
-            update=update,
-            staleness=self._islands.staleness,
-        )
-        members = {name: Peer(name, *whose) for name, whose in told["members"].items()}
+        decision = self._ask(
+            "roster", before=lambda: self._server.publish(key, payload, ticket=self.ticket),
+            key=key, update=update, staleness=self._islands.staleness,
+        )  # fmt: skip
+        members = peers_from_json(decision["members"])
         if self.name not in members:
             return RoundResult("behind", sources=list(members.values()))
         names = sorted(members, key=island_number)
         row = matching_for_round(update, replicas=len(names), seed=seed)
         partner = names[int(matchings(len(names))[row, names.index(self.name)])]
-        if problem := self._problem(kind(key), payload):
+        if problem := self._find_problem(kind(key), payload):
             return RoundResult("behind", failures={self.name: problem}, sources=peers_except(self.name, members))
         if partner == self.name:
             return RoundResult("applied", {self.name: payload})
-        found = self._judged(key, self._collect(key, [members[partner]]))[partner]
-        if not isinstance(found, FetchFailure):
-            return RoundResult("applied", {partner: found})
+        payloads, failures = self._collect_valid(key, [members[partner]])
+        if payloads:
+            return RoundResult("applied", payloads)
         if self._islands.on_failure == "skip":
-            return RoundResult("skipped", failures={partner: found.reason})
-        return RoundResult("applied", {self.name: payload}, {partner: found.reason})
+            return RoundResult("skipped", failures=failures)
+        return RoundResult("applied", {self.name: payload}, failures)
+
+    def _collect_valid(
+        self, key: str, peers: Sequence[Peer], *, payload: bytes | None = None
+    ) -> tuple[dict[str, bytes], dict[str, str]]:
+        """Fetch the payloads of `peers` and add this island's `payload`: (valid payloads, reasons of the failures)."""
+        payloads, failures = {}, {}
+        results = ({} if payload is None else {self.name: payload}) | self._collect(key, peers)
+        for name, result in results.items():
+            if isinstance(result, FetchFailure):
+                failures[name] = result.reason
+            elif problem := self._find_problem(kind(key), result):
+                failures[name] = problem
+            else:
+                payloads[name] = result
+        return payloads, failures
 
     def _collect(self, key: str, peers: Sequence[Peer]) -> dict[str, bytes | FetchFailure]:
         if not peers:
             return {}
-        return self._office.collect(
+        return self._server.collect(
             key, peers, deadline=self._islands.deadline, patience=self._islands.patience, alive=self._is_alive
         )
 
-    def _judged(self, key: str, found: Mapping[str, bytes | FetchFailure]) -> dict[str, bytes | FetchFailure]:
-        """`found` without payloads that arrived whole and are of no use."""
-        judged = dict(found)
-        for name, one in found.items():
-            if not isinstance(one, FetchFailure) and (problem := self._problem(kind(key), one)):
-                judged[name] = FetchFailure(problem)
-        return judged
-
-    def _timed(self, meeting: Callable[[], RoundResult]) -> RoundResult:
-        began = time.monotonic()
+    def _run_round(self, do_round: Callable[[], RoundResult]) -> RoundResult:
+        start = time.monotonic()
         try:
-            met = meeting()
+            result = do_round()
         except RoundForgotten as error:
-            met = RoundResult("behind", failures={self.name: "it came long after"}, sources=error.others)
+            result = RoundResult("behind", failures={self.name: "it came long after"}, sources=error.peers)
         except (OSError, NotAMember) as error:
-            met = RoundResult("skipped", failures={"rendezvous": str(error)})
-        return RoundResult(met.kind, met.payloads, met.failures, met.sources, time.monotonic() - began)
+            result = RoundResult("skipped", failures={"rendezvous": str(error)})
+        return replace(result, seconds=time.monotonic() - start)
 
     # ---- the rendezvous
 
@@ -278,71 +270,67 @@ class IslandGroup:
     def _ask(
         self, do: str, *, patience: float = 0.0, before: Callable[[], None] = lambda: None, **fields: Any
     ) -> dict[str, Any]:
-        """The rendezvous' answer, which may take `patience` seconds; `before` runs before each attempt.
+        """Return the answer of the rendezvous, which may wait `patience` seconds; `before` runs before each attempt.
 
-        Raises OSError where there is none within `deadline`, which is waited once and not for each question until the
-        rendezvous is heard again, UserError where another island took this one's name,
-        Forgotten where it was asked about a meeting of long ago.
+        Raises OSError if there is no answer within `deadline` (once the rendezvous is silent, at once), UserError if
+        another job has the name of this island, RoundForgotten if the request is about a round of long ago.
         """
-        end, lost = time.monotonic() + self._islands.deadline, False
+        end, expired = time.monotonic() + self._islands.deadline, False
+        waits = {"patience": patience} if do in ("present", "voted") else {}
         while True:
             try:
-                if lost:
+                if expired:
                     self._rejoin()
-                    lost = False
+                    expired = False
                 with self._client() as client:
                     client.ticket = self.ticket
                     client.heartbeat(self._info)
                     before()
-                    # The server ends its wait by `patience`; what is on top is for its answer.
-                    told = client.ask(do, within=patience + 5.0, **fields, **timed(do, patience))
-                    self._silent = False
-                    if "forgotten" in told:
-                        raise RoundForgotten([Peer(name, *whose) for name, whose in told["forgotten"].items()])
-                    return told
+                    answer = client.ask(do, within=patience + ANSWER_SECONDS, **fields, **waits)
+                    self._is_silent = False
+                    if "forgotten" in answer:
+                        raise RoundForgotten(list(peers_from_json(answer["forgotten"]).values()))
+                    return answer
             except NotAMember:
-                if self._ended.is_set():
+                if self._left.is_set():
                     raise  # it left while it waited
-                lost = True
+                expired = True
             except OSError:
-                if time.monotonic() > end or self._silent or self._ended.is_set():
-                    self._silent = True
+                if time.monotonic() > end or self._is_silent or self._left.is_set():
+                    self._is_silent = True
                     raise
                 time.sleep(RETRY_SECONDS)
 
     def _rejoin(self) -> None:
-        """Come back after having been given up. Raises UserError where another process has this island's name."""
-        with self._lock, self._client() as client:
-            if self._taken is not None:
-                raise UserError(self._taken)
-            there = client.wait(beyond=-1, timeout=0.0)["members"].get(self.name)
-            if there is None:
+        """Join again after this member has expired. Raises UserError if another job has its name by now."""
+        with self._rejoin_lock, self._client() as client:
+            if self._displaced is not None:
+                raise UserError(self._displaced)
+            current = client.wait(beyond=-1, timeout=0.0)["members"].get(self.name)
+            if current is None:
                 self._members = client.join(self._info)["members"]
                 self.ticket = client.ticket
-            elif there.get("ticket") != self.ticket:
-                self._taken = (
-                    f"islands.number: another job is {self.name} now, at {there.get('address')}; "
-                    "give each island a number of its own"
+            elif current.get("ticket") != self.ticket:
+                self._displaced = (
+                    f"islands.number: another job at {current.get('address')} has the name {self.name} now; give each "
+                    "island a number of its own"
                 )
-                raise UserError(self._taken)
+                raise UserError(self._displaced)
 
-    def _beat(self) -> None:
-        often = min(HEARTBEAT_SECONDS, self._islands.ttl / 5)
+    def _send_heartbeats(self) -> None:
         with self._client() as client:
-            while not self._ended.wait(often):
+            while not self._left.wait(min(HEARTBEAT_SECONDS, self._islands.ttl / 5)):
                 try:
                     client.ticket = self.ticket
                     self._members = client.heartbeat(self._info)["members"]
                 except NotAMember:
-                    try:
+                    with suppress(OSError, MeshwrightError):  # `publish_status` raises it
                         self._rejoin()
-                    except (OSError, MeshwrightError):
-                        continue  # `tell` says it
                 except OSError:
-                    continue  # it comes back, or a meeting says so
+                    continue  # the next round fails if the rendezvous stays silent
 
     def _peers(self) -> list[Peer]:
-        """The others that have said where they are reached and in which life they are."""
+        """Return the other members, with their addresses and tickets."""
         with self._client() as client:
             members = client.wait(beyond=-1, timeout=0.0)["members"]
         return [Peer(name, info["ticket"], info["address"]) for name, info in members.items() if name != self.name]
@@ -352,16 +340,16 @@ class IslandGroup:
         return info is not None and info.get("ticket", peer.ticket) == peer.ticket
 
 
+def peers_from_json(members: Mapping[str, Sequence[Any]]) -> dict[str, Peer]:
+    """Build peers from name -> [ticket, address]."""
+    return {name: Peer(name, *rest) for name, rest in members.items()}
+
+
 def peers_except(name: str, members: Mapping[str, Peer]) -> list[Peer]:
-    """All `members` but `name`."""
+    """Return all `members` except `name`."""
     return [peer for other, peer in members.items() if other != name]
 
 
 def island_number(name: str) -> int:
-    """Number of an island by its name: pairs are dealt by it."""
+    """Return the number of an island from its name; pairs are assigned by it."""
     return int(name.rpartition("-")[2])
-
-
-def timed(do: str, patience: float) -> dict[str, float]:
-    """What a question that waits is told about waiting."""
-    return {"patience": patience} if do in ("present", "voted") else {}

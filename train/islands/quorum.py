@@ -1,22 +1,21 @@
-"""Who counts: what the islands of a run ask the rendezvous, so that all of them act on the same answer. JAX-free.
+"""Quorum: decisions that all islands of a run share, made by the rendezvous. JAX-free.
 
-    enter     at the start: begin together, or bootstrap from islands that have begun
-    present   a meeting of all: who takes part. Waits for whoever is alive and not far behind, `patience` at most
-    voted     after the transfers: whose payloads count. Those that every voter has
-    roster    a meeting in pairs: who is there. Waits for nobody
+    enter     at the start: start together, or bootstrap from islands that have started
+    present   a round of all islands: who takes part. Waits up to `patience` for live islands that are not far behind
+    voted     after the transfers: whose payloads count, namely those that every voter has
+    roster    a round in pairs: who is there. Waits for nobody
     ended     which islands have made their last update
 
-Each answer is decided once for a key and never changes: an island that comes late is told what the others did, and sees
-that it is behind. Where the decision is so old that it is forgotten, it is told that, and who is there. As in torchft,
-islands with an older history than most are left out and bootstrap from the others. Islands that begin together begin
-anew: what earlier ones decided, of this run or another, is no answer to them. So a rendezvous may outlive its runs.
+A decision is made once for a topic and never changes, so an island that comes late learns what the others did, and
+notices that it is behind. If the decision is so old that it was dropped, the island is told so, and who is there. As
+in torchft, islands with an older history than most are left out and bootstrap from the others. When islands start
+together, all earlier decisions, of this run or another, are dropped, so a rendezvous may outlive its runs.
 
-The decisions are pure functions of what was asked and who is alive; `Arbiter` holds them and makes callers wait.
+The decisions are pure functions of the requests and the live members; `QuorumService` stores them and blocks callers.
 """
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,23 +23,25 @@ from typing import Any, NamedTuple
 from ...parallel.transport.payload_server import kind
 from ..core.rendezvous import MembershipStore, require_member
 
-POLL_SECONDS = 0.05  # seconds between two looks at who is alive
-MAX_DECISIONS = 512  # decisions
+POLL_SECONDS = 0.05  # between two looks at the live members
+MAX_DECISIONS = 512  # decisions that are remembered
+
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class LiveMember:
-    """A member, as decisions see it."""
+    """What the decisions know of a member."""
 
     ticket: int
     step: int
-    active: bool  # it has entered
+    active: bool  # it has started
     finished: bool  # it makes no more updates
     address: str
 
 
 class Topic(NamedTuple):
-    """What a decision is about: `what` happens again and again, `update` tells one time from another."""
+    """What a decision is about: a kind of decision and of round, after update number `update`."""
 
     name: str
     update: int
@@ -48,113 +49,125 @@ class Topic(NamedTuple):
 
 @dataclass
 class Question:
-    """What was asked under one key, and when the first one asked."""
+    """The requests for one decision."""
 
-    since: float
-    requests: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> what it said
-    decision: dict[str, Any] | None = None
-    waiting: int = 0  # calls that have no answer yet
+    since: float  # time of the first request
+    requests: dict[str, Json] = field(default_factory=dict)  # by the name of the island
+    decision: Json | None = None
+    waiting: int = 0  # number of calls that wait for the decision
 
 
 def decide_start(
     question: Question, alive: Mapping[str, LiveMember], *, count: int, gather: float, now: float
-) -> dict[str, Any] | None:
-    """How those who asked begin: from the sources, who need nothing. None: not yet.
+) -> Json | None:
+    """Decide which islands are sources: they start with their own state, and the others bootstrap. None: not yet.
 
-    Where somebody has begun already, from them. Else together, once `count` are there or `gather` is over: the source
-    is the farthest one, and all whose state is the same (`version`) are sources too.
+    The sources are the islands that have started already, if any. Else all start together once `count` are there or
+    `gather` seconds are over: the sources are the island with the most updates and all with the same state (`version`).
     """
-    if active := sorted(name for name, one in alive.items() if one.active):
+    if active := sorted(name for name, member in alive.items() if member.active):
         return {"sources": active}
-    here = {name: said for name, said in question.requests.items() if is_same_member(name, said, alive)}
-    if not here or (len(here) < count and now - question.since < gather):
+    present = current_requests(question, alive)
+    if not present or (len(present) < count and now - question.since < gather):
         return None
-    first = min(here, key=lambda name: (-int(here[name]["step"]), name))
-    alike = [name for name, said in here.items() if said["version"] == here[first]["version"]]
-    return {"sources": sorted(alike), "together": True}
+    first = min(present, key=lambda name: (-int(present[name]["step"]), name))
+    same = [name for name, request in present.items() if request["version"] == present[first]["version"]]
+    return {"sources": sorted(same), "together": True}
 
 
 def decide_participants(
     question: Question, alive: Mapping[str, LiveMember], *, update: int, staleness: int, patience: float, minimum: int,
     now: float,
-) -> dict[str, Any] | None:  # fmt: skip
-    """Who takes part in a meeting after `update`: name -> [ticket, address]. None: not yet."""
-    here = {name: said for name, said in question.requests.items() if is_same_member(name, said, alive)}
-    awaited = [
-        name
-        for name, one in alive.items()
-        if one.active and not one.finished and name not in here and one.step >= update - staleness
-    ]
+) -> Json | None:  # fmt: skip
+    """Decide who takes part in a round after `update`: name -> [ticket, address]. None: not yet."""
+    present = current_requests(question, alive)
+    awaited = [name for name in reachable(alive, update=update, staleness=staleness) if name not in present]
     if awaited and now - question.since < patience:
         return None
-    chosen = most_common_history(here) if len(here) >= minimum else []
-    history = here[chosen[0]]["history"] if chosen else None
-    return {"members": {name: [alive[name].ticket, alive[name].address] for name in chosen}, "history": history}
+    participants = most_common_history(present) if len(present) >= minimum else []
+    history = present[participants[0]]["history"] if participants else None
+    return {"members": addresses(participants, alive), "history": history}
 
 
-def most_common_history(here: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Those whose history most have; the first by name decides a tie."""
-    if not here:
+def most_common_history(present: Mapping[str, Json]) -> list[str]:
+    """Return the islands with the history that most have; a tie goes to the first by name."""
+    if not present:
         return []
-    counts = Counter(said["history"] for said in here.values())
-    chosen = min(counts, key=lambda one: (-counts[one], min(n for n in here if here[n]["history"] == one)))
-    return sorted(name for name in here if here[name]["history"] == chosen)
+    by_history: dict[str, list[str]] = {}
+    for name in sorted(present):
+        by_history.setdefault(present[name]["history"], []).append(name)
+    return max(by_history.values(), key=len)
 
 
 def decide_votes(
     question: Question, members: Mapping[str, int], alive: Mapping[str, LiveMember], *, policy: str, minimum: int,
     patience: float, now: float,
-) -> dict[str, Any] | None:  # fmt: skip
-    """Whose payloads count: those that every voter has; [] where that are too few. None: not yet.
+) -> Json | None:  # fmt: skip
+    """Decide whose payloads count: those that every voter has; [] if they are too few. None: not yet.
 
-    `members` are name -> ticket: who has come back in another life will not vote on what the one before began.
+    `members`: name -> ticket. An island that left and joined again has another ticket and is not waited for.
     """
-    waiting = [
+    awaited = [
         name
         for name, ticket in members.items()
         if name not in question.requests and is_same_member(name, {"ticket": ticket}, alive)
     ]
-    if waiting and now - question.since < patience:
+    if awaited and now - question.since < patience:
         return None
-    held = [set(said["have"]) for said in question.requests.values()]
-    common = sorted(set.intersection(*held)) if held else []
-    reasons = {name: why for said in question.requests.values() for name, why in said["lost"].items()}
-    lost = {name: reasons.get(name, "it did not vote") for name in sorted(members) if name not in common}
-    enough = len(common) >= minimum and (policy == "average" or not lost)
-    return {"count": common if enough else [], "lost": lost}
+    received = [set(request["have"]) for request in question.requests.values()]
+    common = sorted(set.intersection(*received)) if received else []
+    reasons = {name: reason for request in question.requests.values() for name, reason in request["lost"].items()}
+    failures = {name: reasons.get(name, "it did not vote") for name in sorted(members) if name not in common}
+    enough = len(common) >= minimum and (policy == "average" or not failures)
+    return {"count": common if enough else [], "lost": failures}
 
 
-def decide_roster(alive: Mapping[str, LiveMember], asking: str, *, update: int, staleness: int) -> dict[str, Any]:
-    """Who can be met after `update`: name -> [ticket, address] of all that are not far behind, `asking` among them."""
-    near = [
+def decide_roster(alive: Mapping[str, LiveMember], asking: str, *, update: int, staleness: int) -> Json:
+    """Return the islands to pair with after `update`, `asking` among them: name -> [ticket, address]."""
+    partners = reachable(alive, update=update, staleness=staleness)
+    return {"members": addresses(sorted(name for name in alive if name == asking or name in partners), alive)}
+
+
+def reachable(alive: Mapping[str, LiveMember], *, update: int, staleness: int) -> list[str]:
+    """Return the islands that train and are at most `staleness` updates behind `update`."""
+    return [
         name
-        for name, one in alive.items()
-        if name == asking or (one.active and not one.finished and one.step >= update - staleness)
+        for name, member in alive.items()
+        if member.active and not member.finished and member.step >= update - staleness
     ]
-    return {"members": {name: [alive[name].ticket, alive[name].address] for name in sorted(near)}}
 
 
-def is_same_member(name: str, said: Mapping[str, Any], alive: Mapping[str, LiveMember]) -> bool:
-    """Whether whoever asked is still there, and is the one that asked."""
-    return name in alive and alive[name].ticket == said["ticket"]
+def addresses(names: list[str], alive: Mapping[str, LiveMember]) -> dict[str, list[Any]]:
+    """Return name -> [ticket, address]."""
+    return {name: [alive[name].ticket, alive[name].address] for name in names}
 
 
-def topic_of(do: str, asked: Mapping[str, Any]) -> Topic:
-    """What a question of a meeting is about."""
-    return Topic(f"{do} {kind(asked['key'])}", int(asked["update"]))
+def current_requests(question: Question, alive: Mapping[str, LiveMember]) -> dict[str, Json]:
+    """Return the requests of members that are still there."""
+    return {name: request for name, request in question.requests.items() if is_same_member(name, request, alive)}
+
+
+def is_same_member(name: str, request: Mapping[str, Any], alive: Mapping[str, LiveMember]) -> bool:
+    """Return whether the member that made the request is still there, under the same ticket."""
+    return name in alive and alive[name].ticket == request["ticket"]
+
+
+def topic_of(do: str, request: Mapping[str, Any]) -> Topic:
+    """Return the topic of a request about a round."""
+    return Topic(f"{do} {kind(request['key'])}", int(request["update"]))
 
 
 class QuorumService:
-    """Answers of a rendezvous to the islands in `room`: `operations` for its server."""
+    """Makes the decisions for the islands in `store`; `operations` are for the server of the rendezvous."""
 
-    def __init__(self, room: MembershipStore, clock: Callable[[], float] = time.monotonic) -> None:
-        self._room, self._clock = room, clock
+    def __init__(self, store: MembershipStore, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._clock = store, clock
         self._changed = threading.Condition()
         self._questions: dict[Topic, Question] = {}
-        self._forgotten: dict[str, int] = {}  # what was asked, and of which meeting -> its newest update not known now
-        self._finished: set[tuple[str, str]] = set()  # (run, name) of those that made their last update
-        self._began: set[tuple[str, int]] = set()  # lives that were told to begin together
-        self.operations: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+        self._dropped: dict[str, int] = {}  # name of a topic -> its newest update whose decision was dropped
+        self._finished: set[tuple[str, str]] = set()  # (run, name) of islands that made their last update
+        self._started: set[tuple[str, int]] = set()  # (name, ticket) of islands that were told to start together
+        self.operations: dict[str, Callable[[Mapping[str, Any]], Json]] = {
             "enter": self.enter,
             "present": self.present,
             "voted": self.vote,
@@ -162,124 +175,115 @@ class QuorumService:
             "ended": self.list_finished,
         }
 
-    def enter(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """See `begun`. Who is told to begin together is active from then on, before it says so itself."""
-        said = {key: asked[key] for key in ("ticket", "step", "version")}
-        count, gather = int(asked["count"]), float(asked["gather"])
+    def enter(self, request: Mapping[str, Any]) -> Json:
+        """See `decide_start`. Islands that are told to start together are active at once, before they say so."""
+        content = {key: request[key] for key in ("ticket", "step", "version")}
+        count, gather = int(request["count"]), float(request["gather"])
 
-        def decide(question: Question, alive: Mapping[str, LiveMember], now: float) -> dict[str, Any] | None:
-            left = sum(name not in alive for name in self._finished_of(asked["run"]))
-            found = decide_start(question, alive, count=count - left, gather=gather, now=now)
-            if found and found.get("together"):
-                self._began = {(name, alive[name].ticket) for name in found["sources"]}
-                self._questions, self._forgotten = {Topic("enter", 0): question}, {}
-            return found
+        def decide(question: Question, alive: Mapping[str, LiveMember], now: float) -> Json | None:
+            gone = sum(name not in alive for name in self._finished_of(request["run"]))
+            decision = decide_start(question, alive, count=count - gone, gather=gather, now=now)
+            if decision and decision.get("together"):
+                self._started = {(name, alive[name].ticket) for name in decision["sources"]}
+                self._questions, self._dropped = {Topic("enter", 0): question}, {}
+            return decision
 
-        return self._decided(Topic("enter", 0), asked, said, decide, keep=False)
+        return self._decide(Topic("enter", 0), request, content, decide, remember=False)
 
-    def present(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """See `met`."""
+    def present(self, request: Mapping[str, Any]) -> Json:
+        """See `decide_participants`."""
         rules = {
-            "update": int(asked["update"]), "staleness": int(asked["staleness"]),
-            "patience": float(asked["patience"]), "minimum": int(asked["minimum"]),
+            "update": int(request["update"]), "staleness": int(request["staleness"]),
+            "patience": float(request["patience"]), "minimum": int(request["minimum"]),
         }  # fmt: skip
-        said = {"ticket": asked["ticket"], "history": asked["history"]}
-        return self._decided(
-            topic_of("present", asked),
-            asked,
-            said,
-            lambda q, alive, now: decide_participants(q, alive, **rules, now=now),
-        )
+        content = {"ticket": request["ticket"], "history": request["history"]}
+        decide = lambda question, alive, now: decide_participants(question, alive, **rules, now=now)
+        return self._decide(topic_of("present", request), request, content, decide)
 
-    def vote(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """See `counted`. Who comes late asks too, with `have` null: it has no vote."""
-        rules = {"policy": asked["policy"], "minimum": int(asked["minimum"]), "patience": float(asked["patience"])}
-        said = None if asked["have"] is None else {"have": list(asked["have"]), "lost": dict(asked["lost"])}
-        return self._decided(
-            topic_of("voted", asked),
-            asked,
-            said,
-            lambda q, alive, now: decide_votes(q, asked["members"], alive, **rules, now=now),
-        )
+    def vote(self, request: Mapping[str, Any]) -> Json:
+        """See `decide_votes`. With `have` null the island has no vote: it comes late."""
+        rules = {
+            "policy": request["policy"], "minimum": int(request["minimum"]), "patience": float(request["patience"])
+        }  # fmt: skip
+        content = None
+        if request["have"] is not None:
+            content = {"have": list(request["have"]), "lost": dict(request["lost"])}
+        decide = lambda question, alive, now: decide_votes(question, request["members"], alive, **rules, now=now)
+        return self._decide(topic_of("voted", request), request, content, decide)
 
-    def roster(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """See `listed`."""
-        rules = {"update": int(asked["update"]), "staleness": int(asked["staleness"])}
-        return self._decided(
-            topic_of("roster", asked), asked, {}, lambda q, alive, now: decide_roster(alive, asked["name"], **rules)
-        )
+    def roster(self, request: Mapping[str, Any]) -> Json:
+        """See `decide_roster`."""
+        rules = {"update": int(request["update"]), "staleness": int(request["staleness"])}
+        decide = lambda question, alive, now: decide_roster(alive, request["name"], **rules)
+        return self._decide(topic_of("roster", request), request, {}, decide)
 
-    def list_finished(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """The names of those of a run that have finished, also of those that have left since."""
+    def list_finished(self, request: Mapping[str, Any]) -> Json:
+        """Return the names of the islands of a run that have finished, those that have left since included."""
         with self._changed:
-            self._alive()
-            return {"names": self._finished_of(asked["run"])}
+            self._live_members()
+            return {"names": self._finished_of(request["run"])}
 
     def _finished_of(self, run: str) -> list[str]:
-        return sorted(name for of, name in self._finished if of == run)
+        return sorted(name for finished_run, name in self._finished if finished_run == run)
 
-    def _decided(
+    def _decide(
         self,
-        key: Topic,
-        asked: Mapping[str, Any],
-        said: dict[str, Any] | None,
-        decide: Callable[[Question, Mapping[str, LiveMember], float], dict[str, Any] | None],
+        topic: Topic,
+        request: Mapping[str, Any],
+        content: Json | None,
+        decide: Callable[[Question, Mapping[str, LiveMember], float], Json | None],
         *,
-        keep: bool = True,
-    ) -> dict[str, Any]:
-        """The decision under `key`, once there is one; what is not kept is decided anew for whoever asks later.
+        remember: bool = True,
+    ) -> Json:
+        """Add `content` to the question of `topic`, wait for its decision, and return that.
 
-        Raises Refused where whoever asks is not a member, or ceases to be one while it waits.
+        Without `remember` a request after the decision starts a new question. Raises NotAMember if the caller is not a
+        member, or stops being one while it waits.
         """
+        name, ticket = request["name"], int(request["ticket"])
         with self._changed:
-            require_member(self._room.membership, asked["name"], int(asked["ticket"]))
-            question = self._questions.get(key)
-            if question is None and keep and key.update <= self._forgotten.get(key.name, -1):
-                return {"forgotten": self._others(asked["name"])}
-            if question is None or (question.decision is not None and not keep):
-                question = self._questions[key] = Question(self._clock())
-                self._forget()
-            if question.decision is None and said is not None:
-                question.requests[asked["name"]] = said
+            require_member(self._store.membership, name, ticket)
+            question = self._questions.get(topic)
+            if question is None and remember and topic.update <= self._dropped.get(topic.name, -1):
+                return {"forgotten": self._active_except(name)}
+            if question is None or (question.decision is not None and not remember):
+                question = self._questions[topic] = Question(self._clock())
+                self._drop_oldest()
+            if question.decision is None and content is not None:
+                question.requests[name] = content
                 self._changed.notify_all()
             question.waiting += 1
             try:
                 while question.decision is None:
-                    require_member(self._room.membership, asked["name"], int(asked["ticket"]))
-                    question.decision = decide(question, self._alive(), self._clock())
+                    require_member(self._store.membership, name, ticket)
+                    question.decision = decide(question, self._live_members(), self._clock())
                     if question.decision is None:
                         self._changed.wait(POLL_SECONDS)
             finally:
                 question.waiting -= 1
-                if question.decision is None and not question.waiting and self._questions.get(key) is question:
-                    del self._questions[key]  # all who asked have gone: the next one has not waited as long as they
+                if question.decision is None and not question.waiting and self._questions.get(topic) is question:
+                    del self._questions[topic]  # all callers have gone: the time of the next one starts anew
             self._changed.notify_all()
             return question.decision
 
-    def _forget(self) -> None:
-        """Let go of the oldest decisions; who asks for them again must not be given others."""
-        decided = [key for key, question in self._questions.items() if question.decision is not None]
-        for key in decided[:-MAX_DECISIONS]:
-            self._forgotten[key.name] = max(key.update, self._forgotten.get(key.name, -1))
-            del self._questions[key]
+    def _drop_oldest(self) -> None:
+        """Drop the oldest decisions, and note which, so that they are not made again differently."""
+        decided = [topic for topic, question in self._questions.items() if question.decision is not None]
+        for topic in decided[:-MAX_DECISIONS]:
+            self._dropped[topic.name] = max(topic.update, self._dropped.get(topic.name, -1))
+            del self._questions[topic]
 
-    def _others(self, asking: str) -> dict[str, Any]:
-        """Name -> [ticket, address] of all that have begun, but `asking`."""
-        there = self._alive().items()
-        return {name: [one.ticket, one.address] for name, one in there if one.active and name != asking}
+    def _active_except(self, asking: str) -> dict[str, list[Any]]:
+        alive = self._live_members()
+        return addresses([name for name, member in alive.items() if member.active and name != asking], alive)
 
-    def _alive(self) -> dict[str, LiveMember]:
-        members = self._room.membership.members
-        for name, one in members.items():
-            change = self._finished.add if one.info.get("finished") else self._finished.discard
-            change((one.info.get("run", ""), name))
-        return {
-            name: LiveMember(
-                one.ticket,
-                int(one.info.get("step", 0)),
-                (bool(one.info.get("active")) or (name, one.ticket) in self._began) and not one.info.get("catching_up"),
-                bool(one.info.get("finished")),
-                one.info.get("address", ""),
-            )
-            for name, one in members.items()
-        }
+    def _live_members(self) -> dict[str, LiveMember]:
+        alive = {}
+        for name, member in self._store.membership.members.items():
+            info, finished = member.info, bool(member.info.get("finished"))
+            (self._finished.add if finished else self._finished.discard)((info.get("run", ""), name))
+            started = bool(info.get("active")) or (name, member.ticket) in self._started
+            active = started and not info.get("catching_up")
+            address = info.get("address", "")
+            alive[name] = LiveMember(member.ticket, int(info.get("step", 0)), active, finished, address)
+        return alive

@@ -1,14 +1,14 @@
-"""An island's meetings in the course of its training: what is sent and used when, and what happens when it is not.
+"""Synchronization of an island with the others during training: when rounds run, what is sent, and failed rounds.
 
-    meetings.begin(state, step)       the state and step to begin with: this island's, or another one's
-    state = meetings(state, update)   between two updates: what is due. Raises Moved where the others are elsewhere
-    state = meetings.settled(state)   everything under way has ended: before the state is saved or evaluated
-    meetings.finish(state, step)      the last word to the others
+    state, step = sync.begin(state, step)     the state and step to start with: this island's, or another one's
+    state = sync(state, update)               after an update: runs what is due. Raises StateReplaced if it was behind
+    state = sync.drain(state)                 finishes all pending rounds, before the state is saved or evaluated
+    sync.finish(state, step)                  tells the others, and serves those that still need this island
 
-A meeting begins with a copy of what is sent and goes on in a thread; where the rule uses it later (`overlap`), training
-goes on meanwhile. An exchange is applied once or never: it has ended before its meeting can begin again, and an island
-whose history is not the others' takes theirs. Each process of an island calls everything alike; the first one has the
-network.
+A round starts with a copy of what is sent and goes on in a thread. If the outer optimizer uses the result later
+(`overlap`), training goes on meanwhile. The result of a round is applied once or never: a round has finished before the
+next one of its outer step starts, and an island whose history differs from that of the others takes their state. All
+processes of an island make the same calls; only process 0 has the network (`IslandTransport`).
 """
 
 import dataclasses
@@ -40,41 +40,42 @@ from .agreed_wait import CollectiveWait, WaitStopped, broadcast_flag
 from .compiled_rounds import RoundPrograms, add_trees, divide_tree, make_global_array, make_round_programs
 from .membership import IslandGroup, RoundResult
 
-OTHERS = ("state", "handshake")  # traffic that is no meeting's
+BOOTSTRAP_TRAFFIC = ("state", "handshake")  # kinds of traffic that do not belong to a round
 
 
 class StateReplaced(Exception):
-    """The run goes on from `state` after update `step`: the others were there, and this island took their state."""
+    """This island was behind and took the state of another one: training continues from `state` after update `step`."""
 
     def __init__(self, state: TrainState, step: int) -> None:
-        super().__init__(f"goes on from update {step}")
+        super().__init__(f"continues from update {step}")
         self.state, self.step = state, step
 
 
 class PendingRound(NamedTuple):
-    """An exchange under way."""
+    """A round under way."""
 
     outer_step: OuterStep
     update: int
-    future: Future | None  # of Met; None in other processes than the first
-    codes: list[Any]  # shapes and shardings of what is sent, a tree a letter
+    future: Future | None  # of a RoundResult; None in other processes than process 0
+    codes: list[Any]  # shapes and shardings of what is sent, a tree for each message
 
 
 @dataclass
 class IslandTransport:
-    """The network's side, in an island's first process."""
+    """The network of an island, in its process 0."""
 
     group: IslandGroup
     counters: TransferCounters
     publish: Callable[..., None]  # (key, payload, ticket=, reader=)
-    requested_states: set[str]  # keys of states that others asked for
-    is_sending: Callable[[], bool]  # whether a payload is on its way to another island
+    requested_states: set[str]  # keys of states that other islands have requested
+    is_sending: Callable[[], bool]  # whether a payload is being sent
 
 
 class IslandSync:
-    """See above. `correspondence` is None in other processes than the first; `alive` is told what is waited for.
+    """Synchronizes one island with the others; see above.
 
-    `stop(update)` says whether the island was asked to stop, the same in every process: it waits no more then.
+    `transport` is None in other processes than process 0. `report_waiting` is called with a text during waits.
+    `should_stop(update)` returns whether the island was asked to stop, the same in every process; it ends waits.
     """
 
     def __init__(
@@ -87,305 +88,297 @@ class IslandSync:
         should_stop: Callable[[int], bool] = lambda update: False,
     ) -> None:
         self.program, self.island = program, program.replicas
-        self._mail, self._journal, self._stop = transport, journal, should_stop
-        self._waiting = CollectiveWait(report_waiting, lambda: should_stop(self._update), self._arrived)
-        self._paired = program.config.outer.name in PAIRWISE_RULES
-        self._pending: dict[str, PendingRound] = {}
+        self._transport, self._journal, self._should_stop = transport, journal, should_stop
+        self._wait = CollectiveWait(report_waiting, lambda: should_stop(self._update), self._progress_text)
+        self._is_pairwise = program.config.outer.name in PAIRWISE_RULES
+        self._pending: dict[str, PendingRound] = {}  # by the name of the outer step
         self._programs: dict[str, RoundPrograms] = {}
-        self._skipped: set[str] = set()  # sendings that came to nothing, until they are sent again
-        self._history = {meeting.name: "" for meeting in self.island.outer.outer_steps}
+        self._skipped: set[str] = set()  # outer steps whose last round was skipped
+        self._history = {outer_step.name: "" for outer_step in self.island.outer.outer_steps}
         self._threads = ThreadPoolExecutor(max_workers=len(self.island.outer.outer_steps))
-        self._update, self._last = 0, (0, time.monotonic())
-        self._peak = (0, 0.0)  # bytes in one update, bytes a second
+        self._update, self._last_traffic = 0, (0, time.monotonic())  # (bytes sent, time)
+        self._peak = (0, 0.0)  # bytes in one update, bytes per second
 
     # ---- the course of a run
 
     def begin(self, state: TrainState, step: int) -> tuple[TrainState, int]:
-        """The state and step to go on from: maybe earlier ones, where the others are behind.
+        """Return the state and step to start with; the step is smaller than `step` if the others are behind.
 
-        Raises MeshwrightError where no other island gives its state, Preempted where asked to stop meanwhile.
+        Raises MeshwrightError if no other island sends its state, Preempted if this one is asked to stop meanwhile.
         """
         try:
-            return self._entered(state, step)
+            return self._enter(state, step)
         except WaitStopped:
-            raise Preempted("stopped before the islands began; run the same command to go on") from None
+            raise Preempted("stopped before the islands started; run the same command to go on") from None
 
-    def _entered(self, state: TrainState, step: int) -> tuple[TrainState, int]:
-        params = self.program.eval_params(state)
-        version = xxhash.xxh3_64_hexdigest(self._in_order(params))
+    def _enter(self, state: TrainState, step: int) -> tuple[TrainState, int]:
+        version = xxhash.xxh3_64_hexdigest(self._pack_canonical(self.program.eval_params(state)))
         islands = self.program.config.islands
         end = time.monotonic() + islands.gather + islands.deadline
         while True:
-            first, sources = self._asked(lambda group: group.enter(step=step, version=version))
-            if first:
+            starts, sources = self._ask_group(lambda group: group.enter(step=step, version=version))
+            if starts:
                 self._journal.record("enter", step=step)
                 return state, step
-            found = self._bootstrapped(state, sources, at_least=0)
-            if found is not None:
-                return found
+            replaced = self._bootstrap(state, sources, at_least=0)
+            if replaced is not None:
+                return replaced
             if time.monotonic() > end:
                 names = [peer.name for peer in sources]
-                raise MeshwrightError(f"islands: {names} have begun and gave no state; look at the network to them")
+                raise MeshwrightError(f"islands: {names} have started but sent no state; check the network to them")
 
     def __call__(self, state: TrainState, update: int) -> TrainState:
-        """What is due after update number `update`; it consumes the state it is given."""
+        """Run the outer steps that are due after update number `update`; donates `state`."""
         self._update = update
-        self._tell(update)
-        for meeting in self.island.outer.outer_steps:
-            if not meeting.is_due(update):
+        self._publish_step(update)
+        for outer_step in self.island.outer.outer_steps:
+            if not outer_step.is_due(update):
                 continue
-            if meeting.depends_on is not None:
-                state = self._completed(state, meeting.depends_on)
-                if meeting.depends_on not in self._skipped:
-                    state = self._applied(state, meeting, [])
+            if outer_step.depends_on is not None:
+                state = self._complete_round(state, outer_step.depends_on)
+                if outer_step.depends_on not in self._skipped:
+                    state = self._receive(state, outer_step, [])
                 continue
-            self._skipped.discard(meeting.name)
-            self._begun(state, meeting, update)
-            if not any(one.depends_on == meeting.name for one in self.island.outer.outer_steps):
-                state = self._completed(state, meeting.name)
-        return self._served(state, update)
+            self._skipped.discard(outer_step.name)
+            self._start_round(state, outer_step, update)
+            if not any(other.depends_on == outer_step.name for other in self.island.outer.outer_steps):
+                state = self._complete_round(state, outer_step.name)
+        return self._serve_state(state, update)
 
     def drain(self, state: TrainState) -> TrainState:
-        """`state` when all that is under way has been used; what has to be mixed in later still will be."""
+        """Finish all pending rounds and return the state with their results; outer steps due later still use them."""
         for name in list(self._pending):
-            state = self._completed(state, name)
+            state = self._complete_round(state, name)
         return state
 
     def finish(self, state: TrainState, step: int) -> None:
-        """Tell the others, and give them what they still need: begun within `patience`, ended within `deadline`."""
-        traffic = self.traffic_metrics(step)
-        self._journal.record("traffic", step=step, **traffic)
-        if self._mail:
-            self._mail.group.publish_status_now(finished=True)
-        began = time.monotonic()
-        while broadcast_flag(self._is_needed(time.monotonic() - began)) and not self._stop(step):
-            self._waiting.report_waiting(f"finished, others are not, {time.monotonic() - began:.0f} s")
-            self._served(state, step)
+        """Tell the others that this island has finished, and serve them while they may need it.
+
+        They may request something for `patience` seconds, and receive it for `deadline` seconds.
+        """
+        self._journal.record("traffic", step=step, **self.traffic_metrics(step))
+        if self._transport:
+            self._transport.group.publish_status_now(finished=True)
+        start = time.monotonic()
+        while broadcast_flag(self._is_needed(time.monotonic() - start)) and not self._should_stop(step):
+            self._wait.report_waiting(f"finished, others are not, {time.monotonic() - start:.0f} s")
+            self._serve_state(state, step)
             time.sleep(0.1)
 
     def close(self) -> None:
-        """End the threads; the office and the group are whoever's opened them."""
+        """End the threads. Payload server and group are closed by their owner."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def traffic_metrics(self, update: int) -> dict[str, float]:
-        """Bytes sent so far by this process's office, beside what the configuration predicts by `update`."""
-        traffic = self.program.traffic
-        found = {"predicted_sent_bytes": float(bytes_sent(traffic, update))}
-        if self._mail:
-            by_kind = dict(self._mail.counters.by_kind)
-            other = sum(by_kind.get(kind, 0) for kind in OTHERS)
-            found |= {
-                "sent_bytes": float(sum(by_kind.values()) - other),
-                "bootstrap_bytes": float(other),
+        """Return the bytes that this process has sent, and the bytes that are predicted by `update`."""
+        metrics = {"predicted_sent_bytes": float(bytes_sent(self.program.traffic, update))}
+        if self._transport:
+            by_kind = dict(self._transport.counters.by_kind)
+            bootstrap = sum(by_kind.get(kind, 0) for kind in BOOTSTRAP_TRAFFIC)
+            metrics |= {
+                "sent_bytes": float(sum(by_kind.values()) - bootstrap),
+                "bootstrap_bytes": float(bootstrap),
                 "peak_step_bytes": float(self._peak[0]),
                 "peak_bytes_per_second": self._peak[1],
-                "islands": 1.0 + len(self._mail.group.peer_statuses()),
+                "islands": 1.0 + len(self._transport.group.peer_statuses()),
             }
-        return found
+        return metrics
 
-    # ---- one exchange
+    # ---- one round
 
-    def _begun(self, state: TrainState, meeting: OuterStep, update: int) -> None:
+    def _start_round(self, state: TrainState, outer_step: OuterStep, update: int) -> None:
+        name = outer_step.name
         with jax.set_mesh(self.program.mesh):
-            coded = self._compiled(meeting.name).send(state.params, state.outer)
-        payload = pack(self._held(coded))
+            coded = self._compiled(name).send(state.params, state.outer)
+        payload = pack(self._host_arrays(coded))
         codes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), coded)
         future = None
-        if self._mail:
-            group, key = self._mail.group, f"{meeting.name} {update}"
-            seed = self.program.config.seed
-            if self._paired:
-                work = lambda: group.pair(key, payload, update=update, seed=seed)
+        if self._transport:
+            group, key, rule = self._transport.group, f"{name} {update}", {"update": update}
+            if self._is_pairwise:
+                future = self._threads.submit(group.pair, key, payload, **rule, seed=self.program.config.seed)
             else:
-                history = self._history[meeting.name]
-                work = lambda: group.average(key, payload, update=update, history=history)
-            future = self._threads.submit(work)
-        self._pending[meeting.name] = PendingRound(meeting, update, future, codes)
+                future = self._threads.submit(group.average, key, payload, **rule, history=self._history[name])
+        self._pending[name] = PendingRound(outer_step, update, future, codes)
 
-    def _completed(self, state: TrainState, name: str) -> TrainState:
-        """`state` after the exchange `name`, if one is under way. Raises Moved where the others did without."""
+    def _complete_round(self, state: TrainState, name: str) -> TrainState:
+        """Wait for the pending round of the outer step `name`, if any, and return the state with its result.
+
+        Raises StateReplaced if the others did the round without this island and one of them sent its state.
+        """
         pending = self._pending.pop(name, None)
         if pending is None:
             return state
         try:
-            met = self._shared(self._waiting.result(pending.future, name))
+            result = self._broadcast_result(self._wait.result(pending.future, name))
         except WaitStopped:
-            met = RoundResult("skipped", failures={"all": "asked to stop"})
-        self._noted(met, pending)
-        if met.kind == "skipped":
+            result = RoundResult("skipped", failures={"all": "asked to stop"})
+        self._journal_failures(result, pending)
+        if result.kind == "skipped":
             self._skipped.add(name)
             return state
-        if met.kind == "behind":
+        if result.kind == "behind":
             self._skipped.add(name)
-            found = None
+            replaced = None
             with suppress(WaitStopped):
-                found = self._bootstrapped(state, met.sources, at_least=self._update)
-            if found is None:
-                return state  # nobody gave its state; the next meeting asks again
-            raise StateReplaced(*found)
-        letters = self._compiled(name).messages
-        arrived = [self._mean(met, pending, number) for number in range(len(letters))]
-        text = " ".join([self._history[name], str(pending.update), *met.payloads])
-        self._history[name] = xxhash.xxh3_64_hexdigest(text.encode())
-        return self._applied(state, pending.outer_step, arrived)
+                replaced = self._bootstrap(state, result.sources, at_least=self._update)
+            if replaced is None:
+                return state  # no island sent its state; the next round tries again
+            raise StateReplaced(*replaced)
+        means = [self._mean(result, pending, number) for number in range(len(self._compiled(name).messages))]
+        history = " ".join([self._history[name], str(pending.update), *result.payloads])
+        self._history[name] = xxhash.xxh3_64_hexdigest(history.encode())
+        return self._receive(state, pending.outer_step, means)
 
-    def _mean(self, met: RoundResult, pending: PendingRound, number: int) -> Any:
-        """Letter `number` of everybody who counts, decoded and averaged in float32, in the order of their names."""
+    def _mean(self, result: RoundResult, pending: PendingRound, number: int) -> Any:
+        """Return the mean of message `number` over the islands that count: float32, added in order of their names."""
         sizes = [len(jax.tree.leaves(codes)) for codes in pending.codes]
-        mine = slice(sum(sizes[:number]), sum(sizes[: number + 1]))
-        leaves, decode = jax.tree.leaves(pending.codes), self._compiled(pending.outer_step.name).decoders[number]
+        start = sum(sizes[:number])
+        like, structure = jax.tree.flatten(pending.codes[number])
+        decode = self._compiled(pending.outer_step.name).decoders[number]
         total = None
         with jax.set_mesh(self.program.mesh):
-            for payload in met.payloads.values():
-                arrays = unpack(payload, leaves)[mine]
-                codes = jax.tree.unflatten(
-                    jax.tree.structure(pending.codes[number]),
-                    [make_global_array(array, like.sharding) for array, like in zip(arrays, leaves[mine], strict=True)],
-                )
-                tree = decode(codes)
+            for payload in result.payloads.values():
+                arrays = unpack(payload, jax.tree.leaves(pending.codes))[start : start + sizes[number]]
+                codes = [make_global_array(array, leaf.sharding) for array, leaf in zip(arrays, like, strict=True)]
+                tree = decode(jax.tree.unflatten(structure, codes))
                 total = tree if total is None else add_trees(total, tree)
-            return divide_tree(total, float(len(met.payloads)))
+            return divide_tree(total, float(len(result.payloads)))
 
-    def _applied(self, state: TrainState, meeting: OuterStep, arrived: Sequence[Any]) -> TrainState:
+    def _receive(self, state: TrainState, outer_step: OuterStep, received: Sequence[Any]) -> TrainState:
         with jax.set_mesh(self.program.mesh):
-            params, outer = self._compiled(meeting.name).receive(state.params, state.outer, list(arrived))
+            params, outer = self._compiled(outer_step.name).receive(state.params, state.outer, list(received))
         return dataclasses.replace(state, params=params, outer=outer)
 
-    def _noted(self, met: RoundResult, pending: PendingRound) -> None:
-        """Journal a meeting that was not whole."""
-        if met.kind == "applied" and not met.failures:
+    def _journal_failures(self, result: RoundResult, pending: PendingRound) -> None:
+        """Record a round in which not every payload counted."""
+        if result.kind == "applied" and not result.failures:
             return
-        event = {"applied": "excluded", "skipped": "meeting-skipped", "behind": "behind"}[met.kind]
+        event = {"applied": "excluded", "skipped": "meeting-skipped", "behind": "behind"}[result.kind]
         self._journal.record(
             event,
             step=pending.update,
             meeting=pending.outer_step.name,
-            lost=dict(met.failures),
-            meeting_seconds=met.seconds,
+            lost=dict(result.failures),
+            meeting_seconds=result.seconds,
         )
 
-    # ---- states of others
+    # ---- states of other islands
 
-    def _bootstrapped(
-        self, state: TrainState, sources: Sequence[Peer], *, at_least: int
-    ) -> tuple[TrainState, int] | None:
-        """A source's state, and the update it is after; None where none gave it. Exchanges under way are forgotten."""
-        began = time.monotonic()
-        coming = self._submitted(lambda group: group.fetch_state(sources))
-        payload = broadcast_bytes(self._waiting.result(coming, "another's state"))
+    def _bootstrap(self, state: TrainState, sources: Sequence[Peer], *, at_least: int) -> tuple[TrainState, int] | None:
+        """Return (state of a source, update it is after), or None if no source sent it. Drops pending rounds."""
+        start = time.monotonic()
+        future = self._submit(lambda group: group.fetch_state(sources))
+        payload = broadcast_bytes(self._wait.result(future, "another's state"))
         if payload is None:
             return None
         self._pending.clear()
-        self._skipped.update(one.depends_on for one in self.island.outer.outer_steps if one.depends_on is not None)
+        outer_steps = self.island.outer.outer_steps
+        self._skipped.update(step.depends_on for step in outer_steps if step.depends_on is not None)
         length = int.from_bytes(payload[:8], "big")
         head = json.loads(payload[8 : 8 + length])
         step = max(int(head["step"]), at_least)
         self._history = dict(head["history"])
-        shapes, where = self._shipped(self.program.shapes), self._shipped(self.program.shardings)
+        shapes, shardings = shared_fields(self.program.shapes), shared_fields(self.program.shardings)
         leaves, structure = jax.tree.flatten(jax.eval_shape(self.island.to_canonical_order, shapes))
         arrays = jax.tree.unflatten(structure, unpack(payload[8 + length :], leaves))
-        parts = jax.tree.map(make_global_array, self.island.to_run_order(arrays), where)
-        if self._mail:
-            self._mail.group.publish_status_now(active=True, catching_up=False, step=step)
+        fields = jax.tree.map(make_global_array, self.island.to_run_order(arrays), shardings)
+        if self._transport:
+            self._transport.group.publish_status_now(active=True, catching_up=False, step=step)
         self._journal.record(
-            "bootstrap", step=step, source=head["name"], bytes=len(payload), seconds=time.monotonic() - began
+            "bootstrap", step=step, source=head["name"], bytes=len(payload), seconds=time.monotonic() - start
         )
         counter = make_global_array(np.asarray(step, np.int32), self.program.shardings.step)
-        return dataclasses.replace(state, step=counter, **parts), step
+        return dataclasses.replace(state, step=counter, **fields), step
 
-    def _served(self, state: TrainState, update: int) -> TrainState:
-        """Give this island's state to whoever asked for it."""
-        if not broadcast_flag(bool(self._mail and self._mail.requested_states)):
+    def _serve_state(self, state: TrainState, update: int) -> TrainState:
+        """Publish this island's state for the islands that requested it; return the state after pending rounds."""
+        if not broadcast_flag(bool(self._transport and self._transport.requested_states)):
             return state
         state = self.drain(state)
-        parts = self._shipped(dataclasses.replace(state, params=self.program.eval_params(state)))
-        body = self._in_order(parts)
-        if self._mail:
-            head = json.dumps({"step": update, "history": self._history, "name": self._mail.group.name}).encode()
+        body = self._pack_canonical(shared_fields(dataclasses.replace(state, params=self.program.eval_params(state))))
+        if self._transport:
+            group, requested = self._transport.group, self._transport.requested_states
+            head = json.dumps({"step": update, "history": self._history, "name": group.name}).encode()
             payload = len(head).to_bytes(8, "big") + head + body
-            for key in list(self._mail.requested_states):
+            for key in list(requested):
                 reader = key.removeprefix("state ").partition("/")[0]
-                self._mail.publish(key, payload, ticket=self._mail.group.ticket, reader=reader)
-                self._mail.requested_states.discard(key)
+                self._transport.publish(key, payload, ticket=group.ticket, reader=reader)
+                requested.discard(key)
         return state
 
-    def _shipped(self, state: TrainState) -> dict[str, Any]:
-        """What a bootstrapping island is given: the outer parameters, everything an optimizer remembers."""
-        return {"params": state.params, "opt_state": state.opt_state, "outer": state.outer}
+    # ---- processes and threads of an island
 
-    # ---- between the processes of an island, and its threads
+    def _submit(self, work: Callable[[IslandGroup], Any]) -> Future | None:
+        return self._threads.submit(work, self._transport.group) if self._transport else None
 
-    def _submitted(self, work: Callable[[IslandGroup], Any]) -> Future | None:
-        return self._threads.submit(work, self._mail.group) if self._mail else None
+    def _progress_text(self) -> str:
+        return f", {self._transport.counters.received_bytes} bytes so far" if self._transport else ""
 
-    def _arrived(self) -> str:
-        """What to say of it while it is waited for."""
-        return f", {self._mail.counters.received_bytes} bytes so far" if self._mail else ""
+    def _ask_group(self, work: Callable[[IslandGroup], tuple[bool, list[Peer]]]) -> tuple[bool, list[Peer]]:
+        """Run `work` in process 0, and return its result in every process."""
+        result = self._wait.result(self._submit(work), "the others")
+        starts, peers = json.loads(broadcast_bytes(None if result is None else json.dumps(result).encode()))
+        return starts, [Peer(*peer) for peer in peers]
 
-    def _asked(self, work: Callable[[IslandGroup], tuple[bool, list[Peer]]]) -> tuple[bool, list[Peer]]:
-        """An answer of the rendezvous, in every process."""
-        found = self._waiting.result(self._submitted(work), "the others")
-        text = None if found is None else json.dumps(found).encode()
-        first, peers = json.loads(broadcast_bytes(text))
-        return first, [Peer(*peer) for peer in peers]
-
-    def _shared(self, met: RoundResult | None) -> RoundResult:
-        """How a meeting ended, in every process."""
+    def _broadcast_result(self, result: RoundResult | None) -> RoundResult:
+        """Return the result of process 0 in every process."""
         if jax.process_count() == 1:
-            return met
+            return result
         head = None
-        if met is not None:
-            head = json.dumps(
-                {"kind": met.kind, "lost": dict(met.failures), "sources": met.sources, "names": list(met.payloads)}
-            ).encode()
-        told = json.loads(broadcast_bytes(head))
-        payloads = {name: broadcast_bytes(met.payloads[name] if met else None) for name in told["names"]}
-        return RoundResult(told["kind"], payloads, told["lost"], [Peer(*peer) for peer in told["sources"]])
+        if result is not None:
+            head = json.dumps(dataclasses.asdict(result) | {"payloads": list(result.payloads)}).encode()
+        fields = json.loads(broadcast_bytes(head))
+        fields["payloads"] = {name: broadcast_bytes(result and result.payloads[name]) for name in fields["payloads"]}
+        return RoundResult(**fields | {"sources": [Peer(*peer) for peer in fields["sources"]]})
 
-    def _in_order(self, tree: Any) -> bytes:
-        """`tree` as it travels to islands whose stacks have their layers in another order."""
-        whole = jax.tree.unflatten(jax.tree.structure(tree), list(self._held(tree)))
-        return pack(jax.tree.leaves(self.island.to_canonical_order(whole)))
+    def _pack_canonical(self, tree: Any) -> bytes:
+        """Pack `tree` with its layers in canonical order: other islands may stack them in another order."""
+        on_host = jax.tree.unflatten(jax.tree.structure(tree), list(self._host_arrays(tree)))
+        return pack(jax.tree.leaves(self.island.to_canonical_order(on_host)))
 
-    def _held(self, tree: Any) -> Iterator[np.ndarray]:
-        """Every array of `tree`, whole, on this host."""
+    def _host_arrays(self, tree: Any) -> Iterator[np.ndarray]:
+        """Yield every array of `tree` with all its elements, on this host."""
         for leaf in jax.tree.leaves(tree):
             if not leaf.is_fully_addressable:
-                leaf = self._everywhere(leaf)
-                leaf = leaf.addressable_data(0)
+                leaf = self._replicate(leaf).addressable_data(0)
             yield np.asarray(jax.device_get(leaf))
 
     @cached_property
-    def _everywhere(self) -> Callable[[jax.Array], jax.Array]:
+    def _replicate(self) -> Callable[[jax.Array], jax.Array]:
         return jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(self.program.mesh, PartitionSpec()))
 
-    def _tell(self, update: int) -> None:
-        if self._mail is None:
+    def _publish_step(self, update: int) -> None:
+        if self._transport is None:
             return
-        self._mail.group.publish_status(step=update)
-        now, total = time.monotonic(), self._mail.counters.sent_bytes
-        before, then = self._last
-        self._peak = (max(self._peak[0], total - before), max(self._peak[1], (total - before) / max(now - then, 1e-3)))
-        self._last = (total, now)
+        self._transport.group.publish_status(step=update)
+        now, total = time.monotonic(), self._transport.counters.sent_bytes
+        previous, then = self._last_traffic
+        sent, seconds = total - previous, max(now - then, 1e-3)
+        self._peak = (max(self._peak[0], sent), max(self._peak[1], sent / seconds))
+        self._last_traffic = (total, now)
 
     def _is_needed(self, waited: float) -> bool:
-        """Whether another island may still ask this one, which has finished, or is taking its state."""
+        """Return whether another island may still need this finished one, or is receiving its state."""
         islands = self.program.config.islands
-        if not self._mail or waited > max(islands.patience, islands.deadline):
+        if not self._transport or waited > max(islands.patience, islands.deadline):
             return False
-        return self._mail.is_sending() or (waited < islands.patience and self._mail.group.has_unfinished())
+        return self._transport.is_sending() or (waited < islands.patience and self._transport.group.has_unfinished())
 
-    # ---- compiled once
+    # ---- programs
 
     def find_problem(self, name: str, payload: bytes) -> str | None:
-        """What is wrong with a payload of the meeting `name`, if anything."""
-        made = self._compiled(name)
-        wires = [letter.wire for letter in made.messages]
-        return find_defect(
-            payload, [(wire, jax.tree.leaves(codes)) for wire, codes in zip(wires, made.codes, strict=True)]
-        )
+        """Say what is wrong with a payload of the outer step `name`; None if nothing is."""
+        programs = self._compiled(name)
+        codes = [jax.tree.leaves(tree) for tree in programs.codes]
+        return find_defect(payload, list(zip((message.wire for message in programs.messages), codes, strict=True)))
 
     def _compiled(self, name: str) -> RoundPrograms:
         if name not in self._programs:
             self._programs[name] = make_round_programs(self.island, name, self.program.shapes, self.program.shardings)
         return self._programs[name]
+
+
+def shared_fields(state: TrainState) -> dict[str, Any]:
+    """Return the fields that a bootstrapping island needs: parameters (of the outer optimizer) and optimizer states."""
+    return {"params": state.params, "opt_state": state.opt_state, "outer": state.outer}
