@@ -57,7 +57,7 @@ def test_an_unreachable_snapshot_agent_protects_nothing_new_and_loses_nothing_ol
         hosts.snapshot(2)
         hosts.protect()
         assert protected(hosts) == [1, 1, 1]
-        assert all(network.address in hosts.agents[host].trouble for host in (0, 1))
+        assert all(network.address in hosts.agents[host].last_error for host in (0, 1))
         recovery = hosts.recover()  # the trainers start again meanwhile
         assert (recovery.step, recovery.rebuilt) == (-1, ()) and "host 2 " in recovery.note
         network.heal()
