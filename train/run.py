@@ -135,7 +135,12 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
         if config.islands:
             island_sync = stack.enter_context(
                 join_islands(
-                    config, program, journal, corpus=corpus, alive=progress.report_waiting, stop=stop.requested
+                    config,
+                    program,
+                    journal,
+                    corpus=corpus,
+                    report_waiting=progress.report_waiting,
+                    should_stop=stop.requested,
                 )
             )
 

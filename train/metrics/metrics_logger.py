@@ -1,9 +1,9 @@
-"""What a sitting says of itself while it goes: rows of metrics, the display, the journal's lines about steps.
+"""Publishes a session's metrics to sinks, progress display and event log.
 
-with Telling(config, directory, journal, start=start) as told:
-    told.step(1, metrics)
-    told.evaluation(100, values, samples, seconds=2.0)
-told.last, told.first     the newest value of every metric; the evaluation before the first step
+with MetricsLogger(config, directory, journal, start=start) as logger:
+    logger.log_step(1, metrics)
+    logger.log_evaluation(100, values, samples, seconds=2.0)
+logger.latest, logger.initial     the newest value of every metric; the evaluation before the first step
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,21 +18,20 @@ from .progress_display import open_progress
 
 
 class MetricsLogger:
-    """Only the process whose `journal` is enabled is heard; the others are told the same."""
+    """Publishes metrics in the process whose `journal` is enabled; in others the same calls publish nothing."""
 
     def __init__(self, config: RunConfig, directory: Path, journal: Journal, *, start: int) -> None:
         self._config, self._directory, self._journal, self._start = config, directory, journal, start
-        self._held = ExitStack()
+        self._stack = ExitStack()
         self._sinks: list[Sink] = []
         self.latest: dict[str, float] = {}
         self.initial: dict[str, float] = {}
 
     def __enter__(self) -> "MetricsLogger":
-        config, heard = self._config, self._journal.enabled
-        self._bar = self._held.enter_context(
-            open_progress(config.steps, self._start, heard, interval=config.logging.every)
-        )
-        if heard:
+        config, enabled = self._config, self._journal.enabled
+        progress = open_progress(config.steps, self._start, enabled, interval=config.logging.every)
+        self._progress = self._stack.enter_context(progress)
+        if enabled:
             self._sinks = open_sinks(
                 config.logging,
                 self._directory,
@@ -41,29 +40,29 @@ class MetricsLogger:
                 config=config.model_dump(mode="json", exclude={"seed"} if config.privacy else None),
             )
         for sink in self._sinks:
-            self._held.enter_context(closing(sink))
+            self._stack.enter_context(closing(sink))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._held.close()
+        self._stack.close()
 
     def note(self, text: Any) -> None:
-        """Show it once."""
-        self._bar.note(text)
+        """Show `text` once in the progress display."""
+        self._progress.note(text)
 
     def log_step(self, number: int, metrics: Mapping[str, float]) -> None:
-        """Update `number` is done. Every `logging.every`-th has a row, the first and the last too."""
+        """Publish the metrics of update `number`: a row for multiples of `logging.every`, the first and the last."""
         self.latest |= metrics
         if metrics["skipped"]:
             self._journal.record("skip", step=number, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
-        self._bar.update(number, metrics)
+        self._progress.update(number, metrics)
         if number % self._config.logging.every == 0 or number in (1, self._config.steps):
             self._row(number, metrics)
 
     def log_evaluation(
         self, step: int, values: Mapping[str, float], samples: Sequence[tuple[str, str]], *, seconds: float
     ) -> None:
-        """Numbers of what is held out, and (prompt, text) samples, after `step` updates."""
+        """Publish held-out metrics, and (prompt, text) samples, after `step` updates."""
         if step == 0:
             self.initial = dict(values)
         self.latest |= values
@@ -76,7 +75,7 @@ class MetricsLogger:
                 self.note(f"step {step}, after {prompt!r}:\n{text}")
 
     def log_preemption(self, step: int) -> None:
-        """On request, the state saved."""
+        """Record that the session stopped on request after `step`, with its state saved."""
         self._journal.record("preempted", step=step)
 
     def _row(self, step: int, values: Mapping[str, float]) -> None:

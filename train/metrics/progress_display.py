@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a live bar with numbers on a terminal, one plain line a logged step elsewhere.
+"""Progress display: a live bar with metrics on a terminal, one plain line for each logged step elsewhere.
 
 with open_progress(steps=200, start=0, enabled=True, every=10) as progress:
     progress.note("plan ...")
@@ -18,30 +18,30 @@ from rich.table import Table
 from rich.text import Text
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-SPARKLINE = 24  # steps' losses drawn
-REFRESHES = 4  # of the live display, a second: a thread of its own draws, so that the loop never waits for a terminal
+SPARKLINE = 24  # losses in the sparkline
+REFRESHES = 4  # per second, by a thread of the live display, so that training never waits for the terminal
 
 
 class Progress:
-    """Shows nothing: what processes other than the first get. The other two are told the same things."""
+    """A display that shows nothing, for processes other than the first; the interface of the two others."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Leave the terminal as it was found."""
+        """Restore the terminal."""
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Step `step` (from 1) is done; `values` are its metrics, any of which may be missing."""
+        """Show the metrics `values` of `step` (from 1); any of them may be missing."""
 
     def note(self, text: Any) -> None:
-        """Show a text, or anything rich can print, once."""
+        """Show a text, or anything that rich can print, once."""
 
 
 def open_progress(
     steps: int, start: int, enabled: bool, *, interval: int = 1, console: Console | None = None
 ) -> Progress:
-    """The display of a run that has done `start` of `steps`; `every` is the distance of the plain lines, in steps."""
+    """Return the display of a run that has done `start` of `steps`; a plain line comes every `interval` steps."""
     if not enabled:
         return Progress()
     console = console or Console()
@@ -51,24 +51,24 @@ def open_progress(
 
 
 class PlainProgress(Progress):
-    """One line for the first step, the last, and every multiple of `every`: for log files and pipes."""
+    """A line for the first step, the last, and each multiple of `interval`: for log files and pipes."""
 
-    def __init__(self, steps: int, start: int, every: int, console: Console) -> None:
-        self.steps, self.start, self.every, self.console = steps, start, every, console
+    def __init__(self, steps: int, start: int, interval: int, console: Console) -> None:
+        self.steps, self.start, self.interval, self.console = steps, start, interval, console
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Print the line, where this step has one."""
-        if step % self.every == 0 or step in (self.start + 1, self.steps):
-            words = [f"step {step}/{self.steps}", *described(values)]
-            self.console.print("  ".join(words), markup=False, highlight=False, soft_wrap=True)
+        """Print the line of `step`, if it has one."""
+        if step % self.interval == 0 or step in (self.start + 1, self.steps):
+            texts = [f"step {step}/{self.steps}", *metric_texts(values)]
+            self.console.print("  ".join(texts), markup=False, highlight=False, soft_wrap=True)
 
     def note(self, text: Any) -> None:
-        """Print it; a text is one line of the log however narrow the terminal is thought to be."""
+        """Print `text`, never wrapped to the width of a terminal."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=isinstance(text, str))
 
 
 class LiveProgress(Progress):
-    """A bar and the newest numbers at the foot of a terminal; notes scroll by above it."""
+    """A bar and the newest metrics at the bottom of a terminal; notes scroll above it."""
 
     def __init__(
         self, steps: int, start: int, console: Console, *, clock: Callable[[], float] = time.monotonic
@@ -77,7 +77,7 @@ class LiveProgress(Progress):
         self.step, self.values = start, dict[str, float]()
         self.losses: deque[float] = deque(maxlen=SPARKLINE)
         self.began = clock()
-        self.first: tuple[int, float] | None = None  # (step, time) of the first update: compilation lies before it
+        self.first: tuple[int, float] | None = None  # (step, time) of the first update, after compilation
         self.live = Live(console=console, refresh_per_second=REFRESHES, get_renderable=self.render)
 
     def __enter__(self) -> Self:
@@ -88,18 +88,18 @@ class LiveProgress(Progress):
         self.live.stop()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers; the display's own thread draws them."""
+        """Store the metrics; the display's thread draws them."""
         self.first = self.first or (step, self.clock())
         self.step, self.values = step, {**self.values, **values}
         if "loss" in values:
             self.losses.append(values["loss"])
 
     def note(self, text: Any) -> None:
-        """Print it above the bar."""
+        """Print `text` above the bar."""
         self.live.console.print(text, markup=False, highlight=False)
 
     def render(self) -> Group:
-        """Two lines: how far, and how well."""
+        """Return two lines: steps and time, and metrics."""
         row = Table.grid(padding=(0, 2))
         row.add_row(
             ProgressBar(total=max(self.steps, 1), completed=self.step, width=32),
@@ -107,21 +107,21 @@ class LiveProgress(Progress):
             Text(f"{clock_time(self.clock() - self.began)} elapsed", style="dim"),
             Text(f"{clock_time(self.seconds_left())} left", style="dim"),
         )
-        words = described(self.values)
-        numbers = Text("  ").join([Text(sparkline(self.losses), style="cyan"), *map(Text, words)])
+        texts = metric_texts(self.values)
+        numbers = Text("  ").join([Text(sparkline(self.losses), style="cyan"), *map(Text, texts)])
         numbers.truncate(self.console.width, overflow="ellipsis")
-        return Group(row, numbers if words else Text("compiling ...", style="dim"))
+        return Group(row, numbers if texts else Text("compiling ...", style="dim"))
 
     def seconds_left(self) -> float:
-        """At the mean pace since the first update; NaN before the second."""
+        """Estimate the remaining seconds from the mean step since the first update; NaN before the second."""
         if self.first is None or self.step <= self.first[0]:
             return math.nan
         step, began = self.first
         return (self.clock() - began) / (self.step - step) * (self.steps - self.step)
 
 
-def described(values: Mapping[str, float]) -> list[str]:
-    """The few numbers worth a line, each with its name; those that are missing are left out."""
+def metric_texts(values: Mapping[str, float]) -> list[str]:
+    """Name and value of the metrics that a line shows; missing ones are left out."""
     formats = {
         "loss": "loss {:.4f}",
         "tokens_per_second": "{:,.0f} tokens/s",
@@ -129,12 +129,12 @@ def described(values: Mapping[str, float]) -> list[str]:
         "learning_rate": "lr {:.2e}",
         "mfu": "mfu {:.1%}",
     }
-    words = [form.format(values[name]) for name, form in formats.items() if name in values]
-    return [*words, "skipped"] if values.get("skipped") else words
+    texts = [pattern.format(values[name]) for name, pattern in formats.items() if name in values]
+    return [*texts, "skipped"] if values.get("skipped") else texts
 
 
 def sparkline(values: "deque[float] | list[float]") -> str:
-    """`values` as small blocks between their least and their greatest; what is not finite is a cross."""
+    """Draw `values` as blocks between their minimum and maximum; values that are not finite are crosses."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return "×" * len(values)
@@ -144,7 +144,7 @@ def sparkline(values: "deque[float] | list[float]") -> str:
 
 
 def clock_time(seconds: float) -> str:
-    """`0:42`, `1:05:09`, `3d 02:00`; `-:--` where it is not known."""
+    """Seconds as `0:42`, `1:05:09`, `3d 02:00`; `-:--` if NaN."""
     if not math.isfinite(seconds):
         return "-:--"
     minutes, second = divmod(round(seconds), 60)

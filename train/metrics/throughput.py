@@ -1,7 +1,8 @@
-"""Time and throughput of a run: seconds a step, tokens a second, model FLOPs utilisation, and the host's own share.
+"""Throughput of a run: seconds per step, tokens per second, model FLOPs utilisation, and the time of the host.
 
-MFU = model FLOPs per second / peak of all devices (PaLM, arXiv:2204.02311, appendix B). The peak is stated in
-`logging.peak_tflops`, known for a few accelerators, or, on a CPU whose simulated devices share its cores, measured.
+MFU = model FLOPs per second / peak of all devices (PaLM, arXiv:2204.02311, appendix B). The peak is that of
+`logging.peak_tflops`, or of the table for a few accelerators, or, on a CPU, whose simulated devices share its cores,
+measured.
 """
 
 import time
@@ -21,23 +22,23 @@ PEAKS = {"H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 36
 
 @dataclass
 class Meter:
-    """A stopwatch over steps. `lap` answers with the time since the lap before it."""
+    """Measures throughput between calls of `lap`."""
 
-    positions: int  # tokens computed a step, padding included
+    positions: int  # tokens of a step, padding included
     flops_per_token: float
-    peak: float | None  # FLOP/s of all devices together; None: not known
-    host_seconds: float = 0.0  # spent by the host outside of waiting, since the last lap
+    peak: float | None  # FLOP/s of all devices together; None if unknown
+    host_seconds: float = 0.0  # since the last lap, in `host()`: the host does not wait for a device
     last: float = field(default_factory=time.perf_counter)
 
     @classmethod
     def from_config(cls, config: RunConfig, plan: Mapping[str, Any]) -> "Meter":
-        """The stopwatch of a run, started."""
+        """Start the meter of a run with plan `plan`."""
         positions = config.data.global_batch * config.data.sequence_length
         return cls(positions, plan["model_flops_per_token"], peak_flops(config))
 
     @contextmanager
     def host(self) -> Iterator[None]:
-        """Time spent inside is the host's."""
+        """Count the time inside as the host's."""
         began = time.perf_counter()
         try:
             yield
@@ -45,11 +46,11 @@ class Meter:
             self.host_seconds += time.perf_counter() - began
 
     def restart(self) -> None:
-        """Forget the time since the last lap: it went into saving or evaluating."""
+        """Drop the time since the last lap, which was spent on saving or evaluating."""
         self.last, self.host_seconds = time.perf_counter(), 0.0
 
     def lap(self) -> dict[str, float]:
-        """step_seconds, host_seconds, tokens_per_second and mfu since the last lap."""
+        """Return step_seconds, host_seconds, tokens_per_second and mfu since the last lap."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         host, self.host_seconds = self.host_seconds, 0.0
@@ -61,19 +62,19 @@ class Meter:
 
 
 def peak_flops(config: RunConfig) -> float | None:
-    """FLOP/s of all devices together; None where nobody knows."""
+    """FLOP/s of all devices together; None if unknown."""
     devices = jax.devices()[: config.mesh.device_count or jax.device_count()]
     if config.logging.peak_tflops is not None:
         return config.logging.peak_tflops * 1e12 * len(devices)
     if devices[0].platform == "cpu":
-        # Processes share the cores too, but would disturb each other's measurement.
+        # Processes that share the cores would disturb each other's measurement.
         return measure_matmul() if jax.process_count() == 1 else None
-    known = [peak for name, peak in PEAKS.items() if name in devices[0].device_kind]
-    return known[0] * 1e12 * len(devices) if known else None
+    peaks = [peak for name, peak in PEAKS.items() if name in devices[0].device_kind]
+    return peaks[0] * 1e12 * len(devices) if peaks else None
 
 
 def measure_matmul(size: int = 1024, *, repeats: int = 5, dtype: str = "float32") -> float:
-    """FLOP/s of [size, size] products on one device, the best of `repeats`. A CPU uses all the cores there are."""
+    """Measure the FLOP/s of [size, size] products on one device, the best of `repeats`. A CPU uses all its cores."""
     matrix = jax.device_put(jnp.ones((size, size), jnp.dtype(dtype)), jax.local_devices()[0])
     product = jax.jit(lambda a: a @ a)
     product(matrix).block_until_ready()

@@ -1,16 +1,16 @@
-"""The plan of a run, before its first step: what every array weighs and where it lives, what the compiled step needs.
+"""The plan of a run, before its first step: size and sharding of every array, memory and FLOPs of the compiled step.
 
 plan = make_plan(program, program.compiled_step())     # a dict, ready for JSON; nothing is allocated
 
-Bytes are exact: `..._per_device` is the largest share of a device. `compiled` is the compiler's word about one device,
-`flops_per_step` the matrix products of the traced step on all devices, recomputation included, and `collectives` what a
-device receives per step, by kind and the mesh axes it crosses. `count` is the parameters of one replica.
-`offloaded_bytes`, of all devices together, is what the traced step keeps in host memory. The compiler for a CPU, which
-has one kind of memory, counts it among the temporaries; that for a GPU says `host_bytes` of a device.
+Bytes are exact; `bytes_per_device` is the largest share of a device. `compiled` is the compiler's memory analysis of
+one device; `flops_per_step` counts the matrix products of the traced step on all devices, recomputation included;
+`collectives` is what a device receives per step, by kind and by the mesh axes that it crosses. `count` is the number of
+parameters of one replica. `offloaded_bytes`, of all devices together, is what the traced step keeps in host memory: the
+compiler for CPUs, which have one kind of memory, counts it among the temporaries; that for GPUs reports `host_bytes` of
+a device.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -33,15 +33,15 @@ from ..engine.replicas import Replicas
 from ..objectives.distillation import teacher_of
 
 LARGEST = 8  # arrays shown
-DENSE = (*SPARSE_METHODS, "shira")  # adapters that make the gradient of whole weights
+DENSE_GRADIENT = (*SPARSE_METHODS, "shira")  # methods that compute the gradient of whole weights
 
 
 def make_plan(program: Program, compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Everything known about the step of `program` before it runs; `compiled` is its `compiled_step()`."""
-    found = collectives(compiled.as_text(), program.mesh)
+    """Return the plan of `program`; `compiled` is its `compiled_step()`."""
+    received = bytes_by_axes(collectives(compiled.as_text(), program.mesh))
     return storage_plan(program) | {
         "compiled": memory(compiled) | {"flops_per_step": step_flops(program)} | offload_plan(program),
-        "collectives": {kind: dict(sorted(axes.items())) for kind, axes in sorted(bytes_by_axes(found).items())},
+        "collectives": {kind: dict(sorted(axes.items())) for kind, axes in sorted(received.items())},
         "devices": [
             {"id": device.id, "kind": device.device_kind, "platform": device.platform, "process": device.process_index}
             for device in program.mesh.devices.flat
@@ -50,9 +50,9 @@ def make_plan(program: Program, compiled: jax.stages.Compiled) -> dict[str, Any]
 
 
 def storage_plan(program: Program) -> dict[str, Any]:
-    """The part of a plan that needs neither devices nor a compiler: the same for every version of either."""
+    """Return the part of a plan that needs no devices and no compiler, and is the same for every version of them."""
     arrays = [
-        described(f"{part}/{path_name(path)}", leaf, sharding)
+        array_entry(f"{part}/{path_name(path)}", leaf, sharding)
         for part in ("params", "frozen", "opt_state", "outer")
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_leaves_with_path(getattr(program.shapes, part)),
@@ -63,25 +63,28 @@ def storage_plan(program: Program) -> dict[str, Any]:
     state = [array for array in arrays if array["name"].startswith(("opt_state/", "outer/"))]
     weights = [array for array in arrays if array not in state and not array["name"].startswith("frozen/teacher/")]
     replicas = program.replicas.count if isinstance(program.replicas, Replicas) else 1
-    return {
-        "parameters": {"count": count(weights, program.config.quantization) // replicas, **totals(weights)},
+    plan = {
+        "parameters": {"count": count_weights(weights, program.config.quantization) // replicas, **totals(weights)},
         "optimizer": totals(state),
         "arrays": [{key: value for key, value in array.items() if key != "bytes"} for array in arrays],
         "mesh": dict(program.mesh.shape),
         "model_flops_per_token": training_flops(program.config),
-    } | outer_plan(program)
+    }
+    if program.replicas:
+        plan["outer"] = traffic_summary(program.traffic, program.array_shapes, replicas=program.replicas.count)
+    return plan
 
 
 def training_flops(config: RunConfig) -> float:
-    """FLOPs of a token in a step, the forward pass of a teacher that stands beside the model included."""
+    """FLOPs per token of a training step, the forward pass of a teacher included."""
     length, teacher = config.data.sequence_length, teacher_of(config)
-    frozen = config.adapter is not None and config.adapter.method not in DENSE
-    own = flops_per_token(config.model, length, frozen=frozen)
-    return own if teacher is None else own + flops_per_token(teacher, length) / 3
+    frozen = config.adapter is not None and config.adapter.method not in DENSE_GRADIENT
+    flops = flops_per_token(config.model, length, frozen=frozen)
+    return flops if teacher is None else flops + flops_per_token(teacher, length) / 3
 
 
-def count(weights: list[dict[str, Any]], quantization: QuantizationConfig | None) -> int:
-    """How many weights there are: quantized ones are as many as their codes."""
+def count_weights(weights: list[dict[str, Any]], quantization: QuantizationConfig | None) -> int:
+    """The number of weights; a quantized array has as many as its codes hold."""
     sizes = {array["name"]: math.prod(array["shape"]) for array in weights}
     if quantization is None:
         return sum(sizes.values())
@@ -89,15 +92,8 @@ def count(weights: list[dict[str, Any]], quantization: QuantizationConfig | None
     return codes * 8 // BITS[quantization.format] + sum(size for name, size in sizes.items() if "/kernel/" not in name)
 
 
-def outer_plan(program: Program) -> dict[str, Any]:
-    """What the replicas will send each other; nothing where there is one."""
-    if not program.replicas:
-        return {}
-    return {"outer": traffic_summary(program.traffic, program.array_shapes, replicas=program.replicas.count)}
-
-
-def described(name: str, leaf: Any, sharding: NamedSharding) -> dict[str, Any]:
-    """One array: `spec` holds the mesh axis, axes or null of each dimension. Padding of the vocabulary is included."""
+def array_entry(name: str, leaf: Any, sharding: NamedSharding) -> dict[str, Any]:
+    """The entry of an array: `spec` has the mesh axis, axes or null of each dimension; a padded vocabulary counts."""
     spec = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
     return {
         "name": name,
@@ -109,14 +105,13 @@ def described(name: str, leaf: Any, sharding: NamedSharding) -> dict[str, Any]:
     }
 
 
-def totals(arrays: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """Summed `bytes` and `bytes_per_device`."""
-    arrays = list(arrays)
+def totals(arrays: list[dict[str, Any]]) -> dict[str, int]:
+    """Sum `bytes` and `bytes_per_device`."""
     return {key: sum(array[key] for array in arrays) for key in ("bytes", "bytes_per_device")}
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """The compiler's memory analysis of one device. `alias_bytes` are outputs written into donated arguments."""
+    """The compiler's memory analysis of one device; `alias_bytes` are outputs written into donated arguments."""
     stats = compiled.memory_analysis()
     sizes = {
         "argument_bytes": stats.argument_size_in_bytes,
@@ -130,42 +125,41 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 
 def step_flops(program: Program) -> int:
-    """Matrix-product FLOPs of one training step on all devices, read off its trace, loops multiplied through.
+    """Count the matrix-product FLOPs of a training step on all devices from its trace, times the lengths of loops.
 
-    What a pipeline's devices do is in its table and not in the trace, and the loop of `elastic.deterministic` hides its
-    turns; together they do what one device would.
+    A trace does not show the work of a pipeline, which is in its table, nor how often the loop of
+    `elastic.deterministic` runs. Together the devices do what one device would do, whose step is counted instead.
     """
     if program.pipeline_plan is not None or program.config.elastic.deterministic:
-        program = alone(program)
+        program = single_device(program)
     with jax.set_mesh(program.mesh):
         return matmul_flops(jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes))
 
 
 def offload_plan(program: Program) -> dict[str, int]:
-    """Bytes in host memory while the step runs; nothing where no policy offloads."""
+    """Bytes in host memory while the step runs; {} if no policy offloads."""
     if not program.config.memory.offloads:
         return {}
     with jax.set_mesh(program.mesh):
         return {"offloaded_bytes": host_bytes(jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes))}
 
 
-def alone(program: Program) -> Program:
-    """The same run on one device."""
+def single_device(program: Program) -> Program:
+    """Build the same run for one device."""
     mesh = MeshConfig(platform=program.config.mesh.platform)
     elastic = program.config.elastic.model_copy(update={"deterministic": False})
-    plain = {"mesh": mesh, "pipeline": PipelineConfig(), "elastic": elastic}
-    config = program.config.model_copy(update=plain)
+    config = program.config.model_copy(update={"mesh": mesh, "pipeline": PipelineConfig(), "elastic": elastic})
     return build(config, make_mesh(config.mesh, devices=jax.local_devices()[:1]))
 
 
 def render(plan: dict[str, Any]) -> RenderableType:
-    """The plan as a short pair of tables: memory and communication of a device, and the largest arrays."""
+    """Two tables of `plan`: memory and communication of a device, and the largest arrays."""
     axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
     parameters, optimizer, compiled = plan["parameters"], plan["optimizer"], plan["compiled"]
     table = Table(title=f"Plan: {axes}", title_justify="left", show_header=False)
     table.add_row("parameters", f"{parameters['count']:,}", f"{size(parameters['bytes_per_device'])} a device")
-    if (learns := trained_count(plan)) != parameters["count"]:
-        table.add_row("trained", f"{learns:,}", f"{learns / parameters['count']:.2%} of them")
+    if (trained := trained_count(plan)) != parameters["count"]:
+        table.add_row("trained", f"{trained:,}", f"{trained / parameters['count']:.2%} of them")
     table.add_row("optimizer", size(optimizer["bytes"]), f"{size(optimizer['bytes_per_device'])} a device")
     table.add_row("temporaries", "activations, gradients", f"{size(compiled['temporary_bytes'])} a device")
     if "offloaded_bytes" in compiled:
@@ -182,38 +176,30 @@ def render(plan: dict[str, Any]) -> RenderableType:
             f"send {size(outer['bytes_per_update'])} each an update",
             f"{outer['times_fewer_bytes']:.4g}x less than gradients; at most {size(outer['peak_bytes'])} at once",
         )
-    return Group(table, largest(plan["arrays"]))
+    return Group(table, largest_arrays(plan["arrays"]))
 
 
 def trained_count(plan: dict[str, Any]) -> int:
-    """Weights that learn, of one replica."""
+    """The number of trained weights of one replica."""
     sizes = (math.prod(array["shape"]) for array in plan["arrays"] if array["name"].startswith("params/"))
     return sum(sizes) // plan["mesh"].get("replica", 1)
 
 
-def largest(arrays: list[dict[str, Any]]) -> Table:
-    """The largest arrays of a device, with the mesh axis of each dimension."""
+def largest_arrays(arrays: list[dict[str, Any]]) -> Table:
+    """A table of the largest arrays of a device, with the mesh axes of each dimension."""
     table = Table("array", "shape", "sharding", "a device", title="Largest arrays", title_justify="left")
-    # Of equal ones the weights first.
-    ranked = sorted(
-        arrays,
-        key=lambda one: (-one["bytes_per_device"], not one["name"].startswith(("params/", "frozen/")), one["name"]),
-    )
-    for array in ranked[:LARGEST]:
+    # Of arrays of one size, weights come first.
+    is_weight = lambda name: name.startswith(("params/", "frozen/"))
+    arrays = sorted(arrays, key=lambda array: (-array["bytes_per_device"], not is_weight(array["name"]), array["name"]))
+    for array in arrays[:LARGEST]:
         spec = ", ".join("+".join(axes) if isinstance(axes, list) else axes or "·" for axes in array["spec"])
-        table.add_row(
-            ending(array["name"]), " x ".join(map(str, array["shape"])), spec, size(array["bytes_per_device"])
-        )
+        name = array["name"] if len(array["name"]) <= 32 else f"…{array['name'][-31:]}"
+        table.add_row(name, " x ".join(map(str, array["shape"])), spec, size(array["bytes_per_device"]))
     return table
 
 
-def ending(name: str, length: int = 32) -> str:
-    """A long path's last `length` characters, which tell it from others: `ending('a/b/c', 3)` is '…/c'."""
-    return name if len(name) <= length else f"…{name[1 - length :]}"
-
-
 def size(count: float) -> str:
-    """Bytes for people: `size(1536)` is '1.5 KiB'."""
+    """Bytes as text: `size(1536)` is '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"

@@ -1,4 +1,4 @@
-"""`validate --deep` and `plan`: what only a parameter tree, a corpus or a compiler can tell. Allocates nothing."""
+"""Checks of `validate --deep` that need parameter shapes, data or a traced step; nothing is allocated."""
 
 from functools import partial
 
@@ -15,13 +15,13 @@ from ..objectives.distillation import check_teacher, init_weights
 
 
 def build_program(config: RunConfig) -> Program:
-    """The program of `config` on its mesh, from a cold start."""
+    """Start the runtime and build the program of `config` on its mesh."""
     runtime.start(config, ProcessInfo())
     return build(config, make_mesh(config.mesh))
 
 
 def check(config: RunConfig) -> None:
-    """Open the data, trace the step and shard every array. Raises UserError at the first thing wrong."""
+    """Open the data, trace the step and compute all shardings. Raises UserError on the first mistake."""
     data = assemble.of_run(config)
     check_teacher(config, data.tokenizer)
     program = build_program(config)

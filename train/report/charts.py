@@ -1,7 +1,7 @@
-"""Curves over steps, as SVG that lives inside a page: its text in the page's font, its colours the page's variables.
+"""Charts of curves over steps, as SVG inside the page, with the fonts of the page and its colours as CSS variables.
 
-matplotlib draws with stand-in colours, which become `var(--ink)` and the like afterwards, so that one picture follows
-the page into dark mode. Nothing in the result refers to another file or address.
+matplotlib draws with placeholder colours, which are then replaced by `var(--ink)` and the like, so that a chart follows
+the page into dark mode. The SVG refers to no other file or address.
 """
 
 import io
@@ -25,23 +25,23 @@ class Curve:
     label: str
     steps: Sequence[int]
     values: Sequence[float]  # NaN breaks the line
-    dots: bool = False  # mark every point: for the few of an evaluation
+    dots: bool = False  # mark every point, for metrics of few steps
 
 
 def chart(
     title: str, curves: Sequence[Curve], *, unit: str = "", marks: Sequence[int] = (), log: bool = False
 ) -> Markup:
-    """A figure with its legend; `marks` are steps at which a sitting began again, drawn as dashed lines.
+    """A chart with its legend; `marks` are steps from which a session was restored, drawn as dashed lines.
 
     A curve without points is left out; a chart without curves says so.
     """
     curves = [curve for curve in curves if len(curve.steps)]
-    picture = drawn(title, curves, marks=marks, log=log) if curves else None
+    picture = draw_svg(title, curves, marks=marks, log=log) if curves else None
     return render("chart", title=title, curves=curves, picture=picture, unit=unit)
 
 
-def drawn(title: str, curves: Sequence[Curve], *, marks: Sequence[int], log: bool) -> Markup:
-    """The picture alone."""
+def draw_svg(title: str, curves: Sequence[Curve], *, marks: Sequence[int], log: bool) -> Markup:
+    """The chart without its legend."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -56,14 +56,14 @@ def drawn(title: str, curves: Sequence[Curve], *, marks: Sequence[int], log: boo
         for curve, colour in zip(curves, (FIRST, SECOND), strict=False):
             marker = "o" if curve.dots or len(curve.steps) == 1 else None
             axes.plot(curve.steps, curve.values, color=colour, linewidth=1.8, marker=marker, markersize=4)
-        furnished(axes, log=log)
+        style_axes(axes, log=log)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return themed(buffer.getvalue(), title)
+    return inline_svg(buffer.getvalue(), title)
 
 
-def furnished(axes, *, log: bool) -> None:
-    """Quiet axes: no frame but the floor, faint horizontal lines, few round numbers."""
+def style_axes(axes, *, log: bool) -> None:
+    """Style the axes: a frame at the bottom only, faint horizontal lines, few round numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     if log:
@@ -83,15 +83,15 @@ def furnished(axes, *, log: bool) -> None:
     axes.margins(x=0.02, y=0.08)
 
 
-def themed(svg: str, title: str) -> Markup:
-    """matplotlib's file as an inline picture: no prolog, no metadata, no fonts or names of its own, our colours."""
+def inline_svg(svg: str, title: str) -> Markup:
+    """Make matplotlib's file an inline SVG: no prolog, metadata, fonts or ids, and our colours."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
     head = r'<svg viewBox="\1" role="img" aria-label="TITLE">'
     body = re.sub(r'<svg[^>]*viewBox="([^"]*)"[^>]*>', head, body, count=1)
     body = re.sub(r"\bxlink:href=", "href=", body)
     body = re.sub(r"<!--.*?-->", "", body, flags=re.S)
-    # Only marks and clip paths are referred to; figure_1 and the like would stand in every picture of the page.
+    # Only markers and clip paths are referred to; ids like figure_1 would occur in every chart of the page.
     body = re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", body)
     body = re.sub(r"font: [^;\"]*;?", "", body)
     for colour, variable in COLOURS.items():

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, made from whatever the run directory holds.
+"""The report of a run: one HTML file that refers to no other, made from the files of the run directory.
 
 write_report(Path("runs/quickstart"))   ->   runs/quickstart/report.html
 """
@@ -22,32 +22,32 @@ REPORT = "report.html"
 
 
 def write_report(directory: Path) -> Path:
-    """Write `directory`/report.html anew and say where it is. A file the run did not get to is named in the report."""
+    """Write `directory`/report.html and return its path. The report names files of the run that are missing."""
     path = directory / REPORT
-    draft = directory / f".{REPORT}.{os.getpid()}"
-    draft.write_text(page(read_record(directory)), encoding="utf-8")
-    os.replace(draft, path)
+    temporary = directory / f".{REPORT}.{os.getpid()}"
+    temporary.write_text(render_report(read_record(directory)), encoding="utf-8")
+    os.replace(temporary, path)
     return path
 
 
-def page(record: Record) -> str:
-    """The whole document."""
+def render_report(record: Record) -> str:
+    """The HTML document."""
     parts = [
         header.header(record),
-        curves(record),
-        *planned(record),
+        curves_section(record),
+        *plan_sections(record),
         schedule_picture(record.config, record.pipeline),
         timeline.samples_section(record.events),
         goodput_section(record),
         processes_section(record.detection),
         timeline.events_section(record.events),
-        header.surroundings(record),
+        header.environment_section(record),
     ]
     return render("report", record=record, parts=[part for part in parts if part is not None])
 
 
-def curves(record: Record) -> Markup | None:
-    """Everything that changes over steps. None where nothing was logged."""
+def curves_section(record: Record) -> Markup | None:
+    """Charts of the metrics over steps. None if nothing was logged."""
     if not record.metrics:
         return None
     loss = Curve("training", *record.series("loss"))
@@ -59,39 +59,28 @@ def curves(record: Record) -> Markup | None:
     mfu = Curve("of the peak", steps, [100 * share for share in shares])
     times = [Curve("step", *record.series("step_seconds")), Curve("host", *record.series("host_seconds"))]
     marks = [event["step"] for event in record.events_named("restore") if "step" in event]
-    traffic = [
-        Curve("MB sent", *scaled(record.series("sent_bytes"), 1e-6)),
-        Curve("predicted", *scaled(record.series("predicted_sent_bytes"), 1e-6)),
-    ]
+    traffic = []
+    for label, name in (("MB sent", "sent_bytes"), ("predicted", "predicted_sent_bytes")):
+        sent_steps, sent = record.series(name)
+        traffic.append(Curve(label, sent_steps, [1e-6 * count for count in sent]))
+    positive = [value for value in norm.values if value == value]
+    log = bool(positive) and min(positive) > 0 and max(positive) / min(positive) > 30
     figures = [
         charts.chart("Loss", [loss, held_out], marks=marks),
-        charts.chart("Gradient norm", [norm], marks=marks, log=spread(norm.values) > 30),
+        charts.chart("Gradient norm", [norm], marks=marks, log=log),
         charts.chart("Learning rate", [rate], marks=marks),
         charts.chart("Throughput", [speed], marks=marks),
         charts.chart("Model FLOPs utilisation", [mfu], unit=" %", marks=marks),
         charts.chart("Seconds a step", times, unit=" s", marks=marks),
         *([charts.chart("Sent to other replicas", traffic, unit=" MB", marks=marks)] if traffic[0].steps else []),
     ]
-    note = f"{'Dashed: the run went on from a checkpoint. ' if marks else ''}Horizontal: steps."
+    note = f"{'Dashed: the run continued from a checkpoint. ' if marks else ''}Horizontal: steps."
     return render("curves", charts=figures, note=note)
 
 
-def scaled(series: tuple[list[int], list[float]], factor: float) -> tuple[list[int], list[float]]:
-    """A series in another unit."""
-    steps, values = series
-    return steps, [factor * value for value in values]
-
-
-def spread(values: list[float]) -> float:
-    """Greatest over least of the positive ones; 1 where a logarithmic axis could not hold them all."""
-    known = [value for value in values if value == value]
-    return max(known) / min(known) if known and min(known) > 0 else 1.0
-
-
-def planned(record: Record) -> list[Markup]:
-    """What plan.json tells; nothing where it is missing."""
-    plan = record.plan
-    if not plan:
+def plan_sections(record: Record) -> list[Markup]:
+    """The sections made from plan.json; none if it is missing."""
+    if not (plan := record.plan):
         return []
     sizes = plan.get("mesh") or {}
     parts = [plan_bars.memory_section(plan), plan_bars.communication_section(plan)]

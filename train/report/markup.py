@@ -1,4 +1,4 @@
-"""The report's templates (`templates/`, Jinja), and numbers as people write them.
+"""The report's Jinja templates (`templates/`), and formats of numbers.
 
 render("goodput", rows=..., note=...)   ->   templates/goodput.html.jinja with these values, escaped unless `Markup`
 """
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def render(template: str, **values: Any) -> Markup:
-    """The template of that name, filled. Raises jinja2.UndefinedError where it reads a value that it was not given."""
+    """Render the template of that name. Raises jinja2.UndefinedError if it reads a value that is missing."""
     return Markup(_environment().get_template(f"{template}.html.jinja").render(values))
 
 
 @cache
 def _environment() -> "jinja2.Environment":
-    import jinja2  # here, because the terminal's tables need the numbers below and no template
+    import jinja2  # here, because terminal tables use the formats below without templates
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -35,7 +35,7 @@ def _environment() -> "jinja2.Environment":
 
 
 def format_bytes(count: float) -> str:
-    """Bytes: `0 B`, `34.1 MiB`."""
+    """Bytes as `0 B`, `34.1 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 100 else f"{count:.1f} {unit}"
@@ -44,7 +44,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_number(value: float) -> str:
-    """A number in few digits: `0`, `0.25`, `12.5`, `12.3k`, `34.1M`, `3.0e-4`; an em dash where it is none."""
+    """A number as `0`, `0.25`, `12.5`, `12.3k`, `34.1M`, `3.0e-4`; an em dash if it is not finite."""
     if not math.isfinite(value):
         return "—"
     if value == 0:
@@ -60,7 +60,7 @@ def format_number(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """`8.2 s`, `4m 12s`, `2h 05m`, `3d 02h`."""
+    """Seconds as `8.2 s`, `4m 12s`, `2h 05m`, `3d 02h`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, second = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Bars of the compiled plan: what a device's memory holds, and what it sends over each mesh axis every step."""
+"""Bars of the compiled plan: the memory of a device, and the bytes that it receives over each mesh axis in a step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from .markup import format_bytes, render
 
 
 def memory_section(plan: Mapping[str, Any]) -> Markup:
-    """One stacked bar of a device's memory during a step, and the numbers behind it."""
+    """A stacked bar of a device's memory during a step, and its numbers."""
     parts = {name: count for name, count in device_parts(plan).items() if count > 0}
     compiled = plan.get("compiled") or {}
     rows = [
@@ -32,7 +32,7 @@ def memory_section(plan: Mapping[str, Any]) -> Markup:
 
 
 def device_parts(plan: Mapping[str, Any]) -> dict[str, float]:
-    """Bytes of one device by what they are for, from a plan that may lack some of it."""
+    """The bytes of one device by use; parts that the plan lacks are left out."""
     compiled = plan.get("compiled") or {}
     parts = {name: float(plan[name]["bytes_per_device"]) for name in ("parameters", "optimizer") if name in plan}
     state = sum(parts.values())
@@ -44,11 +44,11 @@ def device_parts(plan: Mapping[str, Any]) -> dict[str, float]:
 
 
 def communication_section(plan: Mapping[str, Any]) -> Markup:
-    """A bar for each set of mesh axes, stacked by kind of collective, all to one scale."""
+    """A bar for each set of mesh axes, stacked by kind of collective, all in one scale."""
     by_axes: dict[str, dict[str, float]] = {}
     for kind, axes_bytes in (plan.get("collectives") or {}).items():
         for axes, count in axes_bytes.items():
-            if count > 0 and axes != "none":  # between no two devices
+            if count > 0 and axes != "none":  # "none": groups of one device
                 by_axes.setdefault(axes, {})[kind] = count
     kinds = sorted({kind for parts in by_axes.values() for kind in parts})
     sums = {axes: sum(parts.values()) for axes, parts in by_axes.items()}

@@ -1,4 +1,4 @@
-"""All that a run directory tells, read into memory; a run killed early lacks some of it, and the record says what."""
+"""The files of a run directory, read into memory. A run that was killed early lacks some; the record names them."""
 
 import json
 import math
@@ -11,46 +11,45 @@ import yaml
 
 from ..core.event_log import read_events, read_metrics
 
-# File -> what the report cannot show without it.
+# File -> what the report lacks without it.
 FILES = {
     "config.yaml": "the configuration",
     "environment.json": "versions, devices and the corpus",
     "plan.json": "memory, communication and sharding; it is written once the step is compiled",
     "metrics.jsonl": "loss and throughput; the first line is written after the first logged step",
-    "events.jsonl": "what happened and when",
+    "events.jsonl": "events with their times",
 }
 
-# A sitting of the run begins with one of these.
-BEGINNINGS = ("start", "restore")
+SESSION_STARTS = ("start", "restore")  # events with which a session begins
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its files describe it. What is missing is empty, and its file is in `missing`."""
+    """The content of a run's files. Fields of a missing file are empty, and the file is in `missing`."""
 
     name: str
     config: dict[str, Any]
     config_text: str
     environment: dict[str, Any]
     plan: dict[str, Any]
-    pipeline: dict[str, Any]  # measured ops; {} where nothing was pipelined
-    detection: dict[str, Any]  # what the launcher saw of the processes; {} where none did
-    metrics: list[dict[str, float]]  # one a logged step, in order
+    pipeline: dict[str, Any]  # measured ops; {} for a run without a pipeline
+    detection: dict[str, Any]  # what the launcher observed of the processes; {} without a launcher
+    metrics: list[dict[str, float]]  # a row for each logged step, in order
     events: list[dict[str, Any]]  # oldest first
     missing: dict[str, str]  # file -> why it could not be read
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of one metric, where it was logged; values that are not finite are NaN."""
+        """(steps, values) of one metric at the steps that have it; values that are not finite are NaN."""
         rows = [row for row in self.metrics if name in row]
         values = [row[name] if math.isfinite(row[name]) else math.nan for row in rows]
         return [int(row["step"]) for row in rows], values
 
     def latest(self, name: str) -> float | None:
-        """The newest value of a metric; None where it was never logged."""
+        """The newest value of a metric; None if it was never logged."""
         return next((row[name] for row in reversed(self.metrics) if name in row), None)
 
     def median(self, name: str) -> float | None:
-        """The median of a metric without its first row, which is still warming up; None where it was never logged."""
+        """The median of a metric without the first row, which is slow; None if it was never logged."""
         values = sorted(row[name] for row in self.metrics[1:] or self.metrics if name in row)
         return values[len(values) // 2] if values else None
 
@@ -60,30 +59,30 @@ class Record:
 
     @property
     def status(self) -> str:
-        """How the last sitting ended: finished, failed, preempted, or unfinished (running, or killed)."""
+        """How the last session ended: finished, failed, preempted, or unfinished (running or killed)."""
         names = {"finish": "finished", "failure": "failed", "give-up": "failed", "preempted": "preempted"}
-        ends = [event["event"] for event in self.events if event["event"] in names or event["event"] in BEGINNINGS]
+        ends = [event["event"] for event in self.events if event["event"] in names or event["event"] in SESSION_STARTS]
         return names.get(ends[-1], "unfinished") if ends else "unfinished"
 
     @property
     def seconds(self) -> float:
-        """Time spent in all sittings, from the first event of each to its last; breaks between them do not count."""
-        return sum(sitting[-1]["time"] - sitting[0]["time"] for sitting in self.sessions())
+        """The length of all sessions, each from its first event to its last."""
+        return sum(session[-1]["time"] - session[0]["time"] for session in self.sessions())
 
     def sessions(self) -> Iterator[list[dict[str, Any]]]:
-        """The events of each sitting."""
-        sitting: list[dict[str, Any]] = []
+        """Yield the events of each session."""
+        session: list[dict[str, Any]] = []
         for event in self.events:
-            if event["event"] in BEGINNINGS and sitting:
-                yield sitting
-                sitting = []
-            sitting.append(event)
-        if sitting:
-            yield sitting
+            if event["event"] in SESSION_STARTS and session:
+                yield session
+                session = []
+            session.append(event)
+        if session:
+            yield session
 
 
 def read_record(directory: Path) -> Record:
-    """The run in `directory`, as far as it got."""
+    """Read the run in `directory`."""
     missing: dict[str, str] = {}
     events = [event for event in read_events(directory) if "event" in event and "time" in event]
     metrics = read_metrics(directory)
@@ -93,13 +92,13 @@ def read_record(directory: Path) -> Record:
     text = read_text(directory / "config.yaml", missing)
     return Record(
         name=directory.resolve().name,
-        config=parsed(text, "config.yaml", missing),
+        config=parse_mapping(text, "config.yaml", missing),
         config_text=text,
-        environment=parsed(read_text(directory / "environment.json", missing), "environment.json", missing),
-        plan=parsed(read_text(directory / "plan.json", missing), "plan.json", missing),
-        # Only a pipelined run that was finished has one: its absence is no loss.
-        pipeline=parsed(read_text(directory / "pipeline.json", {}), "pipeline.json", missing),
-        detection=parsed(read_text(directory / "detection.json", {}), "detection.json", missing),
+        environment=parse_mapping(read_text(directory / "environment.json", missing), "environment.json", missing),
+        plan=parse_mapping(read_text(directory / "plan.json", missing), "plan.json", missing),
+        # Only finished runs with a pipeline have this file, and only launched runs the next: they are not `missing`.
+        pipeline=parse_mapping(read_text(directory / "pipeline.json", {}), "pipeline.json", missing),
+        detection=parse_mapping(read_text(directory / "detection.json", {}), "detection.json", missing),
         metrics=metrics,
         events=events,
         missing=missing,
@@ -107,7 +106,7 @@ def read_record(directory: Path) -> Record:
 
 
 def read_text(file: Path, missing: dict[str, str]) -> str:
-    """The text of `file`; where there is none, "" and a word in `missing`."""
+    """The text of `file`; if it cannot be read, "" and an entry in `missing`."""
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -117,8 +116,8 @@ def read_text(file: Path, missing: dict[str, str]) -> str:
     return ""
 
 
-def parsed(text: str, name: str, missing: dict[str, str]) -> dict[str, Any]:
-    """The mapping that `text` spells; where it spells none, {} and a word in `missing`."""
+def parse_mapping(text: str, name: str, missing: dict[str, str]) -> dict[str, Any]:
+    """The mapping in the JSON or YAML `text`; if it is none, {} and an entry in `missing`."""
     try:
         tree = json.loads(text or "{}") if name.endswith(".json") else yaml.safe_load(text) or {}
     except (ValueError, yaml.YAMLError) as error:

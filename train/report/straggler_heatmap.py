@@ -1,7 +1,7 @@
-"""Heat maps of what the launcher saw (`detection.json`): how long each process works by itself, how good each link is.
+"""Heat maps of detection.json, which the launcher writes: step time of each process without waiting, quality of links.
 
-In a synchronous step everybody is as slow as the slowest, so step times look alike. Seconds that a process did not wait
-tell them apart: a row that is darker than the others is a process the others wait for (MegaScale, NSDI'24).
+In a synchronous step every process takes as long as the slowest one. The seconds in which a process does not wait for
+others do differ: the others wait for a process whose row is darker (MegaScale, NSDI'24).
 """
 
 import math
@@ -14,96 +14,66 @@ from markupsafe import Markup
 from .markup import render
 
 ROW, LABEL, WIDTH = 20, 84, 640  # pixels
-MOST_ROWS = 256  # more processes are drawn every second, third, ...
+MOST_ROWS = 256  # of more processes, every second, third, ... is drawn
 
 
 def processes_section(detection: Mapping[str, Any]) -> Markup | None:
-    """What was found, then the maps. None where no launcher looked on."""
-    heat, links, found = detection.get("heat") or [], detection.get("links"), detection.get("diagnoses") or []
-    if not heat and not links and not found:
+    """The diagnoses, and the maps. None for a run without a launcher."""
+    heat, links, diagnoses = detection.get("heat") or [], detection.get("links"), detection.get("diagnoses") or []
+    if not heat and not links and not diagnoses:
         return None
-    words = [(clock(one["time"]), one["step"], one["kind"], where(one), told(one)) for one in found]
-    maps = ([own_time(heat)] if heat else []) + (link_maps(links) if links else [])
-    return render("processes", diagnoses=words, maps=maps)
+    maps = []
+    if heat:
+        # Column: the last step of a sample. Row: a slot, which is empty in columns of a run with fewer processes.
+        count = max(len(column["own"]) for column in heat)
+        rows = [[column["own"][row] if row < len(column["own"]) else None for column in heat] for row in range(count)]
+        caption = f"Seconds of a step without waiting, by slot, steps {heat[0]['step']} to {heat[-1]['step']}"
+        maps.append(heat_map(caption, rows, label=lambda value: f"{value:.3f} s", row_label="slot"))
+    if links:
+        # [from, to]: milliseconds of delay, and seconds for a megabyte, so that dark is bad in both.
+        delay = [[None if value is None else 1e3 * value for value in row] for row in links["delay"]]
+        transfer = [[None if not value else 1e6 / value for value in row] for row in links["bandwidth"]]
+        maps.append(heat_map("Delay of a link, from row to column", delay, label=lambda value: f"{value:.2f} ms"))
+        bandwidth = lambda value: f"{1 / value:.0f} MB/s"
+        maps.append(heat_map("Bandwidth of a link, dark is slow", transfer, label=bandwidth))
+    return render("processes", diagnoses=[diagnosis_row(diagnosis) for diagnosis in diagnoses], maps=maps)
 
 
-def clock(seconds: float) -> str:
-    """Seconds since 1970 as the reader's time of day."""
-    return time.strftime("%H:%M:%S", time.localtime(seconds))
+def diagnosis_row(diagnosis: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Time of day, step, kind, whether communication is slow, and suspects with evidence."""
+    pairs = zip(diagnosis["suspects"], diagnosis.get("slots", diagnosis["suspects"]), strict=True)
+    suspects = ", ".join(str(process) if process == slot else f"{process} (slot {slot})" for process, slot in pairs)
+    clock = time.strftime("%H:%M:%S", time.localtime(diagnosis["time"]))
+    side = "communication" if diagnosis["communication"] else "not communication"
+    evidence = f"process {suspects}: {diagnosis['evidence']}" if suspects else diagnosis["evidence"]
+    return clock, diagnosis["step"], diagnosis["kind"], side, evidence
 
 
-def where(diagnosis: Mapping[str, Any]) -> str:
-    """Which side of the four syndromes."""
-    return "communication" if diagnosis["communication"] else "not communication"
-
-
-def told(diagnosis: Mapping[str, Any]) -> str:
-    """Suspects and evidence."""
-    slots = diagnosis.get("slots", diagnosis["suspects"])
-    pairs = zip(diagnosis["suspects"], slots, strict=True)
-    who = ", ".join(str(one) if one == slot else f"{one} (slot {slot})" for one, slot in pairs)
-    return f"process {who}: {diagnosis['evidence']}" if who else diagnosis["evidence"]
-
-
-def own_time(heat: Sequence[Mapping[str, Any]]) -> Markup:
-    """[slot, step]: seconds a step without waiting. The step of a column is its last one.
-
-    With all of its processes a run has them in slots of their numbers; with fewer, rows of slots left out are empty.
-    """
-    count = max(len(column["own"]) for column in heat)
-    rows = [[column["own"][row] if row < len(column["own"]) else None for column in heat] for row in range(count)]
-    caption = f"Seconds a step by itself, by slot, steps {heat[0]['step']} to {heat[-1]['step']}"
-    most = max((value for row in rows for value in row if value is not None), default=0.0)
-    return figure(caption, rows, most=most, words=lambda value: f"{value:.3f} s", side="slot")
-
-
-def link_maps(links: Mapping[str, Sequence[Sequence[float | None]]]) -> list[Markup]:
-    """[from, to]: delay, and seconds for a megabyte, so that dark is bad in both."""
-    delay = [[None if value is None else 1e3 * value for value in row] for row in links["delay"]]
-    width = [[None if not value else 1e6 / value for value in row] for row in links["bandwidth"]]
-    return [
-        figure(
-            "Delay of a link, from row to column", delay, most=largest(delay), words=lambda v: f"{v:.2f} ms", side=""
-        ),
-        figure(
-            "Bandwidth of a link, dark is slow",
-            width,
-            most=largest(width),
-            words=lambda v: f"{1 / v:.0f} MB/s",
-            side="",
-        ),
-    ]
-
-
-def largest(rows: Sequence[Sequence[float | None]]) -> float:
-    """The greatest number there is."""
-    return max((value for row in rows for value in row if value is not None), default=0.0)
-
-
-def figure(
-    caption: str, rows: Sequence[Sequence[float | None]], *, most: float, words: Callable[[float], str], side: str
+def heat_map(
+    caption: str, rows: Sequence[Sequence[float | None]], *, label: Callable[[float], str], row_label: str = ""
 ) -> Markup:
-    """A grid of cells, the darker the nearer to `most`; a cell without a number is empty."""
+    """A grid of cells, the darker the nearer to the largest value; a cell without a value is empty."""
+    largest = max((value for row in rows for value in row if value is not None), default=0.0)
     stride = math.ceil(len(rows) / MOST_ROWS)
     columns = max(len(row) for row in rows)
     cell = min(WIDTH / columns, ROW * 2.2)
-    drawn = []
+    labelled = []
     for number, row in list(enumerate(rows))[::stride]:
-        name = f"{side} {number}".strip()
+        name = f"{row_label} {number}".strip()
         cells = [
             (
                 LABEL + column * cell,
-                0.06 + 0.94 * value / most if most > 0 else 0.06,
-                f"{name}, {column}: {words(value)}" if side == "" else f"{name}: {words(value)}",
+                0.06 + 0.94 * value / largest if largest > 0 else 0.06,
+                f"{name}, {column}: {label(value)}" if row_label == "" else f"{name}: {label(value)}",
             )
             for column, value in enumerate(row)
             if value is not None
         ]
-        drawn.append((name, cells))
+        labelled.append((name, cells))
     return render(
         "heat",
-        caption=f"{caption}; darkest: {words(most)}" if most > 0 else caption,
-        rows=drawn,
+        caption=f"{caption}; darkest: {label(largest)}" if largest > 0 else caption,
+        rows=labelled,
         row_height=ROW,
         label_width=LABEL,
         cell_width=max(cell - 1, 0.5),

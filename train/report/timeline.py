@@ -1,4 +1,4 @@
-"""What happened, in order of time: a strip with a tick for each event, the list of them, and the samples."""
+"""The event log as a strip with a tick for each event, a list of events, and the generated samples."""
 
 import math
 import time
@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from .markup import format_duration, format_number, render
 
-MOST_EVENTS = 300  # listed; the newest matter when something went wrong
+MOST_EVENTS = 300  # listed, the newest ones
 
 TONES = {
     "start": "good", "finish": "good", "commit": "good",
@@ -21,7 +21,7 @@ TONES = {
 
 
 def events_section(events: Sequence[Mapping[str, Any]]) -> Markup:
-    """The journal without its samples."""
+    """The event log without its samples."""
     events = [event for event in events if event["event"] != "sample"]
     began = events[0]["time"] if events else 0.0
     span = max(events[-1]["time"] - began, 1e-9) if events else 0.0
@@ -32,7 +32,9 @@ def events_section(events: Sequence[Mapping[str, Any]]) -> Markup:
             "offset": offset(event, began),
             "left": 100 * (event["time"] - began) / span,
             "fields": [
-                (titled(key), worded(key, value)) for key, value in event.items() if key not in ("time", "event")
+                (field_title(key), field_text(key, value))
+                for key, value in event.items()
+                if key not in ("time", "event")
             ],
         }
         for event in events
@@ -42,26 +44,26 @@ def events_section(events: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def offset(event: Mapping[str, Any], began: float) -> str:
-    """`+1:05` since the first event."""
+    """Time since the first event, as `+1:05`."""
     minutes, seconds = divmod(max(int(event["time"] - began), 0), 60)
     hours, minutes = divmod(minutes, 60)
     return f"+{hours}:{minutes:02}:{seconds:02}" if hours else f"+{minutes}:{seconds:02}"
 
 
-def titled(key: str) -> str:
-    """A field's name as people write it: `stall` for stall_seconds, whose value has its unit."""
+def field_title(key: str) -> str:
+    """The title of an event's field: `stall` for stall_seconds, whose text has the unit."""
     return "took" if key == "seconds" else key.removesuffix("_seconds").replace("_", " ")
 
 
-def worded(key: str, value: Any) -> str:
-    """A field's value as people write it."""
+def field_text(key: str, value: Any) -> str:
+    """The text of an event's field."""
     if isinstance(value, float) and key.endswith("seconds"):
         return f"{1000 * value:.0f} ms" if value < 1 else format_duration(value)
     return format_number(value) if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 def samples_section(events: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """What the model made of the prompts: the newest first, earlier ones folded away. None where there are none."""
+    """The generated samples: the newest step first, earlier ones folded. None if there are none."""
     steps: dict[int, list[Mapping[str, Any]]] = {}
     for event in events:
         if event["event"] == "sample":

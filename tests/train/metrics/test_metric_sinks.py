@@ -1,4 +1,4 @@
-"""Every sink tells what it was given, once a step, also after a resume."""
+"""Every sink has each step once, also after a resume."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ def test_resuming_drops_the_steps_that_will_be_computed_again(tmp_path):
     assert rows(path) == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 2.0}, {"step": 30, "loss": 7.0}]
 
 
-def test_a_run_from_its_start_begins_an_empty_file(tmp_path):
+def test_a_new_run_starts_with_an_empty_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     JsonLines(path).write(10, {"loss": 1.0})
     JsonLines(path)
@@ -36,7 +36,7 @@ def test_a_run_from_its_start_begins_an_empty_file(tmp_path):
 
 
 def test_resuming_leaves_no_half_written_file(tmp_path, monkeypatch):
-    """Killed just before the new file takes its place, the old one still stands."""
+    """If the run is killed just before the new file is renamed, the old one is intact."""
     path = tmp_path / "metrics.jsonl"
     JsonLines(path).write(10, {"loss": 1.0})
 
@@ -61,7 +61,7 @@ def tensorboard_events(directory):
             content = content[16 + length :]
 
 
-def test_tensorboard_gets_the_scalars_and_is_told_to_forget_on_resume(tmp_path):
+def test_tensorboard_gets_the_scalars_and_hides_older_steps_on_resume(tmp_path):
     sink = TensorBoard(tmp_path, resume_step=20)
     sink.write(30, {"loss": 2.5, "mfu": 0.5, "held_out_loss": 3.0})
     sink.close()
@@ -73,20 +73,20 @@ def test_tensorboard_gets_the_scalars_and_is_told_to_forget_on_resume(tmp_path):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A stand-in for the package that remembers what it was told."""
-    told = SimpleNamespace(inits=[], logged=[], finished=0)
+    """A fake of the package that records its calls."""
+    calls = SimpleNamespace(inits=[], logged=[], finished=0)
 
     def init(**settings):
-        told.inits.append(settings)
-        run = SimpleNamespace(log=told.logged.append, define_metric=lambda *_, **__: None)
-        run.finish = lambda: setattr(told, "finished", told.finished + 1)
+        calls.inits.append(settings)
+        run = SimpleNamespace(log=calls.logged.append, define_metric=lambda *_, **__: None)
+        run.finish = lambda: setattr(calls, "finished", calls.finished + 1)
         return run
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=importlib.util.find_spec("json")))
-    return told
+    return calls
 
 
-def test_weights_and_biases_goes_on_in_the_run_it_began(tmp_path, wandb):
+def test_a_resumed_run_continues_its_run_at_weights_and_biases(tmp_path, wandb):
     logging = LoggingConfig(wandb="proj", tensorboard=False)
     for resume_step in (0, 20):
         sinks = open_sinks(logging, tmp_path, run_name="mine", resume_step=resume_step, config={"seed": 7})
@@ -100,7 +100,7 @@ def test_weights_and_biases_goes_on_in_the_run_it_began(tmp_path, wandb):
     assert wandb.finished == 2
 
 
-def test_a_missing_package_is_named_with_its_extra_before_a_file_is_touched(tmp_path, monkeypatch):
+def test_a_missing_package_is_named_with_its_extra_before_a_file_is_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     logging = LoggingConfig(wandb="proj")
     with pytest.raises(UserError, match=r"logging.wandb: proj .*pip install 'meshwright\[wandb\]'"):
@@ -109,6 +109,6 @@ def test_a_missing_package_is_named_with_its_extra_before_a_file_is_touched(tmp_
     check_sinks(LoggingConfig())
 
 
-def test_tensorboard_is_opened_only_where_asked_for(tmp_path):
+def test_tensorboard_is_opened_only_if_configured(tmp_path):
     (only,) = open_sinks(LoggingConfig(tensorboard=False), tmp_path, run_name="r", resume_step=0, config={})
     assert isinstance(only, JsonLines) and not (tmp_path / "tensorboard").exists()

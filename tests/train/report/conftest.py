@@ -1,4 +1,4 @@
-"""A run directory as a small real run leaves it behind: two sittings, 200 steps, eight devices, made-up numbers."""
+"""A run directory as a small real run leaves it behind: two sessions, 200 steps, eight devices, made-up numbers."""
 
 import json
 import math
@@ -34,7 +34,7 @@ LAYER = {
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    """Every file of a finished run; each test gets its own."""
+    """A directory with every file of a finished run."""
     return run_directory(tmp_path)
 
 
@@ -57,16 +57,16 @@ def plan() -> dict:
     moments = {f"opt_state/adamw/mu/{name.removeprefix('params/')}": entry for name, entry in weights.items()}
     arrays = [array(name, *entry) for name, entry in {**weights, **moments}.items()]
     count = sum(math.prod(shape) for shape, _ in weights.values())
-    own = sum(entry["bytes_per_device"] for entry in arrays[: len(weights)])
+    per_device = sum(entry["bytes_per_device"] for entry in arrays[: len(weights)])
     return {
-        "parameters": {"count": count, "bytes": 4 * count, "bytes_per_device": own},
-        "optimizer": {"bytes": 8 * count, "bytes_per_device": 2 * own},
+        "parameters": {"count": count, "bytes": 4 * count, "bytes_per_device": per_device},
+        "optimizer": {"bytes": 8 * count, "bytes_per_device": 2 * per_device},
         "compiled": {
-            "argument_bytes": 3 * own + 40_960,
-            "output_bytes": 3 * own + 64,
+            "argument_bytes": 3 * per_device + 40_960,
+            "output_bytes": 3 * per_device + 64,
             "temporary_bytes": 21_400_000,
-            "alias_bytes": 3 * own,
-            "peak_bytes": 3 * own + 21_500_000,
+            "alias_bytes": 3 * per_device,
+            "peak_bytes": 3 * per_device + 21_500_000,
             "flops_per_step": 6.1e10,
         },
         "collectives": {
@@ -83,8 +83,8 @@ def plan() -> dict:
 
 def array(name: str, shape: tuple[int, ...], spec: list) -> dict:
     """One entry of plan.json's arrays."""
-    pieces = 2 ** sum(axis is not None for axis in spec)
-    size = 4 * math.prod(shape) // pieces
+    shards = 2 ** sum(axis is not None for axis in spec)
+    size = 4 * math.prod(shape) // shards
     return {"name": name, "shape": shape, "dtype": "float32", "spec": spec, "bytes_per_device": size}
 
 
@@ -129,7 +129,7 @@ def metrics() -> list[dict]:
 def events() -> list[dict]:
     """events.jsonl: killed after step 120, restored at 100."""
     zero = 1_760_000_000.0
-    told = [
+    entries = [
         (0.0, "start", {"step": 0}),
         (19.4, "compile", {"seconds": 19.37}),
         (88.0, "save", {"step": 50, "stall_seconds": 0.012}),
@@ -152,4 +152,4 @@ def events() -> list[dict]:
         (343.4, "commit", {"step": 200}),
         (343.5, "finish", {"step": 200, "loss": 2.66}),
     ]
-    return [{"time": zero + at, "event": event, **fields} for at, event, fields in told]
+    return [{"time": zero + seconds, "event": event, **fields} for seconds, event, fields in entries]

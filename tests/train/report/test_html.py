@@ -1,4 +1,4 @@
-"""The report is one file that needs nothing else, shows what the run left behind, and says what it did not."""
+"""The report is one HTML file, shows all files of a run, and names the missing ones."""
 
 import json
 import re
@@ -49,25 +49,25 @@ def page(directory):
 
 
 def test_a_finished_run_shows_every_part(finished):
-    found = page(finished)
-    assert found.open == []
-    assert found.titles == [
+    report = page(finished)
+    assert report.open == []
+    assert report.titles == [
         "Curves", "Memory of one device", "Communication", "Mesh", "Sharding", "Samples", "Goodput", "Events",
         "Environment", "Configuration",
     ]  # fmt: skip
-    for words in ("gzip -9: 2.103", "9d1c6f20b7a4e835", "jax 0.10.2", "in 2 sittings", "data 2 × fsdp 2 × tensor 2"):
-        assert words in found.text, words
+    for text in ("gzip -9: 2.103", "9d1c6f20b7a4e835", "jax 0.10.2", "in 2 sessions", "data 2 × fsdp 2 × tensor 2"):
+        assert text in report.text, text
 
 
-def test_nothing_is_fetched_from_anywhere(finished):
+def test_the_report_refers_to_no_other_file_or_address(finished):
     text = write_report(finished).read_text()
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)|<script|<link|<img|<iframe", text)
     references = {value for name, value in Page(text).attributes if name in ("href", "src")}
     assert references and all(reference.startswith("#") for reference in references)
 
 
-def test_pictures_of_one_page_do_not_share_names(finished):
-    """Clip paths and tick marks are looked up by id in the whole page: a second one of a name is never seen."""
+def test_ids_are_unique_in_the_page(finished):
+    """Clip paths and markers are looked up by id in the whole page: the first one of an id wins."""
     names = [value for name, value in page(finished).attributes if name == "id"]
     assert names and len(names) == len(set(names))
 
@@ -84,24 +84,24 @@ def test_pictures_follow_the_page_into_dark_mode(finished):
 @pytest.mark.parametrize("file", FILES)
 def test_a_missing_file_is_named_and_the_rest_is_shown(finished, file):
     (finished / file).unlink()
-    found = page(finished)
-    assert found.open == [] and f"{file} is not there" in found.text
-    assert len(found.titles) >= 4
+    report = page(finished)
+    assert report.open == [] and f"{file} is not there" in report.text
+    assert len(report.titles) >= 4
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_spoilt_file_is_named_and_the_rest_is_shown(finished, file):
+def test_a_damaged_file_is_named_and_the_rest_is_shown(finished, file):
     (finished / file).write_bytes(b'{"step": [')
     assert file in read_record(finished).missing
     assert len(page(finished).titles) >= 4
 
 
 def test_an_empty_directory_has_a_report(tmp_path):
-    found = page(tmp_path)
-    assert found.titles == ["Events"] and "unfinished" in found.text and all(file in found.text for file in FILES)
+    report = page(tmp_path)
+    assert report.titles == ["Events"] and "unfinished" in report.text and all(file in report.text for file in FILES)
 
 
-def test_what_a_run_says_is_never_taken_for_html(finished):
+def test_every_text_of_a_run_is_escaped(finished):
     """Every text that a run can put into its report, from its name to the kind of a device."""
     hostile = "<script>alert('1')</script>&\"><b"
     run = finished.rename(finished.with_name("<script>"))
@@ -128,7 +128,7 @@ def test_what_a_run_says_is_never_taken_for_html(finished):
     assert Page(text).open == [] and Page(text).text.count(hostile) > 15
 
 
-def test_a_spoilt_file_that_only_some_runs_have_is_named(finished):
+def test_a_damaged_file_that_only_some_runs_have_is_named(finished):
     (finished / "pipeline.json").write_text("{")
     assert "pipeline.json cannot be understood" in page(finished).text
 
@@ -137,14 +137,14 @@ def test_a_spoilt_file_that_only_some_runs_have_is_named(finished):
     "ending, status",
     [("finish", "finished"), ("failure", "failed"), ("preempted", "preempted"), ("start", "unfinished")],
 )
-def test_status_is_the_last_sittings(finished, ending, status):
+def test_status_is_that_of_the_last_session(finished, ending, status):
     with (finished / "events.jsonl").open("a") as file:
         file.write(json.dumps({"time": 1.77e9, "event": "restore", "step": 200}) + "\n")
         file.write(json.dumps({"time": 1.77e9, "event": ending}) + "\n")
     assert read_record(finished).status == status
 
 
-def test_breaks_between_sittings_are_not_time_spent(finished):
+def test_time_between_sessions_is_not_counted(finished):
     assert read_record(finished).seconds == pytest.approx(183.0 + 140.5)
 
 

@@ -1,4 +1,4 @@
-"""The mesh, the cuts and the bars say what the plan says."""
+"""Pictures of mesh, shardings, memory and communication show the numbers of the plan."""
 
 import json
 import math
@@ -19,21 +19,23 @@ def devices(count):
 
 
 def cells(picture):
-    """Device ids row by row, by the coordinates written around them."""
-    found = {}
+    """Device ids by the coordinates in the titles of panel, row and column."""
+    ids_by_coordinates = {}
     for panel in re.findall(r'<div class="panel">(.*?)</div>', picture, re.S):
         title = re.search(r"<h3>(.*?)</h3>", panel)
         head, *rows = re.findall(r"<tr>(.*?)</tr>", panel, re.S)
         columns = re.findall(r"<th>(.*?)</th>", head)
         for row in rows:
-            ids = [int(text) for text in re.findall(r"<b>(\d+)</b>", row)]
-            place = [title[1] if title else "", re.search(r"<th>(.*?)</th>", row)[1]]
-            found |= {" ".join([*place, column]).strip(): one for column, one in zip(columns, ids, strict=True)}
-    return found
+            device_ids = [int(text) for text in re.findall(r"<b>(\d+)</b>", row)]
+            titles = [title[1] if title else "", re.search(r"<th>(.*?)</th>", row)[1]]
+            ids_by_coordinates |= {
+                " ".join([*titles, column]).strip(): device for column, device in zip(columns, device_ids, strict=True)
+            }
+    return ids_by_coordinates
 
 
 @pytest.mark.parametrize(
-    "sizes, place, device",
+    "sizes, coordinates, device",
     [
         ({"data": 2, "fsdp": 2, "tensor": 2}, "data 1 fsdp 0 tensor 1", 5),
         ({"replica": 1, "data": 4, "seq": 1, "tensor": 2}, "data 3 tensor 0", 6),
@@ -41,13 +43,13 @@ def cells(picture):
         ({"fsdp": 8}, "fsdp 7", 7),
     ],
 )
-def test_every_device_stands_at_its_coordinates(sizes, place, device):
-    found = cells(mesh_picture(sizes, devices(math.prod(sizes.values()))))
-    assert found[place] == device
-    assert sorted(found.values()) == list(range(math.prod(sizes.values())))
+def test_every_device_is_at_its_coordinates(sizes, coordinates, device):
+    ids = cells(mesh_picture(sizes, devices(math.prod(sizes.values()))))
+    assert ids[coordinates] == device
+    assert sorted(ids.values()) == list(range(math.prod(sizes.values())))
 
 
-def test_a_mesh_of_thousands_is_cut_short_and_says_so():
+def test_a_large_mesh_shows_its_first_panels():
     picture = mesh_picture({"data": 64, "fsdp": 8, "tensor": 8}, devices(4096))
     assert picture.count('class="panel"') == 16 and "48 more panels" in picture
 
@@ -60,7 +62,7 @@ def entry(name, shape, spec):
 
 
 @pytest.mark.parametrize(
-    "name, shape, spec, pieces, words",
+    "name, shape, spec, shards, label",
     [
         ("params/layers/0/attn/q/kernel", [8, 4, 2], ["fsdp", "tensor", None], (2, 4), "heads × head_dim 8, tensor 4"),
         ("params/layers/0/attn/o/kernel", [4, 2, 8], ["tensor", None, "fsdp"], (4, 2), "heads × head_dim 8, tensor 4"),
@@ -68,21 +70,21 @@ def entry(name, shape, spec):
         ("params/embed/embedding", [16, 8], [], (1, 1), "vocab 16"),
     ],
 )
-def test_a_weight_is_cut_as_its_spec_says(name, shape, spec, pieces, words):
-    drawn = weight_box(Array.from_plan(entry(name, shape, spec)), SIZES)
-    assert f"cut in {pieces[0]} by {pieces[1]} pieces" in drawn and words in drawn
-    assert drawn.count("<line") == sum(pieces) - 2
+def test_a_box_has_the_shards_of_its_spec(name, shape, spec, shards, label):
+    picture = weight_box(Array.from_plan(entry(name, shape, spec)), SIZES)
+    assert f"cut in {shards[0]} by {shards[1]} pieces" in picture and label in picture
+    assert picture.count("<line") == sum(shards) - 2
 
 
-def test_layers_cut_alike_share_a_row_and_others_do_not():
-    one = [Array.from_plan(entry(f"params/layers/{n}/mlp/up/kernel", [8, 16], [None, "tensor"])) for n in range(3)]
+def test_layers_of_one_sharding_share_a_row():
+    alike = [Array.from_plan(entry(f"params/layers/{n}/mlp/up/kernel", [8, 16], [None, "tensor"])) for n in range(3)]
     other = Array.from_plan(entry("params/layers/3/mlp/up/kernel", [8, 16], ["fsdp", "tensor"]))
-    rows = re.findall(r"<tr>(.*?)</tr>", arrays_table([*one, other]))[1:]
+    rows = re.findall(r"<tr>(.*?)</tr>", arrays_table([*alike, other]))[1:]
     assert ["layers/*/mlp" in row for row in rows] == [True, False]
     assert "192 B" in rows[0] and "embed, mlp" in rows[0] and "layers/3/" in rows[1]
 
 
-def test_the_optimizers_arrays_are_folded_away(finished):
+def test_arrays_of_the_optimizer_are_folded(finished):
     plan = json.loads((finished / "plan.json").read_text())
     picture = sharding_picture(plan["arrays"], plan["mesh"])
     assert picture.count("opt_state/adamw/mu") and "opt_state" not in picture.partition("<details>")[0]
@@ -95,7 +97,7 @@ def test_a_device_holds_its_state_the_batch_and_temporaries(finished):
     assert parts["batch and the rest of the state"] == 40_960
 
 
-def test_communication_is_stacked_by_kind_to_one_scale():
+def test_communication_is_stacked_by_kind_in_one_scale():
     plan = {"collectives": {"all-gather": {"fsdp": 300, "none": 9}, "all-reduce": {"fsdp": 100, "data": 200}}}
     picture = communication_section(plan)
     widths = [float(width) for width in re.findall(r"width:([\d.]+)%", picture)]
@@ -107,16 +109,16 @@ def test_communication_is_stacked_by_kind_to_one_scale():
     "value, text",
     [(0, "0"), (12345, "12.3k"), (999.7, "1k"), (2.36e6, "2.36M"), (3e-4, "3.0e-4"), (-0.5, "-0.5"), (math.nan, "—")],
 )
-def test_numbers_as_people_write_them(value, text):
+def test_number_formats(value, text):
     assert format_number(value) == text
 
 
-def test_bytes_and_durations():
+def test_formats_of_bytes_and_durations():
     assert [format_bytes(count) for count in (0, 1023, 1536, 3 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]
     assert [format_duration(seconds) for seconds in (8.24, 252, 7500)] == ["8.2 s", "4m 12s", "2h 05m"]
 
 
-def test_a_template_escapes_what_is_not_markup_and_refuses_to_go_without_a_value():
+def test_a_template_escapes_text_and_needs_every_value():
     page = render("goodput", note="1 < 2", rows=[("<b>", Markup("<i>kept</i>"), "&")])
     assert "1 &lt; 2" in page and "<td>&lt;b&gt;</td>" in page and "<i>kept</i>" in page and "&amp;" in page
     with pytest.raises(UndefinedError, match="note"):
