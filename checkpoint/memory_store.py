@@ -16,18 +16,9 @@ import numpy as np
 from ..parallel.state import TrainState
 from .errors import DamagedCheckpoint
 from .fingerprints import Box, box_of, covers, extract_box, local_shards
-from .redundancy import agent_files
-from .redundancy.shm_slots import (
-    Header,
-    SlotPool,
-    header_offset,
-    read_header,
-    slot_files,
-    slot_paths,
-    verify_slot,
-    write_slot,
-)
-from .storage import flatten_paths, leaf_paths, saved_tree
+from .redundancy import agent_files, shm_slots
+from .redundancy.shm_slots import Header, SlotPool, read_header, slot_files, verify_slot, write_slot
+from .storage import flatten_paths, saved_tree
 
 HEADER_RESERVE = 2**20  # bytes reserved for the header, whose size is not known before the first snapshot
 
@@ -44,12 +35,12 @@ class MemoryStore:
 
     def __init__(self, directory: Path, *, layout: str = "", launch_slot: int | None = None) -> None:
         self.directory, self._layout = directory, layout
-        self._paths = slot_paths(directory, jax.process_index() if launch_slot is None else launch_slot)
+        self._paths = shm_slots.slot_paths(directory, jax.process_index() if launch_slot is None else launch_slot)
         self._pool = SlotPool()
 
     def reserve(self, state: TrainState) -> None:
         """Map and touch the memory of both slots. Raises OSError if there is no space."""
-        size = header_offset([view.nbytes for _, _, _, view in _shards(state)]) + HEADER_RESERVE
+        size = shm_slots.header_offset([view.nbytes for _, _, _, view in _shards(state)]) + HEADER_RESERVE
         for path in self._paths:
             self._pool.map_slot(path, size)
 
@@ -114,17 +105,12 @@ class MemoryStore:
             if header["step"] == step:
                 data = header["data"]
                 _read(path, header, parts)
-        arrays = {
-            name: jax.make_array_from_callback(
-                like.shape,
-                sharding_of[name],
-                lambda index, name=name, like=like: extract_box(
-                    list(parts[name].items()), box_of(index, like.shape), like.dtype
-                ),
-            )
-            for name, like in shape_of.items()
-        }
-        leaves = [arrays.get(name) for name in leaf_paths(shapes)]
+
+        def load(name: str, like: Any) -> jax.Array:
+            elements = lambda index: extract_box(list(parts[name].items()), box_of(index, like.shape), like.dtype)
+            return jax.make_array_from_callback(like.shape, sharding_of[name], elements)
+
+        leaves = [load(name, shape_of[name]) if name in shape_of else None for name in flatten_paths(shapes)]
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves), data
 
     def delete_after(self, *, beyond: int) -> None:
@@ -164,7 +150,7 @@ class MemoryStore:
         for _, header in self._headers():
             if header["step"] == step:
                 for path, entry in header["arrays"].items():
-                    boxes.setdefault(path, set()).update(_box(box) for box, _ in entry["parts"])
+                    boxes.setdefault(path, set()).update(tuple(map(tuple, box)) for box, _ in entry["parts"])
                     kinds[path] = (tuple(entry["shape"]), entry["dtype"])
         for path, like in shapes.items():
             if kinds.get(path) != (tuple(like.shape), str(like.dtype)):
@@ -193,12 +179,7 @@ def _read(path: Path, header: Header, parts: Parts) -> None:
             shape = [stop - start for start, stop in box]
             offset, size, _ = header["blocks"][number]
             elements = content[offset : offset + size].view(dtype).reshape(shape)
-            parts.setdefault(name, {})[_box(box)] = elements
-
-
-def _box(edges: Any) -> Box:
-    """Build a box from JSON."""
-    return tuple((start, stop) for start, stop in edges)
+            parts.setdefault(name, {})[tuple(map(tuple, box))] = elements
 
 
 def open_memory_store(run: Path, *, layout: str, host: int = 0, launch_slot: int | None = None) -> MemoryStore:

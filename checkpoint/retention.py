@@ -4,13 +4,9 @@ from collections.abc import Mapping, Sequence
 
 
 def select_retained(
-    steps: Sequence[int],
-    *,
-    keep_newest: int,
-    keep_every: int = 0,
-    keep_best: int = 0,
+    steps: Sequence[int], *, keep_newest: int, keep_every: int = 0, keep_best: int = 0,
     scores: Mapping[int, float] | None = None,
-) -> set[int]:
+) -> set[int]:  # fmt: skip
     """Return the `keep_newest` steps, multiples of `keep_every` (0: none), and the `keep_best` with the lowest scores.
 
     A step without a score, or with the score NaN, is never among the best. The newest step is always retained, so that

@@ -198,7 +198,7 @@ class Storage:
                 out_shardings=sharding_of,
             )
             loaded = convert(loaded)
-        leaves = [loaded.get(name) for name in leaf_paths(shapes)]
+        leaves = [loaded.get(name) for name in flatten_paths(shapes)]
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves), manifest.data
 
     def delete_except(self, steps: Collection[int]) -> None:
@@ -226,15 +226,13 @@ class Storage:
 
 def load(checkpoints: CheckpointDirectory, manifest: Manifest, shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Load the arrays of a checkpoint by path, as stored, unverified. Raises DamagedCheckpoint if that fails."""
-    abstract = unflatten_paths(
-        {
-            path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=shardings[path])
-            for path, (shape, dtype) in manifest.stored.items()
-        }
-    )
+    shapes = {
+        path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=shardings[path])
+        for path, (shape, dtype) in manifest.stored.items()
+    }
     with silence_abandoned_reads():
         try:
-            return flatten_paths(ocp.load(checkpoints.path(manifest.step), abstract))
+            return flatten_paths(ocp.load(checkpoints.path(manifest.step), unflatten_dict(shapes, sep="/")))
         except MemoryError:
             raise
         except Exception as error:
@@ -271,23 +269,13 @@ def shard_evenly(manifest: Manifest, mesh: jax.sharding.Mesh) -> dict[str, Named
 
 def saved_tree(state: TrainState) -> dict[str, Any]:
     """Return the saved fields of `state` as nested dicts, so that files do not depend on the state classes of optax."""
-    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-    return unflatten_paths({path: leaf for path, leaf in leaves.items() if path.split("/")[0] in SAVED_FIELDS})
-
-
-def unflatten_paths(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Invert `flatten_paths`, for nested dicts."""
-    return unflatten_dict(dict(arrays), sep="/")
+    leaves = {path: leaf for path, leaf in flatten_paths(state).items() if path.split("/")[0] in SAVED_FIELDS}
+    return unflatten_dict(leaves, sep="/")
 
 
 def flatten_paths(nest: Any) -> dict[str, Any]:
     """Return path -> leaf of a tree."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(nest)}
-
-
-def leaf_paths(state: Any) -> list[str]:
-    """Return the paths of the leaves, in order."""
-    return list(flatten_paths(state))
 
 
 def check_compatible(shapes: Mapping[str, Any], manifest: Manifest, *, layout: Layout) -> None:

@@ -77,14 +77,9 @@ def change_since_start(
 
 
 def write(
-    tree: Any,
-    model: ModelConfig,
-    adapter: AdapterConfig,
-    directory: Path,
-    *,
-    kind: str,
+    tree: Any, model: ModelConfig, adapter: AdapterConfig, directory: Path, *, kind: str,
     initial_tree: Callable[[], Any],
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Write the adapters of `tree` for a base model of format `kind`; return the names of the files.
 
     `initial_tree` returns the tree before the first step; it is called only for some initializations. Raises like

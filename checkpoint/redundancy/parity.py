@@ -49,14 +49,14 @@ def solve_stripe(data: Mapping[int, Block], parities: Sequence[Block | None], *,
     if len(missing) == 1 and p is not None:
         return {missing[0]: xor([*blocks, p])}
     q = parities[1]
-    weighted = [scale_block(power_of_two(number), block) for number, block in data.items()]
+    weighted = [scale_block(power(2, number), block) for number, block in data.items()]
     if len(missing) == 1:
-        return {missing[0]: scale_block(inverse(power_of_two(missing[0])), xor([*weighted, q]))}
+        return {missing[0]: scale_block(inverse(power(2, missing[0])), xor([*weighted, q]))}
     # P + P' = a + b and Q + Q' = g^i a + g^j b, of numbers i < j, give b = (Q + Q' + g^i (P + P')) / (g^i + g^j).
     low, high = missing
     sums = xor([*blocks, p])
-    numerator = xor([*weighted, q, scale_block(power_of_two(low), sums)])
-    solved = scale_block(inverse(power_of_two(low) ^ power_of_two(high)), numerator)
+    numerator = xor([*weighted, q, scale_block(power(2, low), sums)])
+    solved = scale_block(inverse(power(2, low) ^ power(2, high)), numerator)
     return {low: xor([sums, solved]), high: solved}
 
 
@@ -99,20 +99,17 @@ def multiply(a: int, b: int) -> int:
     return result
 
 
-def power_of_two(exponent: int) -> int:
-    """Return 2 to the `exponent` in GF(2^8)."""
+def power(base: int, exponent: int) -> int:
+    """Return `base` to the `exponent` in GF(2^8)."""
     result = 1
     for _ in range(exponent):
-        result = multiply(result, 2)
+        result = multiply(result, base)
     return result
 
 
 def inverse(value: int) -> int:
-    """Return 1 / `value` in GF(2^8), which is value^254."""
-    result = 1
-    for _ in range(254):
-        result = multiply(result, value)
-    return result
+    """Return 1 / `value` in GF(2^8)."""
+    return power(value, 254)
 
 
 def scale_block(factor: int, block: Block) -> Block:

@@ -26,23 +26,13 @@ import numpy as np
 
 from ...parallel.transport.checked_stream import ClientPool, RequestRefused
 from ..errors import DamagedCheckpoint
-from . import agent_files
+from . import agent_files, shm_slots
 from .agent_files import Protected
 from .host_snapshot import HostSnapshot, ProcessSlot, holding_from_json, scatter_to_slots, snapshot_from_json
 from .parity import add, add_doubling, block_length, solve_stripe, stripe_hosts, stripes_of
 from .parity_groups import group_holdings, parity_holders
 from .rebuild_files import accept_drafts, allocate_drafts
-from .shm_slots import (  # fmt: skip
-    CHUNK_BYTES,
-    SlotPool,
-    read_head,
-    read_header,
-    slot_files,
-    slot_paths,
-    slot_step,
-    verify_slot,
-    write_slot,
-)
+from .shm_slots import CHUNK_BYTES, SlotPool, read_head, read_header, slot_files, slot_paths
 
 Status = Mapping[str, Any]  # what an agent publishes: address, held, shares; see `SnapshotAgent.status`
 Statuses = Mapping[int, Status]  # by host
@@ -144,21 +134,20 @@ class SnapshotAgent:
         self._first_seen.setdefault(step, time.monotonic())
         if self.parity_members().get(step) == members:
             return
+        snapshots = {host: snapshot_from_json(step, slots) for host, slots in members.items()}
         try:
-            self._compute_parity(
-                step, {host: snapshot_from_json(step, slots) for host, slots in members.items()}, statuses
-            )
+            self._compute_parity(step, snapshots, statuses)
             self.last_error = ""
         except (RequestRefused, OSError) as error:
             self.last_error = str(error)  # the next call tries again, with a newer step if there is one
 
     def _compute_parity(self, step: int, snapshots: Mapping[int, HostSnapshot], statuses: Statuses) -> None:
         hosts, position = self._group, self._group.index(self.host)
-        length = block_length(
-            max(snapshot.bytes for snapshot in snapshots.values()), hosts=len(hosts), losses=self.losses
-        )
+        length = self._block_length(snapshots)
         header = {"step": step, "members": {host: snapshot.to_json() for host, snapshot in snapshots.items()}}
-        with write_slot(self._pool, self._parity_slot_to_write(step), [length] * self.losses, header) as writer:
+        with shm_slots.write_slot(
+            self._pool, self._parity_slot_to_write(step), [length] * self.losses, header
+        ) as writer:
             for number, accumulate in enumerate((add, add_doubling)[: self.losses]):
                 stripe = (position - number) % len(hosts)
                 sources, _ = stripe_hosts(stripe, hosts=len(hosts), losses=self.losses)
@@ -209,10 +198,14 @@ class SnapshotAgent:
         protected = agent_files.read_protected(self.directory).step
 
         def priority(path: Path) -> tuple[bool, bool, int]:
-            present = slot_step(path)
+            present = shm_slots.slot_step(path)
             return present != step, present == protected, present
 
         return min(self._parity_paths, key=priority)
+
+    def _block_length(self, snapshots: Mapping[int, HostSnapshot]) -> int:
+        longest = max(snapshot.bytes for snapshot in snapshots.values())
+        return block_length(longest, hosts=len(self._group), losses=self.losses)
 
     def _block_number(self, position: int, stripe: int) -> int:
         """Return which of its blocks the host at `position` of the group contributes to a stripe."""
@@ -255,14 +248,12 @@ class SnapshotAgent:
         """Answer a request of another agent, or of the launcher before the trainers start: (JSON, bytes)."""
         match request["do"]:
             case "read":
-                span = {"start": request["start"], "size": request["size"]}
-                return {}, self.read_snapshot(request["step"], request["seal"], **span)
+                return {}, self.read_snapshot(**{key: request[key] for key in ("step", "seal", "start", "size")})
             case "held":
                 self.require_snapshot(request["step"], request["seal"])
                 return {}, b""
             case "read-share":
-                span = {"start": request["start"], "size": request["size"]}
-                return {}, self.read_parity(request["step"], number=request["number"], **span)
+                return {}, self.read_parity(**{key: request[key] for key in ("step", "number", "start", "size")})
             case "members":
                 members = self.parity_members().get(request["step"], {})
                 return {"members": {str(host): slots for host, slots in members.items()}}, b""
@@ -298,7 +289,7 @@ class SnapshotAgent:
                 try:
                     if header is None:
                         raise DamagedCheckpoint(f"snapshot {head.step}: the header of {path} is damaged")
-                    verify_slot(path, header)
+                    shm_slots.verify_slot(path, header)
                 except DamagedCheckpoint as error:
                     damaged.append(str(error))
                     path.unlink(missing_ok=True)
@@ -324,9 +315,7 @@ class SnapshotAgent:
                 raise RequestRefused(f"no host of group {hosts} has parity of step {step}")
             answer, _ = self._request(holders[0], {"do": "members", "step": step}, statuses)
             snapshots = {int(host): snapshot_from_json(step, slots) for host, slots in answer["members"].items()}
-            length = block_length(
-                max(snapshot.bytes for snapshot in snapshots.values()), hosts=len(hosts), losses=self.losses
-            )
+            length = self._block_length(snapshots)
             drafts = allocate_drafts(self.directory, snapshots[self.host])
             for block, stripe in enumerate(stripes_of(position, hosts=len(hosts), losses=self.losses)):
                 data_hosts, parity_hosts = stripe_hosts(stripe, hosts=len(hosts), losses=self.losses)

@@ -54,14 +54,6 @@ class LineWriter:
         self._pending.clear()
 
 
-def append_row(path: Path, row: Mapping[str, Any], *, sync: bool) -> None:
-    """Add `row` as the last line of `path`; `sync` waits until it is on the disk.
-
-    Raises UserError if the file cannot be written (a full disk, a read-only directory).
-    """
-    LineWriter(path).append(row, sync=sync)
-
-
 def append_bytes(path: Path, text: bytes, *, sync: bool) -> None:
     """Append `text` to `path`, all of it or nothing. Raises OSError if it cannot be written."""
     with path.open("ab", buffering=0) as file:

@@ -135,15 +135,10 @@ class Server:
     """
 
     def __init__(
-        self,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        store: MembershipStore | None = None,
-        operations: Mapping[str, Operation] | None = None,
-    ) -> None:
-        self.store = store = store or MembershipStore(clock)
+        self, host: str = "127.0.0.1", port: int = 0, *, store: MembershipStore | None = None,
+        operations: Mapping[str, Operation] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        self.store = store = store or MembershipStore()
 
         class Handler(socketserver.StreamRequestHandler):
             def setup(self) -> None:
@@ -152,7 +147,7 @@ class Server:
 
             def handle(self) -> None:
                 for line in self.rfile:
-                    self.wfile.write(json.dumps(answer_request(store, line, operations or {})).encode() + b"\n")
+                    self.wfile.write(json.dumps(answer_request(store, line, operations)).encode() + b"\n")
 
         class Listener(socketserver.ThreadingTCPServer):
             allow_reuse_address = True
@@ -251,9 +246,13 @@ class Client:
         try:
             if self._socket is None:
                 self._socket = socket.create_connection(self._address, self._timeout)
+                self._lines = self._socket.makefile("rb")
             self._socket.settimeout(self._timeout + patience)
             self._socket.sendall(json.dumps({**request, "name": self._name}).encode() + b"\n")
-            answer = json.loads(self._read_line())
+            line = self._lines.readline()
+            if not line.endswith(b"\n"):
+                raise OSError("the server closed the connection")
+            answer = json.loads(line)
         except (OSError, ValueError) as error:
             self.close()
             raise OSError(f"rendezvous {self._address[0]}:{self._address[1]}: {error}") from error
@@ -263,17 +262,9 @@ class Client:
             raise MeshwrightError(f"rendezvous: {answer['error']} in answer to {request}")
         return answer
 
-    def _read_line(self) -> bytes:
-        text = b""
-        while not text.endswith(b"\n"):
-            received = self._socket.recv(65536)
-            if not received:
-                raise OSError("the server closed the connection")
-            text += received
-        return text
-
     def close(self) -> None:
         """Close the connection; the next request opens it again."""
         if self._socket is not None:
+            self._lines.close()  # the connection stays open as long as either is
             self._socket.close()
             self._socket = None

@@ -17,19 +17,9 @@ from ...configs.run import RunConfig
 
 # Sections that may change between two sessions of a run: none changes what is computed, except the length of the run.
 MAY_CHANGE = (
-    "steps",
-    "microbatches",
-    "mesh",
-    "pipeline",
-    "sequence",
-    "memory",
-    "evaluation",
-    "checkpoint",
-    "elastic",
-    "islands",
-    "launch",
-    "logging",
-)
+    "steps", "microbatches", "mesh", "pipeline", "sequence", "memory", "evaluation", "checkpoint", "elastic", "islands",
+    "launch", "logging",
+)  # fmt: skip
 MAY_CHANGE_KEYS = ("data.cache", "data.prefetch")
 MAY_NOT_CHANGE_KEYS = ("mesh.replica", "islands.count")  # the number of replicas changes what is computed
 

@@ -25,15 +25,9 @@ class SampleLog:
     """Writes the sample log of one process. `check_allowed` raises if this process may no longer write."""
 
     def __init__(
-        self,
-        directory: Path,
-        *,
-        epoch: int,
-        process: int,
-        processes: int,
-        enabled: bool,
+        self, directory: Path, *, epoch: int, process: int, processes: int, enabled: bool,
         check_allowed: Callable[[], None] = lambda: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._path = directory / FOLDER / f"{process}.jsonl"
         self._head = {"epoch": epoch, "processes": processes}
         self._enabled, self._check_allowed = enabled, check_allowed

@@ -15,20 +15,15 @@ from ...parallel.transport.throttle import Throttle
 from ..core.event_log import Journal
 from ..engine.island_replica import fingerprint, shared_settings
 from ..engine.program import Program
-from .membership import IslandGroup
+from .membership import FindProblem, IslandGroup
 from .sync import IslandSync, IslandTransport
 
 
 @contextmanager
 def join_islands(
-    config: RunConfig,
-    program: Program,
-    journal: Journal,
-    *,
-    corpus: str,
-    report_waiting: Callable[[str], None],
-    should_stop: Callable[[int], bool],
-) -> Iterator[IslandSync]:
+    config: RunConfig, program: Program, journal: Journal, *, corpus: str,
+    report_waiting: Callable[[str], None], should_stop: Callable[[int], bool],
+) -> Iterator[IslandSync]:  # fmt: skip
     """Join the other islands; give the synchronization of this one in the `with`, and leave at its end.
 
     `corpus`: fingerprint of the data. `report_waiting`, `should_stop`: see `IslandSync`. Raises UserError if the other
@@ -41,14 +36,12 @@ def join_islands(
             requested_states: set[str] = set()
             server = open_payload_server(config, shared_settings(config, corpus=corpus), requested_states)
             stack.callback(server.close)
-            group = join_group(
-                server, program.config.islands, lambda name, payload: created[0].find_problem(name, payload)
-            )
+            find_problem = lambda name, payload: created[0].find_problem(name, payload)
+            group = join_group(server, program.config.islands, find_problem)
             stack.callback(group.leave)
             group.check_same_run()
-            transport = IslandTransport(
-                group, server.counters, server.publish, requested_states, lambda: server.active_sends > 0
-            )
+            is_sending = lambda: server.active_sends > 0
+            transport = IslandTransport(group, server.counters, server.publish, requested_states, is_sending)
         created.append(IslandSync(program, transport, journal, report_waiting=report_waiting, should_stop=should_stop))
         yield stack.enter_context(closing(created[0]))
 
@@ -82,9 +75,7 @@ def open_payload_server(config: RunConfig, settings: dict[str, Any], requested_s
         ) from error
 
 
-def join_group(
-    server: PayloadServer, islands: IslandsConfig, find_problem: Callable[[str, bytes], str | None]
-) -> IslandGroup:
+def join_group(server: PayloadServer, islands: IslandsConfig, find_problem: FindProblem) -> IslandGroup:
     """Join the group of islands. Raises UserError if nobody answers at `islands.meet`."""
     address = islands.address or f"{local_address(islands.meet)}:{server.port}"
     try:

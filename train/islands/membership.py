@@ -28,6 +28,8 @@ HEARTBEAT_SECONDS = 0.2  # between two heartbeats; shorter if the time-to-live i
 RETRY_SECONDS = 0.5  # before a silent rendezvous is asked again
 ANSWER_SECONDS = 5.0  # that an answer may take beyond the time for which the rendezvous waits
 
+FindProblem = Callable[[str, bytes], str | None]  # (name of the round, payload) -> what is wrong with it, or None
+
 
 @dataclass(frozen=True)
 class RoundResult:
@@ -54,15 +56,10 @@ class RoundForgotten(Exception):
 
 
 class IslandGroup:
-    """The membership of one island. `find_problem(round, payload)` says what is wrong with a payload, or None."""
+    """The membership of one island, whose payloads are served by `server`."""
 
     def __init__(
-        self,
-        server: PayloadServer,
-        islands: IslandsConfig,
-        *,
-        address: str,
-        find_problem: Callable[[str, bytes], str | None],
+        self, server: PayloadServer, islands: IslandsConfig, *, address: str, find_problem: FindProblem
     ) -> None:
         self._server, self._islands, self.name = server, islands, server.name
         self._find_problem = find_problem

@@ -57,6 +57,9 @@ class Question:
     waiting: int = 0  # number of calls that wait for the decision
 
 
+Decide = Callable[[Question, Mapping[str, LiveMember], float], Json | None]  # (question, live members, now)
+
+
 def decide_start(
     question: Question, alive: Mapping[str, LiveMember], *, count: int, gather: float, now: float
 ) -> Json | None:
@@ -227,13 +230,7 @@ class QuorumService:
         return sorted(name for finished_run, name in self._finished if finished_run == run)
 
     def _decide(
-        self,
-        topic: Topic,
-        request: Mapping[str, Any],
-        content: Json | None,
-        decide: Callable[[Question, Mapping[str, LiveMember], float], Json | None],
-        *,
-        remember: bool = True,
+        self, topic: Topic, request: Mapping[str, Any], content: Json | None, decide: Decide, *, remember: bool = True
     ) -> Json:
         """Add `content` to the question of `topic`, wait for its decision, and return that.
 

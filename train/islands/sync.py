@@ -79,14 +79,10 @@ class IslandSync:
     """
 
     def __init__(
-        self,
-        program: Program,
-        transport: IslandTransport | None,
-        journal: Journal,
-        *,
+        self, program: Program, transport: IslandTransport | None, journal: Journal, *,
         report_waiting: Callable[[str], None] = lambda phase: None,
         should_stop: Callable[[int], bool] = lambda update: False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.program, self.island = program, program.replicas
         self._transport, self._journal, self._should_stop = transport, journal, should_stop
         self._wait = CollectiveWait(report_waiting, lambda: should_stop(self._update), self._progress_text)
@@ -255,13 +251,8 @@ class IslandSync:
         if result.kind == "applied" and not result.failures:
             return
         event = {"applied": "excluded", "skipped": "meeting-skipped", "behind": "behind"}[result.kind]
-        self._journal.record(
-            event,
-            step=pending.update,
-            meeting=pending.outer_step.name,
-            lost=dict(result.failures),
-            meeting_seconds=result.seconds,
-        )
+        fields = {"meeting": pending.outer_step.name, "lost": dict(result.failures), "meeting_seconds": result.seconds}
+        self._journal.record(event, step=pending.update, **fields)
 
     # ---- states of other islands
 

@@ -26,7 +26,7 @@ from ...checkpoint.redundancy.parity_groups import Holding, choose_recovery
 from ...checkpoint.redundancy.parity_plan import ParityPlan
 from ...configs.errors import MeshwrightError, UserError
 from ...parallel.transport.checked_stream import RequestClient, RequestRefused
-from ..core.jsonl import append_row, read_rows, repair_last_line
+from ..core.jsonl import LineWriter, read_rows, repair_last_line
 from ..core.rendezvous import MembershipStore, remove_member
 from .snapshot_agent_main import PREFIX, read_statuses
 from .snapshot_agent_process import SnapshotAgentLauncher, agent_settings
@@ -143,7 +143,7 @@ class SnapshotAgents:
         if not self.run.exists():  # nothing has been trained yet
             return
         try:
-            append_row(self.run / FILE, {"time": time.time(), "event": event, **fields}, sync=False)
+            LineWriter(self.run / FILE).append({"time": time.time(), "event": event, **fields}, sync=False)
         except UserError as error:  # a full disk must not stop the agents
             logger.warning("%s", error)
 

@@ -12,7 +12,7 @@ from meshwright.checkpoint.redundancy.parity import (
     block_length,
     inverse,
     multiply,
-    power_of_two,
+    power,
     solve_stripe,
     stripe_hosts,
     stripes_of,
@@ -110,13 +110,13 @@ def test_a_flipped_bit_of_a_surviving_snapshot_damages_the_rebuilt_one():
 
 def test_multiplication_is_that_of_a_field_generated_by_two():
     assert all(multiply(value, inverse(value)) == 1 for value in range(1, 256))
-    assert len({power_of_two(exponent) for exponent in range(255)}) == 255
+    assert len({power(2, exponent) for exponent in range(255)}) == 255
 
 
 def test_doubling_packed_words_equals_the_definition_byte_by_byte():
     blocks = [np.random.default_rng(number).integers(0, 256, 16, dtype=np.uint8) for number in range(5)]
     expected = [0] * 16
     for number, block in enumerate(blocks):
-        products = [multiply(int(byte), power_of_two(number)) for byte in block]
+        products = [multiply(int(byte), power(2, number)) for byte in block]
         expected = [total ^ product for total, product in zip(expected, products, strict=True)]
     assert weighted_sum(blocks).tolist() == expected
