@@ -6,22 +6,16 @@ from pathlib import Path
 import pytest
 from support.corruption import flips
 from support.equivalence import tiny
+from support.launched_run import events_of, final_parameters
 from support.small_run import SMALL
 
-from meshwright.checkpoint import manifest
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
-from meshwright.train.core.event_log import read_events
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.launch.job import Job
 from meshwright.train.launch.launchers import launch_local
 from meshwright.train.loop import Loop
 from meshwright.train.run import train
 from meshwright.train.sdc_check import Corrupted
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def small(**changes):
@@ -31,15 +25,11 @@ def small(**changes):
     return tiny(**{**base, **changes})
 
 
-def blocks(run, step):
-    return {name: one.blocks for name, one in manifest.read(run / "checkpoints" / str(step)).arrays.items()}
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     root = tmp_path_factory.mktemp("undisturbed")
     train(small(), process_info=ProcessInfo(), root=root)
-    return blocks(root / "run", 5)
+    return final_parameters(root / "run")
 
 
 def test_a_run_stops_before_it_saves_what_a_device_has_damaged(undisturbed, tmp_path, monkeypatch):
@@ -51,17 +41,16 @@ def test_a_run_stops_before_it_saves_what_a_device_has_damaged(undisturbed, tmp_
     assert max(int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == 2
     monkeypatch.undo()
     train(small(), process_info=ProcessInfo(), root=tmp_path)
-    assert blocks(tmp_path / "run", 5) == undisturbed
+    assert final_parameters(tmp_path / "run") == undisturbed
 
 
-def test_without_comparing_nobody_notices(undisturbed, tmp_path, monkeypatch):
-    """Why there is something to ask for: the run ends well, with other parameters."""
+def test_without_the_check_a_corrupted_run_ends_well_with_other_parameters(undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr(Loop, "drain", flips(Loop.drain, step=3, device=0))
     train(small(checkpoint={"every": 1, "keep": 9, "compare": False}), process_info=ProcessInfo(), root=tmp_path)
-    assert blocks(tmp_path / "run", 5) != undisturbed
+    assert final_parameters(tmp_path / "run") != undisturbed
 
 
-WORDS = (
+OPTIONS = (
     *SMALL,
     "steps=30",
     "mesh={devices: 4, data: 4, fsdp: 1, tensor: 1}",
@@ -84,9 +73,9 @@ def test_the_launcher_blames_the_process_of_the_device_and_starts_again_from_bef
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     monkeypatch.chdir(tmp_path)
-    command = [sys.executable, "-c", PATCHED, "train", "quickstart", *WORDS]
+    command = [sys.executable, "-c", PATCHED, "train", "quickstart", *OPTIONS]
     run = tmp_path / "runs" / "run"
     launch_local(Job("run", command, 2, run, ElasticConfig(backoff=0.1, hang_floor=60), devices_per_process=2))
-    told = [event for event in read_events(run) if event["event"] in ("failure", "restart", "restore", "finish")]
-    assert [event["event"] for event in told] == ["failure", "restart", "restore", "finish"]
-    assert told[1]["suspect"] == 1 and told[2]["step"] == 10 and "(process 1) than on" in told[0]["message"]
+    events = events_of(run, "failure", "restart", "restore", "finish")
+    assert [event["event"] for event in events] == ["failure", "restart", "restore", "finish"]
+    assert events[1]["suspect"] == 1 and events[2]["step"] == 10 and "(process 1) than on" in events[0]["message"]

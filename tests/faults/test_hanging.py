@@ -7,37 +7,27 @@ import sys
 import threading
 from types import SimpleNamespace
 
-import jax
-import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from support.plain_storage import PLAIN, small_state
 from support.small_run import SMALL
 from support.waiting import wait_until
 
 from meshwright.checkpoint import manifest
 from meshwright.checkpoint import storage as storage_module
-from meshwright.checkpoint.layout_conversion import Layout
 from meshwright.checkpoint.memory_store import MemoryStore
 from meshwright.checkpoint.storage import Storage
 from meshwright.checkpoint.storage_timeout import StorageTimeout, has_stuck_writer
 from meshwright.configs.sections.training import CheckpointConfig
-from meshwright.parallel.state import TrainState
 from meshwright.train import checkpointer as checkpointer_module
 from meshwright.train.checkpointer import Checkpointer
-from meshwright.train.core.event_log import Journal, read_events
+from meshwright.train.core.event_log import EventLog, read_events
 from meshwright.train.snapshot_writer import SnapshotWriter
-
-PLAIN = Layout("plain", lambda path, shape: [(path, ())])
-
-
-def state(step):
-    whole = TrainState(np.int32(step), {"a": np.full(64, step, np.float32)}, {}, (), (), np.zeros(2, np.uint32))
-    return jax.device_put(whole, jax.devices()[0])
 
 
 def events(root):
-    told = [event for event in read_events(root) if event["event"] != "save" and event.get("level") != "memory"]
-    return [(event["event"], event["step"]) for event in told]
+    events = [event for event in read_events(root) if event["event"] != "save" and event.get("level") != "memory"]
+    return [(event["event"], event["step"]) for event in events]
 
 
 @pytest.fixture(params=["arrays", "fsync"])
@@ -46,7 +36,7 @@ def stuck(request, monkeypatch):
     gate = threading.Event()
     if request.param == "fsync":
         real = os.fsync
-        monkeypatch.setattr(manifest.os, "fsync", lambda file: (here(gate), real(file)))
+        monkeypatch.setattr(manifest.os, "fsync", lambda file: (wait_off_main_thread(gate), real(file)))
     else:
         real = ocp.save_async
         monkeypatch.setattr(ocp, "save_async", lambda *args: (gate.wait(60), real(*args))[1])
@@ -54,7 +44,7 @@ def stuck(request, monkeypatch):
     gate.set()
 
 
-def here(gate):
+def wait_off_main_thread(gate):
     """The journal's fsync, on the training thread, is another file's."""
     if threading.current_thread() is not threading.main_thread():
         gate.wait(60)
@@ -81,11 +71,11 @@ def saves(tmp_path, request, clock, stuck, monkeypatch):
     config = CheckpointConfig(every=1, keep=99, memory_every=1, when_busy=request.param, timeout=2)
     memory = MemoryStore(tmp_path / "slots")
     storage = Storage(tmp_path / "checkpoints", layout=PLAIN, timeout=config.timeout)
-    journal = Journal(tmp_path)
-    snapshots = SnapshotWriter(config, memory, journal)
-    saving = Checkpointer(config, storage, journal, {}, snapshots, report_waiting=report_waiting)
-    yield saving, memory, reports
-    saving.snapshots.close()
+    event_log = EventLog(tmp_path)
+    snapshots = SnapshotWriter(config, memory, event_log)
+    checkpointer = Checkpointer(config, storage, event_log, {}, snapshots, report_waiting=report_waiting)
+    yield checkpointer, memory, reports
+    checkpointer.snapshots.close()
 
 
 HUNG = {
@@ -97,20 +87,20 @@ HUNG = {
 
 @pytest.mark.parametrize("saves", HUNG, indirect=True)
 def test_a_save_that_never_ends_and_later_ones_are_journalled_and_snapshots_go_on(tmp_path, saves, clock, stuck):
-    saving, memory, reports = saves
+    checkpointer, memory, reports = saves
     for step in (1, 2, 3):
-        saving.start_save(state(step), step, samples=step, memory=True)
-        wait_until(lambda step=step: (saving.snapshots.poll(), saving.snapshots.safe_step == step)[1])
+        checkpointer.start_save(small_state(step), step, samples=step, memory=True)
+        wait_until(lambda step=step: (checkpointer.snapshots.poll(), checkpointer.snapshots.safe_step == step)[1])
         if step == 2:
             clock.now += 2.5  # more than `checkpoint.timeout`
-        saving.poll()
-    saving.save_final(state(4), 4, samples=4)
+        checkpointer.poll()
+    checkpointer.save_final(small_state(4), 4, samples=4)
     with pytest.raises(StorageTimeout, match="hangs"):
-        saving.finish()
+        checkpointer.finish()
     with pytest.raises(StorageTimeout, match=r"checkpoint 1 .* 2 s \(checkpoint.timeout\)"):
-        saving.storage.close()
+        checkpointer.storage.close()
     assert has_stuck_writer()
-    policy = saving.config.when_busy
+    policy = checkpointer.config.when_busy
     assert events(tmp_path) == HUNG[policy] and bool(reports) == (policy == "wait")  # the launcher hears why it waits
     assert memory.newest_step == 3  # a restart goes on from there
     stuck.set()
@@ -119,18 +109,18 @@ def test_a_save_that_never_ends_and_later_ones_are_journalled_and_snapshots_go_o
 
 @pytest.mark.parametrize("saves", ["wait"], indirect=True)
 def test_storage_that_answers_again_commits_what_hung_and_what_comes_after(tmp_path, saves, stuck):
-    saving, _, _ = saves
-    saving.start_save(state(1), 1, samples=1)
-    saving.start_save(state(2), 2, samples=2)
+    checkpointer, _, _ = saves
+    checkpointer.start_save(small_state(1), 1, samples=1)
+    checkpointer.start_save(small_state(2), 2, samples=2)
     stuck.set()
-    wait_until(lambda: not saving.storage.saving)
-    saving.poll()
-    assert saving.failure is not None  # of step 2, which is nowhere
-    saving.save_final(state(3), 3, samples=3)
-    saving.finish()
-    saving.storage.close()
+    wait_until(lambda: not checkpointer.storage.saving)
+    checkpointer.poll()
+    assert checkpointer.failure is not None  # of step 2, which is nowhere
+    checkpointer.save_final(small_state(3), 3, samples=3)
+    checkpointer.finish()
+    checkpointer.storage.close()
     assert events(tmp_path) == [("save-failed", 1), ("save-failed", 2), ("commit", 1), ("commit", 3)]
-    assert saving.storage.steps == [1, 3] and not has_stuck_writer()
+    assert checkpointer.storage.steps == [1, 3] and not has_stuck_writer()
 
 
 SHIM = r"""
@@ -152,7 +142,7 @@ static void hang(int file) {
 int fsync(int file) { hang(file); return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(file); }
 int fdatasync(int file) { hang(file); return ((int (*)(int))dlsym(RTLD_NEXT, "fdatasync"))(file); }
 """
-WORDS = (
+OPTIONS = (
     *SMALL,
     "steps=20",
     "mesh={devices: 1, data: 1, fsdp: 1, tensor: 1}",
@@ -168,22 +158,22 @@ def test_a_trainer_whose_fsync_never_returns_ends_and_goes_on_from_memory(tmp_pa
     (tmp_path / "shim.c").write_text(SHIM)
     library, hangs, run = tmp_path / "shim.so", tmp_path / "hangs", tmp_path / "runs" / "run"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "shim.c", "-ldl"], check=True)
-    told = {
+    variables = {
         "MESHWRIGHT_CACHE": str(tmp_path / "cache"),
         "XLA_FLAGS": "",
         "LD_PRELOAD": str(library),
         "HANGS": str(hangs),
     }
-    command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart", *WORDS]
-    started = {"cwd": tmp_path, "env": os.environ | told, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    trainer = subprocess.Popen(command, **started)
+    command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart", *OPTIONS]
+    settings = {"cwd": tmp_path, "env": os.environ | variables, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    trainer = subprocess.Popen(command, **settings)
     wait_until(lambda: "commit" in [event["event"] for event in read_events(run)], process=trainer)
     hangs.touch()
-    said = trainer.communicate(timeout=120)[1].decode()
-    assert trainer.returncode == 1 and "checkpoint.timeout" in said
+    errors = trainer.communicate(timeout=120)[1].decode()
+    assert trainer.returncode == 1 and "checkpoint.timeout" in errors
     failed = [event["step"] for event in read_events(run) if event["event"] == "save-failed"]
     assert failed and failed[-1] == 20
     hangs.unlink()
-    assert subprocess.run(command, **started, timeout=300, check=False).returncode == 0
+    assert subprocess.run(command, **settings, timeout=300, check=False).returncode == 0
     (restore,) = [event for event in read_events(run) if event["event"] == "restore"]
     assert (restore["level"], restore["step"]) == ("memory", 19)

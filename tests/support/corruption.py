@@ -1,4 +1,4 @@
-"""A device that remembers wrongly, for tests."""
+"""A device whose memory flips a bit, for tests."""
 
 import dataclasses
 
