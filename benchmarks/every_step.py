@@ -51,7 +51,7 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
     from meshwright.checkpoint.redundancy.agent_files import memory_directory
     from meshwright.checkpoint.redundancy.parity_plan import make_parity_plan
     from meshwright.configs.sections.training import CheckpointConfig
-    from meshwright.train.core.event_log import Journal
+    from meshwright.train.core.event_log import EventLog
     from meshwright.train.core.rendezvous import Server
     from meshwright.train.launch.snapshot_agent_process import LocalSnapshotAgents
     from meshwright.train.launch.snapshot_agents import SnapshotAgents
@@ -70,8 +70,8 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
         launcher = LocalSnapshotAgents(run, rendezvous=server.address)
         stack.enter_context(SnapshotAgents(plan, run=run, store=server.store, launcher=launcher)).recover()
         memories = [MemoryStore(memory_directory(run, host=host), launch_slot=host) for host in range(HOSTS)]
-        journal = Journal(run, enabled=False)
-        snapshots = [stack.enter_context(closing(SnapshotWriter(config, memory, journal))) for memory in memories]
+        event_log = EventLog(run, enabled=False)
+        snapshots = [stack.enter_context(closing(SnapshotWriter(config, memory, event_log))) for memory in memories]
         for one, state in zip(snapshots, states, strict=True):
             one.reserve(state)
         number = 0

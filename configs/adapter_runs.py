@@ -1,8 +1,8 @@
-"""Several adapters on one base, trained in one step: what each has of its own, and the run that each is by itself.
+"""Several adapters that are trained together on one base model: the settings of each, and the run of each alone.
 
-    alone(config, "code")       the run of that adapter alone: its rows, its source, its rank, its learning rate
+    single_adapter_run(config, "code")       the run of that adapter: its rows, source, rank and learning rate
 
-Training them together makes the updates that these runs would make.
+Training the adapters together gives the same updates as these runs.
 """
 
 from collections.abc import Mapping
@@ -16,58 +16,58 @@ Run = TypeVar("Run", bound=RunFields)
 
 
 def adapter_rows(config: RunFields) -> dict[str, int]:
-    """Rows of a global batch of each adapter, in the order they stand there; {} where there are not several."""
+    """Adapter -> its rows in a global batch, in their order there; {} in a run without several adapters."""
     share = config.data.global_batch // max(len(config.adapters), 1)
-    return {name: share if one.rows is None else one.rows for name, one in config.adapters.items()}
+    return {name: share if adapter.rows is None else adapter.rows for name, adapter in config.adapters.items()}
 
 
 def resolve_adapter(config: RunFields, name: str) -> AdapterConfig:
-    """The settings of one of several adapters."""
-    own = {key: getattr(config.adapters[name], key) for key in ("rank", "alpha", "targets")}
-    return config.adapter.model_copy(update={key: value for key, value in own.items() if value is not None})
+    """The section adapter of one of several adapters."""
+    changes = {key: getattr(config.adapters[name], key) for key in ("rank", "alpha", "targets")}
+    return config.adapter.model_copy(update={key: value for key, value in changes.items() if value is not None})
 
 
 def resolve_adapters(config: RunFields) -> dict[str, AdapterConfig]:
-    """The settings of each of several adapters."""
+    """Name -> the section adapter of each of several adapters."""
     return {name: resolve_adapter(config, name) for name in config.adapters}
 
 
 def widest_adapter(adapters: Mapping[str, AdapterConfig]) -> AdapterConfig:
-    """One adapter that has room for each of `adapters`: wherever one of them is, and as wide as the widest there."""
+    """An adapter that can hold each of `adapters`: with all their targets and the largest of their ranks."""
     first, *more = adapters.values()
     targets = first.targets
-    for one in more:
-        targets = None if targets is None or one.targets is None else list(dict.fromkeys([*targets, *one.targets]))
-    return first.model_copy(update={"rank": max(one.rank for one in adapters.values()), "targets": targets})
+    for other in more:
+        targets = None if None in (targets, other.targets) else list(dict.fromkeys([*targets, *other.targets]))
+    return first.model_copy(update={"rank": max(adapter.rank for adapter in adapters.values()), "targets": targets})
 
 
 def inherit_data(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's tree of settings in which each of several adapters has all settings of its source, and data none.
+    """Move the settings of a source from `data` to each of several adapters, whose own settings win.
 
-    What is not of the right type is left to be refused where it is.
+    Values of a wrong type are left in place, for pydantic to refuse.
     """
     adapters, data = values.get("adapters"), values.get("data", {})
     if not adapters or not isinstance(adapters, Mapping) or not isinstance(data, Mapping):
         return dict(values)
     shared = {key: value for key, value in data.items() if key in SourceConfig.model_fields}
 
-    def whole(one: Any) -> Any:
-        own = one.get("data") or {} if isinstance(one, Mapping) else None
-        return one | {"data": shared | own} if isinstance(own, Mapping) else one
+    def with_shared(adapter: Any) -> Any:
+        source = adapter.get("data") or {} if isinstance(adapter, Mapping) else None
+        return adapter | {"data": shared | source} if isinstance(source, Mapping) else adapter
 
     return values | {
-        "adapters": {name: whole({} if one is None else one) for name, one in adapters.items()},
+        "adapters": {name: with_shared({} if adapter is None else adapter) for name, adapter in adapters.items()},
         "data": {key: value for key, value in data.items() if key not in shared},
     }
 
 
 def adapter_source(config: RunFields, name: str) -> SourceConfig:
-    """What one of several adapters reads."""
+    """The source of documents of one of several adapters."""
     return config.adapters[name].data or config.data
 
 
 def single_adapter_run(config: Run, name: str) -> Run:
-    """The run of one of several adapters by itself; its layers are stacked as they are in the run of all."""
+    """The run that trains one of several adapters alone, with layers stacked as in the run of all."""
     source = {key: getattr(adapter_source(config, name), key) for key in SourceConfig.model_fields}
     peak = config.adapters[name].learning_rate
     return config.model_copy(

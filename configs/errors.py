@@ -1,8 +1,8 @@
-"""The errors a user can meet, and the exit code each becomes.
+"""The errors that a user can meet, and their exit codes.
 
 MeshwrightError          1    anything that failed
-├── UserError            2    the request cannot work as written: says key, value and remedy
-└── Preempted           75    asked to stop and saved in time: start the same command again
+├── UserError            2    the user's mistake: the message names key, value and remedy
+└── Preempted           75    asked to stop, and the state was saved: run the same command again
 """
 
 import difflib
@@ -10,19 +10,19 @@ from collections.abc import Iterable
 
 
 class MeshwrightError(Exception):
-    """Something failed; one line says what. Exit code 1."""
+    """Something failed; the message says what in one line. Exit code 1."""
 
     exit_code = 1
 
 
 class UserError(MeshwrightError):
-    """The request cannot work as written: the message names the key, the value and what would do. Exit code 2."""
+    """The user's mistake: the message names the key, its value and a remedy. Exit code 2."""
 
     exit_code = 2
 
     @classmethod
     def no_match(cls, key: str, unknown: Iterable[str], *, candidates: Iterable[str]) -> "UserError":
-        """`key: x matches nothing; there are a, b, c. Did you mean a?`"""
+        """The error `key: x matches nothing; there are a, b, c. Did you mean a?`."""
         unknown, candidates = sorted(unknown), sorted(candidates)
         near = [match for name in unknown for match in difflib.get_close_matches(name, candidates, n=1)]
         near = near or (candidates if len(candidates) == 1 else [])
@@ -31,12 +31,12 @@ class UserError(MeshwrightError):
 
 
 class Preempted(MeshwrightError):
-    """Asked to stop (SIGTERM, Ctrl-C) and the state was saved: run the same command again to go on. Exit code 75."""
+    """The run was asked to stop (SIGTERM, Ctrl-C) and saved its state: the same command continues it. Exit code 75."""
 
     exit_code = 75
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says, short enough for one line; its cause's words where it has one."""
+    """The first line of an exception of another library, or of its cause, at most 200 characters."""
     cause = error.__cause__ or error
     return next(iter(str(cause).strip().splitlines()), type(cause).__name__)[:200]

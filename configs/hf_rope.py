@@ -1,7 +1,7 @@
-"""The rotations of a config.json <-> `model.rope`: both of transformers' spellings in, version 4's out.
+"""Rotary position embedding in a config.json <-> `model.rope`. Reads both spellings of transformers, writes version 4.
 
-version 4: rope_theta, rope_scaling {type or rope_type, ...}, rope_local_base_freq
-version 5: rope_parameters {rope_theta, rope_type, ...}, or one such by layer type
+version 4: rope_theta, rope_scaling {type or rope_type, ...}, rope_local_base_freq version 5: rope_parameters
+{rope_theta, rope_type, ...}, or one of these per layer type
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import UserError
 
-# rope type -> (our key -> theirs). A key of theirs that is not listed is refused: it might matter.
+# rope_type -> (our key -> theirs). A key of theirs that is not listed might change the result, so it is refused.
 SCALINGS: dict[str, dict[str, str]] = {
     "none": {},
     "linear": {"factor": "factor"},
@@ -27,52 +27,51 @@ SCALINGS: dict[str, dict[str, str]] = {
         "attention_factor": "attention_factor",
     },
 }
-# Of these values a key means what we compute.
+# With these values the key changes nothing that we compute.
 ACCEPTED_VALUES = {"partial_rotary_factor": 1.0, "truncate": True, "type": None, "rope_type": None, "rope_theta": None}
 
 
 def read_rope(tree: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
-    """`model.rope` of a config.json; `local`: layers with a window turn by a base of their own.
+    """`model.rope` of a config.json; `local`: layers with a window have their own theta.
 
-    Raises UserError for a stretching we do not compute.
+    Raises UserError for a scaling that is not supported.
     """
-    whole = tree.get("rope_parameters") or {}
-    inner = whole.get("full_attention", whole)
+    parameters = tree.get("rope_parameters") or {}
+    inner = parameters.get("full_attention", parameters)
     stretch = tree.get("rope_scaling") or inner
-    given = {key: value for key, value in {**inner, **stretch}.items() if value is not None}
-    found: dict[str, Any] = {"theta": float(given.get("rope_theta", tree.get("rope_theta", 10000.0)))}
+    settings = {key: value for key, value in {**inner, **stretch}.items() if value is not None}
+    rope: dict[str, Any] = {"theta": float(settings.get("rope_theta", tree.get("rope_theta", 10000.0)))}
     kind = stretch.get("rope_type", stretch.get("type", "default"))
     scaling = "none" if kind == "default" else kind
     if scaling not in SCALINGS:
         raise UserError(
             f"model.from: config.json: rope_type: {kind!r} is not one of default, "
-            f"{', '.join(name for name in SCALINGS if name != 'none')}; no exact import, use another model"
+            f"{', '.join(name for name in SCALINGS if name != 'none')}; use another model"
         )
     names = SCALINGS[scaling]
-    for key, value in given.items():
+    for key, value in settings.items():
         if key not in names.values() and ACCEPTED_VALUES.get(key, object()) not in (None, value):
             raise UserError(
-                f"model.from: config.json: {key}: {value!r} of rope_type {kind} is not what this decoder computes; "
-                "no exact import, use another model"
+                f"model.from: config.json: {key}: {value!r} is not supported for rope_type {kind}; use another model"
             )
-    found |= {"scaling": scaling} | {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
-    if scaling == "yarn" and "original_length" not in found:
-        found["original_length"] = tree["max_position_embeddings"]
+    rope |= {"scaling": scaling} | {ours: settings[theirs] for ours, theirs in names.items() if theirs in settings}
+    if scaling == "yarn" and "original_length" not in rope:
+        rope["original_length"] = tree["max_position_embeddings"]
     if local:
-        turn = whole.get("sliding_attention", {})
-        if turn.get("rope_type", "default") != "default":
+        sliding = parameters.get("sliding_attention", {})
+        if sliding.get("rope_type", "default") != "default":
             raise UserError(
-                f"model.from: config.json: rope_parameters.sliding_attention: {turn!r} is stretched, which only full "
-                "attention is here; no exact import, use another model"
+                f"model.from: config.json: rope_parameters.sliding_attention: {sliding!r} is scaled, which is "
+                "supported for full attention only; use another model"
             )
-        found["local_theta"] = float(turn.get("rope_theta", tree.get("rope_local_base_freq", 10000.0)))
-    return found
+        rope["local_theta"] = float(sliding.get("rope_theta", tree.get("rope_local_base_freq", 10000.0)))
+    return rope
 
 
 def write_rope(rope: Any, *, local: bool) -> dict[str, Any]:
     """`rope_theta`, `rope_scaling` and, with `local`, `rope_local_base_freq` of `rope` (a RopeConfig)."""
-    given = {theirs: getattr(rope, ours) for ours, theirs in SCALINGS[rope.scaling].items()}
-    scaling = {"rope_type": rope.scaling} | {key: value for key, value in given.items() if value is not None}
+    settings = {theirs: getattr(rope, ours) for ours, theirs in SCALINGS[rope.scaling].items()}
+    scaling = {"rope_type": rope.scaling} | {key: value for key, value in settings.items() if value is not None}
     tree: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None if rope.scaling == "none" else scaling}
     if local:
         tree["rope_local_base_freq"] = rope.theta if rope.local_theta is None else rope.local_theta

@@ -1,11 +1,11 @@
-"""A Hugging Face config.json <-> the model section. JSON in, JSON out: a mistake is answered before JAX is imported.
+"""A Hugging Face config.json <-> the section model. Without JAX, so that a mistake is reported before JAX is imported.
 
-A `Format` is what one `model_type` of transformers means, as tables: how it spells our keys, what a file without a key
-means, and which keys have only one value that this decoder computes. What no table says is refused with key and value;
-a file is never taken "nearly". Both spellings of rotations are read (`rope_scaling` of version 4, `rope_parameters` of
-version 5); version 4's is written, because both read it.
+A `HuggingFaceFormat` describes one `model_type` of transformers by tables: its names of our keys, the defaults of
+absent keys, and keys of which this decoder supports only one value. Anything else is refused with key and value: a
+model is never imported approximately. Both spellings of rope are read (`rope_scaling` of version 4, `rope_parameters`
+of version 5); version 4 is written, because both versions read it.
 
-    section(json.loads(text)) -> {"family": "qwen3", "layers": 28, ...}          config_json(model) -> {...}
+    to_model_section(json.loads(text)) -> {"family": "qwen3", "layers": 28, ...}          to_config_json(model) -> {...}
 """
 
 import json
@@ -44,7 +44,7 @@ GPT2_KEYS = {
     "tied_embeddings": "tie_word_embeddings",
 }
 
-# Keys that change nothing this decoder computes from given weights and tokens.
+# Keys that do not change what this decoder computes from weights and tokens.
 IGNORED = {
     "architectures", "model_type", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "use_cache",
     "transformers_version", "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
@@ -57,20 +57,20 @@ IGNORED = {
     "query_pre_attn_scalar", "original_max_position_embeddings", "_attn_implementation",
 }  # fmt: skip
 
-# What may differ between a run's model and a file's: none of it changes what the weights compute.
+# Keys that may differ between the model of a run and that of a file: they do not change what the weights compute.
 NOT_IN_FILES = {"family", "from", "vocab_multiple", "dropout", "attention", "scan"}
 
 
 @dataclass(frozen=True)
 class HuggingFaceFormat:
-    """One `model_type`. `fixed`: the only values we can represent; absent keys mean them too, the last is written."""
+    """One `model_type` of transformers."""
 
     architecture: str  # the class in transformers
     family: str  # ours
-    defaults: Tree = field(default_factory=dict)  # their key -> what a file without it means
-    fixed: Tree = field(default_factory=dict)
+    defaults: Tree = field(default_factory=dict)  # their key -> its value where a file lacks it
+    fixed: Tree = field(default_factory=dict)  # their key -> the values we support; the last is written
     keys: Mapping[str, str] = field(default_factory=lambda: KEYS)  # ours -> theirs
-    windows: Literal["none", "all", "types"] = "none"  # no layer has one; every layer; as `layer_types` says
+    windows: Literal["none", "all", "types"] = "none"  # of no layer, every layer, or by `layer_types`
 
 
 SILU = {"hidden_act": "silu"}
@@ -138,14 +138,15 @@ FORMATS: dict[str, HuggingFaceFormat] = {
 
 
 def read_model_section(directory: str | Path) -> dict[str, Any]:
-    """The model section that the config.json in `directory` describes. Raises UserError where it cannot be read."""
+    """The section model of the config.json in `directory`. Raises UserError where it cannot be read."""
     file = Path(directory).expanduser() / "config.json"
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"model.from: {directory} has no readable config.json ({error.strerror}); "
-            f"set it to a Hugging Face model directory, with config.json and *.safetensors{download_hint(str(directory))}"
+            "set it to a Hugging Face model directory, with config.json and "
+            f"*.safetensors{download_hint(str(directory))}"
         ) from None
     except ValueError as error:
         raise UserError(f"model.from: {file} is not JSON: {error}; copy the file again") from None
@@ -153,13 +154,13 @@ def read_model_section(directory: str | Path) -> dict[str, Any]:
 
 
 def download_hint(name: str) -> str:
-    """How to get what is named as the hub names it, `owner/model`; nothing is downloaded here."""
+    """A hint how to download a `name` of the form `owner/model`; nothing is downloaded here."""
     hub = name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
     return f" (`hf download {name} --local-dir {name}` fetches one of the hub's)" if hub else ""
 
 
 def find_format(tree: Tree) -> tuple[str, Tree]:
-    """(model_type, the part of the file that describes the decoder). Raises UserError for one we do not have."""
+    """(model_type, the part of the file about the decoder). Raises UserError for an unknown model_type."""
     if tree.get("auto_map"):
         raise unsupported("auto_map", tree["auto_map"], "its own code decides what it computes")
     if tree.get("quantization_config"):
@@ -173,28 +174,28 @@ def find_format(tree: Tree) -> tuple[str, Tree]:
 
 
 def to_model_section(tree: Tree) -> dict[str, Any]:
-    """Our model section for a config.json. Raises UserError, with their key, where we cannot represent it exactly."""
+    """Our section model for a config.json. Raises UserError with their key where no exact import is possible."""
     kind, tree = find_format(tree)
     form = FORMATS[kind]
     tree = {**form.defaults, **tree}
     check_fixed(form, tree)
-    found: dict[str, Any] = {"family": form.family}
-    found |= {ours: tree[theirs] for ours, theirs in form.keys.items() if tree.get(theirs) is not None}
-    found |= {ours: None for ours in SOFTCAPS if form.keys.get(ours) in tree and ours not in found}
-    found.setdefault("tied_embeddings", False)
+    section: dict[str, Any] = {"family": form.family}
+    section |= {ours: tree[theirs] for ours, theirs in form.keys.items() if tree.get(theirs) is not None}
+    section |= {ours: None for ours in SOFTCAPS if form.keys.get(ours) in tree and ours not in section}
+    section.setdefault("tied_embeddings", False)
     if form.family == "gpt2":
-        return {"mlp": 4 * tree["n_embd"]} | found
-    found["rope"] = read_rope(tree, local="gemma3" in kind)
-    found["windows"] = read_windows(form, tree)
+        return {"mlp": 4 * tree["n_embd"]} | section
+    section["rope"] = read_rope(tree, local="gemma3" in kind)
+    section["windows"] = read_windows(form, tree)
     if "query_pre_attn_scalar" in tree:
-        found["attention_scale"] = tree["query_pre_attn_scalar"] ** -0.5
+        section["attention_scale"] = tree["query_pre_attn_scalar"] ** -0.5
     if kind == "llama":
-        found |= llama_biases(tree)
-    return found
+        section |= llama_biases(tree)
+    return section
 
 
 def check_fixed(form: HuggingFaceFormat, tree: Tree) -> None:
-    """Raise UserError for a value we cannot represent; name keys nobody told us about."""
+    """Raise UserError for a value that is not supported; log a warning for unknown keys."""
     for key, only in form.fixed.items():
         choices = only if isinstance(only, tuple) else (only,)
         if key in tree and tree[key] not in choices:
@@ -205,20 +206,20 @@ def check_fixed(form: HuggingFaceFormat, tree: Tree) -> None:
 
 
 def unsupported(key: str, value: Any, why: str) -> UserError:
-    """What to raise for a model we would compute otherwise than its makers."""
-    return UserError(f"model.from: config.json: {key}: {value!r:.120}: {why}; no exact import, use another model")
+    """The error for a model that we would compute differently from transformers."""
+    return UserError(f"model.from: config.json: {key}: {value!r:.120}: {why}; use another model")
 
 
 def llama_biases(tree: Tree) -> dict[str, bool]:
-    """`attention_bias` and `mlp_bias`: all maps of a block have a bias here, or none."""
+    """Our keys for `attention_bias` and `mlp_bias`, which must be equal."""
     attention, mlp = bool(tree.get("attention_bias")), bool(tree.get("mlp_bias"))
     if attention != mlp:
-        raise unsupported("attention_bias", attention, f"mlp_bias is {mlp}, and this decoder has both or neither")
+        raise unsupported("attention_bias", attention, f"mlp_bias is {mlp}, but this decoder has both or neither")
     return {"qkv_bias": attention, "linear_bias": mlp}
 
 
 def read_windows(form: HuggingFaceFormat, tree: Tree) -> list[int | None]:
-    """`model.windows`: the shortest pattern that repeats to the file's layers."""
+    """`model.windows`: the shortest pattern whose repetition gives the layers of the file."""
     window, layers = tree.get("sliding_window"), tree["num_hidden_layers"]
     if form.windows == "none":
         return [None]
@@ -227,53 +228,55 @@ def read_windows(form: HuggingFaceFormat, tree: Tree) -> list[int | None]:
     if kinds := tree.get("layer_types"):
         if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
             raise unsupported("layer_types", sorted(unknown), "only full_attention and sliding_attention are known")
-        listed = [window if kind == "sliding_attention" else None for kind in kinds]
+        by_layer = [window if kind == "sliding_attention" else None for kind in kinds]
     elif pattern := tree.get("sliding_window_pattern") or tree.get("_sliding_window_pattern"):
-        listed = [None if (layer + 1) % pattern == 0 else window for layer in range(layers)]
+        by_layer = [None if (layer + 1) % pattern == 0 else window for layer in range(layers)]
     else:
         first = tree.get("max_window_layers", layers) if tree.get("use_sliding_window") else layers
-        listed = [window if layer >= first else None for layer in range(layers)]
-    return shortest_pattern(listed)
+        by_layer = [window if layer >= first else None for layer in range(layers)]
+    return shortest_pattern(by_layer)
 
 
 def shortest_pattern(items: list[Any]) -> list[Any]:
-    """
+    """The shortest list whose repetition begins with `items`.
+
     >>> shortest_pattern([1024, None, 1024, None, 1024])
     [1024, None]
     """
     return next(
         items[:length]
         for length in range(1, len(items) + 1)
-        if all(item == items[place % length] for place, item in enumerate(items))
+        if all(item == items[index % length] for index, item in enumerate(items))
     )
 
 
 def to_config_json(model: Any, *, positions: int, dtype: str) -> dict[str, Any]:
-    """A config.json that reads back as `model` (a ModelConfig). Raises UserError where no format of transformers does.
+    """A config.json that reads back as `model` (a ModelConfig). Raises UserError where no format can express it.
 
-    The family's own format is tried first. `positions` is the longest row the model was made for, in tokens; `dtype`
-    that of the tensors.
+    The family's own format is tried first. `positions` is the longest row of the model in tokens, `dtype` that of the
+    tensors.
     """
-    own = [kind for kind, form in FORMATS.items() if form.family == model.family]
+    first = [kind for kind, form in FORMATS.items() if form.family == model.family]
     differing = {}
-    for kind in [*own, *(kind for kind in FORMATS if kind not in own)]:
+    for kind in [*first, *(kind for kind in FORMATS if kind not in first)]:
         tree = write_format(kind, model, positions=positions, dtype=dtype)
         if not (differing.setdefault(kind, changed_keys(model, tree))):
             return tree
     raise UserError(
-        f"model: no format of transformers holds this model exactly: {own[0]} would change "
-        f"{', '.join(f'model.{key}' for key in differing[own[0]])}; train with the family's own values to export"
+        f"model.family: {first[0]} in transformers cannot express "
+        f"{', '.join(f'model.{key}: {getattr(model, key)}' for key in differing[first[0]])}, nor can another format; "
+        "train with the values of the family to export"
     )
 
 
 def write_format(kind: str, model: Any, *, positions: int, dtype: str) -> dict[str, Any]:
     """The config.json of format `kind` that comes closest to `model`."""
     form = FORMATS[kind]
-    known = {"kv_heads": model.key_value_heads, "head_dim": model.head_width}
+    sizes = {"kv_heads": model.key_value_heads, "head_dim": model.head_width}
     tree: dict[str, Any] = {"architectures": [form.architecture], "model_type": kind, "torch_dtype": dtype}
-    # Without them transformers assumes ids of its own, beyond a small vocabulary.
+    # Without them transformers assumes default ids, which a small vocabulary does not have.
     tree |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    tree |= {theirs: known.get(ours, getattr(model, ours)) for ours, theirs in form.keys.items()}
+    tree |= {theirs: sizes.get(ours, getattr(model, ours)) for ours, theirs in form.keys.items()}
     tree |= {key: only[-1] if isinstance(only, tuple) else only for key, only in form.fixed.items()}
     if form.family == "gpt2":
         return tree
@@ -292,7 +295,7 @@ def write_format(kind: str, model: Any, *, positions: int, dtype: str) -> dict[s
 
 
 def changed_keys(model: Any, tree: Tree) -> list[str]:
-    """Keys of the model section in which what `tree` describes is another model than `model`."""
+    """Keys of the section model in which the model of `tree` differs from `model`."""
     try:
         other = type(model).model_validate(to_model_section(tree))
     except (UserError, ValueError):
@@ -302,14 +305,14 @@ def changed_keys(model: Any, tree: Tree) -> list[str]:
 
 
 def effective_settings(model: Any) -> dict[str, Any]:
-    """The settings that decide what given weights compute, with defaults that mean the same made equal."""
-    found = {key: value for key, value in model.model_dump().items() if key not in NOT_IN_FILES}
-    found |= {"kv_heads": model.key_value_heads, "head_dim": model.head_width}
-    found["windows"] = [model.windows[layer % len(model.windows)] for layer in range(model.layers)]
+    """The settings that decide what the weights compute, normalized so that equal models have equal settings."""
+    settings = {key: value for key, value in model.model_dump().items() if key not in NOT_IN_FILES}
+    settings |= {"kv_heads": model.key_value_heads, "head_dim": model.head_width}
+    settings["windows"] = [model.windows[layer % len(model.windows)] for layer in range(model.layers)]
     if model.attention_scale is None:
-        found["attention_scale"] = model.head_width**-0.5
+        settings["attention_scale"] = model.head_width**-0.5
     if model.position_encoding != "learned":
-        del found["max_positions"]
+        del settings["max_positions"]
     if model.rope.scaling in ("none", "linear"):
-        found["rope"] = {key: found["rope"][key] for key in ("theta", "local_theta", "scaling", "factor")}
-    return found
+        settings["rope"] = {key: settings["rope"][key] for key in ("theta", "local_theta", "scaling", "factor")}
+    return settings

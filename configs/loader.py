@@ -1,4 +1,4 @@
-"""From YAML and `key=value` words to a `RunConfig`: `extends`, overrides, and errors a person can act on."""
+"""Loads YAML files and `key=value` overrides as a `RunConfig`, with `extends`, and explains mistakes."""
 
 import difflib
 import re
@@ -14,15 +14,14 @@ from .errors import UserError
 from .run import RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
-TYPE_NAME = re.compile(
-    r"(constrained|function)-.*|literal\[.*\]|(int|float|str|bool)"
-)  # pydantic's word for one of a union
+# Pydantic's names of the members of a union.
+TYPE_NAME = re.compile(r"(constrained|function)-.*|literal\[.*\]|(int|float|str|bool)")
 
 
 def load_config(config: str | Path, *, overrides: Iterable[str] = ()) -> RunConfig:
-    """The run that `config` (a YAML file, or a shipped recipe's name) describes, with `key.sub=value` words on top.
+    """The run of `config` (a YAML file, or the name of a shipped recipe) with `key.sub=value` overrides.
 
-    `extends: other.yaml` (relative to the file, or a recipe) is read first. Raises UserError with one line per mistake.
+    The file that it `extends` is read first. Raises UserError with one line per mistake.
     """
     tree = read_tree(find_config(config))
     for word in overrides:
@@ -34,7 +33,7 @@ def load_config(config: str | Path, *, overrides: Iterable[str] = ()) -> RunConf
 
 
 def find_config(config: str | Path) -> Path:
-    """The file `config` names: a path, or a recipe listed by `recipes ls`."""
+    """The file that `config` names: a path, or a recipe of `meshwright recipes ls`. Raises UserError for neither."""
     for path in (Path(config), RECIPES / f"{config}.yaml"):
         if path.is_file():
             return path
@@ -42,18 +41,18 @@ def find_config(config: str | Path) -> Path:
 
 
 def missing_config_message(config: str, *, where: Path) -> str:
-    """What to say of a `config` that is neither a file seen from `where` nor a recipe."""
+    """The message for a `config` that is neither a file, from the directory `where`, nor a recipe."""
     path = where / config
     if (path / "config.json").is_file():
-        return f"{config} is a model's directory; name a YAML file in which model.from is {config}"
+        return f"{config} is the directory of a model; name a YAML file with model.from: {config}"
     if path.is_dir():
         return f"{config} is a directory; name a YAML file"
     if of_kind := [name for name in recipe_names() if name.startswith(f"{config}/")]:
-        return f"{config} is a kind of recipe; there are {', '.join(of_kind)}"
-    beside = sorted(str(file.relative_to(where)) for file in path.parent.glob("*.yaml")) if path.suffix else []
-    near = difflib.get_close_matches(config, [*beside, *recipe_names()], n=1)
+        return f"{config} is a folder of recipes; name one of {', '.join(of_kind)}"
+    neighbours = sorted(str(file.relative_to(where)) for file in path.parent.glob("*.yaml")) if path.suffix else []
+    near = difflib.get_close_matches(config, [*neighbours, *recipe_names()], n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return f"{config} is no file (from {where}) and no shipped recipe; `meshwright recipes ls` lists those.{hint}"
+    return f"{config} is neither a file (from {where}) nor a shipped recipe; `meshwright recipes ls` lists those.{hint}"
 
 
 def recipe_names() -> list[str]:
@@ -62,16 +61,18 @@ def recipe_names() -> list[str]:
 
 
 def copy_recipe(recipe: Path, target: Path) -> None:
-    """The recipe's text in `target`, which extends what the recipe does: by the name that is known everywhere."""
+    """Copy the recipe's text to `target`, with the file that it extends as the name of a shipped recipe."""
 
-    def named(line: re.Match) -> str:
+    def by_recipe_name(line: re.Match) -> str:
         return f"extends: {find_base(recipe, line[1]).resolve().relative_to(RECIPES.resolve())}"
 
-    target.write_text(re.sub(r"^extends: (\S+)$", named, recipe.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    target.write_text(
+        re.sub(r"^extends: (\S+)$", by_recipe_name, recipe.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    )
 
 
 def read_tree(path: Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The tree in `path`, merged over what it extends."""
+    """The settings in `path` on top of those in the file that it extends."""
     path = path.resolve()
     if path in extended_by:
         raise UserError(f"extends: {path.name} extends itself through {' -> '.join(p.name for p in extended_by)}")
@@ -82,7 +83,7 @@ def read_tree(path: Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, An
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise UserError(f"{path.name}: {tree!r} is not a mapping of keys to values")
+        raise UserError(f"{path.name}: {tree!r} is not a mapping of keys to values, such as steps: 500")
     base = tree.pop("extends", None)
     return (
         tree if base is None else merge_trees(read_tree(find_base(path, base), extended_by=(*extended_by, path)), tree)
@@ -90,29 +91,29 @@ def read_tree(path: Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, An
 
 
 def find_base(path: Path, base: Any) -> Path:
-    """The file that the one at `path` extends: beside it, or a recipe, `finetune/lora.yaml` or `finetune/lora`."""
+    """The file `base` that `path` extends: relative to `path`, or a recipe, `finetune/lora.yaml` or `finetune/lora`."""
     if not isinstance(base, str):
-        raise UserError(f"{path.name}: extends: {base!r} is not a word; name one file, or one shipped recipe")
-    for place in (path.parent / base, RECIPES / base, RECIPES / f"{base}.yaml"):
-        if place.is_file():
-            return place
+        raise UserError(f"{path.name}: extends: {base!r} is not a name; name one file, or one shipped recipe")
+    for file in (path.parent / base, RECIPES / base, RECIPES / f"{base}.yaml"):
+        if file.is_file():
+            return file
     raise UserError(f"{path.name}: extends: {missing_config_message(base, where=path.parent)}")
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key stands once: of two, the reader of a long file would believe in the first."""
+    """YAML without duplicate keys: the last would win, but the reader of a long file sees the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
+        lines: dict[str, int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                told = f"{key.value} stands twice (first in line {seen[key.value]}); remove one, here"
-                raise yaml.constructor.ConstructorError(None, None, told, key.start_mark)
-            seen[key.value] = key.start_mark.line + 1
+            if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
+                message = f"{key.value} is a duplicate of line {lines[key.value]}; remove one of them"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 without its numbers of base 60, in which 24:00:00 is 86400 and would be taken for that many minutes.
+# YAML 1.1 without its numbers in base 60, in which 24:00:00 is 86400, and would be read as so many minutes.
 NUMBERS = {
     "tag:yaml.org,2002:int": r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)",
     "tag:yaml.org,2002:float": (
@@ -126,16 +127,16 @@ UniqueKeyLoader.yaml_implicit_resolvers = {
 
 
 def parse_yaml(text: str, *, origin: str) -> Any:
-    """YAML -> Python. Raises UserError with the line where it breaks."""
+    """YAML -> Python. Raises UserError with the line of the mistake."""
     try:
         return yaml.load(text, Loader=UniqueKeyLoader)
     except yaml.YAMLError as error:
-        told = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
-        raise UserError(f"{origin}: not valid YAML: {told}") from error
+        message = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
+        raise UserError(f"{origin}: not valid YAML: {message}") from error
 
 
 def merge_trees(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, mappings merged key by key, anything else replaced."""
+    """`override` on top of `base`: mappings are merged key by key, anything else is replaced."""
     result = dict(base)
     for key, value in override.items():
         both = isinstance(result.get(key), Mapping) and isinstance(value, Mapping)
@@ -153,51 +154,48 @@ def validate_tree(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        told: dict[str, str] = {}  # where one of several kinds of value would do, what each of them says
+        lines: dict[str, str] = {}  # one for each value; it joins the messages of all types of a union
         for item in error.errors():
             line = explain_error(item)
             start = line[: len(line) - len(item["msg"])]
-            told[start] = f"{told[start]}; or {line[len(start) :]}" if start in told else line
-        raise UserError("\n".join(told.values())) from None
+            lines[start] = f"{lines[start]}; or {line[len(start) :]}" if start in lines else line
+        raise UserError("\n".join(lines.values())) from None
 
 
 def explain_error(item: Mapping[str, Any]) -> str:
-    """One mistake in a line. `item` is one of pydantic's error records."""
+    """One line about one mistake; `item` is one of pydantic's error records."""
     key = ".".join(str(part) for part in item["loc"] if not TYPE_NAME.fullmatch(str(part)))
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key.{suggest_key(key)}"
     if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        first = next((name for name in schema_keys() if name.rpartition(".")[0] == key), f"{key}.KEY").rpartition(".")[
-            2
-        ]
-        return f"{key}: {item['input']!r}: input should be a mapping of keys to values, such as {{{first}: ...}}"
+        example = next((name for name in schema_keys() if name.rpartition(".")[0] == key), "KEY").rpartition(".")[2]
+        return f"{key}: {item['input']!r}: input should be a mapping of keys to values, such as {{{example}: ...}}"
     if item["type"] == "value_error":
-        told = str(item["ctx"]["error"])  # a check of sections names its key; one of a kind of value knows none
-        return told if not key or told.partition(":")[0] in set(schema_keys()) else f"{key}: {told}"
+        message = str(item["ctx"]["error"])  # checks of sections name their key, checks of single values do not
+        return message if not key or message.partition(":")[0] in set(schema_keys()) else f"{key}: {message}"
     if item["type"] in ("list_type", "tuple_type"):
         return f"{key}: {item['input']!r}: input should be a list, such as [{item['input']}]"
     return f"{key}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 def suggest_key(key: str) -> str:
-    """` Did you mean ...?` for an unknown key: another tool's name for ours, a near miss, or the right place."""
+    """` Did you mean ...?` for an unknown key: an alias from another tool, a similar name, or another section."""
     known = list(schema_keys())
     parent, _, leaf = key.rpartition(".")
     if (ours := foreign_keys().get(leaf)) in known:
         return f" Did you mean {ours}?"
-    kind = ""  # of the section it is in: its key without the names and numbers of several of a kind
+    section = ""  # of the key, without names of adapters and numbers of list entries
     for part in parent.split("."):
-        longer = f"{kind}.{part}".lstrip(".")
-        kind = longer if longer in known else kind
-    leaves = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == kind]
+        longer = f"{section}.{part}".lstrip(".")
+        section = longer if longer in known else section
+    leaves = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
     siblings = {name: f"{parent}.{name}".lstrip(".") for name in leaves}
     near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
     elsewhere = sorted((name for name in known if name.rpartition(".")[2] == leaf), key=len)
-    others = [name for name in known if name != parent and not (kind and name.startswith(f"{kind}."))]
-    close = difflib.get_close_matches(key, others, n=1, cutoff=0.6)
-    found = [siblings[near[0]]] if near else elsewhere[:1] or close
-    if found:
-        return f" Did you mean {found[0]}?"
+    others = [name for name in known if name != parent and not (section and name.startswith(f"{section}."))]
+    similar = difflib.get_close_matches(key, others, n=1, cutoff=0.6)
+    if suggestions := [siblings[near[0]]] if near else elsewhere[:1] or similar:
+        return f" Did you mean {suggestions[0]}?"
     return f" There are {', '.join(sorted(siblings))}." if siblings else ""
 
 
@@ -212,5 +210,5 @@ def schema_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Itera
 
 
 def dump_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML; `load` of it gives an equal one."""
+    """The resolved configuration as YAML, which loads as an equal configuration."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=False), sort_keys=False)

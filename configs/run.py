@@ -1,4 +1,4 @@
-"""`RunConfig`: the whole configuration as one frozen tree, and the checks that need more than one section."""
+"""`RunConfig`: the whole configuration as one frozen tree, with the checks that need more than one section."""
 
 import re
 from typing import Any
@@ -21,17 +21,17 @@ from .trained_segments import segment_starts
 
 
 class RunConfig(RunFields):
-    """One run, checked: `runs/NAME/` holds everything it makes."""
+    """One run, validated. Everything that it writes is in `runs/NAME/`."""
 
     @property
     def all_data(self) -> DataConfig:
-        """The section data; of several adapters with the sources of all."""
+        """The section data; with several adapters, with the sources of all of them."""
         return merged_data(self) if self.adapters else self.data
 
     @model_validator(mode="before")
     @classmethod
-    def _tokenizer_of_the_model(cls, values: Any) -> Any:
-        """A model that comes from a directory brings its tokenizer; one that does not has its teacher's."""
+    def _default_tokenizer(cls, values: Any) -> Any:
+        """Use the tokenizer in the directory of the model, else that of the teacher, where none is configured."""
         data = values.get("data", {}) if isinstance(values, dict) else None
         if not isinstance(data, dict) or "tokenizer" in data:
             return values
@@ -43,16 +43,16 @@ class RunConfig(RunFields):
 
     @model_validator(mode="before")
     @classmethod
-    def _adapters_read_the_data(cls, values: Any) -> Any:
+    def _inherit_data(cls, values: Any) -> Any:
         return inherit_data(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
-    def _layers_that_learn_stand_apart(self) -> "RunConfig":
+    def _cut_at_trained_layers(self) -> "RunConfig":
         adapter = widest_adapter(resolve_adapters(self)) if self.adapters and self.adapter else self.adapter
-        found = () if self.mesh.pipe != 1 else segment_starts(self.model, adapter)  # a pipeline cuts elsewhere
-        if found != self.model._cuts:
+        cuts = () if self.mesh.pipe != 1 else segment_starts(self.model, adapter)  # a pipeline has its own cuts
+        if cuts != self.model._cuts:
             model = self.model.model_copy()
-            model._cuts = found
+            model._cuts = cuts
             object.__setattr__(self, "model", model)
         return self
 
@@ -63,60 +63,63 @@ class RunConfig(RunFields):
         if self.optimizer.warmup_steps > self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps: {self.optimizer.warmup_steps} exceeds steps ({self.steps}); "
-                f"lower it too, e.g. optimizer.warmup_steps={self.steps // 10}"
+                f"lower it, e.g. optimizer.warmup_steps={self.steps // 10}"
             )
         if self.model.position_encoding == "learned" and self.model.max_positions < self.data.sequence_length:
             raise ValueError(
                 f"model.max_positions: {self.model.max_positions} is below data.sequence_length "
-                f"({self.data.sequence_length}); learned positions need one row a token"
+                f"({self.data.sequence_length}), but learned positions need one row per token; raise it"
             )
         if self.model.attention == "cudnn" and self.mesh.platform == "cpu":
-            raise ValueError("model.attention: cudnn needs a GPU and mesh.platform is cpu; use auto or blockwise")
+            raise ValueError("model.attention: cudnn needs a GPU, but mesh.platform is cpu; use auto or blockwise")
         check_adapters(self)
         check_recipe(self.recipe, self.all_data)
         check_teacher(self.recipe, self.model, self.data)
         if self.adapter is not None and (self.adapter.layers or 0) > self.model.layers:
-            raise ValueError(f"adapter.layers: {self.adapter.layers} exceeds model.layers ({self.model.layers})")
+            raise ValueError(
+                f"adapter.layers: {self.adapter.layers} exceeds model.layers ({self.model.layers}); lower it"
+            )
         if self.adapter is not None:
             check_oft_blocks(self.adapter, self.model)
             check_prefix(self.adapter, self.model, tokens=self.data.sequence_length)
             if self.adapter.method == "tokens" and self.pipeline.vocab_parallel:
                 raise ValueError(
-                    f"pipeline.vocab_parallel: {self.pipeline.vocab_parallel} cuts the table that adapter.method "
-                    "tokens puts rows into; set it to 0"
+                    f"pipeline.vocab_parallel: {self.pipeline.vocab_parallel} shards the table whose rows "
+                    "adapter.method tokens replaces; set it to 0"
                 )
             check_element_search(self.adapter, steps=self.steps, average=self.optimizer.ema, spike=self.logging.spike)
             if self.adapter.method in PER_EXAMPLE_METHODS and self.recipe.name == "kto":
                 raise ValueError(
-                    f"recipe.name: kto measures an answer by the others of its row, and adapter.method "
-                    f"{self.adapter.method} looks at each alone; use lottery, or dpo"
+                    f"recipe.name: kto compares an answer with the others of its row, but adapter.method "
+                    f"{self.adapter.method} needs each example alone; use adapter.method lottery, or recipe.name dpo"
                 )
             check_budget(self.adapter, steps=self.steps, average=self.optimizer.ema)
             if self.outer is not None and self.adapter.method in (*SPARSE_METHODS, "adalora"):
                 raise ValueError(
-                    f"adapter.method: {self.adapter.method} chooses what learns while it trains, and replicas would "
-                    "choose differently; use lora, or set outer to null"
+                    f"adapter.method: {self.adapter.method} selects weights during training, and replicas would select "
+                    "different ones; use lora, or set outer to null"
                 )
             if self.adapter.method == "adalora" and self.pipeline.post_validation:
                 raise ValueError(
-                    "pipeline.post_validation: true, but adapter.method adalora adds to the gradient behind the norm "
-                    "that validates it; set it to false"
+                    "pipeline.post_validation: true, but adapter.method adalora changes the gradient after its norm "
+                    "was validated; set it to false"
                 )
         check_quantization(self.quantization, self.adapter, self.model, recipe=self.recipe.name)
         check_trained_codes(self.quantization, average=self.optimizer.ema, replicated=self.outer is not None)
         if self.evaluation.answers and any(
-            one.format == "text" and one.prompt is None for one in self.all_data.sources
+            source.format == "text" and source.prompt is None for source in self.all_data.sources
         ):
             raise ValueError(
-                f"evaluation.answers: {self.evaluation.answers}, but texts without data.prompt ask nothing; set it to 0"
+                f"evaluation.answers: {self.evaluation.answers}, but texts without data.prompt have no questions; set "
+                "it to 0"
             )
         if self.recipe.name == "reward" and (self.evaluation.answers or self.evaluation.prompts):
             raise ValueError(
-                "evaluation.answers, evaluation.prompts: recipe.name reward learns to score and not to write; set them "
-                "to 0 and []"
+                "evaluation.answers, evaluation.prompts: recipe.name reward trains a model that scores and cannot "
+                "generate; set them to 0 and []"
             )
         if self.evaluation.answers and not self.data.held_out:
-            raise ValueError(f"evaluation.answers: {self.evaluation.answers} of none, data.held_out is 0; raise it")
+            raise ValueError(f"evaluation.answers: {self.evaluation.answers}, but data.held_out is 0; raise that")
         check_replicas(
             self.outer,
             replicas=self.mesh.replica if self.islands is None else self.islands.count,
@@ -132,6 +135,7 @@ class RunConfig(RunFields):
                 global_batch=self.data.global_batch,
             )
         if (count := self.mesh.device_count) is not None:
-            check_mesh_fit(self, own := self.mesh.resolve_sizes(count))
-            check_elastic_meshes(self, own, check_mesh_fit)
+            axes = self.mesh.resolve_sizes(count)
+            check_mesh_fit(self, axes)
+            check_elastic_meshes(self, axes, check_mesh_fit)
         return self

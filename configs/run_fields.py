@@ -24,11 +24,11 @@ class RunFields(Section):
     name: str = "run"
     """Directory under runs/."""
     seed: int = Field(0, ge=0)
-    """Of initialization, order, dropout."""
+    """Seed of initialization, data order and dropout."""
     steps: int = Field(100, ge=1)
-    """Optimizer updates."""
+    """Number of optimizer updates."""
     microbatches: int = Field(1, ge=1)
-    """Parts the global batch is computed in, one after another; the result does not depend on it."""
+    """Number of parts in which the global batch is computed, one after another; the result does not depend on it."""
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     pipeline: PipelineConfig = PipelineConfig()
@@ -37,18 +37,18 @@ class RunFields(Section):
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     adapter: AdapterConfig | None = None
-    """Train a few weights instead of all; null: all."""
+    """Train an adapter or a part of the weights; null: all weights."""
     adapters: dict[str, NamedAdapterConfig] = {}
-    """Several adapters by name, trained in one step on one base, each on rows of its own; {}: one, or none."""
+    """Name -> one of several adapters, trained together on one base model, each on its own rows; {}: one, or none."""
     quantization: QuantizationConfig | None = None
-    """Keep the weights that are not trained in few bits; null: as `precision.parameters` says."""
+    """Quantize the frozen weights; null: store them as `precision.parameters`."""
     outer: OuterConfig | None = None
-    """How the replicas of `mesh.replica`, or the islands, meet; null: there is one."""
+    """How the replicas of `mesh.replica`, or the islands, synchronize; null: there is one."""
     islands: IslandsConfig | None = None
-    """Replicas that are jobs of their own and meet over a network, instead of `mesh.replica`; null: none."""
+    """Replicas that are jobs of their own and synchronize over a network, in place of `mesh.replica`; null: none."""
     recipe: RecipeConfig = RecipeConfig()
     privacy: PrivacyConfig | None = None
-    """Bound what the weights may tell of any one row; null: nothing is promised."""
+    """Differential privacy for each row of the data; null: none."""
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -1,4 +1,4 @@
-"""Attention on the mesh: which implementation, how it is spread over devices, and in which order the tokens stand."""
+"""Attention on the mesh: its implementation, its sharding over devices, and the order of the tokens."""
 
 from collections.abc import Callable
 
@@ -9,15 +9,15 @@ from jax.sharding import Mesh
 from ..models.attention.interface import Mask, TokenIndices, attend
 from ..models.attention.registry import choose
 from .sequence.attend import sequence_parallel
-from .sequence.token_order import ORDER_OF
+from .sequence.token_order import STRATEGY_ORDERS
 
 
 def sharded_attention(name: str, *, mesh: Mesh, strategy: str) -> Callable[..., jax.Array]:
     """`attend(q, k, v, mask, indices)` over global arrays [batch, sequence, heads, head_dim] for `model.attention:
     name`.
 
-    `strategy` is `sequence.parallel`, for a mesh whose `seq` is above 1. The result equals the implementation's on one
-    device. Raises UserError where the implementation or the strategy refuses the combination.
+    `strategy` is `sequence.parallel`, used if the mesh's `seq` is above 1. The result equals that of one device. Raises
+    UserError if the implementation or the strategy refuses the combination.
     """
     platform = mesh.devices.flat[0].platform
 
@@ -31,7 +31,7 @@ def sharded_attention(name: str, *, mesh: Mesh, strategy: str) -> Callable[..., 
 
 
 def token_order(tokens: int, *, mesh: Mesh, strategy: str) -> np.ndarray | None:
-    """Which token stands at each place of a row on `mesh`, int32 [tokens]; None: in order."""
+    """The token at each position of a row on `mesh`, int32 [tokens]; None: plain order."""
     ranks = mesh.shape["seq"]
-    order = ORDER_OF[strategy](tokens, ranks=ranks) if ranks > 1 else None
+    order = STRATEGY_ORDERS[strategy](tokens, ranks=ranks) if ranks > 1 else None
     return None if order is None or (order == np.arange(tokens)).all() else order

@@ -9,18 +9,18 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint holds and a step maps to the next one."""
+    """Everything that a step changes and a checkpoint holds."""
 
-    step: jax.Array  # int32 scalar: updates done
+    step: jax.Array  # int32 scalar: number of updates done
     params: Any  # trained weights, nested dicts
-    frozen: Any  # all other weights the forward pass reads, nested dicts
+    frozen: Any  # all other weights that the forward pass reads, nested dicts
     opt_state: Any  # optax state, by name of each transform
     outer: Any  # state of the outer optimizer; () without one
-    rng: jax.Array  # uint32 [2]: key data every step's randomness is folded from
+    rng: jax.Array  # uint32 [2]: data of the key that each step's keys are folded from
 
 
 def combine(params: Any, frozen: Any) -> Any:
-    """One parameter tree out of the trained and the frozen part."""
+    """One parameter tree from the trained and the frozen part. Raises ValueError if a weight is in both."""
     if not isinstance(params, dict) or not isinstance(frozen, dict):
         raise ValueError(
             f"{params if isinstance(frozen, dict) else frozen!r} is in both the trained and the frozen part"

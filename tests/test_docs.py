@@ -16,7 +16,7 @@ from meshwright.configs.errors import UserError
 from meshwright.configs.sections import adapter, data, model, outer, parallel, recipe, training
 from meshwright.memory.policy import PRESETS
 from meshwright.models.attention.registry import IMPLEMENTATIONS
-from meshwright.parallel.outer.wire_formats import WIRES
+from meshwright.parallel.outer.wire_formats import WIRE_FORMATS
 from meshwright.parallel.pipeline.tables.schedules.registry import SCHEDULES
 from meshwright.parallel.sequence.attend import STRATEGIES
 from meshwright.parallel.sharding import ACTIVATION_RULES, WEIGHT_RULES
@@ -103,6 +103,12 @@ def test_every_path_and_test_in_backticks_exists(page):
             assert found, f"{word}: no such path"
             known = re.findall(r"def (\w+)\(", found[0].read_text()) if test else [""]
             assert test in known, f"{word}: no such test"
+
+
+@each_page
+def test_every_name_said_to_be_in_a_file_is_in_it(page):
+    for name, path in re.findall(r"`(\w+)` in\s`([\w/]+\.py)`", PAGES[page]):
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{name}: not in {path}"
 
 
 @each_page
@@ -223,7 +229,7 @@ LISTED = {
     "packers": ("docs/data.md", "`data.packing.method`", PACKERS),
     "adapters": ("docs/finetune/adapters.md", "`adapter.method`", adapter.METHOD_KEYS),
     "outer": ("docs/lowcomm.md", "`outer.name`", outer.RULES),
-    "wires": ("docs/lowcomm.md", "`outer.wire`", WIRES),
+    "wires": ("docs/lowcomm.md", "`outer.wire`", WIRE_FORMATS),
     "optimizers": ("docs/optimizers.md", "`optimizer.name`", optimizers.RULES),
     "schedules": ("docs/pipeline.md", "schedule", SCHEDULES),
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from .core.event_log import Journal
+from .core.event_log import EventLog
 from .report.goodput import compute_goodput, daly
 from .report.run_record import Record, read_record
 
@@ -27,14 +27,14 @@ class CheckpointSchedule:
 
     interval: int | Literal["auto"]
     directory: Path
-    journal: Journal
+    event_log: EventLog
     broadcast: Callable[[int], int]
     next_step: int | None = None  # the step of the next save if `interval` is "auto"
 
     def restart(self, step: int) -> None:
         """Plan the next save, at the start of a session at `step` or after a save of `step`. Collective."""
         if self.interval == "auto":
-            self.next_step = step + self.broadcast(self._best_steps(step) if self.journal.enabled else 0)
+            self.next_step = step + self.broadcast(self._best_steps(step) if self.event_log.enabled else 0)
 
     def is_due(self, step: int) -> bool:
         """Whether to save after `step`."""
@@ -47,7 +47,7 @@ class CheckpointSchedule:
         best = best_interval(read_record(self.directory))
         if best is None:
             return FIRST_SAVE_STEPS
-        self.journal.record("interval", step=step, **best)
+        self.event_log.record("interval", step=step, **best)
         return best["steps"]
 
 

@@ -23,7 +23,7 @@ from ..configs.errors import MeshwrightError
 from ..configs.sections.training import CheckpointConfig
 from ..parallel.multihost import any_process, broadcast_int
 from ..parallel.state import TrainState
-from .core.event_log import Journal, read_events
+from .core.event_log import EventLog, read_events
 from .sdc_check import StateCheck
 from .snapshot_writer import SnapshotWriter
 
@@ -53,7 +53,7 @@ class Checkpointer:
 
     config: CheckpointConfig
     storage: Storage
-    journal: Journal
+    event_log: EventLog
     metadata: Mapping[str, Any]  # written into every checkpoint beside the state
     snapshots: SnapshotWriter | None = None  # None: no snapshots in the host's memory
     report_waiting: Callable[[str], None] = lambda _: None
@@ -81,7 +81,7 @@ class Checkpointer:
         if when == NEVER:
             return
         if self.queued is not None:
-            self.journal.record("save-dropped", step=self.queued.step, reason=f"step {step} is newer")
+            self.event_log.record("save-dropped", step=self.queued.step, reason=f"step {step} is newer")
         self.queued = QueuedSave(copy, step, samples, stall)
         if when == NOW:
             self.write_queued()
@@ -99,7 +99,7 @@ class Checkpointer:
             self.record_result()
             self.record_failure(StorageTimeout(f"step {step} is not saved: the save before it hangs"), step)
         else:
-            self.journal.record("save-skipped", step=step, reason="the save before it is still being written")
+            self.event_log.record("save-skipped", step=step, reason="the save before it is still being written")
         return NEVER
 
     def write_queued(self) -> None:
@@ -114,7 +114,7 @@ class Checkpointer:
         stall = save.stall + time.monotonic() - began
         self.metrics["save_stall_seconds"] = stall
         snapshot_totals = self.snapshots.take_totals() if self.snapshots is not None else {}
-        self.journal.record("save", step=save.step, stall_seconds=stall, **snapshot_totals)
+        self.event_log.record("save", step=save.step, stall_seconds=stall, **snapshot_totals)
 
     def poll(self) -> None:
         """Record a save that has ended, and start the queued one. Does not wait."""
@@ -156,15 +156,15 @@ class Checkpointer:
             for name, value in vars(self.storage.save_stats).items()
         }
         self.metrics |= {f"save_{name}": float(value) for name, value in stats.items()}
-        self.journal.record("commit", step=committed, seconds=time.monotonic() - self.start_times[committed], **stats)
-        if self.journal.enabled:
+        self.event_log.record("commit", step=committed, seconds=time.monotonic() - self.start_times[committed], **stats)
+        if self.event_log.enabled:
             self.apply_retention()
 
     def save_final(self, state: TrainState, step: int, *, samples: int) -> None:
         """Start to save the last state of the session, after the save under way has ended."""
         self.wait()
         if self.queued is not None:
-            self.journal.record("save-dropped", step=self.queued.step, reason=f"step {step} is the last")
+            self.event_log.record("save-dropped", step=self.queued.step, reason=f"step {step} is the last")
             self.queued = None
         self.start_save(state, step, samples=samples)
 
@@ -175,11 +175,11 @@ class Checkpointer:
         `state` is saved instead.
         """
         checkpoints = self.storage.checkpoints
-        for later in checkpoints.steps if self.journal.enabled else ():
+        for later in checkpoints.steps if self.event_log.enabled else ():
             if later > step:
                 place = checkpoints.quarantine(later).relative_to(checkpoints.directory)
                 reason = f"the run went back to {step}, where the others are"
-                self.journal.record("quarantine", step=later, level="storage", reason=reason, place=str(place))
+                self.event_log.record("quarantine", step=later, level="storage", reason=reason, place=str(place))
         if self.snapshots is not None:
             self.snapshots.delete_after(step)
         if broadcast_int(int(step not in checkpoints.steps)):
@@ -205,7 +205,7 @@ class Checkpointer:
         """Record a failed save; raise `error` if `config.on_failure` is "stop"."""
         self.failure, self.failed_step = error, -1 if step is None else step
         logger.warning("%s", error)
-        self.journal.record("save-failed", step=step, message=str(error)[:500])
+        self.event_log.record("save-failed", step=step, message=str(error)[:500])
         if self.config.on_failure == "stop":
             raise error
 
@@ -216,7 +216,7 @@ class Checkpointer:
             keep_newest=self.config.keep,
             keep_every=self.config.keep_every,
             keep_best=self.config.keep_best,
-            scores=held_out_losses(self.journal) if self.config.keep_best else None,
+            scores=held_out_losses(self.event_log) if self.config.keep_best else None,
         )
         try:
             self.storage.delete_except(kept)
@@ -224,10 +224,10 @@ class Checkpointer:
             logger.warning("old checkpoints cannot be deleted: %s", error)
 
 
-def held_out_losses(journal: Journal) -> dict[int, float]:
+def held_out_losses(event_log: EventLog) -> dict[int, float]:
     """Return step -> held-out loss, over all sessions of the run."""
     return {
         event["step"]: float(event["held_out_loss"])
-        for event in read_events(journal.path.parent)
+        for event in read_events(event_log.path.parent)
         if event.get("event") == "evaluation" and "held_out_loss" in event
     }

@@ -20,7 +20,7 @@ from ..checkpoint.storage import Storage, flatten_paths, saved_tree
 from ..configs.errors import MeshwrightError
 from ..parallel.multihost import all_gather_int, broadcast_int
 from ..parallel.state import TrainState
-from .core.event_log import Journal, read_events
+from .core.event_log import EventLog, read_events
 from .engine.program import Program
 from .engine.quantized_base import restore_frozen
 
@@ -28,7 +28,7 @@ MAX_OFFERED_STEPS = 8  # restorable snapshots that a process reports at most; th
 
 
 def restore_latest(
-    program: Program, storage: Storage, memory: MemoryStore | None, journal: Journal, *, corpus: str
+    program: Program, storage: Storage, memory: MemoryStore | None, event_log: EventLog, *, corpus: str
 ) -> tuple[TrainState, int]:
     """Return the newest state that every process can restore, and its step, after recording the restore. Collective.
 
@@ -40,12 +40,12 @@ def restore_latest(
     startup = {"startup_seconds": time.time() - psutil.Process().create_time()}
     began = time.monotonic()
     if jax.process_index() == 0:
-        checkpoints.recover_interrupted(lambda step, why: journal.record("quarantine", step=step, reason=why))
-        if memory is not None and not read_events(journal.path.parent):
+        checkpoints.recover_interrupted(lambda step, why: event_log.record("quarantine", step=step, reason=why))
+        if memory is not None and not read_events(event_log.path.parent):
             memory.clear()  # it holds snapshots of an earlier run of this name
     recovery = memory.recovery if memory is not None else None
     for damage in recovery.damaged if recovery is not None else ():
-        journal.record("quarantine", level="memory", reason=damage)
+        event_log.record("quarantine", level="memory", reason=damage)
     reason, damaged_snapshots = "the newest there is", set[int]()
     while True:
         step, level = newest_restorable(checkpoints, memory, arrays, excluded=damaged_snapshots)
@@ -70,10 +70,10 @@ def restore_latest(
             if recovery is not None:
                 level, reason = reported_level(recovery, step, level, reason)
                 seconds["rebuild_seconds"] = recovery.seconds
-            journal.record("restore", step=step, level=level, reason=reason, **seconds)
+            event_log.record("restore", step=step, level=level, reason=reason, **seconds)
             return restore_frozen(program, state, checkpoints.directory.parent, origin=metadata.get("origin")), step
         reason = damage or f"process {damaged_processes[0]} found it damaged"
-        quarantine_damaged(step, level, checkpoints, journal, reason=reason)
+        quarantine_damaged(step, level, checkpoints, event_log, reason=reason)
         if level == "memory":
             damaged_snapshots.add(step)
         reason = f"{step} in {level} is damaged"
@@ -82,7 +82,7 @@ def restore_latest(
             f"every checkpoint in {checkpoints.directory} is damaged and was moved to {QUARANTINE}/ (events.jsonl says "
             f"why); bring a good copy back, delete {QUARANTINE}/ to start from step 0, or train under another name"
         )
-    journal.record("start", step=0, **startup)
+    event_log.record("start", step=0, **startup)
     return program.initialize(), 0
 
 
@@ -96,13 +96,13 @@ def reported_level(recovery: Recovery, step: int, level: str, reason: str) -> tu
 
 
 def quarantine_damaged(
-    step: int, level: str, checkpoints: CheckpointDirectory, journal: Journal, *, reason: str
+    step: int, level: str, checkpoints: CheckpointDirectory, event_log: EventLog, *, reason: str
 ) -> None:
     """Move a damaged checkpoint away, and record it. A damaged snapshot stays until it is overwritten."""
     if jax.process_index() != 0:
         return
     place = checkpoints.quarantine(step).relative_to(checkpoints.directory) if level == "storage" else None
-    journal.record("quarantine", step=step, level=level, reason=reason, place=str(place))
+    event_log.record("quarantine", step=step, level=level, reason=reason, place=str(place))
 
 
 def newest_restorable(

@@ -27,7 +27,7 @@ from ..parallel.mesh import make_mesh
 from ..parallel.multihost import barrier, broadcast_int
 from .checkpoint_schedule import CheckpointSchedule
 from .checkpointer import Checkpointer
-from .core.event_log import Journal
+from .core.event_log import EventLog
 from .core.fence import Fence, Fenced
 from .core.heartbeat import ProgressReporter
 from .core.process_env import ProcessInfo
@@ -90,7 +90,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
     fence = Fence(directory, process_info.epoch)
     if process_info.is_first:
         fence.claim()
-    journal = Journal(directory, enabled=process_info.is_first, check_allowed=fence.check)
+    event_log = EventLog(directory, enabled=process_info.is_first, check_allowed=fence.check)
     checkpoint, corpus = program.config.checkpoint, data.fingerprint
     with ExitStack() as stack:
         progress = stack.enter_context(closing(ProgressReporter(process_info, fence)))
@@ -99,7 +99,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
         )
         stack.enter_context(closing(storage))
         stop = stack.enter_context(StopRequest())
-        stack.enter_context(log_failures(journal))
+        stack.enter_context(log_failures(event_log))
 
         memory = None
         if checkpoint.memory_every:
@@ -107,7 +107,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
                 directory, layout=program.layout.name, host=process_info.host or 0, launch_slot=process_info.slot
             )
         barrier(seconds=config.elastic.start_timeout)
-        state, start = restore_latest(program, storage, memory, journal, corpus=corpus)
+        state, start = restore_latest(program, storage, memory, event_log, corpus=corpus)
         check_steps_reached(config.steps, start, directory)
         if start == 0:
             save_base(program, state, directory, check_allowed=fence.check)
@@ -119,13 +119,13 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
         data = data_from(start)
         snapshots = None
         if memory is not None:
-            snapshots = SnapshotWriter(checkpoint, memory, journal, fence.check)
+            snapshots = SnapshotWriter(checkpoint, memory, event_log, fence.check)
             stack.callback(snapshots.close)
             snapshots.reserve(state)
         checkpointer = Checkpointer(
             checkpoint,
             storage,
-            journal,
+            event_log,
             metadata={"corpus": corpus, "origin": program.origin},
             snapshots=snapshots,
             report_waiting=progress.report_waiting,
@@ -137,7 +137,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
                 join_islands(
                     config,
                     program,
-                    journal,
+                    event_log,
                     corpus=corpus,
                     report_waiting=progress.report_waiting,
                     should_stop=stop.requested,
@@ -152,12 +152,12 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
         evaluator = None
         if data.held_out:
             evaluator = Evaluator(program, data, program.compiled_evaluation(), score_functions)
-        journal.record("compile", seconds=time.monotonic() - began)
+        event_log.record("compile", seconds=time.monotonic() - began)
         barrier(seconds=config.elastic.start_timeout)
         plan = compile_plan.make_plan(program, train_step)
         if process_info.is_first:
             write_description(program, data, plan, directory)
-        with MetricsLogger(program.config, directory, journal, start=start) as metrics_logger:
+        with MetricsLogger(program.config, directory, event_log, start=start) as metrics_logger:
             metrics_logger.note(compile_plan.render(plan))
             loop = Loop(
                 program=program,
@@ -170,7 +170,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
                 island_sync=island_sync,
                 evaluator=evaluator,
                 checkpointer=checkpointer,
-                checkpoint_schedule=CheckpointSchedule(checkpoint.every, directory, journal, broadcast_int),
+                checkpoint_schedule=CheckpointSchedule(checkpoint.every, directory, event_log, broadcast_int),
                 sample_log=open_sample_log(directory, process_info, fence, enabled=config.logging.ledger),
                 stop_request=stop,
                 progress=progress,
@@ -185,7 +185,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
             measured = profile_ops(program, state, data)
             if process_info.is_first:
                 write_json(directory / "pipeline.json", measured)
-        journal.record("finish", step=config.steps, **metrics_logger.latest)
+        event_log.record("finish", step=config.steps, **metrics_logger.latest)
     if process_info.is_first:
         write_report(directory)
     return Summary(directory, config.steps, metrics_logger.latest, metrics_logger.initial)
@@ -254,7 +254,7 @@ def open_sample_log(directory: Path, process_info: ProcessInfo, fence: Fence, *,
 
 
 @contextmanager
-def log_failures(journal: Journal) -> Iterator[None]:
+def log_failures(event_log: EventLog) -> Iterator[None]:
     """Record a failure inside the block in the event log. Being stopped from outside is no failure."""
     try:
         yield
@@ -262,7 +262,7 @@ def log_failures(journal: Journal) -> Iterator[None]:
         raise
     except BaseException as error:
         with suppress(UserError):  # a full disk must not hide the failure itself
-            journal.record("failure", error=type(error).__name__, message=str(error)[:500])
+            event_log.record("failure", error=type(error).__name__, message=str(error)[:500])
         raise
 
 

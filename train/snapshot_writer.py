@@ -17,7 +17,7 @@ from ..checkpoint.memory_store import MemoryStore
 from ..configs.sections.training import CheckpointConfig
 from ..parallel.multihost import all_gather_int
 from ..parallel.state import TrainState
-from .core.event_log import Journal
+from .core.event_log import EventLog
 
 PROTECTION_TIMEOUT = 60.0  # seconds to wait until snapshot agents have protected a snapshot; then training goes on
 WRITE_FAILED = -2  # gathered in place of a step from a process that could not write
@@ -34,10 +34,10 @@ class SnapshotWriter:
         self,
         config: CheckpointConfig,
         memory: MemoryStore,
-        journal: Journal,
+        event_log: EventLog,
         check_allowed: Callable[[], None] = lambda: None,
     ) -> None:
-        self._config, self._memory, self._journal, self._check_allowed = config, memory, journal, check_allowed
+        self._config, self._memory, self._event_log, self._check_allowed = config, memory, event_log, check_allowed
         self._worker = ThreadPoolExecutor(1, "snapshot")
         self._jobs: list[tuple[int, Future]] = []  # (step, write): running and queued
         self._started_step = self._written_step = -1
@@ -76,7 +76,7 @@ class SnapshotWriter:
         self._keep_step = min(safe_steps)
         if self._config.when_busy == "skip" and self._keep_step < self._started_step:
             reason = f"step {self._started_step} is not safe yet"
-            self._journal.record("save-skipped", step=step, level="memory", reason=reason)
+            self._event_log.record("save-skipped", step=step, level="memory", reason=reason)
             return False
         self._waited = time.monotonic() - began
         return True
@@ -97,7 +97,7 @@ class SnapshotWriter:
         elif self._unprotected_step is None:
             self._unprotected_step = step
             reason = f"no parity of step {step} after {PROTECTION_TIMEOUT:.0f} s; step {self.safe_step} stays protected"
-            self._journal.record("unprotected", step=step, reason=reason)
+            self._event_log.record("unprotected", step=step, reason=reason)
 
     def start_snapshot(self, copy: TrainState, step: int, *, data: Mapping[str, Any], stall: float) -> None:
         """Write `copy` to a slot in the background. `stall`: seconds that training waited for the copy."""
@@ -105,7 +105,7 @@ class SnapshotWriter:
         for number, (queued_step, job) in enumerate(self._jobs):
             if queued_step >= 0 and job.cancel():
                 del self._jobs[number]
-                self._journal.record("save-dropped", step=queued_step, level="memory", reason=f"step {step} is newer")
+                self._event_log.record("save-dropped", step=queued_step, level="memory", reason=f"step {step} is newer")
         self._started_step = step
         self._stalls.append(stall + self._waited)
         self._metrics["snapshot_stall_seconds"] = stall + self._waited
@@ -151,7 +151,7 @@ class SnapshotWriter:
         return totals
 
     def _record_failure(self, reason: str) -> None:
-        self._journal.record("save-failed", step=self._started_step, level="memory", message=reason[:500])
+        self._event_log.record("save-failed", step=self._started_step, level="memory", message=reason[:500])
 
     def delete_after(self, step: int) -> None:
         """Wait for the writes under way, and delete the snapshots of later steps than `step`."""

@@ -1,8 +1,8 @@
-"""The meshes a run may go on with when hosts are lost, and what each makes of the configuration.
+"""The meshes that a run may continue on when hosts are lost, and the configuration on each of them.
 
-The global batch, its order and its randomness are the run's, whatever mesh computes it. What another mesh changes is
-how many devices share the rows; the number of microbatches follows, so that a device computes no more rows at once than
-before. Under `elastic.deterministic` a microbatch is one device's on every mesh, and their number is part of the run.
+The global batch, its order and its randomness are the same on every mesh. Another mesh changes how many devices share
+the rows; the number of microbatches follows, so that a device computes no more rows at once than before. Under
+`elastic.deterministic` one device computes a microbatch on every mesh, and their number does not change.
 """
 
 import math
@@ -16,7 +16,7 @@ Run = TypeVar("Run", bound=RunFields)
 
 
 def with_mesh_axes(config: Run, axes: Axes, *, current_axes: Axes) -> Run:
-    """`config` on a mesh of `axes` in place of its `own`, unchecked."""
+    """`config` with mesh `axes` in place of `current_axes`; not validated."""
     mesh = config.mesh.model_copy(update={**axes, "devices": math.prod(axes.values())})
     count = config.microbatches
     if not config.elastic.deterministic:
@@ -25,20 +25,20 @@ def with_mesh_axes(config: Run, axes: Axes, *, current_axes: Axes) -> Run:
 
 
 def row_devices(axes: Axes) -> int:
-    """Devices that share the rows of a replica's microbatch."""
+    """How many devices share the rows of a replica's microbatch."""
     return axes["data"] * axes["fsdp"]
 
 
 def check_elastic_meshes(config: RunFields, current_axes: Axes, check: Callable[[RunFields, Axes], None]) -> None:
-    """Raise ValueError where an entry of `elastic.meshes` cannot go on with the run; `check` is that of any mesh.
+    """Raise ValueError where the run cannot continue on an entry of `elastic.meshes`; `check` checks any mesh.
 
-    An entry with an axis of -1 is left to the launcher, which knows how many devices there are.
+    The launcher checks entries with an axis of -1, because it knows the number of devices.
     """
     for number, entry in enumerate(config.elastic.meshes):
         if entry.replica != current_axes["replica"]:
             raise ValueError(
-                f"elastic.meshes.{number}: replica {entry.replica} would be another run than mesh.replica "
-                f"({current_axes['replica']}): each replica trains by itself; write the same number"
+                f"elastic.meshes.{number}.replica: {entry.replica} differs from mesh.replica "
+                f"({current_axes['replica']}), and each replica trains by itself; write the same number"
             )
         if entry.device_product is None:
             continue
@@ -50,28 +50,28 @@ def check_elastic_meshes(config: RunFields, current_axes: Axes, check: Callable[
 
 
 def check_deterministic(config: RunFields, axes: Axes) -> None:
-    """Raise ValueError where `elastic.deterministic` cannot keep its promise on a mesh of `axes`."""
+    """Raise ValueError where gradients cannot be added in one order on a mesh of `axes`."""
     if others := [f"mesh.{axis}: {size}" for axis, size in axes.items() if axis != "data" and size > 1]:
         raise ValueError(
-            f"{', '.join(others)}: elastic.deterministic adds gradients in one order where `data` is the only axis "
-            "above 1; set it to false (meshes then agree to rounding), or use data alone"
+            f"{', '.join(others)}: elastic.deterministic allows sizes above 1 for mesh.data only; use mesh.data, or "
+            "set elastic.deterministic to false (meshes then agree up to rounding)"
         )
     if config.recipe.compares_distributions:
         raise ValueError(
             f"recipe.name: {config.recipe.name} is not computed in a fixed order; set elastic.deterministic to false"
         )
     count, data = config.microbatches, axes["data"]
-    own = count // data
-    if count % data or (data > 1 and own & (own - 1)):
+    per_device = count // data
+    if count % data or (data > 1 and per_device & (per_device - 1)):
         fitting = [str(data * 2**power) for power in range(3)]
         raise ValueError(
-            f"microbatches: {count} cannot be added in one order by mesh.data ({data}) devices: under "
-            f"elastic.deterministic each computes a power of two of them; use {', '.join(fitting)}, ..."
+            f"microbatches: {count} on mesh.data ({data}) devices, each of which computes a power of two of them under "
+            f"elastic.deterministic; use {', '.join(fitting)}, ..."
         )
     islands = 1 if config.islands is None else config.islands.count
     if config.data.global_batch // islands % count:
         raise ValueError(
             f"data.global_batch: {config.data.global_batch} is not divisible by microbatches ({count})"
-            f"{f' on each of {islands} islands' if islands > 1 else ''}; under "
-            "elastic.deterministic each is computed by one device, all of one shape"
+            f"{f' on each of {islands} islands' if islands > 1 else ''}, and elastic.deterministic needs microbatches "
+            "of one shape; use a multiple"
         )

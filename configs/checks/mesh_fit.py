@@ -1,4 +1,4 @@
-"""Whether models, batch and sequence divide over the axes of a mesh."""
+"""Whether models, batch and sequence can be sharded over the axes of a mesh."""
 
 import math
 
@@ -12,7 +12,7 @@ from .privacy import check_privacy
 
 
 def check_mesh_fit(config: RunFields, axes: dict[str, int]) -> None:
-    """Raise ValueError where the models or the batch cannot be divided over mesh `axes` (axis -> size)."""
+    """Raise ValueError where the run cannot be sharded over mesh `axes` (axis -> size)."""
     method = None if config.adapter is None else config.adapter.method
     needs = (
         ("seq", PREFIX_METHODS, "whole rows"),
@@ -27,7 +27,7 @@ def check_mesh_fit(config: RunFields, axes: dict[str, int]) -> None:
     for axis in ("pipe", "replica"):
         if config.adapters and axes[axis] > 1:
             raise ValueError(
-                f"mesh.{axis}: {axes[axis]} beside several adapters ({', '.join(config.adapters)}); set it to 1, and "
+                f"mesh.{axis}: {axes[axis]} with several adapters ({', '.join(config.adapters)}); set it to 1, and "
                 "use data, fsdp, seq or tensor"
             )
     model, data = config.model, config.data
@@ -52,25 +52,25 @@ def check_mesh_fit(config: RunFields, axes: dict[str, int]) -> None:
     check_sequence(config, axes)
     check_pipeline(config, axes)
     if seq > 1 and config.sequence.parallel == "ulysses":
-        for key, one in (("model", model), ("recipe.teacher", config.recipe.teacher or model)):
-            kv_heads = max(one.key_value_heads // tensor, 1)
+        for key, section in (("model", model), ("recipe.teacher", config.recipe.teacher or model)):
+            kv_heads = max(section.key_value_heads // tensor, 1)
             if kv_heads % seq:
                 raise ValueError(
-                    f"sequence.parallel: ulysses splits {kv_heads} key-value heads ({key}.kv_heads / mesh.tensor) over "
+                    f"sequence.parallel: ulysses shards {kv_heads} key-value heads ({key}.kv_heads / mesh.tensor) over "
                     f"mesh.seq ({seq}), which does not divide them; use all-gather or ring"
                 )
 
 
 def check_model_fits(model: ModelConfig, axes: dict[str, int], *, key: str) -> None:
-    """Raise ValueError where the model in section `key` cannot be divided over mesh `axes` (axis -> size)."""
+    """Raise ValueError where the model in section `key` cannot be sharded over mesh `axes` (axis -> size)."""
     tensor = axes["tensor"]
     for name, size in (("heads", model.heads), ("mlp", model.mlp), ("vocab_multiple", model.vocab_multiple)):
         if size % tensor:
             raise ValueError(f"{key}.{name}: {size} is not divisible by mesh.tensor ({tensor}); change one of them")
     if model.key_value_heads % tensor and tensor % model.key_value_heads:
         raise ValueError(
-            f"{key}.kv_heads: {model.key_value_heads} and mesh.tensor ({tensor}): one must divide the other "
-            "(fewer key-value heads than devices are repeated)"
+            f"{key}.kv_heads: {model.key_value_heads} and mesh.tensor ({tensor}): one must divide the other; change "
+            "one of them (with fewer key-value heads than devices, heads are replicated)"
         )
     if model.embed % axes["fsdp"]:
         raise ValueError(
@@ -79,9 +79,11 @@ def check_model_fits(model: ModelConfig, axes: dict[str, int], *, key: str) -> N
 
 
 def check_sequence(config: RunFields, axes: dict[str, int]) -> None:
-    """Raise ValueError where `data.sequence_length` cannot be cut as the axes and the loss want it."""
+    """Raise ValueError where `data.sequence_length` cannot be divided by mesh axes or loss chunks."""
     length, tensor, seq = config.data.sequence_length, axes["tensor"], axes["seq"]
-    chunks = 2 * seq if seq > 1 and config.sequence.parallel != "ulysses" else seq  # zigzag deals two chunks a device
+    chunks = (
+        2 * seq if seq > 1 and config.sequence.parallel != "ulysses" else seq
+    )  # in zigzag order a device has two chunks
     if length % chunks:
         raise ValueError(
             f"data.sequence_length: {length} is not divisible by {chunks} (mesh.seq {seq} in zigzag order); "
@@ -94,5 +96,6 @@ def check_sequence(config: RunFields, axes: dict[str, int]) -> None:
         )
     if length % (seq * config.memory.loss_chunks):
         raise ValueError(
-            f"memory.loss_chunks: {config.memory.loss_chunks} does not divide the {length // seq} tokens of a shard"
+            f"memory.loss_chunks: {config.memory.loss_chunks} does not divide the {length // seq} tokens of a shard; "
+            "use a divisor"
         )

@@ -1,4 +1,4 @@
-"""Adapters: what is trained instead of the whole model."""
+"""The section adapter: which weights are trained in place of the whole model."""
 
 from typing import Any, Literal
 
@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from .base import Section
 
 # Method -> the keys it reads beside `method`.
-TARGET_KEYS = {"targets", "layers"}  # of those that need not be everywhere
+TARGET_KEYS = {"targets", "layers"}  # of methods that may adapt a part of the model
 LORA_KEYS = TARGET_KEYS | {
     "rank",
     "alpha",
@@ -41,78 +41,80 @@ METHOD_KEYS: dict[str, set[str]] = {
     "fishmask": TARGET_KEYS | {"density", "scouting"},
     "lottery": TARGET_KEYS | {"density", "scouting"},
 }
-SPARSE_METHODS = ("fishmask", "lottery")  # choose among the elements of weights
-PER_EXAMPLE_METHODS = ("fishmask",)  # of these: by the gradients of single examples
-PREFIX_METHODS = ("prefix", "prompt", "p-tuning", "mam", "unipelt")  # put keys in front of every document
-NEEDS_ALL_LAYERS = ("prompt", "p-tuning")  # need all layers at hand
+SPARSE_METHODS = ("fishmask", "lottery")  # train single elements of weights
+PER_EXAMPLE_METHODS = ("fishmask",)  # need the gradient of each example
+PREFIX_METHODS = ("prefix", "prompt", "p-tuning", "mam", "unipelt")  # prepend keys to every document
+NEEDS_ALL_LAYERS = ("prompt", "p-tuning")  # need all layers on one device
 
 
 class BudgetConfig(Section):
-    """How ranks are shared out among maps while they are trained (adalora)."""
+    """How training distributes ranks over the linear maps (adalora)."""
 
     rank: int = Field(8, ge=1)
-    """Of a map in the end, on the average over all maps; adapter.rank is the first."""
+    """Mean rank of the maps at the end; they start with adapter.rank."""
     after: int = Field(0, ge=0)
-    """Updates before the first map loses a rank."""
+    """Updates before the first rank is pruned."""
     every: int = Field(1, ge=1)
-    """Updates from one decision to the next."""
+    """Updates between two decisions."""
     settled: int = Field(0, ge=0)
-    """Updates at the end of the run in which every map keeps what it has."""
+    """Updates at the end of the run during which ranks are fixed."""
     orthogonality: float = Field(0.5, ge=0)
     """Weight of the penalty that keeps the factors orthogonal."""
 
 
 class AdapterConfig(Section):
-    """Train a few added or chosen weights and leave the rest of the model as it is."""
+    """Train a few added or selected weights and freeze the rest of the model."""
 
     method: Literal[tuple(METHOD_KEYS)] = "lora"  # type: ignore[valid-type]
     """lora (arXiv:2106.09685), dora (2402.09353), adalora (2303.10512), vera (2310.11454), ia3 (2205.05638), oft
-    (2306.07280), shira (2406.13175) add to linear maps; prefix (2101.00190), prompt (2104.08691), p-tuning (2103.10385)
-    stand in front of documents; tokens replaces rows of the embedding; serial (1902.00751) and parallel (2110.04366)
-    are perceptrons behind or beside a block's parts, mam (2110.04366) is prefix and parallel, unipelt (2110.07577) lora
-    of q and v, prefix and serial of the MLP behind gates; bitfit (2106.10199) trains biases, norms the norms, selective
-    what `targets` matches, and of that fishmask (2111.09839) and lottery (LT-SFT, 2110.07560) single elements."""
+    (2306.07280), shira (2406.13175) adapt linear maps. prefix (2101.00190), prompt (2104.08691), p-tuning (2103.10385)
+    prepend virtual tokens to documents. tokens trains rows of the embedding. serial (1902.00751) and parallel
+    (2110.04366) add perceptrons after or beside attention and MLP; mam (2110.04366) is prefix and parallel; unipelt
+    (2110.07577) is lora of q and v, prefix, and serial of the MLP, each behind a gate. bitfit (2106.10199) trains
+    biases, norms trains norms, selective trains what `targets` matches, and fishmask (2111.09839) and lottery (LT-SFT,
+    2110.07560) train single elements of it."""
     targets: list[str] | None = None
-    """Patterns of module names: q is every layer's, layers/7/attn/* one layer's; selective: of weights. null: every
-    linear map of the blocks (ia3: k, v, down; serial: attn, mlp; parallel: mlp; bitfit, norms: every bias, every norm;
-    selective: every weight)."""
+    """Patterns of module names: q matches every layer, layers/7/attn/* one layer; for selective, patterns of weights.
+    null: every linear map of the blocks (ia3: k, v, down; serial: attn, mlp; parallel: mlp; bitfit, norms: every bias,
+    every norm; selective: every weight)."""
     layers: int | None = Field(None, ge=1)
-    """Only in so many of the last blocks: below them nothing is trained and no backward pass runs; null: in all."""
+    """How many of the last blocks are trained; no backward pass runs below them. null: all."""
     rank: int = Field(16, ge=1)
-    """Width of the added maps (lora, dora, adalora, vera, unipelt) and perceptrons (serial, parallel, mam, unipelt);
-    shira trains as many entries as lora of this rank has."""
+    """Width of added maps (lora, dora, adalora, vera, unipelt) and perceptrons (serial, parallel, mam, unipelt). shira
+    trains as many entries as lora of this rank has."""
     block: int = Field(32, ge=2)
-    """Inputs of a map that turn together (oft); it divides the inputs."""
+    """How many inputs of a map are rotated together (oft); a divisor of the inputs."""
     budget: BudgetConfig = BudgetConfig()
-    """How ranks are shared out (adalora)."""
+    """How ranks are distributed over the maps (adalora)."""
     length: int = Field(20, ge=1)
-    """Virtual tokens, or keys and values, in front of every document (prefix, prompt, p-tuning, mam, unipelt)."""
+    """Virtual tokens before every document (prefix, prompt, p-tuning, mam, unipelt)."""
     tokens: list[int] = []
-    """Numbers of the tokens whose rows of the embedding are trained (tokens)."""
+    """Ids of the tokens whose rows of the embedding are trained (tokens)."""
     density: float = Field(0.005, gt=0, lt=1)
-    """Share of the elements of what `targets` matches that learn (fishmask, lottery)."""
+    """Fraction of the elements of matched weights that is trained (fishmask, lottery)."""
     scouting: int = Field(16, ge=1)
-    """Updates at the beginning that find these elements: fishmask adds up the squared gradients of their examples and
-    moves nothing, lottery trains all of them and goes back."""
+    """Updates at the start that select these elements. fishmask sums the squared gradients of examples and changes no
+    weight; lottery trains all elements and then restores their first values."""
     alpha: float | None = Field(None, gt=0)
-    """The added map, or perceptron, is multiplied by alpha / rank; null: alpha = rank."""
+    """The added map or perceptron is multiplied by alpha / rank; null: alpha = rank."""
     rank_stabilized: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)."""
     ranks: dict[str, int] = {}
-    """Pattern -> rank of the modules it matches, the first match wins; others have `rank`. unipelt: of q, v, mlp."""
+    """Pattern -> rank of matching modules; the first match wins, others have `rank`. unipelt: modules q, v, mlp."""
     alphas: dict[str, float] = {}
-    """Pattern -> alpha of the modules it matches; others have `alpha`."""
+    """Pattern -> alpha of matching modules; the first match wins, others have `alpha`."""
     start: Literal["zero", "pissa", "olora", "loftq"] = "zero"
-    """zero: the added map starts at zero; pissa (arXiv:2404.02948), olora (2406.01775): at the principal part of the
-    weight, which is taken out of it; loftq (2310.08659): at what quantization loses."""
+    """The added map starts at: zero; pissa (arXiv:2404.02948), olora (2406.01775): the principal part of the weight,
+    which is subtracted from it; loftq (2310.08659): the error of quantization."""
     ratio: float = Field(1.0, gt=0)
-    """Learning rate of the second factor over that of the first (LoRA+, arXiv:2402.12354, advises 16)."""
+    """Learning rate of the second factor over that of the first (LoRA+, arXiv:2402.12354, recommends 16)."""
     freeze_a: bool = False
-    """Train the second factor only (LoRA-FA, arXiv:2308.03303)."""
+    """Freeze the first factor and train only the second (LoRA-FA, arXiv:2308.03303)."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability of zeroing an element of what the added map reads, in training."""
+    """Probability of dropping an element of the added map's input, in training."""
     product: Literal["gathered", "ragged"] = "gathered"
-    """Of several adapters: each row times the pair it belongs to, or rows sorted by adapter in `jax.lax.ragged_dot`."""
+    """How rows are multiplied by several adapters. gathered: each row by its adapter's gathered matrices; ragged: rows
+    sorted by adapter, by `jax.lax.ragged_dot`."""
 
     @model_validator(mode="after")
     def _everything_has_an_effect(self) -> "AdapterConfig":
@@ -122,17 +124,17 @@ class AdapterConfig(Section):
                 continue
             readers = [method for method, keys in METHOD_KEYS.items() if name in keys]
             raise ValueError(
-                f"adapter.{name}: {value!r} means nothing to method {self.method}; remove it (adapter.{name}="
+                f"adapter.{name}: {value!r} has no effect on method {self.method}; remove it (adapter.{name}="
                 f"{'null' if field.default is None else field.default} where another file sets it), or set "
                 f"adapter.method to {' or '.join(readers)}"
             )
         if self.targets == [] or (self.method == "selective" and self.targets is None and self.layers is None):
             raise ValueError(
-                f"adapter.targets: {self.targets} leaves nothing to train; name modules, e.g. [q, v], or set "
+                f"adapter.targets: {self.targets} selects nothing to train; name modules, e.g. [q, v], or set "
                 "adapter.layers"
             )
         if self.method == "tokens" and (min(self.tokens, default=-1) < 0 or len(set(self.tokens)) < len(self.tokens)):
-            raise ValueError(f"adapter.tokens: {self.tokens} must name some tokens, each once, e.g. [0, 7]")
+            raise ValueError(f"adapter.tokens: {self.tokens} must list token ids, each once, e.g. [0, 7]")
         if min([self.rank, *self.ranks.values()]) < 1 or min([1.0, *self.alphas.values()]) <= 0:
             raise ValueError(f"adapter.ranks: {self.ranks} must be at least 1, adapter.alphas: {self.alphas} above 0")
         return self

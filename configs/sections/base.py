@@ -1,4 +1,4 @@
-"""What every section of the configuration is: frozen, typed, and closed to keys it does not know."""
+"""The base class of all sections of the configuration: frozen, typed, and without unknown keys."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A frozen group of settings. Each field's docstring is its documentation, in the schema and in errors."""
+    """A frozen group of settings. The docstring of a field documents its key, in the schema and in errors."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), serialize_by_alias=True

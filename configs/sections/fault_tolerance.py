@@ -1,4 +1,4 @@
-"""What the launcher does when a process dies or hangs."""
+"""The section elastic: what the launcher does when a process dies or hangs."""
 
 from pydantic import Field
 
@@ -7,32 +7,32 @@ from .parallel import AxesConfig
 
 
 class ElasticConfig(Section):
-    """Restarts by `meshwright launch`: all processes start again, from the newest whole checkpoint, in a new epoch."""
+    """Restarts by `meshwright launch`: all processes start again from the newest complete checkpoint."""
 
     restarts: int = Field(3, ge=0)
-    """Failures within `window` that are answered by a restart; one more and the launcher gives up. 0: never restart."""
+    """Failures within `window` after which the run restarts; at one more the launcher gives up. 0: never restart."""
     window: float = Field(3600.0, gt=0)
-    """Seconds a failure counts."""
+    """Seconds for which a failure counts."""
     backoff: float = Field(1.0, ge=0)
-    """Seconds before a restart; doubled, up to a minute, for each failure in a row that made no progress."""
+    """Seconds before a restart; doubled, up to 60, after each further failure without progress between."""
     hang_factor: float = Field(20.0, ge=2)
-    """A step that takes this multiple of the median step is a hang."""
+    """A step is a hang when it takes this multiple of the median step."""
     hang_floor: float = Field(120.0, gt=0)
-    """Seconds that are never a hang: an evaluation or a save must fit."""
+    """Seconds below which a step is never a hang; an evaluation or a save must fit."""
     start_timeout: float = Field(1800.0, gt=0)
-    """Seconds from the start of the processes to their first step: data, restore, compilation."""
+    """Seconds from the start of the processes to their first step (data, restore, compilation) before it is a hang."""
     grace: float = Field(30.0, ge=0)
-    """Seconds the processes have to save and stop on request; what is left is killed."""
+    """Seconds that processes have to save and stop on request before they are killed."""
     meshes: list[AxesConfig] = []
-    """Meshes to go on with where hosts are lost for good, in this order, after `mesh` itself: the first that fits what
-    is left. An entry replaces the axes of `mesh`; those it does not name are 1."""
+    """Meshes to continue on after hosts are lost for good: `mesh` itself, then these in order; the first that fits the
+    remaining hosts is used. An entry replaces the axes of `mesh`; axes it does not name are 1. []: only `mesh`."""
     replace: float = Field(60.0, ge=0)
-    """Seconds to wait for a lost host to be replaced before going on with fewer."""
+    """Seconds to wait for the replacement of a lost host before the run continues with fewer."""
     strikes: int = Field(2, ge=0)
-    """Failures of one slot (a host) within `window` after which the run goes on without it, where a mesh of `meshes`
-    can; it is used again when they are older. 0: never."""
+    """Failures of one slot (a host) within `window` after which the run continues without it, if a mesh of `meshes`
+    fits; the slot is used again when the failures are older. 0: never."""
     settle: float = Field(30.0, ge=0)
-    """Seconds a host must have been back before the run is stopped, saved, and started on the larger mesh."""
+    """Seconds for which a returned host must stay before the run is saved and restarted on the larger mesh."""
     deterministic: bool = False
-    """Gradients are added in one order on every mesh: the same parameters, bit for bit, on CPUs of one kind. `data` is
-    then the only axis above 1, and a microbatch is computed whole by one device."""
+    """Add gradients in one order on every mesh: parameters are equal bit for bit on CPUs of one kind. `data` must be
+    the only axis above 1, and one device computes a microbatch alone."""

@@ -1,4 +1,4 @@
-"""Where the processes of `meshwright launch` run: this machine, a SLURM or Ray cluster, Kubernetes."""
+"""The section launch: where `meshwright launch` runs its processes (this machine, SLURM, Ray, Kubernetes)."""
 
 from typing import Literal
 
@@ -8,91 +8,92 @@ from .base import Section
 
 
 class SlurmConfig(Section):
-    """A job of a SLURM cluster (engine slurm, extra `slurm`)."""
+    """The job that `--engine slurm` submits (install the extra `slurm`)."""
 
     partition: str | None = None
-    """Of the cluster; null: its default."""
+    """SLURM partition; null: the cluster's default."""
     account: str | None = None
-    """That is charged; null: yours."""
+    """SLURM account that is charged; null: the user's default."""
     qos: str | None = None
-    """Quality of service; null: the default."""
+    """SLURM quality of service; null: the cluster's default."""
     time: int = Field(60, ge=1)
-    """Minutes; when they are over the state is saved and the job queued again."""
+    """Time limit of the job, in minutes; before it ends the state is saved, and the job is queued again."""
     nodes: int = Field(1, ge=1)
-    """Machines; launch.processes must be a multiple of it."""
+    """Nodes of the job; launch.processes must be a multiple of it."""
     gpus_per_node: int | None = Field(None, ge=1)
-    """GPUs of each machine, shared out among its processes; null: none is asked for."""
+    """GPUs of each node, divided among its processes; null: none is requested."""
     cpus_per_task: int | None = Field(None, ge=1)
-    """Cores of each process; null: the cluster's default."""
+    """CPU cores of each process; null: the cluster's default."""
     memory: int | None = Field(None, ge=1)
-    """GB of each machine; null: the cluster's default."""
+    """Memory of each node, in GB; null: the cluster's default."""
     constraint: str | None = None
-    """Features a machine must have, in SLURM's words."""
+    """Features that a node must have, as `sbatch --constraint` takes them; null: none."""
     requeues: int = Field(100, ge=0)
-    """How often a job that ran out of time is queued again."""
+    """How many times a job that reached its time limit is queued again."""
     setup: list[str] = []
-    """Lines of shell before the run: modules, environment."""
+    """Shell commands before the run, e.g. `module load cuda`; []: none."""
     executor: Literal["slurm", "local"] = "slurm"
-    """local: submitit's executor on this machine, to try a job before it is sent."""
+    """slurm submits the job; local runs it with submitit on this machine, to test it before."""
 
 
 class RayConfig(Section):
-    """Actors of a Ray cluster (engine ray, extra `ray`)."""
+    """The actors of `--engine ray` (install the extra `ray`)."""
 
     address: str = "auto"
-    """Of the cluster; auto: RAY_ADDRESS, or the one this machine belongs to."""
+    """Address of the Ray cluster; auto: $RAY_ADDRESS, else the cluster that this machine belongs to."""
     cpus: float = Field(1.0, ge=0)
-    """Of each process."""
+    """CPU cores of each process."""
     gpus: float = Field(0.0, ge=0)
-    """Of each process."""
+    """GPUs of each process."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "SPREAD"
-    """How processes are placed: on few machines, on many, on one, each on its own."""
+    """Placement of processes: PACK on few nodes, SPREAD over many, STRICT_PACK on one, STRICT_SPREAD one a node."""
 
 
 class KubernetesConfig(Section):
-    """A JobSet (engine k8s)."""
+    """The JobSet that `--engine k8s` writes."""
 
     image: str | None = None
-    """Container image with meshwright in it; needed by engine k8s."""
+    """Container image with meshwright installed; `--engine k8s` needs one."""
     namespace: str = "default"
-    """Where the JobSet lives."""
+    """Kubernetes namespace of the JobSet."""
     gpus: int = Field(0, ge=0)
-    """nvidia.com/gpu of each process."""
+    """GPUs (nvidia.com/gpu) of each process; 0: none is requested."""
     cpu: str | None = None
-    """Cores of each process, as Kubernetes writes them; null: not asked for."""
+    """CPU cores of each process as a Kubernetes quantity, e.g. 500m; null: none is requested."""
     memory: str | None = None
-    """Of each process, as 64Gi; null: not asked for."""
+    """Memory of each process as a Kubernetes quantity, e.g. 64Gi; null: none is requested."""
     claim: str | None = None
-    """PersistentVolumeClaim (ReadWriteMany) for runs/ and the cache; needed by engine k8s."""
+    """PersistentVolumeClaim (ReadWriteMany) for runs/ and the cache; `--engine k8s` needs one."""
     mount: str = "/work"
-    """Where the claim is mounted, and what processes run in."""
+    """Directory at which the claim is mounted; the processes' working directory."""
     queue: str | None = None
-    """Kueue's local queue, which admits all pods or none; null: no queue."""
+    """Local queue of Kueue, which admits all pods or none; null: no queue."""
     node_selector: dict[str, str] = {}
-    """Labels a node must have."""
+    """Labels that a node must have; {}: none."""
     service_account: str | None = None
-    """Of the pods; null: the namespace's default."""
+    """Service account of the pods; null: the namespace's default."""
     restarts: int = Field(3, ge=0)
-    """How often the whole JobSet starts again when its supervisor has failed."""
+    """How many times the whole JobSet is restarted after its supervisor has failed."""
 
 
 class LaunchConfig(Section):
-    """Several processes (`meshwright launch`)."""
+    """A run of several processes (`meshwright launch`)."""
 
     processes: int = Field(1, ge=1)
-    """Processes of the run."""
+    """How many processes the run has."""
     hosts: int | None = Field(None, ge=1)
-    """Hosts they are spread over, in order, each with snapshots and a keeper of its own; engine local simulates them.
-    null: one with engine local, launch.slurm.nodes with slurm, elsewhere each process has its own."""
+    """Hosts that the processes are divided over, in order; each has a snapshot agent. `--engine local` simulates them.
+    null: 1 with engine local, launch.slurm.nodes with slurm, one host a process elsewhere."""
     devices_per_process: int | None = Field(None, ge=1)
-    """Simulated devices of each; null: mesh.devices / processes."""
+    """Simulated devices of each process; null: mesh.devices / processes."""
     coordinator: str | None = None
-    """host:port of process 0 (engine local); null: chosen by the launcher, or read from the environment or SLURM."""
+    """host:port of JAX's coordination service (engine local); null: chosen by the launcher, or read from the
+    environment or SLURM."""
     listen: str | None = Field(None, pattern=r"^[^:\s]+:\d{1,5}$")
-    """host:port at which the machines reach the launcher (engine agents); null: this machine's name, any port."""
+    """host:port at which agents reach the launcher (engine agents); null: this machine's name and a free port."""
     slurm: SlurmConfig = SlurmConfig()
-    """What engine slurm asks the cluster for."""
+    """Settings of engine slurm."""
     ray: RayConfig = RayConfig()
-    """What engine ray asks the cluster for."""
+    """Settings of engine ray."""
     k8s: KubernetesConfig = KubernetesConfig()
-    """What engine k8s writes into its JobSet."""
+    """Settings of engine k8s."""

@@ -1,6 +1,6 @@
-"""The decoder's settings, and the families: a family is nothing but a set of defaults for the keys below it.
+"""The section model: settings of the decoder, and families, each of which is a set of defaults for the other keys.
 
-A setting that could have no effect beside the others is refused, so that a checkpoint's quirks are never half taken.
+A setting that has no effect with the others is refused, so that a model is never imported almost right.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from ..huggingface import read_model_section
 from .base import Section
 
-# One entry per family; a key the user writes wins. Sizes are never part of a family.
+# Family -> its defaults; a key that the user writes wins. Sizes are never part of a family.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
@@ -57,12 +57,12 @@ FAMILIES["gemma3"] = FAMILIES["gemma"] | {
 
 
 def section_keys(section: type[Section]) -> set[str]:
-    """Names in YAML of all keys of `section`."""
+    """The names of all keys of `section` in YAML."""
     return {field.alias or name for name, field in section.model_fields.items()}
 
 
 def check_positive(section: str, settings: Section, keys: Iterable[str]) -> None:
-    """Raise ValueError for the first of `keys` that is set and not above 0. Whole numbers start at 1."""
+    """Raise ValueError for the first of `keys` that is set and not above 0 (integers: below 1)."""
     for key in keys:
         if (value := getattr(settings, key)) is not None and not value > 0:
             least = "at least 1" if isinstance(value, int) else "above 0"
@@ -70,28 +70,28 @@ def check_positive(section: str, settings: Section, keys: Iterable[str]) -> None
 
 
 class RopeConfig(Section):
-    """Rotary position embedding (RoFormer, arXiv:2104.09864), half-split pairs, and how it is stretched."""
+    """Rotary position embedding (RoFormer, arXiv:2104.09864) on half-split pairs, and its scaling to long sequences."""
 
     theta: float = 10000.0
     """Base of the rotation's wavelengths."""
     local_theta: float | None = None
     """Base in layers with a sliding window, never scaled; null: the same as `theta`."""
     scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """How a model trained at `original_length` reads longer sequences."""
+    """How a model that was trained at `original_length` reads longer sequences."""
     factor: float = 1.0
-    """Stretch: new length over `original_length`."""
+    """New length over `original_length`."""
     original_length: int = 8192
-    """Tokens the model was trained on before stretching (llama3, yarn)."""
+    """Sequence length before scaling, in tokens (llama3, yarn)."""
     low_frequency_factor: float = 1.0
-    """llama3: wavelengths above original_length / this are stretched fully."""
+    """llama3: wavelengths above original_length / this are scaled fully."""
     high_frequency_factor: float = 4.0
-    """llama3: wavelengths below original_length / this are left alone."""
+    """llama3: wavelengths below original_length / this are not scaled."""
     beta_fast: float = 32.0
-    """yarn: rotations over original_length above which a dimension is left alone."""
+    """yarn: a dimension with more rotations than this over original_length is not scaled."""
     beta_slow: float = 1.0
-    """yarn: rotations over original_length below which a dimension is stretched fully."""
+    """yarn: a dimension with fewer rotations than this over original_length is scaled fully."""
     attention_factor: float | None = None
-    """yarn: multiplies cos and sin; null: 0.1 ln(factor) + 1."""
+    """yarn: factor on cos and sin; null: 0.1 ln(factor) + 1."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "RopeConfig":
@@ -119,25 +119,26 @@ class RopeConfig(Section):
 
 
 class ModelConfig(Section):
-    """One decoder-only transformer; `family` picks defaults, every key can be set by itself."""
+    """One decoder-only transformer. `family` sets defaults; every key can be set by itself."""
 
     origin: str | None = Field(None, alias="from")
-    """A Hugging Face model directory: its config.json fills the keys below, its weights are what training starts from;
-    a key the user writes wins."""
+    """A Hugging Face model directory. Its config.json sets the keys below (a key that the user writes wins), and
+    training starts from its weights. null: training starts from random weights."""
     family: Literal[tuple(FAMILIES)] = "llama"  # type: ignore[valid-type]
-    """Defaults for the architecture keys below."""
+    """Set of defaults for the keys of the architecture."""
     vocab: int = 2048
-    """Token ids the model knows; the tokenizer's must not exceed it."""
+    """Number of token ids; at least the size of the tokenizer."""
     vocab_multiple: int = 128
-    """Embedding and head rows are padded to a multiple of this and masked out; mesh.tensor must divide it."""
+    """Embedding and head are padded to a multiple of this many rows, and the padding is masked; mesh.tensor must divide
+    it."""
     layers: int = 4
-    """Blocks."""
+    """Number of blocks."""
     embed: int = 192
     """Width of the residual stream."""
     heads: int = 6
-    """Query heads."""
+    """Number of query heads."""
     kv_heads: int | None = None
-    """Key and value heads (grouped-query attention, arXiv:2305.13245); null: as many as `heads`."""
+    """Number of key and value heads (grouped-query attention, arXiv:2305.13245); null: as many as `heads`."""
     head_dim: int | None = None
     """Width of a head; null: embed / heads."""
     mlp: int = 512
@@ -145,17 +146,17 @@ class ModelConfig(Section):
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm (arXiv:1910.07467) or LayerNorm."""
     norm_epsilon: float = 1e-5
-    """Added to the variance."""
+    """Added to the variance before its square root."""
     norm_unit_offset: bool = False
     """Multiply by 1 + scale, with scale starting at zero (Gemma)."""
     pre_norms: bool = True
-    """A norm before attention and MLP; false: they read the stream as it is (OLMo 2)."""
+    """Normalize the input of attention and MLP; false: they read the residual stream itself (OLMo 2)."""
     post_norms: bool = False
-    """A norm after attention and MLP, before the residual sum (Gemma 2, 3, OLMo 2)."""
+    """Normalize the output of attention and MLP before the residual sum (Gemma 2, 3, OLMo 2)."""
     qk_norm: bool = False
-    """RMSNorm of each query and key head before the rotation (Qwen 3, Gemma 3)."""
+    """RMSNorm of each query and key head before rotation (Qwen 3, Gemma 3)."""
     qk_norm_whole: bool = False
-    """`qk_norm` over all heads of a token at once, not over each (OLMo 2)."""
+    """`qk_norm` over all heads of a token together, not over each head (OLMo 2)."""
     qkv_bias: bool = False
     """Biases on q, k, v (Qwen 2)."""
     linear_bias: bool = False
@@ -163,47 +164,48 @@ class ModelConfig(Section):
     activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     """swiglu and geglu have a gate (arXiv:2002.05202); gelu has none. GELU is the tanh form (GPT-2, Gemma)."""
     position_encoding: Literal["rope", "learned", "none"] = "rope"
-    """How a token knows its place."""
+    """How positions are encoded: rotation of queries and keys, a learned table, or not at all."""
     max_positions: int = 1024
-    """Rows of the learned position table."""
+    """Rows of the learned table of positions; read with position_encoding learned only."""
     rope: RopeConfig = RopeConfig()
-    """Rotation and its scaling."""
+    """Frequencies of the rotation and their scaling."""
     tied_embeddings: bool = False
-    """The head is the transposed embedding."""
+    """Use the transposed embedding as the head."""
     embedding_scale: bool = False
     """Multiply embeddings by sqrt(embed) (Gemma)."""
     windows: tuple[int | None, ...] = (None,)
-    """Sliding windows in tokens, itself included, a pattern repeated over the layers; null is full attention."""
+    """Sliding window of each layer, in tokens that a query sees, itself included; the pattern repeats over the layers.
+    null is full attention."""
     attention_softcap: float | None = None
-    """Scores become cap * tanh(scores / cap) (Gemma 2)."""
+    """Scores become cap * tanh(scores / cap) (Gemma 2); null: no cap."""
     logit_softcap: float | None = None
-    """Logits become cap * tanh(logits / cap) (Gemma 2)."""
+    """Logits become cap * tanh(logits / cap) (Gemma 2); null: no cap."""
     attention_scale: float | None = None
-    """Multiplies scores; null: head_dim ** -0.5."""
+    """Factor on scores; null: head_dim ** -0.5."""
     parallel_block: bool = False
-    """Attention and MLP read one norm and add to the stream together (GPT-J, PaLM)."""
+    """Attention and MLP read the same norm and are added together (GPT-J, PaLM)."""
     dropout: float = 0.0
-    """Probability of zeroing an element of each block's two updates, in training."""
+    """Probability of dropping an element of the outputs of attention and MLP, in training."""
     attention: Literal["auto", "dense", "blockwise", "cudnn"] = "auto"
-    """Implementation; auto: cudnn on a GPU where it can, else blockwise."""
+    """Implementation of attention; auto: cudnn on a GPU where it is exact, else blockwise."""
     scan: bool = True
-    """Compile one block and scan it over the stack; false: unroll (faster steps on a CPU, slower compilation)."""
+    """Scan one compiled block over the stack; false: unroll it (faster steps on a CPU, slower compilation)."""
 
-    _cuts: tuple[int, ...] = PrivateAttr(())  # layers that begin a segment of their own (configs/trained_segments.py)
+    _cuts: tuple[int, ...] = PrivateAttr(())  # layers at which a new segment starts (configs/trained_segments.py)
 
     @model_validator(mode="before")
     @classmethod
     def _family_defaults(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        if values.get("from") and not section_keys(cls) <= values.keys():  # a resolved section needs the file no more
-            found = read_model_section(values["from"])
-            rope = {"rope": found["rope"] | values["rope"]} if {"rope"} <= found.keys() & values.keys() else {}
-            values = found | values | rope
+        if values.get("from") and not section_keys(cls) <= values.keys():  # a resolved section no longer needs the file
+            imported = read_model_section(values["from"])
+            rope = {"rope": imported["rope"] | values["rope"]} if "rope" in imported and "rope" in values else {}
+            values = imported | values | rope
         family = FAMILIES.get(values.get("family", "llama"), {})
         merged = family | values
         if "rope" not in values and merged.get("position_encoding", "rope") != "rope":
-            merged.pop("rope", None)  # the family's rotation has no place in a model without one
+            merged.pop("rope", None)  # the family's rope has no effect in a model without rope
         if isinstance(values.get("rope"), dict):
             merged["rope"] = family.get("rope", {}) | values["rope"]
         return merged
@@ -225,7 +227,7 @@ class ModelConfig(Section):
             )
         if self.position_encoding == "rope" and self.head_width % 2:
             raise ValueError(
-                f"model.head_dim: {self.head_width} must be even for rope, which turns pairs; "
+                f"model.head_dim: {self.head_width} must be even for rope, which rotates pairs; "
                 f"set model.head_dim to {self.head_width + 1}"
             )
         if not self.windows or any(window is not None and window < 1 for window in self.windows):
@@ -283,24 +285,24 @@ class ModelConfig(Section):
 
     @property
     def segments(self) -> tuple[tuple[tuple[int | None, ...], int], ...]:
-        """(pattern of block kinds, repeats) in order, the layers that fill no pattern last; a kind is a block's window.
+        """(pattern of windows, repeats) of each segment in order; a last segment has the layers that fill no pattern.
 
         >>> ModelConfig(layers=8, windows=[1024, 1024, None]).segments
         (((1024, 1024, None), 2), ((1024, 1024), 1))
         """
         edges = (0, *self._cuts, self.layers)
         return tuple(
-            part
+            segment
             for first, end in itertools.pairwise(edges)
-            for part in pattern_segments(self.windows, first=first, count=end - first)
+            for segment in pattern_segments(self.windows, first=first, count=end - first)
         )
 
 
 def pattern_segments(
     windows: tuple[int | None, ...], *, first: int, count: int
 ) -> list[tuple[tuple[int | None, ...], int]]:
-    """(pattern, repeats) of `count` layers from layer `first` on, those that fill no pattern last."""
+    """(pattern, repeats) of the `count` layers from layer `first` on; those that fill no pattern come last."""
     start = first % len(windows)
-    turned = windows[start:] + windows[:start]
+    pattern = windows[start:] + windows[:start]
     repeats, rest = divmod(count, len(windows))
-    return [(pattern, times) for pattern, times in ((turned, repeats), (turned[:rest], 1)) if pattern and times]
+    return [(kinds, times) for kinds, times in ((pattern, repeats), (pattern[:rest], 1)) if kinds and times]

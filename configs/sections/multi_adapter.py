@@ -1,4 +1,4 @@
-"""Several adapters on one base: what each of them has of its own."""
+"""The section adapters: the settings of each of several adapters on one base model."""
 
 from pydantic import Field
 
@@ -7,17 +7,17 @@ from .data import SourceConfig
 
 
 class NamedAdapterConfig(Section):
-    """One of several adapters: where it differs from the section adapter."""
+    """One of several adapters: its differences from the section adapter."""
 
     data: SourceConfig | None = None
-    """Documents it learns, where they are others than in the section data: keys of that section."""
+    """Its documents, with the keys of a source in the section data; null: those of the section data."""
     rows: int | None = Field(None, ge=1)
-    """Rows of every global batch that are its own; null, for all of them: equal shares."""
+    """Its rows in every global batch; null (for all adapters or none): equal shares."""
     rank: int | None = Field(None, ge=1)
-    """Instead of `adapter.rank`."""
+    """In place of `adapter.rank`; null: the same."""
     alpha: float | None = Field(None, gt=0)
-    """Instead of `adapter.alpha`."""
+    """In place of `adapter.alpha`; null: the same."""
     targets: list[str] | None = Field(None, min_length=1)
-    """Instead of `adapter.targets`."""
+    """In place of `adapter.targets`; null: the same."""
     learning_rate: float | None = Field(None, gt=0)
-    """Peak, instead of `optimizer.learning_rate`; the schedule is the same."""
+    """Peak learning rate in place of `optimizer.learning_rate`, with the same schedule; null: the same."""

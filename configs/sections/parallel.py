@@ -1,4 +1,4 @@
-"""Where the arrays live: mesh axes, sequence parallelism, memory policy, precision."""
+"""The sections mesh, pipeline, sequence, memory and precision: how arrays are sharded, stored and computed."""
 
 import math
 from typing import Literal
@@ -10,48 +10,51 @@ from .base import MemoryDecision, Section
 
 DTYPE = Literal["float32", "bfloat16", "float16"]
 
-# Axes of the mesh that no part of the code shards over yet.
+# Axes of the mesh that are not implemented yet.
 UNBUILT_AXES = ("expert",)
 
 
 class AxesConfig(Section):
-    """Sizes of the mesh axes, slow links first. Their product is the number of devices; one may be -1: what is left."""
+    """Sizes of the mesh axes, slow links first; 1 by default. Their product is the number of devices; one size may be
+    -1, for all remaining devices."""
 
     replica: int = 1
-    """Replicas that train by themselves and meet as `outer` says; part of what is computed, so never -1."""
+    """Replicas that train by themselves and synchronize by `outer`. It changes the result, so it cannot be -1."""
     pipe: int = 1
-    """Devices a microbatch passes through, each with its own layers (see `pipeline`)."""
+    """Pipeline parallelism: devices that a microbatch passes through, each with its own layers (see `pipeline`)."""
     data: int = 1
-    """Data parallelism: the batch is split, weights are repeated."""
+    """Data parallelism: the batch is sharded, weights are replicated."""
     fsdp: int = 1
-    """Data parallelism with sharded weights or optimizer state (see `zero`)."""
+    """Fully sharded data parallelism: the batch is sharded, and weights or optimizer state too (see `zero`)."""
     expert: int = 1
-    """Expert parallelism."""
+    """Expert parallelism; not implemented yet, leave it at 1."""
     seq: int = 1
-    """Context parallelism: the sequence is split (see `sequence.parallel`)."""
+    """Context parallelism: the sequence is sharded (see `sequence.parallel`)."""
     tensor: int = 1
-    """Tensor parallelism: heads, MLP and vocabulary are split; between blocks the sequence is."""
+    """Tensor parallelism: heads, MLP and vocabulary are sharded; between blocks, the sequence."""
 
     @model_validator(mode="after")
     def _sizes(self) -> "MeshConfig":
         for axis, size in self.sizes.items():
             if size < 1 and size != -1:
-                raise ValueError(f"mesh.{axis}: {size} must be at least 1, or -1 for what is left")
+                raise ValueError(f"mesh.{axis}: {size} must be at least 1, or -1 for all remaining devices")
             if axis in UNBUILT_AXES and size != 1:
                 raise ValueError(f"mesh.{axis}: {size} is not supported yet; leave it at 1")
         if self.replica == -1:
-            raise ValueError(f"mesh.replica: {self.replica} would let the machine choose the run; write a number")
+            raise ValueError(
+                "mesh.replica: -1, but the number of replicas changes the result; write a number of 1 or more"
+            )
         if (open_axes := [axis for axis, size in self.sizes.items() if size == -1]) and len(open_axes) > 1:
-            raise ValueError(f"mesh: {', '.join(open_axes)} are all -1; at most one axis may be")
+            raise ValueError(f"mesh: {', '.join(open_axes)} are all -1; write a size for all but one of them")
         return self
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Axis -> size as written, in mesh order."""
+        """Axis -> size as configured, in mesh order."""
         return {axis: getattr(self, axis) for axis in MESH_AXES}
 
     def resolve_sizes(self, devices: int) -> dict[str, int]:
-        """Axis -> size with -1 filled in so that the product is `devices`. Raises ValueError where none fits."""
+        """Axis -> size, with -1 replaced so that the product is `devices`. Raises ValueError where no size fits."""
         sizes = self.sizes
         known = 1
         for size in sizes.values():
@@ -62,24 +65,25 @@ class AxesConfig(Section):
                 raise ValueError(f"mesh: {written} is {known} devices, not {devices}; change an axis or mesh.devices")
             return sizes
         if devices % known:
-            raise ValueError(f"mesh: {written} does not divide {devices} devices; the other axes take {known}")
+            raise ValueError(f"mesh: {written} is {known} devices or a multiple, not {devices}; change an axis")
         return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
 
     @property
     def device_product(self) -> int | None:
-        """Devices the axes make; None where one is -1."""
+        """The product of all sizes; None where one is -1."""
         return None if -1 in self.sizes.values() else math.prod(self.sizes.values())
 
 
 class MeshConfig(AxesConfig):
-    """The mesh: its axes, on which devices."""
+    """The device mesh: its axes and devices."""
 
     platform: Literal["auto", "cpu", "gpu"] = "auto"
-    """cpu simulates `devices` devices in this process; auto: gpu where there is one."""
+    """Kind of devices. cpu simulates `devices` devices in this process; auto: gpu if there is one, else cpu."""
     devices: int | None = None
-    """Devices to use, over all processes; null: the product of the axes, or every device where an axis is -1."""
+    """Number of devices over all processes; null: the product of the axes, or every device if an axis is -1."""
     zero: Literal[1, 3] = 3
-    """What `fsdp` shards: 3 parameters, gradients and optimizer state; 1 optimizer state only (arXiv:1910.02054)."""
+    """ZeRO stage, what `fsdp` shards: 3 parameters, gradients and optimizer state; 1 optimizer state only
+    (arXiv:1910.02054)."""
 
     @model_validator(mode="after")
     def _fits_devices(self) -> "MeshConfig":
@@ -89,53 +93,53 @@ class MeshConfig(AxesConfig):
 
     @property
     def device_count(self) -> int | None:
-        """Devices the mesh wants, where the configuration alone tells: `devices` or the product of the axes."""
+        """`devices`, or the product of the axes; None where only the machine decides."""
         return self.device_product if self.devices is None else self.devices
 
 
 class PipelineConfig(Section):
-    """How `mesh.pipe` devices share the layers and the microbatches; without effect where it is 1."""
+    """Pipeline parallelism over `mesh.pipe` devices; no effect where that is 1."""
 
     schedule: str = "1f1b"
-    """Name of a schedule (`meshwright schedule` lists them), or a table in a .csv file."""
+    """Name of a schedule (`meshwright schedule` lists them), or a .csv file with its table."""
     chunks: int | None = Field(None, ge=1)
-    """Pieces of the model a device holds; null: what the schedule wants."""
+    """Stages (model chunks) per device; null: the schedule's default."""
     vocab_parallel: Literal[0, 1, 2] = 0
-    """0: embedding on the first stage, head on the last; 1, 2: both shared by all, by Algorithm 1 or 2
-    (arXiv:2411.05288)."""
+    """Vocabulary parallelism. 0: embedding on the first stage, head on the last; 1, 2: both sharded over all stages, by
+    Algorithm 1 or 2 (arXiv:2411.05288)."""
     layers: list[int] | Literal["even", "balanced"] = "even"
-    """Layers of each stage, or how they are dealt out: balanced leaves fewer to the stage that has the head."""
+    """Layers of each stage, or how to divide them: evenly, or balanced, with fewer on the stage that has the head."""
     backward: Literal["split", "fused"] = "split"
-    """split: input and weight gradients are passes of their own; fused: one pass, twice as long, nothing stashed."""
+    """split: input and weight gradients are separate passes; fused: one pass, twice as long, that stashes nothing."""
     post_validation: bool = False
-    """Update before the global gradient norm is known, validate by it, and do it again where it was to be clipped or
-    skipped (arXiv:2401.10241); keeps the old state until then."""
+    """Update before the global gradient norm is known, and repeat the update if the norm demands clipping or skipping
+    (arXiv:2401.10241); keeps the old state until then."""
     measure: bool = True
-    """After the last step, time each op on its own for the report; compiles the engine twice more."""
+    """After the last step, time each op by itself for the report; compiles the engine twice more."""
     memory_limit: float | None = Field(None, gt=0)
-    """Microbatches' activations a device may hold at once (schedule auto)."""
+    """Activations that a device may hold at once, in microbatches (schedule auto); null: no limit."""
 
 
 class SequenceConfig(Section):
-    """How attention sees the whole sequence when `mesh.seq` splits it."""
+    """Attention over a sequence that `mesh.seq` shards."""
 
     parallel: Literal["all-gather", "ring", "ulysses"] = "all-gather"
-    """all-gather: keys and values are gathered; ring: they rotate; ulysses: heads are exchanged for tokens."""
+    """all-gather: gather keys and values; ring: pass them around; ulysses: shard heads instead of tokens."""
 
 
 class MemoryConfig(Section):
-    """What the backward pass finds again, recomputes, or fetches from the host."""
+    """Which tensors the backward pass reads from memory, recomputes, or fetches from the host."""
 
     policy: Literal["none", "full", "attention-out", "minimal", "offload-block-in"] = "none"
-    """none keeps everything; full recomputes each block; the rest are named in `memory/policy.py`."""
+    """Preset: none keeps everything, full recomputes each block; the others are defined in `memory/policy.py`."""
     names: dict[str, MemoryDecision] = {}
-    """Tensor name -> keep | recompute | offload, on top of `policy`; a name no block emits is an error."""
+    """Tensor name -> keep | recompute | offload, on top of `policy`; a name that no block emits is an error."""
     loss_chunks: int = 1
-    """The head and its loss run over this many slices of the sequence, so that logits exist for one slice at a time."""
+    """Number of slices of the sequence over which head and loss run, so that logits exist for one slice at a time."""
 
     @property
     def offloads(self) -> bool:
-        """Whether anything is fetched from the host."""
+        """Whether any tensor is offloaded to the host."""
         preset: dict[str, MemoryDecision] = {"block_in": "offload"} if self.policy == "offload-block-in" else {}
         return "offload" in (preset | self.names).values()
 
@@ -144,8 +148,8 @@ class PrecisionConfig(Section):
     """Number formats."""
 
     parameters: DTYPE = "float32"
-    """Stored weights; the optimizer's state is float32 always."""
+    """Stored weights; the optimizer's state is always float32."""
     compute: DTYPE = "float32"
-    """Matrix products and activations; softmax, norms and losses are float32 always."""
+    """Matrix products and activations; softmax, norms and losses are always float32."""
     gradients: DTYPE = "float32"
     """Sums of gradients over microbatches and devices."""

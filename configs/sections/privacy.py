@@ -1,4 +1,4 @@
-"""Differential privacy: how much a run may tell of any one row."""
+"""The section privacy: differential privacy, which bounds what a run reveals about any one row."""
 
 from typing import Literal
 
@@ -8,25 +8,25 @@ from .base import Section
 
 
 class PrivacyConfig(Section):
-    """DP-SGD (arXiv:1607.00133): no row moves the sum of gradients by more than `clip`, and noise hides which did."""
+    """DP-SGD (arXiv:1607.00133): no row moves the sum of gradients by more than `clip`, and noise hides each row."""
 
     clip: float = Field(0.1, gt=0)
-    """Largest norm of a row's gradient; larger ones are scaled down to it. Default: 0.1, of arXiv:2110.05679."""
+    """Norm to which the gradient of each row is clipped. Default: 0.1, from arXiv:2110.05679."""
     noise: float | None = Field(None, gt=0)
-    """Standard deviation of the noise in the sum of a batch's gradients, in units of `clip`. Default: by `epsilon`."""
+    """Standard deviation of the noise in the sum of a batch's gradients, in units of `clip`; null: set by `epsilon`."""
     epsilon: float | None = Field(None, gt=0)
-    """What the whole run may spend; the noise is as small as that allows. Default: by `noise`."""
+    """Privacy budget of the whole run, which sets the smallest noise that keeps it; null: set by `noise`."""
     delta: float = Field(1e-5, gt=0, lt=1)
-    """Probability that the bound does not hold; well below one over the number of rows. Default: 1e-5."""
+    """Probability that the bound fails; choose it well below 1 / rows of the data set. Default: 1e-5."""
     sampling: Literal["shuffled", "poisson"] = "shuffled"
-    """What `epsilon` assumes. shuffled: what happens, each row once an epoch, and no credit for chance; poisson: that
-    each batch draws each row by chance, as most reports do and no run of ours does. Default: shuffled."""
+    """How `epsilon` is computed. shuffled: as a run reads its rows, each once an epoch, with no amplification by
+    sampling; poisson: as if each batch drew each row at random, which most papers report and no run does."""
 
     @model_validator(mode="after")
     def _one(self) -> "PrivacyConfig":
         if (self.noise is None) is (self.epsilon is None):
             raise ValueError(
-                f"privacy.noise: {self.noise} with privacy.epsilon: {self.epsilon}; set one of them: how much noise, "
-                "or how much may be spent"
+                f"privacy.noise: {self.noise} with privacy.epsilon: {self.epsilon}; set exactly one of them, the other "
+                "follows from it"
             )
         return self

@@ -1,4 +1,4 @@
-"""How the run goes: optimizer, evaluation, checkpoints, logging."""
+"""The sections optimizer, evaluation, checkpoint and logging."""
 
 import re
 from typing import Annotated, Literal
@@ -9,122 +9,130 @@ from .base import Section
 
 
 class OptimizerConfig(Section):
-    """The optimizer (from optax), its schedule, and what is done to gradients before it."""
+    """The optimizer (from optax), its learning rate schedule, and gradient clipping."""
 
     name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = "adamw"
-    """Update rule; muon (optax.contrib) takes per-layer matrices and leaves the rest to adamw."""
+    """Update rule; muon (optax.contrib) updates the matrices of each layer, and adamw all other weights."""
     learning_rate: float = Field(1e-3, ge=0)
-    """Peak."""
+    """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
-    """After warm-up: constant, cosine or linear to `final_fraction`, or wsd: stable until a drop over `decay_steps`."""
+    """Learning rate after warm-up: constant; cosine or linear decay to `final_fraction`; wsd (warmup-stable-decay):
+    constant, then decay over the last `decay_steps`."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps of linear warm-up: update n of them has n / warmup_steps of the peak."""
+    """Steps of linear warm-up: update n has n / warmup_steps of the peak."""
     decay_steps: int | None = Field(None, ge=1)
-    """wsd: steps of the final drop; null: a tenth of the run."""
+    """wsd: steps of the final decay; null: a tenth of the run."""
     final_fraction: float = Field(0.1, ge=0, le=1)
     """Learning rate at the last step over the peak."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled; applied to matrices, never to norms, biases or embeddings unless `decay_embeddings`."""
+    """Decoupled weight decay of matrices; norms and biases never decay, embeddings only with `decay_embeddings`."""
     decay_embeddings: bool = False
-    """Also decay embedding tables."""
+    """Decay embedding tables too."""
     clip: float | None = Field(None, gt=0)
-    """Global gradient norm above which gradients are scaled down; null: off."""
+    """Global norm to which gradients are clipped; null: no clipping."""
     b1: float = Field(0.9, ge=0, lt=1)
-    """First moment (adam, lion), momentum (sgd, muon)."""
+    """Decay rate of the first moment (adam); momentum (sgd, muon); weight of the momentum in an update (lion)."""
     b2: float = Field(0.95, ge=0, lt=1)
-    """Second moment (adam), update mix (lion)."""
+    """Decay rate of the second moment (adam) or of the momentum (lion)."""
     epsilon: float = Field(1e-8, gt=0)
-    """Added to the denominator."""
+    """Added to the denominator of the update."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of an exponential moving average of the parameters, used for evaluation and samples; null: off."""
+    """Decay of an exponential moving average of the parameters, which evaluation and samples use; null: off."""
 
 
 class EvaluationConfig(Section):
-    """Held-out loss and samples during the run."""
+    """Held-out loss, samples and generated answers during the run."""
 
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only at the end."""
     start: bool = False
-    """Also before the first step: what fine-tuning is compared with."""
+    """Evaluate before the first step too, as a baseline for fine-tuning."""
     batches: int | None = Field(None, ge=1)
-    """Held-out batches; null: all."""
+    """How many held-out batches are evaluated; null: all."""
     prompts: list[str] = []
-    """Texts to continue at every evaluation; where conversations are learned, what a user says."""
+    """Prompts to continue at every evaluation; messages of a user where the data are conversations. []: none."""
     answers: int = Field(0, ge=0)
-    """Held-out questions to answer with the likeliest tokens, for exact match and `metrics`; 0: none."""
+    """How many held-out questions to answer by greedy decoding, for exact match and `metrics`; 0: none."""
     metrics: list[str] = []
-    """Your own measures of these answers, as module:function, e.g. scoring:length (train/infer/generation_eval.py)."""
+    """Further metrics of these answers, as module:function, e.g. scoring:length (`train/infer/generation_eval.py`)."""
     sample_tokens: int = Field(64, ge=1)
-    """Tokens a sample gets."""
+    """Length of a sample in tokens."""
     temperature: float = Field(0.8, ge=0)
-    """Of the samples; 0: always the likeliest token, which repeats itself in a young model."""
+    """Sampling temperature of samples; 0: greedy decoding, with which a young model repeats itself."""
 
     @model_validator(mode="after")
     def _metrics_have_answers(self) -> "EvaluationConfig":
         for name in self.metrics:
             if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
-                raise ValueError(f"evaluation.metrics: {name!r} is not of the form module:function")
+                raise ValueError(
+                    f"evaluation.metrics: {name!r} is not of the form module:function, such as scoring:length"
+                )
         if self.metrics and not self.answers:
             raise ValueError(
-                f"evaluation.answers: 0, but evaluation.metrics {self.metrics} measure answers; set e.g. 32"
+                f"evaluation.answers: 0, but evaluation.metrics {self.metrics} need answers; raise it, e.g. to 32"
             )
         return self
 
 
 class CheckpointConfig(Section):
-    """When the whole state is saved, and what is kept."""
+    """When the state is saved, and which checkpoints are kept."""
 
     every: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
-    """Steps between saves; 0: only at the end and on a signal; auto: Daly's interval, from what the run measured."""
+    """Steps between saves; 0: only at the end and on a signal; auto: Daly's optimal interval, from measured times."""
     keep: int = Field(3, ge=1)
-    """Newest checkpoints that survive."""
+    """How many of the newest checkpoints are kept."""
     keep_every: int = Field(0, ge=0)
-    """Checkpoints of multiples of this step survive too; 0: none."""
+    """Checkpoints at multiples of this step are kept too; 0: none."""
     keep_best: int = Field(0, ge=0)
-    """So do this many with the lowest held-out loss, where one was evaluated at their step."""
+    """How many checkpoints with the lowest held-out loss are kept too; 0: none."""
     memory_every: int = Field(0, ge=0)
-    """Steps between snapshots in the host's memory (/dev/shm), which a restart on that host goes on from; 0: none."""
+    """Steps between snapshots in the host's memory (/dev/shm), from which a restart on that host resumes; 0: none."""
     when_busy: Literal["wait", "skip", "drop-oldest"] = "wait"
-    """A save is due and the one before it is not finished: wait for it, skip the new one, or replace what waits."""
+    """When a save is due and the last one is unfinished: wait for it, skip the new one, or replace the queued one."""
     parity: Literal["none", "xor", "p+q"] = "none"
-    """What hosts keep of each other's snapshots (`meshwright launch`): xor bears one lost host of a group, p+q two."""
+    """Redundancy of host snapshots (`meshwright launch`): with xor a group survives the loss of one host, with p+q of
+    two."""
     group: int = Field(8, ge=2)
-    """Hosts of a group at most; each stores 1 / (hosts - 1) of a snapshot extra with xor, 2 / (hosts - 2) with p+q."""
+    """Largest number of hosts of a parity group; each stores 1 / (hosts - 1) of a snapshot more with xor, 2 / (hosts -
+    2) with p+q."""
     domains: list[str] = []
-    """Failure domain (rack, switch, power supply) of each host, dealt to different groups; []: each its own."""
+    """Failure domain (rack, switch, power supply) of each host; a group takes hosts of different ones. []: each host is
+    its own."""
     on_failure: Literal["continue", "stop"] = "continue"
-    """A save that failed (a full disk): journal it and train on, or stop. A run whose last save failed fails."""
+    """When a save fails (a full disk): journal it and continue, or stop. A run whose last save failed exits with an
+    error."""
     timeout: float = Field(600, gt=0)
-    """Seconds for a save to storage; one that takes longer (storage that hangs) has failed and is not waited for."""
+    """Seconds after which a save to storage has failed (the storage hangs) and is no longer waited for."""
     compare: bool = False
-    """Before each save, whether what several devices hold of the state is the same bits; stop where it is not."""
+    """Before each save, check that replicated arrays are equal bit for bit on all devices; stop if they are not (silent
+    data corruption)."""
 
 
 class ProfileConfig(Section):
-    """A profiler trace of a few steps, written to the run directory."""
+    """A profiler trace of some steps, written to the run directory."""
 
     start: int = Field(10, ge=0)
-    """First step traced."""
+    """First step of the trace."""
     steps: int = Field(0, ge=0)
-    """Steps traced; 0: no trace."""
+    """Number of steps in the trace; 0: no trace."""
 
 
 class LoggingConfig(Section):
-    """What the run tells, and what it does about numbers that are not."""
+    """What is logged, and what happens on a loss that is not finite."""
 
     every: int = Field(10, ge=1)
-    """Steps between metric lines."""
+    """Steps between lines of metrics."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb: str | None = None
-    """Project on Weights & Biases (extra `wandb`); null: off."""
+    """Project on Weights & Biases (install the extra `wandb`); null: off."""
     peak_tflops: float | None = Field(None, gt=0)
-    """Of one device, for MFU; null: from a table, or measured on a CPU."""
+    """Peak of one device in TFLOP/s, for MFU; null: from a table, on a CPU measured."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop the run, or skip that update and journal it."""
+    """When a loss or gradient is not finite: stop the run, or skip that update and journal it."""
     spike: float | None = Field(None, gt=1)
     """Skip updates whose gradient norm exceeds this multiple of its running mean; null: off."""
     profile: ProfileConfig = ProfileConfig()
-    """Profiler trace."""
+    """Profiler trace of some steps."""
     ledger: bool = False
-    """Each process writes which samples it fed to which step, for `meshwright audit`."""
+    """Log which samples each process read at each step, for `meshwright audit`."""

@@ -2,7 +2,7 @@
 
 prefix             prompt_embeddings [length, layers x (k, v) x kv_heads x head_dim]
 prompt, p-tuning   prompt_embeddings [length, embed]       the embeddings themselves, without the perceptron
-tokens             base_model.model.EMBEDDING.trainable_tokens_delta [tokens, embed]       the rows themselves, despite the name
+tokens             base_model.model.EMBEDDING.trainable_tokens_delta [tokens, embed]    (rows, not a delta)
 """
 
 from collections.abc import Mapping
@@ -98,14 +98,15 @@ def prompt_from_peft(
     width = 2 * model.layers * model.key_value_heads * model.head_width if method == "prefix" else model.embed
     if rows.ndim != 2 or rows.shape[1] != width:
         raise UserError(
-            f"adapter_model.safetensors: {name} is {rows.shape}, but this model has {width} columns; use the base model "
-            "that the adapter was trained on"
+            f"adapter_model.safetensors: {name} is {rows.shape}, but this model has {width} columns; use the base "
+            "model that the adapter was trained on"
         )
     if method == "tokens":
         tokens = config["token_indices"]
         if not isinstance(tokens, list) or len(tokens) != len(rows):
             raise UserError(
-                f"adapter_config.json: token_indices: {tokens} do not name the {len(rows)} rows of {name}; export it again"
+                f"adapter_config.json: token_indices: {tokens} do not name the {len(rows)} rows of {name}; export it "
+                "again"
             )
         numbers = np.array(tokens, np.int32)
         return AdapterConfig(method="tokens", tokens=tokens), {"embed/adapter": {"rows": rows, "numbers": numbers}}

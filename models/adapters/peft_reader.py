@@ -142,8 +142,8 @@ def single_part(module: PeftModule) -> str:
     """The one map of ours that the module is. Raises UserError where it fuses several."""
     if len(module.parts) > 1:
         raise UserError(
-            f"adapter_model.safetensors: {module.name} fuses {', '.join(module.parts)}, which have an adapter each here; "
-            "merge the adapter in PEFT"
+            f"adapter_model.safetensors: {module.name} fuses {', '.join(module.parts)}, which have an adapter each "
+            "here; merge the adapter in PEFT"
         )
     return module.parts[0]
 

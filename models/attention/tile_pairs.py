@@ -162,12 +162,12 @@ def _plan(queries: int, keys: int, mask: Mask, indices: TokenIndices, block: int
     segments = (None, None)
     if indices.query_segments is not None:
         segments = query_blocks.pad(indices.query_segments, 1), key_blocks.pad(indices.key_segments, 1)
-    visits, counts = _visits(query_blocks, key_blocks, query_index, key_index, mask)
+    visits, counts = plan_visits(query_blocks, key_blocks, query_index, key_index, mask)
     arrays = (jnp.asarray(x, jnp.int32) for x in (query_index, key_index))
     return Plan(query_blocks, key_blocks, *arrays, *segments, jnp.asarray(visits), jnp.asarray(counts))
 
 
-def _visits(query_blocks: Blocks, key_blocks: Blocks, query_index, key_index, mask: Mask):
+def plan_visits(query_blocks: Blocks, key_blocks: Blocks, query_index, key_index, mask: Mask):
     """Plan.visits and Plan.visit_counts; computed at compile time if the indexes are NumPy arrays."""
     xp = np if isinstance(query_index, np.ndarray) and isinstance(key_index, np.ndarray) else jnp
     by_query_block = query_index.reshape(query_blocks.count, -1)

@@ -9,18 +9,8 @@ Inner optimizer states are neither read nor sent. Source: arXiv:2311.08105, Algo
 
 import jax
 
-from .interface import (
-    Exchange,
-    OuterOptimizer,
-    OuterState,
-    OuterStep,
-    Params,
-    broadcast_anchor,
-    nesterov_step,
-    outer_gradient,
-    to_float32,
-    zeros_float32,
-)
+from . import interface
+from .interface import Exchange, OuterOptimizer, OuterState, OuterStep, Params
 
 
 def diloco(exchange: Exchange, *, interval: int, learning_rate: float, momentum: float) -> OuterOptimizer:
@@ -28,14 +18,14 @@ def diloco(exchange: Exchange, *, interval: int, learning_rate: float, momentum:
 
     def run(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
         del row
-        gradient = exchange.mean(outer_gradient(state.anchor, params))
-        anchor, velocity = nesterov_step(
+        gradient = exchange.mean(interface.outer_gradient(state.anchor, params))
+        anchor, velocity = interface.nesterov_step(
             state.anchor, state.velocity, gradient, learning_rate=learning_rate, momentum=momentum
         )
-        return broadcast_anchor(anchor, params), OuterState(anchor, velocity)
+        return interface.broadcast_anchor(anchor, params), OuterState(anchor, velocity)
 
     return OuterOptimizer(
-        lambda params: OuterState(to_float32(params), zeros_float32(params)),
+        interface.initial_state,
         (OuterStep("meet", interval, 0, run),),
         lambda params, state: state.anchor,
         False,

@@ -9,37 +9,30 @@ the current local outer gradient with the delayed mixture of all other replicas'
 
 import jax
 
-from .interface import (
-    Exchange,
-    OuterOptimizer,
-    OuterState,
-    OuterStep,
-    Params,
-    broadcast_anchor,
-    mean_over_replicas,
-    nesterov_step,
-    outer_gradient,
-    to_float32,
-    zeros_float32,
-)
+from . import interface
+from .interface import Exchange, OuterOptimizer, OuterState, OuterStep, Params
 
 
 def eager(exchange: Exchange, *, replicas: int, interval: int, learning_rate: float, momentum: float) -> OuterOptimizer:
     """An outer step every `interval` updates."""
 
+    def init(params: Params) -> OuterState:
+        state = interface.initial_state(params)
+        return state._replace(late=state.velocity)
+
     def run(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
         del row
-        local = outer_gradient(state.anchor, params)
+        local = interface.outer_gradient(state.anchor, params)
         gradient = jax.tree.map(lambda own, late: own / replicas + late, local, state.late)
         late = jax.tree.map(lambda mean, own: mean - own / replicas, exchange.mean(local), local)
-        anchor, velocity = nesterov_step(
+        anchor, velocity = interface.nesterov_step(
             state.anchor, state.velocity, gradient, learning_rate=learning_rate, momentum=momentum
         )
-        return broadcast_anchor(anchor, params), OuterState(anchor, velocity, late)
+        return interface.broadcast_anchor(anchor, params), OuterState(anchor, velocity, late)
 
     return OuterOptimizer(
-        lambda params: OuterState(to_float32(params), zeros_float32(params), zeros_float32(params)),
+        init,
         (OuterStep("meet", interval, 0, run),),
-        lambda params, state: mean_over_replicas(state.anchor),
+        lambda params, state: interface.mean_over_replicas(state.anchor),
         True,
     )

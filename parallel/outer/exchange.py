@@ -27,7 +27,7 @@ def make_exchange(wire: WireNames, *, replicas: int, mesh: Mesh | None = None) -
     """
     sharded = mesh is not None and mesh.shape[REPLICA_AXIS] > 1
     gather = all_gather_replicas if sharded else lambda tree: tree
-    permute = functools.partial(permute_sharded, mesh=mesh) if sharded else permute_local
+    permute = functools.partial(permute_sharded, mesh=mesh) if sharded else permute_rows
 
     def mean(tree: Params) -> Params:
         if wire == "float32":
@@ -86,6 +86,6 @@ def permute_sharded(tree: Params, table, row: jax.Array, *, mesh: Mesh) -> Param
     )(tree, row)
 
 
-def permute_local(tree: Params, table, row: jax.Array) -> Params:
+def permute_rows(tree: Params, table, row: jax.Array) -> Params:
     """`permute_sharded` for replicas that are all on one device."""
     return jax.tree.map(lambda leaf: leaf[jnp.asarray(table)[row]], tree)

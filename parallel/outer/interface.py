@@ -54,14 +54,10 @@ class OuterOptimizer(NamedTuple):
     per_replica: bool  # whether each replica has an outer state of its own
 
 
-def to_float32(tree: Params) -> Params:
-    """A float32 copy; a copy even of float32, because parameters are donated to every step."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), tree)
-
-
-def zeros_float32(tree: Params) -> Params:
-    """float32 zeros shaped like `tree`."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)
+def initial_state(params: Params) -> OuterState:
+    """Anchor and zero velocity at `params`, in float32; a copy even of float32, as parameters are donated every step."""
+    anchor = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
+    return OuterState(anchor, jax.tree.map(jnp.zeros_like, anchor))
 
 
 def outer_gradient(anchor: Params, params: Params) -> Params:

@@ -7,16 +7,8 @@ Outer gradients travel, not parameters: they are small, so a narrow format costs
 
 import jax
 
-from .interface import (
-    Exchange,
-    OuterOptimizer,
-    OuterState,
-    OuterStep,
-    Params,
-    broadcast_anchor,
-    outer_gradient,
-    to_float32,
-)
+from . import interface
+from .interface import Exchange, OuterOptimizer, OuterState, OuterStep, Params
 
 
 def local_sgd(exchange: Exchange, *, interval: int) -> OuterOptimizer:
@@ -24,12 +16,12 @@ def local_sgd(exchange: Exchange, *, interval: int) -> OuterOptimizer:
 
     def run(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
         del row
-        mean = exchange.mean(outer_gradient(state.anchor, params))
+        mean = exchange.mean(interface.outer_gradient(state.anchor, params))
         anchor = jax.tree.map(lambda old, gradient: old - gradient, state.anchor, mean)
-        return broadcast_anchor(anchor, params), OuterState(anchor, ())
+        return interface.broadcast_anchor(anchor, params), OuterState(anchor, ())
 
     return OuterOptimizer(
-        lambda params: OuterState(to_float32(params), ()),
+        lambda params: interface.initial_state(params)._replace(velocity=()),
         (OuterStep("meet", interval, 0, run),),
         lambda params, state: state.anchor,
         False,

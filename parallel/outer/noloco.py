@@ -19,17 +19,8 @@ momentum, 0.5, and nowhere else.
 import jax
 import jax.numpy as jnp
 
-from .interface import (
-    Exchange,
-    OuterOptimizer,
-    OuterState,
-    OuterStep,
-    Params,
-    broadcast_anchor,
-    mean_over_replicas,
-    to_float32,
-    zeros_float32,
-)
+from . import interface
+from .interface import Exchange, OuterOptimizer, OuterState, OuterStep, Params
 
 
 def noloco(
@@ -50,11 +41,11 @@ def noloco(
 
         velocity = jax.tree.map(new_velocity, state.velocity, changes, state.anchor, *partner)
         anchor = jax.tree.map(jnp.add, state.anchor, velocity)
-        return broadcast_anchor(anchor, params), OuterState(anchor, velocity)
+        return interface.broadcast_anchor(anchor, params), OuterState(anchor, velocity)
 
     return OuterOptimizer(
-        lambda params: OuterState(to_float32(params), zeros_float32(params)),
+        interface.initial_state,
         (OuterStep("meet", interval, 0, run),),
-        lambda params, state: mean_over_replicas(state.anchor),
+        lambda params, state: interface.mean_over_replicas(state.anchor),
         True,
     )

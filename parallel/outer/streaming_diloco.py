@@ -15,19 +15,10 @@ from collections.abc import Sequence
 
 import jax
 
+from . import interface
 from .fragment_slices import FragmentSlicer
 from .fragments import fragment_offsets
-from .interface import (
-    Exchange,
-    OuterOptimizer,
-    OuterState,
-    OuterStep,
-    Params,
-    nesterov_step,
-    outer_gradient,
-    to_float32,
-    zeros_float32,
-)
+from .interface import Exchange, OuterOptimizer, OuterState, OuterStep, Params
 
 
 def streaming_diloco(
@@ -46,8 +37,10 @@ def streaming_diloco(
         def send(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
             del row
             anchor, velocity = fragment.extract(state.anchor), fragment.extract(state.velocity)
-            gradient = exchange.mean(outer_gradient(anchor, fragment.extract(params, 1)))
-            anchor, velocity = nesterov_step(anchor, velocity, gradient, learning_rate=learning_rate, momentum=momentum)
+            gradient = exchange.mean(interface.outer_gradient(anchor, fragment.extract(params, 1)))
+            anchor, velocity = interface.nesterov_step(
+                anchor, velocity, gradient, learning_rate=learning_rate, momentum=momentum
+            )
             return params, OuterState(fragment.insert(state.anchor, anchor), fragment.insert(state.velocity, velocity))
 
         return send
@@ -73,7 +66,7 @@ def streaming_diloco(
             OuterStep(f"receive-{number}", interval, offset + overlap, receive_step(fragment), depends_on=send),
         ]
     return OuterOptimizer(
-        lambda params: OuterState(to_float32(params), zeros_float32(params)),
+        interface.initial_state,
         tuple(outer_steps),
         lambda params, state: state.anchor,
         False,

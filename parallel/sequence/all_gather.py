@@ -1,9 +1,9 @@
 """All-gather: every device attends from its own queries to the keys and values of the whole row.
 
-One all-gather of k and v, and in the backward pass one more and a reduce-scatter of their gradients. The whole row's
-keys are never kept: what waits for the backward pass is each device's own part. Any mask and any implementation that
-takes explicit indices works unchanged, and with few key-value heads the gathered arrays are small. Tokens in zigzag
-order give every device the same work. Source: Llama 3, arXiv:2407.21783, section 3.3.2.
+One all-gather of k and v, and in the backward pass one more and a reduce-scatter of their gradients. The keys of the
+whole row are not saved: each device saves its own shard for the backward pass. Any mask and any implementation that
+takes explicit indices works unchanged, and with few key-value heads the gathered arrays are small. Zigzag order gives
+every device the same work. Source: Llama 3, arXiv:2407.21783, section 3.3.2.
 """
 
 import functools
@@ -16,9 +16,9 @@ from ...models.attention.interface import Implementation, Mask, TokenIndices
 
 @functools.cache
 def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implementation:
-    """`implementation` on one device's part of a row, [batch, sequence / ranks, heads, head_dim].
+    """`implementation` on one device's shard of a row, [batch, sequence / ranks, heads, head_dim].
 
-    For use where `mesh_axis` is manual. `indices` are those of this device's part; neither index may be None.
+    For use where `mesh_axis` is manual. `indices` are those of this device's shard; neither index may be None.
     """
 
     def forward(q, k, v, mask: Mask, indices: TokenIndices):
@@ -27,7 +27,7 @@ def wrap(implementation: Implementation, *, mesh_axis: str = "seq") -> Implement
     def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices):
         k, v = _gather((k, v), mesh_axis)
         dq, dk, dv = implementation.backward(q, k, v, out, lse, d_out, mask, _with_all_keys(indices, mesh_axis))
-        return dq, _scatter_sum(dk, mesh_axis), _scatter_sum(dv, mesh_axis)
+        return dq, _reduce_scatter(dk, mesh_axis), _reduce_scatter(dv, mesh_axis)
 
     return implementation._replace(forward=forward, backward=backward)
 
@@ -42,8 +42,8 @@ def _with_all_keys(indices: TokenIndices, mesh_axis: str) -> TokenIndices:
     )
 
 
-def _scatter_sum(x, mesh_axis: str):
-    """This device's part of the sum over devices of a whole row's gradient; added in float32."""
+def _reduce_scatter(x, mesh_axis: str):
+    """This device's shard of the sum over devices of a row's gradient; added in float32."""
     total = jax.lax.psum_scatter(x.astype(jnp.float32), mesh_axis, scatter_dimension=1, tiled=True)
     return total.astype(x.dtype)
 

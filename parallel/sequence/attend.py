@@ -1,9 +1,9 @@
-"""Attention over global arrays whose rows are cut over the `seq` axis: one of three strategies inside of a `shard_map`.
+"""Attention over global arrays whose rows are sharded over the `seq` axis: one of three strategies in a `shard_map`.
 
-The map is manual in every axis that shards an activation, rows over data x fsdp and heads over tensor, so that nothing
-is left for the partitioner to gather, and a kernel's control flow is one device's own business. Forward and backward
-pass are a map each: what is kept between them are whole arrays with names, where a memory policy finds them, and no map
-is ever differentiated (inside of a pipeline's map JAX 0.10 cannot).
+The map is manual in every axis that shards an activation, rows over data x fsdp and heads over tensor. So the
+partitioner gathers nothing, and devices may differ in a kernel's control flow. Forward and backward pass are a map
+each: between them are global arrays with names, which a memory policy can keep or offload, and no map is ever
+differentiated (inside a pipeline's map JAX 0.10 cannot do that).
 """
 
 import dataclasses
@@ -28,106 +28,103 @@ ROWS = ("data", "fsdp")
 def sequence_parallel(implementation: Implementation, *, strategy: str, mesh: Mesh) -> Callable[..., jax.Array]:
     """`attend(q, k, v, mask, indices)` over global [batch, sequence, heads, head_dim] arrays, sharded over `mesh`.
 
-    Tokens stand in run order (`parallel/sequence/token_order.py`); `indices.query_index = indices.key_index` is that
-    order; None is plain order. Where `seq` is 1 nothing is communicated. The result equals the implementation's on one
-    device. Raises UserError on an unknown strategy, a sequence that `mesh.seq` does not divide, and where the strategy
-    or the implementation refuses.
+    Tokens are in run order (`token_order.py`); `indices.query_index = indices.key_index` is that order, None is plain
+    order. If `seq` is 1, nothing is communicated. The result equals that of one device. Raises UserError for an unknown
+    strategy, a sequence that `mesh.seq` does not divide, and if the strategy or the implementation refuses.
     """
     if strategy not in STRATEGIES:
         raise UserError.no_match("sequence.parallel", [strategy], candidates=STRATEGIES)
-    whole_rows = mesh.shape["seq"] == 1
-    local = implementation if whole_rows else STRATEGIES[strategy](implementation, mesh_axis="seq")
-    mapped = _mapped(local, mesh)
-    starts_anywhere = not whole_rows and strategy != "ulysses"
+    unsharded = mesh.shape["seq"] == 1
+    local = implementation if unsharded else STRATEGIES[strategy](implementation, mesh_axis="seq")
+    mapped = _over_devices(local, mesh)
+    needs_indices = not unsharded and strategy != "ulysses"
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indices: TokenIndices) -> jax.Array:
-        _check_cut(q, k, mesh)
-        if indices.query_index is None and starts_anywhere:  # a part of a row does not start at 0
+        _check_divisible(q, k, mesh)
+        if indices.query_index is None and needs_indices:  # a shard of a row does not start at token 0
             order = jnp.arange(q.shape[1], dtype=jnp.int32)
             indices = dataclasses.replace(indices, query_index=order, key_index=order)
-        k, v = (repeated_heads(x, mesh.shape["tensor"]) for x in (k, v))
+        k, v = (repeat_kv_heads(x, mesh.shape["tensor"]) for x in (k, v))
         return attend_with(mapped, q, k, v, mask, indices)
 
     return attend
 
 
-def repeated_heads(x: jax.Array, devices: int) -> jax.Array:
-    """Keys or values [batch, keys, kv_heads, head_dim], each head repeated until `devices` can share them evenly."""
+def repeat_kv_heads(x: jax.Array, devices: int) -> jax.Array:
+    """Keys or values [batch, keys, kv_heads, head_dim], each head repeated so that `devices` divides their number."""
     kv_heads = x.shape[2]
     return x if kv_heads % devices == 0 else jnp.repeat(x, math.lcm(kv_heads, devices) // kv_heads, axis=2)
 
 
 class _Specs(NamedTuple):
-    """How arrays are cut: [batch, sequence, heads, head_dim], statistics [batch, sequence, heads], and `indices`."""
+    """Specs of [batch, sequence, heads, head_dim], of statistics [batch, sequence, heads], and of `indices`."""
 
     heads: PartitionSpec
     statistics: PartitionSpec
     indices: TokenIndices
-    axes: set[str]
+    axes: set[str]  # manual
 
 
-def _mapped(local: Implementation, mesh: Mesh) -> Implementation:
-    """`local`, which works on one device's part, over global arrays."""
+def _over_devices(local: Implementation, mesh: Mesh) -> Implementation:
+    """`local`, which works on one device's shard, over global arrays."""
 
-    def over_devices(function, axes, arguments, indices: TokenIndices, cut, results):
-        specs = _specs(arguments[0], indices, mesh, axes)
-        return jax.shard_map(
-            function,
-            # Inside another shard_map (a pipeline) the mesh is the one already in use, some of its axes manual.
-            mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
-            in_specs=(*(getattr(specs, name) for name in cut), specs.indices),
-            out_specs=tuple(getattr(specs, name) for name in results),
-            axis_names=specs.axes,
-        )(*arguments, indices)
+    def run(function, arrays, indices: TokenIndices, inputs: list[str], outputs: list[str]):
+        def run_mapped(axes, *arrays, indices: TokenIndices):
+            specs = _specs(arrays[0], indices, mesh, axes)
+            return jax.shard_map(
+                function,
+                # Inside another shard_map (a pipeline) the mesh is the one already in use, some of its axes manual.
+                mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
+                in_specs=(*(getattr(specs, name) for name in inputs), specs.indices),
+                out_specs=tuple(getattr(specs, name) for name in outputs),
+                axis_names=specs.axes,
+            )(*arrays, indices)
+
+        return fold_replicas_into_rows(run_mapped)(arrays, indices)
 
     def forward(q, k, v, mask: Mask, indices: TokenIndices):
-        def part(q, k, v, indices):
+        def function(q, k, v, indices):
             return local.forward(q, k, v, mask, indices)
 
-        def run(axes, *arguments, indices: TokenIndices):
-            return over_devices(part, axes, arguments, indices, ["heads"] * 3, ("heads", "statistics"))
-
-        return more_rows_for_replicas(run)((q, k, v), indices)
+        return run(function, (q, k, v), indices, ["heads"] * 3, ["heads", "statistics"])
 
     def backward(q, k, v, out, lse, d_out, mask: Mask, indices: TokenIndices):
-        def part(q, k, v, out, lse, d_out, indices):
+        def function(q, k, v, out, lse, d_out, indices):
             return local.backward(q, k, v, out, lse, d_out, mask, indices)
 
-        def run(axes, *arguments, indices: TokenIndices):
-            cut = [*["heads"] * 4, "statistics", "heads"]
-            return over_devices(part, axes, arguments, indices, cut, ["heads"] * 3)
-
-        return more_rows_for_replicas(run)((q, k, v, out, lse, d_out), indices)
+        inputs = [*["heads"] * 4, "statistics", "heads"]
+        return run(function, (q, k, v, out, lse, d_out), indices, inputs, ["heads"] * 3)
 
     return local._replace(forward=forward, backward=backward)
 
 
-def more_rows_for_replicas(run: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., tuple[jax.Array, ...]]:
-    """`run(axes, *arrays, indices)` on arrays [rows, ...], which under `jax.vmap` gets all replicas' rows as its own.
+def fold_replicas_into_rows(run: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., tuple[jax.Array, ...]]:
+    """`run(axes, *arrays, indices)` on arrays [rows, ...]; under `jax.vmap` on the rows of all replicas at once.
 
-    To the map they are rows cut over one more axis. Left to the partitioner, that axis would be gathered wherever the
-    map communicates over another one.
+    The map then shards rows over one more axis. The partitioner would gather that axis wherever the map communicates
+    over another one.
     """
-    alone = jax.custom_batching.custom_vmap(lambda arrays, indices: run(ROWS, *arrays, indices=indices))
+    run_once = jax.custom_batching.custom_vmap(lambda arrays, indices: run(ROWS, *arrays, indices=indices))
 
-    @alone.def_vmap
-    def together(count, batched, arrays, indices):
-        def folded(leaf: jax.Array, by_replica: bool) -> jax.Array:
-            if leaf.ndim == 1:  # indices of tokens, the same for all
+    @run_once.def_vmap
+    def run_replicas(count, batched, arrays, indices):
+        def fold(leaf: jax.Array, is_batched: bool) -> jax.Array:
+            if leaf.ndim == 1:  # token indices, the same for all
                 return leaf
-            full = leaf if by_replica else jnp.broadcast_to(leaf, (count, *leaf.shape))
-            return full.reshape(-1, *full.shape[2:])
+            replicas = leaf if is_batched else jnp.broadcast_to(leaf, (count, *leaf.shape))
+            return replicas.reshape(-1, *replicas.shape[2:])
 
-        arrays, indices = jax.tree.map(folded, (arrays, indices), tuple(batched))
+        arrays, indices = jax.tree.map(fold, (arrays, indices), tuple(batched))
         results = run(("replica", *ROWS), *arrays, indices=indices)
-        return tuple(one.reshape(count, -1, *one.shape[1:]) for one in results), (True,) * len(results)
+        return tuple(result.reshape(count, -1, *result.shape[1:]) for result in results), (True,) * len(results)
 
-    return alone
+    return run_once
 
 
 def _specs(q, indices: TokenIndices, mesh: Mesh, axes: tuple[str, ...]) -> _Specs:
-    free = exclude_axes(axes, manual_axes()) or ()  # inside a pipeline's map rows are cut already
-    rows = free if free and q.shape[0] % math.prod(mesh.shape[axis] for axis in free) == 0 else None
+    automatic = exclude_axes(axes, manual_axes()) or ()  # inside a pipeline's map rows are already split
+    divides = q.shape[0] % math.prod(mesh.shape[axis] for axis in automatic) == 0
+    rows = automatic if automatic and divides else None
     return _Specs(
         heads=PartitionSpec(rows, "seq", "tensor", None),
         statistics=PartitionSpec(rows, "seq", "tensor"),
@@ -136,12 +133,14 @@ def _specs(q, indices: TokenIndices, mesh: Mesh, axes: tuple[str, ...]) -> _Spec
     )
 
 
-def _check_cut(q, k, mesh: Mesh) -> None:
+def _check_divisible(q, k, mesh: Mesh) -> None:
     ranks, tensor = mesh.shape["seq"], mesh.shape["tensor"]
     if q.shape[1] % ranks or k.shape[1] % ranks:
         raise UserError(
-            f"mesh.seq: {ranks} devices cannot share {q.shape[1]} queries and {k.shape[1]} keys evenly; "
+            f"mesh.seq: {ranks}, which does not divide {q.shape[1]} queries and {k.shape[1]} keys; "
             "use a data.sequence_length that it divides"
         )
     if q.shape[2] % tensor:
-        raise UserError(f"mesh.tensor: {tensor} devices cannot share {q.shape[2]} heads evenly; use a divisor of heads")
+        raise UserError(
+            f"mesh.tensor: {tensor}, which does not divide {q.shape[2]} heads; use a divisor of model.heads"
+        )

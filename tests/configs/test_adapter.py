@@ -16,8 +16,8 @@ TWO = {
 }
 
 
-def test_each_inherits_and_says_what_differs():
-    """The same once resolved and read again: what the run directory keeps is the run."""
+def test_each_adapter_inherits_what_it_does_not_set():
+    """And the resolved configuration, as a run directory keeps it, loads as an equal one."""
     config = validate_tree(TWO)
     words = single_adapter_run(config, "words")
     assert (words.adapter.rank, words.adapter.alpha, words.adapter.targets) == (8, 8.0, ["o"])
@@ -30,45 +30,45 @@ def test_each_inherits_and_says_what_differs():
     assert (wide.rank, wide.targets) == (8, ["q", "v", "o"])
 
 
-def test_without_rows_they_share_evenly():
-    """And one that says nothing is what the section adapter says."""
+def test_adapters_without_rows_get_equal_shares():
+    """And an adapter without settings has those of the section adapter."""
     config = validate_tree({"adapter": {}, "adapters": {"a": {}, "b": None}, "data": {"global_batch": 6}})
     assert adapter_rows(config) == {"a": 3, "b": 3}
     assert single_adapter_run(config, "b").adapter == config.adapter
 
 
 REFUSED = {
-    "data.global_batch: 9, but adapters have 6 [+] 2 = 8 rows; set it to 8": {"data": {"global_batch": 9}},
-    "adapters.sums.rows: not set, and others are": {"adapters": {"sums": {"rows": None}}},
-    "not divisible by 2 adapters": {
+    r"data.global_batch: 9.* 8": {"data": {"global_batch": 9}},
+    "adapters.sums.rows: null": {"adapters": {"sums": {"rows": None}}},
+    "data.global_batch: 9 .* 2 adapters": {
         "adapters": {"sums": {"rows": None}, "words": {"rows": None}},
         "data": {"global_batch": 9},
     },
-    "adapter.method: dora beside several adapters .sums, words.; set it to lora": {"adapter": {"method": "dora"}},
-    "adapter.start: pissa beside several": {"adapter": {"start": "pissa"}},
-    "recipe.name: reward beside several": {"recipe": {"name": "reward"}},
-    "mesh.pipe: 2 beside several adapters": {"mesh": {"pipe": 2, "devices": 2}},
-    "mesh.replica: 2 beside several": {"mesh": {"replica": 2, "devices": 2}, "outer": {"name": "diloco", "every": 5}},
-    "elastic.deterministic: True beside several": {"elastic": {"deterministic": True}},
-    "privacy: set beside several": {"privacy": {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0}},
-    "data.mixture: 1 beside several": {"data": {"mixture": [{"source": "stdlib"}]}},
-    "adapter: null beside adapters .sums, words.": {"adapter": None},
-    "adapters: 'a/b' must be letters": {"adapters": {"a/b": {}}},
-    "adapters.words.data.path: not set": {"adapters": {"words": {"data": {"path": None}}}},
-    "data.packing.method: concat cuts": {"data": {"packing": {"method": "concat"}}},
+    "adapter.method: dora with .*lora": {"adapter": {"method": "dora"}},
+    "adapter.start: pissa with": {"adapter": {"start": "pissa"}},
+    "recipe.name: reward with": {"recipe": {"name": "reward"}},
+    "mesh.pipe: 2 with": {"mesh": {"pipe": 2, "devices": 2}},
+    "mesh.replica: 2 with": {"mesh": {"replica": 2, "devices": 2}, "outer": {"name": "diloco", "every": 5}},
+    "elastic.deterministic: True with": {"elastic": {"deterministic": True}},
+    "privacy: set with": {"privacy": {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0}},
+    "data.mixture: 1 with": {"data": {"mixture": [{"source": "stdlib"}]}},
+    "adapter: null with .*sums, words": {"adapter": None},
+    "adapters: 'a/b' ": {"adapters": {"a/b": {}}},
+    "adapters.words.data.path: null": {"adapters": {"words": {"data": {"path": None}}}},
+    "data.packing.method: concat": {"data": {"packing": {"method": "concat"}}},
     "adapters.words.rank: 0": {"adapters": {"words": {"rank": 0}}},
     "adapters.words.data.paht: unknown key": {"adapters": {"words": {"data": {"paht": "x"}}}},
-    "optimizer.name: adafactor takes means": {"optimizer": {"name": "adafactor"}},
-    "optimizer.learning_rate: 0 beside": {"optimizer": {"learning_rate": 0}},
+    "optimizer.name: adafactor": {"optimizer": {"name": "adafactor"}},
+    "optimizer.learning_rate: 0 with": {"optimizer": {"learning_rate": 0}},
 }
 
 
 @pytest.mark.parametrize(("message", "changes"), REFUSED.items(), ids=REFUSED)
-def test_what_cannot_be_trained_together_is_refused(message, changes):
+def test_settings_that_several_adapters_cannot_have_are_refused(message, changes):
     with pytest.raises(UserError, match=message):
         validate_tree(merge_trees(TWO, changes))
 
 
-def test_how_several_are_multiplied_means_nothing_for_one():
-    with pytest.raises(UserError, match=r"adapter\.product: ragged is for several adapters"):
+def test_product_has_no_effect_on_one_adapter_and_is_refused():
+    with pytest.raises(UserError, match=r"adapter\.product: ragged"):
         validate_tree({"adapter": {"product": "ragged"}})

@@ -7,13 +7,13 @@ from meshwright.configs.sections.base import Section
 from meshwright.configs.sections.data import DataConfig
 
 REFUSED = {
-    "file source without a path": ({"source": "jsonl"}, "data.path: not set"),
-    "path that stdlib ignores": ({"path": "x"}, "data.path: 'x' means nothing to source stdlib"),
+    "file source without a path": ({"source": "jsonl"}, "data.path: null"),
+    "path that stdlib ignores": ({"path": "x"}, "data.path: 'x'"),
     "column that text ignores": ({"source": "text", "path": "x", "field": "body"}, "data.field: 'body'"),
     "streaming of local files": ({"source": "text", "path": "x", "streaming": True}, "data.streaming: True"),
     "separator that cuts nowhere": ({"source": "text", "path": "x", "separator": ""}, "data.separator: ''"),
-    "source beside a mixture": ({"source": "stdlib", "mixture": [{}]}, "data.source: 'stdlib' beside data.mixture"),
-    "bad entry of a mixture": ({"mixture": [{}, {"source": "hf"}]}, "data.mixture.1.path: not set"),
+    "source beside a mixture": ({"source": "stdlib", "mixture": [{}]}, "data.source: 'stdlib' with data.mixture"),
+    "bad entry of a mixture": ({"mixture": [{}, {"source": "hf"}]}, "data.mixture.1.path: null"),
     "two tokenizers": ({"tokenizer": {"bytes": True, "file": "t.json"}}, "file and bytes set"),
     "no tokenizer": ({"tokenizer": {}}, "data.tokenizer: nothing set"),
     "training to no size": ({"tokenizer": {"train": "bpe"}}, "data.tokenizer.vocab: None"),
@@ -26,12 +26,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
-def test_mistake_names_the_key(settings, message):
+def test_a_mistake_names_key_and_value(settings, message):
     with pytest.raises(ValidationError, match=message.replace(".", r"\.")):
         DataConfig(**settings)
 
 
-def test_what_is_dumped_loads_again():
+def test_a_dumped_section_loads_again():
     config = DataConfig(mixture=[{"weight": 2}, {"source": "text", "path": "x", "separator": "\n\n"}], held_out=0)
     assert DataConfig(**config.model_dump(mode="json")) == config
 

@@ -1,4 +1,4 @@
-"""The knobs are a list in the repository: a new one changes `keys.txt` in the same commit, where a reviewer sees it."""
+"""The keys are a list in the repository: a new key changes `keys.txt` in the same commit, where a reviewer sees it."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from meshwright.configs.loader import schema_keys
 
 
 def test_the_keys_are_the_listed_ones():
-    """To accept a change: python -c "from meshwright.configs.loader import keys; print(*sorted(keys()), sep='\\n')"."""
+    """`from meshwright.configs.loader import schema_keys; print(*sorted(set(schema_keys())))` prints the new list."""
     assert sorted(set(schema_keys())) == (Path(__file__).parent / "keys.txt").read_text().split()
 
 

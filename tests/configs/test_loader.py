@@ -22,7 +22,7 @@ MISTAKES = {
         {"adapters": {"one": {"data": {"pth": "x"}}}},
         r"adapters.one.data.pth: unknown key. Did you mean adapters.one.data.path\?",
     ),
-    "a quantity that is none": ({"islands": {"patience": "abc"}}, r"islands.patience: 'abc' is no number with one of"),
+    "a quantity that is none": ({"islands": {"patience": "abc"}}, r"islands.patience: 'abc' .*ms, s, m"),
     "misspelt key": ({"mesh": {"tensr": 2}}, r"mesh.tensr: unknown key. Did you mean mesh.tensor\?"),
     "another tool's key": ({"ici_fsdp_parallelism": 2}, r"Did you mean mesh.fsdp\?"),
     "right key, wrong place": ({"optimizer": {"sequence_length": 2}}, r"Did you mean data.sequence_length\?"),
@@ -36,7 +36,7 @@ MISTAKES = {
     "a key of several sections": ({"model": {"path": "x"}}, r"Did you mean data.path\?"),
     "a setting of another method": (
         {"adapter": {"method": "ia3", "alpha": 32}},
-        r"adapter.alpha: 32.0 means nothing to method ia3; remove it \(adapter.alpha=null where another file sets it\)",
+        r"adapter.alpha: 32.0 .*ia3; remove it \(adapter.alpha=null where another file sets it\)",
     ),
     "hours for minutes": (
         parse_yaml("launch: {slurm: {time: 24:00:00}}", origin=""),
@@ -47,7 +47,7 @@ MISTAKES = {
     "two open axes": ({"mesh": {"data": -1, "fsdp": -1}}, r"data, fsdp are all -1"),
     "an implementation elsewhere": (
         {"model": {"attention": "cudnn"}, "mesh": {"platform": "cpu"}},
-        r"model.attention: cudnn needs a GPU and mesh.platform is cpu",
+        r"model.attention: cudnn .*mesh.platform is cpu",
     ),
     "an axis not built": ({"mesh": {"expert": 2}}, r"mesh.expert: 2 is not supported yet"),
     "sequence": (
@@ -72,8 +72,8 @@ def test_extends_and_overrides_compose(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["finetune/lora.yaml", "finetune/lora"])
-def test_a_recipe_is_extended_from_anywhere(tmp_path, base):
-    """As every page of the documentation writes it; a file beside the one that extends comes first."""
+def test_a_recipe_can_be_extended_from_any_directory(tmp_path, base):
+    """As the documentation writes it; a file in the same directory comes first."""
     (tmp_path / "mine.yaml").write_text(f"extends: {base}\nadapter: {{rank: 5}}\n")
     assert load_config(tmp_path / "mine.yaml").adapter.model_dump() == load_config(
         "finetune/lora"
@@ -86,23 +86,23 @@ def test_a_recipe_is_extended_from_anywhere(tmp_path, base):
 UNREADABLE = {
     "extends nothing": (
         "extends: quikstart.yaml",
-        r"extends: quikstart.yaml is no file .* mean quickstart\?",
+        r"extends: quikstart.yaml .* mean quickstart\?",
     ),
-    "extends two": ("extends: [a, b]", r"mine.yaml: extends: \['a', 'b'\] is not a word"),
-    "a key twice": ("mesh: {data: 2,\n  data: 4}", r"data stands twice \(first in line 1\).* at line 2"),
+    "extends two": ("extends: [a, b]", r"mine.yaml: extends: \['a', 'b'\]"),
+    "a key twice": ("mesh: {data: 2,\n  data: 4}", r"data .*line 1.* at line 2"),
     "not YAML": ("name: [x", r"mine.yaml: not valid YAML: while parsing a flow sequence at line 1, column 7"),
     "a text": ("just words", r"mine.yaml: 'just words' is not a mapping"),
 }
 
 
 @pytest.mark.parametrize(("text", "message"), UNREADABLE.values(), ids=UNREADABLE)
-def test_a_file_that_cannot_be_read_says_where_and_why(tmp_path, text, message):
+def test_the_error_of_an_unreadable_file_names_line_and_reason(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_config(tmp_path / "mine.yaml")
 
 
-def test_the_same_key_in_two_mappings_is_not_twice():
+def test_the_same_key_in_two_mappings_is_no_duplicate():
     assert parse_yaml("one: {path: a}\nother: &b {path: b}\nthird: {<<: *b, path: c}", origin="") == {
         "one": {"path": "a"},
         "other": {"path": "b"},
@@ -111,29 +111,29 @@ def test_the_same_key_in_two_mappings_is_not_twice():
 
 
 @pytest.mark.parametrize("text", ["0", "-5", "007", "0x1F", "1_000", ".5", "1.0e-3", "-.inf", "1e-3", "true", "null"])
-def test_all_but_base_60_is_read_as_yaml(text):
+def test_numbers_are_those_of_yaml_except_in_base_60(text):
     assert parse_yaml(text, origin="") == yaml.safe_load(text)
     assert yaml.safe_load("24:00:00") == 86400 and parse_yaml("24:00:00", origin="") == "24:00:00"
 
 
-def test_what_is_no_configuration_is_told_apart(tmp_path, monkeypatch):
+def test_the_error_tells_typos_folders_and_model_directories_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
     (tmp_path / "mine.yaml").touch()
     for word, message in {
-        "mine.yml": r"mine.yml is no file .* Did you mean mine.yaml\?",
+        "mine.yml": r"mine.yml .* Did you mean mine.yaml\?",
         "quikstart": r"recipes ls.*Did you mean quickstart\?",
-        "finetune": r"a kind of recipe; there are finetune/distill, ",
-        "model": r"a model's directory; name a YAML file in which model.from is model",
-        ".": r"is a directory; name a YAML file",
+        "finetune": r"CONFIG: finetune .*finetune/distill, ",
+        "model": r"CONFIG: model .*model.from: model",
+        ".": r"CONFIG: \. is a directory",
     }.items():
         with pytest.raises(UserError, match=message):
             load_config(word)
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_copied_recipe_is_the_same_run_from_anywhere(tmp_path, name):
+def test_a_copied_recipe_is_the_same_run_in_any_directory(tmp_path, name):
     copy_recipe(find_config(name), tmp_path / "mine.yaml")
     assert read_tree(tmp_path / "mine.yaml") == read_tree(find_config(name))
 

@@ -46,19 +46,19 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("settings", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_model_that_cannot_be_is_refused_with_key_value_and_remedy(settings, message):
+def test_the_refusal_of_a_model_names_key_value_and_remedy(settings, message):
     with pytest.raises(UserError, match=message):
         validate_tree({"model": settings})
 
 
-def test_a_family_is_defaults_and_the_users_word_wins():
+def test_a_family_sets_defaults_and_the_users_value_wins():
     model = validate_tree({"model": {"family": "gemma3", "qk_norm": False, "rope": {"theta": 5e5}}}).model
     assert (model.post_norms, model.qk_norm) == (True, False)
     assert (model.rope.theta, model.rope.local_theta) == (5e5, 1e4)
     assert validate_tree({"model": {"family": "gemma3", "position_encoding": "none"}}).model.rope.theta == 1e4
 
 
-def test_equal_models_are_one_key():
-    """A compiled program may be remembered by its model."""
+def test_equal_models_have_equal_hashes():
+    """So that a compiled program can be cached by its model."""
     one, other = (validate_tree({"model": {"windows": windows}}).model for windows in ([4, None], (4, None)))
     assert hash(one) == hash(other) and one == other

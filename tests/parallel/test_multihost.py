@@ -1,4 +1,4 @@
-"""What the first process says, heard by another one, in parts."""
+"""Bytes of process 0, broadcast to another process in chunks."""
 
 import jax
 import pytest
@@ -7,20 +7,20 @@ from jax.experimental import multihost_utils
 from meshwright.parallel import multihost
 
 
-@pytest.mark.parametrize("said", [b"", b"abc", b"abcd", b"abcdefghij", None])
-def test_bytes_arrive_whole_however_many_parts_they_take(said, monkeypatch):
+@pytest.mark.parametrize("payload", [b"", b"abc", b"abcd", b"abcdefghij", None])
+def test_bytes_are_the_same_on_every_process_for_any_number_of_chunks(payload, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost, "PART", 4)
-    told = []
-    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda one: told.append(one) or one)
-    assert multihost.broadcast_bytes(said) == said
-    waiting = iter(told)
+    monkeypatch.setattr(multihost, "CHUNK_BYTES", 4)
+    sent = []
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda array: sent.append(array) or array)
+    assert multihost.broadcast_bytes(payload) == payload
+    remaining = iter(sent)
 
-    def heard(own):
-        arrived = next(waiting)
-        assert own.shape == arrived.shape and own.dtype == arrived.dtype  # a collective asks for that
-        return arrived
+    def receive(local):
+        array = next(remaining)
+        assert local.shape == array.shape and local.dtype == array.dtype  # a collective requires it
+        return array
 
-    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", heard)
-    assert multihost.broadcast_bytes(None) == said
-    assert next(waiting, None) is None
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", receive)
+    assert multihost.broadcast_bytes(None) == payload
+    assert next(remaining, None) is None

@@ -1,4 +1,4 @@
-"""Copies that should be equal: a flipped bit on one device is found, named, and blamed on that device."""
+"""The replica check: a flipped bit on one device is found, and that device is the suspect."""
 
 import random
 
@@ -14,18 +14,18 @@ from meshwright.parallel.replica_check import ReplicaCheck
 
 MESH = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "fsdp"))
 SPECS = {
-    "whole": PartitionSpec(), "cut": PartitionSpec("fsdp"), "apart": PartitionSpec(("data", "fsdp")),
-    "half": PartitionSpec(None, "fsdp"), "codes": PartitionSpec(), "count": PartitionSpec(), "flags": PartitionSpec(),
+    "replicated": PartitionSpec(), "fsdp": PartitionSpec("fsdp"), "unique": PartitionSpec(("data", "fsdp")),
+    "columns": PartitionSpec(None, "fsdp"), "codes": PartitionSpec(), "count": PartitionSpec(), "flags": PartitionSpec(),
 }  # fmt: skip
 
 
 def state():
     draw = np.random.default_rng(0)
     values = {
-        "whole": draw.random((6, 5), np.float32),
-        "cut": draw.random((8, 3), np.float32),
-        "apart": draw.random(16, np.float32),
-        "half": draw.random((4, 6)).astype(ml_dtypes.bfloat16),
+        "replicated": draw.random((6, 5), np.float32),
+        "fsdp": draw.random((8, 3), np.float32),
+        "unique": draw.random(16, np.float32),
+        "columns": draw.random((4, 6)).astype(ml_dtypes.bfloat16),
         "codes": draw.integers(-100, 100, 33, dtype=np.int8),
         "count": np.int32(7),
         "flags": np.array([True, False, True]),
@@ -34,46 +34,46 @@ def state():
 
 
 @pytest.fixture(scope="module")
-def duplicates():
-    whole = state()
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), whole)
-    return ReplicaCheck(shapes, jax.tree.map(lambda leaf: leaf.sharding, whole), MESH)
+def check():
+    values = state()
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), values)
+    return ReplicaCheck(shapes, jax.tree.map(lambda leaf: leaf.sharding, values), MESH)
 
 
-def test_equal_copies_and_parts_of_their_own_do_not_differ(duplicates):
-    assert duplicates.any and duplicates.differing(state()) == []
+def test_equal_replicas_have_no_mismatch(check):
+    assert check.has_replicas and check.find_mismatches(state()) == []
 
 
-def test_every_flipped_bit_is_found_and_blamed_on_its_device(duplicates):
-    draw, whole = random.Random(0), state()
+def test_every_flipped_bit_is_found_and_its_device_is_the_suspect(check):
+    draw, values = random.Random(0), state()
     for _ in range(300):
-        name = draw.choice(["whole", "cut", "half", "codes", "count"])
+        name = draw.choice(["replicated", "fsdp", "columns", "codes", "count"])
         device = draw.choice(jax.devices()[:8])
-        size = whole[name].addressable_shards[0].data.nbytes
-        found = duplicates.differing(whole | {name: flipped(whole[name], device, draw.randrange(8 * size))})
-        assert [(one.path, one.devices) for one in found] == [(name, (device,))]
-        assert len(found[0].others) == (7 if name in ("whole", "codes", "count") else 3)
+        size = values[name].addressable_shards[0].data.nbytes
+        mismatches = check.find_mismatches(values | {name: flipped(values[name], device, draw.randrange(8 * size))})
+        assert [(mismatch.path, mismatch.suspects) for mismatch in mismatches] == [(name, (device,))]
+        assert len(mismatches[0].majority) == (7 if name in ("replicated", "codes", "count") else 3)
 
 
-def test_what_one_device_alone_holds_cannot_be_compared(duplicates):
-    whole = state()
-    assert duplicates.differing(whole | {"apart": flipped(whole["apart"], jax.devices()[3], 5)}) == []
+def test_a_shard_on_a_single_device_cannot_be_compared(check):
+    values = state()
+    assert check.find_mismatches(values | {"unique": flipped(values["unique"], jax.devices()[3], 5)}) == []
 
 
-def test_two_that_differ_are_both_named():
+def test_without_a_majority_all_devices_are_suspects():
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    whole = {"a": jax.device_put(jnp.arange(4.0), NamedSharding(mesh, PartitionSpec()))}
-    two = ReplicaCheck(jax.eval_shape(lambda: whole), {"a": whole["a"].sharding}, mesh)
-    (found,) = two.find_mismatches({"a": flipped(whole["a"], jax.devices()[1], 3)})
-    assert str(found) == "a differs between devices 0, 1 (process 0)"
+    values = {"a": jax.device_put(jnp.arange(4.0), NamedSharding(mesh, PartitionSpec()))}
+    check = ReplicaCheck(jax.eval_shape(lambda: values), {"a": values["a"].sharding}, mesh)
+    (mismatch,) = check.find_mismatches({"a": flipped(values["a"], jax.devices()[1], 3)})
+    assert str(mismatch) == "a differs between devices 0, 1 (process 0)"
 
 
-def test_elements_that_change_places_are_seen(duplicates):
-    whole = state()
-    copies = [np.array(shard.data) for shard in whole["whole"].addressable_shards]
+def test_swapped_elements_are_found(check):
+    values = state()
+    copies = [np.array(shard.data) for shard in values["replicated"].addressable_shards]
     copies[5][[0, 1]] = copies[5][[1, 0]]
     parts = [jax.device_put(copy, shard.device) for copy, shard in
-             zip(copies, whole["whole"].addressable_shards, strict=True)]  # fmt: skip
-    array = jax.make_array_from_single_device_arrays((6, 5), whole["whole"].sharding, parts)
-    (found,) = duplicates.differing(whole | {"whole": array})
-    assert found.devices == (jax.devices()[5],)
+             zip(copies, values["replicated"].addressable_shards, strict=True)]  # fmt: skip
+    array = jax.make_array_from_single_device_arrays((6, 5), values["replicated"].sharding, parts)
+    (mismatch,) = check.find_mismatches(values | {"replicated": array})
+    assert mismatch.suspects == (jax.devices()[5],)

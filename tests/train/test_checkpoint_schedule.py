@@ -11,7 +11,7 @@ from meshwright.train.checkpoint_schedule import (
     CheckpointSchedule,
     best_interval,
 )
-from meshwright.train.core.event_log import Journal
+from meshwright.train.core.event_log import EventLog
 from meshwright.train.report.goodput import daly
 from meshwright.train.report.run_record import read_record
 
@@ -52,7 +52,7 @@ def test_a_save_waits_until_the_one_before_it_is_written(tmp_path):
 def test_every_process_uses_the_interval_of_the_first_one(tmp_path):
     sent = []
     first = CheckpointSchedule(
-        "auto", run_directory(tmp_path, *ONE_SAVE), Journal(tmp_path), lambda steps: sent.append(steps) or steps
+        "auto", run_directory(tmp_path, *ONE_SAVE), EventLog(tmp_path), lambda steps: sent.append(steps) or steps
     )
     first.restart(20)
     other = CheckpointSchedule("auto", tmp_path, SimpleNamespace(enabled=False), lambda steps: sent[0])
@@ -64,7 +64,7 @@ def test_every_process_uses_the_interval_of_the_first_one(tmp_path):
 
 
 def test_a_fixed_interval_saves_at_its_multiples(tmp_path):
-    schedule = CheckpointSchedule(5, tmp_path, Journal(tmp_path), int)
+    schedule = CheckpointSchedule(5, tmp_path, EventLog(tmp_path), int)
     schedule.restart(0)
     assert [step for step in range(1, 16) if schedule.is_due(step)] == [5, 10, 15]
-    assert not CheckpointSchedule(0, tmp_path, Journal(tmp_path), int).is_due(FIRST_SAVE_STEPS)
+    assert not CheckpointSchedule(0, tmp_path, EventLog(tmp_path), int).is_due(FIRST_SAVE_STEPS)

@@ -19,7 +19,7 @@ from meshwright.parallel.state import TrainState
 from meshwright.train import checkpointer as checkpointer_module
 from meshwright.train import snapshot_writer
 from meshwright.train.checkpointer import Checkpointer
-from meshwright.train.core.event_log import Journal, read_events
+from meshwright.train.core.event_log import EventLog, read_events
 from meshwright.train.snapshot_writer import SnapshotWriter
 
 PLAIN = Layout("plain", lambda path, shape: [(path, ())])
@@ -52,7 +52,7 @@ def gate(monkeypatch):
 
 def checkpointer(root, policy, snapshots=None):
     config = CheckpointConfig(every=1, keep=99, when_busy=policy, memory_every=1)
-    return Checkpointer(config, Storage(root / "checkpoints", layout=PLAIN), Journal(root), {}, snapshots)
+    return Checkpointer(config, Storage(root / "checkpoints", layout=PLAIN), EventLog(root), {}, snapshots)
 
 
 def events(root):
@@ -127,7 +127,7 @@ def test_snapshots_in_memory_follow_the_same_policy(tmp_path, monkeypatch, polic
         return save(self, copy, step=step, data=data, keep_step=keep_step)
 
     monkeypatch.setattr(MemoryStore, "save", slow_save)
-    snapshots = SnapshotWriter(config, memory, Journal(tmp_path))
+    snapshots = SnapshotWriter(config, memory, EventLog(tmp_path))
     if policy == "wait":
         threading.Timer(0.2, gate.set).start()
     for step in (1, 2, 3):
@@ -144,7 +144,7 @@ def test_a_protected_snapshot_is_not_overwritten_before_a_newer_one_is(tmp_path,
     """Snapshot agents never protect step 2: training goes on after a time-out, and step 1 is never overwritten."""
     monkeypatch.setattr(snapshot_writer, "PROTECTION_TIMEOUT", 0.1)
     memory = MemoryStore(tmp_path / "slots")
-    snapshots = SnapshotWriter(CheckpointConfig(memory_every=1, parity="xor"), memory, Journal(tmp_path))
+    snapshots = SnapshotWriter(CheckpointConfig(memory_every=1, parity="xor"), memory, EventLog(tmp_path))
     for step in range(1, 6):
         assert snapshots.accepts(step)
         snapshots.start_snapshot(donation_safe_copy(state(step)), step, data={}, stall=0.0)
@@ -158,7 +158,7 @@ def test_a_protected_snapshot_is_not_overwritten_before_a_newer_one_is(tmp_path,
 
 
 def test_a_rewind_quarantines_later_checkpoints_and_deletes_later_snapshots(tmp_path):
-    snapshots = SnapshotWriter(CheckpointConfig(memory_every=1), MemoryStore(tmp_path / "memory"), Journal(tmp_path))
+    snapshots = SnapshotWriter(CheckpointConfig(memory_every=1), MemoryStore(tmp_path / "memory"), EventLog(tmp_path))
     saves = checkpointer(tmp_path, "wait", snapshots)
     for step in (2, 4, 6):
         saves.start_save(state(step), step, samples=step, memory=True)

@@ -1,10 +1,10 @@
 """The recipes of `configs/lowcomm`, each as typed: on the mesh, and as islands with one option more."""
 
-import json
 import subprocess
 import sys
 
 import pytest
+from support.run_files import metric_rows
 
 from meshwright.configs.loader import load_config
 from meshwright.train.launch.launch_islands import island_overrides
@@ -31,7 +31,7 @@ def test_a_recipe_trains_from_one_command(tmp_path, recipe, replicas, islands):
     command = [sys.executable, "-m", "meshwright.train.cli", *verb, *SHORT, *SMALL, TINY]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
-    rows = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = metric_rows(tmp_path / "runs" / "run")
     assert any("held_out_loss" in row for row in rows)
     sent = [row for row in rows if row.get("sent_bytes")]
     assert sent, "nobody sent anything"

@@ -1,19 +1,12 @@
 """Several processes with gloo between them are the same run as one process with all the devices."""
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
-
-SMALL = (
-    "steps=3", "logging.every=1", "model.layers=1", "model.embed=32", "model.heads=2", "model.kv_heads=2",
-    "model.mlp=32", "model.vocab=384", "data.source=synthetic",
-    "data.tokenizer={bytes: true, train: null, vocab: null}",
-    "data.sequence_length=32", "data.global_batch=8", "evaluation.prompts=[]", "logging.tensorboard=false",
-    "optimizer.warmup_steps=0",
-)  # fmt: skip
+from support.run_files import metric_rows
+from support.small_run import SMALL
 
 
 def meshwright(directory, *arguments):
@@ -27,12 +20,12 @@ def meshwright(directory, *arguments):
 
 
 def losses(directory, name):
-    rows = [json.loads(line) for line in (directory / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    rows = metric_rows(directory / "runs" / name)
     return [row[key] for row in rows for key in ("loss", "grad_norm", "held_out_loss") if key in row]
 
 
 def compare(directory, mesh, *, processes, devices):
-    arguments = ("quickstart", *SMALL, *mesh)
+    arguments = ("quickstart", *SMALL, "steps=3", "data.held_out=0.02", *mesh)
     meshwright(directory, "train", *arguments, "name=one")
     world = ("--processes", str(processes), "--devices-per-process", str(devices))
     meshwright(directory, "launch", *arguments, "name=many", *world)

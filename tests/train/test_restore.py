@@ -17,11 +17,6 @@ from meshwright.train.preemption import StopRequest
 from meshwright.train.run import train
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def small(**changes):
     base = {"steps": 4, "checkpoint": {"every": 1, "keep": 2}, "logging": {"every": 1, "tensorboard": False},
             "model": {"vocab": 384, "layers": 1}, "data": {"held_out": 0}}  # fmt: skip
@@ -77,7 +72,7 @@ def test_the_newest_whole_checkpoint_is_used_and_the_damaged_one_set_aside(run):
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_from_scratch(run):
     damage(run, 3, 4)
     for _ in range(2):  # nor the second time
-        with pytest.raises(MeshwrightError, match="every checkpoint in .* is damaged.*quarantine"):
+        with pytest.raises(MeshwrightError, match=r"every checkpoint in .* is damaged.*quarantine"):
             train(small(steps=5), process_info=ProcessInfo(), root=run.parent)
     assert len(events(run, "start")) == 1 and events(run, "failure")
 

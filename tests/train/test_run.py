@@ -1,6 +1,5 @@
 """A whole run: what it leaves behind, and that stopping and going on changes nothing."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from support.equivalence import tiny
+from support.run_files import losses, metric_rows
 from support.waiting import HANG_SECONDS, wait_until
 
 from meshwright.configs.errors import MeshwrightError, Preempted, UserError
@@ -21,11 +21,6 @@ from meshwright.train.preemption import StopRequest
 from meshwright.train.run import train
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def small(**changes):
@@ -42,14 +37,6 @@ def small(**changes):
 
 def go(config, root):
     return train(config, process_info=ProcessInfo(), root=root)
-
-
-def rows(root, name="run"):
-    return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(root, name="run"):
-    return {row["step"]: row["loss"] for row in rows(root, name) if "loss" in row}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +57,7 @@ def test_a_run_leaves_the_whole_directory(whole):
         ["start", "save", "commit", "save", "commit", "finish"]
     )
     assert events.count("evaluation") == 2 and events.count("sample") == 2
-    assert summary.metrics["held_out_bits_per_byte"] > 0 and len(losses(root)) == 6
+    assert summary.metrics["held_out_bits_per_byte"] > 0 and len(losses(root / "run")) == 6
 
 
 def test_stopping_and_going_on_elsewhere_is_the_same_run(whole, tmp_path, monkeypatch):
@@ -81,7 +68,7 @@ def test_stopping_and_going_on_elsewhere_is_the_same_run(whole, tmp_path, monkey
     monkeypatch.undo()
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     go(small(mesh={"data": 4}), tmp_path)
-    there, here = losses(whole[0]), losses(tmp_path)
+    there, here = losses(whole[0] / "run"), losses(tmp_path / "run")
     assert there.keys() == here.keys() and max(abs(there[step] - here[step]) for step in there) < 1e-4
     restore = next(event for event in read_events(tmp_path / "run") if event["event"] == "restore")
     assert (restore["step"], restore["level"]) == (4, "storage")
@@ -100,8 +87,8 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     go(small(mesh=MESH), tmp_path)
-    assert losses(tmp_path) == losses(whole[0])
-    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert losses(tmp_path / "run") == losses(whole[0] / "run")
+    assert [row["step"] for row in metric_rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_directory_of_another_run_is_refused_and_left_alone(whole):
@@ -175,4 +162,4 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(tmp_path):
     longer = [*command, f"steps={saved[-1] + 2}"]
     done = subprocess.run(longer, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert sorted(losses(tmp_path / "runs")) == list(range(1, saved[-1] + 3))
+    assert sorted(losses(tmp_path / "runs" / "run")) == list(range(1, saved[-1] + 3))

@@ -1,7 +1,7 @@
 """The event log of a run: `events.jsonl`, append-only, one JSON object a line, on the disk before work goes on.
 
-    journal = Journal(directory)
-    journal.record("restore", step=100, level="storage", reason="newest whole checkpoint")
+    event_log = EventLog(directory)
+    event_log.record("restore", step=100, level="storage", reason="newest whole checkpoint")
 
     start  compile  restore        a session begins, from nothing or from a checkpoint (level, step, reason)
     save  commit                   a checkpoint is begun (step, stall_seconds) and is complete (step, seconds)
@@ -33,7 +33,7 @@ EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
 
 
-class Journal:
+class EventLog:
     """Writes the event log of the run in `directory`. One process writes; the others pass `enabled=False`.
 
     `check_allowed` is called before every line. It raises if this process may no longer write (see `fence`).

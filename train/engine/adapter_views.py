@@ -11,7 +11,7 @@ import jax
 
 from ...configs.adapter_runs import single_adapter_run
 from ...models.adapters.multi_lora import slice_adapter
-from ...parallel.sharding import path_name
+from ...parallel.sharding import map_with_path, path_name
 from ...parallel.state import TrainState
 from ..data.assemble import Data
 from .program import Program, build
@@ -39,12 +39,11 @@ def slice_state(state: TrainState, like: TrainState, *, number: int) -> TrainSta
     def slice_part(part: str) -> Any:
         leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(state, part))}
 
-        def slice_leaf(path: Any, like: Any) -> jax.Array:
-            name = path_name(path)
+        def slice_leaf(name: str, like: Any) -> jax.Array:
             if part == "frozen" and "/adapter/" not in name:
                 return leaves[name]
             return slice_adapter(leaves[name], like, adapter_id=number, axis=1 if part == "frozen" else 0)
 
-        return jax.tree_util.tree_map_with_path(slice_leaf, getattr(like, part))
+        return map_with_path(slice_leaf, getattr(like, part))
 
     return dataclasses.replace(state, **{part: slice_part(part) for part in ("params", "frozen", "opt_state")})

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from ...parallel.gradients import Batch, Engine, Loss, Sums
+from ...parallel.sharding import map_with_path
 from ...parallel.state import TrainState
-from ..optim.sparse_finetuning import is_extra_weight, map_with_path
+from ..optim.sparse_finetuning import is_extra_weight
 
 ROW_AXES = ("data", "fsdp")  # mesh axes that split the rows of a batch
 

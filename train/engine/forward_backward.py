@@ -59,7 +59,7 @@ from .deterministic_reduce import tree_ordered_engine
 from .multi_adapter import make_multi_adapter, sharded_product
 from .pipeline import stages
 from .pipeline.pipeline_plan import PipelinePlan
-from .privacy.dp_sgd import clipped_engine, make_norms
+from .privacy.dp_sgd import clipped_engine, make_squared_norms
 
 Evaluate = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # (params, frozen, batch) -> numerator, weight
 
@@ -95,7 +95,7 @@ def single_stage_engines(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     dtype = jnp.dtype(config.precision.gradients)
     accumulate = partial(accumulate_gradients, microbatches=config.microbatches)
     if config.privacy is not None:
-        norms = make_norms(graph, recipe_loss, model=config.model, adapter=config.adapter, context=one_device)
+        norms = make_squared_norms(graph, recipe_loss, model=config.model, adapter=config.adapter, context=one_device)
         clipped = clipped_engine(values, recipe_loss, squared_norms=norms, clip=config.privacy.clip, dtype=dtype)
         return Engines(accumulate(clipped), evaluate, evaluated)
     if config.elastic.deterministic:
@@ -112,7 +112,7 @@ def single_stage_engines(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     return Engines(accumulate(plain_engine(training_loss, dtype=dtype)), evaluate, evaluated, squared_gradients)
 
 
-def evaluate_measure(values: Callable[..., jax.Array], measure: recipes.Loss) -> Evaluate:
+def evaluate_measure(values: Callable[..., jax.Array], measure: recipes.RecipeLoss) -> Evaluate:
     """(params, frozen, batch) -> the sums of `measure` over the per-token `values`."""
     return lambda params, frozen, batch: measure(values(params, frozen, batch, None), batch)
 
@@ -129,7 +129,7 @@ def without_dropout(loss: Loss) -> Evaluate:
 
 def token_values(config: RunConfig) -> TokenValues:
     """The per-token values that the recipe's loss reads: reward scores, or log p of the targets."""
-    return reward_scores if RECIPES[config.recipe.name].scored else target_logprobs(config.model, config.memory)
+    return reward_scores if RECIPES[config.recipe.name].uses_scores else target_logprobs(config.model, config.memory)
 
 
 def training_head(config: RunConfig) -> LossHead:
@@ -226,7 +226,7 @@ def model_graphdef(config: RunConfig) -> Any:
     def change(decoder: Decoder) -> None:
         insert_adapters(decoder)
         insert_kernels(decoder)
-        if RECIPES[config.recipe.name].scored:
+        if RECIPES[config.recipe.name].uses_scores:
             decoder.score = RewardHead(config.model.embed)
 
     return decoder_graphdef(config.model, change)
@@ -250,7 +250,7 @@ def partition_params(config: RunConfig, weights: Any = None, teacher: Any = None
             fake_quantize = make_fake_quantize(config.quantization)
             adapted = init_adapters(weights, config.model, config.adapter, key, fake_quantize=fake_quantize)
         params, frozen = split_trained(adapted, config.model, config.adapter)
-    if RECIPES[config.recipe.name].scored:
+    if RECIPES[config.recipe.name].uses_scores:
         params = params | {"score": init_reward_head(config.model.embed, jax.random.fold_in(init_key(config), 3))}
     frozen = quantize_frozen(frozen, config.model, config.quantization)
     return params, with_teacher(frozen, config, initial_weights=weights, teacher_weights=teacher)

@@ -25,7 +25,7 @@ from ...configs.run import RunConfig
 from ...models.adapters.multi_lora import PRODUCTS, to_decoder_order
 from ...parallel.gradients import Batch, Sums
 from ...parallel.state import TrainState
-from ..objectives.interface import Loss
+from ..objectives.interface import RecipeLoss
 from ..optim.optimizer_wrappers import ADAPTER_AXIS, learning_rate_ratios
 from .step import ApplyUpdate
 
@@ -37,7 +37,7 @@ class MultiAdapter:
     rows: dict[str, int]  # rows of a batch, by adapter
     learning_rate_ratios: tuple[float, ...]  # each adapter's learning rate / the run's
 
-    def loss(self, recipe: Loss) -> Loss:
+    def loss(self, recipe: RecipeLoss) -> RecipeLoss:
         """`recipe` whose numerator and weight are [adapters]."""
 
         def loss(values: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -42,13 +42,7 @@ from ..optim.optimizer_wrappers import optimizer_factory
 from ..optim.sparse_finetuning import mask_is_final
 from . import compile_cache
 from .fisher import two_phase_engine
-from .forward_backward import (
-    Evaluate,
-    model_graphdef,
-    partition_params,
-    pipelined_engines,
-    single_stage_engines,
-)
+from .forward_backward import Evaluate, model_graphdef, partition_params, pipelined_engines, single_stage_engines
 from .island_replica import Island, make_island
 from .multi_adapter import make_multi_adapter
 from .pipeline.pipeline_plan import PipelinePlan, make_pipeline_plan

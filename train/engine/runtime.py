@@ -1,4 +1,4 @@
-"""The machine side of a run: platform and processes brought up, compiled programs remembered, versions written down."""
+"""The runtime of a process: platform, distributed start, compilation cache, and the description of the environment."""
 
 import gzip
 import importlib.metadata
@@ -23,9 +23,9 @@ PACKAGES = (
 
 
 def start(config: RunConfig, process_info: ProcessInfo) -> None:
-    """Choose the platform, join the other processes, and keep compiled programs between runs.
+    """Choose the platform, join the other processes, and turn on the compilation cache.
 
-    Nothing may have touched a device before.
+    Nothing may have touched a device before this call.
     """
     local = process_info.local_devices
     if local is None and process_info.processes > 1 and config.mesh.device_count is not None:
@@ -34,7 +34,8 @@ def start(config: RunConfig, process_info: ProcessInfo) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache(config)))
     if process_info.processes > 1 and not jax.distributed.is_initialized():
-        # Process 0 starts a service whatever we do: where another one is used, it gets a port that nobody knows.
+        # JAX always starts a coordination service in process 0. If an outside one is used, this one gets a port of
+        # its own that nobody connects to.
         unused = "127.0.0.1:0" if process_info.external_coordinator and process_info.is_first else None
         jax.distributed.initialize(
             process_info.coordinator, process_info.processes, process_info.process, coordinator_bind_address=unused
@@ -42,24 +43,24 @@ def start(config: RunConfig, process_info: ProcessInfo) -> None:
 
 
 def compilation_cache(config: RunConfig) -> Path:
-    """Where compiled programs are kept. By machine: XLA:CPU compiles for the processor it runs on."""
+    """Return the directory of compiled programs, one for each processor: XLA:CPU compiles for the one it runs on."""
     return cache_directory(config.data.cache) / "compiled" / f"{platform.machine()}-{processor()}"
 
 
 def processor() -> str:
-    """The processor's model and features, shortened to a name for a directory."""
+    """Return a hash of the processor's model and features, as a name of a directory."""
     import xxhash
 
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = [platform.processor()]
-    told = {line for line in lines if line.startswith(("model name", "flags"))}
-    return xxhash.xxh3_64_hexdigest("\n".join(sorted(told)).encode())[:8]
+    features = {line for line in lines if line.startswith(("model name", "flags"))}
+    return xxhash.xxh3_64_hexdigest("\n".join(sorted(features)).encode())[:8]
 
 
 def environment(config: RunConfig, data: Data, mesh: Mesh) -> dict[str, Any]:
-    """What environment.json says: versions, devices, corpus, tokenizer."""
+    """Return the content of environment.json: versions, devices, corpus, tokenizer."""
     corpus: dict[str, Any] = {"fingerprint": data.fingerprint, **data.summary}
     if data.held_out is not None:
         corpus["gzip_bits_per_byte"] = gzip_bits_per_byte(data.held_out)
@@ -76,7 +77,7 @@ def environment(config: RunConfig, data: Data, mesh: Mesh) -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """Version of an installed package, or None."""
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -84,6 +85,6 @@ def package_version(name: str) -> str | None:
 
 
 def gzip_bits_per_byte(held_out: HeldOut) -> float:
-    """Bits per byte of `gzip -9` over the held-out documents, one after another."""
+    """Return the bits per byte of `gzip -9` over the concatenated held-out documents."""
     text = "".join(held_out.texts()).encode()
     return 8 * len(gzip.compress(text, 9)) / len(text)

@@ -12,7 +12,7 @@ from ...configs.run import RunConfig
 from ...configs.sections.islands import IslandsConfig
 from ...parallel.transport.payload_server import PayloadServer, ServerSettings
 from ...parallel.transport.throttle import Throttle
-from ..core.event_log import Journal
+from ..core.event_log import EventLog
 from ..engine.island_replica import fingerprint, shared_settings
 from ..engine.program import Program
 from .membership import FindProblem, IslandGroup
@@ -21,7 +21,7 @@ from .sync import IslandSync, IslandTransport
 
 @contextmanager
 def join_islands(
-    config: RunConfig, program: Program, journal: Journal, *, corpus: str,
+    config: RunConfig, program: Program, event_log: EventLog, *, corpus: str,
     report_waiting: Callable[[str], None], should_stop: Callable[[int], bool],
 ) -> Iterator[IslandSync]:  # fmt: skip
     """Join the other islands; give the synchronization of this one in the `with`, and leave at its end.
@@ -42,7 +42,9 @@ def join_islands(
             group.check_same_run()
             is_sending = lambda: server.active_sends > 0
             transport = IslandTransport(group, server.counters, server.publish, requested_states, is_sending)
-        created.append(IslandSync(program, transport, journal, report_waiting=report_waiting, should_stop=should_stop))
+        created.append(
+            IslandSync(program, transport, event_log, report_waiting=report_waiting, should_stop=should_stop)
+        )
         yield stack.enter_context(closing(created[0]))
 
 

@@ -34,7 +34,7 @@ from ...parallel.outer.split_round import find_defect, pack, unpack
 from ...parallel.outer.traffic import bytes_sent
 from ...parallel.state import TrainState
 from ...parallel.transport.payload_server import Peer, TransferCounters
-from ..core.event_log import Journal
+from ..core.event_log import EventLog
 from ..engine.program import Program
 from .agreed_wait import CollectiveWait, WaitStopped, broadcast_flag
 from .compiled_rounds import RoundPrograms, add_trees, divide_tree, make_global_array, make_round_programs
@@ -79,12 +79,12 @@ class IslandSync:
     """
 
     def __init__(
-        self, program: Program, transport: IslandTransport | None, journal: Journal, *,
+        self, program: Program, transport: IslandTransport | None, event_log: EventLog, *,
         report_waiting: Callable[[str], None] = lambda phase: None,
         should_stop: Callable[[int], bool] = lambda update: False,
     ) -> None:  # fmt: skip
         self.program, self.island = program, program.replicas
-        self._transport, self._journal, self._should_stop = transport, journal, should_stop
+        self._transport, self._event_log, self._should_stop = transport, event_log, should_stop
         self._wait = CollectiveWait(report_waiting, lambda: should_stop(self._update), self._progress_text)
         self._is_pairwise = program.config.outer.name in PAIRWISE_RULES
         self._pending: dict[str, PendingRound] = {}  # by the name of the outer step
@@ -114,7 +114,7 @@ class IslandSync:
         while True:
             starts, sources = self._ask_group(lambda group: group.enter(step=step, version=version))
             if starts:
-                self._journal.record("enter", step=step)
+                self._event_log.record("enter", step=step)
                 return state, step
             replaced = self._bootstrap(state, sources, at_least=0)
             if replaced is not None:
@@ -152,7 +152,7 @@ class IslandSync:
 
         They may request something for `patience` seconds, and receive it for `deadline` seconds.
         """
-        self._journal.record("traffic", step=step, **self.traffic_metrics(step))
+        self._event_log.record("traffic", step=step, **self.traffic_metrics(step))
         if self._transport:
             self._transport.group.publish_status_now(finished=True)
         start = time.monotonic()
@@ -252,7 +252,7 @@ class IslandSync:
             return
         event = {"applied": "excluded", "skipped": "meeting-skipped", "behind": "behind"}[result.kind]
         fields = {"meeting": pending.outer_step.name, "lost": dict(result.failures), "meeting_seconds": result.seconds}
-        self._journal.record(event, step=pending.update, **fields)
+        self._event_log.record(event, step=pending.update, **fields)
 
     # ---- states of other islands
 
@@ -276,7 +276,7 @@ class IslandSync:
         fields = jax.tree.map(make_global_array, self.island.to_run_order(arrays), shardings)
         if self._transport:
             self._transport.group.publish_status_now(active=True, catching_up=False, step=step)
-        self._journal.record(
+        self._event_log.record(
             "bootstrap", step=step, source=head["name"], bytes=len(payload), seconds=time.monotonic() - start
         )
         counter = make_global_array(np.asarray(step, np.int32), self.program.shardings.step)

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from ...configs.errors import MeshwrightError, Preempted, UserError
 from ...configs.sections.fault_tolerance import ElasticConfig
-from ..core.event_log import Journal
+from ..core.event_log import EventLog
 from ..core.fence import Fence, current_epoch
 from ..core.heartbeat import CORRUPT_PHASE
 from ..core.rendezvous import MembershipStore
@@ -262,7 +262,7 @@ def record_event(directory: Path, event: str, **fields: object) -> None:
     """Write one line of the journal, between two epochs: nobody else writes then."""
     if (directory / "config.yaml").exists():  # else the processes failed before the run had a directory
         try:
-            Journal(directory).record(event, **fields)
+            EventLog(directory).record(event, **fields)
         except UserError as error:  # a disk that takes no line must not hide what happened
             logger.warning("%s: %s (%s)", event, fields.get("reason"), error)
 

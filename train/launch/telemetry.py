@@ -1,7 +1,7 @@
 """What the supervisor sees of the processes of an epoch, and what follows: who is slow, why all hang. JAX-free.
 
 Slow processes are logged at once and never killed: that is the reader's decision. All of it stands in `detection.json`
-of the run directory, the supervisor's own file (the journal is the trainers' while they run), for the report's heat
+of the run directory, the supervisor's own file (the event log is the trainers' while they run), for the report's heat
 maps.
 """
 

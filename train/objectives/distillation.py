@@ -1,16 +1,16 @@
-"""Learning what another model says: a teacher, and how far from its words the model's own are.
+"""Distillation: the loss is how far the model's token distribution is from a teacher's.
 
-    loss = mix temperature^2 KL(teacher || model) - (1 - mix) log p(next token), a mean over the tokens that count
+    loss = mix temperature^2 KL(teacher || model) - (1 - mix) log p(next token), a mean over the weighted tokens
 
-The divergence is between all words either might say next, both at `temperature`. A recipe chooses who teaches:
+The divergence is over the whole vocabulary, both distributions at `temperature`. A recipe chooses the teacher:
 
-    lrec      the model itself, before it was quantized, so that an adapter repairs it    INT2.1, arXiv:2306.08162
+    lrec      the model itself before it was quantized, so that an adapter repairs it     INT2.1, arXiv:2306.08162
     distill   the model in a directory, of any size                                       arXiv:1503.02531, section 2
-              or itself, as it was before the first step, beside new data                 arXiv:1606.09282
+              or the model itself as it was before the first step, next to new data       arXiv:1606.09282
 
-A teacher's weights are in `frozen["teacher"]`, sharded like any, and have no gradient. Or its likeliest words were
-noted before training (`reference.py`) and are fields of the batch; then it is gone. Held-out numbers are those of the
-next token in any case.
+The teacher's weights are in `frozen["teacher"]`, sharded like any others, and have no gradient. Or its top tokens were
+computed before training (`train/infer/precompute_logprobs.py`) and are fields of the batch; then no teacher runs.
+Held-out metrics are those of the next token in any case.
 """
 
 import dataclasses
@@ -25,7 +25,6 @@ from flax import nnx
 from ...configs.errors import UserError
 from ...configs.run import RunConfig
 from ...configs.sections.model import ModelConfig
-from ...configs.sections.recipe import RecipeConfig
 from ...models.context import Context
 from ...models.decoder import Decoder, decoder_graphdef, initial_params
 from ...parallel.distillation_kl import (
@@ -40,130 +39,129 @@ from ...parallel.prng import init_key
 from ...parallel.state import combine
 from ...parallel.vocabulary import OutputHead
 from ..data.tokenizer import Tokenizer, check_same
-from .loss_heads import LossAndMetrics, LossHead
+from .loss_heads import LossHead, LossSums
 
-Told = Callable[..., Context]  # (batch, keys) -> what the blocks are told
+MakeContext = Callable[..., Context]  # (batch, keys) -> context of the blocks
 
 
 def check_teacher(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Raise UserError where the teacher has learned nothing, or names its words otherwise than `tokenizer`."""
+    """Raise UserError if the teacher is untrained, or has another tokenizer."""
     if config.recipe.teacher is not None:
         check_same(tokenizer, config.recipe.teacher.origin, key="recipe.teacher.from")
     elif config.recipe.name == "distill" and config.model.origin is None:
         raise UserError(
-            "recipe.teacher.from: not set, and nor is model.from: nobody here has learned anything to teach; set it to "
-            "a Hugging Face model directory (of a run of yours: `meshwright checkpoint export RUN DIRECTORY`)"
+            "recipe.teacher.from: not set, and neither is model.from, so there is no trained model to learn from; set "
+            "recipe.teacher.from to a Hugging Face model directory (`meshwright checkpoint export RUN DIRECTORY` makes "
+            "one of a run)"
         )
 
 
 def teacher_of(config: RunConfig) -> ModelConfig | None:
-    """The model that stands beside the one that is trained; None where there is none."""
+    """The teacher that runs next to the trained model; None if there is none, or only its top tokens are stored."""
     if not config.recipe.has_live_teacher:
         return None
     return config.model if config.recipe.teacher is None else config.recipe.teacher
 
 
-def with_teacher(frozen: Any, config: RunConfig, *, own: Any, given: Any) -> Any:
-    """`frozen`, and the teacher's weights where there is one: those `given`, or the model's `own` as they began."""
+def with_teacher(frozen: Any, config: RunConfig, *, initial_weights: Any, teacher_weights: Any) -> Any:
+    """Add the teacher's weights to `frozen`: the model's own initial ones, or `teacher_weights` of another model.
+
+    None for the latter gives random ones, which serve for shapes.
+    """
     teacher = teacher_of(config)
     if teacher is None:
         return frozen
-    weights = own if config.recipe.teacher is None else given
+    weights = initial_weights if config.recipe.teacher is None else teacher_weights
     return frozen | {"teacher": init_weights(teacher, config) if weights is None else weights}
 
 
 def without_teacher(frozen: Any) -> Any:
-    """What the model that is trained reads."""
+    """The frozen weights that the trained model reads."""
     return {name: part for name, part in frozen.items() if name != "teacher"} if isinstance(frozen, dict) else frozen
 
 
 def init_weights(model: ModelConfig, config: RunConfig) -> Any:
-    """Random weights of `model`, by the seed."""
+    """Random weights of `model` from the run's seed."""
     return initial_params(model, init_key(config), jnp.dtype(config.precision.parameters))
 
 
 def distillation_head(config: RunConfig) -> LossHead:
-    """How far the model is from what a teacher says, who stands beside it or whose words are in the batch."""
-    recipe, words = config.recipe, vocabulary_chunks(config)
-    mix, temperature = (
-        recipe.resolved_value(key) if recipe.name == "distill" else 1.0 for key in ("mix", "temperature")
-    )
-    compare = partial(top_tokens_kl_divergence if recipe.top_k else kl_divergence, temperature=temperature, **words)
+    """The loss head of distillation, from a teacher's output head or its top tokens in the batch."""
+    recipe, mix, temperature = config.recipe, 1.0, 1.0
+    if recipe.name == "distill":
+        mix, temperature = recipe.resolved_value("mix"), recipe.resolved_value("temperature")
+    divergence_of = top_tokens_kl_divergence if recipe.top_k else kl_divergence
+    compare = partial(divergence_of, temperature=temperature, **vocabulary_chunks(config))
 
-    def ended(
-        decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: OutputHead | None
-    ) -> LossAndMetrics:
-        wanted = TopTokens(batch["teacher_logprobs"], batch["teacher_tokens"]) if teacher is None else teacher
-        said = logit_inputs(decoder, hidden, config.model, ctx)
-        apart = compare(wanted, said, batch["targets"], constrain=ctx.constrain)
-        values = mix * temperature**2 * apart.divergence - (1 - mix) * apart.logprobs
+    def apply(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: OutputHead | None) -> LossSums:
+        if teacher is None:
+            teacher = TopTokens(batch["teacher_logprobs"], batch["teacher_tokens"])
+        student = output_head(decoder, hidden, config.model, ctx)
+        compared = compare(teacher, student, batch["targets"], constrain=ctx.constrain)
+        values = mix * temperature**2 * compared.divergence - (1 - mix) * compared.logprobs
         weights = batch["loss_weights"]
-        return (weights * values).sum(), (weights.sum(), {"divergence": (weights * apart.divergence).sum()})
+        return (weights * values).sum(), (weights.sum(), {"divergence": (weights * compared.divergence).sum()})
 
-    return ended
+    return apply
 
 
 def acceptance_head(config: RunConfig) -> LossHead:
-    """Sums of how often what the model draws is taken for the teacher's, and of weights."""
-    words = vocabulary_chunks(config)
+    """The head of a metric: how often speculative sampling would accept the model's tokens for the teacher's."""
+    overlap = partial(distribution_overlap, **vocabulary_chunks(config))
 
-    def ended(
-        decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: OutputHead | None
-    ) -> LossAndMetrics:
-        each = distribution_overlap(
-            teacher, logit_inputs(decoder, hidden, config.model, ctx), constrain=ctx.constrain, **words
-        )
-        return (batch["loss_weights"] * each).sum(), (batch["loss_weights"].sum(), {})
+    def apply(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: OutputHead | None) -> LossSums:
+        rates = overlap(teacher, output_head(decoder, hidden, config.model, ctx), constrain=ctx.constrain)
+        return (batch["loss_weights"] * rates).sum(), (batch["loss_weights"].sum(), {})
 
-    return ended
+    return apply
 
 
 def vocabulary_chunks(config: RunConfig) -> dict[str, int]:
-    """What says how two models' words are compared."""
+    """Size of the vocabulary, and in how many chunks of tokens logits are computed."""
     return {"vocab": config.model.vocab, "chunks": config.memory.loss_chunks}
 
 
-def loss_with_teacher(config: RunConfig, structure: Any, ending: LossHead, *, context: Told) -> Loss:
-    """`ending` of a batch, by parameters, where all layers of both models are at hand; the teacher is in `frozen`.
+def loss_with_teacher(config: RunConfig, graph: Any, loss_head: LossHead, *, context: MakeContext) -> Loss:
+    """(params, frozen, batch, keys) -> sums of `loss_head`, with all layers of both models on every device.
 
-    `structure` is that of the model that learns.
+    `graph` is the graphdef of the trained model; the teacher's weights are in `frozen`.
     """
     teacher = teacher_of(config)
-    whole = None if teacher is None else decoder_graphdef(teacher)
+    teacher_graph = None if teacher is None else decoder_graphdef(teacher)
 
-    def loss(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> LossAndMetrics:
+    def loss(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> LossSums:
         ctx = context(batch, keys)
-        student = nnx.merge(structure, combine(params, without_teacher(frozen)))
+        student = nnx.merge(graph, combine(params, without_teacher(frozen)))
         hidden, _ = student.hidden(batch["tokens"], ctx)
-        wanted = None if teacher is None else teacher_logit_inputs(whole, teacher, frozen["teacher"], batch, ctx)
-        return ending(student, hidden, batch, ctx, wanted)
+        head = None
+        if teacher is not None:
+            head = teacher_output_head(teacher_graph, teacher, frozen["teacher"], batch, ctx)
+        return loss_head(student, hidden, batch, ctx, head)
 
     return loss
 
 
-def top_k_annotator(config: RunConfig, *, context: Told) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """(the teacher's weights, batch) -> its likeliest words of each token, by field of the batch."""
-    recipe: RecipeConfig = config.recipe
-    whole = decoder_graphdef(recipe.teacher)
-    words = partial(
-        top_tokens, count=recipe.top_k, temperature=recipe.resolved_value("temperature"), **vocabulary_chunks(config)
-    )
+def top_k_annotator(config: RunConfig, *, context: MakeContext) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """(teacher's weights, batch) -> the teacher's `recipe.top_k` likeliest tokens, as fields of the batch."""
+    teacher, graph = config.recipe.teacher, decoder_graphdef(config.recipe.teacher)
+    temperature = config.recipe.resolved_value("temperature")
+    top_k = partial(top_tokens, count=config.recipe.top_k, temperature=temperature, **vocabulary_chunks(config))
 
-    def note(weights: Any, batch: Batch) -> dict[str, jax.Array]:
+    def annotate(weights: Any, batch: Batch) -> dict[str, jax.Array]:
         ctx = context(batch, None)
-        found = words(teacher_logit_inputs(whole, recipe.teacher, weights, batch, ctx), constrain=ctx.constrain)
-        return {"teacher_logprobs": found.logprobs, "teacher_tokens": found.tokens}
+        top = top_k(teacher_output_head(graph, teacher, weights, batch, ctx), constrain=ctx.constrain)
+        return {"teacher_logprobs": top.logprobs, "teacher_tokens": top.tokens}
 
-    return note
+    return annotate
 
 
-def teacher_logit_inputs(whole: Any, teacher: ModelConfig, weights: Any, batch: Batch, ctx: Context) -> OutputHead:
-    """What the logits of the teacher with `weights` are made of; nothing of it is random."""
-    decoder, ctx = nnx.merge(whole, jax.lax.stop_gradient(weights)), dataclasses.replace(ctx, dropout_keys=None)
+def teacher_output_head(graph: Any, teacher: ModelConfig, weights: Any, batch: Batch, ctx: Context) -> OutputHead:
+    """The output head of the teacher for a batch, without gradient and without dropout."""
+    decoder, ctx = nnx.merge(graph, jax.lax.stop_gradient(weights)), dataclasses.replace(ctx, dropout_keys=None)
     hidden, _ = decoder.hidden(batch["tokens"], ctx)
-    return logit_inputs(decoder, hidden, teacher, ctx)
+    return output_head(decoder, hidden, teacher, ctx)
 
 
-def logit_inputs(decoder: Decoder, hidden: jax.Array, model: ModelConfig, ctx: Context) -> OutputHead:
-    """What the logits of `decoder` are made of."""
+def output_head(decoder: Decoder, hidden: jax.Array, model: ModelConfig, ctx: Context) -> OutputHead:
+    """The inputs of the logits of `decoder`."""
     return OutputHead(hidden, decoder.head_kernel(ctx.compute_dtype), model.logit_softcap)

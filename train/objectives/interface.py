@@ -1,8 +1,8 @@
-"""What a recipe is: a loss of the log-probabilities of a batch's targets, and what the batch must hold for it.
+"""What a recipe is: a loss over per-token values of a batch, and the fields that the batch must have for it.
 
     numerator, weight = recipe.loss(config.recipe)(token_logprobs [rows, sequence], batch)
 
-Both are sums over rows, so that they add up over microbatches, devices and stages however the batch was cut.
+Both are sums over rows, so they add up over microbatches, devices and stages however the batch is split.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,15 +12,16 @@ import jax
 
 from ...configs.sections.recipe import RecipeConfig
 
-Loss = Callable[[jax.Array, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
+RecipeLoss = Callable[[jax.Array, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to learn."""
+    """One training objective."""
 
-    loss: Callable[[RecipeConfig], Loss]
+    loss: Callable[[RecipeConfig], RecipeLoss]
     unit: str  # what the weight counts: token, pair, answer
-    reads: tuple[str, ...] = ()  # fields of the batch beyond BATCH_FIELDS
-    scored: bool = False  # the loss is of scores [rows, sequence], by weights of its own, in place of log p
-    measures: Mapping[str, Loss] = field(default_factory=dict)  # further sums of the same, with the weight of the loss
+    extra_fields: tuple[str, ...] = ()  # fields of the batch beyond BATCH_FIELDS
+    uses_scores: bool = False  # the loss reads scores of a reward head [rows, sequence], not log p
+    # Further metrics: sums over the same values, divided by the weight of the loss.
+    measures: Mapping[str, RecipeLoss] = field(default_factory=dict)

@@ -1,10 +1,10 @@
-"""What is made of a model's last hidden states: an ending, wherever the layers are that made them.
+"""Loss heads turn the last hidden states into summed loss, weight and metrics. Both gradient engines share them.
 
-    numerator, (weight, metrics) = ending(decoder, hidden [rows, sequence, embed], batch, ctx, teacher)
+    numerator, (weight, metrics) = loss_head(decoder, hidden [rows, sequence, embed], batch, ctx, teacher)
 
-`decoder` gives what stands behind its blocks, a head or a score; a pipeline's last stage has no more of it. `hidden` is
-behind the final norm. `teacher` is what the logits of a model beside it are made of; None where there is none. All are
-sums over rows, as recipes are, so an ending adds up over microbatches, devices and stages.
+`decoder` needs no blocks, only what follows them: its output head or reward head. The last stage of a pipeline has no
+more than that. `hidden` are the states after the final norm, `teacher` the inputs of a teacher's logits or None. All
+results are sums over rows, like those of recipes, so they add up over microbatches, devices and stages.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,13 +22,13 @@ from ...parallel.state import combine
 from ...parallel.vocabulary import OutputHead, token_logprobs
 from . import interface as recipes
 
-LossAndMetrics = tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]
-LossHead = Callable[[Decoder, jax.Array, Batch, Context, OutputHead | None], LossAndMetrics]
-TokenValues = Callable[[Decoder, jax.Array, Batch, Context], jax.Array]  # a number for each token [rows, sequence]
+LossSums = tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]  # numerator, (weight, metrics)
+LossHead = Callable[[Decoder, jax.Array, Batch, Context, OutputHead | None], LossSums]
+TokenValues = Callable[[Decoder, jax.Array, Batch, Context], jax.Array]  # -> [rows, sequence]
 
 
 def target_logprobs(model: ModelConfig, memory: MemoryConfig) -> TokenValues:
-    """log p of each target."""
+    """Per-token values: log p of each target."""
 
     def values(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context) -> jax.Array:
         return token_logprobs(
@@ -45,34 +45,29 @@ def target_logprobs(model: ModelConfig, memory: MemoryConfig) -> TokenValues:
 
 
 def reward_scores(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context) -> jax.Array:
-    """The score of each token, of a model that has one in the head's place."""
+    """Per-token values: the score of each token, from a model with a reward head in place of its output head."""
     del batch
     return ctx.constrain(decoder.score(hidden), ("batch", "sequence"))
 
 
 def make_loss_head(
-    values: TokenValues, recipe: recipes.Loss, measures: Mapping[str, recipes.Loss] | None = None
+    values: TokenValues, recipe: recipes.RecipeLoss, measures: Mapping[str, recipes.RecipeLoss] | None = None
 ) -> LossHead:
-    """The recipe's loss of `values`, and `measures` of the same."""
-    summed = sums(recipe, measures or {})
+    """The loss head of a recipe over `values`, with `measures` over the same values as metrics."""
 
-    def ended(
-        decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: OutputHead | None
-    ) -> LossAndMetrics:
+    def apply(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Context, teacher: OutputHead | None) -> LossSums:
         del teacher
-        return summed(values(decoder, hidden, batch, ctx), batch)
+        return loss_sums(values(decoder, hidden, batch, ctx), batch, recipe, measures or {})
 
-    return ended
+    return apply
 
 
-def sums(recipe: recipes.Loss, measures: Mapping[str, recipes.Loss]) -> Callable[[jax.Array, Batch], LossAndMetrics]:
-    """What a recipe and `measures` add up to, of a number for each token."""
-
-    def summed(found: jax.Array, batch: Batch) -> LossAndMetrics:
-        numerator, weight = recipe(found, batch)
-        return numerator, (weight, {name: measure(found, batch)[0] for name, measure in measures.items()})
-
-    return summed
+def loss_sums(
+    values: jax.Array, batch: Batch, recipe: recipes.RecipeLoss, measures: Mapping[str, recipes.RecipeLoss]
+) -> LossSums:
+    """Apply a recipe and `measures` to per-token values [rows, sequence]."""
+    numerator, weight = recipe(values, batch)
+    return numerator, (weight, {name: measure(values, batch)[0] for name, measure in measures.items()})
 
 
 def values_fn(values: TokenValues, graph: Any, *, context: Callable[..., Context]) -> Callable[..., jax.Array]:
@@ -88,8 +83,11 @@ def values_fn(values: TokenValues, graph: Any, *, context: Callable[..., Context
 
 
 def make_loss(
-    values: Callable[..., jax.Array], recipe: recipes.Loss, measures: Mapping[str, recipes.Loss] | None = None
+    values: Callable[..., jax.Array],
+    recipe: recipes.RecipeLoss,
+    measures: Mapping[str, recipes.RecipeLoss] | None = None,
 ) -> Loss:
-    """The recipe's numerator and weight of a batch, by parameters; `values` as `by_parameters` gives them."""
-    summed = sums(recipe, measures or {})
-    return lambda params, frozen, batch, keys: summed(values(params, frozen, batch, keys), batch)
+    """(params, frozen, batch, keys) -> sums of a recipe and `measures` over `values`, which `values_fn` makes."""
+    return lambda params, frozen, batch, keys: loss_sums(
+        values(params, frozen, batch, keys), batch, recipe, measures or {}
+    )

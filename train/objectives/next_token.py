@@ -1,9 +1,8 @@
-"""The next token: of every document (pretrain), or of what is to be said (sft); weights of the data tell them apart."""
+"""Next-token prediction, for pretrain (loss weights on all tokens) and sft (loss weights on the responses)."""
 
 import jax
 
-from ...configs.sections.recipe import RecipeConfig
-from .interface import Loss, Recipe
+from .interface import Recipe
 
 
 def next_token(token_logprobs: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -12,10 +11,4 @@ def next_token(token_logprobs: jax.Array, batch: dict[str, jax.Array]) -> tuple[
     return -(weights * token_logprobs).sum(), weights.sum()
 
 
-def loss(config: RecipeConfig) -> Loss:
-    """There is nothing to set."""
-    del config
-    return next_token
-
-
-NEXT_TOKEN = Recipe(loss, unit="token")
+NEXT_TOKEN = Recipe(lambda config: next_token, unit="token")

@@ -1,7 +1,7 @@
-"""Recipes for pairs of answers, the better one first. Each is one function of a pair; the loss is its mean over pairs.
+"""Recipes for pairs of responses, the chosen one first. Each is a function of a pair; the loss is its mean over pairs.
 
-With r the change of an answer's log-probability since the first step, w the better answer, l the worse, and a bar for
-the mean over an answer's tokens:
+With r the change of a response's log-probability since the first step, w the chosen response, l the rejected one, and
+"mean" the mean over a response's tokens:
 
     dpo     -log sigmoid(beta (r_w - r_l))                                         arXiv:2305.18290, equation 7
     ipo     (mean r_w - mean r_l - 1 / (2 beta))^2                                 arXiv:2310.12036, equation 17
@@ -17,66 +17,67 @@ import jax
 import jax.numpy as jnp
 
 from ...configs.sections.recipe import RecipeConfig
-from .interface import Loss, Recipe
-from .response_logprobs import Responses, implicit_rewards, response_logprobs
+from .interface import Recipe, RecipeLoss
+from .response_logprobs import ResponsePairs, implicit_rewards, response_logprobs
 
 Batch = dict[str, jax.Array]
-# (answers, r [rows, pairs, 2] or None, settings) -> [rows, pairs]
-PairLoss = Callable[[Responses, jax.Array | None, RecipeConfig], jax.Array]
+# (responses, implicit rewards [rows, pairs, 2] or None, settings) -> [rows, pairs]
+PairLoss = Callable[[ResponsePairs, jax.Array | None, RecipeConfig], jax.Array]
 
 
-def dpo(answers: Responses, reward: jax.Array, config: RecipeConfig) -> jax.Array:
+def dpo(responses: ResponsePairs, rewards: jax.Array, config: RecipeConfig) -> jax.Array:
     """log 2 before the first step, where the rewards are 0."""
-    del answers
-    return -jax.nn.log_sigmoid(config.resolved_value("beta") * margin(reward))
+    del responses
+    return -jax.nn.log_sigmoid(config.resolved_value("beta") * margin(rewards))
 
 
-def ipo(answers: Responses, reward: jax.Array, config: RecipeConfig) -> jax.Array:
+def ipo(responses: ResponsePairs, rewards: jax.Array, config: RecipeConfig) -> jax.Array:
     """1 / (4 beta^2) before the first step."""
-    mean = reward / jnp.maximum(answers.tokens, 1)
-    return jnp.square(margin(mean) - 1 / (2 * config.resolved_value("beta")))
+    mean_rewards = rewards / jnp.maximum(responses.tokens, 1)
+    return jnp.square(margin(mean_rewards) - 1 / (2 * config.resolved_value("beta")))
 
 
-def orpo(answers: Responses, reward: None, config: RecipeConfig) -> jax.Array:
-    """The likelihood of the better answer, and its odds against the worse."""
-    del reward
-    mean = answers.mean
+def orpo(responses: ResponsePairs, rewards: None, config: RecipeConfig) -> jax.Array:
+    """The likelihood of the chosen response, and its odds against the rejected one."""
+    del rewards
+    mean = responses.mean_logprobs
     return -mean[..., 0] - config.resolved_value("beta") * jax.nn.log_sigmoid(margin(log_odds(mean)))
 
 
-def simpo(answers: Responses, reward: None, config: RecipeConfig) -> jax.Array:
-    """No reference: an answer's own mean log-probability is its reward."""
-    del reward
-    return -jax.nn.log_sigmoid(config.resolved_value("beta") * margin(answers.mean) - config.resolved_value("margin"))
+def simpo(responses: ResponsePairs, rewards: None, config: RecipeConfig) -> jax.Array:
+    """Without a reference: the reward of a response is its own mean log-probability."""
+    del rewards
+    beta, target_margin = config.resolved_value("beta"), config.resolved_value("margin")
+    return -jax.nn.log_sigmoid(beta * margin(responses.mean_logprobs) - target_margin)
 
 
 def margin(values: jax.Array) -> jax.Array:
-    """[..., 2] -> [...]: the better answer's less the worse one's."""
+    """[..., 2] -> [...]: the chosen response's value minus the rejected one's."""
     return values[..., 0] - values[..., 1]
 
 
 def log_odds(mean: jax.Array) -> jax.Array:
-    """log(p / (1 - p)) of p = exp(mean); an answer that is certain counts as almost certain."""
+    """log(p / (1 - p)) of p = exp(mean); p = 1 counts as almost 1, so that the result is finite."""
     mean = jnp.minimum(mean, -1e-6)
     return mean - jnp.log(-jnp.expm1(mean))
 
 
-def pair_recipe(of_pair: PairLoss, *, reads: tuple[str, ...] = ()) -> Recipe:
-    """The recipe whose loss is the mean of `of_pair`."""
+def pair_recipe(pair_loss: PairLoss, *, extra_fields: tuple[str, ...] = ()) -> Recipe:
+    """The recipe whose loss is the mean of `pair_loss`, which gets rewards if the batch has a reference."""
 
-    def loss(config: RecipeConfig) -> Loss:
+    def loss(config: RecipeConfig) -> RecipeLoss:
         def sums(token_logprobs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            found = response_logprobs(token_logprobs, batch)
-            reward = implicit_rewards(token_logprobs, batch) if reads else None
-            values = of_pair(found, reward, config)
-            return jnp.where(found.exists > 0, values, 0).sum(), found.exists.sum()
+            responses = response_logprobs(token_logprobs, batch)
+            rewards = implicit_rewards(token_logprobs, batch) if extra_fields else None
+            values = pair_loss(responses, rewards, config)
+            return jnp.where(responses.pair_exists > 0, values, 0).sum(), responses.pair_exists.sum()
 
         return sums
 
-    return Recipe(loss, unit="pair", reads=reads)
+    return Recipe(loss, unit="pair", extra_fields=extra_fields)
 
 
-DPO = pair_recipe(dpo, reads=("reference_logprobs",))
-IPO = pair_recipe(ipo, reads=("reference_logprobs",))
+DPO = pair_recipe(dpo, extra_fields=("reference_logprobs",))
+IPO = pair_recipe(ipo, extra_fields=("reference_logprobs",))
 ORPO = pair_recipe(orpo)
 SIMPO = pair_recipe(simpo)

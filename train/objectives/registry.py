@@ -17,17 +17,13 @@ RECIPES: dict[str, Recipe] = {
     "simpo": SIMPO,
     "kto": KTO,
     "reward": REWARD,
-    "lrec": NEXT_TOKEN,  # of their held-out loss; what they learn is in `train/objectives/distillation.py`
+    "lrec": NEXT_TOKEN,  # only the held-out loss; the training loss is in `distillation.py`, as for distill
     "distill": NEXT_TOKEN,
 }
 
 
 def batch_fields(config: RunConfig) -> tuple[str, ...]:
-    """All fields that batches of a run have."""
-    recipe, own = config.recipe, (ADAPTER_IDS_FIELD,) if config.adapters else ()
-    return (
-        *BATCH_FIELDS,
-        *RECIPES[recipe.name].all_data,
-        *(() if recipe.top_k is None else TEACHER_TOP_K_FIELDS),
-        *own,
-    )
+    """Return the names of all fields in the batches of a run."""
+    teacher = () if config.recipe.top_k is None else TEACHER_TOP_K_FIELDS
+    adapter_ids = (ADAPTER_IDS_FIELD,) if config.adapters else ()
+    return (*BATCH_FIELDS, *RECIPES[config.recipe.name].extra_fields, *teacher, *adapter_ids)

@@ -1,13 +1,15 @@
-"""AdaLoRA's part in the update: A and B stay near orthogonal, and the budget of ranks goes to where it matters.
+"""AdaLoRA: A and B stay nearly orthogonal, and a budget of ranks goes to the modules where they matter most.
+
+An adapter is A diag(e) B. A triplet is column i of A, the singular value e_i, and row i of B.
 
     every step     gradient of A, B += orthogonality * that of the mean of |A^T A - 1| and |B B^T - 1| over all matrices
                    importance of each number w with gradient g: I = mean |w g|, U = mean ||w g| - I|, moving averages
-    every `every`  e_i = 0 for all but the budget's most important triplets: of I U of e_i, and the means of I U over
-                   column i of A and row i of B
-    in the end     the triplets that are left stay
+    every `every`  e_i = 0 for all but the most important triplets, as many as the budget allows. The importance of a
+                   triplet is I U of e_i plus the means of I U over column i of A and over row i of B
+    in the end     the remaining triplets stay
 
-The budget falls as a cubic from adapter.rank to adapter.budget.rank a map, on the average over all maps. Source:
-arXiv:2303.10512, equations 5 and 7 to 12, algorithm 1. PEFT looks at the weights one step later than at the gradient.
+The budget falls as a cubic from adapter.rank to adapter.budget.rank a module, on average over all modules. Source:
+arXiv:2303.10512, equations 5 and 7 to 12, algorithm 1. PEFT reads the weights one step later than the gradient.
 """
 
 from collections.abc import Mapping
@@ -21,73 +23,77 @@ import optax
 from ...configs.sections.adapter import AdapterConfig, BudgetConfig
 from ...models.adapters.attach import flatten, unflatten
 
-AdaptedLayers = Mapping[str, np.ndarray]  # path of each e -> [layers] bool: which layers of the stack have an adapter
+AdaptedLayers = Mapping[str, np.ndarray]  # path of each e -> [layers] bool: the layers of the stack with an adapter
 
-SMOOTHING = 0.85  # of both moving averages, the paper's beta 1 and 2
+SMOOTHING = 0.85  # of both moving averages; beta 1 and 2 of the paper
 
 
 class RanksState(NamedTuple):
-    """What decides which triplets stay."""
+    """The statistics that decide which triplets stay."""
 
     count: jax.Array  # int32: updates done
     importance: Any  # I, like the parameters
     uncertainty: Any  # U, like the parameters
-    kept: Any  # of each e, 1 where an entry stays
+    kept: Any  # like each e: 1 for an entry that stays
 
 
 def rank_allocator(
     optimizer: optax.GradientTransformation, adapter: AdapterConfig, *, present: AdaptedLayers, steps: int
 ) -> optax.GradientTransformation:
-    """`optimizer` of the leaves of the adapted maps, in a run of `steps`; its state gets an entry `ranks`."""
-    budget, end, maps = adapter.budget, steps - adapter.budget.settled, count_adapted(present)
+    """`optimizer` of adapters whose ranks are allocated in a run of `steps`; its state gets an entry `ranks`."""
+    budget, end, modules = adapter.budget, steps - adapter.budget.settled, count_adapted(present)
 
     def init(params: Any) -> dict[str, Any]:
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-        # Made twice: every array of a state is donated.
-        again = jax.tree.map(jnp.zeros_like, zeros)
-        kept = {
-            path: jnp.broadcast_to(jnp.asarray(present[path], jnp.float32)[:, None], leaf.shape)
-            for path, leaf in singular_values(params).items()
-        }
-        return optimizer.init(params) | {"ranks": RanksState(jnp.zeros((), jnp.int32), zeros, again, unflatten(kept))}
+        # Two trees of zeros, because every array of a state is donated.
+        importance, uncertainty = (optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(2))
+        kept = unflatten(
+            {
+                path: jnp.broadcast_to(jnp.asarray(present[path], jnp.float32)[:, None], leaf.shape)
+                for path, leaf in singular_values(params).items()
+            }
+        )
+        ranks = RanksState(jnp.zeros((), jnp.int32), importance, uncertainty, kept)
+        return optimizer.init(params) | {"ranks": ranks}
 
     def update(gradient: Any, state: dict[str, Any], params: Any) -> tuple[Any, dict[str, Any]]:
-        ranks, own = state["ranks"], {name: part for name, part in state.items() if name != "ranks"}
-        pull = jax.grad(orthogonality_penalty)(params, present=present)
-        gradient = jax.tree.map(lambda g, p: g + budget.orthogonality * p, gradient, pull)
-        updates, own = optimizer.update(gradient, own, params)
+        inner_state = dict(state)
+        ranks: RanksState = inner_state.pop("ranks")
+        penalty_gradient = jax.grad(orthogonality_penalty)(params, present=present)
+        gradient = jax.tree.map(lambda g, p: g + budget.orthogonality * p, gradient, penalty_gradient)
+        updates, inner_state = optimizer.update(gradient, inner_state, params)
         step = ranks.count + 1
-        now = jax.tree.map(lambda w, g: jnp.abs(w * g), params, gradient)
-        importance = optax.incremental_update(now, ranks.importance, 1 - SMOOTHING)
-        apart = jax.tree.map(lambda one, mean: jnp.abs(one - mean), now, importance)
-        uncertainty = optax.incremental_update(apart, ranks.uncertainty, 1 - SMOOTHING)
-        left = jnp.round(maps * scheduled_rank(step, adapter.rank, budget, end=end)).astype(jnp.int32)
-        best = most_important(jax.tree.map(jnp.multiply, importance, uncertainty), present=present, budget=left)
-        due = ((step > budget.after) & (step % budget.every == 0) & (step <= end)) | (step == end)
-        kept = jax.tree.map(lambda new, old: jnp.where(due, new, old), best, ranks.kept)
-        cutting, stays, whole = due | (step > end), flatten(kept), flatten(params)
-        # Between two times an entry may grow again, as in the paper: importance is of what might be.
-        cut = {
-            path: jnp.where(cutting & (stays[path] == 0), -whole[path], update) if path in stays else update
+        sensitivity = jax.tree.map(lambda w, g: jnp.abs(w * g), params, gradient)
+        importance = optax.incremental_update(sensitivity, ranks.importance, 1 - SMOOTHING)
+        deviation = jax.tree.map(lambda s, mean: jnp.abs(s - mean), sensitivity, importance)
+        uncertainty = optax.incremental_update(deviation, ranks.uncertainty, 1 - SMOOTHING)
+        total_rank = jnp.round(modules * scheduled_rank(step, adapter.rank, budget, end=end)).astype(jnp.int32)
+        scores = jax.tree.map(jnp.multiply, importance, uncertainty)
+        best = most_important(scores, present=present, total_rank=total_rank)
+        allocates = ((step > budget.after) & (step % budget.every == 0) & (step <= end)) | (step == end)
+        kept = jax.tree.map(lambda new, old: jnp.where(allocates, new, old), best, ranks.kept)
+        # Between two allocations a pruned entry may grow again, as in the paper, so that its importance is measured.
+        prunes, keeps, weights = allocates | (step > end), flatten(kept), flatten(params)
+        pruned = {
+            path: jnp.where(prunes & (keeps[path] == 0), -weights[path], update) if path in keeps else update
             for path, update in flatten(updates).items()
         }
-        return unflatten(cut), own | {"ranks": RanksState(step, importance, uncertainty, kept)}
+        return unflatten(pruned), inner_state | {"ranks": RanksState(step, importance, uncertainty, kept)}
 
     return optax.GradientTransformation(init, update)
 
 
 def singular_values(tree: Any) -> dict[str, jax.Array]:
-    """Path -> e [layers, rank] of each stack of maps."""
+    """Path -> e [layers, rank] of each stack of adapted modules."""
     return {path: leaf for path, leaf in flatten(tree).items() if path.endswith("/e")}
 
 
 def count_adapted(present: AdaptedLayers) -> int:
-    """Maps that have an adapter."""
-    return sum(int(own.sum()) for own in present.values())
+    """Count the modules that have an adapter."""
+    return sum(int(layers.sum()) for layers in present.values())
 
 
 def orthogonality_penalty(params: Any, *, present: AdaptedLayers) -> jax.Array:
-    """How far A and B of the adapted maps are from orthogonal: the mean of |A^T A - 1| and |B B^T - 1|."""
+    """How far A and B of the adapted modules are from orthogonal: the mean of |A^T A - 1| and |B B^T - 1|."""
     total, leaves = jnp.zeros(()), flatten(params)
     for path, e in singular_values(params).items():
         layers, rank = e.shape
@@ -99,23 +105,27 @@ def orthogonality_penalty(params: Any, *, present: AdaptedLayers) -> jax.Array:
     return total / (2 * count_adapted(present))
 
 
-def scheduled_rank(step: jax.Array, first: int, budget: BudgetConfig, *, end: int) -> jax.Array:
-    """Ranks a map that are left after update number `step`, counted from 1: equation 12."""
-    done = jnp.clip((step - budget.after) / (end - budget.after), 0, 1)
-    return budget.rank + (first - budget.rank) * (1 - done) ** 3
+def scheduled_rank(step: jax.Array, initial_rank: int, budget: BudgetConfig, *, end: int) -> jax.Array:
+    """The mean rank of a module after update `step`, counted from 1: equation 12."""
+    progress = jnp.clip((step - budget.after) / (end - budget.after), 0, 1)
+    return budget.rank + (initial_rank - budget.rank) * (1 - progress) ** 3
 
 
-def most_important(scores: Any, *, present: AdaptedLayers, budget: jax.Array) -> Any:
-    """Of each e, 1 for its entries that are among the `left` best triplets of all maps. `scores` has all leaves."""
-    leaves, every = flatten(scores), {}
+def most_important(scores: Any, *, present: AdaptedLayers, total_rank: jax.Array) -> Any:
+    """For each e, 1 for the entries of the `total_rank` most important triplets of all modules, else 0.
+
+    `scores` are I U of all leaves.
+    """
+    leaves, triplet_scores = flatten(scores), {}
     for path, e in singular_values(scores).items():
         a, b = leaves[f"{path[:-1]}a"], leaves[f"{path[:-1]}b"]
-        every[path] = e + a.mean(axis=tuple(range(1, a.ndim - 1))) + b.mean(axis=tuple(range(2, b.ndim)))
-        every[path] = jnp.where(present[path][:, None], every[path], -1)  # behind all that are there
-    joined = jnp.concatenate([score.reshape(-1) for score in every.values()])
-    place = jnp.argsort(jnp.argsort(-joined, stable=True), stable=True)
-    found, start = {}, 0
-    for path, score in every.items():
-        found[path] = (place[start : start + score.size] < budget).astype(jnp.float32).reshape(score.shape)
-        start += score.size
-    return unflatten(found)
+        triplets = e + a.mean(axis=tuple(range(1, a.ndim - 1))) + b.mean(axis=tuple(range(2, b.ndim)))
+        triplet_scores[path] = jnp.where(present[path][:, None], triplets, -1)  # below all scores of adapters
+    joined = jnp.concatenate([triplets.reshape(-1) for triplets in triplet_scores.values()])
+    position = jnp.argsort(jnp.argsort(-joined, stable=True), stable=True)
+    mask, start = {}, 0
+    for path, triplets in triplet_scores.items():
+        selected = position[start : start + triplets.size] < total_rank
+        mask[path] = selected.astype(jnp.float32).reshape(triplets.shape)
+        start += triplets.size
+    return unflatten(mask)

@@ -1,17 +1,17 @@
-"""How a gradient becomes the next parameters: after its norm is known, or before it and validated by it.
+"""From a gradient to the next parameters: after its norm is known, or before it and validated by it.
 
-    update(gradient, state, norm, healthy) -> Updated(params, opt_state, metrics)
+    update(gradient, state, norm, healthy) -> UpdateResult(params, opt_state, metrics)
 
-`guarded` waits: clipping needs the global norm, and whether anything is applied at all (`healthy`) does as well, so no
-weight moves before every device, and in a pipeline every stage, has said how large its gradient is.
+`skip_if_unhealthy` waits for the global norm: clipping needs it, and so does the decision whether to apply the update
+at all (`healthy`). So no weight changes before the norms of all devices and all pipeline stages are known.
 
-`post_validated` does not wait. It applies the update as if nothing were clipped or skipped, while the norm is on its
-way; then the norm validates what was done. Where something was to be clipped or skipped, the guess is dropped and the
-guarded update is made of the old parameters: rolled back and done again, so that the result is that of `guarded` in any
-case. Nothing has to be computed backwards, and any optimizer will do, since the old state is there until the guess
-stands; it is what this costs. Source: "bypassing optimizer synchronizations" in Zero Bubble Pipeline Parallelism,
-arXiv:2401.10241, section 4. There a stage updates in place and undoes it by arithmetic, so it looks at the norms of the
-stages before it, to undo less often; here a guess that is dropped costs the same whoever knew, and none looks.
+`post_validated` does not wait. It makes the update as if nothing were clipped or skipped, while the norm is computed.
+Then the norm validates this optimistic update. If something had to be clipped or skipped, the update is dropped and
+made again from the old parameters, so the result is always that of `skip_if_unhealthy`. This works with any optimizer;
+its price is that the old state is kept until the update is validated. Source: "bypassing optimizer synchronizations" in
+Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 4. There a stage updates in place and reverts by arithmetic;
+it reads the norms of the stages before it in order to revert less often. Here a dropped update costs the same in any
+case, so no stage reads them.
 """
 
 from collections.abc import Callable
@@ -25,25 +25,25 @@ from ...parallel.state import TrainState
 
 
 class UpdateResult(NamedTuple):
-    """The state after an update, as far as an optimizer moves it."""
+    """The parts of the state that an optimizer changes."""
 
     params: Any
     opt_state: Any
     metrics: dict[str, jax.Array]
 
 
-# (gradient, state, the gradient's global norm, whether to apply anything)
+# (gradient, state, global norm of the gradient, whether to apply the update)
 Update = Callable[[Any, TrainState, jax.Array, jax.Array], UpdateResult]
 
 
 def skip_if_unhealthy(optimizer: optax.GradientTransformation) -> Update:
-    """The optimizer's update where `healthy`; elsewhere parameters and optimizer state stay as they are."""
+    """The optimizer's update if `healthy`; else parameters and optimizer state do not change."""
 
     def update(gradient: Any, state: TrainState, norm: jax.Array, healthy: jax.Array) -> UpdateResult:
         del norm
         new = apply_optimizer(optimizer, gradient, state)
         old = (state.params, state.opt_state)
-        return UpdateResult(*jax.tree.map(lambda applied, kept: jnp.where(healthy, applied, kept), new, old), {})
+        return UpdateResult(*jax.tree.map(lambda new, old: jnp.where(healthy, new, old), new, old), {})
 
     return update
 
@@ -51,27 +51,24 @@ def skip_if_unhealthy(optimizer: optax.GradientTransformation) -> Update:
 def post_validated(
     optimizer: optax.GradientTransformation, optimistic: optax.GradientTransformation, *, clip: float | None
 ) -> Update:
-    """`guarded(optimizer)` that begins before the norm is known, as `optimistic`: `optimizer` without its clipping.
+    """`skip_if_unhealthy(optimizer)` that starts before the norm is known, with `optimistic`: without clipping.
 
-    The metric `rolled_back` is 1 where the guess did not stand.
+    The metric `rolled_back` is 1 if the optimistic update was dropped.
     """
-    certain = skip_if_unhealthy(optimizer)
+    validated = skip_if_unhealthy(optimizer)
     limit = jnp.inf if clip is None else clip
 
     def update(gradient: Any, state: TrainState, norm: jax.Array, healthy: jax.Array) -> UpdateResult:
-        # Made here and not in the branch; leaf by leaf, since some wait for less than others.
-        guess = jax.tree.map(jax.lax.optimization_barrier, apply_optimizer(optimistic, gradient, state))
-        stands = healthy & (norm < limit)
-
-        def again() -> tuple[Any, Any]:
-            return certain(gradient, state, norm, healthy)[:2]
-
-        return UpdateResult(*jax.lax.cond(stands, lambda: guess, again), {"rolled_back": (~stands).astype(jnp.float32)})
+        # The barriers keep it out of the branch. One for each leaf, because some leaves are ready before others.
+        new = jax.tree.map(jax.lax.optimization_barrier, apply_optimizer(optimistic, gradient, state))
+        valid = healthy & (norm < limit)
+        result = jax.lax.cond(valid, lambda: new, lambda: validated(gradient, state, norm, healthy)[:2])
+        return UpdateResult(*result, {"rolled_back": (~valid).astype(jnp.float32)})
 
     return update
 
 
 def apply_optimizer(optimizer: optax.GradientTransformation, gradient: Any, state: TrainState) -> tuple[Any, Any]:
-    """Parameters and optimizer state after one update."""
+    """Return parameters and optimizer state after one update."""
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     return optax.apply_updates(state.params, updates), opt_state

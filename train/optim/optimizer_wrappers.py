@@ -1,4 +1,4 @@
-"""The optimizer of a run: what `optimizer` asks for, and around it what the adapter's method does to an update."""
+"""The optimizer of a run: that of the `optimizer` section, wrapped by what the adapter's method does to updates."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,52 +20,52 @@ from .qat import quantization_aware, trains_codes
 from .sparse_finetuning import masked_optimizer
 
 OptimizerFactory = Callable[..., optax.GradientTransformation]
-ADAPTER_AXIS = "adapters"  # of the `vmap` over several adapters
+ADAPTER_AXIS = "adapters"  # axis name of the `vmap` over several adapters
 
 
 def optimizer_factory(config: RunConfig, *, order: LayerOrder) -> OptimizerFactory:
-    """`make()` gives the transformation; `make(clip=...)` the same with another clipping. `order`: of the layers."""
+    """Return a factory: `make()` makes the optimizer, `make(clip=...)` the same one with another clipping.
+
+    `order` is the run order of the layers.
+    """
     adapter = config.adapter
-    chosen = None if adapter is None else update_scaler(config.model, adapter, order=order)
-    chosen = scale_by_adapter(chosen, learning_rate_ratios(config))
-    make = partial(optimizers.build, config.optimizer, steps=config.steps, spike=config.logging.spike, scale=chosen)
+    scale = None if adapter is None else update_scaler(config.model, adapter, order=order)
+    scale = scale_by_adapter(scale, learning_rate_ratios(config))
+    make = partial(optimizers.build, config.optimizer, steps=config.steps, spike=config.logging.spike, scale=scale)
     if adapter is not None and adapter.method == "adalora":
-        return wrap_optimizer(
-            make, partial(rank_allocator, adapter=adapter, present=adapted_layers(config, order), steps=config.steps)
-        )
-    if adapter is not None and adapter.method in SPARSE_METHODS:
-        return wrap_optimizer(make, partial(masked_optimizer, adapter=adapter, scale=chosen))
-    if trains_codes(config):
-        return wrap_optimizer(make, partial(quantization_aware, config=config, order=order))
-    return make
+        present = adapted_layers(config, order)
+        wrap = partial(rank_allocator, adapter=adapter, present=present, steps=config.steps)
+    elif adapter is not None and adapter.method in SPARSE_METHODS:
+        wrap = partial(masked_optimizer, adapter=adapter, scale=scale)
+    elif trains_codes(config):
+        wrap = partial(quantization_aware, config=config, order=order)
+    else:
+        return make
+    return lambda **options: wrap(make(**options))
 
 
 def adapted_layers(config: RunConfig, order: LayerOrder) -> AdaptedLayers:
-    """Which layers of each stack of adapted maps have an adapter, as they stand in the run."""
-    found = {}
-    for site in find_adapted_modules(config.model, config.adapter):
-        places = range(len(site.ranks)) if order is None else order
-        found[f"{site.path}/adapter/e"] = np.array([repeat >= 0 and site.ranks[repeat] > 0 for repeat in places])
-    return found
-
-
-def wrap_optimizer(make: OptimizerFactory, around: Callable[..., optax.GradientTransformation]) -> OptimizerFactory:
-    """`make`, with `around` around what it makes."""
-    return lambda **given: around(make(**given))
+    """Return which layers of each stack of adapted modules have an adapter, in run order."""
+    layers = {}
+    for module in find_adapted_modules(config.model, config.adapter):
+        repeats = range(len(module.ranks)) if order is None else order
+        layers[f"{module.path}/adapter/e"] = np.array([repeat >= 0 and module.ranks[repeat] > 0 for repeat in repeats])
+    return layers
 
 
 def learning_rate_ratios(config: RunConfig) -> tuple[float, ...]:
-    """Each adapter's learning rate over the run's."""
-    peak, own = config.optimizer.learning_rate, [one.learning_rate for one in config.adapters.values()]
-    return tuple(1.0 if rate is None else rate / peak for rate in own)
+    """Return each adapter's learning rate / the run's."""
+    rates = [adapter.learning_rate for adapter in config.adapters.values()]
+    return tuple(1.0 if rate is None else rate / config.optimizer.learning_rate for rate in rates)
 
 
-def scale_by_adapter(change: Callable[[str, jax.Array], jax.Array] | None, rates: tuple[float, ...]) -> Any:
-    """`change(path, update)`, None: as it is, and the update scaled by the adapter's rate; inside of the `vmap`."""
-    if all(rate == 1 for rate in rates):
-        return change
+def scale_by_adapter(scale: Callable[[str, jax.Array], jax.Array] | None, ratios: tuple[float, ...]) -> Any:
+    """Multiply what `scale(path, update)` gives by the adapter's learning rate ratio, inside of the `vmap`."""
+    if all(ratio == 1 for ratio in ratios):
+        return scale
 
-    def own(path: str, update: jax.Array) -> jax.Array:
-        return jnp.array(rates)[jax.lax.axis_index(ADAPTER_AXIS)] * (update if change is None else change(path, update))
+    def scaled(path: str, update: jax.Array) -> jax.Array:
+        ratio = jnp.array(ratios)[jax.lax.axis_index(ADAPTER_AXIS)]
+        return ratio * (update if scale is None else scale(path, update))
 
-    return own
+    return scaled

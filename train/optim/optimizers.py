@@ -1,12 +1,13 @@
 """Optimizers by the name in `optimizer.name`, composed from optax: clip -> rule -> decay -> learning rate -> average.
 
-Each part has a name, so that the state of `adamw` is called `opt_state/adamw/...` whatever stands before it. An entry
-of `RULES` maps the section to the direction of the update, before decay and learning rate. Rules that look at a whole
-matrix or layer (muon, adafactor's clip) see each layer of a stack by itself. All arithmetic and state is float32,
-whatever the parameters are: in bfloat16 a second moment with b2 above 0.99 never moves.
+Each part has a name, so that the state of `adamw` is `opt_state/adamw/...` whatever comes before it. An entry of
+`RULES` maps the section to the direction of the update, before decay and learning rate. Rules that read a whole matrix
+or layer (muon, adafactor's clip) see each layer of a stack by itself. All arithmetic and state is float32, whatever the
+dtype of the parameters: in bfloat16 a second moment with b2 above 0.99 never changes.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import optax
 from ...configs.errors import UserError
 from ...configs.sections.training import OptimizerConfig
 from ...models.logical_axes import axis_names, is_stacked
-from ...parallel.sharding import path_name
+from ...parallel.sharding import map_with_path, path_name
 
 RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
     "adamw": lambda o: optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.epsilon),
@@ -36,11 +37,10 @@ def build(
     clip: Callable[[float], optax.GradientTransformation] = optax.clip_by_global_norm,
     scale: Callable[[str, jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformation:
-    """The whole update for a run of `steps`: negative directions scaled by the learning rate, ready to be added.
+    """Return the whole optimizer for a run of `steps`; its updates are to be added to the parameters.
 
-    With `spike` the state also follows the mean gradient norm, which `mean_norm` reads. `clip(limit)` keeps the norm
-    below `optimizer.clip`. `multiplied(path, update)` has
-    the last word on the update of each weight (an adapter's).
+    With `spike` the state also tracks the mean gradient norm, which `mean_gradient_norm` reads. `clip(limit)` makes the
+    clipping to `optimizer.clip`. `scale(path, update)` changes the final update of each weight (for an adapter).
     """
     parts = [
         ("norms", track_gradient_norm() if spike else None),
@@ -55,35 +55,31 @@ def build(
 
 
 def unclipped(limit: float) -> optax.GradientTransformation:
-    """In the place of clipping, with the same state: as if no norm ever came to `limit`."""
+    """No clipping, with the same state as clipping has: as if no norm ever reached `limit`."""
     del limit
     return optax.identity()
 
 
 def by_path(change: Callable[[str, jax.Array], jax.Array]) -> optax.GradientTransformation:
-    """Each update as `change(path of the weight, update)` makes it."""
-    return optax.stateless(
-        lambda updates, _: jax.tree_util.tree_map_with_path(lambda path, leaf: change(path_name(path), leaf), updates)
-    )
+    """Replace each update by `change(path of the weight, update)`."""
+    return optax.stateless(lambda updates, _: map_with_path(change, updates))
 
 
 def in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`rule` on float32 copies of gradients and parameters; its state has the names and shapes it has without."""
-
-    def wide(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+    """`rule` on float32 copies of gradients and parameters; names and shapes of its state do not change."""
+    to_float32 = partial(optax.tree.cast, dtype=jnp.float32)
 
     def init(params: Any) -> Any:
-        return rule.init(wide(params))
+        return rule.init(to_float32(params))
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        return rule.update(wide(updates), state, wide(params))
+        return rule.update(to_float32(updates), state, to_float32(params))
 
     return optax.GradientTransformation(init, update)
 
 
 def schedule(optimizer: OptimizerConfig, *, steps: int) -> optax.Schedule:
-    """Learning rate of update number `count`, counted from 0; the last update has `final_fraction` of the peak."""
+    """Learning rate of update `count`, counted from 0; the last update has `final_fraction` of the peak."""
     peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
     final, rest = peak * optimizer.final_fraction, max(steps - warmup - 1, 1)
     if optimizer.schedule == "cosine":
@@ -101,52 +97,49 @@ def schedule(optimizer: OptimizerConfig, *, steps: int) -> optax.Schedule:
 
 
 def decay_mask(optimizer: OptimizerConfig) -> Callable[[Any], Any]:
-    """Mask of the weights that decay: those with two named dimensions or more; embeddings only if asked."""
+    """Mask of the weights that decay: kernels with at least two named dimensions; embeddings only if asked for."""
 
-    def decayed(path: tuple[Any, ...], leaf: Any) -> bool:
+    def decays(name: str, leaf: Any) -> bool:
         del leaf
-        name = path_name(path)
         matrix = sum(axis is not None for axis in axis_names(name)) >= 2 and name.endswith("/kernel")
         matrix = matrix or name.endswith(("/adapter/a", "/adapter/b", "/adapter/down", "/adapter/up"))
         return matrix or (optimizer.decay_embeddings and name.startswith("embed/"))
 
-    return lambda params: jax.tree_util.tree_map_with_path(decayed, params)
+    return lambda params: map_with_path(decays, params)
 
 
 def clip_by_layer_rms(threshold: float) -> optax.GradientTransformation:
     """Scale down a layer's update whose root mean square is above `threshold`. Source: Adafactor, arXiv:1804.04235."""
 
-    def clipped(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        own = tuple(range(layer_dimensions(path_name(path), update), update.ndim))
-        rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=own, keepdims=True))
+    def clip(name: str, update: jax.Array) -> jax.Array:
+        weight_dimensions = tuple(range(layer_dimensions(name, update), update.ndim))
+        rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=weight_dimensions, keepdims=True))
         return update / jnp.maximum(1.0, rms / threshold)
 
-    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(clipped, updates))
+    return by_path(clip)
 
 
 def layer_dimensions(name: str, leaf: Any) -> int:
-    """Dimensions of the weight called `name` that number layers."""
+    """How many leading dimensions of the weight `name` count layers."""
     return leaf.ndim - len(axis_names(name)) if is_stacked(name) else 0
 
 
 def muon(optimizer: OptimizerConfig) -> optax.GradientTransformation:
-    """Muon on the kernels of the blocks, each layer its own matrix [in, out]; adam on everything else.
+    """Muon on the kernels of the blocks, one matrix [in, out] a layer; adam on everything else.
 
-    A stacked kernel [repeats, embed, heads, head_dim] is `repeats` matrices, its input and output dimensions flattened.
-    RMS of the update is matched to adam's (arXiv:2502.16982), so that both take one learning rate. Raises UserError
-    where no parameter is such a matrix.
+    A stacked kernel [repeats, embed, heads, head_dim] is `repeats` matrices; its input and output dimensions are
+    flattened. The RMS of the update matches adam's (arXiv:2502.16982), so both use one learning rate. Its `init` raises
+    UserError if no parameter is such a matrix.
     """
 
-    def dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        name = path_name(path)
+    def dimensions(name: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         if not (is_stacked(name) and name.endswith("/kernel")):
             return None
         first = layer_dimensions(name, leaf)
         middle = first + (2 if name.endswith("attn/o/kernel") else 1)
         return optax.contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, leaf.ndim)))
 
-    def all_dimensions(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(dimensions, params)
+    all_dimensions = partial(map_with_path, dimensions)
 
     rule = optax.contrib.muon(
         learning_rate=1.0,
@@ -162,12 +155,12 @@ def muon(optimizer: OptimizerConfig) -> optax.GradientTransformation:
         if not jax.tree.leaves(all_dimensions(params)):
             names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
             raise UserError(
-                f"optimizer.name: muon found no block's kernel among {len(names)} parameters ({', '.join(names[:3])}, "
-                "...); use adamw"
+                f"optimizer.name: muon finds no kernel of a block among {len(names)} trained parameters "
+                f"({', '.join(names[:3])}, ...); use adamw"
             )
         return rule.init(params)
 
-    # optax's alias ends with the sign that `build` puts on.
+    # optax.contrib.muon returns a negative update, and `build` changes the sign once more.
     return optax.chain(optax.GradientTransformation(init, rule.update), optax.scale(-1.0))
 
 
@@ -178,7 +171,7 @@ class NormsState(NamedTuple):
 
 
 def track_gradient_norm() -> optax.GradientTransformation:
-    """Leave updates alone and follow the mean of their global norm over about the last hundred steps."""
+    """Track the mean global norm of the updates over about the last hundred steps; the updates do not change."""
 
     def init(params: Any) -> NormsState:
         del params
@@ -193,7 +186,7 @@ def track_gradient_norm() -> optax.GradientTransformation:
 
 
 def mean_gradient_norm(opt_state: Any) -> jax.Array:
-    """The mean gradient norm so far; infinite before the first update, so that nothing counts as a spike."""
+    """The tracked mean gradient norm; infinite before the first update, so that no norm counts as a spike."""
     mean = opt_state["norms"].mean
     return jnp.where(mean == 0, jnp.inf, mean)
 
@@ -205,10 +198,10 @@ class AverageState(NamedTuple):
 
 
 def track_parameter_average(decay: float) -> optax.GradientTransformation:
-    """Leave updates alone and follow the parameters they lead to: average = decay * average + (1 - decay) * params."""
+    """Track average = decay * average + (1 - decay) * new parameters; the updates do not change."""
 
     def init(params: Any) -> AverageState:
-        return AverageState(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+        return AverageState(optax.tree.cast(params, jnp.float32))
 
     def update(updates: Any, state: AverageState, params: Any = None) -> tuple[Any, AverageState]:
         new = optax.apply_updates(params, updates)

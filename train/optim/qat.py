@@ -1,18 +1,18 @@
-"""Weights that are trained as codes: quantization-aware scaling (QAS) of arXiv:2206.15472.
+"""Quantization-aware training: the trained weights are integer codes. Scaling (QAS) as in arXiv:2206.15472.
 
     w = scale (code - zero)        so   d loss / d code = scale (d loss / d w)
 
-Descent by that gradient would move the code by `scale` times too little, and the weight by scale^2: with steps of a
-hundredth, ten thousand times too slowly. QAS divides the gradient by scale^2, which moves the weight as if it had been
-trained itself. Here one scale is left out where the gradient is made, which is that of the weight, and the other where
-the update is added: so norms, clipping, momentum, Adam and decay are those of weights, and of sgd there remains
+Descent along that gradient would move the code by a factor `scale` too little, and the weight by scale^2: with a scale
+of a hundredth, ten thousand times too slowly. QAS divides the gradient by scale^2, which moves the weight as if it were
+trained itself. Here the gradient is taken by the weight, which leaves out one scale, and the update is divided by the
+other one when it is added to the code. So norms, clipping, momentum, Adam and decay are those of weights, and for sgd
 
     code' = code - learning_rate (d loss / d code) / scale^2
 
-A step is a fraction of a code at most times. Nothing keeps fractions: a code goes up or down by chance, to its update
-on the average (stochastic rounding, arXiv:1502.02551, section 3.1), by a key of the step and the layer, so no mesh
-changes what is drawn. Departs: the paper computes with integers too, and has one scale an output; here the weights
-alone are integers, with a scale for each group, and activations are what they always are.
+A step is usually a fraction of a code. Codes hold no fractions, so they are rounded up or down at random, to the update
+on average (stochastic rounding, arXiv:1502.02551, section 3.1). The key is that of the step and the layer, so the
+result depends on no mesh. Difference from the paper: it computes with integers too, and has one scale for each output.
+Here only the weights are integers, with one scale for each group, and activations do not change.
 """
 
 import zlib
@@ -31,85 +31,88 @@ from ...parallel.gradients import Batch, Engine, Sums
 from ...parallel.layout import LayerOrder
 from ...parallel.prng import step_key
 
-ROUNDING_KEY = 2**32 - 2  # in the place of a row's number, beside that of a private run's noise: no row has it
+ROUNDING_KEY_ID = 2**32 - 2  # used in place of a row id, like `dp_sgd.NOISE_KEY_ID`; no row has it
 
 
 class CodesState(NamedTuple):
-    """What the next rounding is drawn by."""
+    """Seeds the next rounding."""
 
     count: jax.Array  # int32: updates done
 
 
 def dequantized_weights(params: Any, config: RunConfig) -> Any:
-    """What the trained codes in `params` stand for; `params` themselves where there are none. Pure."""
+    """`params` with the weights that their trained codes stand for; `params` themselves without codes. Pure."""
     if not trains_codes(config):
         return params
     return dequantize_tree(params, config.model, config.quantization, dtype=jnp.dtype(config.precision.parameters))
 
 
 def trains_codes(config: RunConfig) -> bool:
-    """Whether weights that are trained are codes."""
+    """Whether the trained weights are codes."""
     return config.quantization is not None and config.quantization.trained
 
 
 def with_dequantized_weights(engine: Engine, config: RunConfig) -> Engine:
-    """`engine` of parameters with codes; its gradient is by the weights they stand for."""
+    """`engine` for parameters with codes; its gradient is by the weights that the codes stand for."""
 
-    def run(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None, **told: Any) -> Sums:
-        return engine(dequantized_weights(params, config), frozen, batch, keys, **told)
+    def run(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None, **extra_inputs: Any) -> Sums:
+        return engine(dequantized_weights(params, config), frozen, batch, keys, **extra_inputs)
 
     return run if trains_codes(config) else engine
 
 
 def stochastic_round(codes: jax.Array, keys: jax.Array) -> jax.Array:
-    """Whole numbers around `codes` [layers, ...], each with these as its mean; `keys` are [layers]."""
-    drawn = jax.vmap(lambda key: jax.random.uniform(key, codes.shape[1:]))(keys)
-    return jnp.floor(codes + drawn)
+    """Round `codes` [layers, ...] up or down at random, so that the mean result is `codes`; `keys` are [layers]."""
+    noise = jax.vmap(lambda key: jax.random.uniform(key, codes.shape[1:]))(keys)
+    return jnp.floor(codes + noise)
 
 
 def quantization_aware(
     optimizer: optax.GradientTransformation, *, config: RunConfig, order: LayerOrder
 ) -> optax.GradientTransformation:
-    """`optimizer`, which is given weights, of the codes that stand for them; its state gets an entry `codes`.
+    """`optimizer` of weights, applied to the codes that stand for them; its state gets an entry `codes`.
 
-    Gradients come by weights, updates go to codes. `order` is that of the layers in their stacks.
+    Gradients are by weights, updates are for codes. `order` is the run order of the layers.
     """
-    names = {path: layer_ids(path, config, order) for path, _ in kernel_layouts(config.model, config.quantization)}
+    layouts = list(kernel_layouts(config.model, config.quantization))
+    ids = {path: layer_ids(path, config, order) for path, _ in layouts}
 
     def init(params: Any) -> dict[str, Any]:
         return optimizer.init(dequantized_weights(params, config)) | {"codes": CodesState(jnp.zeros((), jnp.int32))}
 
     def update(gradient: Any, state: dict[str, Any], params: Any) -> tuple[Any, dict[str, Any]]:
-        count, old = state["codes"].count, {name: part for name, part in state.items() if name != "codes"}
-        moves, own = optimizer.update(gradient, old, dequantized_weights(params, config))
-        key, updates = jax.random.fold_in(jax.random.fold_in(step_key(config), ROUNDING_KEY), count), copy_dicts(moves)
-        for path, form in kernel_layouts(config.model, config.quantization):
+        inner_state = dict(state)
+        count = inner_state.pop("codes").count
+        weight_updates, inner_state = optimizer.update(gradient, inner_state, dequantized_weights(params, config))
+        updates = copy_dicts(weight_updates)
+        key = jax.random.fold_in(jax.random.fold_in(step_key(config), ROUNDING_KEY_ID), count)
+        for path, layout in layouts:
             if (leaves := find_subtree(params, path)) is not None:
-                linear, _, leaf = path.rpartition("/")
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(key, names[path])
-                moved = unrounded_codes(find_subtree(moves, path), leaves, group=form.group)
-                subtree(updates, linear)[leaf] = code_updates(jnp.clip(stochastic_round(moved, keys), 0, 255), leaves)
-        return updates, own | {"codes": CodesState(count + 1)}
+                module, _, leaf = path.rpartition("/")
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids[path])
+                codes = unrounded_codes(find_subtree(weight_updates, path), leaves, group=layout.group)
+                subtree(updates, module)[leaf] = code_updates(jnp.clip(stochastic_round(codes, keys), 0, 255), leaves)
+        return updates, inner_state | {"codes": CodesState(count + 1)}
 
     return optax.GradientTransformation(init, update)
 
 
-def unrounded_codes(move: jax.Array, leaves: dict[str, jax.Array], *, group: int) -> jax.Array:
-    """Where the codes would be after the weights [layers, inputs..., outputs...] have made a `move`, float32."""
+def unrounded_codes(update: jax.Array, leaves: dict[str, jax.Array], *, group: int) -> jax.Array:
+    """The codes after an `update` of their weights [layers, inputs..., outputs...], float32, before rounding."""
     scale = leaves["scale"]  # [layers, groups, outputs...]
-    steps = move.reshape(*scale.shape[:2], group, *scale.shape[2:]) / scale[:, :, None]
+    steps = update.reshape(*scale.shape[:2], group, *scale.shape[2:]) / scale[:, :, None]
     return leaves["codes"].astype(jnp.float32) + steps.reshape(leaves["codes"].shape)
 
 
 def code_updates(codes: jax.Array, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """What to add to `leaves` so that they hold `codes`."""
-    still = jax.tree.map(jnp.zeros_like, leaves)
-    # Bytes: what is taken below zero comes back when it is added.
-    return still | {"codes": codes.astype(leaves["codes"].dtype) - leaves["codes"]}
+    zeros = jax.tree.map(jnp.zeros_like, leaves)
+    # The difference of bytes wraps around below zero, and back when it is added.
+    return zeros | {"codes": codes.astype(leaves["codes"].dtype) - leaves["codes"]}
 
 
 def layer_ids(path: str, config: RunConfig, order: LayerOrder) -> np.ndarray:
-    """A number for each layer in the stack of kernels at `path`: of its canonical name, wherever it stands."""
-    numbers = [zlib.crc32(name.encode()) for name in canonical_names([path], config.model)[path]]
-    places = range(len(numbers)) if order is None else order
-    return np.array([numbers[repeat] if repeat >= 0 else 0 for repeat in places], np.uint32)
+    """A number for each layer in the stack of kernels at `path`, a hash of its canonical name, in run order."""
+    hashes = [zlib.crc32(name.encode()) for name in canonical_names([path], config.model)[path]]
+    repeats = range(len(hashes)) if order is None else order
+    return np.array([hashes[repeat] if repeat >= 0 else 0 for repeat in repeats], np.uint32)

@@ -1,11 +1,13 @@
-"""Selective by element: the first updates find the few elements of the chosen weights that learn, the others rest.
+"""Sparse fine-tuning: the first updates search for the few elements of the chosen weights that are trained afterwards.
 
-    fishmask   their squared gradients, added up over these updates, in which nothing moves      arXiv:2111.09839
-    lottery    how far training all of them moved each; then all go back to where they were      arXiv:2110.07560
+An element's score in these `adapter.scouting` updates is
 
-The `adapter.density` largest of all elements together learn, and all of what a recipe adds of its own. Which, is part
-of the optimizer's state, so a run that goes on keeps them. In these updates fishmask's gradient is the root of what the
-squares of its examples' gradients add up to (`examples.py`).
+    fishmask   the sum of its squared gradients; no weight changes                               arXiv:2111.09839
+    lottery    how far it moves when all elements train; then all get their first values back    arXiv:2110.07560
+
+The `adapter.density` of all elements with the largest scores are trained, and all extra weights, which a recipe adds.
+The mask is part of the optimizer state, so a resumed run keeps it. During the search fishmask's gradient is the square
+root of the sum of squared gradients of single examples (`train/engine/fisher.py`).
 """
 
 from collections.abc import Callable
@@ -17,16 +19,16 @@ import optax
 
 from ...configs.sections.adapter import AdapterConfig
 from ...models.adapters.selection import RECIPE_WEIGHTS
-from ...parallel.sharding import path_name
+from ...parallel.sharding import map_with_path
 from ...parallel.state import TrainState
 
 
 class ElementsState(NamedTuple):
-    """Which elements learn, and what decides it."""
+    """The mask of trained elements, and what decides it."""
 
     count: jax.Array  # int32: updates done
-    score: Any  # like the parameters: fishmask's sums of squares, lottery's first weights
-    kept: Any  # like the parameters: 1 where an element learns, in the end
+    score: Any  # like the parameters: sums of squares of fishmask, first weights of lottery
+    kept: Any  # like the parameters: 1 for an element that is trained
 
 
 def masked_optimizer(
@@ -37,82 +39,79 @@ def masked_optimizer(
 ) -> optax.GradientTransformation:
     """`optimizer` of a few elements; its state gets an entry `elements`.
 
-    `chosen(path, array)` is zero in the layers of a stack that do not learn at all.
+    `scale(path, array)` is zero in the layers of a stack that are not trained at all.
     """
-    goes_back = adapter.method == "lottery"
+    rewinds = adapter.method == "lottery"
 
     def init(params: Any) -> dict[str, Any]:
-        score = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * (1.0 if goes_back else 0.0), params)
+        score = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * (1.0 if rewinds else 0.0), params)
         kept = map_with_path(
-            lambda path, leaf: jnp.full(leaf.shape, goes_back or is_extra_weight(path), jnp.float32), params
+            lambda path, leaf: jnp.full(leaf.shape, rewinds or is_extra_weight(path), jnp.float32), params
         )
         return optimizer.init(params) | {"elements": ElementsState(jnp.zeros((), jnp.int32), score, kept)}
 
-    def found(score: Any) -> Any:
-        def own(path: str, leaf: jax.Array) -> jax.Array:
+    def make_mask(scores: Any) -> Any:
+        def maskable(path: str, leaf: jax.Array) -> jax.Array:
             if is_extra_weight(path):
                 return jnp.zeros_like(leaf)
             return leaf if scale is None else scale(path, leaf)
 
-        total = count_true(map_with_path(lambda path, leaf: own(path, jnp.ones_like(leaf)) > 0, score))
-        best = top_k_mask(map_with_path(own, score), count=jnp.maximum(1, jnp.round(adapter.density * total)))
-        return map_with_path(lambda path, leaf: jnp.ones_like(leaf) if is_extra_weight(path) else leaf, best)
+        total = count_true(map_with_path(lambda path, leaf: maskable(path, jnp.ones_like(leaf)) > 0, scores))
+        mask = top_k_mask(map_with_path(maskable, scores), count=jnp.maximum(1, jnp.round(adapter.density * total)))
+        return map_with_path(lambda path, leaf: jnp.ones_like(leaf) if is_extra_weight(path) else leaf, mask)
 
     def update(gradient: Any, state: dict[str, Any], params: Any) -> tuple[Any, dict[str, Any]]:
-        elements, old = state["elements"], {name: part for name, part in state.items() if name != "elements"}
+        inner_state = dict(state)
+        elements: ElementsState = inner_state.pop("elements")
         step = elements.count + 1
         searching, last = step <= adapter.scouting, step == adapter.scouting
-        updates, own = optimizer.update(jax.tree.map(jnp.multiply, gradient, elements.kept), old, params)
+        masked = jax.tree.map(jnp.multiply, gradient, elements.kept)
+        updates, inner_state = optimizer.update(masked, inner_state, params)
         updates = jax.tree.map(jnp.multiply, updates, elements.kept)
-        if goes_back:
-            score = elements.score
-            moved = jax.tree.map(lambda w, u, first: jnp.abs(w + u - first), params, updates, score)
-            # Again in every later step: the first difference may round, the second does not.
-            home = jax.tree.map(lambda kept: last | (~searching & (kept == 0)), elements.kept)
-            updates = jax.tree.map(lambda u, w, first, at: jnp.where(at, first - w, u), updates, params, score, home)
-            # It begins again, but for the learning rate, which the whole run has one schedule of.
-            again = optimizer.init(params) | {"learning_rate": own["learning_rate"]}
-            own = jax.tree.map(lambda new, now: jnp.where(last, new, now), again, own)
-            kept = jax.lax.cond(last, lambda: found(moved), lambda: elements.kept)
+        if rewinds:
+            score = elements.score  # the first weights
+            distance = jax.tree.map(lambda w, u, first: jnp.abs(w + u - first), params, updates, score)
+            # Also in every later step, because the first difference may round, and the second does not.
+            rewound = jax.tree.map(lambda kept: last | (~searching & (kept == 0)), elements.kept)
+            updates = jax.tree.map(lambda u, w, first, at: jnp.where(at, first - w, u), updates, params, score, rewound)
+            # The optimizer starts anew, except for the learning rate: its schedule is that of the whole run.
+            fresh_state = optimizer.init(params) | {"learning_rate": inner_state["learning_rate"]}
+            inner_state = jax.tree.map(lambda new, old: jnp.where(last, new, old), fresh_state, inner_state)
+            kept = jax.lax.cond(last, lambda: make_mask(distance), lambda: elements.kept)
         else:
             score = jax.tree.map(lambda s, g: jnp.where(searching, s + jnp.square(g), s), elements.score, gradient)
-            kept = jax.lax.cond(last, lambda: found(score), lambda: elements.kept)
-        return updates, own | {"elements": ElementsState(step, score, kept)}
+            kept = jax.lax.cond(last, lambda: make_mask(score), lambda: elements.kept)
+        return updates, inner_state | {"elements": ElementsState(step, score, kept)}
 
     return optax.GradientTransformation(init, update)
 
 
 def mask_is_final(state: TrainState, *, adapter: AdapterConfig) -> jax.Array:
-    """Whether the elements that learn are found."""
+    """Whether the search is over."""
     return state.opt_state["elements"].count >= adapter.scouting
 
 
-def map_with_path(change: Callable[[str, jax.Array], jax.Array], tree: Any) -> Any:
-    """`change(path, leaf)` of each leaf of `tree`."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: change(path_name(path), leaf), tree)
-
-
 def is_extra_weight(path: str) -> bool:
-    """Whether the weight at `path` is none of the model's, so that it is not chosen among but learns."""
+    """Whether a recipe added the weight at `path` to the model: it is always trained, and no mask covers it."""
     return path.startswith(RECIPE_WEIGHTS)
 
 
 def count_true(flags: Any) -> jax.Array:
-    """How many elements of all leaves of `flags` are true, float32: rows in int32, which holds no larger sum."""
+    """Count the true elements of all leaves, float32. Only rows are counted in int32, which could not hold the sum."""
     return sum(leaf.sum(-1, dtype=jnp.int32).astype(jnp.float32).sum() for leaf in jax.tree.leaves(flags))
 
 
 def top_k_mask(scores: Any, *, count: jax.Array | int) -> Any:
-    """1 for the `count` largest of all scores, which are not negative, and 0 for the others; equal ones stay together.
+    """1 for the `count` largest of all scores, which must not be negative, else 0; equal scores get the same.
 
-    The limit is found bit by bit, in 31 sums over all elements: floats that are not negative order as their bits do.
+    The limit is found bit by bit, in 31 sums over all elements: floats that are not negative order like their bits.
     """
     bits = jax.tree.map(lambda leaf: jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.int32), scores)
 
-    def narrower(number: jax.Array, limit: jax.Array) -> jax.Array:
+    def try_bit(number: jax.Array, limit: jax.Array) -> jax.Array:
         higher = limit | (1 << (30 - number))
-        there = count_true(jax.tree.map(lambda leaf: leaf >= higher, bits))
-        return jnp.where(there >= count, higher, limit)
+        above = count_true(jax.tree.map(lambda leaf: leaf >= higher, bits))
+        return jnp.where(above >= count, higher, limit)
 
-    limit = jax.lax.fori_loop(0, 31, narrower, jnp.int32(0))
+    limit = jax.lax.fori_loop(0, 31, try_bit, jnp.int32(0))
     return jax.tree.map(lambda leaf: (leaf >= jnp.maximum(limit, 1)).astype(jnp.float32), bits)

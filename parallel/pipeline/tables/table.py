@@ -80,17 +80,12 @@ class Table:
         return self.slot.max(axis=0, initial=-1) + 1
 
     @cached_property
-    def _device_and_chunk(self) -> np.ndarray:
-        order = np.argsort(self.placement, axis=None)
-        return np.stack(np.unravel_index(order, self.placement.shape), axis=1)  # [stage] -> device, chunk
+    def _stage_device(self) -> np.ndarray:
+        return np.argsort(self.placement, axis=None) // self.chunks  # [stage]
 
     def device_of(self, stage: int) -> int:
         """The device that runs `stage`."""
-        return int(self._device_and_chunk[stage, 0])
-
-    def chunk_of(self, stage: int) -> int:
-        """Which chunk of its device `stage` is."""
-        return int(self._device_and_chunk[stage, 1])
+        return int(self._stage_device[stage])
 
     def ticks_of(self, op: Op) -> dict[tuple[int, int], int]:
         """{(microbatch, stage): tick} of an op; {(microbatch, device): tick} of S and T."""

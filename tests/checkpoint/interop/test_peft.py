@@ -156,7 +156,7 @@ def test_what_an_adapter_asks_for_beyond_this_is_refused(tmp_path):
             peft.read(tmp_path, model, kind=kind)
     (tmp_path / peft.CONFIG).write_text(json.dumps(config))
     save_file(tensors | {"base_model.model.lm_head.weight": np.zeros((2, 2), np.float32)}, tmp_path / peft.WEIGHTS)
-    with pytest.raises(UserError, match=r"lm_head.weight .* has no place here"):
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: .*lm_head.weight"):
         peft.read(tmp_path, model, kind=kind)
     with pytest.raises(UserError, match="not an adapter"):
         peft.read(tmp_path / "nowhere", model, kind=kind)
@@ -169,7 +169,7 @@ def test_rotations_by_an_older_series_are_refused(version, tmp_path):
     assert config.pop("peft_version") == "0.18.0"
     (tmp_path / peft.CONFIG).write_text(json.dumps(config | version))
     with pytest.raises(
-        UserError, match=r"peft_version: 0\.\d+\.\d, but rotations are read as PEFT makes them since 0.18"
+        UserError, match=r"peft_version: 0\.\d+\.\d .* 0.18"
     ):
         peft.read(tmp_path, model, kind=kind)
 

@@ -181,8 +181,8 @@ def test_a_pattern_that_matches_nothing_lists_what_there_is(given, words):
 
 
 def test_a_key_the_method_does_not_read_is_refused():
-    with pytest.raises(ValueError, match=r"adapter.ratio: 4.0 means nothing to method ia3; .* lora or dora"):
+    with pytest.raises(ValueError, match=r"adapter.ratio: 4.0 .*ia3; .* lora or dora"):
         AdapterConfig(method="ia3", ratio=4.0)
-    with pytest.raises(UserError, match=r"bitfit trains .*/bias, of which this model has none"):
+    with pytest.raises(UserError, match=r"adapter.method: bitfit .*/bias"):
         plain = MODEL.model_copy(update={"qkv_bias": False})
         attach.split_trained(initial_params(plain, jax.random.key(0)), plain, settings("bitfit"))

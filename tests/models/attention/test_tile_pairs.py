@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from meshwright.models.attention.interface import Mask
-from meshwright.models.attention.tile_pairs import Blocks, _visits
+from meshwright.models.attention.tile_pairs import Blocks, plan_visits
 
 SHUFFLED = np.random.default_rng(0).permutation(64).astype(np.int32)
 BACK_TO_FRONT = np.concatenate([np.arange(48, 64), np.arange(16)]).astype(np.int32)
@@ -25,7 +25,7 @@ VISITS = {
 @pytest.mark.parametrize("mask, query_index, key_index, expected", VISITS.values(), ids=VISITS)
 def test_only_tiles_with_a_visible_pair_are_visited(xp, mask, query_index, key_index, expected):
     blocks = Blocks.of(len(query_index), 8), Blocks.of(len(key_index), 8)
-    visits, counts = _visits(*blocks, xp.asarray(query_index), xp.asarray(key_index), mask)
+    visits, counts = plan_visits(*blocks, xp.asarray(query_index), xp.asarray(key_index), mask)
     assert isinstance(counts, np.ndarray) == (xp is np), "plain order is planned before the program runs"
     assert counts.sum() == expected
     age = query_index[:, None] - key_index[None]
@@ -37,7 +37,7 @@ def test_only_tiles_with_a_visible_pair_are_visited(xp, mask, query_index, key_i
 def test_any_order_visits_every_visible_tile():
     """Shuffled tokens: each block's range is wide, so nothing may be left out that has a pair."""
     blocks = Blocks.of(64, 8)
-    visits, counts = _visits(blocks, blocks, SHUFFLED, SHUFFLED, Mask(window=5))
+    visits, counts = plan_visits(blocks, blocks, SHUFFLED, SHUFFLED, Mask(window=5))
     age = SHUFFLED[:, None] - SHUFFLED[None]
     seen = ((age >= 0) & (age < 5)).reshape(8, 8, 8, 8).any((1, 3))
     assert all(set(np.flatnonzero(row)) <= set(v[:n]) for row, v, n in zip(seen, visits, counts, strict=True))

@@ -1,16 +1,16 @@
-"""Which parts of a row a ring step leaves out."""
+"""The key shards that a ring step skips."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from meshwright.models.attention.interface import Mask, TokenIndices
-from meshwright.parallel.sequence.ring import Part, _may_see
+from meshwright.parallel.sequence.ring import KeyShard, may_attend
 
-OURS = TokenIndices(jnp.arange(8, 16), jnp.arange(8, 16), jnp.array([[2, 2, 2, 2, 3, 3, 3, 3]]), None)
+QUERIES = TokenIndices(jnp.arange(8, 16), jnp.arange(8, 16), jnp.array([[2, 2, 2, 2, 3, 3, 3, 3]]), None)
 
-# mask, indices of the part's keys, their documents -> may any of our queries, 8-15 of documents 2 and 3, see one?
-PARTS = {
+# mask, indices of the keys, their documents -> may any of the queries 8-15, of documents 2 and 3, attend to one?
+SHARDS = {
     "past": (Mask(), range(0, 8), None, True),
     "future": (Mask(), range(16, 24), None, False),
     "one-key-in-time": (Mask(), [30, 15], None, True),
@@ -23,15 +23,15 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("mask, index, documents, expected", PARTS.values(), ids=PARTS)
-def test_a_part_is_left_out_only_if_no_query_sees_it(mask, index, documents, expected):
+@pytest.mark.parametrize("mask, index, documents, expected", SHARDS.values(), ids=SHARDS)
+def test_a_shard_is_skipped_only_if_no_query_may_attend_to_it(mask, index, documents, expected):
     segments = None if documents is None else jnp.array([documents])
-    part = Part(None, None, jnp.array(list(index)), segments)
-    assert bool(_may_see(part, mask, OURS)) == expected
+    shard = KeyShard(None, None, jnp.array(list(index)), segments)
+    assert bool(may_attend(shard, mask, QUERIES)) == expected
 
 
-def test_rows_whose_documents_differ_are_asked_one_by_one():
-    """One row of the batch that shares a document is enough."""
+def test_documents_are_compared_row_by_row():
+    """One row of the batch with a common document is enough."""
     indices = TokenIndices(jnp.arange(4, 8), None, jnp.array(np.repeat([[1], [5]], 4, axis=1)), None)
-    part = Part(None, None, jnp.arange(4), jnp.array(np.repeat([[0], [5]], 4, axis=1)))
-    assert bool(_may_see(part, Mask(), indices))
+    shard = KeyShard(None, None, jnp.arange(4), jnp.array(np.repeat([[0], [5]], 4, axis=1)))
+    assert bool(may_attend(shard, Mask(), indices))

@@ -42,7 +42,7 @@ def test_every_recipe_validates_without_jax():
 
 
 MISTAKES = {
-    "no such file": (["validate", "quickstrat"], r"CONFIG: quickstrat is no file.*Did you mean quickstart\?"),
+    "no such file": (["validate", "quickstrat"], r"CONFIG: quickstrat .*Did you mean quickstart\?"),
     "no such engine": (["launch", "quickstart", "--engine", "mesos"], "--engine: mesos matches nothing"),
     "no such teacher": (
         ["validate", "finetune/distill", "recipe.teacher.from=nowhere"],

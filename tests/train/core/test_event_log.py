@@ -6,13 +6,13 @@ import math
 import pytest
 
 from meshwright.configs.errors import UserError
-from meshwright.train.core.event_log import Journal, read_events, read_metrics
+from meshwright.train.core.event_log import EventLog, read_events, read_metrics
 
 
 def test_events_come_back_in_order_with_their_fields(tmp_path):
-    journal = Journal(tmp_path)
-    journal.record("start", step=0)
-    journal.record("restore", step=100, level="storage", reason="newest whole checkpoint")
+    event_log = EventLog(tmp_path)
+    event_log.record("start", step=0)
+    event_log.record("restore", step=100, level="storage", reason="newest whole checkpoint")
     first, second = read_events(tmp_path)
     assert first["event"] == "start" and 0 <= second["time"] - first["time"] < 60
     assert {**second, "time": 0} == {
@@ -21,16 +21,16 @@ def test_events_come_back_in_order_with_their_fields(tmp_path):
 
 
 def test_a_line_torn_at_any_byte_costs_that_line_only(tmp_path):
-    journal = Journal(tmp_path)
-    journal.record("save", step=1)
-    whole = journal.path.stat().st_size
-    journal.record("commit", step=1)
-    content = journal.path.read_bytes()
+    event_log = EventLog(tmp_path)
+    event_log.record("save", step=1)
+    whole = event_log.path.stat().st_size
+    event_log.record("commit", step=1)
+    content = event_log.path.read_bytes()
     for kept in range(whole, len(content)):
-        journal.path.write_bytes(content[:kept])
+        event_log.path.write_bytes(content[:kept])
         alone = read_events(tmp_path)
         assert [event["event"] for event in alone] == (["save", "commit"] if kept == len(content) - 1 else ["save"])
-        Journal(tmp_path).record("restore", step=1)
+        EventLog(tmp_path).record("restore", step=1)
         assert read_events(tmp_path)[:-1] == alone, f"{kept} bytes kept"
         assert read_events(tmp_path)[-1]["event"] == "restore"
 
@@ -39,13 +39,13 @@ def test_every_line_is_strict_json_even_for_numbers_that_are_not(tmp_path):
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
 
-    Journal(tmp_path).record("skip", step=3, loss=math.nan, grad_norm=math.inf, parts=[-math.inf])
+    EventLog(tmp_path).record("skip", step=3, loss=math.nan, grad_norm=math.inf, parts=[-math.inf])
     row = json.loads((tmp_path / "events.jsonl").read_text(), parse_constant=refuse)
     assert math.isnan(float(row["loss"])) and float(row["grad_norm"]) == math.inf and row["parts"] == ["-Infinity"]
 
 
 def test_only_the_first_process_writes(tmp_path):
-    Journal(tmp_path, enabled=False).record("start", step=0)
+    EventLog(tmp_path, enabled=False).record("start", step=0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -57,7 +57,7 @@ def test_a_spoilt_line_in_the_middle_is_skipped_and_told(tmp_path, caplog):
 
 def test_a_journal_that_cannot_be_written_says_where_and_why(tmp_path):
     with pytest.raises(UserError, match=r"gone/events.jsonl.*No such file"):
-        Journal(tmp_path / "gone").record("start", step=0)
+        EventLog(tmp_path / "gone").record("start", step=0)
 
 
 def test_metrics_have_each_step_once_whatever_the_order_of_rows(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.equivalence import assert_close, batches, tiny
+from support.run_files import metric_rows
 
 from meshwright.configs.adapter_runs import adapter_rows, single_adapter_run
 from meshwright.configs.errors import UserError
@@ -252,7 +253,7 @@ def test_each_prefers_by_a_reference_of_its_own_rows(root):
         logging={"every": 1, "tensorboard": False},
     )
     found = train(config, process_info=ProcessInfo(), root=root)
-    rows = [json.loads(line) for line in (root / "pairs/metrics.jsonl").read_text().splitlines()]
+    rows = metric_rows(root / "pairs")
     for name in several:
         assert rows[0][f"{name}/loss"] == pytest.approx(np.log(2), rel=1e-5)
         one = train(single_adapter_run(config, name), process_info=ProcessInfo(), root=root)

@@ -31,11 +31,6 @@ FEW = GenerationRequest(texts=5, prompt_tokens=4, tokens=6, sampling=GREEDY, see
 LINES = [f"{number} is {number * number} or so, they say" for number in range(60)]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     """The directory of a model with a byte tokenizer."""

@@ -20,11 +20,6 @@ from meshwright.train.infer.inference_session import evaluate, generate
 from meshwright.train.run import train
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def run_config(directory, *, answer="ab", **changes):
     """A run on conversations that all have the same answer, which is soon learned."""
     conversations = [
@@ -111,5 +106,5 @@ def test_a_metric_that_does_not_exist_is_refused(tmp_path, monkeypatch):
         run_config(tmp_path, evaluation={"metrics": ["scoring.length"]})
     with pytest.raises(UserError, match=r"evaluation.answers: 0, but evaluation.metrics"):
         run_config(tmp_path, evaluation={"metrics": ["a:b"], "answers": 0})
-    with pytest.raises(UserError, match=r"texts without data.prompt ask"):
+    with pytest.raises(UserError, match=r".*data.prompt"):
         tiny(evaluation={"answers": 3})

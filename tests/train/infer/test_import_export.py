@@ -24,11 +24,6 @@ FIXTURES = Path(__file__).parents[2] / "models/families/fixtures"
 BYTES = {"source": "synthetic", "tokenizer": {"bytes": True}, "sequence_length": 16, "global_batch": 8}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def read_tensors(directory):
     """Every tensor of a directory, by name."""
     return {name: array for file in directory.glob("model*.safetensors") for name, array in load_file(file).items()}

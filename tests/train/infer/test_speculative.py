@@ -49,7 +49,7 @@ def greedy_next(model):
 
     @jax.jit
     def forward(tokens):
-        decoder = nnx.merge(model.program.graph, model.pretrained_weights)
+        decoder = nnx.merge(model.program.graph, model.weights)
         ctx = Context(positions=jnp.arange(tokens.shape[1])[None])
         return decoder.hidden(tokens, ctx)[0] @ decoder.head_kernel(jnp.float32)
 

@@ -4,15 +4,17 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import jax
 import numpy as np
 import pytest
 from support.equivalence import TINY
+from support.run_files import losses, metric_rows
+from support.waiting import HANG_SECONDS, wait_until
 
 from meshwright.configs.loader import dump_yaml, merge_trees, validate_tree
+from meshwright.configs.sections.outer import PAIRWISE_RULES, RULES
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.infer import inference_session
 from meshwright.train.launch.local_islands import serve_rendezvous
@@ -33,17 +35,10 @@ BASE = merge_trees(
 )
 QUICK = {"patience": 20, "timeout": 5, "ttl": 3, "gather": 60}
 DEEP = {"model": {"layers": 6}}  # over 2 x 2 stages they are not in order, and two stages have an empty place
-RULES = {
+OUTER = {name: {"name": name, "every": 3} for name in RULES} | {
     "streaming": {"name": "streaming", "every": 3, "fragments": 3, "overlap": 1},
-    "diloco": {"name": "diloco", "every": 3},
     "noloco": {"name": "noloco", "every": 2},
-    "eager": {"name": "eager", "every": 3},
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 class Group:
@@ -66,27 +61,21 @@ class Group:
         file = self.root / "runs" / "run" / f"island-{number}" / "events.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    def await_step(self, number, step, *, timeout=120):
+    def wait_step(self, number, step):
         """Wait until island `number` has made update `step`."""
-        file = self.root / "runs" / "run" / f"island-{number}" / "metrics.jsonl"
-        end = time.monotonic() + timeout
-        while not (
-            file.exists() and any(json.loads(row)["step"] >= step for row in file.read_text().splitlines()[-2:])
-        ):
-            assert time.monotonic() < end, f"island {number} makes no update {step}: {self.log(number)}"
-            time.sleep(0.1)
+        run = self.root / "runs" / "run" / f"island-{number}"
+        made = lambda: any(row["step"] >= step for row in metric_rows(run)[-2:])
+        wait_until(made, explain=lambda: f"no update {step} of island {number}: {self.log(number)}")
 
-    def await_event(self, number, event, *, step=0, timeout=120):
-        end = time.monotonic() + timeout
-        while not any(one["event"] == event and one.get("step", 0) >= step for one in self.events(number)):
-            assert time.monotonic() < end, f"no {event} by island {number}: {self.log(number)}"
-            time.sleep(0.1)
+    def wait_event(self, number, kind):
+        happened = lambda: kind in [event["event"] for event in self.events(number)]
+        wait_until(happened, explain=lambda: f"no {kind} of island {number}: {self.log(number)}")
 
     def log(self, number):
         return (self.root / f"{number}.log").read_text()[-2000:]
 
     def ended(self, number, job, code=0):
-        assert job.wait(timeout=240) == code, self.log(number)
+        assert job.wait(timeout=HANG_SECONDS) == code, self.log(number)
 
 
 @contextmanager
@@ -112,15 +101,15 @@ def distance(one, other):
 
 def on_a_mesh(root, rule, count, **more):
     """The same run on a mesh of replicas: what is evaluated, and every replica's parameters."""
-    changes = {"mesh": {"replica": count}, "outer": RULES[rule], "name": "mesh"}
+    changes = {"mesh": {"replica": count}, "outer": OUTER[rule], "name": "mesh"}
     train(validate_tree(merge_trees(merge_trees(BASE, changes), more)), process_info=ProcessInfo(), root=root)
     return state_of(root / "mesh")
 
 
 def test_islands_of_unlike_shape_are_the_replicas_of_a_mesh_and_refuse_a_stranger(tmp_path):
-    with group(tmp_path, outer=RULES["streaming"], islands={"count": 2, **QUICK}, **DEEP) as islands:
+    with group(tmp_path, outer=OUTER["streaming"], islands={"count": 2, **QUICK}, **DEEP) as islands:
         first = islands.start(0)
-        islands.await_event(0, "start")
+        islands.wait_event(0, "start")
         stranger = islands.start(1, "optimizer.learning_rate=0.02", "name=other")
         islands.ended(1, stranger, code=2)
         assert "another run: optimizer.learning_rate (0.01 there, 0.02 here)" in islands.log(1).replace("\n", " ")
@@ -134,8 +123,7 @@ def test_islands_of_unlike_shape_are_the_replicas_of_a_mesh_and_refuse_a_strange
     for one in merge_islands(run)["islands"]:
         assert one["sent_bytes"] == pytest.approx(one["predicted_sent_bytes"], rel=0.02)
         assert not {"behind", "excluded", "bootstrap"} & one.keys()
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
+    assert list(losses(run)) == list(range(1, 10))
     assert (
         inference_session.evaluate(inference_session.newest_island(run), []).keys() >= {"held_out_loss"}
         and (run / "report.html").exists()
@@ -143,9 +131,9 @@ def test_islands_of_unlike_shape_are_the_replicas_of_a_mesh_and_refuse_a_strange
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["diloco", "noloco", "eager"])
+@pytest.mark.parametrize("rule", RULES)
 def test_four_islands_are_four_replicas(tmp_path, rule):
-    with group(tmp_path, outer=RULES[rule], islands={"count": 4, **QUICK, "patience": 60}) as islands:
+    with group(tmp_path, outer=OUTER[rule], islands={"count": 4, **QUICK, "patience": 60}) as islands:
         jobs = [islands.start(number) for number in range(4)]
         for number, job in enumerate(jobs):
             islands.ended(number, job)
@@ -153,7 +141,7 @@ def test_four_islands_are_four_replicas(tmp_path, rule):
     for number in range(4):
         outer, params = state_of(tmp_path / "runs" / "run" / f"island-{number}")
         assert distance(params, jax.tree.map(lambda leaf: leaf[number], each)) < 1e-6  # noqa: B023
-        assert rule in ("noloco", "eager") or distance(outer, wanted) < 1e-6
+        assert rule in (*PAIRWISE_RULES, "eager") or distance(outer, wanted) < 1e-6
 
 
 @pytest.mark.slow
@@ -161,15 +149,15 @@ def test_four_islands_are_four_replicas(tmp_path, rule):
 def test_one_of_three_is_killed_and_another_stopped_and_all_end_together(tmp_path, rule):
     """The killed one returns with others' state; the stopped one is given up, and finds its place when it wakes."""
     quick = {**QUICK, "patience": 6, "ttl": 2}
-    with group(tmp_path, steps=3000, outer=RULES[rule], islands={"count": 3, **quick}, data={"global_batch": 6},
+    with group(tmp_path, steps=3000, outer=OUTER[rule], islands={"count": 3, **quick}, data={"global_batch": 6},
                checkpoint={"every": 500}) as islands:  # fmt: skip
         jobs = [islands.start(number) for number in range(3)]
         for number in range(3):
-            islands.await_step(number, 20)
+            islands.wait_step(number, 20)
         jobs[2].kill()
         jobs[2].wait()
         jobs[1].send_signal(signal.SIGSTOP)
-        islands.await_step(0, 1000)  # farther than the rendezvous remembers who met
+        islands.wait_step(0, 1000)  # farther than the rendezvous remembers who met
         jobs[2] = islands.start(2)
         jobs[1].send_signal(signal.SIGCONT)
         for number, job in enumerate(jobs):

@@ -14,7 +14,7 @@ from meshwright.configs.errors import Preempted
 from meshwright.parallel.outer.interface import OuterStep
 from meshwright.parallel.transport.payload_server import TransferCounters
 from meshwright.train import loop as loops
-from meshwright.train.core.event_log import Journal, read_events
+from meshwright.train.core.event_log import EventLog, read_events
 from meshwright.train.core.sample_log import SampleLog, read_sample_log
 from meshwright.train.islands import agreed_wait
 from meshwright.train.islands import sync as sync_module
@@ -74,7 +74,7 @@ def make_sync(directory, *, is_sending=lambda: False, patience=HANG_SECONDS, **c
         shardings=None,
     )
     transport = IslandTransport(Group(), TransferCounters(), None, set(), is_sending)
-    sync = IslandSync(program, transport, Journal(directory), **callbacks)
+    sync = IslandSync(program, transport, EventLog(directory), **callbacks)
     sync.traffic_metrics = lambda step: {}
     return sync
 

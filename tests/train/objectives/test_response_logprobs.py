@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from support.equivalence import assert_same, tiny
+from support.run_files import losses, metric_rows
 
 from meshwright.checkpoint.interop import huggingface
 from meshwright.configs.errors import UserError
@@ -31,11 +32,6 @@ from meshwright.train.run import train
 PAIRED = {"source": "docstrings", "format": "preference", "packing": {"method": "best-fit"}}
 UNPAIRED = PAIRED | {"format": "unpaired"}
 SEQ = {"fsdp": 2, "seq": 2, "tensor": 2}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 MESHES = {
@@ -116,11 +112,6 @@ def test_packing_changes_the_loss_of_no_example(settings, tmp_path):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def losses(directory):
-    rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}, rows[-1]
-
-
 ADAPTER = {"adapter": {"method": "lora", "rank": 2, "start": "pissa"}}
 UNMOVED = {
     "dpo, full": ("dpo", {}, np.log(2)),
@@ -137,7 +128,7 @@ STARTS = [pytest.param(*case, id=key, marks=[pytest.mark.slow] if key in SLOW el
 @pytest.mark.parametrize(("name", "changes", "first"), STARTS)
 def test_a_run_starts_at_its_reference_and_moves_away(name, changes, first, tmp_path):
     train(run_of(tmp_path, name, **changes), process_info=ProcessInfo(), root=tmp_path)
-    found, last = losses(tmp_path)
+    found, last = losses(tmp_path / "run"), metric_rows(tmp_path / "run")[-1]
     np.testing.assert_allclose(found[1], first, rtol=2e-5)
     assert abs(found[5] - first) > 1e-3 * first
     assert last["held_out_loss"] > 0 and "held_out_perplexity" not in last
@@ -152,7 +143,7 @@ def test_going_on_has_the_same_reference(tmp_path, monkeypatch):
         train(run_of(tmp_path, "dpo"), process_info=ProcessInfo(), root=stopped)
     monkeypatch.undo()
     train(run_of(tmp_path, "dpo", data={"cache": str(tmp_path / "cache")}), process_info=ProcessInfo(), root=stopped)
-    np.testing.assert_allclose(list(losses(stopped)[0].values()), list(losses(whole)[0].values()), rtol=1e-5)
+    np.testing.assert_allclose(list(losses(stopped / "run").values()), list(losses(whole / "run").values()), rtol=1e-5)
 
 
 def test_another_reference_is_refused(tmp_path):

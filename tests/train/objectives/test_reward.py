@@ -22,11 +22,6 @@ PAIRS = {"source": "docstrings", "format": "preference", "packing": {"method": "
 REWARD = {"recipe": {"name": "reward"}, "data": PAIRS, "optimizer": {"name": "sgd"}}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.mark.slow
 def test_a_mesh_changes_nothing():
     assert_same(tiny(**REWARD), tiny(**REWARD, mesh={"fsdp": 2, "seq": 2, "tensor": 2}), steps=2)
@@ -132,5 +127,5 @@ def test_held_out_pairs_are_told_apart_by_a_pipeline_as_by_one_device(tmp_path):
 
 
 def test_a_shared_vocabulary_is_refused():
-    with pytest.raises(UserError, match=r"pipeline.vocab_parallel: 2 .* recipe.name reward has a score and no words"):
+    with pytest.raises(UserError, match=r"pipeline.vocab_parallel: 2 .*recipe.name reward"):
         tiny(**merge_trees(REWARD, {"mesh": {"pipe": 2}, "microbatches": 2, "pipeline": {"vocab_parallel": 2}}))

@@ -190,7 +190,7 @@ def test_muon_on_a_stack_is_muon_on_each_layers_matrix():
 
 def test_muon_without_a_matrix_is_refused():
     rule = optimizers.RULES["muon"](OptimizerConfig(name="muon"))
-    with pytest.raises(UserError, match=r"optimizer.name: muon found no block's kernel among 1 parameters .*use adamw"):
+    with pytest.raises(UserError, match=r"optimizer.name: muon.*use adamw"):
         rule.init({"embed": {"embedding": jnp.zeros((4, 4))}})
 
 

@@ -24,12 +24,12 @@ from ....parallel.pipeline.executor.stage_functions import Row, StageFunctions, 
 from ....parallel.pipeline.executor.table_executor import pipeline_engine
 from ....parallel.pipeline.tables.lowering import LoweredTable
 from ....parallel.pipeline.tables.table import Table
-from ....parallel.sharding import path_name
+from ....parallel.sharding import map_with_path
 from ....parallel.state import TrainState, combine
 from ....parallel.vocabulary import Constrain, OutputHead, embedding_lookup
 from ...objectives import interface as recipes
 from ...objectives.distillation import without_teacher
-from ...objectives.loss_heads import LossAndMetrics, LossHead
+from ...objectives.loss_heads import LossHead, LossSums
 
 TEACHER_HIDDEN = "teacher_hidden"  # field of a batch: the hidden states that the teacher's head multiplies
 Teacher = Callable[[Any, Batch], OutputHead]  # (teacher's weights, batch) -> inputs of the teacher's logits
@@ -56,7 +56,7 @@ def make_stage_functions(
     context: Callable[..., Context],
     constrain: Constrain,
     compute: Any,
-    recipe: recipes.Loss | None = None,
+    recipe: recipes.RecipeLoss | None = None,
     loss_head: LossHead | None = None,
     teacher: ModelConfig | None = None,
 ) -> StageFunctions:
@@ -100,7 +100,7 @@ def make_stage_functions(
 
     def apply_loss_head(
         unstacked: Any, frozen: Any, hidden: jax.Array, fields: Batch, arrays: dict[str, Any]
-    ) -> LossAndMetrics:
+    ) -> LossSums:
         student, output_head = decoder(unstacked, frozen), None
         if teacher is not None:
             output_head = OutputHead(fields[TEACHER_HIDDEN], frozen["teacher"], teacher.logit_softcap)
@@ -171,7 +171,7 @@ def routing_inputs(seed: int, table: Table, *, replicas: int) -> Callable[[Train
     return extra_inputs
 
 
-def with_batch_weight(engine: Engine, recipe: recipes.Loss) -> Engine:
+def with_batch_weight(engine: Engine, recipe: recipes.RecipeLoss) -> Engine:
     """`engine` whose weight is counted from the batch, which every stage has, and not on the last stage.
 
     So no stage waits for the last one before it divides its gradient. Raises UserError if the recipe's weight depends
@@ -184,7 +184,7 @@ def with_batch_weight(engine: Engine, recipe: recipes.Loss) -> Engine:
     return run
 
 
-def batch_weight(recipe: recipes.Loss, batch: Batch) -> jax.Array:
+def batch_weight(recipe: recipes.RecipeLoss, batch: Batch) -> jax.Array:
     """The recipe's weight of `batch`, computed without log-probabilities. Raises UserError if it depends on them."""
     names, fields = zip(*batch.items(), strict=True)
     logprobs = jax.ShapeDtypeStruct(batch["targets"].shape, jnp.float32)
@@ -200,6 +200,4 @@ def batch_weight(recipe: recipes.Loss, batch: Batch) -> jax.Array:
 
 def cast_kernels(tree: Any, compute: Any) -> Any:
     """Cast kernels to `compute`, once a step and not at each use; it also halves the bytes to gather."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(compute) if path_name(path).endswith("/kernel") else leaf, tree
-    )
+    return map_with_path(lambda path, leaf: leaf.astype(compute) if path.endswith("/kernel") else leaf, tree)

@@ -1,20 +1,21 @@
-"""Norms of each row's gradient, without the gradients: rules for linear maps, lookups, and all that is small.
+"""Norms of each row's gradient without the gradients ("ghost norms"), for linear maps, lookups and small weights.
 
-    squared = jax.grad(lambda probe: loss of one row, computed with rules(probe))(0.0)
+    squared_norm = jax.grad(lambda probe: loss of one row, computed with probed functions)(0.0)
 
-A map that is told a `probe`, a number it does not use, gives it as its "gradient" the squared norm of its weights' own.
-So the sum over all maps, through scans and recomputation, is what differentiation adds up anyway. Mapped over rows, a
-linear map's norm is made of two [tokens, tokens] products in place of its gradient,
+A probed function takes a scalar `probe` that it does not use. The "gradient" of the probe is the squared norm of the
+gradient of the function's weight, so differentiation adds up the norms of all weights, through scans and recomputation.
+With `vmap` over rows, the norm of a linear map comes from two [tokens, tokens] products instead of its gradient,
 
-    |x^T g|^2 = sum((x x^T) * (g g^T))        x [tokens, inputs] what it read, g [tokens, outputs] its output's gradient
+    |x^T g|^2 = sum((x x^T) * (g g^T))        x [tokens, inputs] its input, g [tokens, outputs] its output's gradient
 
-where that is less than the gradient itself; a lookup's of the products of the gradients of equal tokens; what is small
-(norms, biases, thin factors that are no map) is watched: its gradient is made for each row, and only its norm stays.
-Source: arXiv:2110.05679, section 4.
+if they are smaller than the gradient itself. The norm of a lookup comes from products of the gradients of equal tokens.
+Small weights (norms, biases, thin factors) are probed themselves: their gradient is computed for each row, and only its
+norm is kept. Source: arXiv:2110.05679, section 4.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,36 +27,31 @@ Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def probed_linear(plain: Linear, probe: jax.Array) -> Linear:
-    """`plain(x, kernel, inputs=n)`, whose kernel's squared gradient norm goes to `probe` where it is trained."""
+    """`plain(x, kernel, inputs=n)`, which gives `probe` the squared gradient norm of a trained kernel."""
 
-    def told(x: jax.Array, kernel: jax.Array, *, inputs: int = 1) -> jax.Array:
-        def run(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return plain(x, kernel, inputs=inputs)
-
+    def linear(x: jax.Array, kernel: jax.Array, *, inputs: int = 1) -> jax.Array:
         def norm(x: jax.Array, g: jax.Array) -> jax.Array:
             last = x.ndim - inputs
             return product_norm(x.reshape(-1, math.prod(x.shape[last:])), g.reshape(-1, math.prod(g.shape[last:])))
 
-        return with_norm_rule(run, norm)(x, kernel, probe)
+        return with_norm_rule(partial(plain, inputs=inputs), norm)(x, kernel, probe)
 
-    return told
+    return linear
 
 
 def probed_lookup(plain: Lookup, probe: jax.Array) -> Lookup:
-    """`plain(table, tokens)`, whose table's squared gradient norm goes to `probe` where it is trained."""
+    """`plain(table, tokens)`, which gives `probe` the squared gradient norm of a trained table."""
 
-    def told(table: jax.Array, tokens: jax.Array) -> jax.Array:
-        def norm(tokens: jax.Array, g: jax.Array) -> jax.Array:
-            tokens, g = tokens.reshape(-1), g.reshape(tokens.size, -1).astype(jnp.float32)
-            return ((tokens[:, None] == tokens) * (g @ g.T)).sum()
+    def norm(tokens: jax.Array, g: jax.Array) -> jax.Array:
+        tokens, g = tokens.reshape(-1), g.reshape(tokens.size, -1).astype(jnp.float32)
+        return ((tokens[:, None] == tokens) * (g @ g.T)).sum()
 
-        return with_norm_rule(lambda tokens, table: plain(table, tokens), norm)(tokens, table, probe)
-
-    return told
+    lookup = with_norm_rule(lambda tokens, table: plain(table, tokens), norm)
+    return lambda table, tokens: lookup(tokens, table, probe)
 
 
 def product_norm(x: jax.Array, g: jax.Array) -> jax.Array:
-    """|x^T g|^2 of x [tokens, inputs] and g [tokens, outputs], by whichever way makes less."""
+    """|x^T g|^2 of x [tokens, inputs] and g [tokens, outputs], by whichever way needs the smaller arrays."""
     x, g = x.astype(jnp.float32), g.astype(jnp.float32)
     tokens, inputs, outputs = *x.shape, g.shape[1]
     if 2 * tokens**2 < inputs * outputs:
@@ -64,47 +60,42 @@ def product_norm(x: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def with_norm_rule(run: Callable[..., jax.Array], norm: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`run(x, weight)` of (x, weight, probe); the probe's gradient is `norm(x, g)` where the weight is trained.
+    """`run(x, weight)` of (x, weight, probe), whose probe has the gradient `norm(x, g)` if the weight is trained.
 
-    The weight itself has none: where norms are wanted, gradients are not.
+    The weight itself gets no gradient.
     """
 
     @jax.custom_vjp
-    def told(x: jax.Array, weight: jax.Array, probe: jax.Array) -> jax.Array:
+    def probed_run(x: jax.Array, weight: jax.Array, probe: jax.Array) -> jax.Array:
         del probe
         return run(x, weight)
 
     def forward(x: Any, weight: Any, probe: Any) -> tuple[jax.Array, Any]:
         del probe
-        # What is trained is known here and, as the presence of a residual, there.
+        # Whether the weight is trained is known here only; the presence of a residual tells `backward`.
         return run(x.value, weight.value), (x.value, weight.value, () if weight.perturbed else None)
 
     def backward(residuals: Any, g: Any) -> tuple[Any, None, Any]:
         x, weight, trained = residuals
         if isinstance(g, SymbolicZero):
             return None, None, None
-        whole = jnp.issubdtype(x.dtype, jnp.integer)
-        back = None if whole else jax.vjp(lambda x: run(x, weight), x)[1](g)[0]
-        return back, None, None if trained is None else norm(x, g)
+        is_integer = jnp.issubdtype(x.dtype, jnp.integer)
+        x_gradient = None if is_integer else jax.vjp(lambda x: run(x, weight), x)[1](g)[0]
+        return x_gradient, None, None if trained is None else norm(x, g)
 
-    told.defvjp(forward, backward, symbolic_zeros=True)
-    return told
+    probed_run.defvjp(forward, backward, symbolic_zeros=True)
+    return probed_run
 
 
 @jax.custom_vjp
 def probed(leaf: jax.Array, probe: jax.Array) -> jax.Array:
-    """`leaf`, whose squared gradient norm goes to `probe`."""
+    """`leaf`, which gives `probe` its squared gradient norm and gets no gradient itself."""
     del probe
     return leaf
 
 
-def _watch(leaf: jax.Array, probe: jax.Array) -> tuple[jax.Array, None]:
-    del probe
-    return leaf, None
-
-
-def _watching(_: None, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(_: None, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros_like(g), jnp.square(g.astype(jnp.float32)).sum()
 
 
-probed.defvjp(_watch, _watching)
+probed.defvjp(lambda leaf, probe: (leaf, None), _backward)

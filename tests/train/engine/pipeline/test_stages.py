@@ -152,11 +152,11 @@ UNFIT = {
     ),
     "replicas that would wait for each other": (
         {"mesh": {"replica": 2}, "outer": {"name": "diloco", "every": 2}, "pipeline": {"post_validation": True}},
-        "pipeline.post_validation: true would make the 2 replicas wait",
+        "pipeline.post_validation: true .* 2 replicas",
     ),
     "offload in replicas": (
         {"mesh": {"replica": 2}, "outer": {"name": "diloco", "every": 2}, "memory": {"policy": "offload-block-in"}},
-        "memory: offload in a pipeline that is one of 2 replicas",
+        "memory.names: offload .* 2 replicas",
     ),
     "rows that cannot be dealt out": (
         {"mesh": {"pipe": 3}, "microbatches": 4}, "model.vocab_multiple: 64"

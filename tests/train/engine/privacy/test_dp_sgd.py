@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.equivalence import assert_same, batches, tiny
+from support.run_files import metric_rows
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.loader import merge_trees
 from meshwright.configs.sections.privacy import PrivacyConfig
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.prng import init_key, step_key
-from meshwright.train.core.event_log import Journal
+from meshwright.train.core.event_log import EventLog
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.engine.forward_backward import local_context, make_context
 from meshwright.train.engine.host_data import make_global_arrays
-from meshwright.train.engine.privacy.dp_sgd import make_norms, row_losses
+from meshwright.train.engine.privacy.dp_sgd import make_squared_norms, row_losses
 from meshwright.train.engine.program import build
 from meshwright.train.metrics import metrics_logger
 from meshwright.train.objectives.loss_heads import target_logprobs, values_fn
@@ -78,7 +79,7 @@ def materialised(config, program, params, frozen, batch, keys):
 
 
 def norms_of(config, program):
-    return make_norms(
+    return make_squared_norms(
         program.graph,
         RECIPES[config.recipe.name].loss(config.recipe),
         model=config.model,
@@ -264,8 +265,7 @@ def test_a_run_tells_what_it_has_spent_and_goes_on_counting(tmp_path, monkeypatc
     budget = {"privacy": {"noise": None, "epsilon": 5.0}, "checkpoint": {"every": 3}}
     whole = train(run_of(tmp_path, **budget), process_info=ProcessInfo(), root=tmp_path)
     assert 4.99 < whole.metrics["epsilon"] <= 5.0
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    epsilons = [row["epsilon"] for row in rows if "epsilon" in row]
+    epsilons = [row["epsilon"] for row in metric_rows(tmp_path / "run") if "epsilon" in row]
     assert len(epsilons) == 6 and 0 < epsilons[0] < epsilons[5]
     shutil.rmtree(tmp_path / "run/checkpoints/6")
     again = train(run_of(tmp_path, **budget), process_info=ProcessInfo(), root=tmp_path)
@@ -278,7 +278,7 @@ def test_what_a_run_begins_with_must_not_tell(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="seed: 4294967295 with privacy: whoever knows or guesses the seed"):
         train(run_of(tmp_path, seed=2**32 - 1), process_info=ProcessInfo(), root=tmp_path)
     words = {"tokenizer": {"bytes": False, "train": "bpe", "vocab": 260}}
-    with pytest.raises(UserError, match="a tokenizer trained on the rows tells of them"):
+    with pytest.raises(UserError, match="data.tokenizer.train: bpe"):
         train(run_of(tmp_path, data=words), process_info=ProcessInfo(), root=tmp_path)
 
 
@@ -297,7 +297,7 @@ def test_other_machines_are_not_told_the_seed(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(metrics_logger, "open_sinks", lambda *given, config, **settings: told.append(config) or [])
     for config in (private(), private(privacy=None)):
-        with metrics_logger.MetricsLogger(config, tmp_path, Journal(tmp_path, enabled=True), start=0):
+        with metrics_logger.MetricsLogger(config, tmp_path, EventLog(tmp_path, enabled=True), start=0):
             pass
     assert "seed" not in told[0] and told[1]["seed"] == SEED
 
