@@ -39,7 +39,7 @@ def logprobs():
 def test_names_are_those_of_the_schema():
     assert list(RECIPES) == list(RECIPE_KEYS)
     assert set(RECIPE_FORMATS) == set(PAIRED)
-    assert {name for name, recipe in RECIPES.items() if "reference_logprobs" in recipe.all_data} == set(
+    assert {name for name, recipe in RECIPES.items() if "reference_logprobs" in recipe.extra_fields} == set(
         REFERENCE_RECIPES
     )
     assert all(set(recipe.all_data) <= set(RECIPE_FIELDS) for recipe in RECIPES.values())
