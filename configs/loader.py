@@ -23,13 +23,17 @@ def load_config(config: str | Path, *, overrides: Iterable[str] = ()) -> RunConf
 
     The file that it `extends` is read first. Raises UserError with one line per mistake.
     """
-    tree = read_tree(find_config(config))
-    for word in overrides:
-        key, equals, value = word.partition("=")
+    return validate_tree(apply_overrides(read_tree(find_config(config)), overrides))
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return `tree` with `overrides` (key.sub=value, a value in YAML). Raises UserError on another form."""
+    for override in overrides:
+        key, equals, value = override.partition("=")
         if not equals or not key:
-            raise UserError(f"{word!r} is not of the form key.sub=value, such as steps=500")
-        tree = merge_trees(tree, nest_value(key.split("."), parse_yaml(value, origin=word)))
-    return validate_tree(tree)
+            raise UserError(f"{override!r} is not of the form key.sub=value, such as steps=500")
+        tree = merge_trees(tree, nest_value(key.split("."), parse_yaml(value, origin=override)))
+    return tree
 
 
 def find_config(config: str | Path) -> Path:

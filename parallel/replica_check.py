@@ -11,6 +11,7 @@ missed once in 2**32. No float is added, so the order of the sum does not matter
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import compress
 from math import prod
 from typing import Any
 
@@ -117,11 +118,8 @@ def majority_vote(path: str, devices: list[jax.Device], values: np.ndarray) -> R
     (common, count), *_ = Counter(values.tolist()).most_common(1)
     if 2 * count <= len(devices):
         return ReplicaMismatch(path, tuple(devices), ())
-    suspects, majority = (
-        tuple(device for device, value in zip(devices, values.tolist(), strict=True) if (value == common) == agrees)
-        for agrees in (False, True)
-    )
-    return ReplicaMismatch(path, suspects, majority)
+    agrees = values == common
+    return ReplicaMismatch(path, tuple(compress(devices, ~agrees)), tuple(compress(devices, agrees)))
 
 
 def on_device(sharding: NamedSharding) -> bool:

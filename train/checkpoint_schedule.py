@@ -75,8 +75,8 @@ def best_interval(record: Record) -> dict[str, Any] | None:
 
 def count_storage_failures(record: Record) -> int:
     """Count the failures from which the run did not recover by a snapshot in memory."""
-    sittings = list(record.sessions())
+    sessions = list(record.sessions())
     return sum(
         any(event["event"] == "restart" for event in before) and after[0].get("level") not in ("memory", "parity")
-        for before, after in pairwise(sittings)
+        for before, after in pairwise(sessions)
     )

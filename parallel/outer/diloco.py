@@ -19,10 +19,8 @@ def diloco(exchange: Exchange, *, interval: int, learning_rate: float, momentum:
     def run(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
         del row
         gradient = exchange.mean(interface.outer_gradient(state.anchor, params))
-        anchor, velocity = interface.nesterov_step(
-            state.anchor, state.velocity, gradient, learning_rate=learning_rate, momentum=momentum
-        )
-        return interface.broadcast_anchor(anchor, params), OuterState(anchor, velocity)
+        state = interface.nesterov_step(state, gradient, learning_rate=learning_rate, momentum=momentum)
+        return interface.broadcast_anchor(state.anchor, params), state
 
     return OuterOptimizer(
         interface.initial_state,

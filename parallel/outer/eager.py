@@ -18,17 +18,15 @@ def eager(exchange: Exchange, *, replicas: int, interval: int, learning_rate: fl
 
     def init(params: Params) -> OuterState:
         state = interface.initial_state(params)
-        return state._replace(late=state.velocity)
+        return state._replace(late=jax.tree.map(jax.numpy.zeros_like, state.velocity))
 
     def run(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
         del row
         local = interface.outer_gradient(state.anchor, params)
         gradient = jax.tree.map(lambda own, late: own / replicas + late, local, state.late)
         late = jax.tree.map(lambda mean, own: mean - own / replicas, exchange.mean(local), local)
-        anchor, velocity = interface.nesterov_step(
-            state.anchor, state.velocity, gradient, learning_rate=learning_rate, momentum=momentum
-        )
-        return interface.broadcast_anchor(anchor, params), OuterState(anchor, velocity, late)
+        state = interface.nesterov_step(state, gradient, learning_rate=learning_rate, momentum=momentum)
+        return interface.broadcast_anchor(state.anchor, params), state._replace(late=late)
 
     return OuterOptimizer(
         init,

@@ -55,7 +55,7 @@ class OuterOptimizer(NamedTuple):
 
 
 def initial_state(params: Params) -> OuterState:
-    """Anchor and zero velocity at `params`, in float32; a copy even of float32, as parameters are donated every step."""
+    """Anchor `params` and zero velocity, float32; the anchor is always a copy, as parameters are donated every step."""
     anchor = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
     return OuterState(anchor, jax.tree.map(jnp.zeros_like, anchor))
 
@@ -65,11 +65,12 @@ def outer_gradient(anchor: Params, params: Params) -> Params:
     return jax.tree.map(lambda old, new: old - new.astype(jnp.float32), anchor, params)
 
 
-def nesterov_step(anchor: Params, velocity: Params, gradient: Params, *, learning_rate: float, momentum: float) -> Any:
+def nesterov_step(state: OuterState, gradient: Params, *, learning_rate: float, momentum: float) -> OuterState:
     """velocity' = gradient + momentum velocity; anchor' = anchor - learning_rate (gradient + momentum velocity')."""
     rule = optax.trace(momentum, nesterov=True)
-    direction, trace = rule.update(gradient, optax.TraceState(velocity))
-    return jax.tree.map(lambda old, step: old - learning_rate * step, anchor, direction), trace.trace
+    direction, trace = rule.update(gradient, optax.TraceState(state.velocity))
+    anchor = jax.tree.map(lambda old, step: old - learning_rate * step, state.anchor, direction)
+    return state._replace(anchor=anchor, velocity=trace.trace)
 
 
 def broadcast_anchor(anchor: Params, params: Params) -> Params:

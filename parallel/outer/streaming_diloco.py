@@ -36,12 +36,11 @@ def streaming_diloco(
     def send_step(fragment: FragmentSlicer):
         def send(params: Params, state: OuterState, row: jax.Array) -> tuple[Params, OuterState]:
             del row
-            anchor, velocity = fragment.extract(state.anchor), fragment.extract(state.velocity)
-            gradient = exchange.mean(interface.outer_gradient(anchor, fragment.extract(params, 1)))
-            anchor, velocity = interface.nesterov_step(
-                anchor, velocity, gradient, learning_rate=learning_rate, momentum=momentum
-            )
-            return params, OuterState(fragment.insert(state.anchor, anchor), fragment.insert(state.velocity, velocity))
+            part = OuterState(fragment.extract(state.anchor), fragment.extract(state.velocity))
+            gradient = exchange.mean(interface.outer_gradient(part.anchor, fragment.extract(params, 1)))
+            part = interface.nesterov_step(part, gradient, learning_rate=learning_rate, momentum=momentum)
+            anchor = fragment.insert(state.anchor, part.anchor)
+            return params, OuterState(anchor, fragment.insert(state.velocity, part.velocity))
 
         return send
 

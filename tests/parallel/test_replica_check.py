@@ -15,7 +15,7 @@ from meshwright.parallel.replica_check import ReplicaCheck
 MESH = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "fsdp"))
 SPECS = {
     "replicated": PartitionSpec(), "fsdp": PartitionSpec("fsdp"), "unique": PartitionSpec(("data", "fsdp")),
-    "columns": PartitionSpec(None, "fsdp"), "codes": PartitionSpec(), "count": PartitionSpec(), "flags": PartitionSpec(),
+    "columns": PartitionSpec(None, "fsdp"), **dict.fromkeys(("codes", "count", "flags"), PartitionSpec()),
 }  # fmt: skip
 
 

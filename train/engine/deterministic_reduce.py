@@ -86,9 +86,9 @@ def trailing_ones(number: jax.Array) -> jax.Array:
     return jax.lax.population_count(number & ~(number + 1))
 
 
-def add_sums(left: Sums, right: Sums) -> Sums:
+def add_sums(a: Sums, b: Sums) -> Sums:
     """Add two nodes of the tree."""
-    return jax.tree.map(jnp.add, left, right)
+    return jax.tree.map(jnp.add, a, b)
 
 
 def tree_all_reduce(leaf: jax.Array, *, devices: int) -> jax.Array:

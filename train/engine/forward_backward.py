@@ -180,7 +180,7 @@ def pipelined_teacher(config: RunConfig, mesh: Mesh, plan: PipelinePlan) -> stag
     model, teacher_plan = teacher_of(config), plan.teacher
     if model is None or teacher_plan is None:
         return None
-    shapes = jax.eval_shape(partial(init_weights, model, config))
+    shapes = jax.eval_shape(partial(init_weights, config, model))
     functions = stages.make_stage_functions(
         decoder_graphdef(model), shapes, model=model, **stage_settings(config, mesh)
     )
@@ -239,7 +239,7 @@ def partition_params(config: RunConfig, weights: Any = None, teacher: Any = None
     it random ones, for shapes only.
     """
     if weights is None:
-        weights = init_weights(config.model, config)
+        weights = init_weights(config)
     key = jax.random.fold_in(init_key(config), 2)
     if config.adapters:
         adapted = multi_lora.init_adapters(weights, config.model, resolve_adapters(config), key)

@@ -139,7 +139,7 @@ class Program:
     def _read(self, model: ModelConfig) -> Any:
         if model.origin is None:
             return None
-        shapes = jax.eval_shape(partial(init_weights, model, self.config))
+        shapes = jax.eval_shape(partial(init_weights, self.config, model))
         return huggingface.read(model.origin, model, shapes=shapes, shardings=self._weight_shardings(shapes))
 
     def _weight_shardings(self, shapes: Any) -> Any:

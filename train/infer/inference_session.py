@@ -8,7 +8,7 @@ from pathlib import Path
 from ...checkpoint.manifest import DamagedCheckpoint
 from ...checkpoint.storage import Storage
 from ...configs.errors import UserError
-from ...configs.loader import merge_trees, nest_value, parse_yaml, validate_tree
+from ...configs.loader import apply_overrides, merge_trees, validate_tree
 from ...configs.run import RunConfig
 from ...parallel.mesh import make_mesh
 from ...parallel.state import TrainState
@@ -95,10 +95,7 @@ def inference_config(run: Path, overrides: Sequence[str]) -> RunConfig:
     teacher = tree["recipe"]["teacher"]
     if teacher is not None and not Path(teacher["from"]).expanduser().exists():
         tree["recipe"] = {"name": "pretrain"}  # the held-out loss is the same without the teacher
-    for word in overrides:
-        key, _, value = word.partition("=")
-        tree = merge_trees(tree, nest_value(key.split("."), parse_yaml(value, origin=word)))
-    return validate_tree(tree)
+    return validate_tree(apply_overrides(tree, overrides))
 
 
 def load_program(config: RunConfig, run: Path, *, adapter: str | None = None) -> tuple[Program, TrainState]:

@@ -72,7 +72,7 @@ def with_teacher(frozen: Any, config: RunConfig, *, initial_weights: Any, teache
     if teacher is None:
         return frozen
     weights = initial_weights if config.recipe.teacher is None else teacher_weights
-    return frozen | {"teacher": init_weights(teacher, config) if weights is None else weights}
+    return frozen | {"teacher": init_weights(config, teacher) if weights is None else weights}
 
 
 def without_teacher(frozen: Any) -> Any:
@@ -80,8 +80,9 @@ def without_teacher(frozen: Any) -> Any:
     return {name: part for name, part in frozen.items() if name != "teacher"} if isinstance(frozen, dict) else frozen
 
 
-def init_weights(model: ModelConfig, config: RunConfig) -> Any:
-    """Random weights of `model` from the run's seed."""
+def init_weights(config: RunConfig, model: ModelConfig | None = None) -> Any:
+    """Random weights of the run's model, or of another `model`, from the run's seed."""
+    model = config.model if model is None else model
     return initial_params(model, init_key(config), jnp.dtype(config.precision.parameters))
 
 

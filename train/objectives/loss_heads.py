@@ -71,15 +71,15 @@ def loss_sums(
 
 
 def values_fn(values: TokenValues, graph: Any, *, context: Callable[..., Context]) -> Callable[..., jax.Array]:
-    """(params, frozen, batch, keys) -> `values` of the whole model. `context(batch, keys)` is what blocks are told."""
+    """(params, frozen, batch, keys) -> `values` of the whole model. `context(batch, keys)` is the context of blocks."""
 
-    def found(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
+    def apply(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
         ctx = context(batch, keys)
         decoder = nnx.merge(graph, combine(params, frozen))
         hidden, _ = decoder.hidden(batch["tokens"], ctx)
         return values(decoder, hidden, batch, ctx)
 
-    return found
+    return apply
 
 
 def make_loss(

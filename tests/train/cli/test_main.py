@@ -24,21 +24,21 @@ def meshwright(*arguments):
 
 
 def test_a_misspelt_key_is_one_line_and_exit_code_2():
-    done = meshwright("train", "quickstart", "mesh.tensr=2")
-    assert done.returncode == 2
-    assert done.stderr == "meshwright: mesh.tensr: unknown key. Did you mean mesh.tensor?\n"
+    result = meshwright("train", "quickstart", "mesh.tensr=2")
+    assert result.returncode == 2
+    assert result.stderr == "meshwright: mesh.tensr: unknown key. Did you mean mesh.tensor?\n"
 
 
 def test_every_recipe_validates_without_jax():
     assert "quickstart" in recipe_names()
     for name in recipe_names():
-        done = meshwright("validate", name)
+        result = meshwright("validate", name)
         if name == "finetune/private":  # what makes it private is the user's
-            assert done.returncode == 2 and "data.tokenizer.train" in done.stderr
-            done = meshwright(
+            assert result.returncode == 2 and "data.tokenizer.train" in result.stderr
+            result = meshwright(
                 "validate", name, f"seed={2**40 + 1}", "data.tokenizer={bytes: true, train: null, vocab: null}"
             )
-        assert done.returncode == 0, done.stderr
+        assert result.returncode == 0, result.stderr
 
 
 MISTAKES = {
@@ -63,14 +63,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_says_what_would_do(arguments, message):
+def test_a_mistake_is_an_error_with_a_remedy(arguments, message):
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, UserError)
     with pytest.raises(UserError, match=message):
         raise result.exception
 
 
-def test_a_recipe_is_copied_once(tmp_path):
+def test_a_recipe_is_not_copied_over_a_file(tmp_path):
     target = tmp_path / "mine.yaml"
     assert CliRunner().invoke(app, ["recipes", "cp", "quickstart", str(target)]).exit_code == 0
     target.write_text("mine")
@@ -78,7 +78,7 @@ def test_a_recipe_is_copied_once(tmp_path):
     assert target.read_text() == "mine"
 
 
-def test_a_run_that_is_not_there_names_those_that_are(tmp_path, monkeypatch):
+def test_a_missing_run_is_an_error_that_names_existing_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for word, message in (("runs/mine", "`meshwright train` makes one"), ("mine", r"did you mean runs/mine\?")):
         with pytest.raises(UserError, match=message):
@@ -93,7 +93,7 @@ def test_a_run_that_is_not_there_names_those_that_are(tmp_path, monkeypatch):
         read_config(Path("runs/far"))
 
 
-def test_slots_are_drained_only_where_a_run_can_go_on_without(tmp_path):
+def test_slots_are_drained_only_where_the_run_can_go_on_without_them(tmp_path):
     (tmp_path / "config.yaml").write_text("name: mine\n")
     refused = CliRunner().invoke(app, ["drain", str(tmp_path), "1"])
     assert isinstance(refused.exception, UserError) and "elastic.meshes" in str(refused.exception)
@@ -102,7 +102,7 @@ def test_slots_are_drained_only_where_a_run_can_go_on_without(tmp_path):
     assert "no slot is drained" in CliRunner().invoke(app, ["drain", str(tmp_path), "1", "--undo"]).output
 
 
-def test_one_island_that_was_here_before_is_in_nobodys_way(tmp_path):
+def test_a_directory_with_one_island_is_used_for_all_of_them(tmp_path):
     """A site of its own leaves runs/NAME/island-0 alone; all of them here then share runs/NAME."""
     (tmp_path / "islands" / "island-0").mkdir(parents=True)
     assert open_directory(load_config("lowcomm/islands"), root=tmp_path) == tmp_path / "islands"
@@ -112,32 +112,32 @@ def test_one_island_that_was_here_before_is_in_nobodys_way(tmp_path):
         open_directory(load_config("lowcomm/diloco"), root=tmp_path)
 
 
-def test_files_that_are_not_here_are_told_and_are_no_mistake(tmp_path, monkeypatch):
+def test_validate_names_missing_files_and_succeeds(tmp_path, monkeypatch):
     """A run may be checked on one machine and train on another."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text((FIXTURES / "llama3" / "config.json").read_text())
-    words = ["validate", "finetune/lora", "model.from=hf", "data.source=jsonl", "data.path=texts.jsonl"]
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0 and done.stdout.startswith("finetune/lora: good")
-    assert [line.split(": ")[1] for line in done.stderr.splitlines()] == [
+    arguments = ["validate", "finetune/lora", "model.from=hf", "data.source=jsonl", "data.path=texts.jsonl"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and result.stdout.startswith("finetune/lora: good")
+    assert [line.split(": ")[1] for line in result.stderr.splitlines()] == [
         "data.path",
         "data.tokenizer.file",
         "model.from",
     ]
     for name in ("texts.jsonl", "hf/tokenizer.json", "hf/model.safetensors"):
         (tmp_path / name).touch()
-    assert not CliRunner().invoke(app, words).stderr
+    assert not CliRunner().invoke(app, arguments).stderr
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_benchmark_says_what_it_takes(name):
+def test_every_benchmark_has_help(name):
     """Its own help, not that of the verb."""
-    done = CliRunner().invoke(app, ["bench", name, "--help"])
-    assert done.exit_code == 0 and f"usage: meshwright bench {name}" in done.output
+    result = CliRunner().invoke(app, ["bench", name, "--help"])
+    assert result.exit_code == 0 and f"usage: meshwright bench {name}" in result.output
 
 
-def test_help_begins_with_what_to_type():
+def test_help_names_a_command_to_begin_with():
     first, *rest = (
         line for line in CliRunner().invoke(app, ["--help"]).output.splitlines() if "meshwright train" in line
     )

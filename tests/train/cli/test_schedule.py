@@ -15,20 +15,20 @@ SIZE = ["--stages", "4", "--microbatches", "8"]
 
 def schedule(*arguments):
     """What is printed; errors come as they are raised."""
-    done = CliRunner().invoke(app, ["schedule", *map(str, arguments)], catch_exceptions=True)
-    if done.exception is not None:
-        raise done.exception
-    return done.stdout
+    result = CliRunner().invoke(app, ["schedule", *map(str, arguments)], catch_exceptions=True)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
 
 
-def test_json_says_what_the_simulator_says():
-    told = json.loads(schedule("1f1b", *SIZE, "--backward", "fused", "--json"))
-    assert told["bubble"] == pytest.approx(3 / 11)
-    assert told["in_flight"] == [4, 3, 2, 1]
-    assert told["makespan"] == pytest.approx(33)
+def test_json_has_the_numbers_of_the_simulator():
+    result = json.loads(schedule("1f1b", *SIZE, "--backward", "fused", "--json"))
+    assert result["bubble"] == pytest.approx(3 / 11)
+    assert result["in_flight"] == [4, 3, 2, 1]
+    assert result["makespan"] == pytest.approx(33)
 
 
-def test_costs_and_cores_are_read(tmp_path):
+def test_costs_and_cores_change_the_makespan(tmp_path):
     (tmp_path / "costs.yaml").write_text("forward: 2.0\n")
     plain, dear = (json.loads(schedule("1f1b", *SIZE, "--json", *more))
                    for more in ([], ["--costs", tmp_path / "costs.yaml", "--cores", 1]))  # fmt: skip
@@ -36,22 +36,22 @@ def test_costs_and_cores_are_read(tmp_path):
     assert dear["lockstep"] == 4 * 8 * (2 + 1 + 1), "one core does all work one after the other"
 
 
-def test_a_table_written_is_the_table_read(tmp_path):
+def test_a_written_table_is_read_back(tmp_path):
     schedule("v-half", *SIZE, "--vocab-parallel", 2, "--csv", tmp_path / "out.csv", "--draw", tmp_path / "out.svg")
     assert read_csv(tmp_path / "out.csv").equals(make_table("v-half", devices=4, microbatches=8, vocabulary=2))
     assert (tmp_path / "out.svg").read_text().startswith("<?xml")
     assert "v-half, vocabulary passes by Algorithm 2" in schedule(tmp_path / "out.csv")
 
 
-def test_best_compares_and_keeps_to_the_limit():
-    told = json.loads(schedule("best", *SIZE, "--memory-limit", 3, "--json"))
-    assert told["schedule"] == "v-half" and max(told["in_flight"]) == 3
-    assert {"1f1b", "zb-v", "gpipe"} < {one["schedule"] for one in told["compared"]}
+def test_best_compares_schedules_and_keeps_the_memory_limit():
+    result = json.loads(schedule("best", *SIZE, "--memory-limit", 3, "--json"))
+    assert result["schedule"] == "v-half" and max(result["in_flight"]) == 3
+    assert {"1f1b", "zb-v", "gpipe"} < {one["schedule"] for one in result["compared"]}
     text = schedule("best", *SIZE, "--memory-limit", 3)
     assert "v-half" in text and "over 3" in next(line for line in text.splitlines() if "zb-v" in line)
 
 
-def test_the_ops_and_the_files_written_are_told(tmp_path):
+def test_the_ops_and_the_written_files_are_printed(tmp_path):
     text = schedule("1f1b", *SIZE, "--csv", tmp_path / "out.csv")
     assert "\ndevice 0  F0 F1 F2 F3 .  .  .  I0 W0 F4 I1 W1 " in text
     assert "out.csv: written" in text.replace("\n", "")
@@ -69,7 +69,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_said_before_anything_is_written(arguments, message, tmp_path, monkeypatch):
+def test_mistakes_are_errors_before_anything_is_written(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         schedule(*arguments)
@@ -80,7 +80,7 @@ def test_mistakes_are_said_before_anything_is_written(arguments, message, tmp_pa
     ("option", "other"),
     {"--stages": 8, "--microbatches": 4, "--chunks": 1, "--vocab-parallel": 1, "--memory-limit": 3}.items(),
 )
-def test_a_file_knows_its_own_size_and_takes_no_other(option, other, tmp_path):
+def test_options_must_agree_with_the_size_of_a_file(option, other, tmp_path):
     file = tmp_path / "mine.csv"
     schedule("v-half", *SIZE, "--vocab-parallel", 2, "--csv", file)
     assert schedule(file, *SIZE, "--chunks", 2, "--vocab-parallel", 2) == schedule(file)
@@ -89,7 +89,7 @@ def test_a_file_knows_its_own_size_and_takes_no_other(option, other, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--csv", "--draw"])
-def test_nothing_is_written_over(option, tmp_path):
+def test_existing_files_are_not_overwritten(option, tmp_path):
     target = tmp_path / f"out{'.csv' if option == '--csv' else '.svg'}"
     target.write_text("mine")
     with pytest.raises(UserError, match="exists; choose another name, nothing is overwritten"):

@@ -21,6 +21,11 @@ def test_the_place_of_a_process(environment, expected):
     assert read_process_info(environment) == expected
 
 
+def test_the_environment_of_a_process_is_read_back():
+    info = ProcessInfo(1, 4, "h:1", 2, epoch=3, rendezvous="h:2", external_coordinator=True, slot=5, host=0)
+    assert read_process_info(info.to_environment()) == info
+
+
 NODES = {"gpu[07-09,12],x": "gpu07", "a,b": "a", "n[3,5]": "n3", "solo": "solo"}
 
 

@@ -21,9 +21,9 @@ from meshwright.parallel.layout import from_canonical, reorder_layers, to_canoni
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data.tokenizer import byte_tokenizer
-from meshwright.train.engine.forward_backward import init_params
 from meshwright.train.engine.program import build
 from meshwright.train.infer.import_export import export_adapter, export_run, import_directory
+from meshwright.train.objectives.distillation import init_weights
 from meshwright.train.run import train
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -114,12 +114,12 @@ def test_below_the_layers_that_learn_there_is_no_backward_pass():
 def test_layers_that_learn_alone_learn_as_among_all():
     """The gradients of the two blocks are those of training them all; others have neither gradient nor state."""
     whole, chosen = (tiny(**settings) for settings in ({"model": {"layers": 8}}, LAST))
-    weights = to_canonical(jax.jit(lambda: init_params(whole))(), whole.model)
+    weights = to_canonical(jax.jit(lambda: init_weights(whole))(), whole.model)
     batch = batches(whole, 1)[0]
 
     def gradient(config):
         program = build(config, make_mesh(config.mesh))
-        like = jax.eval_shape(lambda: init_params(config))
+        like = jax.eval_shape(lambda: init_weights(config))
         state = program.initial(from_canonical(weights, like, config.model))
         with jax.set_mesh(program.mesh):
             sums = jax.jit(lambda: program.gradient_engine(state.params, state.frozen, batch, None))()

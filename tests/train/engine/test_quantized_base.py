@@ -20,10 +20,10 @@ from meshwright.parallel.hlo import collectives
 from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.core.process_env import ProcessInfo
-from meshwright.train.engine.forward_backward import init_params
 from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 from meshwright.train.infer.inference_session import inference_config, load_program
+from meshwright.train.objectives.distillation import init_weights
 from meshwright.train.plan.compile_plan import storage_plan
 from meshwright.train.run import train
 
@@ -157,7 +157,7 @@ def dense_logprobs(model, tree, batch):
     """log p of the whole vocabulary, of the plain model of `tree` (None: fresh weights)."""
     plain = tiny(model=MODEL)
     weights = (
-        jax.jit(lambda: init_params(plain))() if tree is None else merge_adapters(tree, model, tiny(**QLORA).adapter)
+        jax.jit(lambda: init_weights(plain))() if tree is None else merge_adapters(tree, model, tiny(**QLORA).adapter)
     )
     ctx = Context(positions=jnp.asarray(batch["positions"]), segment_ids=jnp.asarray(batch["segment_ids"]))
     decoder = nnx.merge(decoder_graphdef(model), weights)

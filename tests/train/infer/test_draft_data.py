@@ -16,7 +16,6 @@ from meshwright.train.cli.main import app
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
 from meshwright.train.data.tokenizer import tokenizer_for
-from meshwright.train.engine.forward_backward import init_params
 from meshwright.train.infer.draft_data import (
     GenerationRequest,
     document_prompts,
@@ -25,6 +24,7 @@ from meshwright.train.infer.draft_data import (
     write_draft_data,
 )
 from meshwright.train.infer.sampling import GREEDY
+from meshwright.train.objectives.distillation import init_weights
 from meshwright.train.run import train
 
 FEW = GenerationRequest(texts=5, prompt_tokens=4, tokens=6, sampling=GREEDY, seed=0)
@@ -36,7 +36,7 @@ def target(tmp_path_factory):
     """The directory of a model with a byte tokenizer."""
     directory = tmp_path_factory.mktemp("target")
     config = tiny(model={"vocab": 264, "embed": 24}, seed=3)
-    weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda: init_params(config))())
+    weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda: init_weights(config))())
     huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
     tree = to_config_json(config.model, positions=64, dtype="float32")
     (directory / "config.json").write_text(json.dumps(tree))

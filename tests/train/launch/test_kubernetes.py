@@ -90,7 +90,7 @@ def check(value, kind, path=""):
             assert type(value) is kind, f"{path}: {value!r} is no {kind.__name__}"
 
 
-def rendered(name="My_run", processes=4, grace=30.0, **settings):
+def make_manifests(name="My_run", processes=4, grace=30.0, **settings):
     settings = KubernetesConfig(image="registry/meshwright:1", claim="work", **settings)
     elastic = ElasticConfig(grace=grace)
     return manifests(
@@ -98,54 +98,54 @@ def rendered(name="My_run", processes=4, grace=30.0, **settings):
     )
 
 
-EVERYTHING = {
+ALL_SETTINGS = {
     "gpus": 8, "cpu": "16", "memory": "64Gi", "queue": "team", "node_selector": {"gpu": "h100"},
     "service_account": "me",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["least", "everything"])
-def test_every_field_is_the_apis(settings):
-    config, jobset = yaml.safe_load_all(yaml.safe_dump_all(rendered(**settings)))
+@pytest.mark.parametrize("settings", [{}, ALL_SETTINGS], ids=["least", "everything"])
+def test_every_field_is_one_of_the_api_with_its_type(settings):
+    config, jobset = yaml.safe_load_all(yaml.safe_dump_all(make_manifests(**settings)))
     check(config, CONFIGMAP)
     check(jobset, JOBSET)
 
 
-def jobs(**settings):
-    return {one["name"]: one["template"]["spec"] for one in rendered(**settings)[1]["spec"]["replicatedJobs"]}
+def job_specs(**settings):
+    return {job["name"]: job["template"]["spec"] for job in make_manifests(**settings)[1]["spec"]["replicatedJobs"]}
 
 
-def test_agents_dial_the_supervisors_pod_where_it_listens():
+def test_agents_dial_the_address_at_which_the_supervisors_pod_listens():
     """<jobset>-<replicatedJob>-<job index>-<pod index>.<subdomain>, as JobSet's headless service names pods."""
-    container = {name: job["template"]["spec"]["containers"][0] for name, job in jobs().items()}
+    container = {name: job["template"]["spec"]["containers"][0] for name, job in job_specs().items()}
     address = "my-run-supervisor-0-0.my-run:29400"
     assert container["workers"]["command"][-1] == address
     assert container["supervisor"]["command"][-1] == f"launch.listen={address}"
     assert container["supervisor"]["ports"] == [{"containerPort": 29400}]
-    assert rendered()[1]["spec"]["network"]["subdomain"] == "my-run"
+    assert make_manifests()[1]["spec"]["network"]["subdomain"] == "my-run"
 
 
-def test_a_lost_pod_is_replaced_alone_and_a_refusal_ends_all():
-    supervisor, workers = jobs()["supervisor"], jobs()["workers"]
+def test_a_lost_pod_is_replaced_alone_and_a_refused_configuration_ends_the_set():
+    supervisor, workers = job_specs()["supervisor"], job_specs()["workers"]
     assert (workers["completions"], workers["parallelism"], workers["completionMode"]) == (4, 4, "Indexed")
     assert workers["backoffLimit"] == 2**31 - 1 and workers["podReplacementPolicy"] == "Failed"
     rules = {rule["action"] + str(rule.get("onExitCodes", {}).get("values", "")) for rule in
              supervisor["podFailurePolicy"]["rules"]}  # fmt: skip
     assert rules == {"Ignore", "Ignore[75]", "FailJob[2]"} and supervisor["backoffLimit"] == 0
-    policy = rendered()[1]["spec"]["failurePolicy"]
+    policy = make_manifests()[1]["spec"]["failurePolicy"]
     assert policy["rules"][0]["action"] == "FailJobSet" and policy["maxRestarts"] == 3
     pods = [job["template"]["spec"] for job in (supervisor, workers)]
     assert {pod["restartPolicy"] for pod in pods} == {"Never"}, "podFailurePolicy needs it"
 
 
-def test_a_pod_has_the_time_that_saving_may_take():
-    for job in jobs(grace=100.5).values():
+def test_a_pod_has_the_grace_period_to_save():
+    for job in job_specs(grace=100.5).values():
         assert job["template"]["spec"]["terminationGracePeriodSeconds"] == 101 + 15
 
 
-def test_mounts_are_volumes_and_the_configuration_is_one():
-    config, _ = rendered()
-    for job in jobs().values():
+def test_mounts_are_volumes_and_one_is_the_configuration():
+    config, _ = make_manifests()
+    for job in job_specs().values():
         pod = job["template"]["spec"]
         mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
         assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
@@ -153,14 +153,14 @@ def test_mounts_are_volumes_and_the_configuration_is_one():
         assert mounts["shm"] == "/dev/shm"
 
 
-def test_what_a_cluster_needs_is_asked_for(tmp_path):
+def test_missing_keys_of_a_cluster_are_the_users_mistake(tmp_path):
     command = [sys.executable, "-m", "meshwright.train.cli", "launch", "quickstart", "--engine", "k8s"]
     done = subprocess.run([*command, "launch.k8s.image=a"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "launch.k8s.claim: null" in done.stderr
-    whole = [*command, "launch.k8s.image=a", "launch.k8s.claim=work", "--processes", "4"]
-    done = subprocess.run(whole, cwd=tmp_path, capture_output=True, text=True, check=True)
+    complete = [*command, "launch.k8s.image=a", "launch.k8s.claim=work", "--processes", "4"]
+    done = subprocess.run(complete, cwd=tmp_path, capture_output=True, text=True, check=True)
     config, jobset = yaml.safe_load_all(done.stdout)
     check(jobset, JOBSET)
     assert yaml.safe_load(config["data"]["config.yaml"])["name"] == "quickstart"
     with pytest.raises(UserError, match="name: 7up has no letter at its beginning"):
-        rendered(name="7up")
+        make_manifests(name="7up")

@@ -20,11 +20,11 @@ from meshwright.parallel.mesh import make_mesh
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
 from meshwright.train.data.tokenizer import tokenizer_for
-from meshwright.train.engine.forward_backward import init_params
 from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 from meshwright.train.infer import inference_session
 from meshwright.train.infer.precompute_logprobs import with_reference_logprobs
+from meshwright.train.objectives.distillation import init_weights
 from meshwright.train.run import train
 
 MESH = {"fsdp": 2, "tensor": 2}
@@ -40,7 +40,7 @@ def teachers(tmp_path_factory):
         config = tiny(model=LARGE | {"vocab": vocab}, seed=3)
         directory = root / str(vocab)
         directory.mkdir()
-        weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda config=config: init_params(config))())  # it has opinions
+        weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda config=config: init_weights(config))())  # it has opinions
         huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
         tree = to_config_json(config.model, positions=64, dtype="float32")
         (directory / "config.json").write_text(json.dumps(tree))

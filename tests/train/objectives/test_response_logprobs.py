@@ -81,7 +81,7 @@ def written_base(directory, *, scale):
     config = tiny(model={"vocab": 264})
     directory.mkdir(exist_ok=True)
     (directory / "model.safetensors").unlink(missing_ok=True)
-    weights = jax.tree.map(lambda leaf: scale * leaf, jax.jit(lambda: init_weights(config.model, config))())
+    weights = jax.tree.map(lambda leaf: scale * leaf, jax.jit(lambda: init_weights(config))())
     huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
     (directory / "config.json").write_text(json.dumps(to_config_json(config.model, positions=64, dtype="float32")))
 

