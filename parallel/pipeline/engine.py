@@ -26,6 +26,7 @@ from ..rules import path_name, weight_spec
 from . import pools
 from .device import PHASES, Device
 from .ends import WholeEnds
+from .mapped import over_devices
 from .parts import BATCH_AXES, MANUAL, RESIDUAL, Carry, Parts, Row, Weights, filed, undivided
 from .routing import exchanged, routed_batch, routed_rows
 from .shared import SharedEnds
@@ -55,13 +56,11 @@ def pipelined(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh, zero: i
         cut = PartitionSpec("pipe")
         spread = PartitionSpec(BATCH_AXES)
         gradient, whole = Weights(leaving, ends), PartitionSpec()
-        mapped = jax.shard_map(
+        mapped = over_devices(
             partial(on_device, parts, wiring, repeats=repeats, dtype=dtype, specs=gradient, mesh=mesh),
             in_specs=(Weights(cut, ends), Weights(cut, frozen_ends), spread, spread, whole, whole),
             out_specs=(whole, whole, gradient if wiring.trains else whole, whole),
-            axis_names=MANUAL,
             mesh=mesh,
-            check_vma=False,
         )
         return mapped(weights, frozen, batch, keys, rows, shifts)
 
@@ -177,25 +176,6 @@ def delivered(wiring: Wiring, row: Row, carry: Carry) -> jax.Array:
 def reduced(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
     """The sum over the batch axes, and over `pipe` where every device holds it; of what `fsdp` cuts, our part."""
     if "fsdp" in spec:
-        gradient = scattered(gradient, tuple(spec).index("fsdp"))
+        dimension = tuple(spec).index("fsdp")
+        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dimension, tiled=True)
     return jax.lax.psum(gradient, tuple(axis for axis in ("pipe", *BATCH_AXES) if axis not in spec))
-
-
-def scattered(whole: jax.Array, dimension: int) -> jax.Array:
-    """The sum over `fsdp`, of which each device keeps its part of `dimension`.
-
-    Under `vmap`, of replicas, it is a sum and a slice: the partitioner would gather all replicas for a reduce-scatter.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def one(whole: jax.Array) -> jax.Array:
-        return jax.lax.psum_scatter(whole, "fsdp", scatter_dimension=dimension, tiled=True)
-
-    @one.def_vmap
-    def several(count: int, mapped: list[bool], whole: jax.Array) -> tuple[jax.Array, bool]:
-        del count, mapped
-        size = whole.shape[dimension + 1] // jax.lax.axis_size("fsdp")
-        first = jax.lax.axis_index("fsdp") * size
-        return jax.lax.dynamic_slice_in_dim(jax.lax.psum(whole, "fsdp"), first, size, dimension + 1), True
-
-    return one(whole)

@@ -17,7 +17,8 @@ from jax.sharding import Mesh, PartitionSpec
 from .device import Device
 from .ends import KeptEnds
 from .engine import in_microbatches, ran, traced_block
-from .parts import BATCH_AXES, MANUAL, Parts, Row, Weights
+from .mapped import over_devices
+from .parts import BATCH_AXES, Parts, Row, Weights
 from .wiring import Wiring, rows_of
 
 
@@ -29,13 +30,11 @@ def reading(parts: Parts, wiring: Wiring, *, repeats: int, mesh: Mesh) -> Callab
     spread = PartitionSpec(BATCH_AXES)
 
     def read(weights: Weights, batch: Any) -> jax.Array:
-        return jax.shard_map(
+        return over_devices(
             partial(on_device, parts, wiring, repeats),
             in_specs=(Weights(PartitionSpec("pipe"), PartitionSpec()), spread, PartitionSpec()),
             out_specs=spread,
-            axis_names=MANUAL,
             mesh=mesh,
-            check_vma=False,
         )(weights, batch, rows_of(wiring))
 
     return read

@@ -20,12 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
+from .mapped import REPLICA
 from .parts import Row
 from .table import Op, Table
-
-AXIS = "replica"
 
 
 def drawn(key: jax.Array, *, microbatches: int, stages: int, replicas: int) -> jax.Array:
@@ -76,7 +75,8 @@ def exchanged(own: jax.Array, shift: jax.Array, *, mesh: Mesh) -> jax.Array:
     def several(count: int, mapped: list[bool], own: jax.Array, shift: jax.Array) -> tuple[jax.Array, bool]:
         if not mapped[0]:
             return own, False
-        for bit in (1 << number for number in range((count - 1).bit_length())):
+        replicas = count * mesh.shape[REPLICA]
+        for bit in (1 << number for number in range((replicas - 1).bit_length())):
             swap = ((shift & bit) != 0).reshape(1, *shift.shape, *[1] * (own.ndim - 1 - shift.ndim))
             own = jnp.where(swap, swapped(own, bit, mesh=mesh), own)
         return own, True
@@ -84,13 +84,10 @@ def exchanged(own: jax.Array, shift: jax.Array, *, mesh: Mesh) -> jax.Array:
     return one(own, shift)
 
 
-def swapped(whole: jax.Array, bit: int, *, mesh: Mesh) -> jax.Array:
-    """[replica, ...] with the rows of replicas r and r xor `bit` in each other's place; over the axis that cuts it."""
-    pattern = [(source, source ^ bit) for source in range(whole.shape[0])]
-    if mesh.shape[AXIS] == 1:
-        return whole[np.array([target for _, target in pattern])]
-    spec = PartitionSpec(AXIS)
-    move = jax.shard_map(
-        lambda part: jax.lax.ppermute(part, AXIS, pattern), in_specs=spec, out_specs=spec, axis_names={AXIS}
-    )
-    return move(whole)
+def swapped(own: jax.Array, bit: int, *, mesh: Mesh) -> jax.Array:
+    """A device's replicas [replicas here, ...] with those of r and r xor `bit` in each other's place."""
+    here = own.shape[0]
+    if bit < here:
+        return own[np.arange(here) ^ bit]
+    pattern = [(source, source ^ bit // here) for source in range(mesh.shape[REPLICA])]
+    return jax.lax.ppermute(own, REPLICA, pattern)
