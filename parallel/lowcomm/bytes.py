@@ -12,6 +12,7 @@ update.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from ...configs.outer import PAIRED, OuterConfig
@@ -107,7 +108,8 @@ def data_parallel(shapes: Shapes, *, replicas: int) -> int:
 
 def summary(meetings: Sequence[Traffic], shapes: Shapes, *, replicas: int) -> dict[str, object]:
     """The numbers of a plan: bytes of each meeting and of an update on average, the peak, and data parallelism's."""
-    average = sum(one.bytes / one.every for one in meetings)
+    # Exact, then rounded once: how sum() rounds floats depends on the version of Python.
+    average = float(sum(Fraction(one.bytes, one.every) for one in meetings))
     reduced = data_parallel(shapes, replicas=replicas)
     return {
         "meetings": [one._asdict() for one in meetings],
