@@ -34,21 +34,20 @@ def over_devices(function: Callable[..., Any], *, mesh: Mesh, in_specs: Any, out
     @one.def_vmap
     def several(count: int, lifted: Any, *arguments: Any) -> tuple[Any, Any]:
         del count
-        in_axes = jax.tree.map(lambda has: 0 if has else None, tuple(lifted))
-        each = jax.vmap(function, in_axes)
-        entering = jax.tree.map(lambda spec, part: jax.tree.map(lambda has: by_replica(spec) if has else spec, part),
-                                in_specs, tuple(lifted), is_leaf=is_spec)  # fmt: skip
-        leaving = jax.tree.map(by_replica, out_specs, is_leaf=is_spec)
-        results = mapped(each, {REPLICA, *MANUAL}, entering, leaving)(*arguments)
+        lifted = tuple(lifted)  # for each array of `arguments`, whether it has a dimension of replicas
+        each = jax.vmap(function, jax.tree.map(lambda has: 0 if has else None, lifted))
+        axes, entering = {REPLICA, *MANUAL}, jax.tree.map(entering_specs, in_specs, lifted)
+        results = mapped(each, axes, entering, jax.tree.map(by_replica, out_specs))(*arguments)
         return results, jax.tree.map(lambda _: True, results)
 
     return one
 
 
+def entering_specs(spec: PartitionSpec, lifted: Any) -> Any:
+    """What `spec` becomes for each array that it is of."""
+    return jax.tree.map(lambda has: by_replica(spec) if has else spec, lifted)
+
+
 def by_replica(spec: PartitionSpec) -> PartitionSpec:
     """`spec` of an array that has one more dimension in front, the replicas."""
     return PartitionSpec(REPLICA, *spec)
-
-
-def is_spec(part: Any) -> bool:
-    return isinstance(part, PartitionSpec)
