@@ -42,7 +42,7 @@ def held_out_loss(tree: dict[str, Any]) -> float:
     config = validate_tree(tree)
     program = build(config, make_mesh(config.mesh))
     state = program.initialize()
-    data = assemble.build(config.data, seed=config.seed, model_vocab=config.model.vocab)
+    data = assemble.build_data(config.data, seed=config.seed, model_vocab=config.model.vocab)
     return evaluate(program, program.compiled_evaluation(), state.params, state.frozen, data)["held_out_loss"]
 
 

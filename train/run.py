@@ -196,7 +196,7 @@ def load_checked_data(config: RunConfig, process_info: ProcessInfo) -> tuple[Dat
     check_pipeline(config)
     check_snapshot_agents(config.checkpoint, process_info)
     check_sinks(config.logging)
-    data = assemble.of_run(island_config(config))
+    data = assemble.load_run_data(island_config(config))
     check_teacher(config, data.tokenizer)
     return dealt(config, data), load_metrics(config.evaluation.metrics)
 

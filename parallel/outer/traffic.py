@@ -12,6 +12,7 @@ after every update.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from ...configs.sections.outer import PAIRWISE_RULES, OuterConfig
@@ -110,7 +111,8 @@ def data_parallel_bytes(shapes: Shapes, *, replicas: int) -> int:
 
 def traffic_summary(steps: Sequence[Traffic], shapes: Shapes, *, replicas: int) -> dict[str, object]:
     """The numbers of a plan: bytes of each outer step, of an update on average, the peak, and data parallelism's."""
-    average = sum(step.bytes / step.interval for step in steps)
+    # Exact, then rounded once: how sum() rounds floats depends on the version of Python.
+    average = float(sum(Fraction(step.bytes, step.interval) for step in steps))
     data_parallel = data_parallel_bytes(shapes, replicas=replicas)
     fields = ("name", "every", "offset", "payload", "bytes")  # the names in plan.json
     return {

@@ -126,10 +126,10 @@ def data_preview(
     loaded = loading.load_config(config, overrides=overrides or ())
     from rich.console import Console
 
-    from ..data.assemble import of_run
+    from ..data.assemble import load_run_data
     from ..data.preview import render
 
-    Console().print(render(of_run(loaded), rows=rows))
+    Console().print(render(load_run_data(loaded), rows=rows))
 
 
 @app.command()

@@ -12,8 +12,8 @@ from ...configs.errors import UserError
 from ...configs.run import RunConfig
 from ...configs.sections.data import DataConfig, MixtureSource
 from .chat import Template, find_template
-from .dataset import Dataset, HeldOut, HeldOutPart, Packing, Shuffled
-from .disk_cache import cache_directory, cached
+from .dataset import Dataset, HeldOutDataset, HeldOutSource, Packing, ShuffledDataset
+from .disk_cache import cache_directory, cache_entry
 from .documents import Documents, digest, texts
 from .fixed_mixture import DealtHeldOut, DealtTraining
 from .held_out_split import held_out, identity
@@ -27,7 +27,7 @@ from .token_store import TokenStore, tokenized
 from .tokenizer import END, Tokenizer, check_tokenizer, load, tokenizer_for, train
 
 logger = logging.getLogger(__name__)
-MIXING = 0  # the mixture's own key, where source number n has n + 1
+MIXTURE_KEY = 0  # the mixture's own key, where source number n has n + 1
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Data:
 
     tokenizer: Tokenizer
     train: Dataset
-    held_out: HeldOut | DealtHeldOut | None  # None where data.held_out is 0
+    held_out: HeldOutDataset | DealtHeldOut | None  # None where data.held_out is 0
     template: Template | None  # of conversations; None where there is none
     tokens: int  # of all stores: places that a row may name; of a stream those of its first window
     fingerprint: str  # of everything but the seed that decides what sample i holds
@@ -44,25 +44,25 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenedSource:
     """One entry of the mixture, opened."""
 
     key: str  # where its settings stand, for errors
     documents: Documents  # all of them; of a stream those of its first window
     stream: Stream | None
-    cut: bool = True  # whether a document longer than a row may be cut
+    may_cut: bool = True  # whether a document longer than a row may be cut
 
     @property
     def fingerprint(self) -> str:
         return self.stream.fingerprint if self.stream else self.documents.fingerprint
 
 
-def of_run(config: RunConfig) -> Data:
+def load_run_data(config: RunConfig) -> Data:
     """`build` for all that a run reads, checked against its model."""
-    return build(config.all_data, seed=config.seed, model_vocab=config.model.vocab, adapters=adapter_rows(config))
+    return build_data(config.all_data, seed=config.seed, model_vocab=config.model.vocab, adapters=adapter_rows(config))
 
 
-def build(
+def build_data(
     data: DataConfig, *, seed: int, model_vocab: int | None = None, adapters: Mapping[str, int] | None = None
 ) -> Data:
     """Read, split, tokenize and pack what `data` describes; all that takes time is cached.
@@ -71,9 +71,9 @@ def build(
     sources of the mixture are theirs. Raises UserError where the data cannot be used.
     """
     cache = cache_directory(data.cache)
-    template = template_of(data)
+    template = load_template(data)
     sources = [
-        opened(
+        open_entry(
             source,
             key=key,
             window=data.packing.window,
@@ -82,74 +82,74 @@ def build(
         )
         for source, key in zip(data.sources, source_keys(data, adapters or {}), strict=True)
     ]
-    tokenizer = tokenizer_for(data.tokenizer) or trained_tokenizer(sources, data, cache=cache)
+    tokenizer = tokenizer_for(data.tokenizer) or train_tokenizer(sources, data, cache=cache)
     if model_vocab is not None:
         check_tokenizer(tokenizer, model_vocab)
     packing = Packing(data.packing.method, data.packing.window, RowShape.of(tokenizer, data.sequence_length))
 
-    parts = numbered([hold_out(source, tokenizer, data=data, cache=cache) for source in sources])
+    parts = number_tokens([split_held_out(source, tokenizer, data=data, cache=cache) for source in sources])
     evaluated = np.concatenate([part.store.identities[part.documents] for part in parts])
     kept = [
-        fitting(part.store, np.flatnonzero(~np.isin(part.store.identities, evaluated)), source, data.sequence_length)
+        drop_longer_than_row(part.store, np.flatnonzero(~np.isin(part.store.identities, evaluated)), source, data.sequence_length)
         for source, part in zip(sources, parts, strict=True)
     ]
     for source, part, documents in zip(sources, parts, kept, strict=True):
-        check_enough(source, part, kept=documents, data=data)
+        check_source_size(source, part, documents=documents, data=data)
 
     training = []
     for number, (source, part, documents) in enumerate(zip(sources, parts, kept, strict=True), start=1):
         key = (seed, 1 if adapters else number)  # an adapter reads as it would alone
         if source.stream:
-            window = stream_windows(source, tokenizer, evaluated=evaluated, packing=packing, key=key, cache=cache)
+            window = stream_windows(source, tokenizer, held_out_identities=evaluated, packing=packing, key=key, cache=cache)
             training.append(Streamed(window, key=key))
         else:
-            training.append(Shuffled(part.store, documents, packing=packing, key=key))
+            training.append(ShuffledDataset(part.store, documents, packing=packing, key=key))
     if adapters:
         mixed = DealtTraining(dict(zip(adapters, training, strict=True)), rows=adapters)
-        held = {name: HeldOut([part], packing=packing) for name, part in zip(adapters, parts, strict=True)}
+        held = {name: HeldOutDataset([part], packing=packing) for name, part in zip(adapters, parts, strict=True)}
         evaluation = DealtHeldOut(held, rows=adapters) if data.held_out else None
     else:
         weights = [source.weight for source in data.sources]
-        mixed = Mixture(training, weights=weights, key=(seed, MIXING)) if data.mixture else training[0]
-        evaluation = HeldOut(parts, packing=packing) if data.held_out else None
-    counted = summary(parts, mixed)
+        mixed = Mixture(training, weights=weights, key=(seed, MIXTURE_KEY)) if data.mixture else training[0]
+        evaluation = HeldOutDataset(parts, packing=packing) if data.held_out else None
+    counted = summarize_data(parts, mixed)
     tokens = sum(len(part.store.tokens) for part in parts)
-    known = fingerprint(data, sources, tokenizer=tokenizer)
+    known = fingerprint_data(data, sources, tokenizer=tokenizer)
     return Data(tokenizer, mixed, evaluation, template, tokens, known, counted)
 
 
-def template_of(data: DataConfig) -> Template | None:
+def load_template(data: DataConfig) -> Template | None:
     """How conversations become text. Tokenizers that are made here have one special token that templates may name."""
     specials = {"bos_token": END, "eos_token": END}
     return find_template(data.template, tokenizer=data.tokenizer.file, tokens=specials)
 
 
-def opened(source: MixtureSource, *, key: str, window: int, cache: Path, template: Template | None) -> Source:
+def open_entry(source: MixtureSource, *, key: str, window: int, cache: Path, template: Template | None) -> OpenedSource:
     """The documents of one source. Raises UserError when there are none."""
     cut = source.format == "text"
     if not source.streaming:
         documents = open_source(source, key=key, cache=cache, template=template)
-        return Source(key, documents, stream=None, cut=cut)
+        return OpenedSource(key, documents, stream=None, may_cut=cut)
     stream = open_stream(source, window=window, cache=cache, template=template)
-    return Source(key, stream.window(0), stream, cut=cut)
+    return OpenedSource(key, stream.window(0), stream, may_cut=cut)
 
 
-def hold_out(source: Source, tokenizer: Tokenizer, *, data: DataConfig, cache: Path) -> HeldOutPart:
+def split_held_out(source: OpenedSource, tokenizer: Tokenizer, *, data: DataConfig, cache: Path) -> HeldOutSource:
     """The tokens of a source (of a stream: of its first window), and which of its documents are held out."""
     store = tokenized(source.documents, tokenizer, cache=cache)
     chosen = np.flatnonzero(held_out(store.identities, fraction=data.held_out))
-    return HeldOutPart(source.documents, store, fitting(store, chosen, source, data.sequence_length))
+    return HeldOutSource(source.documents, store, drop_longer_than_row(store, chosen, source, data.sequence_length))
 
 
-def numbered(parts: list[HeldOutPart]) -> list[HeldOutPart]:
+def number_tokens(parts: list[HeldOutSource]) -> list[HeldOutSource]:
     """The parts, each token of their stores with a number of its own."""
     firsts = np.cumsum([0, *(len(part.store.tokens) for part in parts)]).tolist()
     return [replace(part, store=replace(part.store, first=first)) for part, first in zip(parts, firsts, strict=False)]
 
 
-def fitting(store: TokenStore, documents: np.ndarray, source: Source, sequence_length: int) -> np.ndarray:
+def drop_longer_than_row(store: TokenStore, documents: np.ndarray, source: OpenedSource, sequence_length: int) -> np.ndarray:
     """`documents`, less those that are longer than a row and must not be cut; says how many these are."""
-    if source.cut:
+    if source.may_cut:
         return documents
     fit = store.lengths[documents] <= sequence_length
     if not fit.all():
@@ -161,30 +161,30 @@ def fitting(store: TokenStore, documents: np.ndarray, source: Source, sequence_l
 
 
 def stream_windows(
-    source: Source,
+    source: OpenedSource,
     tokenizer: Tokenizer,
     *,
-    evaluated: np.ndarray,
+    held_out_identities: np.ndarray,
     packing: Packing,
     key: tuple[int, ...],
     cache: Path,
-) -> Callable[[int], tuple[Shuffled, bool]]:
+) -> Callable[[int], tuple[ShuffledDataset, bool]]:
     """The function from a window's number to its samples that `Streamed` asks for.
 
     Documents whose identity is in `evaluated` are left out, wherever in the stream they come.
     """
 
-    def window(number: int) -> tuple[Shuffled, bool]:
+    def window(number: int) -> tuple[ShuffledDataset, bool]:
         documents = source.stream.window(number)
         store = tokenized(documents, tokenizer, cache=cache)
-        kept = np.flatnonzero(~np.isin(store.identities, evaluated))
-        kept = fitting(store, kept, source, packing.shape.sequence_length)
-        return Shuffled(store, kept, packing=packing, key=(*key, number)), len(documents) < source.stream.size
+        kept = np.flatnonzero(~np.isin(store.identities, held_out_identities))
+        kept = drop_longer_than_row(store, kept, source, packing.shape.sequence_length)
+        return ShuffledDataset(store, kept, packing=packing, key=(*key, number)), len(documents) < source.stream.size
 
     return window
 
 
-def trained_tokenizer(sources: list[Source], data: DataConfig, *, cache: Path) -> Tokenizer:
+def train_tokenizer(sources: list[OpenedSource], data: DataConfig, *, cache: Path) -> Tokenizer:
     """A BPE of the training documents of all sources, each counted once; read twice: to split, and to count."""
     import tokenizers
 
@@ -196,7 +196,7 @@ def trained_tokenizer(sources: list[Source], data: DataConfig, *, cache: Path) -
         logger.info("training a tokenizer of %d ids", vocab)
         train(training_texts(list(once.values()), fraction=data.held_out), vocab=vocab).save(directory)
 
-    return cached(cache / "tokenizers" / key, read=load, write=write)
+    return cache_entry(cache / "tokenizers" / key, read=load, write=write)
 
 
 def training_texts(sources: list[Documents], *, fraction: float) -> Iterator[str]:
@@ -208,18 +208,18 @@ def training_texts(sources: list[Documents], *, fraction: float) -> Iterator[str
                 yield whole(text)
 
 
-def check_enough(source: Source, part: HeldOutPart, *, kept: np.ndarray, data: DataConfig) -> None:
+def check_source_size(source: OpenedSource, part: HeldOutSource, *, documents: np.ndarray, data: DataConfig) -> None:
     """Raise UserError where a source has no text, fills no row, or has nothing to hold out."""
     store = part.store
     if not len(store):
         raise UserError(f"{source.key}: every document of the source is empty; it must hold text")
-    if not source.cut and not len(kept):
+    if not source.may_cut and not len(documents):
         raise UserError(
             f"data.sequence_length: no example of {source.key} fits in {data.sequence_length} tokens; the shortest has "
             f"{store.lengths.min()}, half have at most {int(np.median(store.lengths))}"
         )
-    tokens = int(store.lengths[kept].sum())
-    if tokens < data.sequence_length and source.cut and not source.stream:
+    tokens = int(store.lengths[documents].sum())
+    if tokens < data.sequence_length and source.may_cut and not source.stream:
         raise UserError(
             f"data.sequence_length: {data.sequence_length} tokens make a row, but {source.key} has only {tokens} to "
             f"train on ({len(store)} documents, {int(store.lengths.sum())} tokens in all); shorten it or add text"
@@ -234,14 +234,14 @@ def check_enough(source: Source, part: HeldOutPart, *, kept: np.ndarray, data: D
         )
 
 
-def fingerprint(data: DataConfig, sources: list[Source], *, tokenizer: Tokenizer) -> str:
+def fingerprint_data(data: DataConfig, sources: list[OpenedSource], *, tokenizer: Tokenizer) -> str:
     """Equal for equal samples: sources, weights, tokenizer, packing and split; the seed is the run's."""
     settings = (data.sequence_length, data.packing.method, data.packing.window, data.held_out)
     weights = [str(source.weight) for source in data.sources] if data.mixture else []
     return digest(*(source.fingerprint for source in sources), tokenizer.fingerprint, *map(str, settings), *weights)
 
 
-def summary(parts: list[HeldOutPart], training: Dataset) -> dict[str, int]:
+def summarize_data(parts: list[HeldOutSource], training: Dataset) -> dict[str, int]:
     """Counts of all documents that were read, and of those held out; of a stream only its first window was."""
     held = [(part.store, part.documents) for part in parts]
     return {

@@ -15,7 +15,7 @@ from ...configs.errors import UserError
 from .rows import Row
 
 
-class HasRows(Protocol):
+class RowSource(Protocol):
     """A training set, endless, or a held-out one."""
 
     def row(self, index: int) -> Row: ...
@@ -25,7 +25,7 @@ class HasRows(Protocol):
 class _Batches:
     """Batch by number: what the prefetching library reads from."""
 
-    dataset: HasRows
+    dataset: RowSource
     start: int
     global_batch: int
     rows: range
@@ -41,7 +41,7 @@ class _Batches:
 
 
 def batches(
-    dataset: HasRows,
+    dataset: RowSource,
     *,
     start: int,
     global_batch: int,

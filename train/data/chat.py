@@ -61,7 +61,7 @@ class Template:
         """What the assistant's next turn follows."""
         return self.render(messages, reply=True).replace(MARK, "")
 
-    def part(self, messages: Sequence[Message], *, first: int = 0, tools: Any = None, origin: str) -> Part:
+    def to_part(self, messages: Sequence[Message], *, first: int = 0, tools: Any = None, origin: str) -> Part:
         """The conversation, of which the assistant's turns from message number `first` on are learned.
 
         Raises UserError, showing what was rendered, where nothing is.
@@ -70,7 +70,7 @@ class Template:
             unmarked(json.dumps(message, ensure_ascii=False, default=str), origin=origin)
         if re.search(r"\{%-?\s*generation\s*-?%\}", self.source):
             text = self.render(messages, tools=tools)
-            text = _read_only(text, self.render(messages[:first], tools=tools)) if first else text
+            text = _unmark_head(text, self.render(messages[:first], tools=tools)) if first else text
         else:
             text = self._by_turns(messages, first=first, tools=tools, origin=origin)
         part = Part(tuple(text.split(MARK)), rendered=True)
@@ -108,7 +108,7 @@ class Template:
             raise UserError(f"data.template: {self.origin} is not a template: {first_line(error)}") from None
 
 
-def _read_only(text: str, head: str) -> str:
+def _unmark_head(text: str, head: str) -> str:
     """`text` with the marks that it shares with `head`, a rendering of its first messages, taken out."""
     count = head.count(MARK)
     parts = text.split(MARK)

@@ -43,7 +43,7 @@ class Packing(NamedTuple):
         return row_table(windows, lengths, method=self.method, sequence_length=self.shape.sequence_length)
 
 
-class Shuffled:
+class ShuffledDataset:
     """Some documents of a store, in a new order every epoch."""
 
     def __init__(self, store: TokenStore, documents: np.ndarray, *, packing: Packing, key: tuple[int, ...]):
@@ -76,7 +76,7 @@ class Shuffled:
 
 
 @dataclass(frozen=True)
-class WholeBatches:
+class FullBatches:
     """`dataset`, of each epoch only the rows that fill batches of `batch` <= its rows: none is in a batch twice.
 
     Which rows an epoch leaves out is as random as its order.
@@ -95,7 +95,7 @@ class WholeBatches:
 
 
 @dataclass(frozen=True)
-class HeldOutPart:
+class HeldOutSource:
     """The held-out documents of one source: which they are in its store."""
 
     source: Documents
@@ -103,10 +103,10 @@ class HeldOutPart:
     documents: np.ndarray  # [documents] numbers in the store
 
 
-class HeldOut:
+class HeldOutDataset:
     """Documents nobody trains on, in the order of their sources, packed once; rows beyond the last are padding."""
 
-    def __init__(self, parts: list[HeldOutPart], *, packing: Packing):
+    def __init__(self, parts: list[HeldOutSource], *, packing: Packing):
         self._parts, self._shape = parts, packing.shape
         self._tables = []
         for part in parts:

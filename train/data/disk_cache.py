@@ -37,7 +37,7 @@ def cache_directory(configured: str | None) -> Path:
     return Path(chosen).expanduser().absolute()
 
 
-def cached(entry: Path, *, read: Callable[[Path], Entry], write: Callable[[Path], None]) -> Entry:
+def cache_entry(entry: Path, *, read: Callable[[Path], Entry], write: Callable[[Path], None]) -> Entry:
     """What `read(entry)` gives; `write(directory)` makes the entry first where it is missing or corrupt.
 
     `write` fills a directory beside the entry that is renamed when it is complete. Processes on one machine, or on one
@@ -51,11 +51,11 @@ def cached(entry: Path, *, read: Callable[[Path], Entry], write: Callable[[Path]
                 if not _intact(entry, warn=False):  # nobody else made it while this process waited
                     _replace(entry, write)
     except OSError as error:
-        raise unwritable(entry.parent, error) from error
+        raise unwritable_error(entry.parent, error) from error
     return read(entry)
 
 
-def unwritable(directory: Path, error: OSError) -> UserError:
+def unwritable_error(directory: Path, error: OSError) -> UserError:
     """What to tell the user when the cache cannot be written."""
     reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
     return UserError(f"data.cache: {directory} cannot be written: {reason}; set data.cache to another directory")

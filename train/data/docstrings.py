@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .disk_cache import cached
+from .disk_cache import cache_entry
 from .documents import digest
 from .formats import Reader
 from .text_files import standard_library
@@ -23,7 +23,7 @@ LONGEST_DOCSTRING, LONGEST_FUNCTION = 300, 800  # characters: a few hundred toke
 Pairs = list[tuple[str, str]]
 
 
-def pairs(source: str) -> Iterator[tuple[str, str]]:
+def docstring_pairs(source: str) -> Iterator[tuple[str, str]]:
     """(first paragraph of the docstring, function without it) of every documented function in a module.
 
     >>> list(pairs('def f(x):\\n    "Twice x."\\n    return 2 * x'))
@@ -55,7 +55,7 @@ def library_pairs(cache: Path) -> tuple[Pairs, str]:
             if "test" in path.parts or "tests" in path.parts:  # some distributions leave them out
                 continue
             try:
-                found |= dict.fromkeys(pairs(modules[number]))
+                found |= dict.fromkeys(docstring_pairs(modules[number]))
             except (SyntaxError, ValueError):  # templates of code, and files that are wrong on purpose
                 continue
         (directory / "pairs.json").write_text(json.dumps(list(found)), encoding="utf-8")
@@ -63,16 +63,16 @@ def library_pairs(cache: Path) -> tuple[Pairs, str]:
     def read(directory: Path) -> Pairs:
         return [tuple(pair) for pair in json.loads((directory / "pairs.json").read_text(encoding="utf-8"))]
 
-    return cached(cache / "docstrings" / key, read=read, write=write), key
+    return cache_entry(cache / "docstrings" / key, read=read, write=write), key
 
 
-def prompt(said: str) -> str:
+def make_prompt(docstring: str) -> str:
     """What a docstring asks for."""
-    return "".join(f"# {line.strip()}\n" for line in said.splitlines())
+    return "".join(f"# {line.strip()}\n" for line in docstring.splitlines())
 
 
-def _completion(said: str, function: str, other: str, index: int) -> dict[str, Any]:
-    return {"prompt": prompt(said), "completion": function}
+def _completion(docstring: str, function: str, other_function: str, index: int) -> dict[str, Any]:
+    return {"prompt": make_prompt(docstring), "completion": function}
 
 
 def _messages(said: str, function: str, other: str, index: int) -> dict[str, Any]:
@@ -81,12 +81,12 @@ def _messages(said: str, function: str, other: str, index: int) -> dict[str, Any
 
 
 def _preference(said: str, function: str, other: str, index: int) -> dict[str, Any]:
-    return {"prompt": prompt(said), "chosen": function, "rejected": other}
+    return {"prompt": make_prompt(said), "chosen": function, "rejected": other}
 
 
 def _unpaired(said: str, function: str, other: str, index: int) -> dict[str, Any]:
     good = index % 2 == 0
-    return {"prompt": prompt(said), "completion": function if good else other, "label": good}
+    return {"prompt": make_prompt(said), "completion": function if good else other, "label": good}
 
 
 ROWS: dict[str, Callable[[str, str, str, int], dict[str, Any]]] = {

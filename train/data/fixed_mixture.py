@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from ...configs.names import ADAPTER_IDS_FIELD
-from .dataset import Dataset, HeldOut
+from .dataset import Dataset, HeldOutDataset
 from .rows import Row
 
 Rows = TypeVar("Rows", bound=Any)  # Dataset or HeldOut
@@ -42,7 +42,7 @@ class DealtTraining(Dealt[Dataset]):
         return sum(dataset.rows_per_epoch(epoch) for dataset in self.each.values())
 
 
-class DealtHeldOut(Dealt[HeldOut]):
+class DealtHeldOut(Dealt[HeldOutDataset]):
     """To evaluate on: rows beyond the last of a data set are padding."""
 
     @property

@@ -41,7 +41,7 @@ class Given(NamedTuple):
                 "data.template: null, and the tokenizer has no chat template, but rows hold conversations; set it to "
                 "a Jinja file, or to plain, which needs no special tokens"
             )
-        return self.template.part(
+        return self.template.to_part(
             [message_of(one, origin=self.origin) for one in messages],
             first=first,
             tools=self.row.get("tools"),

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ...configs.errors import MeshwrightError, UserError
-from .dataset import Shuffled
-from .disk_cache import cached
+from .dataset import ShuffledDataset
+from .disk_cache import cache_entry
 from .documents import digest
 from .permutation import permutation
 from .rows import Row
@@ -59,7 +59,7 @@ class Stream:
             texts = json.loads((directory / "texts.json").read_text(encoding="utf-8"))
             return Listed(tuple(texts), digest(self.fingerprint, str(number)))
 
-        return cached(self._directory / f"{number:08}", read=read, write=write)
+        return cache_entry(self._directory / f"{number:08}", read=read, write=write)
 
     def _take(self, start: int) -> list[str]:
         if self._rest is None or self._position != start:
@@ -82,7 +82,7 @@ class Streamed:
     before it are opened once, for their number of rows.
     """
 
-    def __init__(self, window: Callable[[int], tuple[Shuffled, bool]], *, key: tuple[int, ...]):
+    def __init__(self, window: Callable[[int], tuple[ShuffledDataset, bool]], *, key: tuple[int, ...]):
         """`window(n)` gives the samples of window n, and whether it is the last."""
         self._window = lru_cache(maxsize=2)(window)
         self._order = lru_cache(maxsize=2)(self._permuted)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .batches import HasRows
+from .batches import RowSource
 from .rows import NOWHERE, Row
 
 Notes = Mapping[str, np.ndarray]  # field -> [tokens of all stores, ...]
@@ -44,7 +44,7 @@ def looked_up(values: np.ndarray, places: np.ndarray) -> np.ndarray:
     return found
 
 
-def unseen(dataset: HasRows, rows: Iterable[int], *, seen: np.ndarray, size: int) -> Iterable[list[Row]]:
+def unseen(dataset: RowSource, rows: Iterable[int], *, seen: np.ndarray, size: int) -> Iterable[list[Row]]:
     """Lists of at most `size` of `rows` that hold all their tokens whose `seen` [tokens] is not set; sets it."""
     waiting: list[Row] = []
     for index in rows:

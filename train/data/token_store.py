@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .disk_cache import cached
+from .disk_cache import cache_entry
 from .documents import Documents, digest, texts
 from .encoding import BATCH_CHARACTERS, encoded
 from .held_out_split import identity
@@ -71,7 +71,7 @@ class TokenStore:
 def tokenized(documents: Documents, tokenizer: Tokenizer, *, cache: Path) -> TokenStore:
     """The documents as tokens: encoded once, then read from the cache."""
     key = digest("tokens-3", documents.fingerprint, tokenizer.fingerprint)
-    return cached(
+    return cache_entry(
         cache / "tokens" / key,
         read=open_store,
         write=lambda directory: write_store(documents, tokenizer, directory=directory),

@@ -17,7 +17,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 from jax.sharding import Mesh
 
 from ...configs.errors import UserError
-from ..data.disk_cache import cached
+from ..data.disk_cache import cache_entry
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def compile_cached(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compil
         return deserialize_and_load(payload, lowered.in_tree, lowered.out_tree, execution_devices=devices)
 
     try:
-        return cached(Path(directory) / "other-processes" / cache_key(lowered, mesh), read=read, write=write)
+        return cache_entry(Path(directory) / "other-processes" / cache_key(lowered, mesh), read=read, write=write)
     except UserError as error:  # it cannot be written, which only costs time at the next start
         logger.warning("%s", error)
         return lowered.compile() if compiled is None else compiled

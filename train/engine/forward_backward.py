@@ -34,25 +34,9 @@ from ...parallel.prng import init_key
 from ...parallel.sharding import constrainer
 from ...parallel.state import combine
 from ...parallel.vocabulary import embedding_lookup
-from ..objectives import interface as recipes
-from ..objectives.distillation import (
-    acceptance_head,
-    distillation_head,
-    init_weights,
-    loss_with_teacher,
-    teacher_of,
-    with_teacher,
-    without_teacher,
-)
-from ..objectives.loss_heads import (
-    LossHead,
-    TokenValues,
-    make_loss,
-    make_loss_head,
-    reward_scores,
-    target_logprobs,
-    values_fn,
-)
+from ..objectives import distillation, loss_heads
+from ..objectives.interface import RecipeLoss
+from ..objectives.loss_heads import LossHead, TokenValues
 from ..objectives.registry import RECIPES
 from . import fisher
 from .deterministic_reduce import tree_ordered_engine
@@ -78,20 +62,20 @@ def single_stage_engines(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     recipe = RECIPES[config.recipe.name]
     recipe_loss, measures = recipe.loss(config.recipe), recipe.measures
     context, one_device = partial(make_context, config, mesh), partial(local_context, config, mesh)
-    make_values = partial(values_fn, token_values(config), graph)
+    loss_with_teacher = partial(distillation.loss_with_teacher, config, graph, context=context)
+    make_values = partial(loss_heads.values_fn, token_values(config), graph)
     if adapters := make_multi_adapter(config):
         make_values, recipe_loss = adapters.values(make_values), adapters.loss(recipe_loss)
         measures = {name: adapters.loss(measure) for name, measure in measures.items()}
     values = make_values(context=context)
-    loss = training_loss = make_loss(values, recipe_loss, measures)
+    loss = training_loss = loss_heads.make_loss(values, recipe_loss, measures)
     if config.recipe.compares_distributions:
-        training_loss = loss_with_teacher(config, graph, distillation_head(config), context=context)
+        training_loss = loss_with_teacher(distillation.distillation_head(config))
 
-    evaluate = without_dropout(lambda params, frozen, *rest: loss(params, without_teacher(frozen), *rest))
+    evaluate = without_dropout(lambda params, frozen, *rest: loss(params, distillation.without_teacher(frozen), *rest))
     evaluated = {name: evaluate_measure(values, measure) for name, measure in measures.items()}
-    if teacher_of(config) is not None:
-        acceptance = loss_with_teacher(config, graph, acceptance_head(config), context=context)
-        evaluated["acceptance"] = without_dropout(acceptance)
+    if distillation.teacher_of(config) is not None:
+        evaluated["acceptance"] = without_dropout(loss_with_teacher(distillation.acceptance_head(config)))
     dtype = jnp.dtype(config.precision.gradients)
     accumulate = partial(accumulate_gradients, microbatches=config.microbatches)
     if config.privacy is not None:
@@ -99,7 +83,7 @@ def single_stage_engines(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
         clipped = clipped_engine(values, recipe_loss, squared_norms=norms, clip=config.privacy.clip, dtype=dtype)
         return Engines(accumulate(clipped), evaluate, evaluated)
     if config.elastic.deterministic:
-        training_loss = make_loss(make_values(context=one_device), recipe_loss, measures)
+        training_loss = loss_heads.make_loss(make_values(context=one_device), recipe_loss, measures)
         accumulate = partial(tree_ordered_engine, mesh=mesh, microbatches=config.microbatches)
     squared_gradients = None
     if config.adapter is not None and config.adapter.method == "fishmask":
@@ -112,7 +96,7 @@ def single_stage_engines(config: RunConfig, mesh: Mesh, graph: Any) -> Engines:
     return Engines(accumulate(plain_engine(training_loss, dtype=dtype)), evaluate, evaluated, squared_gradients)
 
 
-def evaluate_measure(values: Callable[..., jax.Array], measure: recipes.RecipeLoss) -> Evaluate:
+def evaluate_measure(values: Callable[..., jax.Array], measure: RecipeLoss) -> Evaluate:
     """(params, frozen, batch) -> the sums of `measure` over the per-token `values`."""
     return lambda params, frozen, batch: measure(values(params, frozen, batch, None), batch)
 
@@ -129,21 +113,23 @@ def without_dropout(loss: Loss) -> Evaluate:
 
 def token_values(config: RunConfig) -> TokenValues:
     """The per-token values that the recipe's loss reads: reward scores, or log p of the targets."""
-    return reward_scores if RECIPES[config.recipe.name].uses_scores else target_logprobs(config.model, config.memory)
+    if RECIPES[config.recipe.name].uses_scores:
+        return loss_heads.reward_scores
+    return loss_heads.target_logprobs(config.model, config.memory)
 
 
 def training_head(config: RunConfig) -> LossHead:
     """The loss head of the training loss."""
     recipe = RECIPES[config.recipe.name]
     if config.recipe.compares_distributions:
-        return distillation_head(config)
-    return make_loss_head(token_values(config), recipe.loss(config.recipe), recipe.measures)
+        return distillation.distillation_head(config)
+    return loss_heads.make_loss_head(token_values(config), recipe.loss(config.recipe), recipe.measures)
 
 
 def pipelined_engines(config: RunConfig, mesh: Mesh, graph: Any, plan: PipelinePlan) -> Engines:
     """Engines for a pipeline: each device along `pipe` holds some of the layers."""
     recipe, teacher = RECIPES[config.recipe.name], pipelined_teacher(config, mesh, plan)
-    recipe_loss, values = recipe.loss(config.recipe), token_values(config)
+    recipe_loss = recipe.loss(config.recipe)
 
     def make_engine(table: Table, loss_head: LossHead, teacher: stages.Teacher | None) -> Engine:
         return stages.make_engine(
@@ -166,21 +152,22 @@ def pipelined_engines(config: RunConfig, mesh: Mesh, graph: Any, plan: PipelineP
 
         return evaluate
 
-    measures = {name: make_evaluate(make_loss_head(values, measure)) for name, measure in recipe.measures.items()}
+    loss_head = partial(loss_heads.make_loss_head, token_values(config))
+    measures = {name: make_evaluate(loss_head(measure)) for name, measure in recipe.measures.items()}
     if teacher is not None:
-        measures["acceptance"] = make_evaluate(acceptance_head(config), teacher)
+        measures["acceptance"] = make_evaluate(distillation.acceptance_head(config), teacher)
     train = make_engine(plan.table, training_head(config), teacher)
     if config.pipeline.post_validation:
         train = stages.with_batch_weight(train, recipe_loss)
-    return Engines(train, make_evaluate(make_loss_head(values, recipe_loss)), measures)
+    return Engines(train, make_evaluate(loss_head(recipe_loss)), measures)
 
 
 def pipelined_teacher(config: RunConfig, mesh: Mesh, plan: PipelinePlan) -> stages.Teacher | None:
     """The teacher in a forward-only pipeline of its own; None without a teacher."""
-    model, teacher_plan = teacher_of(config), plan.teacher
+    model, teacher_plan = distillation.teacher_of(config), plan.teacher
     if model is None or teacher_plan is None:
         return None
-    shapes = jax.eval_shape(partial(init_weights, config, model))
+    shapes = jax.eval_shape(partial(distillation.init_weights, config, model))
     functions = stages.make_stage_functions(
         decoder_graphdef(model), shapes, model=model, **stage_settings(config, mesh)
     )
@@ -195,7 +182,7 @@ def make_stage_functions(
 
     def create_weights() -> Any:
         params, frozen = partition_params(config)
-        return combine(params, without_teacher(frozen))
+        return combine(params, distillation.without_teacher(frozen))
 
     return stages.make_stage_functions(
         graph,
@@ -203,7 +190,7 @@ def make_stage_functions(
         model=config.model,
         recipe=RECIPES[config.recipe.name].loss(config.recipe),
         loss_head=training_head(config) if loss_head is None else loss_head,
-        teacher=teacher_of(config),
+        teacher=distillation.teacher_of(config),
         **stage_settings(config, mesh),
     )
 
@@ -221,7 +208,7 @@ def model_graphdef(config: RunConfig) -> Any:
     else:
         insert_adapters = adapter_inserter(config.model, config.adapter)
     _, frozen = jax.eval_shape(lambda: partition_params(config))
-    insert_kernels = quantized_kernel_inserter(config.model, config.quantization, without_teacher(frozen))
+    insert_kernels = quantized_kernel_inserter(config.model, config.quantization, distillation.without_teacher(frozen))
 
     def change(decoder: Decoder) -> None:
         insert_adapters(decoder)
@@ -239,7 +226,7 @@ def partition_params(config: RunConfig, weights: Any = None, teacher: Any = None
     it random ones, for shapes only.
     """
     if weights is None:
-        weights = init_weights(config)
+        weights = distillation.init_weights(config)
     key = jax.random.fold_in(init_key(config), 2)
     if config.adapters:
         adapted = multi_lora.init_adapters(weights, config.model, resolve_adapters(config), key)
@@ -253,7 +240,7 @@ def partition_params(config: RunConfig, weights: Any = None, teacher: Any = None
     if RECIPES[config.recipe.name].uses_scores:
         params = params | {"score": init_reward_head(config.model.embed, jax.random.fold_in(init_key(config), 3))}
     frozen = quantize_frozen(frozen, config.model, config.quantization)
-    return params, with_teacher(frozen, config, initial_weights=weights, teacher_weights=teacher)
+    return params, distillation.with_teacher(frozen, config, initial_weights=weights, teacher_weights=teacher)
 
 
 def local_context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:

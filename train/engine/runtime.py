@@ -14,7 +14,7 @@ from ...configs.run import RunConfig
 from ...parallel.mesh import prepare_devices
 from ..core.process_env import ProcessInfo
 from ..data.assemble import Data
-from ..data.dataset import HeldOut
+from ..data.dataset import HeldOutDataset
 from ..data.disk_cache import cache_directory
 
 PACKAGES = (
@@ -84,7 +84,7 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def gzip_bits_per_byte(held_out: HeldOut) -> float:
+def gzip_bits_per_byte(held_out: HeldOutDataset) -> float:
     """Return the bits per byte of `gzip -9` over the concatenated held-out documents."""
     text = "".join(held_out.texts()).encode()
     return 8 * len(gzip.compress(text, 9)) / len(text)

@@ -23,7 +23,7 @@ from ...parallel.mesh import make_mesh
 from ..core.process_env import ProcessInfo
 from ..core.run_paths import newest_island
 from ..data import assemble
-from ..data.batches import HasRows
+from ..data.batches import RowSource
 from ..data.tokenizer import Tokenizer, check_same, load
 from ..engine import runtime
 from ..engine.program import build
@@ -78,7 +78,7 @@ def write_draft_data(config: RunConfig, target: Path, file: Path, request: Gener
         kind = "several adapters" if config.adapters else f"conversations (data.format: {config.data.format})"
         raise UserError(f"{target} continues texts and no {kind}; set data.format to prompt-completion or text")
     model = load_model(target, platform=config.mesh.platform)
-    data = assemble.of_run(config)
+    data = assemble.load_run_data(config)
     tokenizer = data.tokenizer
     check_same(tokenizer, newest_island(target) if (target / "config.yaml").exists() else target, key="--target")
     settings = {"max_tokens": request.tokens, "sampling": request.sampling, "eos": tokenizer.eos}
@@ -137,7 +137,7 @@ def measure_draft(
 
 def held_out_prompts(config: RunConfig, run: Path, request: GenerationRequest) -> list[list[int]]:
     """Token ids of prompts from at most `request.texts` held-out documents. Raises UserError if there are none."""
-    data = assemble.of_run(config)
+    data = assemble.load_run_data(config)
     if data.held_out is None:
         raise UserError(
             f"data.held_out: 0 in {run}: there are no prompts; give texts to continue, or set data.held_out=0.02"
@@ -149,7 +149,7 @@ def held_out_prompts(config: RunConfig, run: Path, request: GenerationRequest) -
     return prompts
 
 
-def document_prompts(dataset: HasRows, tokenizer: Tokenizer, *, rows: int, tokens: int) -> Iterator[list[int]]:
+def document_prompts(dataset: RowSource, tokenizer: Tokenizer, *, rows: int, tokens: int) -> Iterator[list[int]]:
     """Yield a prompt, token ids with `bos` first, for each document in the first `rows` rows of `dataset`.
 
     A prompt is the leading part of a document that has no loss weight (as prompt-completion data has), else its first

@@ -10,7 +10,7 @@ import numpy as np
 from ...configs.run import RunConfig
 from ..data.assemble import Data
 from ..data.batches import batches
-from ..data.dataset import HeldOut
+from ..data.dataset import HeldOutDataset
 from ..data.fixed_mixture import DealtHeldOut
 from ..engine.host_data import local_rows, make_global_arrays
 from ..engine.program import Program
@@ -42,7 +42,7 @@ def evaluate(program: Program, compiled: Callable[..., Any], params: Any, frozen
     return values
 
 
-def held_out_metrics(config: RunConfig, sums: dict[str, np.ndarray], held_out: HeldOut) -> dict[str, float]:
+def held_out_metrics(config: RunConfig, sums: dict[str, np.ndarray], held_out: HeldOutDataset) -> dict[str, float]:
     """The metrics of `held_out` from (numerator, weight) of the loss and of other measures."""
     values = {f"held_out_{name}": mean(*pair) for name, pair in sums.items()}
     if RECIPES[config.recipe.name].unit != "token":
@@ -58,7 +58,7 @@ def mean(numerator: float, weight: float) -> float:
 
 
 def held_out_batches(
-    program: Program, held_out: HeldOut | DealtHeldOut, config: RunConfig
+    program: Program, held_out: HeldOutDataset | DealtHeldOut, config: RunConfig
 ) -> Iterable[dict[str, jax.Array]]:
     """Yield the first `evaluation.batches` global batches of held-out rows; all if that is null."""
     size = config.data.global_batch

@@ -58,7 +58,7 @@ def complete(
 def end_of_turn(template: Template, tokenizer: Tokenizer) -> int:
     """The id of the token that ends an assistant's message."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (encoding,) = encoded([template.part(messages, origin="a conversation of two words")], tokenizer)
+    (encoding,) = encoded([template.to_part(messages, origin="a conversation of two words")], tokenizer)
     masked = {index for start, stop in encoding.unlearned for index in range(start, stop)}
     return encoding.tokens[max(set(range(len(encoding.tokens))) - masked)]
 

@@ -75,7 +75,7 @@ def evaluate(run: Path, overrides: Sequence[str]) -> dict[str, float]:
 
     run = newest_island(run)
     config = inference_config(run, overrides)
-    data = assemble.of_run(config)
+    data = assemble.load_run_data(config)
     if data.held_out is None:
         raise UserError(f"data.held_out: 0 in {run}: nothing to evaluate on; pass data.held_out=0.02")
     program, state, origin = restore_newest(config, run)

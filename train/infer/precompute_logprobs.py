@@ -22,7 +22,7 @@ from ...configs.names import BATCH_FIELDS
 from ...parallel.attention import token_order
 from ...parallel.gradients import Batch
 from ..data.assemble import Data
-from ..data.batches import HasRows
+from ..data.batches import RowSource
 from ..data.rows import Row
 from ..data.token_annotations import Annotate, Noted, fill, unseen
 from ..engine.forward_backward import make_context
@@ -46,7 +46,7 @@ def with_reference_logprobs(program: Program, data: Data, *, samples: Iterable[i
     notes = {field: np.zeros((data.tokens, *program.extra_dimensions(field)), BATCH_DTYPES[field]) for field in fields}
     seen = np.zeros(data.tokens, bool)
     annotate = teacher_annotator(program) if config.recipe.top_k else initial_annotator(program)
-    parts: list[tuple[HasRows, Iterable[int]]] = [(data.train, samples)]
+    parts: list[tuple[RowSource, Iterable[int]]] = [(data.train, samples)]
     if data.held_out is not None:
         parts.append((data.held_out, range(data.held_out.rows)))
     for dataset, rows in parts:

@@ -22,12 +22,12 @@ def build_program(config: RunConfig) -> Program:
 
 def check(config: RunConfig) -> None:
     """Open the data, trace the step and compute all shardings. Raises UserError on the first mistake."""
-    data = assemble.of_run(config)
+    data = assemble.load_run_data(config)
     check_teacher(config, data.tokenizer)
     program = build_program(config)
     for model in (config.model, config.recipe.teacher or config.model):
         if model.origin is not None:
-            huggingface.check_files(model.origin, model, shapes=jax.eval_shape(partial(init_weights, model, config)))
+            huggingface.check_files(model.origin, model, shapes=jax.eval_shape(partial(init_weights, config, model)))
     with jax.set_mesh(program.mesh):
         jax.eval_shape(program.step, program.shapes, program.batch_shapes)
     jax.tree.leaves(program.shardings)

@@ -17,8 +17,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ..tables.lowering import LoweredTable
 from .device import PipelineDevice
+from .device_map import map_over_devices
 from .embed_head import HiddenStateCollector
-from .stage_functions import BATCH_AXES, MANUAL_AXES, Row, StageFunctions, Weights
+from .stage_functions import BATCH_AXES, Row, StageFunctions, Weights
 from .table_executor import run_table, split_block, split_microbatches
 
 
@@ -32,13 +33,11 @@ def hidden_state_reader(
     batch_spec = PartitionSpec(BATCH_AXES)
 
     def read(weights: Weights, batch: Any) -> jax.Array:
-        return jax.shard_map(
+        return map_over_devices(
             partial(run_on_device, functions, lowered, repeats),
             in_specs=(Weights(PartitionSpec("pipe"), PartitionSpec()), batch_spec, PartitionSpec()),
             out_specs=batch_spec,
-            axis_names=MANUAL_AXES,
             mesh=mesh,
-            check_vma=False,
         )(weights, batch, lowered.fields)
 
     return read

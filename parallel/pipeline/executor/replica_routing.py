@@ -20,12 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from ..tables.table import Op, Table
+from .device_map import REPLICA_AXIS
 from .stage_functions import Row
-
-REPLICA_AXIS = "replica"
 
 
 def draw_shifts(key: jax.Array, *, microbatches: int, stages: int, replicas: int) -> jax.Array:
@@ -76,7 +75,8 @@ def exchange_rows(rows: jax.Array, shift: jax.Array, *, mesh: Mesh) -> jax.Array
     def over_replicas(count: int, mapped: list[bool], rows: jax.Array, shift: jax.Array) -> tuple[jax.Array, bool]:
         if not mapped[0]:
             return rows, False
-        for bit in (1 << number for number in range((count - 1).bit_length())):
+        replicas = count * mesh.shape[REPLICA_AXIS]
+        for bit in (1 << number for number in range((replicas - 1).bit_length())):
             swap = ((shift & bit) != 0).reshape(1, *shift.shape, *[1] * (rows.ndim - 1 - shift.ndim))
             rows = jnp.where(swap, swap_replicas(rows, bit, mesh=mesh), rows)
         return rows, True
@@ -85,15 +85,9 @@ def exchange_rows(rows: jax.Array, shift: jax.Array, *, mesh: Mesh) -> jax.Array
 
 
 def swap_replicas(rows: jax.Array, bit: int, *, mesh: Mesh) -> jax.Array:
-    """`rows` [replica, ...] with those of replicas r and r xor `bit` swapped; over the mesh axis that shards them."""
-    pattern = [(source, source ^ bit) for source in range(rows.shape[0])]
-    if mesh.shape[REPLICA_AXIS] == 1:
-        return rows[np.array([target for _, target in pattern])]
-    spec = PartitionSpec(REPLICA_AXIS)
-    permute = jax.shard_map(
-        lambda shard: jax.lax.ppermute(shard, REPLICA_AXIS, pattern),
-        in_specs=spec,
-        out_specs=spec,
-        axis_names={REPLICA_AXIS},
-    )
-    return permute(rows)
+    """A device's `rows` [replicas of this device, ...] with those of replicas r and r xor `bit` swapped."""
+    count = rows.shape[0]
+    if bit < count:
+        return rows[np.arange(count) ^ bit]
+    pattern = [(source, source ^ bit // count) for source in range(mesh.shape[REPLICA_AXIS])]
+    return jax.lax.ppermute(rows, REPLICA_AXIS, pattern)

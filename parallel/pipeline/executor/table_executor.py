@@ -27,6 +27,7 @@ from ..tables.lowering import DIRECTIONS, LoweredTable
 from . import slot_pools
 from .backward_split import BackwardSplit, Saved, split_backward
 from .device import OP_FUNCTIONS, PipelineDevice
+from .device_map import map_over_devices
 from .embed_head import ReplicatedEmbedHead
 from .replica_routing import exchange_rows, route_batch, route_fields
 from .stage_functions import (
@@ -68,13 +69,11 @@ def pipeline_engine(
         frozen_unstacked = jax.tree_util.tree_map_with_path(spec_of, frozen.unstacked)
         pipe, rows, replicated = PartitionSpec("pipe"), PartitionSpec(BATCH_AXES), PartitionSpec()
         gradient = Weights(stacked, unstacked)
-        mapped = jax.shard_map(
+        mapped = map_over_devices(
             partial(run_on_device, functions, lowered, repeats=repeats, dtype=dtype, specs=gradient, mesh=mesh),
             in_specs=(Weights(pipe, unstacked), Weights(pipe, frozen_unstacked), rows, rows, replicated, replicated),
             out_specs=(replicated, replicated, gradient if lowered.trains else replicated, replicated),
-            axis_names=MANUAL_AXES,
             mesh=mesh,
-            check_vma=False,
         )
         return mapped(weights, frozen, batch, keys, table_fields, shifts)
 
@@ -195,25 +194,6 @@ def deliver_messages(lowered: LoweredTable, row: Row, carry: Carry) -> jax.Array
 def reduce_gradient(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
     """The sum over the batch axes, and over `pipe` where every device holds it; of what `fsdp` shards, our shard."""
     if "fsdp" in spec:
-        gradient = reduce_scatter(gradient, tuple(spec).index("fsdp"))
+        dimension = tuple(spec).index("fsdp")
+        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dimension, tiled=True)
     return jax.lax.psum(gradient, tuple(axis for axis in ("pipe", *BATCH_AXES) if axis not in spec))
-
-
-def reduce_scatter(gradient: jax.Array, dimension: int) -> jax.Array:
-    """The sum over `fsdp`, of which each device keeps its shard of `dimension`.
-
-    Under `vmap` over replicas it is a sum and a slice: for a reduce-scatter the partitioner would gather all replicas.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def scatter(gradient: jax.Array) -> jax.Array:
-        return jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dimension, tiled=True)
-
-    @scatter.def_vmap
-    def sum_and_slice(count: int, mapped: list[bool], gradient: jax.Array) -> tuple[jax.Array, bool]:
-        del count, mapped
-        size = gradient.shape[dimension + 1] // jax.lax.axis_size("fsdp")
-        start = jax.lax.axis_index("fsdp") * size
-        return jax.lax.dynamic_slice_in_dim(jax.lax.psum(gradient, "fsdp"), start, size, dimension + 1), True
-
-    return scatter(gradient)

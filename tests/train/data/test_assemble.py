@@ -9,7 +9,7 @@ import pytest
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.data import DataConfig
-from meshwright.train.data.assemble import build, training_texts
+from meshwright.train.data.assemble import build_data, training_texts
 from meshwright.train.data.batches import batches
 from meshwright.train.data.held_out_split import held_out, identity
 from meshwright.train.data.preview import render
@@ -19,7 +19,7 @@ TINY = {"source": "synthetic", "documents": 40, "tokenizer": BYTES, "sequence_le
 
 
 def built(seed=0, **settings):
-    return build(DataConfig(**TINY | settings), seed=seed)
+    return build_data(DataConfig(**TINY | settings), seed=seed)
 
 
 def texts_of(row, tokenizer):
@@ -71,7 +71,7 @@ def test_every_row_of_the_held_out_batches_is_whole(cache):
 def test_a_mixture_mixes_texts_in_its_portions(cache, tmp_path):
     (tmp_path / "z.txt").write_text("z" * 31)  # with the end token, one row
     entries = [{"source": "synthetic", "documents": 40, "weight": 3}, {"source": "text", "path": str(tmp_path)}]
-    data = build(DataConfig(mixture=entries, tokenizer=BYTES, sequence_length=32, held_out=0), seed=0)
+    data = build_data(DataConfig(mixture=entries, tokenizer=BYTES, sequence_length=32, held_out=0), seed=0)
     is_text = ["zzz" in texts_of(data.train.row(index), data.tokenizer)[0] for index in range(2048)]
     assert sum(is_text) == 512
     assert data.held_out is None
@@ -83,7 +83,7 @@ def test_what_one_source_of_a_mixture_holds_out_no_other_trains_on(cache, tmp_pa
     for name, letters in (("one", [second, fourth]), ("two", [first, second, third])):
         (tmp_path / name).write_text("--".join(letter * 40 for letter in letters))
     entries = [{"source": "text", "path": str(tmp_path / name), "separator": "--"} for name in ("one", "two")]
-    data = build(DataConfig(mixture=entries, tokenizer=BYTES, sequence_length=8, held_out=1e-6), seed=0)
+    data = build_data(DataConfig(mixture=entries, tokenizer=BYTES, sequence_length=8, held_out=1e-6), seed=0)
     trained = {data.tokenizer.decode(data.train.row(index)["targets"])[:1] for index in range(200)}
     assert {text[0] for text in data.held_out.texts()} == {first, second}
     assert trained - {""} == {third, fourth}
@@ -127,7 +127,7 @@ def test_a_table_of_empty_texts_is_refused(cache, tmp_path):
 
 def test_the_model_is_checked_against_the_tokenizer(cache):
     with pytest.raises(UserError, match=r"model\.vocab: 100"):
-        build(DataConfig(**TINY), seed=0, model_vocab=100)
+        build_data(DataConfig(**TINY), seed=0, model_vocab=100)
 
 
 def test_preview_shows_documents_and_colours(cache):

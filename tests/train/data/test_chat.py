@@ -23,7 +23,7 @@ def template():
 
 
 def tokens_and_mask(template, talk, **more):
-    (made,) = encoded([template.part(talk, origin="here", **more)], load(HERE))
+    (made,) = encoded([template.to_part(talk, origin="here", **more)], load(HERE))
     mask = [1] * len(made.tokens)
     for start, stop in made.unlearned:
         mask[start:stop] = [0] * (stop - start)
@@ -55,12 +55,12 @@ def test_a_template_that_rewrites_earlier_turns_needs_the_words(template):
         "{% endif %}{% endfor %}",
     )
     with pytest.raises(UserError, match=r"changes what it wrote of earlier turns.*\{% generation %\}"):
-        forgetful.part(EXPECTED[1]["messages"], origin="a.jsonl line 2")
+        forgetful.to_part(EXPECTED[1]["messages"], origin="a.jsonl line 2")
 
 
 def test_nothing_to_learn_shows_what_was_rendered(template):
     with pytest.raises(UserError, match=r"line 3: nothing of this conversation.*Rendered: '<s><\|im_start\|>user"):
-        template.part([{"role": "user", "content": "Hi"}], origin="a.jsonl line 3")
+        template.to_part([{"role": "user", "content": "Hi"}], origin="a.jsonl line 3")
 
 
 def test_a_turn_that_never_ends_is_refused(template):
@@ -72,14 +72,14 @@ def test_a_turn_that_never_ends_is_refused(template):
 def test_a_template_that_refuses_is_quoted(template):
     strict = replace(template, source="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match="roles must alternate"):
-        strict.part(EXPECTED[0]["messages"], origin="here")
+        strict.to_part(EXPECTED[0]["messages"], origin="here")
 
 
 def test_the_plain_template_suits_any_tokenizer():
     """It opens with bos, and every turn of the assistant is closed by eos, which is learned."""
     names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     plain, tokenizer = find_template("plain", tokenizer=None, tokens=names), byte_tokenizer()
-    (made,) = encoded([plain.part(EXPECTED[1]["messages"], origin="here")], tokenizer)
+    (made,) = encoded([plain.to_part(EXPECTED[1]["messages"], origin="here")], tokenizer)
     assert made.opener == tokenizer.bos and list(made.tokens).count(tokenizer.eos) == 2
     text = tokenizer.decode_all(made.tokens)
     assert text.startswith("### System:\nBe brief. <|im_end|>\n\n### User:\n1+1?\n\n### Assistant:\n")

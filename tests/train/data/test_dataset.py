@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from meshwright.train.data.dataset import HeldOut, HeldOutPart, Shuffled
+from meshwright.train.data.dataset import HeldOutDataset, HeldOutSource, ShuffledDataset
 from meshwright.train.data.packing import PACKERS
 
 LENGTHS = [5, 2, 21, 9, 3, 8, 4, 12, 6, 30]
@@ -13,7 +13,7 @@ LENGTHS = [5, 2, 21, 9, 3, 8, 4, 12, 6, 30]
 
 def shuffled(stores, packing, *, seed=0, documents=None):
     store = stores(LENGTHS)
-    return Shuffled(store, np.arange(len(store)) if documents is None else documents, packing=packing, key=(seed, 1))
+    return ShuffledDataset(store, np.arange(len(store)) if documents is None else documents, packing=packing, key=(seed, 1))
 
 
 def content(dataset, indices):
@@ -56,7 +56,7 @@ def test_another_seed_or_epoch_gives_another_order(stores, packings):
 
 def test_rows_of_an_epoch_are_visited_in_an_order_of_its_own(stores, packings):
     """Where each document is a row and a window, nothing else is left to shuffle."""
-    dataset = Shuffled(stores([8] * 9), np.arange(9), packing=packings()._replace(window=1), key=(0, 1))
+    dataset = ShuffledDataset(stores([8] * 9), np.arange(9), packing=packings()._replace(window=1), key=(0, 1))
     first, second = content(dataset, range(9)), content(dataset, range(9, 18))
     assert first != second
     assert sorted(first) == sorted(second)
@@ -82,7 +82,7 @@ def test_documents_are_dealt_into_windows_once_by_the_seed(stores, packings):
 def test_held_out_rows_hold_the_other_documents_in_order_then_padding(stores, packings):
     store, packing = stores(LENGTHS), packings()
     out = np.array([2, 7, 9])
-    held_out = HeldOut([HeldOutPart(None, store, out), HeldOutPart(None, store, out[:1])], packing=packing)
+    held_out = HeldOutDataset([HeldOutSource(None, store, out), HeldOutSource(None, store, out[:1])], packing=packing)
     kept = np.setdiff1d(np.arange(len(LENGTHS)), out)
     trained = set(predicted(shuffled(stores, packing, documents=kept), range(50))) - {1}
     evaluated = predicted(held_out, range(held_out.padded_rows(16)))
@@ -96,7 +96,7 @@ def test_held_out_rows_hold_the_other_documents_in_order_then_padding(stores, pa
 
 def test_held_out_bytes_count_what_its_texts_hold(stores, packings):
     texts = ["xyz" * n for n in range(len(LENGTHS))]
-    held_out = HeldOut([HeldOutPart(texts, stores(LENGTHS), np.array([1, 4]))], packing=packings())
+    held_out = HeldOutDataset([HeldOutSource(texts, stores(LENGTHS), np.array([1, 4]))], packing=packings())
     assert list(held_out.texts()) == [texts[1], texts[4]]
     assert held_out.bytes == 4 * (LENGTHS[1] + LENGTHS[4])  # as the store counted them
     assert held_out.documents == 2

@@ -26,7 +26,7 @@ def built(directory, rows, **settings):
     (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     defaults = {"template": "plain", "packing": {"method": "best-fit"}, "sequence_length": 128, "held_out": 0.0}
     source = {"source": "jsonl", "path": str(directory / "rows.jsonl"), "tokenizer": {"bytes": True}}
-    return assemble.build(DataConfig(**source, **(defaults | settings)), seed=0)
+    return assemble.build_data(DataConfig(**source, **(defaults | settings)), seed=0)
 
 
 def shown(row, *, only=None):

@@ -20,7 +20,7 @@ def built(directory, pairs, *, prompt="question", method="best-fit", **more):
     (directory / "pairs.jsonl").write_text("\n".join(lines))
     settings = {"source": "jsonl", "path": str(directory / "pairs.jsonl"), "field": "answer", "prompt": prompt}
     data = DataConfig(**settings, tokenizer={"bytes": True}, packing={"method": method}, sequence_length=24, **more)
-    return assemble.build(data, seed=0)
+    return assemble.build_data(data, seed=0)
 
 
 @pytest.mark.parametrize("method", ["best-fit", "concat"])
@@ -61,7 +61,7 @@ def test_a_pair_with_nothing_to_learn_names_its_line(tmp_path, cache):
 def test_without_prompts_every_token_is_learned(tmp_path, cache):
     (tmp_path / "plain.jsonl").write_text(json.dumps({"text": "x" * 100}))
     plain = {"source": "jsonl", "path": str(tmp_path / "plain.jsonl"), "tokenizer": {"bytes": True}}
-    data = assemble.build(DataConfig(**plain, sequence_length=24, held_out=0.0), seed=0)
+    data = assemble.build_data(DataConfig(**plain, sequence_length=24, held_out=0.0), seed=0)
     for number in range(data.train.rows_per_epoch()):
         row = data.train.row(number)
         np.testing.assert_array_equal(row["loss_weights"], row["segment_ids"] > 0)

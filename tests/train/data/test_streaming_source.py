@@ -6,7 +6,7 @@ import pytest
 
 from meshwright.configs.errors import MeshwrightError, UserError
 from meshwright.configs.sections.data import DataConfig
-from meshwright.train.data.assemble import build
+from meshwright.train.data.assemble import build_data
 from meshwright.train.data.streaming_source import Stream
 from meshwright.train.data.synthetic import Synthetic
 
@@ -93,7 +93,7 @@ def saved(tmp_path):
 
 def built(saved, seed=0, **settings):
     common = {"source": "hf", "path": saved, "streaming": True, "tokenizer": {"bytes": True}, "sequence_length": 64}
-    return build(DataConfig(**common | {"packing": {"window": 8}, "held_out": 0.2} | settings), seed=seed)
+    return build_data(DataConfig(**common | {"packing": {"window": 8}, "held_out": 0.2} | settings), seed=seed)
 
 
 def predicted(data, indices):

@@ -13,7 +13,7 @@ import pytest
 from meshwright.configs.errors import UserError
 from meshwright.train.data import encoding
 from meshwright.train.data import token_store as module
-from meshwright.train.data.disk_cache import cached
+from meshwright.train.data.disk_cache import cache_entry
 from meshwright.train.data.token_store import tokenized
 from meshwright.train.data.tokenizer import byte_tokenizer
 
@@ -102,14 +102,14 @@ def test_a_full_disk_is_one_line(cache):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(UserError, match=r"data\.cache: .* cannot be written: the disk is full; set data\.cache"):
-        cached(cache / "tokens" / "key", read=str, write=full)
+        cache_entry(cache / "tokens" / "key", read=str, write=full)
     assert not list((cache / "tokens").glob("*.tmp"))
 
 
 def test_a_cache_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache: .*cannot be written"):
-        cached(tmp_path / "file" / "key", read=str, write=lambda directory: None)
+        cache_entry(tmp_path / "file" / "key", read=str, write=lambda directory: None)
 
 
 def test_of_many_who_want_an_entry_one_makes_it(cache):
@@ -120,7 +120,7 @@ def test_of_many_who_want_an_entry_one_makes_it(cache):
         (directory / "value").write_text("x")
 
     def want():
-        cached(cache / "key", read=lambda path: (path / "value").read_text(), write=write)
+        cache_entry(cache / "key", read=lambda path: (path / "value").read_text(), write=write)
 
     threads = [threading.Thread(target=want) for _ in range(8)]
     for thread in threads:
@@ -138,4 +138,4 @@ def test_a_process_that_is_killed_while_it_makes_an_entry_leaves_it_to_the_next(
     done = subprocess.run([sys.executable, "-c", code, str(cache / "key")], check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL and (cache / "key.lock").exists()
     write = lambda directory: (directory / "value").write_text("x")
-    assert cached(cache / "key", read=lambda path: (path / "value").read_text(), write=write) == "x"
+    assert cache_entry(cache / "key", read=lambda path: (path / "value").read_text(), write=write) == "x"

@@ -65,7 +65,7 @@ def test_a_prompt_is_the_documents_own_or_its_first_tokens(tmp_path, target):
     with_prompts = {"path": str(tmp_path / "asked.jsonl"), "format": "prompt-completion", "held_out": 0.0}
     prompts_of = {}
     for name, data in (("texts", {"held_out": 0.0}), ("asked", with_prompts)):
-        data = assemble.of_run(draft_config(tmp_path, target, data=data))
+        data = assemble.load_run_data(draft_config(tmp_path, target, data=data))
         prompts = list(document_prompts(data.train, data.tokenizer, rows=data.train.rows_per_epoch(0), tokens=4))
         assert {prompt[0] for prompt in prompts} == {data.tokenizer.bos}
         prompts_of[name] = sorted(data.tokenizer.decode(prompt[1:]) for prompt in prompts)

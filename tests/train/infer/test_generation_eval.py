@@ -62,7 +62,7 @@ def test_a_conversation_is_learned_to_its_end(tmp_path, monkeypatch, capsys):
 
 
 def test_a_question_is_the_conversation_before_the_last_answer(tmp_path):
-    data = assemble.build(run_config(tmp_path).data, seed=0)
+    data = assemble.build_data(run_config(tmp_path).data, seed=0)
     tokenizer = byte_tokenizer()
     for prompt, expected in data.held_out.questions(3):
         assert tokenizer.decode(prompt).endswith("?\n\n### Assistant:\n") and prompt[0] == tokenizer.bos

@@ -40,7 +40,7 @@ def teachers(tmp_path_factory):
         config = tiny(model=LARGE | {"vocab": vocab}, seed=3)
         directory = root / str(vocab)
         directory.mkdir()
-        weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda config=config: init_weights(config))())  # it has opinions
+        weights = jax.tree.map(lambda x: 3 * x, jax.jit(lambda config=config: init_weights(config))())
         huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
         tree = to_config_json(config.model, positions=64, dtype="float32")
         (directory / "config.json").write_text(json.dumps(tree))
@@ -168,7 +168,7 @@ def test_stored_words_teach_what_the_teacher_teaches(teachers, tmp_path):
 def test_notes_are_the_teachers_words_of_each_row(teachers):
     config = run_of(teachers, recipe={"top_k": 5})
     program = build(config, make_mesh(config.mesh))
-    data = with_reference_logprobs(program, assemble.build(config.data, seed=0), samples=range(8))
+    data = with_reference_logprobs(program, assemble.build_data(config.data, seed=0), samples=range(8))
     rows = [data.train.row(index) for index in range(4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     said = words(config.recipe.teacher, program.teacher_weights(), batch, 2.0)

@@ -89,7 +89,7 @@ def written_base(directory, *, scale):
 def every_token(config, method):
     """log p of every token of the training data by the first weights, from rows packed by `method`."""
     data = DataConfig(**config.data.model_dump() | {"packing": {"method": method}})
-    built = assemble.build(data, seed=0)
+    built = assemble.build_data(data, seed=0)
     annotate = by_first_weights(build(config, make_mesh(config.mesh)))
     notes = {"reference_logprobs": np.zeros(built.tokens, np.float32)}
     rows = range(built.train.rows_per_epoch())
@@ -177,7 +177,7 @@ def test_who_reads_the_first_weights_again(tmp_path):
 def test_notes_are_what_the_model_says_of_each_row(tmp_path):
     config = run_of(tmp_path, "dpo")
     program = build(config, make_mesh(config.mesh))
-    data = with_reference_logprobs(program, assemble.build(config.data, seed=0), samples=range(20))
+    data = with_reference_logprobs(program, assemble.build_data(config.data, seed=0), samples=range(20))
     assert isinstance(data.train, Noted)
     rows = [data.train.row(index) for index in range(4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -21,7 +21,7 @@ from ....configs.errors import UserError
 from ....configs.run import RunConfig
 from ....configs.sections.privacy import PrivacyConfig
 from ...data.assemble import Data
-from ...data.dataset import WholeBatches
+from ...data.dataset import FullBatches
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
@@ -53,7 +53,7 @@ def dealt(config: RunConfig, data: Data) -> Data:
             f"data.global_batch: {batch} with privacy: there are {rows} rows to train on, so that one would be in a "
             f"batch twice; use at most {rows}"
         )
-    return replace(data, train=WholeBatches(data.train, batch))
+    return replace(data, train=FullBatches(data.train, batch))
 
 
 def spending(config: RunConfig, data: Data) -> Callable[[int], dict[str, float]]:
