@@ -102,15 +102,15 @@ COORDINATORS = {
 }
 
 
-@pytest.mark.parametrize(("statement", "ending"), COORDINATORS.values(), ids=COORDINATORS)
-def test_a_lost_coordination_service_restarts_the_run(tmp_path, monkeypatch, statement, ending):
+@pytest.mark.parametrize(("statement", "exit_code"), COORDINATORS.values(), ids=COORDINATORS)
+def test_a_lost_coordination_service_restarts_the_run(tmp_path, monkeypatch, statement, exit_code):
     code = f"import os, pathlib, sys, time; first = pathlib.Path({str(tmp_path)!r}, 'first')\n"
     code += f"if not first.exists(): first.touch(); {statement}\ntime.sleep(600)"
     monkeypatch.setattr(local_processes, "COORDINATION_SERVICE", [sys.executable, "-c", code])
     run(tmp_path, (1, 1, "step", 5, "sleep"))
     check(tmp_path)
     (restart,) = restarts(tmp_path)
-    assert "coordination service" in restart["reason"] and restart["reason"].endswith(ending)
+    assert "coordination service" in restart["reason"] and restart["reason"].endswith(exit_code)
 
 
 def test_the_launcher_gives_up_on_a_process_that_always_dies(tmp_path):

@@ -53,14 +53,14 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_lost_host_is_rebuilt_from_parity(undisturbed, tmp_path, lost):
+@pytest.mark.parametrize("host", [0, 1])
+def test_a_lost_host_is_rebuilt_from_parity(undisturbed, tmp_path, host):
     directory = tmp_path / "job"
     launcher = start_launch(directory, *OPTIONS)
     slots = wait_protected(launcher, directory, 15)
-    lose(launcher, slots, [lost])
+    lose(launcher, slots, [host])
     (restore,), parameters = finish(launcher, directory)
-    assert restore["level"] == "parity" and restore["step"] >= 15 and f"host {lost} lost" in restore["reason"]
+    assert restore["level"] == "parity" and restore["step"] >= 15 and f"host {host} lost" in restore["reason"]
     assert parameters == undisturbed and not any(slot.exists() for slot in slots)
 
 

@@ -41,7 +41,7 @@ def supervise_islands(command: Callable[[int, str], Sequence[str]], *, count: in
     """
     with StopSignals() as stop, serve_rendezvous() as address:
         launchers = [
-            start_launcher(command(number, address), directory / f"island-{number}", shown=number == 0)
+            start_launcher(command(number, address), directory / f"island-{number}", show_output=number == 0)
             for number in range(count)
         ]
         stopping = False
@@ -58,9 +58,9 @@ def supervise_islands(command: Callable[[int, str], Sequence[str]], *, count: in
     raise_for_exit_codes(codes, directory)
 
 
-def start_launcher(command: Sequence[str], directory: Path, *, shown: bool) -> subprocess.Popen:
-    """Start the launcher of an island; its output is shown, or goes to a log beside the island's `directory`."""
-    if shown:
+def start_launcher(command: Sequence[str], directory: Path, *, show_output: bool) -> subprocess.Popen:
+    """Start the launcher of the island in `directory`; its output is shown, or goes to a log."""
+    if show_output:
         return spawn(command, os.environ)
     logs = directory.parent / "launch"
     logs.mkdir(parents=True, exist_ok=True)

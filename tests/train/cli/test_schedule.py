@@ -77,15 +77,15 @@ def test_mistakes_are_errors_before_anything_is_written(arguments, message, tmp_
 
 
 @pytest.mark.parametrize(
-    ("option", "other"),
+    ("option", "value"),
     {"--stages": 8, "--microbatches": 4, "--chunks": 1, "--vocab-parallel": 1, "--memory-limit": 3}.items(),
 )
-def test_options_must_agree_with_the_size_of_a_file(option, other, tmp_path):
+def test_options_must_agree_with_the_size_of_a_file(option, value, tmp_path):
     file = tmp_path / "mine.csv"
     schedule("v-half", *SIZE, "--vocab-parallel", 2, "--csv", file)
     assert schedule(file, *SIZE, "--chunks", 2, "--vocab-parallel", 2) == schedule(file)
     with pytest.raises(UserError):
-        schedule(file, option, other)
+        schedule(file, option, value)
 
 
 @pytest.mark.parametrize("option", ["--csv", "--draw"])

@@ -36,9 +36,9 @@ def failures(*pairs):
 
 
 def test_only_failures_within_the_window_count_towards_giving_up():
-    seen = failures((0.0, 1), (50.0, 2), (60.0, 3))
-    assert too_many_failures(seen, SETTINGS, now=61.0) and not too_many_failures(seen, SETTINGS, now=101.0)
-    assert not too_many_failures(seen[:2], SETTINGS, now=61.0)
+    recent = failures((0.0, 1), (50.0, 2), (60.0, 3))
+    assert too_many_failures(recent, SETTINGS, now=61.0) and not too_many_failures(recent, SETTINGS, now=101.0)
+    assert not too_many_failures(recent[:2], SETTINGS, now=61.0)
 
 
 DELAYS = {
@@ -50,9 +50,9 @@ DELAYS = {
 }
 
 
-@pytest.mark.parametrize(("seen", "seconds"), DELAYS.values(), ids=DELAYS)
-def test_the_restart_delay_doubles_while_there_is_no_progress(seen, seconds):
-    assert restart_delay(failures(*seen), SETTINGS) == seconds
+@pytest.mark.parametrize(("pairs", "seconds"), DELAYS.values(), ids=DELAYS)
+def test_the_restart_delay_doubles_while_there_is_no_progress(pairs, seconds):
+    assert restart_delay(failures(*pairs), SETTINGS) == seconds
 
 
 def test_the_hang_timeout_is_a_multiple_of_the_median_step_above_a_floor():
@@ -68,9 +68,9 @@ SUSPECTS = {
 }
 
 
-@pytest.mark.parametrize(("seen", "process"), SUSPECTS.values(), ids=SUSPECTS)
-def test_the_hanging_process_is_the_one_that_the_others_wait_for(seen, process):
-    reports = {index: ProcessReport(step, "step", 0.0, heartbeat) for index, (step, heartbeat) in seen.items()}
+@pytest.mark.parametrize(("progress", "process"), SUSPECTS.values(), ids=SUSPECTS)
+def test_the_hanging_process_is_the_one_that_the_others_wait_for(progress, process):
+    reports = {index: ProcessReport(step, "step", 0.0, heartbeat) for index, (step, heartbeat) in progress.items()}
     assert find_hanging_process(reports, range(3)) == process
 
 
@@ -83,11 +83,11 @@ def test_the_failed_process_was_killed_and_its_peers_raised_or_aborted():
 
 
 def test_a_slot_is_unreliable_after_failures_within_the_window():
-    seen = [Failure(time, 1, slot) for time, slot in ((0.0, 0), (50.0, 1), (60.0, 1), (70.0, None), (80.0, None))]
-    assert find_unreliable_slots(seen, SETTINGS, now=90.0) == {1} and not find_unreliable_slots(
-        seen, SETTINGS, now=155.0
+    recent = [Failure(time, 1, slot) for time, slot in ((0.0, 0), (50.0, 1), (60.0, 1), (70.0, None), (80.0, None))]
+    assert find_unreliable_slots(recent, SETTINGS, now=90.0) == {1} and not find_unreliable_slots(
+        recent, SETTINGS, now=155.0
     )
-    assert not find_unreliable_slots(seen, SETTINGS.model_copy(update={"strikes": 0}), now=90.0)
+    assert not find_unreliable_slots(recent, SETTINGS.model_copy(update={"strikes": 0}), now=90.0)
 
 
 def test_a_killed_process_is_the_suspect_not_the_peer_that_then_failed():
