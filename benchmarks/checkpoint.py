@@ -1,32 +1,32 @@
-"""`meshwright bench checkpoint`: how long a save keeps training waiting, beside Orbax alone, in one process, in turns.
+"""`meshwright bench checkpoint`: how long training waits for a save, next to Orbax alone, in one process, in turns.
 
     stall      seconds until the arrays may change again
     whole      seconds until the checkpoint is committed
     flush      bytes over `whole`
 
-Ours is a copy, and from it Orbax's asynchronous save plus fingerprints and a manifest; `memory` is the same copy, and
-from it a snapshot in /dev/shm. The third part is a snapshot at every step of a second (`every_step.py`).
+`ours` is a copy, which Orbax saves asynchronously, plus fingerprints and a manifest; `memory` is the same copy, and a
+snapshot of it in /dev/shm. The last part is a snapshot at every step of a second (`every_step.py`).
 
     meshwright bench checkpoint --megabytes 1000 --rounds 3
 """
 
-import argparse
 import json
-import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .every_step import measure_slowdowns, random_state
+from .harness import bench_parser, run_in_turns
 
 Save = Callable[[Path], tuple[float, float]]  # directory -> (stall, whole)
 
 
-def saves(state: Any, megabytes: int) -> dict[str, Save]:
-    """Name -> a save of `state`, timed."""
+def make_saves(state: Any) -> dict[str, Save]:
+    """Name -> a timed save of `state`."""
     from orbax.checkpoint import v1 as ocp
 
     from meshwright.checkpoint.async_copy import donation_safe_copy
@@ -36,13 +36,13 @@ def saves(state: Any, megabytes: int) -> dict[str, Save]:
 
     plain = Layout("plain", lambda path, shape: [(path, ())])
     memory = MemoryStore(Path("/dev/shm") / f"meshwright-bench-{time.time_ns()}")
-    memory.save(state, step=0, data={})  # its pages are there from now on
+    memory.save(state, step=0, data={})  # allocates its pages
     memory.save(state, step=1, data={})
 
     def synchronous(directory: Path) -> tuple[float, float]:
         began = time.monotonic()
         ocp.save(directory / "1", saved_tree(state))
-        return (took := time.monotonic() - began), took
+        return (seconds := time.monotonic() - began), seconds
 
     def asynchronous(directory: Path) -> tuple[float, float]:
         began = time.monotonic()
@@ -73,9 +73,7 @@ def saves(state: Any, megabytes: int) -> dict[str, Save]:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure and print JSON."""
-    parser = argparse.ArgumentParser(
-        prog="meshwright bench checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("checkpoint", __doc__)
     parser.add_argument("--megabytes", type=int, default=1000, help="of the state")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where to save")
@@ -83,29 +81,27 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of such a step")
     parser.add_argument("--turns", type=int, default=4, help="of such steps, four each, with and without snapshots")
     options = parser.parse_args(arguments)
-    ways = saves(random_state(options.megabytes), options.megabytes)
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    saves = make_saves(random_state(options.megabytes))
+
+    def run(save: Save) -> tuple[float, float]:
+        with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+            return save(Path(directory) / "checkpoints")
+
     try:
-        for number in range(options.rounds + 1):
-            for name, save in ways.items():
-                with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-                    times = save(Path(directory) / "checkpoints")
-                    shutil.rmtree(Path(directory) / "checkpoints", ignore_errors=True)
-                if number:  # the first round warms up
-                    seen[name].append(times)
+        times = run_in_turns({name: partial(run, save) for name, save in saves.items()}, rounds=options.rounds)
     finally:
-        ways["memory"].close()
-    result = summary(seen, options.megabytes)
+        saves["memory"].close()
+    result = summarize(times, options.megabytes)
     if options.every_step:
         result["every step"] = measure_slowdowns(options.every_step, seconds=options.seconds, turns=options.turns)
     print(json.dumps(result, indent=1))
 
 
-def summary(seen: dict[str, list[tuple[float, float]]], megabytes: int) -> dict[str, Any]:
-    """Medians, and the stall of the others over ours."""
+def summarize(times: dict[str, list[tuple[float, float]]], megabytes: int) -> dict[str, Any]:
+    """Medians, and the stalls of Orbax over ours. `times`: (stall, whole) of every save."""
     result: dict[str, Any] = {"megabytes": megabytes}
-    for name, times in seen.items():
-        stall, whole = (statistics.median(column) for column in zip(*times, strict=True))
+    for name, pairs in times.items():
+        stall, whole = (statistics.median(column) for column in zip(*pairs, strict=True))
         result[name] = {"stall": round(stall, 4), "whole": round(whole, 4), "flush_mb_s": round(megabytes / whole)}
     for name in ("orbax", "orbax asynchronous"):
         result[f"stall of {name} over ours"] = round(result[name]["stall"] / result["ours"]["stall"], 2)

@@ -47,7 +47,7 @@ def tensor_decisions(memory: MemoryConfig, *, tensors: Collection[str]) -> dict[
 
 
 def make_remat(decisions: Mapping[str, MemoryDecision] | None, *, scanned: bool) -> Callable[[Callable], Callable]:
-    """Return a function that wraps a block so that it saves what `decisions` says. `scanned`: it is the body of a scan."""
+    """Return a function that wraps a block to save what `decisions` say. `scanned`: the block is the body of a scan."""
     if decisions is None:
         return lambda block: block
     kept_names = [name for name, decision in decisions.items() if decision == "keep"]

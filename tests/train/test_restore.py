@@ -89,7 +89,7 @@ def test_the_verbs_list_verify_and_repair(run):
     text = bytearray(file.read_bytes())
     text[len(text) // 2] ^= 4
     file.write_bytes(text)  # a good copy was brought back
-    assert "step 4 is whole and back" in verbs("repair", run)[1] and "nothing to repair" in verbs("repair", run)[1]
+    assert "step 4 is intact" in verbs("repair", run)[1] and "nothing to repair" in verbs("repair", run)[1]
 
 
 def test_a_full_disk_is_journalled_and_training_goes_on(tmp_path, monkeypatch):

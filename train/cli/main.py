@@ -21,7 +21,7 @@ from ...configs.errors import MeshwrightError, UserError
 from ...configs.run import RunConfig
 from ...configs.sections.launch import SlurmConfig
 from ...configs.sections.parallel import PipelineConfig
-from ..data.missing_files import absent
+from ..data.missing_files import find_missing_files
 from . import adapters, checkpoint, drafts, jobs, recipes
 from .arguments import AdapterName, Config, Json, Overrides, RunPath
 from .bench import BENCHMARKS
@@ -101,7 +101,7 @@ def validate(
 
         check(loaded)
     typer.echo(loaded.model_dump_json(indent=1) if as_json else f"{config}: good ({summary_line(loaded)})")
-    for line in absent(loaded):
+    for line in find_missing_files(loaded):
         typer.echo(f"not on this machine: {line}", err=True)
 
 

@@ -14,17 +14,17 @@ from ...configs.sections.data import DataConfig, MixtureSource
 from .chat import Template, find_template
 from .dataset import Dataset, HeldOutDataset, HeldOutSource, Packing, ShuffledDataset
 from .disk_cache import cache_directory, cache_entry
-from .documents import Documents, digest, texts
-from .fixed_mixture import DealtHeldOut, DealtTraining
-from .held_out_split import held_out, identity
-from .marked_text import whole
+from .documents import Documents, digest, nonempty_texts
+from .fixed_mixture import FixedHeldOutMixture, FixedTrainingMixture
+from .held_out_split import select_held_out, text_identity
+from .marked_text import plain_text
 from .mixture import Mixture
 from .rows import RowShape
 from .source_paths import source_keys
 from .sources import open_source, open_stream
-from .streaming_source import Stream, Streamed
-from .token_store import TokenStore, tokenized
-from .tokenizer import END, Tokenizer, check_tokenizer, load, tokenizer_for, train
+from .streaming_source import DocumentStream, StreamedDataset
+from .token_store import TokenStore, tokenize
+from .tokenizer import END, Tokenizer, check_vocab_size, configured_tokenizer, load_tokenizer, train_bpe
 
 logger = logging.getLogger(__name__)
 MIXTURE_KEY = 0  # the mixture's own key, where source number n has n + 1
@@ -36,7 +36,7 @@ class Data:
 
     tokenizer: Tokenizer
     train: Dataset
-    held_out: HeldOutDataset | DealtHeldOut | None  # None where data.held_out is 0
+    held_out: HeldOutDataset | FixedHeldOutMixture | None  # None where data.held_out is 0
     template: Template | None  # of conversations; None where there is none
     tokens: int  # of all stores: places that a row may name; of a stream those of its first window
     fingerprint: str  # of everything but the seed that decides what sample i holds
@@ -49,7 +49,7 @@ class OpenedSource:
 
     key: str  # where its settings stand, for errors
     documents: Documents  # all of them; of a stream those of its first window
-    stream: Stream | None
+    stream: DocumentStream | None
     may_cut: bool = True  # whether a document longer than a row may be cut
 
     @property
@@ -82,15 +82,17 @@ def build_data(
         )
         for source, key in zip(data.sources, source_keys(data, adapters or {}), strict=True)
     ]
-    tokenizer = tokenizer_for(data.tokenizer) or train_tokenizer(sources, data, cache=cache)
+    tokenizer = configured_tokenizer(data.tokenizer) or train_tokenizer(sources, data, cache=cache)
     if model_vocab is not None:
-        check_tokenizer(tokenizer, model_vocab)
+        check_vocab_size(tokenizer, model_vocab)
     packing = Packing(data.packing.method, data.packing.window, RowShape.of(tokenizer, data.sequence_length))
 
     parts = number_tokens([split_held_out(source, tokenizer, data=data, cache=cache) for source in sources])
     evaluated = np.concatenate([part.store.identities[part.documents] for part in parts])
     kept = [
-        drop_longer_than_row(part.store, np.flatnonzero(~np.isin(part.store.identities, evaluated)), source, data.sequence_length)
+        drop_longer_than_row(
+            part.store, np.flatnonzero(~np.isin(part.store.identities, evaluated)), source, data.sequence_length
+        )
         for source, part in zip(sources, parts, strict=True)
     ]
     for source, part, documents in zip(sources, parts, kept, strict=True):
@@ -100,14 +102,16 @@ def build_data(
     for number, (source, part, documents) in enumerate(zip(sources, parts, kept, strict=True), start=1):
         key = (seed, 1 if adapters else number)  # an adapter reads as it would alone
         if source.stream:
-            window = stream_windows(source, tokenizer, held_out_identities=evaluated, packing=packing, key=key, cache=cache)
-            training.append(Streamed(window, key=key))
+            window = stream_windows(
+                source, tokenizer, held_out_identities=evaluated, packing=packing, key=key, cache=cache
+            )
+            training.append(StreamedDataset(window, key=key))
         else:
             training.append(ShuffledDataset(part.store, documents, packing=packing, key=key))
     if adapters:
-        mixed = DealtTraining(dict(zip(adapters, training, strict=True)), rows=adapters)
+        mixed = FixedTrainingMixture(dict(zip(adapters, training, strict=True)), rows=adapters)
         held = {name: HeldOutDataset([part], packing=packing) for name, part in zip(adapters, parts, strict=True)}
-        evaluation = DealtHeldOut(held, rows=adapters) if data.held_out else None
+        evaluation = FixedHeldOutMixture(held, rows=adapters) if data.held_out else None
     else:
         weights = [source.weight for source in data.sources]
         mixed = Mixture(training, weights=weights, key=(seed, MIXTURE_KEY)) if data.mixture else training[0]
@@ -136,18 +140,22 @@ def open_entry(source: MixtureSource, *, key: str, window: int, cache: Path, tem
 
 def split_held_out(source: OpenedSource, tokenizer: Tokenizer, *, data: DataConfig, cache: Path) -> HeldOutSource:
     """The tokens of a source (of a stream: of its first window), and which of its documents are held out."""
-    store = tokenized(source.documents, tokenizer, cache=cache)
-    chosen = np.flatnonzero(held_out(store.identities, fraction=data.held_out))
+    store = tokenize(source.documents, tokenizer, cache=cache)
+    chosen = np.flatnonzero(select_held_out(store.identities, fraction=data.held_out))
     return HeldOutSource(source.documents, store, drop_longer_than_row(store, chosen, source, data.sequence_length))
 
 
 def number_tokens(parts: list[HeldOutSource]) -> list[HeldOutSource]:
     """The parts, each token of their stores with a number of its own."""
     firsts = np.cumsum([0, *(len(part.store.tokens) for part in parts)]).tolist()
-    return [replace(part, store=replace(part.store, first=first)) for part, first in zip(parts, firsts, strict=False)]
+    return [
+        replace(part, store=replace(part.store, first_token=first)) for part, first in zip(parts, firsts, strict=False)
+    ]
 
 
-def drop_longer_than_row(store: TokenStore, documents: np.ndarray, source: OpenedSource, sequence_length: int) -> np.ndarray:
+def drop_longer_than_row(
+    store: TokenStore, documents: np.ndarray, source: OpenedSource, sequence_length: int
+) -> np.ndarray:
     """`documents`, less those that are longer than a row and must not be cut; says how many these are."""
     if source.may_cut:
         return documents
@@ -176,7 +184,7 @@ def stream_windows(
 
     def window(number: int) -> tuple[ShuffledDataset, bool]:
         documents = source.stream.window(number)
-        store = tokenized(documents, tokenizer, cache=cache)
+        store = tokenize(documents, tokenizer, cache=cache)
         kept = np.flatnonzero(~np.isin(store.identities, held_out_identities))
         kept = drop_longer_than_row(store, kept, source, packing.shape.sequence_length)
         return ShuffledDataset(store, kept, packing=packing, key=(*key, number)), len(documents) < source.stream.size
@@ -194,18 +202,18 @@ def train_tokenizer(sources: list[OpenedSource], data: DataConfig, *, cache: Pat
 
     def write(directory: Path) -> None:
         logger.info("training a tokenizer of %d ids", vocab)
-        train(training_texts(list(once.values()), fraction=data.held_out), vocab=vocab).save(directory)
+        train_bpe(training_texts(list(once.values()), fraction=data.held_out), vocab=vocab).save(directory)
 
-    return cache_entry(cache / "tokenizers" / key, read=load, write=write)
+    return cache_entry(cache / "tokenizers" / key, read=load_tokenizer, write=write)
 
 
 def training_texts(sources: list[Documents], *, fraction: float) -> Iterator[str]:
     """The text of every document that is not held out."""
     for source in sources:
-        out = held_out([identity(text) for _, text in texts(source)], fraction=fraction)
-        for hidden, (_, text) in zip(out, texts(source), strict=True):
+        out = select_held_out([text_identity(text) for _, text in nonempty_texts(source)], fraction=fraction)
+        for hidden, (_, text) in zip(out, nonempty_texts(source), strict=True):
             if not hidden:
-                yield whole(text)
+                yield plain_text(text)
 
 
 def check_source_size(source: OpenedSource, part: HeldOutSource, *, documents: np.ndarray, data: DataConfig) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ...configs.errors import UserError, first_line
 from .documents import digest
-from .marked_text import MARK, Part, unmarked
+from .marked_text import MARK, Part, check_unmarked
 
 Message = Mapping[str, Any]
 
@@ -67,7 +67,7 @@ class Template:
         Raises UserError, showing what was rendered, where nothing is.
         """
         for message in messages:
-            unmarked(json.dumps(message, ensure_ascii=False, default=str), origin=origin)
+            check_unmarked(json.dumps(message, ensure_ascii=False, default=str), origin=origin)
         if re.search(r"\{%-?\s*generation\s*-?%\}", self.source):
             text = self.render(messages, tools=tools)
             text = _unmark_head(text, self.render(messages[:first], tools=tools)) if first else text

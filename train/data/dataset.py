@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from .documents import Documents
-from .marked_text import learned
+from .marked_text import learned_text
 from .permutation import permutation
-from .rows import Row, RowShape, RowTable, padding, row, row_table
+from .rows import Row, RowShape, RowTable, build_row, padding_row, row_table
 from .token_store import TokenStore
 
 # What a permutation is for, as part of its key: equal integers elsewhere in the key must not give equal orders.
@@ -64,7 +64,7 @@ class ShuffledDataset:
     def row(self, index: int) -> Row:
         epoch, place = divmod(index, self._rows)
         table, order = self._epoch(epoch)
-        return row(self.store, table, index=order[place], shape=self.packing.shape)
+        return build_row(self.store, table, index=order[place], shape=self.packing.shape)
 
     def _plan(self, epoch: int) -> tuple[RowTable, np.ndarray]:
         """The rows of an epoch, and the order they are visited in."""
@@ -141,9 +141,9 @@ class HeldOutDataset:
         """Row `index` >= 0, padding from `rows` on."""
         part = int(np.searchsorted(self._stops, index, side="right"))
         if part == len(self._parts):
-            return padding(self._shape)
+            return padding_row(self._shape)
         within = index - (self._stops[part] - len(self._tables[part]))
-        return row(self._parts[part].store, self._tables[part], index=within, shape=self._shape)
+        return build_row(self._parts[part].store, self._tables[part], index=within, shape=self._shape)
 
     def questions(self, count: int) -> list[tuple[list[int], list[int]]]:
         """(what stands before, what is learned last) of the first `count` documents, as tokens; of pairs the first."""
@@ -162,4 +162,4 @@ class HeldOutDataset:
         """What is learned of the documents: what another compressor would be given."""
         for part in self._parts:
             for origin in part.store.origins[part.documents]:
-                yield learned(part.source[int(origin)])
+                yield learned_text(part.source[int(origin)])

@@ -15,8 +15,8 @@ from typing import Any
 
 from .disk_cache import cache_entry
 from .documents import digest
-from .formats import Reader
-from .text_files import standard_library
+from .formats import RowReader
+from .text_files import open_standard_library
 
 logger = logging.getLogger(__name__)
 LONGEST_DOCSTRING, LONGEST_FUNCTION = 300, 800  # characters: a few hundred tokens together
@@ -45,7 +45,7 @@ def docstring_pairs(source: str) -> Iterator[tuple[str, str]]:
 
 def library_pairs(cache: Path) -> tuple[Pairs, str]:
     """All pairs of the standard library, each once, in the order of its files; and their fingerprint."""
-    modules = standard_library()
+    modules = open_standard_library()
     key = digest("docstrings-1", modules.fingerprint, str(LONGEST_DOCSTRING), str(LONGEST_FUNCTION))
 
     def write(directory: Path) -> None:
@@ -75,21 +75,21 @@ def _completion(docstring: str, function: str, other_function: str, index: int) 
     return {"prompt": make_prompt(docstring), "completion": function}
 
 
-def _messages(said: str, function: str, other: str, index: int) -> dict[str, Any]:
-    asked = {"role": "user", "content": f"Write a Python function. {said}"}
+def _messages(docstring: str, function: str, other_function: str, index: int) -> dict[str, Any]:
+    asked = {"role": "user", "content": f"Write a Python function. {docstring}"}
     return {"messages": [asked, {"role": "assistant", "content": function}]}
 
 
-def _preference(said: str, function: str, other: str, index: int) -> dict[str, Any]:
-    return {"prompt": make_prompt(said), "chosen": function, "rejected": other}
+def _preference(docstring: str, function: str, other_function: str, index: int) -> dict[str, Any]:
+    return {"prompt": make_prompt(docstring), "chosen": function, "rejected": other_function}
 
 
-def _unpaired(said: str, function: str, other: str, index: int) -> dict[str, Any]:
+def _unpaired(docstring: str, function: str, other_function: str, index: int) -> dict[str, Any]:
     good = index % 2 == 0
-    return {"prompt": make_prompt(said), "completion": function if good else other, "label": good}
+    return {"prompt": make_prompt(docstring), "completion": function if good else other_function, "label": good}
 
 
-ROWS: dict[str, Callable[[str, str, str, int], dict[str, Any]]] = {
+ROW_BUILDERS: dict[str, Callable[[str, str, str, int], dict[str, Any]]] = {
     "prompt-completion": _completion,
     "messages": _messages,
     "preference": _preference,
@@ -98,11 +98,11 @@ ROWS: dict[str, Callable[[str, str, str, int], dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class Docstrings:
+class DocstringDocuments:
     """One document a function."""
 
     pairs: Pairs
-    reader: Reader
+    reader: RowReader
     key: str
 
     @property
@@ -115,5 +115,5 @@ class Docstrings:
     def __getitem__(self, index: int) -> str:
         said, function = self.pairs[index]
         other = self.pairs[(index + len(self.pairs) // 2) % len(self.pairs)][1]  # of another module
-        row = ROWS[self.reader.format](said, function, other, index)
+        row = ROW_BUILDERS[self.reader.format](said, function, other, index)
         return self.reader.document(row, origin=f"function {index} of the standard library")

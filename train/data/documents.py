@@ -24,7 +24,7 @@ class Documents(Protocol):
 
 
 @dataclass(frozen=True)
-class First:
+class FirstDocuments:
     """The first `count` documents of another collection."""
 
     documents: Documents
@@ -43,7 +43,7 @@ class First:
         return self.documents[index]
 
 
-def texts(documents: Documents) -> Iterator[tuple[int, str]]:
+def nonempty_texts(documents: Documents) -> Iterator[tuple[int, str]]:
     """(index, text) of every document that has any text."""
     for index in range(len(documents)):
         if text := documents[index]:
@@ -59,7 +59,7 @@ def digest(*parts: str) -> str:
     return state.hexdigest()
 
 
-def decoded(raw: bytes, *, origin: str, offset: int = 0) -> str:
+def decode_utf8(raw: bytes, *, origin: str, offset: int = 0) -> str:
     """UTF-8 bytes as text; `offset` is where `raw` starts in `origin`. Raises UserError naming file and byte."""
     try:
         return raw.decode("utf-8")

@@ -17,12 +17,12 @@ from .rows import Row
 Rows = TypeVar("Rows", bound=Any)  # Dataset or HeldOut
 
 
-class Dealt(Generic[Rows]):
+class FixedMixture(Generic[Rows]):
     """An endless sequence of rows out of `each` data set by name, of which a batch has so many `rows`."""
 
-    def __init__(self, each: Mapping[str, Rows], *, rows: Mapping[str, int]):
-        self.each = dict(each)
-        self._counts = [rows[name] for name in each]
+    def __init__(self, datasets: Mapping[str, Rows], *, rows: Mapping[str, int]):
+        self.datasets = dict(datasets)
+        self._counts = [rows[name] for name in datasets]
         self._stops = np.cumsum(self._counts)
 
     def row(self, index: int) -> Row:
@@ -30,19 +30,19 @@ class Dealt(Generic[Rows]):
         batch, place = divmod(index, int(self._stops[-1]))
         number = int(np.searchsorted(self._stops, place, side="right"))
         count = self._counts[number]
-        row = list(self.each.values())[number].row(batch * count + place - int(self._stops[number] - count))
+        row = list(self.datasets.values())[number].row(batch * count + place - int(self._stops[number] - count))
         return row | {ADAPTER_IDS_FIELD: np.full_like(row["segment_ids"], number)}
 
 
-class DealtTraining(Dealt[Dataset]):
+class FixedTrainingMixture(FixedMixture[Dataset]):
     """To train on."""
 
     def rows_per_epoch(self, epoch: int = 0) -> int:
         """Rows of all together; how long each lasts depends on how many a batch has."""
-        return sum(dataset.rows_per_epoch(epoch) for dataset in self.each.values())
+        return sum(dataset.rows_per_epoch(epoch) for dataset in self.datasets.values())
 
 
-class DealtHeldOut(Dealt[HeldOutDataset]):
+class FixedHeldOutMixture(FixedMixture[HeldOutDataset]):
     """To evaluate on: rows beyond the last of a data set are padding."""
 
     @property
@@ -53,10 +53,10 @@ class DealtHeldOut(Dealt[HeldOutDataset]):
     def padded_rows(self, global_batch: int) -> int:
         """Whole batches that hold all documents of all: the `stop` for `batches`."""
         return global_batch * max(
-            -(-one.rows // count) for one, count in zip(self.each.values(), self._counts, strict=True)
+            -(-one.rows // count) for one, count in zip(self.datasets.values(), self._counts, strict=True)
         )
 
     def texts(self) -> Iterator[str]:
         """What is learned of the documents of each, one data set after another."""
-        for one in self.each.values():
+        for one in self.datasets.values():
             yield from one.texts()

@@ -13,16 +13,16 @@ from ...configs.errors import UserError
 from ...configs.sections.data import FORMAT_COLUMNS, SourceConfig
 from .chat import Template
 from .documents import Documents, digest
-from .marked_text import Example, Part, parsed, prompted, unmarked, written
+from .marked_text import Example, Part, check_unmarked, make_part, parse_document, write_document
 
 Row = Mapping[str, Any]
-SPEAKERS = {  # of ShareGPT, in OpenAI's words
+SHAREGPT_ROLES = {  # of ShareGPT, in OpenAI's words
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "function_call": "assistant", "system": "system", "observation": "tool", "tool": "tool",
 }  # fmt: skip
 
 
-class Given(NamedTuple):
+class RowFields(NamedTuple):
     """A row as a format sees it."""
 
     row: Row  # our name of a column -> value; optional columns that are absent or null are left out
@@ -32,7 +32,7 @@ class Given(NamedTuple):
 
     def text(self, name: str) -> str:
         """The text in a column."""
-        return text_of(self.row[name], field=self.names[name], origin=self.origin)
+        return check_text(self.row[name], field=self.names[name], origin=self.origin)
 
     def chat(self, messages: Sequence[Row], *, first: int = 0) -> Part:
         """The conversation as text."""
@@ -42,7 +42,7 @@ class Given(NamedTuple):
                 "a Jinja file, or to plain, which needs no special tokens"
             )
         return self.template.to_part(
-            [message_of(one, origin=self.origin) for one in messages],
+            [check_message(one, origin=self.origin) for one in messages],
             first=first,
             tools=self.row.get("tools"),
             origin=self.origin,
@@ -57,87 +57,87 @@ class Given(NamedTuple):
                 f"data.format: {self.origin}: prompt {prompt!r:.40} and answer {answer!r:.40} must be both texts or "
                 "both lists of messages; repair or remove the row"
             )
-        return prompted(
-            *(text_of(text, field="text", origin=self.origin) for text in (prompt, answer)), origin=self.origin
+        return make_part(
+            *(check_text(text, field="text", origin=self.origin) for text in (prompt, answer)), origin=self.origin
         )
 
 
-def text(given: Given) -> str:
+def format_text(fields: RowFields) -> str:
     """The whole document, or what follows a prompt."""
-    if "prompt" not in given.row:
-        return given.text("text")
-    return written([prompted(given.text("prompt"), given.text("text"), origin=given.origin)])
+    if "prompt" not in fields.row:
+        return fields.text("text")
+    return write_document([make_part(fields.text("prompt"), fields.text("text"), origin=fields.origin)])
 
 
-def messages(given: Given) -> str:
+def format_messages(fields: RowFields) -> str:
     """OpenAI's: [{role, content}, ...]."""
-    return written([given.chat(given.row["messages"])])
+    return write_document([fields.chat(fields.row["messages"])])
 
 
-def sharegpt(given: Given) -> str:
+def format_sharegpt(fields: RowFields) -> str:
     """[{from: human | gpt | system | observation, value}, ...], and a column `system`."""
-    turns = [{"role": "system", "content": given.row["system"]}] if given.row.get("system") else []
-    for turn in given.row["conversations"]:
-        if turn.get("from") not in SPEAKERS:
+    turns = [{"role": "system", "content": fields.row["system"]}] if fields.row.get("system") else []
+    for turn in fields.row["conversations"]:
+        if turn.get("from") not in SHAREGPT_ROLES:
             raise UserError.no_match(
-                f"data.format ({given.origin}): from", [str(turn.get("from"))], candidates=SPEAKERS
+                f"data.format ({fields.origin}): from", [str(turn.get("from"))], candidates=SHAREGPT_ROLES
             )
-        turns.append({"role": SPEAKERS[turn["from"]], "content": turn.get("value")})
-    return written([given.chat(turns)])
+        turns.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")})
+    return write_document([fields.chat(turns)])
 
 
-def alpaca(given: Given) -> str:
+def format_alpaca(fields: RowFields) -> str:
     """instruction, input, output; a column `system`, and earlier turns [[user, assistant], ...] in `history`."""
-    turns = [{"role": "system", "content": given.row["system"]}] if given.row.get("system") else []
-    for said, answered in given.row.get("history", []):
+    turns = [{"role": "system", "content": fields.row["system"]}] if fields.row.get("system") else []
+    for said, answered in fields.row.get("history", []):
         turns += [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
-    asked = "\n".join(filter(None, [given.text("instruction"), given.row.get("input")]))
-    turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": given.text("output")}]
-    return written([given.chat(turns)])
+    asked = "\n".join(filter(None, [fields.text("instruction"), fields.row.get("input")]))
+    turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": fields.text("output")}]
+    return write_document([fields.chat(turns)])
 
 
-def completion(given: Given) -> str:
+def format_completion(fields: RowFields) -> str:
     """prompt and completion: texts, or lists of messages."""
-    return written([given.answer(given.row["prompt"], given.row["completion"])])
+    return write_document([fields.answer(fields.row["prompt"], fields.row["completion"])])
 
 
-def preference(given: Given) -> str:
+def format_preference(fields: RowFields) -> str:
     """A pair: the answer that was chosen, and the one that was rejected; `margin` is how much better it is."""
-    chosen, rejected = given.row["chosen"], given.row["rejected"]
-    prompt = given.row.get("prompt")
+    chosen, rejected = fields.row["chosen"], fields.row["rejected"]
+    prompt = fields.row.get("prompt")
     if prompt is None:
         if not (isinstance(chosen, list) and isinstance(rejected, list)):
             raise UserError(
-                f"data.format: {given.origin}: no prompt; texts need one, only messages can share their beginning"
+                f"data.format: {fields.origin}: no prompt; texts need one, only messages can share their beginning"
             )
         same = [one == other for one, other in zip(chosen, rejected, strict=False)]
         shared = same.index(False) if False in same else len(same)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    pair = [given.answer(prompt, answer) for answer in (chosen, rejected)]
-    return written(pair, label=float(given.row.get("margin", 0.0)))
+    pair = [fields.answer(prompt, answer) for answer in (chosen, rejected)]
+    return write_document(pair, label=float(fields.row.get("margin", 0.0)))
 
 
-def unpaired(given: Given) -> str:
+def format_unpaired(fields: RowFields) -> str:
     """prompt, completion, and a label: whether this is an answer to give."""
-    label = given.row["label"]
+    label = fields.row["label"]
     if label not in (True, False):
-        raise UserError(f"data.format: {given.origin}: label {label!r:.40} is neither true nor false; repair the row")
-    return written([given.answer(given.row["prompt"], given.row["completion"])], label=1.0 if label else -1.0)
+        raise UserError(f"data.format: {fields.origin}: label {label!r:.40} is neither true nor false; repair the row")
+    return write_document([fields.answer(fields.row["prompt"], fields.row["completion"])], label=1.0 if label else -1.0)
 
 
-FORMATS: dict[str, Callable[[Given], str]] = {
-    "text": text,
-    "messages": messages,
-    "sharegpt": sharegpt,
-    "alpaca": alpaca,
-    "prompt-completion": completion,
-    "preference": preference,
-    "unpaired": unpaired,
+FORMATS: dict[str, Callable[[RowFields], str]] = {
+    "text": format_text,
+    "messages": format_messages,
+    "sharegpt": format_sharegpt,
+    "alpaca": format_alpaca,
+    "prompt-completion": format_completion,
+    "preference": format_preference,
+    "unpaired": format_unpaired,
 }
 
 
 @dataclass(frozen=True)
-class Reader:
+class RowReader:
     """From the rows of one source to documents."""
 
     format: str
@@ -156,7 +156,7 @@ class Reader:
         ours = {name: row[theirs] for name, theirs in self.names.items() if row.get(theirs) is not None}
         # A needed column that is null is the format's to refuse; what it can do without is absent.
         ours |= {name: None for name in self.needed if name not in ours}
-        return FORMATS[self.format](Given(ours, self.template, origin, self.names))
+        return FORMATS[self.format](RowFields(ours, self.template, origin, self.names))
 
     def columns(self, available: Iterable[str], *, where: str = "") -> list[str]:
         """The columns of a table that are read. Raises UserError where one is missing."""
@@ -170,17 +170,17 @@ class Reader:
         return [theirs for theirs in dict.fromkeys(self.names.values()) if theirs in available]
 
 
-def reader_of(source: SourceConfig, template: Template | None = None) -> Reader:
+def make_reader(source: SourceConfig, template: Template | None = None) -> RowReader:
     """What turns a row of `source` into a document."""
     needed, optional = FORMAT_COLUMNS[source.format]
     names = {name: source.columns.get(name, name) for name in (*needed, *optional)}
     if source.format == "text":
         names = {"text": source.field} | ({} if source.prompt is None else {"prompt": source.prompt})
         needed = tuple(names)
-    return Reader(source.format, names, needed, template)
+    return RowReader(source.format, names, needed, template)
 
 
-def text_of(value: Any, *, field: str, origin: str) -> str:
+def check_text(value: Any, *, field: str, origin: str) -> str:
     """`value`, which must be Unicode text without marks."""
     if not isinstance(value, str):
         raise UserError(
@@ -194,10 +194,10 @@ def text_of(value: Any, *, field: str, origin: str) -> str:
             f"data.field: {field} of {origin} is not Unicode text: character {error.start} is "
             f"{value[error.start]!r}; repair or remove the row"
         ) from None
-    return unmarked(value, origin=origin)
+    return check_unmarked(value, origin=origin)
 
 
-def message_of(message: Any, *, origin: str) -> dict[str, Any]:
+def check_message(message: Any, *, origin: str) -> dict[str, Any]:
     """One message: its role, and its content as one text where that is a list of texts."""
     if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
         raise UserError(f"data.format: {origin}: {message!r:.60} is no message; write {{role: user, content: ...}}")
@@ -207,11 +207,11 @@ def message_of(message: Any, *, origin: str) -> dict[str, Any]:
             raise UserError(f"data.format: {origin}: {content!r:.60} is not text only; remove the row")
         content = "".join(part["text"] for part in content)
     present = {key: value for key, value in message.items() if value is not None}
-    return present | {"content": "" if content is None else text_of(content, field="content", origin=origin)}
+    return present | {"content": "" if content is None else check_text(content, field="content", origin=origin)}
 
 
 @dataclass(frozen=True)
-class Mismatched:
+class MismatchedPairs:
     """Each example of another collection paired with the next one's answer to its own prompt.
 
     How likely the model finds answers to other questions is what KTO measures its rewards from.
@@ -227,8 +227,8 @@ class Mismatched:
         return len(self.documents)
 
     def __getitem__(self, index: int) -> str:
-        own: Example = parsed(self.documents[index])
-        other = parsed(self.documents[(index + 1) % len(self.documents)])
+        own: Example = parse_document(self.documents[index])
+        other = parse_document(self.documents[(index + 1) % len(self.documents)])
         (asked,), (answered,) = own.parts, other.parts
         mixed = Part((*asked.spans[:1], *answered.spans[1:]), asked.rendered)
-        return written([asked, mixed], label=own.label)
+        return write_document([asked, mixed], label=own.label)

@@ -10,12 +10,12 @@ import numpy as np
 import xxhash
 
 
-def identity(text: str) -> int:
+def text_identity(text: str) -> int:
     """64 bits of the text, uniform over texts."""
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def held_out(identities: Iterable[int], *, fraction: float) -> np.ndarray:
+def select_held_out(identities: Iterable[int], *, fraction: float) -> np.ndarray:
     """[documents] bool: true where a document is held out.
 
     The smallest `fraction` of all possible identities are. Where that would leave either side empty, the smallest

@@ -40,7 +40,7 @@ class Example(NamedTuple):
     label: float
 
 
-def parsed(document: str) -> Example:
+def parse_document(document: str) -> Example:
     """The example in a document.
 
     >>> parsed("all of it").parts[0].spans
@@ -50,23 +50,23 @@ def parsed(document: str) -> Example:
     return Example(tuple(_part(text) for text in texts.split(SECOND)), float(label or 0))
 
 
-def written(parts: Sequence[Part], label: float = 0.0) -> str:
+def write_document(parts: Sequence[Part], label: float = 0.0) -> str:
     """The document of an example: the inverse of `parsed`."""
     texts = (RENDERED * part.rendered + MARK.join(part.spans) for part in parts)
     return SECOND.join(texts) + (f"{LABEL}{label}" if label else "")
 
 
-def learned(document: str) -> str:
+def learned_text(document: str) -> str:
     """All the text of it that is learned."""
-    return "".join(part.learned for part in parsed(document).parts)
+    return "".join(part.learned for part in parse_document(document).parts)
 
 
-def whole(document: str) -> str:
+def plain_text(document: str) -> str:
     """All its text, without marks."""
-    return "".join(part.text for part in parsed(document).parts)
+    return "".join(part.text for part in parse_document(document).parts)
 
 
-def prompted(prompt: str, completion: str, *, origin: str) -> Part:
+def make_part(prompt: str, completion: str, *, origin: str) -> Part:
     """A text that is learned, behind one that is not. Raises UserError where there is nothing to learn."""
     if not completion:
         raise UserError(
@@ -76,7 +76,7 @@ def prompted(prompt: str, completion: str, *, origin: str) -> Part:
     return Part((prompt, completion), rendered=False)
 
 
-def unmarked(text: str, *, origin: str) -> str:
+def check_unmarked(text: str, *, origin: str) -> str:
     """`text`. Raises UserError where it holds one of the marks."""
     for mark in MARKS:
         if mark in text:

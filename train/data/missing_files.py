@@ -9,18 +9,18 @@ from pathlib import Path
 from ...configs.adapter_runs import adapter_rows
 from ...configs.errors import UserError
 from ...configs.run import RunConfig
-from .source_paths import matching, source_keys, tokenizer_file
+from .source_paths import match_files, source_keys, tokenizer_file
 
 IN_FILES = ("text", "jsonl", "parquet", "arrow")
 WEIGHTS = "*.safetensors"
 
 
-def absent(config: RunConfig) -> Iterator[str]:
+def find_missing_files(config: RunConfig) -> Iterator[str]:
     """A line for each, with key, value and remedy."""
     for source, key in zip(config.all_data.sources, source_keys(config.all_data, adapter_rows(config)), strict=True):
         if source.kind in IN_FILES:
             try:
-                matching(source.path, kind=source.kind, key=key)
+                match_files(source.path, kind=source.kind, key=key)
             except UserError as error:
                 yield str(error)
     if config.all_data.tokenizer.file is not None:

@@ -23,7 +23,7 @@ class Mixture:
 
     def __init__(self, datasets: Sequence[Dataset], *, weights: Sequence[float], key: tuple[int, ...]):
         self._datasets, self._key = tuple(datasets), key
-        self._counts = portions(weights)
+        self._counts = block_counts(weights)
         self._block = lru_cache(maxsize=2)(self._deal)
 
     def rows_per_epoch(self, epoch: int = 0) -> int:
@@ -31,10 +31,10 @@ class Mixture:
         return sum(dataset.rows_per_epoch(epoch) for dataset in self._datasets)
 
     def row(self, index: int) -> Row:
-        source, within = self.place(index)
+        source, within = self.locate(index)
         return self._datasets[source].row(within)
 
-    def place(self, index: int) -> tuple[int, int]:
+    def locate(self, index: int) -> tuple[int, int]:
         """(source, index in that source) of sample `index`."""
         block, offset = divmod(index, BLOCK)
         sources, nth = self._block(block)
@@ -50,7 +50,7 @@ class Mixture:
         return sources, nth
 
 
-def portions(weights: Sequence[float], *, block: int = BLOCK) -> np.ndarray:
+def block_counts(weights: Sequence[float], *, block: int = BLOCK) -> np.ndarray:
     """[sources] int64: rows of each in a block, proportional to the weights, by largest remainder.
 
     Raises UserError where a weight is too small to get a row.

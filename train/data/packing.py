@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Pieces(NamedTuple):
+class DocumentSlices(NamedTuple):
     """Parts of documents, sorted by row; within a row in the order they are laid out. Arrays [pieces] int64."""
 
     row: np.ndarray
@@ -21,7 +21,7 @@ class Pieces(NamedTuple):
     length: np.ndarray  # tokens, at least 1
 
 
-def concat(lengths: np.ndarray, sequence_length: int) -> Pieces:
+def concat(lengths: np.ndarray, sequence_length: int) -> DocumentSlices:
     """Lay the documents end to end and cut every `sequence_length` tokens; the last row is padded.
 
     >>> concat(np.array([3, 4]), 5).length.tolist()      # 3 + 2 fill the first row, 2 begin the second
@@ -36,10 +36,10 @@ def concat(lengths: np.ndarray, sequence_length: int) -> Pieces:
     row = first_row[document] + nth
     left = np.maximum(begin[document], row * sequence_length)
     right = np.minimum(stop[document], (row + 1) * sequence_length)
-    return Pieces(row, document, left - begin[document], right - left)
+    return DocumentSlices(row, document, left - begin[document], right - left)
 
 
-def best_fit(lengths: np.ndarray, sequence_length: int) -> Pieces:
+def best_fit(lengths: np.ndarray, sequence_length: int) -> DocumentSlices:
     """Cut rows off documents longer than a row, then put each rest, longest first, where it leaves least room.
 
     Source: best-fit decreasing as in "Fewer Truncations Improve Language Modeling", arXiv:2404.10830.
@@ -58,7 +58,7 @@ def best_fit(lengths: np.ndarray, sequence_length: int) -> Pieces:
     length = np.concatenate([np.full(len(document), sequence_length), rest[longest_first]])
     document = np.concatenate([document, longest_first])
     by_row = np.argsort(row, kind="stable")
-    return Pieces(row[by_row], document[by_row], start[by_row], length[by_row])
+    return DocumentSlices(row[by_row], document[by_row], start[by_row], length[by_row])
 
 
 def best_fit_rows(lengths: list[int], capacity: int) -> list[int]:
@@ -82,7 +82,7 @@ def best_fit_rows(lengths: list[int], capacity: int) -> list[int]:
     return rows
 
 
-def single(lengths: np.ndarray, sequence_length: int) -> Pieces:
+def single(lengths: np.ndarray, sequence_length: int) -> DocumentSlices:
     """A row holds one document, or a part of one; what is short is padded.
 
     >>> single(np.array([3, 7]), 5).length.tolist()
@@ -92,7 +92,11 @@ def single(lengths: np.ndarray, sequence_length: int) -> Pieces:
     document = np.repeat(np.arange(len(lengths)), rows)
     start = (np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)) * sequence_length
     length = np.minimum(lengths[document] - start, sequence_length)
-    return Pieces(np.arange(len(document)), document, start, length)
+    return DocumentSlices(np.arange(len(document)), document, start, length)
 
 
-PACKERS: dict[str, Callable[[np.ndarray, int], Pieces]] = {"concat": concat, "best-fit": best_fit, "single": single}
+PACKERS: dict[str, Callable[[np.ndarray, int], DocumentSlices]] = {
+    "concat": concat,
+    "best-fit": best_fit,
+    "single": single,
+}

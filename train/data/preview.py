@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .assemble import Data
-from .fixed_mixture import DealtTraining
+from .fixed_mixture import FixedTrainingMixture
 from .rows import Row
 from .tokenizer import Tokenizer
 
@@ -27,7 +27,11 @@ def render(data: Data, rows: int = 2) -> "Text":
     """The first `rows` training rows; of several adapters those of each."""
     from rich.text import Text
 
-    parts = {f"{name}, ": one for name, one in data.train.each.items()} if several(data) else {"": data.train}
+    parts = (
+        {f"{name}, ": one for name, one in data.train.datasets.items()}
+        if has_several_adapters(data)
+        else {"": data.train}
+    )
     return Text("\n").join(
         render_row(part.row(index), data.tokenizer, name=f"{prefix}row {index}")
         for prefix, part in parts.items()
@@ -35,9 +39,9 @@ def render(data: Data, rows: int = 2) -> "Text":
     )
 
 
-def several(data: Data) -> bool:
+def has_several_adapters(data: Data) -> bool:
     """Whether several adapters read, each rows of its own."""
-    return isinstance(data.train, DealtTraining)
+    return isinstance(data.train, FixedTrainingMixture)
 
 
 def render_row(row: Row, tokenizer: Tokenizer, *, name: str) -> "Text":

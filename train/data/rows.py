@@ -19,7 +19,7 @@ from .tokenizer import Tokenizer
 
 # tokens targets segment_ids positions int32, loss_weights labels float32, places int64; each [sequence]
 Row = dict[str, np.ndarray]
-NOWHERE = -1  # the place of padding
+NO_TOKEN = -1  # the place of padding
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RowTable:
     length: np.ndarray  # [pieces] int64, tokens
 
     def __len__(self) -> int:
-        return len(self.first) - 1
+        return len(self.first_token) - 1
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ def row_table(windows: Iterable[np.ndarray], lengths: np.ndarray, *, method: str
     return RowTable(first, *(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
-def row(store: TokenStore, table: RowTable, *, index: int, shape: RowShape) -> Row:
+def build_row(store: TokenStore, table: RowTable, *, index: int, shape: RowShape) -> Row:
     """Row `index` of the table as arrays [sequence]."""
-    result = padding(shape)
+    result = padding_row(shape)
     column = segment = 0
-    for piece in range(table.first[index], table.first[index + 1]):
+    for piece in range(table.first_token[index], table.first_token[index + 1]):
         document = table.document[piece]
         for start, stop, opener in segments(store, document, start=table.start[piece], length=table.length[piece]):
             segment += 1
@@ -80,7 +80,7 @@ def row(store: TokenStore, table: RowTable, *, index: int, shape: RowShape) -> R
             result["segment_ids"][here] = segment
             result["loss_weights"][here] = store.weights(begin, end)
             result["labels"][here] = store.labels[document]
-            result["places"][here] = store.first + np.arange(begin, end)
+            result["places"][here] = store.first_token + np.arange(begin, end)
             column = here.stop
     return result
 
@@ -95,7 +95,7 @@ def segments(store: TokenStore, document: int, *, start: int, length: int) -> It
         yield cut, stop, store.openers[document, 1]
 
 
-def padding(shape: RowShape) -> Row:
+def padding_row(shape: RowShape) -> Row:
     """A row that holds nothing: segment 0, weight 0."""
     length = shape.sequence_length
     return {
@@ -105,5 +105,5 @@ def padding(shape: RowShape) -> Row:
         "segment_ids": np.zeros(length, np.int32),
         "positions": np.zeros(length, np.int32),
         "labels": np.zeros(length, np.float32),
-        "places": np.full(length, NOWHERE, np.int64),
+        "places": np.full(length, NO_TOKEN, np.int64),
     }

@@ -15,7 +15,7 @@ def source_keys(data: DataConfig, adapters: Mapping[str, int]) -> list[str]:
     return [f"data.mixture.{number}" for number in range(len(data.mixture))] or ["data"]
 
 
-def matching(path: str, *, kind: str, key: str) -> list[Path]:
+def match_files(path: str, *, kind: str, key: str) -> list[Path]:
     """The files `path` names, sorted: a file, a glob, or all files of a directory that are of a source's `kind`.
 
     Hidden files and directories are skipped. Raises UserError when there are none.

@@ -24,7 +24,7 @@ from .rows import Row
 
 
 @dataclass(frozen=True)
-class Listed:
+class InMemoryDocuments:
     """Documents in memory."""
 
     texts: tuple[str, ...]
@@ -37,7 +37,7 @@ class Listed:
         return self.texts[index]
 
 
-class Stream:
+class DocumentStream:
     """Documents in windows of `size`, of which every one that was read stays in `directory`."""
 
     def __init__(self, read: Callable[[int], Iterator[str]], *, size: int, fingerprint: str, cache: Path):
@@ -48,16 +48,16 @@ class Stream:
         self._directory = cache / "streams" / self.fingerprint
         self._position, self._rest = 0, None  # how many documents were taken from the open iterator, and the iterator
 
-    def window(self, number: int) -> Listed:
+    def window(self, number: int) -> InMemoryDocuments:
         """The documents of a window: at most `size`, fewer in the last, none behind it."""
 
         def write(directory: Path) -> None:
             text = json.dumps(self._take(number * self.size), ensure_ascii=False)
             (directory / "texts.json").write_text(text, encoding="utf-8")
 
-        def read(directory: Path) -> Listed:
+        def read(directory: Path) -> InMemoryDocuments:
             texts = json.loads((directory / "texts.json").read_text(encoding="utf-8"))
-            return Listed(tuple(texts), digest(self.fingerprint, str(number)))
+            return InMemoryDocuments(tuple(texts), digest(self.fingerprint, str(number)))
 
         return cache_entry(self._directory / f"{number:08}", read=read, write=write)
 
@@ -75,7 +75,7 @@ class Stream:
         return taken
 
 
-class Streamed:
+class StreamedDataset:
     """Samples of a stream by number: its windows in order of arrival, and from the second epoch on in a new order each.
 
     Inside a window documents and rows are shuffled as in any data set. To find sample i in a new process, the windows

@@ -12,7 +12,7 @@ TERMS = (4, 16)  # numbers a line, at least and below
 
 
 @dataclass(frozen=True)
-class Synthetic:
+class SyntheticDocuments:
     """Document `index` is a pure function of (seed, index)."""
 
     count: int

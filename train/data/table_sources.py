@@ -11,9 +11,9 @@ import numpy as np
 import xxhash
 
 from ...configs.errors import UserError, first_line
-from .documents import decoded, digest
-from .formats import Reader
-from .text_files import parts, readable
+from .documents import decode_utf8, digest
+from .formats import RowReader
+from .text_files import map_file, split_spans
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class JsonLines:
 
     paths: tuple[Path, ...]
     lines: np.ndarray  # [documents, 4] int64: file, first byte, end, and the line number a person would look for
-    reader: Reader
+    reader: RowReader
     fingerprint: str
 
     def __len__(self) -> int:
@@ -33,7 +33,7 @@ class JsonLines:
         path = self.paths[file_number]
         with open(path, "rb") as file:
             file.seek(start)
-            raw = decoded(file.read(stop - start), origin=str(path), offset=start)
+            raw = decode_utf8(file.read(stop - start), origin=str(path), offset=start)
         origin = f"{path} line {number}"
         try:
             row = json.loads(raw)
@@ -49,15 +49,15 @@ class JsonLines:
         return self.reader.document(row, origin=origin)
 
 
-def json_lines(paths: list[Path], *, reader: Reader) -> JsonLines:
+def open_json_lines(paths: list[Path], *, reader: RowReader) -> JsonLines:
     """Index the lines of the files; each is parsed when it is read."""
     digests = []
 
     def lines() -> Iterator[tuple[int, int, int, int]]:
         for file_number, path in enumerate(paths):
-            content = readable(path)
+            content = map_file(path)
             digests.append(xxhash.xxh3_128_hexdigest(content))
-            for number, (start, stop) in enumerate(parts(content, b"\n"), start=1):
+            for number, (start, stop) in enumerate(split_spans(content, b"\n"), start=1):
                 if content[start:stop].strip():
                     yield file_number, start, stop, number
 
@@ -70,7 +70,7 @@ class Table:
     """The rows of a memory-mapped `datasets.Dataset`."""
 
     rows: Any  # datasets.Dataset
-    reader: Reader
+    reader: RowReader
     origin: str
     fingerprint: str
 
@@ -81,29 +81,29 @@ class Table:
         return self.reader.document(self.rows[index], origin=f"{self.origin} row {index}")
 
 
-def table_files(paths: list[Path], *, kind: str, reader: Reader, cache: Path) -> Table:
+def open_table_files(paths: list[Path], *, kind: str, reader: RowReader, cache: Path) -> Table:
     """Parquet or Arrow files as one table, mapped from the cache: nothing stays in memory."""
     import datasets
 
-    digests = [xxhash.xxh3_128_hexdigest(readable(path)) for path in paths]
+    digests = [xxhash.xxh3_128_hexdigest(map_file(path)) for path in paths]
     try:
         rows = datasets.load_dataset(
             kind, data_files=[str(path) for path in paths], split="train", cache_dir=str(cache / "datasets")
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"data.path: {paths[0]} is not {kind}: {first_line(error)}; check data.source") from error
-    return Table(selected(rows, reader), reader, str(paths[0].parent), digest(kind, reader.fingerprint, *digests))
+    return Table(select_columns(rows, reader), reader, str(paths[0].parent), digest(kind, reader.fingerprint, *digests))
 
 
-def hub_dataset(path: str, *, name: str | None, split: str, reader: Reader) -> Table:
+def open_hub_dataset(path: str, *, name: str | None, split: str, reader: RowReader) -> Table:
     """A data set saved to a directory, or one that `datasets.load_dataset` knows, downloaded whole."""
     import datasets
 
-    with _explained(path):
-        rows = _saved(path, split=split)
+    with _as_user_error(path):
+        rows = _load_saved(path, split=split)
         rows = datasets.load_dataset(path, name, split=split) if rows is None else rows
     version = digest("hf", reader.fingerprint, rows._fingerprint, str(len(rows)))
-    return Table(selected(rows, reader), reader, path, version)
+    return Table(select_columns(rows, reader), reader, path, version)
 
 
 class HubStream(NamedTuple):
@@ -113,12 +113,12 @@ class HubStream(NamedTuple):
     fingerprint: str
 
 
-def hub_stream(path: str, *, name: str | None, split: str, reader: Reader) -> HubStream:
+def open_hub_stream(path: str, *, name: str | None, split: str, reader: RowReader) -> HubStream:
     """The same without downloading it. The fingerprint knows the revision on the hub, or when local files changed."""
     import datasets
 
-    with _explained(path):
-        if (saved := _saved(path, split=split)) is not None:
+    with _as_user_error(path):
+        if (saved := _load_saved(path, split=split)) is not None:
             rows, version = saved.to_iterable_dataset(), saved._fingerprint
         else:
             builder = datasets.load_dataset_builder(path, name)
@@ -131,12 +131,12 @@ def hub_stream(path: str, *, name: str | None, split: str, reader: Reader) -> Hu
     return HubStream(read, digest("hf", path, str(name), split, reader.fingerprint, str(version)))
 
 
-def selected(rows: Any, reader: Reader) -> Any:
+def select_columns(rows: Any, reader: RowReader) -> Any:
     """The table without the columns nobody reads: reading a row then decodes nothing else."""
     return rows.select_columns(reader.columns(rows.column_names))
 
 
-def _saved(path: str, *, split: str) -> Any:
+def _load_saved(path: str, *, split: str) -> Any:
     """What `save_to_disk` wrote to the directory, or None where it is something else."""
     import datasets
 
@@ -155,7 +155,7 @@ def _saved(path: str, *, split: str) -> Any:
 
 
 @contextmanager
-def _explained(path: str) -> Iterator[None]:
+def _as_user_error(path: str) -> Iterator[None]:
     """Turn what the datasets library raises into one line."""
     import datasets
 

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from ...configs.errors import UserError
-from .documents import decoded, digest
+from .documents import decode_utf8, digest
 
 
 @dataclass(frozen=True)
@@ -32,25 +32,25 @@ class FileDocuments:
         number, start, stop = self.spans[index].tolist()
         with open(self.paths[number], "rb") as file:
             file.seek(start)
-            return decoded(file.read(stop - start), origin=str(self.paths[number]), offset=start)
+            return decode_utf8(file.read(stop - start), origin=str(self.paths[number]), offset=start)
 
 
-def text_files(paths: list[Path], *, separator: str | None) -> FileDocuments:
+def open_text_files(paths: list[Path], *, separator: str | None) -> FileDocuments:
     """Each file a document, or each non-empty part of it between separators."""
     digests = []
 
     def spans() -> Iterator[tuple[int, int, int]]:
         for number, path in enumerate(paths):
-            content = readable(path)
+            content = map_file(path)
             digests.append(xxhash.xxh3_128_hexdigest(content))
-            cuts = [(0, len(content))] if separator is None else parts(content, separator.encode())
+            cuts = [(0, len(content))] if separator is None else split_spans(content, separator.encode())
             yield from ((number, start, stop) for start, stop in cuts if stop > start)
 
     table = np.fromiter(spans(), np.dtype((np.int64, 3)))  # 24 bytes a document: there may be very many
     return FileDocuments(tuple(paths), table, digest("text", str(separator), *digests))
 
 
-def parts(content: bytes | mmap, separator: bytes) -> Iterator[tuple[int, int]]:
+def split_spans(content: bytes | mmap, separator: bytes) -> Iterator[tuple[int, int]]:
     """(start, stop) between separators.
 
     >>> list(parts(b"one--two", b"--"))
@@ -63,7 +63,7 @@ def parts(content: bytes | mmap, separator: bytes) -> Iterator[tuple[int, int]]:
     yield start, len(content)
 
 
-def standard_library() -> FileDocuments:
+def open_standard_library() -> FileDocuments:
     """Every UTF-8 .py file of the running interpreter's standard library; what packages were installed is left out."""
     root = Path(sysconfig.get_path("stdlib"))
     paths, sizes, digests = [], [], []
@@ -86,7 +86,7 @@ def standard_library() -> FileDocuments:
     return FileDocuments(tuple(paths), spans, digest("stdlib", *digests))
 
 
-def readable(path: Path) -> bytes | mmap:
+def map_file(path: Path) -> bytes | mmap:
     """The file's bytes, mapped: it may be larger than memory. Raises UserError when the system refuses."""
     try:
         with open(path, "rb") as file:

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from .disk_cache import cache_entry
-from .documents import Documents, digest, texts
-from .encoding import BATCH_CHARACTERS, encoded
-from .held_out_split import identity
-from .marked_text import parsed
+from .documents import Documents, digest, nonempty_texts
+from .encoding import BATCH_CHARACTERS, encode_parts
+from .held_out_split import text_identity
+from .marked_text import parse_document
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class TokenStore:
     identities: np.ndarray
     sizes: np.ndarray
     origins: np.ndarray
-    first: int = 0  # the number of its first token among those of all the run's stores
+    first_token: int = 0  # the number of its first token among those of all the run's stores
 
     def __len__(self) -> int:
         return len(self.identities)
@@ -68,7 +68,7 @@ class TokenStore:
         return found
 
 
-def tokenized(documents: Documents, tokenizer: Tokenizer, *, cache: Path) -> TokenStore:
+def tokenize(documents: Documents, tokenizer: Tokenizer, *, cache: Path) -> TokenStore:
     """The documents as tokens: encoded once, then read from the cache."""
     key = digest("tokens-3", documents.fingerprint, tokenizer.fingerprint)
     return cache_entry(
@@ -86,9 +86,9 @@ def write_store(documents: Documents, tokenizer: Tokenizer, *, directory: Path) 
     lengths, unlearned, total = [], [], 0
     with open(directory / "tokens.npy", "wb") as file:
         _write_header(file, dtype, count=0)
-        for batch in batched(documents):
-            examples = [parsed(text) for _, text in batch]
-            found = iter(encoded([part for example in examples for part in example.parts], tokenizer))
+        for batch in document_batches(documents):
+            examples = [parse_document(text) for _, text in batch]
+            found = iter(encode_parts([part for example in examples for part in example.parts], tokenizer))
             for (origin, text), example in zip(batch, examples, strict=True):
                 parts = [next(found) for _ in example.parts]
                 for part in parts:
@@ -100,7 +100,7 @@ def write_store(documents: Documents, tokenizer: Tokenizer, *, directory: Path) 
                     "openers": (parts[0].opener, parts[-1].opener),
                     "cuts": len(parts[0].tokens),
                     "labels": example.label,
-                    "identities": identity(text),
+                    "identities": text_identity(text),
                     "sizes": sum(len(part.learned.encode()) for part in example.parts),
                     "origins": origin,
                 }
@@ -121,10 +121,10 @@ def open_store(directory: Path) -> TokenStore:
     return TokenStore(**{name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS})
 
 
-def batched(documents: Documents) -> Iterator[list[tuple[int, str]]]:
+def document_batches(documents: Documents) -> Iterator[list[tuple[int, str]]]:
     """Consecutive (index, text) of about BATCH_CHARACTERS together."""
     batch, characters = [], 0
-    for item in texts(documents):
+    for item in nonempty_texts(documents):
         batch.append(item)
         characters += len(item[1])
         if characters >= BATCH_CHARACTERS:

@@ -64,7 +64,7 @@ class Tokenizer:
         return knowing
 
     @cached_property
-    def added(self) -> frozenset[int]:
+    def added_ids(self) -> frozenset[int]:
         """Ids of tokens that no text has: special ones, and those that templates name."""
         return frozenset(self.library.get_added_tokens_decoder())
 
@@ -89,7 +89,7 @@ class Tokenizer:
         (directory / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
 
 
-def load(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a tokenizer.json, or in the directory that holds one.
 
     Special tokens come from tokenizer_config.json beside it, else by their usual names. Raises UserError when there is
@@ -111,12 +111,12 @@ def load(path: str | Path) -> Tokenizer:
         )
     bos = _special(library, named.get("bos_token"), STARTS)
     pad = _special(library, named.get("pad_token"), PADS)
-    return _finished(library, bos=eos if bos is None else bos, eos=eos, pad=eos if pad is None else pad)
+    return _make_tokenizer(library, bos=eos if bos is None else bos, eos=eos, pad=eos if pad is None else pad)
 
 
-def check_same(tokenizer: Tokenizer, directory: str | Path, *, key: str) -> None:
+def check_same_tokenizer(tokenizer: Tokenizer, directory: str | Path, *, key: str) -> None:
     """Raise UserError where the tokenizer in `directory`, which the configuration's `key` names, has other ids."""
-    other = load(directory)
+    other = load_tokenizer(directory)
     if (tokenizer.bos, tokenizer.eos) != (other.bos, other.eos):
         raise UserError(
             f"{key}: {directory} begins and ends a document with ids {other.bos} and {other.eos}, and the data with "
@@ -131,7 +131,7 @@ def check_same(tokenizer: Tokenizer, directory: str | Path, *, key: str) -> None
         )
 
 
-def train(texts: Iterable[str], *, vocab: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], *, vocab: int) -> Tokenizer:
     """A byte-level BPE of at most `vocab` ids, special tokens and all 256 bytes included. Equal texts, equal tokenizer.
 
     Source: Sennrich et al., arXiv:1508.07909, over bytes as in GPT-2.
@@ -144,7 +144,9 @@ def train(texts: Iterable[str], *, vocab: int) -> Tokenizer:
         vocab_size=vocab, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
     )
     library.train_from_iterator(texts, trainer)
-    return _finished(library, bos=library.token_to_id(END), eos=library.token_to_id(END), pad=library.token_to_id(PAD))
+    return _make_tokenizer(
+        library, bos=library.token_to_id(END), eos=library.token_to_id(END), pad=library.token_to_id(PAD)
+    )
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -159,7 +161,7 @@ def byte_tokenizer() -> Tokenizer:
         models.BPE(vocab={name: byte for byte, name in enumerate(byte_names())}, merges=[]), split=False
     )
     library.add_special_tokens([END, PAD])
-    return _finished(library, bos=256, eos=256, pad=257)
+    return _make_tokenizer(library, bos=256, eos=256, pad=257)
 
 
 def byte_names() -> list[str]:
@@ -172,14 +174,14 @@ def byte_names() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def tokenizer_for(config: TokenizerConfig) -> Tokenizer | None:
+def configured_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
     """The tokenizer that needs no documents, or None where one is to be trained."""
     if config.bytes:
         return byte_tokenizer()
-    return load(config.file) if config.file else None
+    return load_tokenizer(config.file) if config.file else None
 
 
-def check_tokenizer(tokenizer: Tokenizer, model_vocab: int) -> None:
+def check_vocab_size(tokenizer: Tokenizer, model_vocab: int) -> None:
     """Raise UserError where the tokenizer makes ids the model has no row for."""
     if tokenizer.vocab_size > model_vocab:
         raise UserError(
@@ -198,7 +200,7 @@ def _byte_level(model: Any, *, split: bool) -> Any:
     return library
 
 
-def _finished(library: Any, **roles: int) -> Tokenizer:
+def _make_tokenizer(library: Any, **roles: int) -> Tokenizer:
     library.no_padding()
     library.no_truncation()
     library.encode_special_tokens = True  # a corpus that spells "<|endoftext|>" gets its letters, not the token

@@ -29,7 +29,7 @@ def per_adapter(program: Program, state: TrainState, data: Data) -> Iterator[tup
     if not program.config.adapters:
         yield "", program, state, data
     for name in program.config.adapters:
-        held_out = None if data.held_out is None else data.held_out.each[name]
+        held_out = None if data.held_out is None else data.held_out.datasets[name]
         yield f"{name}/", *extract_adapter(program, state, name), dataclasses.replace(data, held_out=held_out)
 
 

@@ -24,7 +24,7 @@ from ..core.process_env import ProcessInfo
 from ..core.run_paths import newest_island
 from ..data import assemble
 from ..data.batches import RowSource
-from ..data.tokenizer import Tokenizer, check_same, load
+from ..data.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 from ..engine import runtime
 from ..engine.program import build
 from .generate import generate
@@ -80,7 +80,9 @@ def write_draft_data(config: RunConfig, target: Path, file: Path, request: Gener
     model = load_model(target, platform=config.mesh.platform)
     data = assemble.load_run_data(config)
     tokenizer = data.tokenizer
-    check_same(tokenizer, newest_island(target) if (target / "config.yaml").exists() else target, key="--target")
+    check_same_tokenizer(
+        tokenizer, newest_island(target) if (target / "config.yaml").exists() else target, key="--target"
+    )
     settings = {"max_tokens": request.tokens, "sampling": request.sampling, "eos": tokenizer.eos}
     length = request.prompt_tokens
     prompts = document_prompts(data.train, tokenizer, rows=data.train.rows_per_epoch(0), tokens=length)
@@ -116,8 +118,10 @@ def measure_draft(
         if config.recipe.teacher is None:
             raise UserError(f"--target: {run} has no recipe.teacher; name the model that it drafts for")
         target = Path(config.recipe.teacher.origin)
-    tokenizer = load(run)
-    check_same(tokenizer, newest_island(target) if (target / "config.yaml").exists() else target, key="--target")
+    tokenizer = load_tokenizer(run)
+    check_same_tokenizer(
+        tokenizer, newest_island(target) if (target / "config.yaml").exists() else target, key="--target"
+    )
     prompt_ids = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(list(prompts))]
     if not prompts:
         prompt_ids = held_out_prompts(config, run, request)

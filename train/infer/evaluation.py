@@ -11,7 +11,7 @@ from ...configs.run import RunConfig
 from ..data.assemble import Data
 from ..data.batches import batches
 from ..data.dataset import HeldOutDataset
-from ..data.fixed_mixture import DealtHeldOut
+from ..data.fixed_mixture import FixedHeldOutMixture
 from ..engine.host_data import local_rows, make_global_arrays
 from ..engine.program import Program
 from ..objectives.registry import RECIPES
@@ -35,7 +35,7 @@ def evaluate(program: Program, compiled: Callable[..., Any], params: Any, frozen
     if not program.config.adapters:
         return held_out_metrics(program.config, sums, data.held_out)
     values = {"held_out_loss": mean(*sums["loss"].sum(axis=1))}
-    for number, (name, held_out) in enumerate(data.held_out.each.items()):
+    for number, (name, held_out) in enumerate(data.held_out.datasets.items()):
         adapter_sums = {key: pair[:, number] for key, pair in sums.items()}
         metrics = held_out_metrics(program.config, adapter_sums, held_out)
         values |= {f"{name}/{key}": value for key, value in metrics.items()}
@@ -58,7 +58,7 @@ def mean(numerator: float, weight: float) -> float:
 
 
 def held_out_batches(
-    program: Program, held_out: HeldOutDataset | DealtHeldOut, config: RunConfig
+    program: Program, held_out: HeldOutDataset | FixedHeldOutMixture, config: RunConfig
 ) -> Iterable[dict[str, jax.Array]]:
     """Yield the first `evaluation.batches` global batches of held-out rows; all if that is null."""
     size = config.data.global_batch

@@ -19,7 +19,7 @@ from ...configs.errors import MeshwrightError, UserError
 from ...configs.sections.training import EvaluationConfig
 from ..data.assemble import Data
 from ..data.chat import Template
-from ..data.encoding import encoded
+from ..data.encoding import encode_parts
 from ..data.tokenizer import Tokenizer
 from ..engine.program import Program
 from .generate import generate
@@ -58,7 +58,7 @@ def complete(
 def end_of_turn(template: Template, tokenizer: Tokenizer) -> int:
     """The id of the token that ends an assistant's message."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (encoding,) = encoded([template.to_part(messages, origin="a conversation of two words")], tokenizer)
+    (encoding,) = encode_parts([template.to_part(messages, origin="a conversation of two words")], tokenizer)
     masked = {index for start, stop in encoding.unlearned for index in range(start, stop)}
     return encoding.tokens[max(set(range(len(encoding.tokens))) - masked)]
 

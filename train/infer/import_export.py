@@ -160,9 +160,9 @@ def origin_length(model: ModelConfig) -> int | None:
 
 def token_ids(run: Path) -> dict[str, Any]:
     """`bos_token_id` and the like of the run's tokenizer; {} if it has none."""
-    from ..data.tokenizer import load
+    from ..data.tokenizer import load_tokenizer
 
     if not (run / "tokenizer.json").is_file():
         return {}
-    tokenizer = load(run)
+    tokenizer = load_tokenizer(run)
     return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}

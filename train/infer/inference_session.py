@@ -48,7 +48,7 @@ def generate(
     `adapter` chooses one of several adapters.
     """
     from ..data.chat import find_template
-    from ..data.tokenizer import load
+    from ..data.tokenizer import load_tokenizer
     from .generation_eval import complete
     from .sampling import Sampling
 
@@ -59,7 +59,7 @@ def generate(
     return complete(
         program,
         program.merged_weights(state),
-        load(run),
+        load_tokenizer(run),
         list(prompts),
         template=find_template(None, tokenizer=str(run), tokens={}) if config.data.has_conversations else None,
         max_tokens=tokens,

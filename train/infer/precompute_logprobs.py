@@ -24,7 +24,7 @@ from ...parallel.gradients import Batch
 from ..data.assemble import Data
 from ..data.batches import RowSource
 from ..data.rows import Row
-from ..data.token_annotations import Annotate, Noted, fill, unseen
+from ..data.token_annotations import Annotate, AnnotatedDataset, store_annotations, unannotated_batches
 from ..engine.forward_backward import make_context
 from ..engine.host_data import local_rows, make_global_arrays
 from ..engine.program import BATCH_DTYPES, Program, build
@@ -50,10 +50,10 @@ def with_reference_logprobs(program: Program, data: Data, *, samples: Iterable[i
     if data.held_out is not None:
         parts.append((data.held_out, range(data.held_out.rows)))
     for dataset, rows in parts:
-        for batch in unseen(dataset, rows, seen=seen, size=config.data.global_batch):
-            fill(notes, batch, annotate(batch))
-    held_out = None if data.held_out is None else Noted(data.held_out, notes, seen)
-    return dataclasses.replace(data, train=Noted(data.train, notes, seen), held_out=held_out)
+        for batch in unannotated_batches(dataset, rows, is_annotated=seen, size=config.data.global_batch):
+            store_annotations(notes, batch, annotate(batch))
+    held_out = None if data.held_out is None else AnnotatedDataset(data.held_out, notes, seen)
+    return dataclasses.replace(data, train=AnnotatedDataset(data.train, notes, seen), held_out=held_out)
 
 
 def initial_annotator(program: Program) -> Annotate:

@@ -209,7 +209,7 @@ class IslandSync:
             result = self._broadcast_result(self._wait.result(pending.future, name))
         except WaitStopped:
             result = RoundResult("skipped", failures={"all": "asked to stop"})
-        self._journal_failures(result, pending)
+        self._record_failures(result, pending)
         if result.kind == "skipped":
             self._skipped.add(name)
             return state
@@ -246,7 +246,7 @@ class IslandSync:
             params, outer = self._compiled(outer_step.name).receive(state.params, state.outer, list(received))
         return dataclasses.replace(state, params=params, outer=outer)
 
-    def _journal_failures(self, result: RoundResult, pending: PendingRound) -> None:
+    def _record_failures(self, result: RoundResult, pending: PendingRound) -> None:
         """Record a round in which not every payload counted."""
         if result.kind == "applied" and not result.failures:
             return

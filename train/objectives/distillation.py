@@ -38,7 +38,7 @@ from ...parallel.gradients import Batch, Loss
 from ...parallel.prng import init_key
 from ...parallel.state import combine
 from ...parallel.vocabulary import OutputHead
-from ..data.tokenizer import Tokenizer, check_same
+from ..data.tokenizer import Tokenizer, check_same_tokenizer
 from .loss_heads import LossHead, LossSums
 
 MakeContext = Callable[..., Context]  # (batch, keys) -> context of the blocks
@@ -47,7 +47,7 @@ MakeContext = Callable[..., Context]  # (batch, keys) -> context of the blocks
 def check_teacher(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Raise UserError if the teacher is untrained, or has another tokenizer."""
     if config.recipe.teacher is not None:
-        check_same(tokenizer, config.recipe.teacher.origin, key="recipe.teacher.from")
+        check_same_tokenizer(tokenizer, config.recipe.teacher.origin, key="recipe.teacher.from")
     elif config.recipe.name == "distill" and config.model.origin is None:
         raise UserError(
             "recipe.teacher.from: not set, and neither is model.from, so there is no trained model to learn from; set "

@@ -11,7 +11,7 @@ from meshwright.configs.errors import UserError
 from meshwright.configs.sections.data import DataConfig
 from meshwright.train.data.assemble import build_data, training_texts
 from meshwright.train.data.batches import batches
-from meshwright.train.data.held_out_split import held_out, identity
+from meshwright.train.data.held_out_split import select_held_out, text_identity
 from meshwright.train.data.preview import render
 
 BYTES = {"bytes": True}
@@ -45,7 +45,7 @@ def test_a_tokenizer_is_trained_on_no_held_out_text():
         fingerprint = "listed"
 
     documents = Listed(f"document {number}" for number in range(100))
-    out = held_out([identity(text) for text in documents], fraction=0.3)
+    out = select_held_out([text_identity(text) for text in documents], fraction=0.3)
     kept = [text for text, hidden in zip(documents, out, strict=True) if not hidden]
     assert list(training_texts([documents], fraction=0.3)) == kept
     assert 0 < len(kept) < 100
@@ -79,7 +79,7 @@ def test_a_mixture_mixes_texts_in_its_portions(cache, tmp_path):
 
 def test_what_one_source_of_a_mixture_holds_out_no_other_trains_on(cache, tmp_path):
     """Of so few texts each source holds out the one of smallest identity; the second text is in both sources."""
-    first, second, third, fourth = sorted("abcd", key=lambda letter: identity(letter * 40))
+    first, second, third, fourth = sorted("abcd", key=lambda letter: text_identity(letter * 40))
     for name, letters in (("one", [second, fourth]), ("two", [first, second, third])):
         (tmp_path / name).write_text("--".join(letter * 40 for letter in letters))
     entries = [{"source": "text", "path": str(tmp_path / name), "separator": "--"} for name in ("one", "two")]

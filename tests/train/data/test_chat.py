@@ -9,8 +9,8 @@ import pytest
 
 from meshwright.configs.errors import UserError
 from meshwright.train.data.chat import find_template
-from meshwright.train.data.encoding import encoded
-from meshwright.train.data.tokenizer import byte_tokenizer, load
+from meshwright.train.data.encoding import encode_parts
+from meshwright.train.data.tokenizer import byte_tokenizer, load_tokenizer
 
 HERE = Path(__file__).parent / "fixtures" / "chat"
 EXPECTED = json.loads((HERE / "expected.json").read_text())
@@ -23,7 +23,7 @@ def template():
 
 
 def tokens_and_mask(template, talk, **more):
-    (made,) = encoded([template.to_part(talk, origin="here", **more)], load(HERE))
+    (made,) = encode_parts([template.to_part(talk, origin="here", **more)], load_tokenizer(HERE))
     mask = [1] * len(made.tokens)
     for start, stop in made.unlearned:
         mask[start:stop] = [0] * (stop - start)
@@ -45,7 +45,7 @@ def test_only_turns_behind_the_prompt_are_learned(template, words):
     ids, mask = tokens_and_mask(chosen, talk["messages"], first=3)
     last = "4\n<|im_end|>"
     assert ids == talk["ids"]
-    assert load(HERE).decode_all([token for token, one in zip(ids, mask, strict=True) if one]) == last
+    assert load_tokenizer(HERE).decode_all([token for token, one in zip(ids, mask, strict=True) if one]) == last
 
 
 def test_a_template_that_rewrites_earlier_turns_needs_the_words(template):
@@ -79,7 +79,7 @@ def test_the_plain_template_suits_any_tokenizer():
     """It opens with bos, and every turn of the assistant is closed by eos, which is learned."""
     names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     plain, tokenizer = find_template("plain", tokenizer=None, tokens=names), byte_tokenizer()
-    (made,) = encoded([plain.to_part(EXPECTED[1]["messages"], origin="here")], tokenizer)
+    (made,) = encode_parts([plain.to_part(EXPECTED[1]["messages"], origin="here")], tokenizer)
     assert made.opener == tokenizer.bos and list(made.tokens).count(tokenizer.eos) == 2
     text = tokenizer.decode_all(made.tokens)
     assert text.startswith("### System:\nBe brief. <|im_end|>\n\n### User:\n1+1?\n\n### Assistant:\n")

@@ -13,7 +13,9 @@ LENGTHS = [5, 2, 21, 9, 3, 8, 4, 12, 6, 30]
 
 def shuffled(stores, packing, *, seed=0, documents=None):
     store = stores(LENGTHS)
-    return ShuffledDataset(store, np.arange(len(store)) if documents is None else documents, packing=packing, key=(seed, 1))
+    return ShuffledDataset(
+        store, np.arange(len(store)) if documents is None else documents, packing=packing, key=(seed, 1)
+    )
 
 
 def content(dataset, indices):

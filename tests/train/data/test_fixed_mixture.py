@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from meshwright.train.data.fixed_mixture import Dealt, DealtHeldOut
+from meshwright.train.data.fixed_mixture import FixedHeldOutMixture, FixedMixture
 
 
 class Counted:
@@ -16,7 +16,7 @@ class Counted:
 
 
 def test_every_batch_has_the_rows_of_each_in_their_own_order():
-    dealt = Dealt({"a": Counted("a"), "b": Counted("b"), "c": Counted("c")}, rows={"a": 3, "b": 1, "c": 2})
+    dealt = FixedMixture({"a": Counted("a"), "b": Counted("b"), "c": Counted("c")}, rows={"a": 3, "b": 1, "c": 2})
     batches = [[dealt.row(6 * batch + place) for place in range(6)] for batch in range(3)]
     for number, name, count in ((0, "a", 3), (1, "b", 1), (2, "c", 2)):
         found = [row["told"][1] for batch in batches for row in batch if row["told"][0] == name]
@@ -27,5 +27,5 @@ def test_every_batch_has_the_rows_of_each_in_their_own_order():
 
 def test_what_is_held_out_ends_with_the_last_row_of_the_longest():
     """Five rows at two a batch are three batches; padding fills up the other's rows."""
-    held_out = DealtHeldOut({"a": Counted("a", 5), "b": Counted("b", 1)}, rows={"a": 2, "b": 1})
+    held_out = FixedHeldOutMixture({"a": Counted("a", 5), "b": Counted("b", 1)}, rows={"a": 2, "b": 1})
     assert held_out.padded_rows(3) == held_out.rows == 9

@@ -5,13 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.train.data.held_out_split import held_out, identity
+from meshwright.train.data.held_out_split import select_held_out, text_identity
 
 TEXTS = [f"document {number}" for number in range(2000)]
 
 
 def split(texts, fraction):
-    return {text for text, out in zip(texts, held_out(map(identity, texts), fraction=fraction), strict=True) if out}
+    return {
+        text
+        for text, out in zip(texts, select_held_out(map(text_identity, texts), fraction=fraction), strict=True)
+        if out
+    }
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.5])
@@ -26,18 +30,18 @@ def test_other_documents_move_none_across():
 
 
 def test_copies_land_on_one_side():
-    out = held_out([*map(identity, TEXTS), *map(identity, TEXTS)], fraction=0.1)
+    out = select_held_out([*map(text_identity, TEXTS), *map(text_identity, TEXTS)], fraction=0.1)
     assert (out[: len(TEXTS)] == out[len(TEXTS) :]).all()
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=6, unique=True), st.floats(1e-6, 0.999))
 def test_two_different_texts_leave_neither_side_empty(identities, fraction):
-    out = held_out(identities, fraction=fraction)
+    out = select_held_out(identities, fraction=fraction)
     assert out.any()
     assert not out.all()
 
 
 @pytest.mark.parametrize(("identities", "fraction"), [([5, 6, 7], 0.0), ([9], 1e-9), ([9, 9], 1e-9), ([], 0.1)])
 def test_nothing_is_held_out_of_one_text_or_by_no_fraction(identities, fraction):
-    assert not np.any(held_out(identities, fraction=fraction))
+    assert not np.any(select_held_out(identities, fraction=fraction))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.configs.errors import UserError
-from meshwright.train.data.mixture import BLOCK, Mixture, portions
+from meshwright.train.data.mixture import BLOCK, Mixture, block_counts
 
 
 class Numbers:
@@ -31,7 +31,7 @@ def mixture(*weights, seed=0):
 @pytest.mark.parametrize("block", [0, 3])
 def test_every_block_holds_the_exact_portions(block):
     mixed = mixture(1, 2, 5)
-    counts = Counter(mixed.place(index)[0] for index in range(block * BLOCK, (block + 1) * BLOCK))
+    counts = Counter(mixed.locate(index)[0] for index in range(block * BLOCK, (block + 1) * BLOCK))
     assert counts == {0: BLOCK // 8, 1: BLOCK // 4, 2: 5 * BLOCK // 8}
 
 
@@ -45,7 +45,7 @@ def test_each_source_is_read_from_its_beginning_without_a_gap():
 
 def test_blocks_and_seeds_are_shuffled_differently():
     def sources(mixed, start):
-        return [mixed.place(start + index)[0] for index in range(200)]
+        return [mixed.locate(start + index)[0] for index in range(200)]
 
     assert sources(mixture(1, 1), 0) == sources(mixture(1, 1), 0)
     assert sources(mixture(1, 1), 0) != sources(mixture(1, 1), BLOCK)
@@ -55,7 +55,7 @@ def test_blocks_and_seeds_are_shuffled_differently():
 @settings(deadline=None)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
 def test_portions_are_within_one_row_of_the_weights(weights):
-    counts = portions(weights, block=1 << 20)
+    counts = block_counts(weights, block=1 << 20)
     assert counts.sum() == 1 << 20
     assert np.abs(counts - np.array(weights) / sum(weights) * (1 << 20)).max() < 1
 

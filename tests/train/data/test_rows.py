@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.train.data.packing import PACKERS
-from meshwright.train.data.rows import row, row_table
+from meshwright.train.data.rows import build_row, row_table
 
 BOS, EOS, PAD = 2, 1, 0
 
 
 def rows_of(store, packing):
     table = packing.table([np.arange(len(store))], store.lengths)
-    return [row(store, table, index=index, shape=packing.shape) for index in range(len(table))]
+    return [build_row(store, table, index=index, shape=packing.shape) for index in range(len(table))]
 
 
 def test_two_documents_and_a_cut_spelt_out(stores, packings):

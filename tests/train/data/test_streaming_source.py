@@ -7,10 +7,10 @@ import pytest
 from meshwright.configs.errors import MeshwrightError, UserError
 from meshwright.configs.sections.data import DataConfig
 from meshwright.train.data.assemble import build_data
-from meshwright.train.data.streaming_source import Stream
-from meshwright.train.data.synthetic import Synthetic
+from meshwright.train.data.streaming_source import DocumentStream
+from meshwright.train.data.synthetic import SyntheticDocuments
 
-TEXTS = [Synthetic(50)[index] for index in range(50)]
+TEXTS = [SyntheticDocuments(50)[index] for index in range(50)]
 
 
 class Remote:
@@ -30,7 +30,7 @@ class Remote:
 
 
 def streamed(remote, cache):
-    return Stream(remote, size=8, fingerprint="remote", cache=cache)
+    return DocumentStream(remote, size=8, fingerprint="remote", cache=cache)
 
 
 def windows(stream, count):

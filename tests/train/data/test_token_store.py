@@ -14,7 +14,7 @@ from meshwright.configs.errors import UserError
 from meshwright.train.data import encoding
 from meshwright.train.data import token_store as module
 from meshwright.train.data.disk_cache import cache_entry
-from meshwright.train.data.token_store import tokenized
+from meshwright.train.data.token_store import tokenize
 from meshwright.train.data.tokenizer import byte_tokenizer
 
 
@@ -34,7 +34,7 @@ def documents_of(store):
 
 
 def test_documents_end_with_eos_and_empty_ones_are_left_out(cache):
-    store = tokenized(TEXTS, byte_tokenizer(), cache=cache)
+    store = tokenize(TEXTS, byte_tokenizer(), cache=cache)
     assert documents_of(store) == [[*text.encode(), 256] for text in TEXTS if text]
     assert store.origins.tolist() == [0, 2, 3]
     assert store.sizes.tolist() == [2, 6, 360]
@@ -45,16 +45,16 @@ def test_documents_end_with_eos_and_empty_ones_are_left_out(cache):
 
 def test_long_texts_are_encoded_in_pieces_of_lines(cache, monkeypatch):
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 50)
-    assert list(encoding.line_pieces("a" * 49 + "\nb")) == ["a" * 49 + "\n", "b"]
-    assert list(encoding.line_pieces("c" * 120)) == ["c" * 50, "c" * 50, "c" * 20]
-    store = tokenized(TEXTS, byte_tokenizer(), cache=cache)
+    assert list(encoding.split_after_lines("a" * 49 + "\nb")) == ["a" * 49 + "\n", "b"]
+    assert list(encoding.split_after_lines("c" * 120)) == ["c" * 50, "c" * 50, "c" * 20]
+    store = tokenize(TEXTS, byte_tokenizer(), cache=cache)
     assert documents_of(store) == [[*text.encode(), 256] for text in TEXTS if text]
 
 
 def test_encoded_once_then_read(cache, monkeypatch):
-    tokenized(TEXTS, byte_tokenizer(), cache=cache)
+    tokenize(TEXTS, byte_tokenizer(), cache=cache)
     monkeypatch.setattr(module, "write_store", lambda *_, **__: pytest.fail("encoded again"))
-    assert len(tokenized(TEXTS, byte_tokenizer(), cache=cache)) == 3
+    assert len(tokenize(TEXTS, byte_tokenizer(), cache=cache)) == 3
 
 
 def flip_a_bit(directory):
@@ -78,10 +78,10 @@ def lose_the_checksums(directory):
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short, lose_a_file, lose_the_checksums])
 def test_a_damaged_entry_is_made_again_and_said_so(damage, cache, caplog):
-    expected = documents_of(tokenized(TEXTS, byte_tokenizer(), cache=cache))
+    expected = documents_of(tokenize(TEXTS, byte_tokenizer(), cache=cache))
     damage(entry(cache))
     with caplog.at_level(logging.WARNING):
-        assert documents_of(tokenized(TEXTS, byte_tokenizer(), cache=cache)) == expected
+        assert documents_of(tokenize(TEXTS, byte_tokenizer(), cache=cache)) == expected
     assert "making it again" in caplog.text
 
 
@@ -93,7 +93,7 @@ def test_an_entry_that_fails_half_way_leaves_nothing(cache):
             return super().__getitem__(index)
 
     with pytest.raises(UserError, match="document 2 is broken"):
-        tokenized(Breaks(TEXTS), byte_tokenizer(), cache=cache)
+        tokenize(Breaks(TEXTS), byte_tokenizer(), cache=cache)
     assert [path.suffix for path in (cache / "tokens").iterdir()] == [".lock"]
 
 

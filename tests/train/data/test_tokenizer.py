@@ -11,10 +11,17 @@ from hypothesis import strategies as st
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.data import TokenizerConfig
-from meshwright.train.data.tokenizer import byte_names, byte_tokenizer, check_tokenizer, load, tokenizer_for, train
+from meshwright.train.data.tokenizer import (
+    byte_names,
+    byte_tokenizer,
+    check_vocab_size,
+    configured_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 
 CORPUS = ["the cat sat on the mat\n" * 5, "the dog sat on the log, naïve — 日本\n" * 5]
-MAKERS = {"bytes": byte_tokenizer, "bpe": lambda: train(CORPUS, vocab=300)}
+MAKERS = {"bytes": byte_tokenizer, "bpe": lambda: train_bpe(CORPUS, vocab=300)}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -43,24 +50,24 @@ def test_bytes_are_their_own_ids():
 
 
 def test_training_merges_what_is_frequent_and_keeps_to_its_size():
-    trained = train(CORPUS, vocab=280)
+    trained = train_bpe(CORPUS, vocab=280)
     assert trained.vocab_size == 280
     assert len(trained.encode("the cat sat on the mat")) < 10
-    assert train(CORPUS, vocab=5000).vocab_size < 5000, "there is not more to merge"
+    assert train_bpe(CORPUS, vocab=5000).vocab_size < 5000, "there is not more to merge"
 
 
 def test_training_is_the_same_in_another_process():
     code = f"from meshwright.train.data.tokenizer import train; print(train({CORPUS!r}, vocab=300).fingerprint)"
     environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert other.stdout.strip() == train(CORPUS, vocab=300).fingerprint
-    assert train(CORPUS[:1], vocab=300).fingerprint != train(CORPUS, vocab=300).fingerprint
+    assert other.stdout.strip() == train_bpe(CORPUS, vocab=300).fingerprint
+    assert train_bpe(CORPUS[:1], vocab=300).fingerprint != train_bpe(CORPUS, vocab=300).fingerprint
 
 
 def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        loaded = load(path)
+        loaded = load_tokenizer(path)
         assert loaded.fingerprint == tokenizer.fingerprint
         assert loaded.encode("the cat <|endoftext|>") == tokenizer.encode("the cat <|endoftext|>")
 
@@ -87,31 +94,31 @@ ROLES = {
 
 @pytest.mark.parametrize(("tokens", "config", "expected"), ROLES.values(), ids=ROLES)
 def test_roles_of_a_foreign_tokenizer(tmp_path, tokens, config, expected):
-    loaded = load(foreign(tmp_path, tokens, config))
+    loaded = load_tokenizer(foreign(tmp_path, tokens, config))
     assert (loaded.bos, loaded.eos, loaded.pad) == expected
     loaded.save(tmp_path / "saved")
-    assert load(tmp_path / "saved").fingerprint == loaded.fingerprint
+    assert load_tokenizer(tmp_path / "saved").fingerprint == loaded.fingerprint
 
 
 def test_loading_what_cannot_end_a_document_is_refused(tmp_path):
     with pytest.raises(UserError, match="no token that ends a document"):
-        load(foreign(tmp_path, ["<x>"]))
+        load_tokenizer(foreign(tmp_path, ["<x>"]))
 
 
 def test_loading_what_is_not_there_or_not_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"data\.tokenizer\.file: .* does not exist"):
-        load(tmp_path / "none.json")
+        load_tokenizer(tmp_path / "none.json")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"not a tokenizer\.json"):
-        load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_the_model_must_have_a_row_for_every_id(tokenizer):
-    check_tokenizer(tokenizer, tokenizer.vocab_size)
+    check_vocab_size(tokenizer, tokenizer.vocab_size)
     with pytest.raises(UserError, match=f"model.vocab: 257 is less than the tokenizer's {tokenizer.vocab_size} ids"):
-        check_tokenizer(tokenizer, 257)
+        check_vocab_size(tokenizer, 257)
 
 
 def test_only_training_waits_for_documents():
-    assert tokenizer_for(TokenizerConfig(train="bpe", vocab=300)) is None
-    assert tokenizer_for(TokenizerConfig(bytes=True)).vocab_size == 258
+    assert configured_tokenizer(TokenizerConfig(train="bpe", vocab=300)) is None
+    assert configured_tokenizer(TokenizerConfig(bytes=True)).vocab_size == 258

@@ -15,7 +15,7 @@ from meshwright.configs.loader import dump_yaml, merge_trees
 from meshwright.train.cli.main import app
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
-from meshwright.train.data.tokenizer import tokenizer_for
+from meshwright.train.data.tokenizer import configured_tokenizer
 from meshwright.train.infer.draft_data import (
     GenerationRequest,
     document_prompts,
@@ -40,7 +40,7 @@ def target(tmp_path_factory):
     huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
     tree = to_config_json(config.model, positions=64, dtype="float32")
     (directory / "config.json").write_text(json.dumps(tree))
-    tokenizer_for(config.data.tokenizer).save(directory)
+    configured_tokenizer(config.data.tokenizer).save(directory)
     return directory
 
 

@@ -19,7 +19,7 @@ from meshwright.models.decoder import decoder_graphdef
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
-from meshwright.train.data.tokenizer import tokenizer_for
+from meshwright.train.data.tokenizer import configured_tokenizer
 from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 from meshwright.train.infer import inference_session
@@ -44,7 +44,7 @@ def teachers(tmp_path_factory):
         huggingface.write(weights, config.model, directory, kind="llama", limit=10**9)
         tree = to_config_json(config.model, positions=64, dtype="float32")
         (directory / "config.json").write_text(json.dumps(tree))
-        tokenizer_for(config.data.tokenizer).save(directory)
+        configured_tokenizer(config.data.tokenizer).save(directory)
     return root
 
 

@@ -18,12 +18,12 @@ from meshwright.configs.sections.data import DataConfig
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
-from meshwright.train.data.token_annotations import Noted, fill, unseen
+from meshwright.train.data.token_annotations import AnnotatedDataset, store_annotations, unannotated_batches
 from meshwright.train.engine.forward_backward import make_context
 from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 from meshwright.train.infer import inference_session
-from meshwright.train.infer.precompute_logprobs import by_first_weights, with_reference_logprobs
+from meshwright.train.infer.precompute_logprobs import initial_annotator, with_reference_logprobs
 from meshwright.train.objectives.distillation import init_weights
 from meshwright.train.objectives.loss_heads import target_logprobs, values_fn
 from meshwright.train.preemption import StopRequest
@@ -90,11 +90,13 @@ def every_token(config, method):
     """log p of every token of the training data by the first weights, from rows packed by `method`."""
     data = DataConfig(**config.data.model_dump() | {"packing": {"method": method}})
     built = assemble.build_data(data, seed=0)
-    annotate = by_first_weights(build(config, make_mesh(config.mesh)))
+    annotate = initial_annotator(build(config, make_mesh(config.mesh)))
     notes = {"reference_logprobs": np.zeros(built.tokens, np.float32)}
     rows = range(built.train.rows_per_epoch())
-    for some in unseen(built.train, rows, seen=np.zeros(built.tokens, bool), size=config.data.global_batch):
-        fill(notes, some, annotate(some))
+    for some in unannotated_batches(
+        built.train, rows, is_annotated=np.zeros(built.tokens, bool), size=config.data.global_batch
+    ):
+        store_annotations(notes, some, annotate(some))
     return built, notes["reference_logprobs"]
 
 
@@ -178,7 +180,7 @@ def test_notes_are_what_the_model_says_of_each_row(tmp_path):
     config = run_of(tmp_path, "dpo")
     program = build(config, make_mesh(config.mesh))
     data = with_reference_logprobs(program, assemble.build_data(config.data, seed=0), samples=range(20))
-    assert isinstance(data.train, Noted)
+    assert isinstance(data.train, AnnotatedDataset)
     rows = [data.train.row(index) for index in range(4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     forward = values_fn(
