@@ -16,7 +16,7 @@ TINY = "model={vocab: 512, layers: 3, embed: 32, mlp: 64}"
 
 
 @pytest.mark.parametrize(("recipe", "replicas"), RECIPES.items(), ids=RECIPES)
-def test_islands_of_a_recipe_are_its_replicas_each_on_its_share_of_the_devices(recipe, replicas):
+def test_islands_of_a_recipe_are_its_replicas_with_equal_parts_of_the_devices(recipe, replicas):
     whole = load_config(recipe)
     islands = load_config(recipe, overrides=island_overrides(whole, count=replicas))
     assert whole.mesh.replica == islands.islands.count == replicas

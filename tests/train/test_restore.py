@@ -59,7 +59,7 @@ def test_retention_keeps_what_the_configuration_says(run):
     assert [event["step"] for event in events(run, "commit")] == [1, 2, 3, 4]
 
 
-def test_the_newest_whole_checkpoint_is_used_and_the_damaged_one_set_aside(run):
+def test_the_newest_undamaged_checkpoint_is_used_and_the_damaged_one_quarantined(run):
     damage(run, 4)
     train(small(steps=5), process_info=ProcessInfo(), root=run.parent)
     aside, restore = events(run, "quarantine", "restore")[-2:]
@@ -69,7 +69,7 @@ def test_the_newest_whole_checkpoint_is_used_and_the_damaged_one_set_aside(run):
     assert [event["step"] for event in events(run, "commit")] == [1, 2, 3, 4, 4, 5]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_never_starts_from_scratch(run):
+def test_a_run_whose_checkpoints_are_all_damaged_never_starts_from_step_0(run):
     damage(run, 3, 4)
     for _ in range(2):  # nor the second time
         with pytest.raises(MeshwrightError, match=r"every checkpoint in .* is damaged.*quarantine"):
@@ -92,7 +92,7 @@ def test_the_verbs_list_verify_and_repair(run):
     assert "step 4 is intact" in verbs("repair", run)[1] and "nothing to repair" in verbs("repair", run)[1]
 
 
-def test_a_full_disk_is_journalled_and_training_goes_on(tmp_path, monkeypatch):
+def test_a_full_disk_is_recorded_and_training_goes_on(tmp_path, monkeypatch):
     """The save of step 2 fails, later ones do not: the run ends well."""
     original = Storage.save
 
@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on_from_memory(tmp_path, monkeypatch, finished):
     assert fingerprints[0] == fingerprints[1]
 
 
-def test_a_damaged_snapshot_is_passed_over(tmp_path, monkeypatch):
+def test_a_damaged_snapshot_is_skipped(tmp_path, monkeypatch):
     """Both newer snapshots have a flipped bit: storage is used, and the journal says why."""
     config = small(checkpoint={"every": 1, "keep": 9, "memory_every": 1})
     killed_after(monkeypatch, 4)

@@ -60,7 +60,7 @@ def test_a_run_leaves_the_whole_directory(whole):
     assert summary.metrics["held_out_bits_per_byte"] > 0 and len(losses(root / "run")) == 6
 
 
-def test_stopping_and_going_on_elsewhere_is_the_same_run(whole, tmp_path, monkeypatch):
+def test_a_run_stopped_and_resumed_on_another_mesh_has_the_same_losses(whole, tmp_path, monkeypatch):
     """Stopped after step 4, resumed on another mesh: the same losses, to rounding."""
     monkeypatch.setattr(StopRequest, "requested", lambda self, step: step == 4)
     with pytest.raises(Preempted, match="stopped after step 4, state saved"):
@@ -74,7 +74,7 @@ def test_stopping_and_going_on_elsewhere_is_the_same_run(whole, tmp_path, monkey
     assert (restore["step"], restore["level"]) == (4, "storage")
 
 
-def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     """Killed without warning after step 5: the newest checkpoint is step 3, and every later step is the same again."""
 
     def killed(self, step):
@@ -117,7 +117,7 @@ def test_a_directory_appears_with_its_configuration(tmp_path, monkeypatch):
     assert len(looked) == 2 and [one.name for one in tmp_path.rglob("*")] == ["run", "config.yaml"]
 
 
-def test_fewer_steps_than_were_made_are_refused_and_nothing_is_relabelled(whole):
+def test_fewer_steps_than_the_run_has_made_are_refused(whole):
     root, _ = whole
     before = (root / "run" / "config.yaml").read_text()
     with pytest.raises(UserError, match=r"steps: 3.*run.* 6"):
@@ -125,7 +125,7 @@ def test_fewer_steps_than_were_made_are_refused_and_nothing_is_relabelled(whole)
     assert (root / "run" / "config.yaml").read_text() == before
 
 
-def test_more_steps_of_a_run_with_a_budget_of_privacy_are_another_run(tmp_path):
+def test_more_steps_with_a_privacy_budget_are_another_run(tmp_path):
     private = {"privacy": {"epsilon": 8.0}, "data": {"packing": {"method": "single"}}, "model": {}, "mesh": {}}
     open_directory(small(**private), root=tmp_path)
     with pytest.raises(UserError, match=r"steps=6 \(now 60\)"):
@@ -134,7 +134,7 @@ def test_more_steps_of_a_run_with_a_budget_of_privacy_are_another_run(tmp_path):
     open_directory(small(steps=60), root=tmp_path, name="open")
 
 
-def test_numbers_that_are_not_stop_the_run_before_they_are_applied(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(tmp_path, monkeypatch):
     original = Loop.batches
 
     def poisoned(self, start):

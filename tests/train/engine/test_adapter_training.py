@@ -60,7 +60,7 @@ SPLITS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHOD_KEYS)
-def test_a_mesh_changes_nothing_for_any_method(method):
+def test_every_method_gives_the_same_result_on_every_mesh(method):
     config = {"adapter": {"method": method, **SETTINGS.get(method, {})}, "model": {"qkv_bias": True}}
     if method == "unipelt":  # gates of what is zero at first have hardly a gradient, which Adam makes whole steps of
         config["optimizer"] = {"name": "sgd", "b1": 0.0, "learning_rate": 1.0}
@@ -71,7 +71,7 @@ def test_a_mesh_changes_nothing_for_any_method(method):
 
 
 @pytest.mark.parametrize(("settings", "changes"), SAME.values(), ids=SAME)
-def test_a_mesh_changes_nothing(settings, changes):
+def test_the_result_is_the_same_on_every_mesh(settings, changes):
     assert_same(tiny(**settings), tiny(**settings, **changes), steps=3)
 
 
@@ -86,7 +86,7 @@ def test_a_mesh_changes_nothing(settings, changes):
     ],
     ids=lambda settings: settings["method"],
 )
-def test_an_adapter_needs_no_permute(adapter):
+def test_an_adapter_needs_no_collective_permute(adapter):
     """Inside a pipeline's stage one would never return; the plain model has none on this mesh either."""
     config = tiny(mesh=MESH, adapter=adapter)
     mesh = make_mesh(config.mesh)
@@ -97,7 +97,7 @@ def test_an_adapter_needs_no_permute(adapter):
 LAST = {"model": {"layers": 8}, "adapter": {"method": "selective", "layers": 2}}
 
 
-def test_below_the_layers_that_learn_there_is_no_backward_pass():
+def test_below_the_trained_layers_there_is_no_backward_pass():
     """Training the last two of eight blocks: the forward pass of all, and of the backward pass their part."""
     from meshwright.train.plan.compile_plan import step_flops
 
@@ -111,7 +111,7 @@ def test_below_the_layers_that_learn_there_is_no_backward_pass():
     assert flops(**LAST | {"adapter": {"rank": 1, "targets": ["layers/[67]/attn/q"]}}) < 0.55 * whole
 
 
-def test_layers_that_learn_alone_learn_as_among_all():
+def test_trained_layers_have_the_gradients_of_training_all_layers():
     """The gradients of the two blocks are those of training them all; others have neither gradient nor state."""
     whole, chosen = (tiny(**settings) for settings in ({"model": {"layers": 8}}, LAST))
     weights = to_canonical(jax.jit(lambda: init_weights(whole))(), whole.model)
@@ -133,7 +133,7 @@ def test_layers_that_learn_alone_learn_as_among_all():
 
 
 @pytest.mark.slow
-def test_layers_apart_change_nothing_on_a_mesh():
+def test_trained_segments_give_the_same_result_on_every_mesh():
     settings = LAST | {"model": {"layers": 5, "windows": [4, None]}, "adapter": {"rank": 4, "layers": 2}}
     assert_same(tiny(**settings), tiny(**settings, mesh=MESH), steps=3)
 
@@ -151,7 +151,7 @@ def updates_of(**settings):
     return to_canonical(update(), config.model)
 
 
-def test_only_what_learns_moves():
+def test_only_trained_weights_change():
     """Two layers in one stack, of which one is chosen for its MLP: the other takes no step, nor does it decay."""
     targets = ["layers/1/mlp/*", "layers/0/attn/*", "final_norm/*"]
     found = updates_of(adapter={"method": "selective", "targets": targets})
@@ -161,7 +161,7 @@ def test_only_what_learns_moves():
     assert any(name.startswith("layers/0/mlp") for name in found) and not any("embed/" in name for name in found)
 
 
-def test_only_what_learns_moves_in_any_order_of_a_pipeline():
+def test_only_trained_weights_change_in_any_run_order_of_a_pipeline():
     """Layers stand as the stages of a V do, one chunk has an empty place, and the one that was chosen moves."""
     config = tiny(
         model={"layers": 5},
@@ -185,7 +185,7 @@ def test_only_what_learns_moves_in_any_order_of_a_pipeline():
     }
 
 
-def test_the_second_factor_takes_larger_steps():
+def test_lora_plus_scales_the_updates_of_the_second_factor():
     """LoRA+ with plain gradient descent: B moves `ratio` times as far as A for the same gradient."""
     found = updates_of(adapter={"rank": 4, "ratio": 16.0}, optimizer={"name": "sgd", "b1": 0.0, "clip": None})
     a, b = (found[f"layers/1/attn/v/adapter/{name}"].max() for name in "ab")
@@ -233,14 +233,14 @@ def runs(tmp_path_factory):
     return base, root, whole.metrics["loss"], rest.metrics["loss"]
 
 
-def test_a_run_that_stopped_goes_on_from_its_directory(runs):
+def test_a_stopped_run_resumes_from_its_directory(runs):
     """No checkpoint holds the base: it is read again, and PiSSA's start taken out of it again."""
     _, _, whole, rest = runs
     assert rest == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_gates_go_on_from_their_checkpoint(runs):
+def test_gates_resume_from_their_checkpoint(runs):
     base, root, *_ = runs
     config = tuned(base, name="gated", adapter={"method": "unipelt", "rank": 4, "length": 3}, checkpoint={"every": 2})
     whole = train(config, process_info=ProcessInfo(), root=root)
@@ -252,7 +252,7 @@ def test_gates_go_on_from_their_checkpoint(runs):
         export_adapter(root / "gated", root / "adapter")
 
 
-def test_an_exported_adapter_is_the_run(runs, tmp_path):
+def test_an_exported_adapter_merges_into_the_same_model(runs, tmp_path):
     """Run -> PEFT's files -> a run again: both merge into the same model, which is not the base."""
     base, root, *_ = runs
     names = export_adapter(root / "tuned", tmp_path / "adapter")

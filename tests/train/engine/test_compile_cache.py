@@ -45,12 +45,12 @@ def answers(program, mesh, factor):
     return found["y"].tolist() == [0, factor, 2 * factor]
 
 
-def test_it_is_compiled_once(second, mesh):
+def test_a_program_is_compiled_once(second, mesh):
     assert answers(first := Program(3, mesh), mesh, 3) and first.compiles == 1
     assert answers(again := Program(3, mesh), mesh, 3) and again.compiles == 0
 
 
-def test_another_program_another_mesh_and_another_process_have_their_own(second, mesh, monkeypatch):
+def test_each_program_mesh_and_process_has_its_own_entry(second, mesh, monkeypatch):
     assert answers(Program(3, mesh), mesh, 3) and answers(Program(4, mesh), mesh, 4)
     wider = make_mesh(MeshConfig(platform="cpu", data=4))
     assert answers(Program(3, wider), wider, 3)
@@ -59,7 +59,7 @@ def test_another_program_another_mesh_and_another_process_have_their_own(second,
     assert len([one for one in second.iterdir() if one.is_dir()]) == 4
 
 
-def test_a_damaged_one_is_compiled_again(second, mesh):
+def test_a_damaged_entry_is_compiled_again(second, mesh):
     assert answers(Program(3, mesh), mesh, 3)
     (file,) = second.glob("*/executable")
     content = bytearray(file.read_bytes())
@@ -68,11 +68,11 @@ def test_a_damaged_one_is_compiled_again(second, mesh):
     assert answers(again := Program(3, mesh), mesh, 3) and again.compiles == 1
 
 
-def test_where_nothing_can_be_kept_it_costs_time_only(second, mesh):
+def test_a_cache_that_cannot_be_written_costs_only_time(second, mesh):
     second.write_text("where the entries would be")
     assert answers(one := Program(3, mesh), mesh, 3) and one.compiles == 1
 
 
-def test_what_the_first_process_compiles_is_in_jaxs_own_cache(second, mesh, monkeypatch):
+def test_process_0_uses_only_the_cache_of_jax(second, mesh, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     assert answers(Program(3, mesh), mesh, 3) and not second.exists()

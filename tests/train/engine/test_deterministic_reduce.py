@@ -40,11 +40,11 @@ def test_four_devices_and_fewer_give_the_same_bits(fewer, changes):
     assert others == losses and not differing(whole, state)
 
 
-def test_what_is_added_is_the_plain_gradient():
+def test_the_tree_adds_up_to_the_plain_gradient():
     assert_same(tiny(), tiny(microbatches=4, mesh={"data": 2}, elastic=ELASTIC))
 
 
-def test_the_plan_counts_the_turns_of_the_loop():
+def test_the_plan_counts_the_rounds_of_the_loop():
     config = tiny(mesh={"data": 2}, microbatches=8, elastic=ELASTIC)
     mesh = make_mesh(config.mesh)
     plain = config.model_copy(update={"microbatches": 1, "elastic": ElasticConfig()})
@@ -66,7 +66,7 @@ def test_a_device_and_devices_add_in_the_same_tree(count):
     np.testing.assert_array_equal(tree_sum([jnp.asarray(one) for one in values]), numpy_tree_sum(list(values)))
 
 
-def test_another_order_of_additions_is_seen(monkeypatch):
+def test_another_order_of_additions_changes_the_bits(monkeypatch):
     """The test of the bits can fail: here devices' sums are added from left to right."""
     monkeypatch.setattr(deterministic_reduce, "tree_sum", lambda nodes: sum(nodes[1:], nodes[0]))
     assert differing(state_of(1)[1], state_of(4, name="from-left-to-right")[1])

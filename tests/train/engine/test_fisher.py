@@ -75,7 +75,7 @@ def test_the_score_is_the_sum_of_each_examples_squared_gradient(changes, segment
 
 
 @pytest.mark.slow
-def test_a_score_is_learned_by_its_gradient_meanwhile():
+def test_a_reward_head_trains_by_its_gradient_during_the_search():
     """What a recipe adds of its own is not chosen among: it moves as it does beside a lottery."""
     moved = []
     for method in ("fishmask", "lottery"):
@@ -104,6 +104,6 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("changes", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_what_has_no_single_examples_is_refused(changes, words):
+def test_settings_without_single_examples_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
         tiny(adapter=SEARCH, **changes)

@@ -111,7 +111,7 @@ SLOW = ("wide", "plain", "adamw", "lion", "a quantized base, A frozen", "pairs",
     ("name", "changes"),
     [pytest.param(*one, id=key, marks=[pytest.mark.slow] * (key in SLOW)) for key, one in ALONE.items()],
 )
-def test_together_each_is_the_run_it_is_alone(name, changes):
+def test_each_of_several_adapters_trains_as_in_a_run_of_its_own(name, changes):
     """Loss, norm, parameters and optimizer state; clipping, decay, dropout, LoRA+ and ranks by pattern among it."""
     config = three(**changes)
     metrics, state = together(config)
@@ -138,7 +138,7 @@ SAME = {
 @pytest.mark.parametrize(
     "changes", [pytest.param(one, id=key, marks=[pytest.mark.slow] * (key == "ragged")) for key, one in SAME.items()]
 )
-def test_neither_a_mesh_nor_how_rows_are_multiplied_changes_anything(changes):
+def test_results_depend_neither_on_the_mesh_nor_on_the_adapter_product(changes):
     """On four shards one has rows of two adapters, and a microbatch of it of others than the next."""
     (plain, state), (other, moved) = together(three()), together(three(**changes))
     for one, two in zip(plain, other, strict=True):
@@ -148,7 +148,7 @@ def test_neither_a_mesh_nor_how_rows_are_multiplied_changes_anything(changes):
     assert_close(a, b, tolerance=2e-6)
 
 
-def test_an_adapter_that_went_wrong_spoils_no_other():
+def test_an_adapter_with_nan_does_not_spoil_the_others():
     """Its update is skipped; the others make theirs, to the bit."""
     config = three()
     program, step = _compiled(config.model_dump_json())
@@ -195,7 +195,7 @@ def root(tmp_path_factory):
         yield directory
 
 
-def test_a_run_of_two_is_two_runs(root, tmp_path):
+def test_a_run_of_two_adapters_equals_two_runs(root, tmp_path):
     """From their files to the held-out losses and what PEFT reads, also after a stop; and the order is the file's."""
     config = of_two(root)
     both = train(config, process_info=ProcessInfo(), root=root)
@@ -223,7 +223,7 @@ def test_a_run_of_two_is_two_runs(root, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_of_two_is_used_by_its_name(root, tmp_path):
+def test_one_of_two_adapters_is_used_by_its_name(root, tmp_path):
     """Merged and sampled from; several without a name, and a name there is not, are refused."""
     train(of_two(root), process_info=ProcessInfo(), root=root)
     assert generate(root / "two", ["12"], adapter="digits", tokens=2, temperature=0, top_k=None, top_p=None, seed=0)
@@ -236,7 +236,7 @@ def test_one_of_two_is_used_by_its_name(root, tmp_path):
 
 
 @pytest.mark.slow
-def test_each_prefers_by_a_reference_of_its_own_rows(root):
+def test_each_adapter_uses_the_reference_of_its_own_rows(root):
     """DPO before the first update: every pair's loss is log 2, which it is by nobody else's numbers."""
     pairs = [{"prompt": f"{n}", "chosen": f"{n + 1}", "rejected": f"{7 * n % 91}"} for n in range(60)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))

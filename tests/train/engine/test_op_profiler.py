@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from support.equivalence import batches, born, tiny
+from support.equivalence import batches, initial_state, tiny
 
 from meshwright.parallel.layout import reorder_layers
 from meshwright.parallel.mesh import make_mesh
@@ -21,7 +21,7 @@ def timed():
     """What was run, as (op, repeats, last) of the first device and tick, and the costs."""
     mesh = make_mesh(CONFIG.mesh)
     program = build(CONFIG, mesh)
-    state = jax.device_put(reorder_layers(born(CONFIG), before=None, after=program.order), program.shardings)
+    state = jax.device_put(reorder_layers(initial_state(CONFIG), before=None, after=program.order), program.shardings)
     batch = make_global_arrays(batches(CONFIG, 1)[0], CONFIG, mesh)
     ran = []
 
@@ -35,7 +35,7 @@ def timed():
         return ran, measure_costs(program, state.params, state.frozen, batch)
 
 
-def test_every_op_is_run_alone_and_the_idle_time_is_taken_off(timed):
+def test_every_op_is_measured_by_itself_without_the_idle_time(timed):
     ran, costs = timed
     assert ran == [(0, 0, 0), (0, 0, 0), (1, 1, 0), (2, 1, 0), (3, 1, 0), (2, 1, 1)]
     ticks = module.TICKS

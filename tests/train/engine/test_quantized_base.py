@@ -41,13 +41,13 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", ["qlora", pytest.param("three bits, dora, recomputed", marks=pytest.mark.slow)])
-def test_a_mesh_changes_nothing(name):
+def test_the_result_is_the_same_on_every_mesh(name):
     settings, changes = SAME[name]
     assert_same(tiny(**settings), tiny(**settings, **changes), steps=3)
 
 
 @pytest.mark.slow
-def test_a_pipeline_changes_nothing():
+def test_the_result_is_the_same_in_a_pipeline():
     settings = QLORA | {"microbatches": 4}
     assert_same(tiny(**settings), tiny(**settings, mesh={"pipe": 2}, pipeline={"schedule": "zb-h1"}), steps=2)
 
@@ -63,7 +63,7 @@ def after(program, state, steps):
 
 
 @pytest.mark.parametrize("start", ["zero", pytest.param("loftq", marks=pytest.mark.slow)])
-def test_an_adapter_learns_as_on_the_dequantized_base(start):
+def test_an_adapter_trains_as_on_the_dequantized_base(start):
     """The same leaves beside kernels that hold in full what the codes stand for: the same steps."""
     settings = QLORA | {"adapter": {"rank": 4, "start": start}}
     config = tiny(**settings)
@@ -105,7 +105,7 @@ def step_of(layers, **changes):
     return build(config, mesh).compiled_step(), mesh
 
 
-def test_the_step_never_holds_the_whole_model():
+def test_the_step_never_holds_the_dequantized_model():
     """A further layer costs no more temporary memory than one whose kernels need not be made."""
 
     def growth(quantization):
@@ -115,7 +115,7 @@ def test_the_step_never_holds_the_whole_model():
     assert growth({"group": 16}) < growth(None) + 0.1 * 3 * 64 * 256 * 4  # of the kernels of an MLP
 
 
-def test_codes_travel_and_not_weights():
+def test_collectives_send_codes_and_not_weights():
     """Over fsdp the largest thing gathered is the codes of a kernel."""
     compiled, mesh = step_of(2, quantization={"group": 16}, mesh=MESH)
     found = [one for one in collectives(compiled.as_text(), mesh) if one.kind == "all-gather" and "fsdp" in one.axes]
@@ -135,7 +135,7 @@ def test_the_plan_counts_the_codes():
 REPAIR = QLORA | {"recipe": {"name": "lrec"}, "quantization": {"format": "int2", "group": 8}}
 
 
-def test_repairing_makes_the_model_what_it_was():
+def test_lrec_brings_the_quantized_model_back_to_the_full_one():
     """The loss is KL(whole || quantized) by the dense formula, and falls."""
     optimizer = {"learning_rate": 0.02, "weight_decay": 0.0, "schedule": "constant"}
     settings = REPAIR | {"adapter": {"rank": 8}, "optimizer": optimizer, "memory": {"loss_chunks": 4}}
@@ -167,12 +167,12 @@ def dense_logprobs(model, tree, batch):
 
 
 @pytest.mark.slow
-def test_repairing_on_a_mesh_changes_nothing():
+def test_lrec_gives_the_same_result_on_every_mesh():
     assert_same(tiny(**REPAIR), tiny(**REPAIR, mesh=MESH, memory={"loss_chunks": 2}), steps=3)
 
 
 @pytest.mark.slow
-def test_a_pipeline_changes_nothing_of_a_repair():
+def test_lrec_gives_the_same_result_in_a_pipeline():
     """The model as it was passes through a pipeline of its own."""
     plain = REPAIR | {"model": MODEL | {"layers": 4}, "microbatches": 4}
     staged = {"mesh": {"pipe": 2, "tensor": 2}, "pipeline": {"schedule": "zb-v"}}
@@ -190,7 +190,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("settings", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_what_cannot_work_is_refused(settings, words):
+def test_a_quantization_that_cannot_work_is_refused(settings, words):
     with pytest.raises(UserError, match=words):
         tiny(**settings)
 
@@ -204,7 +204,7 @@ def run_config(**changes):
     )
 
 
-def test_a_run_goes_on_from_its_own_base(tmp_path):
+def test_a_run_resumes_from_its_own_base(tmp_path):
     """On another mesh too; without the base it is refused."""
     whole = train(run_config(), process_info=ProcessInfo(), root=tmp_path)
     shutil.rmtree(tmp_path / "run/checkpoints/4")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.equivalence import assert_same, batches, born, tiny
+from support.equivalence import assert_same, batches, initial_state, tiny
 
 from meshwright.configs.sections.outer import PAIRWISE_RULES, RULES
 from meshwright.parallel.hlo import collectives
@@ -102,7 +102,7 @@ def test_no_inner_step_sends_anything_to_another_replica(axes):
 
 
 @pytest.mark.parametrize("outer", OUTERS)
-def test_meetings_on_a_mesh_are_those_on_one_device(outer):
+def test_outer_steps_on_a_mesh_equal_those_on_one_device(outer):
     """From one random state; on the mesh a mean is gathered or reduced, and a pair meets by permutations alone."""
     wide, narrow = (program_of(outer, replica=4, **axes) for axes in ({"tensor": 2}, {}))
     alone = build(narrow.config, make_mesh(narrow.config.mesh.model_copy(update={"replica": 1})), replica_count=4)
@@ -132,7 +132,7 @@ np.savez(sys.argv[1], *map(np.asarray, met(sys.argv[2])), loaded=any(loaded))
 """
 
 
-def test_meetings_from_the_compilation_cache_are_those_that_were_compiled(tmp_path):
+def test_outer_steps_from_the_compilation_cache_equal_compiled_ones(tmp_path):
     """In processes of their own: messages in another order on every device, as XLA:CPU had them, end the process."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     place = os.environ | cache | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
@@ -161,7 +161,7 @@ def programs(program):
     return [program.replicas.compiled(meeting, program.shapes, program.shardings) for meeting in sending]
 
 
-def test_meeting_after_every_update_without_momentum_is_data_parallel_sgd():
+def test_an_outer_step_after_every_step_without_momentum_is_data_parallel_sgd():
     """One fragment, outer learning rate 1: the mean of the replicas' SGD steps is the step of the mean gradient."""
     always = {"name": "streaming", "every": 1, "fragments": 1, "overlap": 0, "mix": 0, "learning_rate": 1}
     together = tiny(optimizer=SGD, mesh={"replica": 4}, outer=always | {"momentum": 0}, model=DROPOUT)
@@ -174,7 +174,7 @@ def test_meeting_after_every_update_without_momentum_is_data_parallel_sgd():
 def stepped(config, rows):
     """The parameters that the run stands for, after each of `rows` batches."""
     program = build(config, make_mesh(config.mesh))
-    state = jax.device_put(born(config), program.shardings, may_alias=False)
+    state = jax.device_put(initial_state(config), program.shardings, may_alias=False)
     step, meet, seen = program.compiled_step(), program.compiled_synchronization(), []
     for number, batch in enumerate(rows, 1):
         state, _ = step(state, make_global_arrays(batch, config, program.mesh))
@@ -183,9 +183,9 @@ def stepped(config, rows):
     return seen
 
 
-def test_a_replica_that_is_not_finite_keeps_its_parameters_until_the_others_meet_it():
+def test_a_replica_that_is_not_finite_keeps_its_parameters_until_the_outer_step():
     program = program_of("diloco", **MESH)
-    config, before = program.config, born(program.config)
+    config, before = program.config, initial_state(program.config)
     batch = batches(config, 1)[0]
     batch["loss_weights"][4:] *= np.nan  # the second replica's rows
     state = jax.device_put(before, program.shardings, may_alias=False)
@@ -197,7 +197,7 @@ def test_a_replica_that_is_not_finite_keeps_its_parameters_until_the_others_meet
     assert np.isfinite(met).all() and np.array_equal(met[0], met[1])
 
 
-def test_canonical_names_say_whose_an_array_is_and_lead_back():
+def test_canonical_names_name_the_replica_and_map_back():
     for outer, name in (("noloco", "replica/1/outer/anchor"), ("diloco", "outer/anchor")):
         program = program_of(outer, replica=2)
         model = program.config.model

@@ -33,7 +33,7 @@ def whole(tmp_path_factory):
     return root, train(small(), process_info=ProcessInfo(), root=root)
 
 
-def test_going_on_between_two_meetings_is_the_same_run_bit_for_bit(whole, tmp_path):
+def test_a_restart_between_two_outer_steps_gives_the_same_bits(whole, tmp_path):
     """From the checkpoint of step 3, where replicas differ and a fragment is under way."""
     root, summary = whole
     shutil.copytree(root / "run", tmp_path / "run")
@@ -45,7 +45,7 @@ def test_going_on_between_two_meetings_is_the_same_run_bit_for_bit(whole, tmp_pa
     assert again.metrics["held_out_loss"] == summary.metrics["held_out_loss"]
 
 
-def test_a_run_is_evaluated_and_used_by_its_outer_parameters(whole):
+def test_a_run_is_evaluated_and_used_with_its_outer_parameters(whole):
     root, summary = whole
     found = inference_session.evaluate(root / "run", [])
     assert found["held_out_loss"] == pytest.approx(summary.metrics["held_out_loss"], rel=1e-5)

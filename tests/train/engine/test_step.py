@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.equivalence import born, tiny
+from support.equivalence import initial_state, tiny
 
 from meshwright.configs.sections.training import OptimizerConfig
 from meshwright.memory import jaxpr_stats
@@ -51,14 +51,14 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(NAN, NAN), (1.0, NAN), (1.0, INF), (INF, 1.0)])
-def test_what_is_not_finite_is_not_applied_and_the_step_goes_on(loss, gradient):
+def test_an_update_that_is_not_finite_is_skipped_and_still_counts_as_a_step(loss, gradient):
     _, (before, _), (after, metrics), (later, fine) = run((1.0, 1.0), (loss, gradient), (1.0, 1.0))
     assert same((before.params, before.opt_state), (after.params, after.opt_state))
     assert int(after.step) == 2 and bool(metrics["skipped"])
     assert int(later.step) == 3 and not fine["skipped"] and not same(after.params, later.params)
 
 
-def test_a_spike_is_measured_by_the_mean_before_it_and_skipped():
+def test_a_spike_over_the_mean_norm_so_far_is_skipped():
     """3.03 exceeds three times the mean of 1, though not of the mean it would have made."""
     _, (first, one), (before, _), (after, metrics), (_, fine) = run((1, 1), (1, 1), (1, 3.03), (1, 2.9), spike=3.0)
     assert not one["skipped"] and bool(metrics["skipped"]) and not fine["skipped"]
@@ -68,26 +68,26 @@ def test_a_spike_is_measured_by_the_mean_before_it_and_skipped():
     )  # 2 x 2 elements of 1, by a weight of 2
 
 
-def test_metrics_are_sums_over_the_weight():
+def test_metrics_are_sums_divided_by_the_weight():
     _, (_, metrics) = run((3.0, 1.0))
     assert (metrics["loss"], metrics["tokens"], metrics["seen"]) == (1.5, 2.0, 3.0)
     assert metrics["grad_norm"] == pytest.approx(1.0) and metrics["learning_rate"] == pytest.approx(0.1)
 
 
-def test_a_batch_without_a_target_moves_nothing():
+def test_a_batch_without_targets_changes_no_parameter():
     """Weight zero: nothing is divided by nothing."""
     (before, _), (after, metrics) = run((0.0, 0.0), weight=0.0)
     assert metrics["loss"] == 0 and metrics["grad_norm"] == 0 and not metrics["skipped"]
     assert same(before.params, after.params)
 
 
-def test_a_state_is_born_sharded_and_the_same_on_every_mesh():
+def test_the_first_state_is_sharded_and_the_same_on_every_mesh():
     config = tiny(mesh={"data": 2, "fsdp": 2, "tensor": 2})
     program = build(config, make_mesh(config.mesh))
     state = program.initialize()
     for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(program.shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
-    expected, found = (to_canonical(jax.device_get(one), config.model) for one in (born(config), state))
+    expected, found = (to_canonical(jax.device_get(one), config.model) for one in (initial_state(config), state))
     assert expected.keys() == found.keys()
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, atol=1e-7, err_msg=name)
@@ -102,7 +102,7 @@ def outputs(jaxpr, primitive):
     }
 
 
-def test_bfloat16_compute_keeps_parameters_softmax_and_loss_wide():
+def test_bfloat16_compute_keeps_parameters_softmax_and_loss_in_float32():
     """Matrix products of the blocks read bfloat16; every exponential, square root and the loss are float32."""
     config = tiny(precision={"compute": "bfloat16"}, model={"activation": "gelu"})
     program = build(config, make_mesh(config.mesh))
@@ -121,7 +121,7 @@ def test_bfloat16_compute_keeps_parameters_softmax_and_loss_wide():
     assert read.count("bfloat16") > read.count("float32")
 
 
-def test_bfloat16_parameters_take_steps_and_stay_bfloat16():
+def test_bfloat16_parameters_change_and_stay_bfloat16():
     """Arithmetic is float32: the update of a parameter is rounded once."""
     section = OptimizerConfig(name="sgd", b1=0.0, schedule="constant", learning_rate=1.0)
     optimizer = optimizers.build(section, steps=2)

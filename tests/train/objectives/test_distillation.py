@@ -92,14 +92,14 @@ def test_the_loss_is_that_of_the_paper(teachers):
     assert float(taken / weight) == pytest.approx(mean(both.sum(-1)), rel=1e-4)
 
 
-def test_a_mesh_changes_nothing(teachers):
+def test_the_result_is_the_same_on_every_mesh(teachers):
     settings = {"optimizer": CHEAP, "model": {"dropout": 0.1}}
     one, cut = (taught(teachers, **settings, **more) for more in ({}, {"mesh": MESH, "memory": {"loss_chunks": 2}}))
     assert_same(one, cut, steps=3)
 
 
 @pytest.mark.slow
-def test_a_mesh_changes_nothing_of_stored_words(teachers):
+def test_stored_top_tokens_give_the_same_result_on_every_mesh(teachers):
     settings = {"recipe": {"top_k": 4}, "optimizer": CHEAP, "microbatches": 2}
     cut = {"mesh": {"fsdp": 2, "seq": 2, "tensor": 2}, "memory": {"loss_chunks": 2}}
     assert_same(taught(teachers, **settings), taught(teachers, **settings, **cut), steps=3)
@@ -126,7 +126,7 @@ SLOW = [pytest.param(*case, marks=[pytest.mark.slow] if place else [], id=name)
 
 
 @pytest.mark.parametrize(("settings", "pipeline"), SLOW)
-def test_a_pipeline_changes_nothing(teachers, settings, pipeline):
+def test_the_result_is_the_same_in_a_pipeline(teachers, settings, pipeline):
     """The teacher has three layers: its stages are uneven, and not where those of the model are."""
     plain = merge_trees({"model": {"layers": 4}, "optimizer": CHEAP, "microbatches": 4}, settings)
     one, staged = taught(teachers, **plain), taught(teachers, **merge_trees(plain, pipeline))
@@ -136,7 +136,7 @@ def test_a_pipeline_changes_nothing(teachers, settings, pipeline):
 
 
 @pytest.mark.slow
-def test_its_own_teacher_has_nothing_to_say_at_first(teachers):
+def test_the_divergence_from_itself_is_zero_before_the_first_step(teachers):
     """With no other, the model as it was teaches: only the next token moves it."""
     config = tiny(recipe={"name": "distill", "mix": 0.5}, optimizer=CHEAP)
     metrics, *_ = first_loss(config)
@@ -154,7 +154,7 @@ def run_of(teachers, **changes):
 
 
 @pytest.mark.slow
-def test_stored_words_teach_what_the_teacher_teaches(teachers, tmp_path):
+def test_stored_top_tokens_of_the_whole_vocabulary_equal_the_live_teacher(teachers, tmp_path):
     """All of its words, looked up, are the same run."""
     one = train(run_of(teachers), process_info=ProcessInfo(), root=tmp_path / "present")
     train(run_of(teachers, recipe={"top_k": 264}), process_info=ProcessInfo(), root=tmp_path / "stored")
@@ -165,21 +165,21 @@ def test_stored_words_teach_what_the_teacher_teaches(teachers, tmp_path):
     assert "held_out_acceptance" not in (tmp_path / "stored/run/metrics.jsonl").read_text()
 
 
-def test_notes_are_the_teachers_words_of_each_row(teachers):
+def test_annotations_are_the_teachers_top_tokens_of_each_row(teachers):
     config = run_of(teachers, recipe={"top_k": 5})
     program = build(config, make_mesh(config.mesh))
     data = with_reference_logprobs(program, assemble.build_data(config.data, seed=0), samples=range(8))
     rows = [data.train.row(index) for index in range(4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     said = words(config.recipe.teacher, program.teacher_weights(), batch, 2.0)
-    real = batch["places"] >= 0
+    real = batch["token_index"] >= 0
     looked_up = np.take_along_axis(said, batch["teacher_tokens"], -1)
     np.testing.assert_allclose(batch["teacher_logprobs"][real], looked_up[real], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(looked_up[real], -np.sort(-said, -1)[..., :5][real], rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_its_teacher_and_is_used_without(teachers, tmp_path):
+def test_a_run_resumes_with_its_teacher_and_is_used_without_it(teachers, tmp_path):
     import shutil
 
     copy = tmp_path / "copy"

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.equivalence import packed
+from support.equivalence import random_packed_batch
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.loader import validate_tree
@@ -22,7 +22,7 @@ def loss(name, **settings):
 @pytest.fixture
 def batch():
     """Packed rows with two answers, the second of one row cut away; labels are of pairs, so of whole rows here."""
-    made = packed(np.random.default_rng(0), (6, 12), vocab=9)
+    made = random_packed_batch(np.random.default_rng(0), (6, 12), vocab=9)
     made["loss_weights"] = np.where(np.arange(12) % 4 == 0, 0, np.sign(made["segment_ids"])).astype(np.float32)
     made["segment_ids"][3] = np.minimum(made["segment_ids"][3], 1)
     random = np.random.default_rng(1)
@@ -46,7 +46,7 @@ def test_names_are_those_of_the_schema():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_sums_add_up_over_any_cut_of_the_batch(name, batch, logprobs):
+def test_sums_add_up_over_any_split_of_the_batch(name, batch, logprobs):
     whole = loss(name)(logprobs, batch)
     parts = [
         loss(name)(logprobs[cut], jax.tree.map(lambda x, cut=cut: x[cut], batch)) for cut in (slice(2), slice(2, 6))
@@ -150,14 +150,14 @@ def test_before_the_first_step_the_loss_is_known(name, batch):
 
 
 @pytest.mark.parametrize("name", [name for name in PAIRED if name not in ("kto", "reward")])
-def test_a_step_down_the_gradient_moves_the_answers_apart(name, batch, logprobs):
+def test_a_gradient_step_increases_the_margin(name, batch, logprobs):
     gradient = jax.grad(lambda x: loss(name)(x, batch)[0])(logprobs)
     learned = (batch["loss_weights"] > 0) & (batch["segment_ids"].max(axis=1, keepdims=True) == 2)
     better, worse = (np.asarray(gradient)[np.asarray(learned & (batch["segment_ids"] == n))] for n in (1, 2))
     assert (better < 0).all() and (worse > 0).all()
 
 
-def test_answers_to_other_questions_have_no_gradient(batch, logprobs):
+def test_responses_to_other_questions_have_no_gradient(batch, logprobs):
     gradient = jax.grad(lambda x: loss("kto")(x, batch)[0])(logprobs)
     assert gradient[batch["segment_ids"] == 1].any() and not gradient[batch["segment_ids"] == 2].any()
 
@@ -187,7 +187,7 @@ def test_recipe_and_data_that_do_not_fit_are_refused(tree, message):
         validate_tree(tree)
 
 
-def test_a_reward_is_read_at_the_last_token_that_is_learned(batch, logprobs):
+def test_a_reward_is_read_at_the_last_weighted_token(batch, logprobs):
     """Whatever order a mesh holds the tokens in."""
     scores, fields = np.asarray(logprobs, np.float64), {name: np.asarray(field) for name, field in batch.items()}
     found, right = [], 0

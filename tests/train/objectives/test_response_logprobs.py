@@ -45,7 +45,7 @@ MESHES = {
 
 
 @pytest.mark.parametrize(("settings", "changes"), MESHES.values(), ids=MESHES)
-def test_a_mesh_changes_nothing(settings, changes):
+def test_the_result_is_the_same_on_every_mesh(settings, changes):
     settings = merge_trees(settings, {"optimizer": {"name": "sgd"}})
     assert_same(tiny(**settings), tiny(**merge_trees(settings, changes)), steps=2)
 
@@ -104,7 +104,7 @@ PACKED = {"llama": {"mesh": {"platform": "cpu"}}, "windows, sharded": {"model": 
 
 
 @pytest.mark.parametrize("settings", PACKED.values(), ids=PACKED)
-def test_packing_changes_the_loss_of_no_example(settings, tmp_path):
+def test_packing_does_not_change_the_loss_of_an_example(settings, tmp_path):
     """Answers that share a row are as likely, token by token, as those that have one each."""
     config = run_of(tmp_path, "sft", **settings)
     packed, one = every_token(config, "best-fit")
@@ -136,7 +136,7 @@ def test_a_run_starts_at_its_reference_and_moves_away(name, changes, first, tmp_
     assert last["held_out_loss"] > 0 and "held_out_perplexity" not in last
 
 
-def test_going_on_has_the_same_reference(tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_same_reference(tmp_path, monkeypatch):
     """Stopped after step 3: the reference of a run that goes on is the model at step 0, not the one it goes on with."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(run_of(tmp_path, "dpo"), process_info=ProcessInfo(), root=whole)
@@ -164,7 +164,7 @@ def test_another_reference_is_refused(tmp_path):
     inference_session.generate(tmp_path / "run", ["Yes"], tokens=1, temperature=0.0, top_k=None, top_p=None, seed=0)
 
 
-def test_who_reads_the_first_weights_again(tmp_path):
+def test_which_runs_read_their_initial_weights_again(tmp_path):
     """A recipe that compares with them, or is taught by them; one that only started from them does not."""
     written_base(tmp_path / "base", scale=1.0)
     origins = {}
@@ -176,7 +176,7 @@ def test_who_reads_the_first_weights_again(tmp_path):
     assert origins["dpo"] is not None and origins["dpo"] == origins["kto"] == origins["distill"]
 
 
-def test_notes_are_what_the_model_says_of_each_row(tmp_path):
+def test_annotations_are_the_models_logprobs_of_each_row(tmp_path):
     config = run_of(tmp_path, "dpo")
     program = build(config, make_mesh(config.mesh))
     data = with_reference_logprobs(program, assemble.build_data(config.data, seed=0), samples=range(20))
@@ -188,4 +188,4 @@ def test_notes_are_what_the_model_says_of_each_row(tmp_path):
     )
     with jax.set_mesh(program.mesh):
         wanted = jax.jit(forward)(program.initial_weights(), {}, make_global_arrays(batch, config, program.mesh), None)
-    np.testing.assert_allclose(batch["reference_logprobs"], np.where(batch["places"] >= 0, wanted, 0), rtol=1e-5)
+    np.testing.assert_allclose(batch["reference_logprobs"], np.where(batch["token_index"] >= 0, wanted, 0), rtol=1e-5)

@@ -23,12 +23,12 @@ REWARD = {"recipe": {"name": "reward"}, "data": PAIRS, "optimizer": {"name": "sg
 
 
 @pytest.mark.slow
-def test_a_mesh_changes_nothing():
+def test_the_result_is_the_same_on_every_mesh():
     assert_same(tiny(**REWARD), tiny(**REWARD, mesh={"fsdp": 2, "seq": 2, "tensor": 2}), steps=2)
 
 
 @pytest.mark.slow
-def test_a_mesh_changes_nothing_of_an_adapter_in_microbatches():
+def test_an_adapter_in_microbatches_gives_the_same_result_on_every_mesh():
     settings = REWARD | {"adapter": {"rank": 2}}
     assert_same(tiny(**settings), tiny(**settings, mesh={"data": 2, "tensor": 2}, microbatches=2), steps=2)
 
@@ -44,7 +44,7 @@ def run_of(directory, **changes):
     return tiny(**merge_trees(base | {"optimizer": learning, "logging": {"every": 1, "tensorboard": False}}, changes))
 
 
-def test_it_learns_which_answer_is_better_and_goes_out_as_transformers_has_it(tmp_path):
+def test_a_reward_model_learns_the_preference_and_loads_in_transformers(tmp_path):
     summary = train(run_of(tmp_path, evaluation={"start": True}), process_info=ProcessInfo(), root=tmp_path)
     assert summary.initial_metrics["held_out_accuracy"] < 0.9 < summary.metrics["held_out_accuracy"]
     assert summary.metrics["loss"] < 0.5 * np.log(2)
@@ -58,7 +58,7 @@ def test_it_learns_which_answer_is_better_and_goes_out_as_transformers_has_it(tm
 
 
 @pytest.mark.slow
-def test_an_adapter_with_a_score_goes_out_merged_only(tmp_path):
+def test_an_adapter_with_a_reward_head_is_exported_merged_only(tmp_path):
     train(run_of(tmp_path, steps=2, adapter={"rank": 2}), process_info=ProcessInfo(), root=tmp_path)
     with pytest.raises(UserError, match="a score beside the adapter"):
         export_adapter(tmp_path / "run", tmp_path / "adapter")
@@ -76,7 +76,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("adapter", CHOICES.values(), ids=CHOICES)
-def test_the_score_learns_whatever_else_is_chosen(adapter):
+def test_the_reward_head_is_trained_whatever_the_adapter_selects(adapter):
     """All of it, though its gradient is the smallest, and in no element's place."""
     config = tiny(**merge_trees(REWARD, {"adapter": adapter, "optimizer": {"warmup_steps": 0}}), steps=4)
     program = build(config, make_mesh(config.mesh))
@@ -107,7 +107,7 @@ SLOW = [pytest.param(case, marks=[pytest.mark.slow] if place else [], id=name)
 
 
 @pytest.mark.parametrize("pipeline", SLOW)
-def test_a_pipeline_changes_nothing(pipeline):
+def test_the_result_is_the_same_in_a_pipeline(pipeline):
     plain = merge_trees(REWARD, {"model": {"layers": 4}, "microbatches": 4})
     one, staged = tiny(**plain), tiny(**merge_trees(plain, pipeline))
     assert_same(one, staged, steps=3, tolerance=1e-5)
@@ -116,7 +116,7 @@ def test_a_pipeline_changes_nothing(pipeline):
 
 
 @pytest.mark.slow
-def test_held_out_pairs_are_told_apart_by_a_pipeline_as_by_one_device(tmp_path):
+def test_held_out_accuracy_is_the_same_in_a_pipeline(tmp_path):
     base = {"steps": 2, "model": {"layers": 4}, "microbatches": 2, "evaluation": {"start": True}}
     one = train(run_of(tmp_path, **base), process_info=ProcessInfo(), root=tmp_path / "one")
     staged = train(run_of(tmp_path, **base, mesh={"pipe": 2}), process_info=ProcessInfo(), root=tmp_path / "staged")

@@ -97,7 +97,7 @@ def test_a_shared_vocabulary_trains_like_one_device(schedule, algorithm, mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v", "v-half"])
-def test_twenty_steps_stay_on_one_curve(schedule):
+def test_twenty_steps_have_the_same_losses(schedule):
     vocabulary = 2 if schedule == "v-half" else 0
     # SGD: Adam makes steps of a learning rate's size out of rounding, and twenty of them are another curve.
     model = {"model": {"layers": 8}, "steps": 20, "optimizer": {"name": "sgd"}}
@@ -128,13 +128,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("changes", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_has_no_table_is_refused_before_jax_is_needed(changes, words):
+def test_a_schedule_without_a_table_is_refused_without_jax(changes, words):
     config = tiny(**merge_trees(merge_trees(BASE, STAGED), changes))
     with pytest.raises(UserError, match=words):
         make_pipeline_plan(config, pipe=config.mesh.pipe)
 
 
-def test_a_file_whose_stages_are_no_neighbours_is_refused_before_jax_is_needed(tmp_path):
+def test_a_file_whose_stages_are_not_neighbours_is_refused_without_jax(tmp_path):
     """GPipe's orders, the two middle stages on each other's devices: a schedule, but nobody sends that far."""
     table = make_table("gpipe", devices=4, microbatches=4)
     apart = tmp_path / "apart.csv"
@@ -165,12 +165,12 @@ UNFIT = {
 
 
 @pytest.mark.parametrize(("changes", "words"), UNFIT.values(), ids=UNFIT)
-def test_what_a_pipeline_cannot_hold_is_refused_by_the_configuration(changes, words):
+def test_a_pipeline_that_does_not_fit_is_refused_by_the_configuration(changes, words):
     with pytest.raises(UserError, match=words):
         tiny(**merge_trees(merge_trees(BASE, STAGED), changes))
 
 
-def test_a_balanced_deal_leaves_the_stage_with_the_head_fewer_layers():
+def test_balanced_layers_give_the_stage_with_the_head_fewer_layers():
     config = tiny(
         **merge_trees(
             merge_trees(BASE, STAGED), {"model": {"layers": 8, "vocab": 512}, "pipeline": {"layers": "balanced"}}
@@ -181,7 +181,7 @@ def test_a_balanced_deal_leaves_the_stage_with_the_head_fewer_layers():
     assert sorted(repeat for repeat in found.order if repeat >= 0) == list(range(8))
 
 
-def test_the_plan_counts_what_all_devices_do_together():
+def test_the_plan_counts_the_flops_of_all_devices():
     plain, staged = (build(config, make_mesh(config.mesh)) for config in pair({}, {}))
     assert step_flops(staged) == step_flops(plain) > 0
 
@@ -202,13 +202,13 @@ def tick(compiled):
     return found
 
 
-def test_an_idle_tick_multiplies_nothing(compiled, tick):
+def test_an_idle_tick_has_no_matrix_product(compiled, tick):
     """With one repeat a stage nothing in W depends on the round of its loop: the compiler would do it in every tick."""
     kinds = [{one.opcode for one in body} for body in compiled.values()]
     assert not {one.opcode for one in tick} & {"dot", "custom-call"} and any("dot" in found for found in kinds)
 
 
-def test_nothing_is_passed_on_before_the_op_is_done(tick):
+def test_no_message_is_sent_before_the_op_is_done(tick):
     """W changes nothing that is passed on: untied, a device would wait for its neighbours with W still to do."""
     reads = {one.name: set(re.findall(r"%([\w.\-]+)", one.text)) - {one.name} for one in tick}
     ops = {one.name for one in tick if one.opcode == "while"}
@@ -221,7 +221,7 @@ def test_nothing_is_passed_on_before_the_op_is_done(tick):
         assert ops <= found
 
 
-def test_a_run_goes_on_under_another_schedule_and_without_a_pipeline(tmp_path, monkeypatch):
+def test_a_run_resumes_with_another_schedule_and_without_a_pipeline(tmp_path, monkeypatch):
     """Begun as v-half, gone on as 1f1b over twice the devices, ended on one device: the curve of the one device."""
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     small = {

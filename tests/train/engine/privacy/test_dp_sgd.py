@@ -157,7 +157,7 @@ def test_a_row_without_a_finite_norm_counts_as_an_empty_one():
     assert float(found.metrics["clipped"]) == float(wanted.metrics["clipped"]) + 1
 
 
-def test_all_of_the_seed_is_in_the_noise_and_what_is_released_tells_nothing_of_it():
+def test_the_noise_uses_the_whole_seed_and_the_run_directory_does_not_reveal_it():
     """`jax.random.key` reads the lower half of a seed: the keys are of all of it, and none is another's."""
     keys = {}
     for seed in (SEED, SEED + 2**32):
@@ -186,7 +186,7 @@ def stepping(noise):
     return program.initialize(), run
 
 
-def test_noise_has_the_deviation_that_is_counted():
+def test_noise_has_the_standard_deviation_that_is_accounted_for():
     """And is drawn anew in each step, the same when the step is taken again."""
     state, loud = stepping(3.0)
     _, quiet = stepping(1e-9)
@@ -200,13 +200,13 @@ def test_noise_has_the_deviation_that_is_counted():
 
 
 @pytest.mark.slow
-def test_a_mesh_and_microbatches_change_nothing():
+def test_the_result_is_the_same_on_every_mesh_and_in_microbatches():
     settings = {"model": {"dropout": 0.1}}
     cut = {"mesh": {"data": 2, "fsdp": 2}, "microbatches": 2}
     assert_same(private(**settings), private(**settings, **cut), steps=2)
 
 
-def test_norms_cost_less_memory_than_the_gradients_they_are_of():
+def test_norms_need_less_memory_than_row_gradients():
     config = private(model={"embed": 128, "mlp": 512, "heads": 4}, data={"global_batch": 16})
     program = build(config, make_mesh(config.mesh))
     with jax.set_mesh(program.mesh):
@@ -239,12 +239,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_what_would_break_the_promise_is_refused(changes, message):
+def test_a_configuration_that_breaks_privacy_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         private(**changes)
 
 
-def test_a_base_of_another_format_trains_adapters_of_float32():
+def test_a_quantized_base_trains_adapters_in_float32():
     config = private(precision={"parameters": "bfloat16"}, adapter={"rank": 3})
     shapes = build(config, make_mesh(config.mesh)).shapes
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes.params)} == {np.dtype("float32")}
@@ -260,7 +260,7 @@ def run_of(directory, **changes):
 
 
 @pytest.mark.slow
-def test_a_run_tells_what_it_has_spent_and_goes_on_counting(tmp_path, monkeypatch):
+def test_a_run_reports_its_epsilon_and_resumes_counting(tmp_path, monkeypatch):
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     budget = {"privacy": {"noise": None, "epsilon": 5.0}, "checkpoint": {"every": 3}}
     whole = train(run_of(tmp_path, **budget), process_info=ProcessInfo(), root=tmp_path)
@@ -273,16 +273,16 @@ def test_a_run_tells_what_it_has_spent_and_goes_on_counting(tmp_path, monkeypatc
     assert again.metrics["epsilon"] == whole.metrics["epsilon"]
 
 
-def test_what_a_run_begins_with_must_not_tell(tmp_path, monkeypatch):
+def test_a_guessable_seed_and_a_tokenizer_trained_on_private_data_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="seed: 4294967295 with privacy: whoever knows or guesses the seed"):
         train(run_of(tmp_path, seed=2**32 - 1), process_info=ProcessInfo(), root=tmp_path)
     words = {"tokenizer": {"bytes": False, "train": "bpe", "vocab": 260}}
-    with pytest.raises(UserError, match="data.tokenizer.train: bpe"):
+    with pytest.raises(UserError, match=r"data\.tokenizer\.train: bpe"):
         train(run_of(tmp_path, data=words), process_info=ProcessInfo(), root=tmp_path)
 
 
-def test_no_batch_has_a_row_twice(tmp_path, monkeypatch):
+def test_no_batch_contains_a_row_twice(tmp_path, monkeypatch):
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     config = run_of(tmp_path, data={"global_batch": 16})
     data, _ = load_checked_data(config, ProcessInfo())
@@ -293,7 +293,7 @@ def test_no_batch_has_a_row_twice(tmp_path, monkeypatch):
         train(run_of(tmp_path, data={"global_batch": 64}), process_info=ProcessInfo(), root=tmp_path)
 
 
-def test_other_machines_are_not_told_the_seed(tmp_path, monkeypatch):
+def test_other_machines_do_not_get_the_seed(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(metrics_logger, "open_sinks", lambda *given, config, **settings: told.append(config) or [])
     for config in (private(), private(privacy=None)):
@@ -302,6 +302,6 @@ def test_other_machines_are_not_told_the_seed(tmp_path, monkeypatch):
     assert "seed" not in told[0] and told[1]["seed"] == SEED
 
 
-def test_either_noise_or_epsilon():
-    with pytest.raises(ValueError, match="privacy.noise: .*epsilon"):
+def test_a_privacy_section_needs_noise_or_epsilon():
+    with pytest.raises(ValueError, match=r"privacy\.noise: .*epsilon"):
         PrivacyConfig()
