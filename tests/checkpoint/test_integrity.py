@@ -59,8 +59,8 @@ def restored(directory, step=2):
     return open_storage(directory).restore(step, shapes=SHAPES, shardings=SHARDINGS)
 
 
-def same(found, wanted):
-    return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), found, wanted)))
+def same(actual, expected):
+    return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), actual, expected)))
 
 
 def files(directory):

@@ -46,8 +46,8 @@ def files(memory):
     return sorted(memory.directory.glob("*.[01]"))
 
 
-def same(found, wanted):
-    return all(jax.tree.leaves(jax.tree.map(np.array_equal, found, wanted)))
+def same(actual, expected):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, actual, expected)))
 
 
 @pytest.fixture

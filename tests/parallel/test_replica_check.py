@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from support.corruption import flipped
+from support.corruption import flip_bit
 
 from meshwright.parallel.replica_check import ReplicaCheck
 
@@ -50,21 +50,21 @@ def test_every_flipped_bit_is_found_and_its_device_is_the_suspect(check):
         name = draw.choice(["replicated", "fsdp", "columns", "codes", "count"])
         device = draw.choice(jax.devices()[:8])
         size = values[name].addressable_shards[0].data.nbytes
-        mismatches = check.find_mismatches(values | {name: flipped(values[name], device, draw.randrange(8 * size))})
+        mismatches = check.find_mismatches(values | {name: flip_bit(values[name], device, draw.randrange(8 * size))})
         assert [(mismatch.path, mismatch.suspects) for mismatch in mismatches] == [(name, (device,))]
         assert len(mismatches[0].majority) == (7 if name in ("replicated", "codes", "count") else 3)
 
 
 def test_a_shard_on_a_single_device_cannot_be_compared(check):
     values = state()
-    assert check.find_mismatches(values | {"unique": flipped(values["unique"], jax.devices()[3], 5)}) == []
+    assert check.find_mismatches(values | {"unique": flip_bit(values["unique"], jax.devices()[3], 5)}) == []
 
 
 def test_without_a_majority_all_devices_are_suspects():
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     values = {"a": jax.device_put(jnp.arange(4.0), NamedSharding(mesh, PartitionSpec()))}
     check = ReplicaCheck(jax.eval_shape(lambda: values), {"a": values["a"].sharding}, mesh)
-    (mismatch,) = check.find_mismatches({"a": flipped(values["a"], jax.devices()[1], 3)})
+    (mismatch,) = check.find_mismatches({"a": flip_bit(values["a"], jax.devices()[1], 3)})
     assert str(mismatch) == "a differs between devices 0, 1 (process 0)"
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 
-def flipped(array, device, bit):
+def flip_bit(array, device, bit):
     """`array` with one bit of what `device` holds of it flipped."""
     parts = []
     for shard in array.addressable_shards:
@@ -25,8 +25,8 @@ def flips(drain, *, step, device):
         if int(state.step) != step:
             return state
         leaves, structure = jax.tree.flatten(state.params)
-        largest = max(range(len(leaves)), key=lambda one: leaves[one].nbytes)
-        leaves[largest] = flipped(leaves[largest], jax.local_devices()[device], 8 * 40 + 22)
+        largest = max(range(len(leaves)), key=lambda number: leaves[number].nbytes)
+        leaves[largest] = flip_bit(leaves[largest], jax.local_devices()[device], 8 * 40 + 22)
         return dataclasses.replace(state, params=jax.tree.unflatten(structure, leaves))
 
     return damaged

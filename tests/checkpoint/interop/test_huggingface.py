@@ -63,7 +63,7 @@ def test_every_format_has_a_fixture():
 
 
 @each_fixture
-def test_logits_are_transformers_own(name):
+def test_logits_equal_those_of_transformers(name):
     expected = load_file(FIXTURES / name / "expected.safetensors")
     got = logits(*read(FIXTURES / name), expected["tokens"])
     np.testing.assert_allclose(got, expected["logits"], atol=1e-4 * np.abs(expected["logits"]).max(), rtol=0)
@@ -71,7 +71,7 @@ def test_logits_are_transformers_own(name):
 
 
 @each_fixture
-def test_what_is_written_is_what_was_read(name, tmp_path):
+def test_writing_returns_the_tensors_that_were_read(name, tmp_path):
     """Every tensor under its name and bit for bit, in files of at most 5 kB; config.json describes the same model."""
     model, params = read(FIXTURES / name)
     tree = to_config_json(model, positions=64, dtype="float32")
@@ -90,7 +90,7 @@ def test_what_is_written_is_what_was_read(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["phi3", "gpt2", "gemma3"])
-def test_every_device_reads_its_own_block_only(name, monkeypatch):
+def test_every_device_reads_only_its_block(name, monkeypatch):
     """The same arrays on data 2 x fsdp 2 x tensor 2; of a weight cut in four no read takes more than a quarter."""
     _, whole = read(FIXTURES / name)
     taken, part = [], storage.WeightFiles.read_region
@@ -115,10 +115,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("changes", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_we_would_compute_otherwise_is_refused(changes, words):
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_config_that_would_be_computed_differently_is_refused(changes, message):
     tree = json.loads((FIXTURES / "llama2/config.json").read_text())
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         to_model_section(tree | changes)
 
 
@@ -159,10 +159,10 @@ RENAMED = {
 }
 
 
-@pytest.mark.parametrize(("name", "rename", "beside"), RENAMED.values(), ids=RENAMED)
-def test_the_same_tensors_by_other_names(name, rename, beside, tmp_path):
+@pytest.mark.parametrize(("name", "rename", "extra_name"), RENAMED.values(), ids=RENAMED)
+def test_tensors_under_other_names_are_read(name, rename, extra_name, tmp_path):
     tensors = load_file(FIXTURES / name / "model.safetensors")
-    extra = {beside: np.ones((2, 2), np.float32)}
+    extra = {extra_name: np.ones((2, 2), np.float32)}
     save_file({rename(tensor): array for tensor, array in tensors.items()} | extra, tmp_path / "model.safetensors")
     tree = json.loads((FIXTURES / name / "config.json").read_text())
     if name == "gemma3":

@@ -94,8 +94,8 @@ def plain(model, adapter, tree):
     return jax.device_get(jax.jit(lambda tree: attach.merge_adapters(tree, model, adapter))(tree))
 
 
-def assert_same(one, other):
-    np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max(), rtol=0)
+def assert_same(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
 @each_case
@@ -168,9 +168,7 @@ def test_rotations_by_an_older_series_are_refused(version, tmp_path):
     config = json.loads((tmp_path / peft.CONFIG).read_text())
     assert config.pop("peft_version") == "0.18.0"
     (tmp_path / peft.CONFIG).write_text(json.dumps(config | version))
-    with pytest.raises(
-        UserError, match=r"peft_version: 0\.\d+\.\d .* 0.18"
-    ):
+    with pytest.raises(UserError, match=r"peft_version: 0\.\d+\.\d .* 0.18"):
         peft.read(tmp_path, model, kind=kind)
 
 

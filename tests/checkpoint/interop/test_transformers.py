@@ -31,15 +31,15 @@ def cases():
     return module.CASES
 
 
-def theirs(model):
+def reference_logits(model):
     """Logits of a model of transformers, computed in float64."""
     with torch.no_grad():
         return model.double()(torch.from_numpy(TOKENS[:, :60]).long()).logits.float().numpy()
 
 
-def assert_same(got, wanted):
-    np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max(), rtol=0)
-    np.testing.assert_array_equal(got.argmax(-1), wanted.argmax(-1))
+def assert_same(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+    np.testing.assert_array_equal(actual.argmax(-1), expected.argmax(-1))
 
 
 @pytest.mark.parametrize("name", sorted(cases()))
@@ -53,7 +53,7 @@ def test_a_model_of_transformers_computes_the_same_here(name, tmp_path):
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
-    assert_same(logits(*read(tmp_path), TOKENS[:, :60]), theirs(model))
+    assert_same(logits(*read(tmp_path), TOKENS[:, :60]), reference_logits(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,4 +75,4 @@ def test_a_model_of_ours_computes_the_same_there(family, tmp_path):
         tmp_path, attn_implementation="eager", output_loading_info=True, dtype=torch.float32
     )
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    assert_same(logits(model, params, TOKENS[:, :60]), theirs(loaded.eval()))
+    assert_same(logits(model, params, TOKENS[:, :60]), reference_logits(loaded.eval()))

@@ -25,8 +25,8 @@ def random_snapshots(hosts, longest=100, seed=0):
     return [random.integers(0, 256, random.integers(0, longest + 1), dtype=np.uint8) for _ in range(hosts)]
 
 
-def without(values, lost):
-    return {host: value for host, value in enumerate(values) if host not in lost}
+def without(values, removed):
+    return {host: value for host, value in enumerate(values) if host not in removed}
 
 
 def weighted_sum(blocks):

@@ -1,4 +1,4 @@
-"""The journal and the metrics outlive a process killed at any byte."""
+"""Event log and metrics survive a process killed at any byte."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from meshwright.configs.errors import UserError
 from meshwright.train.core.event_log import EventLog, read_events, read_metrics
 
 
-def test_events_come_back_in_order_with_their_fields(tmp_path):
+def test_events_are_read_in_order_with_their_fields(tmp_path):
     event_log = EventLog(tmp_path)
     event_log.record("start", step=0)
     event_log.record("restore", step=100, level="storage", reason="newest whole checkpoint")
@@ -20,47 +20,47 @@ def test_events_come_back_in_order_with_their_fields(tmp_path):
     }  # fmt: skip
 
 
-def test_a_line_torn_at_any_byte_costs_that_line_only(tmp_path):
+def test_a_line_torn_at_any_byte_loses_only_that_line(tmp_path):
     event_log = EventLog(tmp_path)
     event_log.record("save", step=1)
     whole = event_log.path.stat().st_size
     event_log.record("commit", step=1)
     content = event_log.path.read_bytes()
-    for kept in range(whole, len(content)):
-        event_log.path.write_bytes(content[:kept])
-        alone = read_events(tmp_path)
-        assert [event["event"] for event in alone] == (["save", "commit"] if kept == len(content) - 1 else ["save"])
+    for length in range(whole, len(content)):
+        event_log.path.write_bytes(content[:length])
+        events = read_events(tmp_path)
+        assert [event["event"] for event in events] == (["save", "commit"] if length == len(content) - 1 else ["save"])
         EventLog(tmp_path).record("restore", step=1)
-        assert read_events(tmp_path)[:-1] == alone, f"{kept} bytes kept"
+        assert read_events(tmp_path)[:-1] == events, f"{length} bytes"
         assert read_events(tmp_path)[-1]["event"] == "restore"
 
 
-def test_every_line_is_strict_json_even_for_numbers_that_are_not(tmp_path):
-    def refuse(word):
-        raise AssertionError(f"{word} is not JSON")
+def test_nan_and_infinity_are_written_as_strict_json(tmp_path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
 
     EventLog(tmp_path).record("skip", step=3, loss=math.nan, grad_norm=math.inf, parts=[-math.inf])
     row = json.loads((tmp_path / "events.jsonl").read_text(), parse_constant=refuse)
     assert math.isnan(float(row["loss"])) and float(row["grad_norm"]) == math.inf and row["parts"] == ["-Infinity"]
 
 
-def test_only_the_first_process_writes(tmp_path):
+def test_a_disabled_event_log_writes_nothing(tmp_path):
     EventLog(tmp_path, enabled=False).record("start", step=0)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_spoilt_line_in_the_middle_is_skipped_and_told(tmp_path, caplog):
+def test_a_damaged_line_in_the_middle_is_skipped_with_a_warning(tmp_path, caplog):
     (tmp_path / "events.jsonl").write_bytes(b'{"event": "start"}\n\x00\x00{"ev\n{"event": "finish"}\n')
     assert [event["event"] for event in read_events(tmp_path)] == ["start", "finish"]
     assert "events.jsonl, line 2" in caplog.text
 
 
-def test_a_journal_that_cannot_be_written_says_where_and_why(tmp_path):
+def test_an_event_log_that_cannot_be_written_names_file_and_reason(tmp_path):
     with pytest.raises(UserError, match=r"gone/events.jsonl.*No such file"):
         EventLog(tmp_path / "gone").record("start", step=0)
 
 
-def test_metrics_have_each_step_once_whatever_the_order_of_rows(tmp_path):
+def test_rows_of_one_step_are_merged_in_any_order(tmp_path):
     """An evaluation's row may come before its step's, because metrics are read one step behind."""
     rows = [{"step": 50, "held_out_loss": 4.1}, {"step": 50, "loss": 4.0}, {"step": 10, "loss": "NaN"}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 60, "lo')
@@ -69,5 +69,5 @@ def test_metrics_have_each_step_once_whatever_the_order_of_rows(tmp_path):
     assert second == {"step": 50, "held_out_loss": 4.1, "loss": 4.0}
 
 
-def test_a_run_without_files_has_nothing_to_tell(tmp_path):
+def test_a_run_without_files_has_no_events_and_no_metrics(tmp_path):
     assert read_events(tmp_path) == read_metrics(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Who a process is: from the launcher's variables, from SLURM, or alone."""
+"""Process info from the variables of the launcher, of SLURM, or without any."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from meshwright.train.core.process_env import ProcessInfo, first_host, read_proc
 
 LAUNCHED = {"MESHWRIGHT_COORDINATOR": "h:1", "MESHWRIGHT_PROCESSES": "4", "MESHWRIGHT_PROCESS": "3"}
 SLURM = {"SLURM_NTASKS": "8", "SLURM_PROCID": "2", "SLURM_JOB_ID": "4097", "SLURM_JOB_NODELIST": "gpu[07-09]"}
-WORLDS = {
+ENVIRONMENTS = {
     "alone": ({}, ProcessInfo()),
     "launched": (LAUNCHED, ProcessInfo(3, 4, "h:1")),
     "launched with devices": (LAUNCHED | {"MESHWRIGHT_DEVICES_PER_PROCESS": "2"}, ProcessInfo(3, 4, "h:1", 2)),
@@ -16,8 +16,8 @@ WORLDS = {
 }
 
 
-@pytest.mark.parametrize(("environment", "expected"), WORLDS.values(), ids=WORLDS)
-def test_the_place_of_a_process(environment, expected):
+@pytest.mark.parametrize(("environment", "expected"), ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+def test_process_info_from_the_environment(environment, expected):
     assert read_process_info(environment) == expected
 
 
@@ -34,6 +34,6 @@ def test_first_host(nodes, host):
     assert first_host(nodes) == host
 
 
-def test_half_a_place_is_refused():
+def test_an_incomplete_environment_is_refused():
     with pytest.raises(UserError, match="MESHWRIGHT_PROCESS is not a number"):
         read_process_info({key: value for key, value in LAUNCHED.items() if key != "MESHWRIGHT_PROCESS"})

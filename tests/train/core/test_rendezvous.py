@@ -1,4 +1,4 @@
-"""Membership: names, time-to-live, epochs, tickets, under any order of events; and the same over a socket."""
+"""Membership in any order of joins, heartbeats, leaves and expiries, as pure functions and over a socket."""
 
 import socket
 import threading
@@ -29,30 +29,30 @@ ACTIONS = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(actions=ACTIONS)
-def test_membership_is_who_was_heard_of_within_the_time_to_live(actions):
+def test_members_are_those_with_a_heartbeat_within_the_time_to_live(actions):
     """Against a dictionary of last words; every change of the set is a new epoch, and no change is none."""
-    membership, heard, tickets, now = Membership(), {}, {}, 0.0
+    membership, last_heartbeat, tickets, now = Membership(), {}, {}, 0.0
     for action, name, seconds in actions:
         now += seconds
         before = membership = expire_members(membership, now=now)
-        heard = {one: last for one, last in heard.items() if last + 5.0 > now}
-        assert set(membership.members) == set(heard)
+        last_heartbeat = {one: last for one, last in last_heartbeat.items() if last + 5.0 > now}
+        assert set(membership.members) == set(last_heartbeat)
         if action == "join":
             membership = join_member(membership, name, now=now, ttl=5.0)
-            heard[name], tickets[name] = now, membership.epoch
-        elif action in ("beat", "leave") and name not in heard:
+            last_heartbeat[name], tickets[name] = now, membership.epoch
+        elif action in ("beat", "leave") and name not in last_heartbeat:
             with pytest.raises(NotAMember, match="is not a member"):
                 record_heartbeat(membership, name, tickets.get(name, 0), now=now, info={})
         elif action == "beat":
             membership = record_heartbeat(membership, name, tickets[name], now=now, info={"step": 1})
-            heard[name] = now
+            last_heartbeat[name] = now
         elif action == "leave":
             membership = remove_member(membership, name, tickets[name])
-            del heard[name]
+            del last_heartbeat[name]
         assert membership.epoch - before.epoch == (action == "join" or set(membership.members) != set(before.members))
 
 
-def test_a_member_whose_name_was_given_away_is_refused():
+def test_a_member_whose_name_was_given_to_another_is_refused():
     """A process that was stopped and declared dead, and wakes up."""
     first = join_member(Membership(), "a", now=0.0)
     second = join_member(first, "a", now=1.0)
@@ -61,28 +61,28 @@ def test_a_member_whose_name_was_given_away_is_refused():
         record_heartbeat(second, "a", first.members["a"].ticket, now=1.0, info={})
 
 
-def test_two_who_expire_together_are_one_epoch():
+def test_two_members_that_expire_together_are_one_new_epoch():
     membership = join_member(join_member(Membership(), "a", now=0.0, ttl=1.0), "b", now=0.5, ttl=1.0)
     assert expire_members(membership, now=0.9) is membership
     assert expire_members(membership, now=2.0) == Membership(3, {})
 
 
-def test_waiting_ends_with_the_epoch_or_the_time():
+def test_a_wait_ends_with_a_new_epoch_or_the_timeout():
     """By a clock of the test: the member's time is over while somebody waits for that."""
     now = [0.0]
-    room = MembershipStore(lambda: now[0])
-    room.change(lambda m, at: join_member(m, "a", now=at, ttl=5.0))
+    store = MembershipStore(lambda: now[0])
+    store.change(lambda m, at: join_member(m, "a", now=at, ttl=5.0))
     waited = []
-    thread = threading.Thread(target=lambda: waited.append(room.wait(beyond=1, timeout=60.0)))
+    thread = threading.Thread(target=lambda: waited.append(store.wait(beyond=1, timeout=60.0)))
     thread.start()
-    assert room.membership.epoch == 1
+    assert store.membership.epoch == 1
     now[0] = 6.0
-    room.change(lambda m, at: m)  # any request finds the expired
+    store.change(lambda m, at: m)  # any request finds the expired
     thread.join(timeout=10)
-    assert waited[0] == Membership(2, {}) and room.wait(beyond=2, timeout=0.0).epoch == 2
+    assert waited[0] == Membership(2, {}) and store.wait(beyond=2, timeout=0.0).epoch == 2
 
 
-def test_members_meet_over_a_socket():
+def test_members_join_and_leave_over_a_socket():
     with Server() as server, Client(server.address, "a") as a, Client(server.address, "b") as b:
         one = {"port": 1, "ticket": 1}
         assert a.join({"port": 1})["members"] == {"a": one}
@@ -106,13 +106,13 @@ def test_a_silent_member_expires_while_others_wait():
 
 
 @pytest.mark.parametrize("line", [b"", b"x\n", b"[]\n", b'{"do": "dance"}\n', b'{"do": "join", "name": "a"}\n'])
-def test_nonsense_is_answered_and_changes_nothing(line):
-    room = MembershipStore()
-    assert "error" in answer_request(room, line) and room.membership == Membership()
+def test_a_malformed_request_gets_an_error_and_changes_nothing(line):
+    store = MembershipStore()
+    assert "error" in answer_request(store, line) and store.membership == Membership()
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of connections")
-def test_a_member_that_vanishes_without_a_word_is_not_listened_to_for_ever():
+def test_connections_have_keepalive_so_that_vanished_machines_are_noticed():
     """A site that loses its power hangs up on nobody; only the kernel's probes end such a connection."""
     with Server() as server, socket.create_connection(address_of(server)) as member:
         member.sendall(b"{}\n")

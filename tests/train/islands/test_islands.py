@@ -1,4 +1,4 @@
-"""Islands: real jobs that meet over loopback end where replicas on one mesh do, and survive each other."""
+"""Islands as real jobs on loopback end with the parameters of replicas on one mesh, and survive failures."""
 
 import json
 import signal
@@ -48,8 +48,8 @@ class Group:
         self.root, self.address, self.jobs = root, address, []
         (root / "run.yaml").write_text(dump_yaml(validate_tree(merge_trees(BASE, changes))))
 
-    def start(self, number, *words):
-        own = [f"islands.number={number}", f"islands.meet={self.address}", *words]
+    def start(self, number, *overrides):
+        own = [f"islands.number={number}", f"islands.meet={self.address}", *overrides]
         command = [sys.executable, "-m", "meshwright.train.cli", "train", "run.yaml", *own]
         log = (self.root / f"{number}.log").open("ab")
         job = subprocess.Popen(command, cwd=self.root, stdout=log, stderr=log)
@@ -74,7 +74,7 @@ class Group:
     def log(self, number):
         return (self.root / f"{number}.log").read_text()[-2000:]
 
-    def ended(self, number, job, code=0):
+    def wait_ended(self, number, job, code=0):
         assert job.wait(timeout=HANG_SECONDS) == code, self.log(number)
 
 
@@ -95,8 +95,8 @@ def state_of(directory):
     return jax.device_get((program.eval_params(state), state.params))
 
 
-def distance(one, other):
-    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, other)))
+def distance(tree, expected):
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), tree, expected)))
 
 
 def on_a_mesh(root, rule, count, **more):
@@ -111,11 +111,11 @@ def test_islands_of_unlike_shape_are_the_replicas_of_a_mesh_and_refuse_a_strange
         first = islands.start(0)
         islands.wait_event(0, "start")
         stranger = islands.start(1, "optimizer.learning_rate=0.02", "name=other")
-        islands.ended(1, stranger, code=2)
+        islands.wait_ended(1, stranger, code=2)
         assert "another run: optimizer.learning_rate (0.01 there, 0.02 here)" in islands.log(1).replace("\n", " ")
         second = islands.start(1, "mesh={fsdp: 2, pipe: 2}", "microbatches=2", "pipeline.schedule=zb-v")
-        islands.ended(0, first)
-        islands.ended(1, second)
+        islands.wait_ended(0, first)
+        islands.wait_ended(1, second)
     wanted, _ = on_a_mesh(tmp_path, "streaming", 2, **DEEP)
     run = tmp_path / "runs" / "run"
     for number in range(2):
@@ -136,7 +136,7 @@ def test_four_islands_are_four_replicas(tmp_path, rule):
     with group(tmp_path, outer=OUTER[rule], islands={"count": 4, **QUICK, "patience": 60}) as islands:
         jobs = [islands.start(number) for number in range(4)]
         for number, job in enumerate(jobs):
-            islands.ended(number, job)
+            islands.wait_ended(number, job)
     wanted, each = on_a_mesh(tmp_path, rule, 4)
     for number in range(4):
         outer, params = state_of(tmp_path / "runs" / "run" / f"island-{number}")
@@ -161,7 +161,7 @@ def test_one_of_three_is_killed_and_another_stopped_and_all_end_together(tmp_pat
         jobs[2] = islands.start(2)
         jobs[1].send_signal(signal.SIGCONT)
         for number, job in enumerate(jobs):
-            islands.ended(number, job)
+            islands.wait_ended(number, job)
     outer = [state_of(tmp_path / "runs" / "run" / f"island-{number}")[0] for number in range(3)]
     if rule != "noloco":
         assert distance(outer[0], outer[1]) < 1e-6 and distance(outer[0], outer[2]) < 1e-6

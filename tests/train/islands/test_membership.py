@@ -1,4 +1,4 @@
-"""What islands do to each other at a meeting: members in threads, real sockets, payloads that are a few bytes."""
+"""Rounds between islands: groups in threads, over real sockets, with payloads of a few bytes."""
 
 import threading
 from contextlib import ExitStack, suppress
@@ -66,7 +66,7 @@ def run():
 
 
 def at_once(work, members):
-    """What each of `members` makes of `work`, all at the same time."""
+    """The results of `work(member)`, all run at the same time."""
     results = {}
     threads = [threading.Thread(target=lambda m=m: results.update({m.name: work(m)})) for m in members]
     [thread.start() for thread in threads]
@@ -77,13 +77,13 @@ def at_once(work, members):
 def average(members, payloads, key="meet 3", histories=None, update=3):
     histories = histories or {}
 
-    def work(one):
-        return one.average(key, payloads[one.name], update=update, history=histories.get(one.name, ""))
+    def work(group):
+        return group.average(key, payloads[group.name], update=update, history=histories.get(group.name, ""))
 
     return at_once(work, members)
 
 
-def test_one_who_leaves_while_it_waits_is_answered_and_does_not_come_back(run):
+def test_an_island_that_leaves_while_it_waits_does_not_rejoin(run):
     bounds = dict.fromkeys(("patience", "deadline", "ttl"), 2 * HANG_SECONDS)  # it does not merely expire
     one, other = run.start(0, 1, **bounds)
     waits = threading.Thread(target=lambda: average([one], {one.name: b"1"}), daemon=True)
@@ -95,48 +95,50 @@ def test_one_who_leaves_while_it_waits_is_answered_and_does_not_come_back(run):
     wait_until(lambda: one.name not in other.peer_statuses())
 
 
-def letters(members):
-    return {one.name: one.name.encode() for one in members}
+def payloads_of(members):
+    return {group.name: group.name.encode() for group in members}
 
 
-def test_all_have_the_same_payloads(run):
+def test_all_islands_get_the_same_payloads(run):
     islands = run.start(0, 1, 2)
-    for met in average(islands, letters(islands)):
-        assert met.kind == "applied" and met.payloads == letters(islands) and not met.failures
+    for result in average(islands, payloads_of(islands)):
+        assert result.kind == "applied" and result.payloads == payloads_of(islands) and not result.failures
 
 
-def test_one_that_is_not_finite_is_left_out_by_all_and_takes_their_state(run):
+def test_a_payload_that_is_not_finite_is_excluded_and_its_island_is_behind(run):
     islands = run.start(0, 1, 2)
-    payloads = letters(islands) | {"island-1": b"nan"}
+    payloads = payloads_of(islands) | {"island-1": b"nan"}
     first, bad, last = average(islands, payloads)
     assert first.kind == last.kind == "applied" and sorted(first.payloads) == ["island-0", "island-2"]
     assert first.failures == {"island-1": "not finite"} and first.payloads == last.payloads
     assert bad.kind == "behind" and [peer.name for peer in bad.sources] == ["island-0", "island-2"]
 
 
-def test_one_with_an_older_history_takes_the_others_state(run):
+def test_an_island_with_an_older_history_is_behind(run):
     islands = run.start(0, 1, 2)
-    mets = average(islands, letters(islands), histories={"island-0": "old"})
-    assert [met.kind for met in mets] == ["behind", "applied", "applied"] and "island-0" not in mets[1].payloads
+    results = average(islands, payloads_of(islands), histories={"island-0": "old"})
+    assert [result.kind for result in results] == ["behind", "applied", "applied"] and "island-0" not in results[
+        1
+    ].payloads
 
 
-def test_one_that_comes_late_takes_what_the_others_took_unless_its_history_is_another(run):
+def test_a_late_island_gets_the_payloads_of_the_others_unless_its_history_differs(run):
     islands = run.start(0, 1, 2, patience=0.5)
-    early = average(islands[:2], letters(islands))
-    assert [met.kind for met in early] == ["applied", "applied"] and len(early[0].payloads) == 2
-    (late,) = average(islands[2:], letters(islands))
+    early = average(islands[:2], payloads_of(islands))
+    assert [result.kind for result in early] == ["applied", "applied"] and len(early[0].payloads) == 2
+    (late,) = average(islands[2:], payloads_of(islands))
     assert late.kind == "applied" and late.payloads == early[0].payloads and "island-2" in late.failures
-    (other,) = average(islands[2:], letters(islands), histories={"island-2": "old"})
+    (other,) = average(islands[2:], payloads_of(islands), histories={"island-2": "old"})
     assert other.kind == "behind" and len(other.sources) == 2
 
 
-def test_an_exchange_that_was_decided_has_one_result_however_often_it_is_asked_for(run):
+def test_a_decided_round_has_one_result_however_often_it_is_requested(run):
     islands = run.start(0, 1)
-    once, again = average(islands, letters(islands)), average(islands, letters(islands))
-    assert [dict(met.payloads) for met in once] == [dict(met.payloads) for met in again]
+    once, again = average(islands, payloads_of(islands)), average(islands, payloads_of(islands))
+    assert [dict(result.payloads) for result in once] == [dict(result.payloads) for result in again]
 
 
-def test_what_the_others_did_long_ago_is_not_decided_anew(run, monkeypatch):
+def test_a_round_of_long_ago_is_not_decided_again(run, monkeypatch):
     monkeypatch.setattr(quorum, "MAX_DECISIONS", 4)
     first, asleep = run.start(0, 1, patience=0.1)
     meet = lambda one, update: one.average(f"send-0 {update}", b"1", update=update, history="")
@@ -148,19 +150,19 @@ def test_what_the_others_did_long_ago_is_not_decided_anew(run, monkeypatch):
     assert swap(asleep, 8).kind == "applied"  # the newest are remembered
 
 
-def test_a_rendezvous_that_outlives_a_run_does_not_answer_the_next_one_with_its_decisions(run, monkeypatch):
+def test_a_new_run_does_not_get_decisions_of_an_earlier_run(run, monkeypatch):
     monkeypatch.setattr(quorum, "MAX_DECISIONS", 4)
     earlier = run.start(0, 1)
     for update in range(3, 9):
-        average(earlier, letters(earlier), key=f"meet {update}", update=update)
+        average(earlier, payloads_of(earlier), key=f"meet {update}", update=update)
     [one.leave() for one in earlier]
     islands = run.start(0, 1)
     for update in (3, 8):
-        mets = average(islands, letters(islands), key=f"meet {update}", update=update)
-        assert [(met.kind, met.payloads) for met in mets] == [("applied", letters(islands))] * 2
+        results = average(islands, payloads_of(islands), key=f"meet {update}", update=update)
+        assert [(result.kind, result.payloads) for result in results] == [("applied", payloads_of(islands))] * 2
 
 
-def test_one_that_was_given_up_comes_back_under_its_name_at_whichever_of_its_threads(run):
+def test_an_expired_island_rejoins_once_from_several_threads(run):
     (one,) = run.start(0)
     with Client(run.address, one.name) as client:
         for _ in range(20):
@@ -171,7 +173,7 @@ def test_one_that_was_given_up_comes_back_under_its_name_at_whichever_of_its_thr
         assert [client.wait(beyond=-1, timeout=0.0)["members"][one.name]["ticket"]] == [one.ticket]
 
 
-def test_one_that_was_given_up_while_the_rendezvous_was_away_comes_back_with_its_question(run, monkeypatch):
+def test_an_expired_island_rejoins_and_repeats_its_request_after_the_rendezvous_was_away(run, monkeypatch):
     monkeypatch.setattr(membership, "HEARTBEAT_SECONDS", HANG_SECONDS)
     (one,) = run.start(0, ttl=5 * HANG_SECONDS)  # no heartbeat gets ahead of the question
     join, failed = Client.join, []
@@ -186,11 +188,11 @@ def test_one_that_was_given_up_while_the_rendezvous_was_away_comes_back_with_its
     with Client(run.address, one.name) as client:
         client.ticket = one.ticket
         client.leave()
-    (met,) = average([one], {one.name: b"1"})
-    assert failed and (met.kind, dict(met.payloads)) == ("applied", {one.name: b"1"})
+    (result,) = average([one], {one.name: b"1"})
+    assert failed and (result.kind, dict(result.payloads)) == ("applied", {one.name: b"1"})
 
 
-def test_the_last_updates_of_islands_that_left_are_known_to_the_others_of_their_run(run):
+def test_islands_that_finished_and_left_are_remembered_for_their_run(run):
     one, other = run.start(0, 1)
     other.publish_status_now(finished=True)
     other.leave()
@@ -201,7 +203,7 @@ def test_the_last_updates_of_islands_that_left_are_known_to_the_others_of_their_
         assert client.ask("ended", run="two") == {"names": []}
 
 
-def test_pairs_swap_and_a_partner_that_has_gone_leaves_one_alone(run):
+def test_pairs_swap_payloads_and_without_a_partner_the_own_payload_is_used(run):
     islands = run.start(0, 1, patience=0.5)
     pair = lambda key: lambda one: one.pair(key, one.name.encode(), update=4, seed=0)
     first, second = at_once(pair("meet 4"), islands)
@@ -210,7 +212,7 @@ def test_pairs_swap_and_a_partner_that_has_gone_leaves_one_alone(run):
     assert dict(alone.payloads) == {"island-0": b"island-0"} and "island-1" in alone.failures
 
 
-def test_a_state_is_given_to_whoever_asks(run):
+def test_a_requested_state_is_fetched(run):
     giver, taker = run.start(0, 1, patience=HANG_SECONDS, deadline=HANG_SECONDS)
     states = []
     fetching = threading.Thread(target=lambda: states.append(taker.fetch_state([run.peer(giver)])))
@@ -221,22 +223,22 @@ def test_a_state_is_given_to_whoever_asks(run):
     assert states == [b"state"]
 
 
-def test_one_that_got_no_state_and_begins_with_the_others_is_awaited_like_them(run):
+def test_an_island_that_got_no_state_and_starts_with_the_others_is_awaited(run):
     gone = run.join(2, count=2)
     islands = [run.join(number, count=2, patience=HANG_SECONDS) for number in (0, 1)]
     assert islands[0].fetch_state([Peer(gone.name, gone.ticket, "127.0.0.1:9")]) is None
     gone.leave()
     assert all(first for first, _ in at_once(lambda one: one.enter(step=100, version="x"), islands))
-    early = threading.Thread(target=lambda: mets.extend(average(islands[1:], letters(islands), update=103)))
-    mets = []
+    early = threading.Thread(target=lambda: results.extend(average(islands[1:], payloads_of(islands), update=103)))
+    results = []
     early.start()
     run.wait_published(islands[1], "meet 3")
-    mets += average(islands[:1], letters(islands), update=103)
+    results += average(islands[:1], payloads_of(islands), update=103)
     early.join()
-    assert [sorted(met.payloads) for met in mets] == 2 * [["island-0", "island-1"]]
+    assert [sorted(result.payloads) for result in results] == 2 * [["island-0", "island-1"]]
 
 
-def test_a_number_that_is_given_twice_ends_the_first_job(run):
+def test_a_second_job_with_the_same_number_ends_the_first(run):
     (first,) = run.start(0)
     run.join(0)
     with pytest.raises(UserError, match=r"islands\.number: .*island-0"):

@@ -1,4 +1,4 @@
-"""Who counts: the decisions that islands act on, as pure functions, and asked for at once over sockets."""
+"""Quorum decisions, as pure functions and over sockets."""
 
 import threading
 from contextlib import suppress
@@ -24,86 +24,88 @@ def alive(*names, **changes):
     return {name: LiveMember(**{**base, **changes.get(name, {})}) for name in names}
 
 
-def asked(since=0.0, **said):
-    return Question(since, {name: {"ticket": 1, "history": "h", **more} for name, more in said.items()})
+def question(**requests):
+    return Question(0.0, {name: {"ticket": 1, "history": "h", **fields} for name, fields in requests.items()})
 
 
-def present(question, there, *, now=1.0, **rules):
-    found = decide_participants(
-        question, there, **{"update": 10, "staleness": 5, "patience": 60, "minimum": 1, **rules}, now=now
-    )
-    return found and sorted(found["members"])
+def participants(requests, members, *, now=1.0, **rules):
+    rules = {"update": 10, "staleness": 5, "patience": 60, "minimum": 1, **rules}
+    decision = decide_participants(requests, members, **rules, now=now)
+    return decision and sorted(decision["members"])
 
 
-MEETINGS = {
-    "all are there": (asked(a={}, b={}), alive("a", "b"), {}, ["a", "b"]),
-    "one is awaited": (asked(a={}), alive("a", "b"), {}, None),
-    "no longer than patience": (asked(a={}), alive("a", "b"), {"now": 61}, ["a"]),
-    "one that has died is not awaited": (asked(a={}), alive("a"), {}, ["a"]),
-    "nor one far behind": (asked(a={}), alive("a", "b", b={"step": 4}), {}, ["a"]),
-    "nor one that catches up": (asked(a={}), alive("a", "b", b={"active": False}), {}, ["a"]),
-    "nor one that has finished": (asked(a={}), alive("a", "b", b={"finished": True}), {}, ["a"]),
-    "what was asked in an earlier life is void": (asked(a={}, b={"ticket": 0}), alive("a", "b"), {"now": 61}, ["a"]),
-    "an older history is left out": (asked(a={}, b={"history": "old"}, c={}), alive("a", "b", "c"), {}, ["a", "c"]),
-    "a tie is decided by name": (asked(a={"history": "x"}, b={}), alive("a", "b"), {}, ["a"]),
-    "too few do not meet": (asked(a={}), alive("a"), {"minimum": 2}, []),
+PARTICIPANTS = {
+    "all are there": (question(a={}, b={}), alive("a", "b"), {}, ["a", "b"]),
+    "a live island is awaited": (question(a={}), alive("a", "b"), {}, None),
+    "no longer than patience": (question(a={}), alive("a", "b"), {"now": 61}, ["a"]),
+    "a dead island is not awaited": (question(a={}), alive("a"), {}, ["a"]),
+    "nor an island far behind": (question(a={}), alive("a", "b", b={"step": 4}), {}, ["a"]),
+    "nor one that catches up": (question(a={}), alive("a", "b", b={"active": False}), {}, ["a"]),
+    "nor one that has finished": (question(a={}), alive("a", "b", b={"finished": True}), {}, ["a"]),
+    "a request with an old ticket does not count": (
+        question(a={}, b={"ticket": 0}),
+        alive("a", "b"),
+        {"now": 61},
+        ["a"],
+    ),
+    "an older history is left out": (question(a={}, b={"history": "old"}, c={}), alive("a", "b", "c"), {}, ["a", "c"]),
+    "a tie is decided by name": (question(a={"history": "x"}, b={}), alive("a", "b"), {}, ["a"]),
+    "too few": (question(a={}), alive("a"), {"minimum": 2}, []),
 }
 
 
-@pytest.mark.parametrize("case", MEETINGS)
-def test_who_takes_part(case):
-    question, there, rules, wanted = MEETINGS[case]
-    assert present(question, there, **rules) == wanted
+@pytest.mark.parametrize(("requests", "members", "rules", "expected"), PARTICIPANTS.values(), ids=PARTICIPANTS)
+def test_participants_of_a_round(requests, members, rules, expected):
+    assert participants(requests, members, **rules) == expected
 
 
 def votes(**have):
-    said = {name: {"have": list(one), "lost": {other: "cut" for other in "abc" if other not in one}}
-            for name, one in have.items()}  # fmt: skip
-    return Question(0.0, said)
+    failures = lambda received: {name: "cut" for name in "abc" if name not in received}
+    requests = {name: {"have": list(received), "lost": failures(received)} for name, received in have.items()}
+    return Question(0.0, requests)
 
 
-COUNTS = {
+VOTES = {
     "all have all": (votes(a="abc", b="abc", c="abc"), {}, "abc"),
-    "one payload did not reach one": (votes(a="abc", b="abc", c="ac"), {}, "ac"),
-    "a sender that died after sending counts": (votes(a="abc", b="abc"), {"there": "ab"}, "abc"),
-    "somebody alive has not voted": (votes(a="abc"), {}, None),
-    "and is not waited for longer": (votes(a="abc"), {"now": 99.0}, "abc"),
-    "nor one that has died and come back": (votes(a="abc", b="abc"), {"lives": {"c": {"ticket": 2}}}, "abc"),
+    "one payload did not reach one island": (votes(a="abc", b="abc", c="ac"), {}, "ac"),
+    "a sender that died after sending counts": (votes(a="abc", b="abc"), {"alive": "ab"}, "abc"),
+    "a live island has not voted": (votes(a="abc"), {}, None),
+    "and is not waited for any longer": (votes(a="abc"), {"now": 99.0}, "abc"),
+    "nor one that has joined again": (votes(a="abc", b="abc"), {"changes": {"c": {"ticket": 2}}}, "abc"),
     "skipped by policy": (votes(a="abc", b="abc", c="ac"), {"policy": "skip"}, ""),
     "too few": (votes(a="a", b="b", c="c"), {}, ""),
 }
 
 
-@pytest.mark.parametrize("case", COUNTS)
-def test_what_counts_is_what_every_voter_has(case):
-    question, rules, wanted = COUNTS[case]
-    members, there = dict.fromkeys("abc", 1), alive(*rules.pop("there", "abc"), **rules.pop("lives", {}))
-    found = decide_votes(
-        question, members, there, **{"policy": "average", "minimum": 1, "patience": 9.0, "now": 1.0} | rules
-    )
-    assert (found and "".join(found["count"])) == wanted
-    if wanted == "ac":
-        assert found["lost"] == {"b": "cut"}
+@pytest.mark.parametrize(("requests", "rules", "expected"), VOTES.values(), ids=VOTES)
+def test_payloads_count_if_every_voter_has_them(requests, rules, expected):
+    live = alive(*rules.get("alive", "abc"), **rules.get("changes", {}))
+    rules = {name: value for name, value in rules.items() if name not in ("alive", "changes")}
+    rules = {"policy": "average", "minimum": 1, "patience": 9.0, "now": 1.0} | rules
+    decision = decide_votes(requests, dict.fromkeys("abc", 1), live, **rules)
+    assert (decision and "".join(decision["count"])) == expected
+    if expected == "ac":
+        assert decision["lost"] == {"b": "cut"}
 
 
-def test_the_first_begin_together_from_the_farthest_and_latecomers_from_who_has_begun():
-    said = {"a": {"step": 4, "version": "x"}, "b": {"step": 8, "version": "y"}, "c": {"step": 8, "version": "y"}}
-    question, there = asked(**said), alive("a", "b", "c", **{name: {"active": False} for name in "abc"})
-    assert decide_start(question, there, count=4, gather=60, now=1) is None
-    assert decide_start(question, there, count=3, gather=60, now=1) == {"sources": ["b", "c"], "together": True}
-    assert decide_start(question, there, count=4, gather=60, now=61)["sources"] == ["b", "c"]
-    assert decide_start(asked(d={}), alive("a", "d", d={"active": False}), count=4, gather=60, now=1) == {
+def test_islands_start_together_from_the_one_with_most_updates_and_later_ones_bootstrap():
+    states = {"a": {"step": 4, "version": "x"}, "b": {"step": 8, "version": "y"}, "c": {"step": 8, "version": "y"}}
+    requests, members = question(**states), alive("a", "b", "c", **{name: {"active": False} for name in "abc"})
+    assert decide_start(requests, members, count=4, gather=60, now=1) is None
+    assert decide_start(requests, members, count=3, gather=60, now=1) == {"sources": ["b", "c"], "together": True}
+    assert decide_start(requests, members, count=4, gather=60, now=61)["sources"] == ["b", "c"]
+    assert decide_start(question(d={}), alive("a", "d", d={"active": False}), count=4, gather=60, now=1) == {
         "sources": ["a"]
     }
 
 
-def test_a_roster_waits_for_nobody():
-    there = alive("a", "b", "c", "d", b={"step": 4}, c={"finished": True}, d={"active": False})
-    assert sorted(decide_roster(there, "a", update=10, staleness=5)["members"]) == ["a"]
-    assert sorted(decide_roster(there, "b", update=4, staleness=5)["members"]) == ["a", "b"]
+def test_a_roster_is_decided_at_once():
+    members = alive("a", "b", "c", "d", b={"step": 4}, c={"finished": True}, d={"active": False})
+    assert sorted(decide_roster(members, "a", update=10, staleness=5)["members"]) == ["a"]
+    assert sorted(decide_roster(members, "b", update=4, staleness=5)["members"]) == ["a", "b"]
 
 
-def test_all_who_ask_are_given_one_answer_and_a_stranger_none():
+def test_all_islands_get_the_same_decision_and_a_stranger_none():
     rules = {"update": 2, "staleness": 9, "patience": 20.0, "minimum": 1, "history": ""}
     answers = {}
     with serve_rendezvous() as address:
@@ -123,30 +125,30 @@ def test_all_who_ask_are_given_one_answer_and_a_stranger_none():
     assert answers["a"] == answers["b"] == answers["c"] and sorted(answers["a"]["members"]) == ["a", "b", "c"]
 
 
-def test_a_question_whose_askers_have_gone_is_asked_anew():
-    """Else who comes an hour later is told at once that it has waited long enough."""
+def test_a_question_is_dropped_when_all_its_callers_have_gone():
+    """Else an island that comes an hour later would not wait for others at all."""
     now, looks = [0.0], []
-    room = MembershipStore(lambda: now[0])
-    arbiter, told = QuorumService(room, lambda: (looks.append(now[0]), now[0])[1]), []
+    store = MembershipStore(lambda: now[0])
+    service, decisions = QuorumService(store, lambda: (looks.append(now[0]), now[0])[1]), []
 
     def ask(ticket):
         with suppress(NotAMember):
-            said = {"name": "a", "ticket": ticket, "step": 0, "version": "v", "count": 2, "gather": 60.0, "run": "r"}
-            told.append(arbiter.enter(said))
+            request = {"name": "a", "ticket": ticket, "step": 0, "version": "v", "count": 2, "gather": 60.0, "run": "r"}
+            decisions.append(service.enter(request))
 
-    def come():
-        ticket = room.change(lambda m, at: join_member(m, "a", now=at, ttl=1e9)).members["a"].ticket
+    def start_waiting():
+        ticket = store.change(lambda m, at: join_member(m, "a", now=at, ttl=1e9)).members["a"].ticket
         waits, before = threading.Thread(target=ask, args=(ticket,)), len(looks)
         waits.start()
-        wait_until(lambda: len(looks) > before + 2)  # asked, and not decided
+        wait_until(lambda: len(looks) > before + 2)  # it waits, and nothing is decided
         return ticket, waits
 
-    first, waits = come()
-    room.change(lambda m, at: remove_member(m, "a", first))
+    first, waits = start_waiting()
+    store.change(lambda m, at: remove_member(m, "a", first))
     waits.join()
     now[0] = 3600.0
-    _, waits = come()
+    _, waits = start_waiting()
     assert waits.is_alive()
     now[0] += 61.0
     waits.join(timeout=HANG_SECONDS)
-    assert told == [{"sources": ["a"], "together": True}]
+    assert decisions == [{"sources": ["a"], "together": True}]
