@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from support.equivalence import tiny
+from support.interrupted_run import train_until_killed
 from typer.testing import CliRunner
 
 from meshwright.checkpoint import manifest
@@ -13,7 +14,6 @@ from meshwright.configs.errors import MeshwrightError, UserError
 from meshwright.train.cli.main import app
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.process_env import ProcessInfo
-from meshwright.train.preemption import StopRequest
 from meshwright.train.run import train
 
 
@@ -128,24 +128,10 @@ def slot_files(root):
     return sorted(memory_directory(root / "run", host=0).glob("*.[01]"))
 
 
-def killed_after(monkeypatch, step):
-    """A run that is killed without warning between step `step` and the next."""
-
-    def killed(self, number):
-        if number == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(StopRequest, "requested", killed)
-
-
-def test_a_killed_run_goes_on_from_memory(tmp_path, monkeypatch, finished):
+def test_a_killed_run_goes_on_from_memory(tmp_path, finished):
     """Killed after step 3; storage has step 2, memory step 3: not a step is made again, and nothing is left behind."""
     config = small(checkpoint={"every": 2, "keep": 9, "memory_every": 1})
-    killed_after(monkeypatch, 4)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, process_info=ProcessInfo(), root=tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
+    train_until_killed(config, tmp_path, step=4)
     assert len(slot_files(tmp_path)) == 2
     train(config, process_info=ProcessInfo(), root=tmp_path)
     (restore,) = events(tmp_path / "run", "restore")
@@ -154,14 +140,10 @@ def test_a_killed_run_goes_on_from_memory(tmp_path, monkeypatch, finished):
     assert fingerprints[0] == fingerprints[1]
 
 
-def test_a_damaged_snapshot_is_skipped(tmp_path, monkeypatch):
+def test_a_damaged_snapshot_is_skipped(tmp_path):
     """Both newer snapshots have a flipped bit: storage is used, and the journal says why."""
     config = small(checkpoint={"every": 1, "keep": 9, "memory_every": 1})
-    killed_after(monkeypatch, 4)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, process_info=ProcessInfo(), root=tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
+    train_until_killed(config, tmp_path, step=4)
     for file in slot_files(tmp_path):
         content = bytearray(file.read_bytes())
         content[100] ^= 1

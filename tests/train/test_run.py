@@ -8,16 +8,16 @@ import sys
 import numpy as np
 import pytest
 from support.equivalence import tiny
+from support.interrupted_run import train_until_killed, train_until_stopped
 from support.run_files import losses, metric_rows
 from support.waiting import HANG_SECONDS, wait_until
 
-from meshwright.configs.errors import MeshwrightError, Preempted, UserError
+from meshwright.configs.errors import MeshwrightError, UserError
 from meshwright.configs.loader import dump_yaml
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.core.run_directory import open_directory
 from meshwright.train.loop import Loop
-from meshwright.train.preemption import StopRequest
 from meshwright.train.run import train
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -60,13 +60,9 @@ def test_a_run_leaves_the_whole_directory(whole):
     assert summary.metrics["held_out_bits_per_byte"] > 0 and len(losses(root / "run")) == 6
 
 
-def test_a_run_stopped_and_resumed_on_another_mesh_has_the_same_losses(whole, tmp_path, monkeypatch):
+def test_a_run_stopped_and_resumed_on_another_mesh_has_the_same_losses(whole, tmp_path):
     """Stopped after step 4, resumed on another mesh: the same losses, to rounding."""
-    monkeypatch.setattr(StopRequest, "requested", lambda self, step: step == 4)
-    with pytest.raises(Preempted, match="stopped after step 4, state saved"):
-        go(small(mesh=MESH), tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
+    train_until_stopped(small(mesh=MESH), tmp_path, step=4)
     go(small(mesh={"data": 4}), tmp_path)
     there, here = losses(whole[0] / "run"), losses(tmp_path / "run")
     assert there.keys() == here.keys() and max(abs(there[step] - here[step]) for step in there) < 1e-4
@@ -74,18 +70,9 @@ def test_a_run_stopped_and_resumed_on_another_mesh_has_the_same_losses(whole, tm
     assert (restore["step"], restore["level"]) == (4, "storage")
 
 
-def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path):
     """Killed without warning after step 5: the newest checkpoint is step 3, and every later step is the same again."""
-
-    def killed(self, step):
-        if step == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(StopRequest, "requested", killed)
-    with pytest.raises(KeyboardInterrupt):
-        go(small(mesh=MESH), tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
+    train_until_killed(small(mesh=MESH), tmp_path, step=5)
     go(small(mesh=MESH), tmp_path)
     assert losses(tmp_path / "run") == losses(whole[0] / "run")
     assert [row["step"] for row in metric_rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6]

@@ -23,12 +23,15 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (2, 80), dtype=np.int32)
 TINY = {"vocab": 61, "vocab_multiple": 8, "layers": 7, "embed": 16, "heads": 4, "head_dim": 8, "mlp": 20}
 
 
-def cases():
-    """The table of the script that makes the fixtures."""
+def load_script():
+    """The script that makes the fixtures, as a module."""
     spec = importlib.util.spec_from_file_location("make_fixtures", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.CASES
+    return module
+
+
+FIXTURE_SCRIPT = load_script()
 
 
 def reference_logits(model):
@@ -42,16 +45,9 @@ def assert_same(actual, expected):
     np.testing.assert_array_equal(actual.argmax(-1), expected.argmax(-1))
 
 
-@pytest.mark.parametrize("name", sorted(cases()))
+@pytest.mark.parametrize("name", sorted(FIXTURE_SCRIPT.CASES))
 def test_a_model_of_transformers_computes_the_same_here(name, tmp_path):
-    config, settings = cases()[name]
-    torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, config)(**settings), attn_implementation="eager"
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    model = FIXTURE_SCRIPT.random_model(name, seed=7)
     model.save_pretrained(tmp_path)
     assert_same(logits(*read(tmp_path), TOKENS[:, :60]), reference_logits(model))
 

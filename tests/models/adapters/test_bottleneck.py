@@ -19,7 +19,7 @@ CTX = Context(positions=jnp.broadcast_to(jnp.arange(12), (2, 12)))
 
 def trees(**settings):
     adapter = AdapterConfig(**settings)
-    return adapter, *adapted.trees(MODEL, adapter, scale=0.3)
+    return adapter, *adapted.adapted_weights(MODEL, adapter, scale=0.3)
 
 
 def hidden(adapter, tree):

@@ -32,7 +32,7 @@ BLOCK = "segments/0/0/block"
 
 @pytest.fixture(scope="module")
 def trees():
-    return adapted.trees(MODEL, ADAPTER, scale=0.5)
+    return adapted.adapted_weights(MODEL, ADAPTER, scale=0.5)
 
 
 def decoder_of(adapter, tree):

@@ -65,17 +65,25 @@ CASES = {
 }  # fmt: skip
 
 
+def random_model(case: str, *, seed: int) -> torch.nn.Module:
+    """The model of a case; every parameter is perturbed."""
+    torch.manual_seed(seed)
+    config, settings = CASES[case]
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, config)(**settings), attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
 def main() -> None:
     """Write every fixture; `qwen2` in bfloat16, `phi3` in several files."""
-    for number, (name, (config, settings)) in enumerate(CASES.items()):
-        torch.manual_seed(number)
-        half = name == "qwen2"
-        model = transformers.AutoModelForCausalLM.from_config(
-            getattr(transformers, config)(**settings), attn_implementation="eager"
-        ).eval()
+    for number, name in enumerate(CASES):
+        model, half = random_model(name, seed=number), name == "qwen2"
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
                 parameter.copy_(parameter.bfloat16() if half else parameter)
             saved = copy.deepcopy(model).to(torch.bfloat16 if half else torch.float32)
             saved.save_pretrained(HERE / name, max_shard_size="5KB" if name == "phi3" else "5GB")

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from support.equivalence import assert_same, tiny
+from support.interrupted_run import train_until_stopped
 from support.run_files import losses, metric_rows
 
 from meshwright.checkpoint.interop import huggingface
@@ -26,7 +27,6 @@ from meshwright.train.infer import inference_session
 from meshwright.train.infer.precompute_logprobs import initial_annotator, with_reference_logprobs
 from meshwright.train.objectives.distillation import init_weights
 from meshwright.train.objectives.loss_heads import target_logprobs, values_fn
-from meshwright.train.preemption import StopRequest
 from meshwright.train.run import train
 
 PAIRED = {"source": "docstrings", "format": "preference", "packing": {"method": "best-fit"}}
@@ -136,14 +136,11 @@ def test_a_run_starts_at_its_reference_and_moves_away(name, changes, first, tmp_
     assert last["held_out_loss"] > 0 and "held_out_perplexity" not in last
 
 
-def test_a_resumed_run_has_the_same_reference(tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_same_reference(tmp_path):
     """Stopped after step 3: the reference of a run that goes on is the model at step 0, not the one it goes on with."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(run_of(tmp_path, "dpo"), process_info=ProcessInfo(), root=whole)
-    monkeypatch.setattr(StopRequest, "requested", lambda self, step: step == 3)
-    with pytest.raises(Exception, match="stopped after step 3"):
-        train(run_of(tmp_path, "dpo"), process_info=ProcessInfo(), root=stopped)
-    monkeypatch.undo()
+    train_until_stopped(run_of(tmp_path, "dpo"), stopped, step=3)
     train(run_of(tmp_path, "dpo", data={"cache": str(tmp_path / "cache")}), process_info=ProcessInfo(), root=stopped)
     np.testing.assert_allclose(list(losses(stopped / "run").values()), list(losses(whole / "run").values()), rtol=1e-5)
 
