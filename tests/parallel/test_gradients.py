@@ -5,7 +5,7 @@ from support.equivalence import assert_same, tiny
 from meshwright.parallel.gradients import accumulate_gradients
 
 
-def test_one_part_is_the_engine_itself():
+def test_with_one_microbatch_it_is_the_engine_itself():
     engine = object()
     assert accumulate_gradients(engine, microbatches=1) is engine
 

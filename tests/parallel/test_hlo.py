@@ -1,4 +1,4 @@
-"""The HLO reader: kinds, axes, bytes, counts, and what sits under a conditional."""
+"""The HLO reader: kinds, axes, bytes, counts, and conditionals."""
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,13 @@ def compiled(f, *specs, out=REPEATED, shape=(8, 16)):
 
 
 @pytest.mark.parametrize("axes", [("data",), ("fsdp",), ("tensor",), ("data", "tensor"), ("data", "fsdp", "tensor")])
-def test_a_gather_is_seen_on_its_axes_with_its_bytes(axes):
-    found = hlo.collectives(compiled(lambda x: x * 2, PartitionSpec(axes)), MESH)
-    assert {(one.kind, one.axes) for one in found} == {("all-gather", axes)}
-    assert hlo.bytes_by_axes(found) == {"all-gather": {"+".join(axes): 8 * 16 * 4}}
+def test_a_gather_is_found_with_its_axes_and_bytes(axes):
+    operations = hlo.collectives(compiled(lambda x: x * 2, PartitionSpec(axes)), MESH)
+    assert {(op.kind, op.axes) for op in operations} == {("all-gather", axes)}
+    assert hlo.bytes_by_axes(operations) == {"all-gather": {"+".join(axes): 8 * 16 * 4}}
 
 
-def test_a_loop_multiplies_and_a_conditional_is_marked():
+def test_loops_multiply_the_count_and_conditionals_are_marked():
     def loop(x):
         def body(total, _):
             summed = jax.lax.cond(total.sum() > 0, lambda t: jax.lax.psum(t, "data"), lambda t: t * 2.0, total)
@@ -39,23 +39,22 @@ def test_a_loop_multiplies_and_a_conditional_is_marked():
     mapped = jax.shard_map(
         loop, mesh=MESH, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"), check_vma=False
     )
-    found = {
-        one.kind: one
-        for one in hlo.collectives(compiled(mapped, PartitionSpec("data"), out=PartitionSpec("data")), MESH)
+    operations = {
+        op.kind: op for op in hlo.collectives(compiled(mapped, PartitionSpec("data"), out=PartitionSpec("data")), MESH)
     }
-    assert found["collective-permute"].count == 5 and not found["collective-permute"].under_conditional
-    assert found["collective-permute"].axes == ("tensor",)
-    assert found["all-reduce"].under_conditional and found["all-reduce"].axes == ("data",)
+    assert operations["collective-permute"].count == 5 and not operations["collective-permute"].under_conditional
+    assert operations["collective-permute"].axes == ("tensor",)
+    assert operations["all-reduce"].under_conditional and operations["all-reduce"].axes == ("data",)
 
 
-def branching(permuted):
+def branching(in_branch):
     """A program with a permutation of `tensor` inside a branch (`permuted`), or behind it."""
 
     def turn(x):
         return jax.lax.ppermute(x, "tensor", [(0, 1), (1, 0)])
 
     def choose(x):
-        summed = jax.lax.cond(x.sum() > 0, turn if permuted else lambda y: jax.lax.psum(y, "data"), lambda y: y * 2, x)
+        summed = jax.lax.cond(x.sum() > 0, turn if in_branch else lambda y: jax.lax.psum(y, "data"), lambda y: y * 2, x)
         return turn(summed)
 
     spec = PartitionSpec("data", "tensor")
@@ -64,9 +63,9 @@ def branching(permuted):
 
 def test_a_permute_in_a_branch_is_refused_and_elsewhere_is_not():
     """Other collectives in a branch, and a permutation outside of it, are fine."""
-    hlo.refuse_permute_under_conditional(branching(permuted=False), MESH)
+    hlo.refuse_permute_under_conditional(branching(in_branch=False), MESH)
     with pytest.raises(MeshwrightError, match=r"collective-permute \S+ over tensor is inside .*ppermute"):
-        hlo.refuse_permute_under_conditional(branching(permuted=True), MESH)
+        hlo.refuse_permute_under_conditional(branching(in_branch=True), MESH)
 
 
 def test_a_permute_in_a_loop_in_a_branch_is_refused():
@@ -139,5 +138,5 @@ SIZES = {
 @pytest.mark.parametrize(("line", "size"), SIZES.values(), ids=SIZES)
 def test_bytes_are_those_of_the_result(line, size):
     text = f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  %one = {line}\n}}\n"
-    (found,) = hlo.collectives(text, MESH)
-    assert (found.name, found.bytes, found.count) == ("one", size, 1)
+    (operations,) = hlo.collectives(text, MESH)
+    assert (operations.name, operations.bytes, operations.count) == ("one", size, 1)

@@ -1,4 +1,4 @@
-"""Canonical names: one unpadded array a layer, and the way back."""
+"""Canonical names: one unpadded array for each layer, and the inverse."""
 
 import jax
 import numpy as np
@@ -40,8 +40,8 @@ def test_canonical_is_invertible_and_unpadded(model):
     jax.tree.map(np.testing.assert_array_equal, params, from_canonical(arrays, {"params": params}, config)["params"])
 
 
-def test_layers_are_numbered_through_the_pattern():
-    """Layer 3 of the pattern [window, full] is the second repeat of its second place."""
+def test_layers_are_numbered_in_the_order_of_the_model():
+    """Layer 3 of the pattern [window, full] is the second repeat of its second position."""
     config = tiny(model={"layers": 5, "windows": [4, None]}).model
     params = weights(config)
     arrays = to_canonical(params, config)
@@ -55,8 +55,8 @@ def test_layers_are_numbered_through_the_pattern():
 UP = "opt_state/adafactor/v/segments/0/0/block/mlp/up/kernel"
 
 
-def test_a_place_where_nothing_is_remembered_has_no_canonical_name():
-    """optax keeps one zero where a factored statistic leaves nothing to remember: there is no layer to name."""
+def test_a_missing_statistic_has_no_canonical_name():
+    """optax keeps a single zero where adafactor has no statistic: it belongs to no layer."""
     model = tiny(model={"layers": 3}).model
     assert canonical_slices(UP, (1,), model) == []
     assert [name for name, _ in canonical_slices(UP, (3, 16, 24), model)] == [
@@ -64,6 +64,6 @@ def test_a_place_where_nothing_is_remembered_has_no_canonical_name():
     ]
 
 
-def test_an_array_that_is_no_stack_of_its_layers_is_refused():
+def test_a_stack_of_the_wrong_number_of_layers_is_refused():
     with pytest.raises(ValueError, match=r"mlp/up/kernel: shape \(2, 16\) does not begin with the 3 layers"):
         canonical_slices(UP, (2, 16), tiny(model={"layers": 3}).model)

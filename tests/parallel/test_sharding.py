@@ -1,4 +1,4 @@
-"""The table from names to mesh axes: what is sharded, what is repeated, what is refused."""
+"""The rules from names to mesh axes: what is sharded, replicated, refused."""
 
 import jax
 import jax.numpy as jnp
@@ -51,27 +51,27 @@ FACTORED = {
 }
 
 
-@pytest.mark.parametrize(("own", "axes"), FACTORED.values(), ids=FACTORED)
-def test_statistics_keep_the_sharding_of_the_dimensions_they_have(own, axes):
+@pytest.mark.parametrize(("statistic_shape", "axes"), FACTORED.values(), ids=FACTORED)
+def test_statistics_keep_the_sharding_of_the_dimensions_they_have(statistic_shape, axes):
     whole = PartitionSpec(None, "fsdp", "tensor")
-    assert sharding.statistic_spec(whole, (3, 16, 24), own) == PartitionSpec(*axes)
+    assert sharding.statistic_spec(whole, (3, 16, 24), statistic_shape) == PartitionSpec(*axes)
 
 
-def test_cuts_are_those_of_the_mesh_in_use():
+def test_shard_counts_are_those_of_the_mesh_in_use():
     names = ("batch", "sequence", "block_sequence", "vocab")
     assert [sharding.shard_count(name) for name in names] == [1, 1, 1, 1]
     with jax.set_mesh(MESH):
         assert [sharding.shard_count(name) for name in names] == [2, 2, 4, 2]
 
 
-def test_an_axis_that_a_shard_map_took_cuts_no_more():
-    seen = []
+def test_manual_axes_of_a_shard_map_do_not_count():
+    counts = []
 
     def inside(x):
-        seen.append(sharding.shard_count("block_sequence"))
+        counts.append(sharding.shard_count("block_sequence"))
         return x
 
     with jax.set_mesh(MESH):
         spec = PartitionSpec("tensor")
         jax.eval_shape(jax.shard_map(inside, in_specs=spec, out_specs=spec, axis_names={"tensor"}), jnp.zeros(4))
-    assert set(seen) == {2}
+    assert set(counts) == {2}

@@ -52,7 +52,7 @@ def compiled(f, mesh, shapes, **jit):
         return jax.jit(f, **jit).lower(*shapes).compile()
 
 
-def looked_up(mesh):
+def lookup_gradient(mesh):
     def loss(table, weights, tokens):
         rows = constrainer(mesh)(
             embedding_lookup(table, tokens, constrain=constrainer(mesh)), ("batch", "block_sequence", None)
@@ -66,9 +66,9 @@ def looked_up(mesh):
 def test_a_lookup_never_gathers_the_table_or_its_gradient(axes):
     mesh = mesh_of(axes)
     shapes = arguments(mesh, kernel=False)
-    program = compiled(looked_up(mesh), mesh, shapes, out_shardings=(None, shapes[0].sharding))
-    crossing = [one for one in hlo.collectives(program.as_text(), mesh) if "tensor" in one.axes]
-    assert 0 < max(one.bytes for one in crossing) <= BATCH * SEQUENCE * EMBED * 4, crossing
+    program = compiled(lookup_gradient(mesh), mesh, shapes, out_shardings=(None, shapes[0].sharding))
+    crossing = [op for op in hlo.collectives(program.as_text(), mesh) if "tensor" in op.axes]
+    assert 0 < max(op.bytes for op in crossing) <= BATCH * SEQUENCE * EMBED * 4, crossing
     table, weights, tokens = values(shapes)
     loss, gradient = program(*jax.device_put((table, weights, tokens), tuple(shape.sharding for shape in shapes)))
     np.testing.assert_allclose(loss, (table[tokens] * weights).sum(), rtol=1e-4)
@@ -81,10 +81,10 @@ def loss_of(mesh, *, vocab=ROWS, softcap=None, chunks=1):
     constrain = (lambda x, names: x) if mesh is None else constrainer(mesh)
 
     def loss(kernel, hidden, targets):
-        found = token_logprobs(
+        logprobs = token_logprobs(
             hidden, kernel, targets, vocab=vocab, softcap=softcap, chunks=chunks, constrain=constrain
         )
-        return (found * jnp.arange(SEQUENCE)).sum(), found
+        return (logprobs * jnp.arange(SEQUENCE)).sum(), logprobs
 
     return loss
 
@@ -96,8 +96,8 @@ def test_logits_and_the_kernel_are_never_gathered(axes):
     shapes = arguments(mesh, kernel=True)
     gradient = jax.value_and_grad(loss_of(mesh, chunks=2), argnums=(0, 1), has_aux=True)
     program = compiled(gradient, mesh, shapes, out_shardings=(None, tuple(shape.sharding for shape in shapes[:2])))
-    crossing = [one for one in hlo.collectives(program.as_text(), mesh) if "tensor" in one.axes]
-    assert 0 < max(one.bytes for one in crossing) <= BATCH * SEQUENCE * EMBED * 4, crossing
+    crossing = [op for op in hlo.collectives(program.as_text(), mesh) if "tensor" in op.axes]
+    assert 0 < max(op.bytes for op in crossing) <= BATCH * SEQUENCE * EMBED * 4, crossing
 
 
 @pytest.mark.parametrize("chunks", [1, 4])
@@ -106,12 +106,12 @@ def test_the_kernel_is_gathered_and_its_gradient_reduced_once_however_many_chunk
     shapes = arguments(mesh, kernel=True)
     gradient = jax.value_and_grad(loss_of(mesh, chunks=chunks), argnums=(0, 1), has_aux=True)
     program = compiled(gradient, mesh, shapes, out_shardings=(None, tuple(shape.sharding for shape in shapes[:2])))
-    large = [one for one in hlo.collectives(program.as_text(), mesh) if one.bytes >= EMBED * ROWS * 4 // 2]
-    assert {one.count for one in large} == {1}, large
-    assert [one.kind for one in large].count("all-gather") == 1
+    large = [op for op in hlo.collectives(program.as_text(), mesh) if op.bytes >= EMBED * ROWS * 4 // 2]
+    assert {op.count for op in large} == {1}, large
+    assert [op.kind for op in large].count("all-gather") == 1
 
 
-def test_a_split_sequence_meets_only_in_the_final_sum():
+def test_a_sharded_sequence_communicates_only_in_the_final_sum():
     mesh = mesh_of({"seq": 2})
     shapes = arguments(mesh, kernel=True)
     program = compiled(lambda *a: loss_of(mesh, chunks=4)(*a)[0], mesh, shapes)
@@ -145,9 +145,9 @@ def test_log_probabilities_are_those_of_a_plain_softmax(case):
     kernel, hidden, targets = values(shapes, vocab=case["vocab"])
     arrays = jax.device_put((kernel, hidden, targets), tuple(shape.sharding for shape in shapes))
     with jax.set_mesh(mesh):
-        gradient, found = jax.jit(jax.grad(loss_of(mesh, **case), has_aux=True))(*arrays)
+        gradient, logprobs = jax.jit(jax.grad(loss_of(mesh, **case), has_aux=True))(*arrays)
     del case["chunks"]
-    np.testing.assert_allclose(found, reference(kernel, hidden, targets, **case), atol=2e-5)
+    np.testing.assert_allclose(logprobs, reference(kernel, hidden, targets, **case), atol=2e-5)
     gradient = np.asarray(gradient)
     assert not gradient[:, case["vocab"] :].any()
     assert np.abs(gradient[:, : case["vocab"]]).max() > 1
@@ -162,8 +162,8 @@ def test_chunks_change_no_gradient_and_save_memory():
         .compile()
         for chunks in (1, 8)
     )
-    for one, other in zip(whole(*arrays), cut(*arrays), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-4)
+    for op, other in zip(whole(*arrays), cut(*arrays), strict=True):
+        np.testing.assert_allclose(op, other, atol=1e-4)
     temporaries = [each.memory_analysis().temp_size_in_bytes for each in (cut, whole)]
     assert temporaries[0] < temporaries[1] / 3, temporaries
 
@@ -178,6 +178,6 @@ def test_a_whole_step_never_gathers_the_vocabulary():
     """With tied embeddings, so that one table is at both ends."""
     config = tiny(mesh={"tensor": 2}, model={"vocab": 4096, "tied_embeddings": True})
     program = build(config, make_mesh(config.mesh))
-    found = hlo.collectives(program.compiled_step().as_text(), program.mesh)
+    logprobs = hlo.collectives(program.compiled_step().as_text(), program.mesh)
     table = 4096 * 16 * 4
-    assert max(one.bytes for one in found) < table / 4, max(found, key=lambda one: one.bytes)
+    assert max(op.bytes for op in logprobs) < table / 4, max(logprobs, key=lambda op: op.bytes)

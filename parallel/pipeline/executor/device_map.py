@@ -1,7 +1,7 @@
 """The executor's `shard_map`: over `pipe` and the batch axes, and over `replica` too under `jax.vmap`.
 
-The map takes `replica` itself because the maps inside it (attention, routing) need that axis. A nested map must not take
-an axis that stands before one of its parent's in the mesh: XLA of JAX 0.12 lists the axes of both in the order of
+The map takes `replica` itself because the maps inside it (attention, routing) need that axis. A nested map must not
+take an axis that stands before one of its parent's in the mesh: XLA of JAX 0.12 lists the axes of both in the order of
 nesting, expects the order of the mesh, and aborts the process ("Manual axes must be sorted by mesh axis index").
 """
 

@@ -112,7 +112,7 @@ MISTAKES = {
     "a word": ("stages: [1, two]", r"costs\.yaml: stages\.1: 'two'; .*number"),
     "a list": ("[1, 2]", r"costs\.yaml: list; give a mapping"),
     "no YAML": ("{", r"costs\.yaml: not valid YAML"),
-    "twice": ("forward: 1\nforward: 2", r"costs\.yaml: not valid YAML: forward stands twice"),
+    "twice": ("forward: 1\nforward: 2", r"costs\.yaml: not valid YAML: forward is a duplicate"),
 }
 
 
