@@ -39,19 +39,19 @@ def make_saves(state: Any) -> dict[str, Save]:
     memory.save(state, step=0, data={})  # allocates its pages
     memory.save(state, step=1, data={})
 
-    def synchronous(directory: Path) -> tuple[float, float]:
+    def with_orbax(directory: Path) -> tuple[float, float]:
         began = time.monotonic()
         ocp.save(directory / "1", saved_tree(state))
         return (seconds := time.monotonic() - began), seconds
 
-    def asynchronous(directory: Path) -> tuple[float, float]:
+    def with_async_orbax(directory: Path) -> tuple[float, float]:
         began = time.monotonic()
         response = ocp.save_async(directory / "1", saved_tree(state))
         stall = time.monotonic() - began
         response.result()
         return stall, time.monotonic() - began
 
-    def ours(directory: Path) -> tuple[float, float]:
+    def with_storage(directory: Path) -> tuple[float, float]:
         storage = Storage(directory, layout=plain)
         began = time.monotonic()
         storage.save(donation_safe_copy(state), step=1, data={})
@@ -59,7 +59,7 @@ def make_saves(state: Any) -> dict[str, Save]:
         storage.close()
         return stall, time.monotonic() - began
 
-    def snapshot(directory: Path) -> tuple[float, float]:
+    def with_memory(directory: Path) -> tuple[float, float]:
         del directory
         began = time.monotonic()
         copy = donation_safe_copy(state)
@@ -67,8 +67,8 @@ def make_saves(state: Any) -> dict[str, Save]:
         memory.save(copy, step=int(began * 1e6), data={})
         return stall, time.monotonic() - began
 
-    snapshot.close = memory.clear
-    return {"orbax": synchronous, "orbax asynchronous": asynchronous, "ours": ours, "memory": snapshot}
+    with_memory.close = memory.clear
+    return {"orbax": with_orbax, "orbax asynchronous": with_async_orbax, "ours": with_storage, "memory": with_memory}
 
 
 def main(arguments: Sequence[str]) -> None:

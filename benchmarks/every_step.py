@@ -1,11 +1,11 @@
-"""What a snapshot in memory at every step costs a training step, parity and fingerprints included.
+"""The cost of a snapshot in memory at every step, parity and fingerprints included, for `bench checkpoint`.
 
-One process plays the trainers of two hosts: each has half of the state, a directory and a keeper, and their group has
-XOR parity. A step is matrix products until it takes the seconds asked for, and an update of the state, which it
-donates. Blocks of steps with and without snapshots take turns.
+One process plays the trainers of two hosts: each has half of the state, a directory and a snapshot agent, and their
+parity group has XOR parity. A step is matrix products, as many as take the given seconds, and an update of the state,
+which it donates. Blocks of steps with and without snapshots take turns.
 
-Large products keep all cores busy, as a step on a CPU does: there a snapshot's seconds of CPU are a step's. Small ones
-keep one busy, and leave the others, as a step on an accelerator leaves them all.
+Large products keep all cores busy, as a step on a CPU does; there CPU time of a snapshot delays a step. Small products
+keep one core busy and leave the others idle, as a step on an accelerator does.
 """
 
 import statistics
@@ -17,11 +17,11 @@ from typing import Any
 
 import psutil
 
-BLOCK = 4  # steps of a turn
+from .harness import median_ratio
+
+BLOCK = 4  # steps between changes
 HOSTS = 2
-SIDES = {"all cores busy": 1024, "one core busy": 32}  # rows of a matrix, by what multiplying it does
-
-
+SIDES = {"all cores busy": 1024, "one core busy": 32}  # rows of the matrix
 LEAF = 16  # megabytes of an array
 
 
@@ -38,12 +38,12 @@ def random_state(megabytes: int, *, seed: int = 0) -> Any:
 
 
 def measure_slowdowns(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
-    """What snapshots of a state of `megabytes` cost steps of `seconds`, by how many cores a step keeps busy."""
+    """The cost of snapshots of a state of `megabytes` for steps of `seconds`, by the cores that a step keeps busy."""
     return {name: slowdown(megabytes, side, seconds=seconds, turns=turns) for name, side in SIDES.items()}
 
 
 def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[str, Any]:
-    """Medians over steps with and without snapshots; the slowdown is that of neighbouring blocks of steps."""
+    """Medians over steps with and without snapshots; the slowdown is the median ratio of neighbouring blocks."""
     import jax
 
     from meshwright.checkpoint.async_copy import donation_safe_copy
@@ -61,7 +61,7 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
     plan = make_parity_plan(config, hosts=HOSTS, processes=HOSTS)
     step, repeats = step_of(seconds, side)
     states = [random_state(megabytes // HOSTS, seed=host) for host in range(HOSTS)]
-    taken: dict[bool, list[list[float]]] = {False: [], True: []}  # blocks of steps
+    blocks: dict[bool, list[float]] = {False: [], True: []}  # with snapshots? -> median seconds of every block
     cpu = dict.fromkeys((False, True), 0.0)  # seconds of all cores
     stalls: list[float] = []
     with ExitStack() as stack:
@@ -71,11 +71,12 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
         stack.enter_context(SnapshotAgents(plan, run=run, store=server.store, launcher=launcher)).recover()
         memories = [MemoryStore(memory_directory(run, host=host), launch_slot=host) for host in range(HOSTS)]
         event_log = EventLog(run, enabled=False)
-        snapshots = [stack.enter_context(closing(SnapshotWriter(config, memory, event_log))) for memory in memories]
-        for one, state in zip(snapshots, states, strict=True):
-            one.reserve(state)
+        writers = [stack.enter_context(closing(SnapshotWriter(config, memory, event_log))) for memory in memories]
+        for writer, state in zip(writers, states, strict=True):
+            writer.reserve(state)
         number = 0
-        guards = [psutil.Process(launcher.pid(host)) for host in range(HOSTS)]
+        agents = [psutil.Process(launcher.pid(host)) for host in range(HOSTS)]
+        agent_seconds = lambda: sum(sum(agent.cpu_times()[:2]) for agent in agents)
         for turn in range(2 * (turns + 1)):
             before = time.process_time()
             block = []
@@ -83,39 +84,37 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
                 began = time.monotonic()
                 if turn % 2:
                     number += 1
-                    for host, one in enumerate(snapshots):
-                        asked = time.monotonic()
-                        one.accepts(number)
+                    for host, writer in enumerate(writers):
+                        start = time.monotonic()
+                        writer.accepts(number)
                         copy = donation_safe_copy(states[host])
-                        one.start_snapshot(copy, number, data={}, stall=time.monotonic() - asked)
+                        writer.start_snapshot(copy, number, data={}, stall=time.monotonic() - start)
                         del copy
                     stalls.append(time.monotonic() - began)
                 states = jax.block_until_ready(step(states, repeats))
                 block.append(time.monotonic() - began)
-            for one in snapshots:
-                one.accepts(number)  # what is still being protected is not the next turn's
-            if turn > 1:  # the first turns touch memory and compile
-                taken[bool(turn % 2)].append(block)
+            for writer in writers:
+                writer.accepts(number)  # waits until the last snapshot is protected
+            if turn > 1:  # the first turns allocate memory and compile
+                blocks[bool(turn % 2)].append(statistics.median(block))
                 cpu[bool(turn % 2)] += time.process_time() - before
             else:
-                guarded = sum(sum(one.cpu_times()[:2]) for one in guards)
-        guarded = sum(sum(one.cpu_times()[:2]) for one in guards) - guarded
-        for one in snapshots:
-            one.close()
+                warmup_seconds = agent_seconds()
+        cpu_of_agents = agent_seconds() - warmup_seconds
+        for writer in writers:
+            writer.close()
         protected = memories[0].protected
         for memory in memories:
             memory.clear()
-    without, with_ = ([statistics.median(block) for block in taken[saved]] for saved in (False, True))
-    ratios = [b / a for a, b in zip(without, with_, strict=True)]
     return {
         "megabytes": megabytes,
-        "step": round(statistics.median(without), 4),
-        "step with a snapshot": round(statistics.median(with_), 4),
-        "slowdown": round(statistics.median(ratios) - 1, 4),
+        "step": round(statistics.median(blocks[False]), 4),
+        "step with a snapshot": round(statistics.median(blocks[True]), 4),
+        "slowdown": round(median_ratio(blocks[True], blocks[False]) - 1, 4),
         "stall": round(statistics.median(stalls[BLOCK:]), 4),
         "cpu seconds of a snapshot": {
             "trainer": round((cpu[True] - cpu[False]) / (turns * BLOCK), 4),
-            "keepers": round(guarded / (turns * BLOCK), 4),
+            "keepers": round(cpu_of_agents / (turns * BLOCK), 4),
         },
         "protected after": round(protected.seconds, 4),
         "protected of": [protected.step, number],
@@ -123,7 +122,7 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
 
 
 def step_of(seconds: float, side: int) -> tuple[Any, Any]:
-    """A step that donates its state, and how many products of `side` x `side` make it take so long."""
+    """Return step(state, repeats), which donates its state, and the products of `side` x `side` that take `seconds`."""
     import jax
     import jax.numpy as jnp
 

@@ -1,8 +1,8 @@
-"""The other side of `meshwright bench finetune`: a LoRA step in transformers + PEFT, in an interpreter of its own.
+"""The peer of `meshwright bench finetune`: a LoRA step in transformers + PEFT, in an interpreter of its own.
 
-    PYTHON finetune_peer.py '{"vocab": 8192, ...}'      for every line read it makes one step and prints its seconds
+    PYTHON finetune_peer.py '{"vocab": 8192, ...}'      for every line of input it does a step and prints its seconds
 
-It imports nothing of this framework, so that any interpreter that has torch, transformers and peft can run it.
+It imports nothing of this framework, so that any interpreter with torch, transformers and peft can run it.
 """
 
 import json
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 
-def stepper(sizes: dict[str, Any]) -> Callable[[], float]:
-    """A function that makes one LoRA step and returns its seconds."""
+def make_step(sizes: dict[str, Any]) -> Callable[[], float]:
+    """Return a function that does a LoRA step and returns its seconds."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -50,8 +50,8 @@ def stepper(sizes: dict[str, Any]) -> Callable[[], float]:
 
 
 def main() -> None:
-    """Step by step, as asked."""
-    step = stepper(json.loads(sys.argv[1]))
+    """Do a step for each line of input."""
+    step = make_step(json.loads(sys.argv[1]))
     for _ in sys.stdin:
         print(step(), flush=True)
 

@@ -1,12 +1,11 @@
-"""A tuned run beside PEFT and transformers: the same tokens through all, and how far the logits are apart.
+"""`meshwright bench interop`: logits of a tuned run next to those of PEFT and transformers, for the same tokens.
 
     meshwright bench interop BASE RUN
 
-BASE is the model directory the run was tuned from; RUN/adapter and RUN/merged are what `adapter export` and `adapter
-merge` wrote. Without the extra `interop` nothing is compared, and that is said.
+BASE is the model directory from which the run was tuned; RUN/adapter and RUN/merged were written by `adapter export`
+and `adapter merge`. Without the extra `interop` it compares nothing and says so.
 """
 
-import argparse
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,17 +20,16 @@ from ..models.context import Context, unconstrained
 from ..parallel import vocabulary
 from ..parallel.state import combine
 from ..train.infer.inference_session import inference_config, load_program
+from .harness import bench_parser
 
 ROWS, TOKENS = 4, 96
-CLOSE = 1e-4  # of the largest logit; both sides round in float32
+TOLERANCE = 1e-4  # of the largest logit; both sides round in float32
 NEEDED = ("torch", "transformers", "peft")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print how far the logits are apart. Raises MeshwrightError where they are not the same."""
-    parser = argparse.ArgumentParser(
-        prog="meshwright bench interop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Print the differences of the logits. Raises MeshwrightError if they are above `TOLERANCE`."""
+    parser = bench_parser("interop", __doc__)
     parser.add_argument("base", type=Path, metavar="BASE")
     parser.add_argument("run", type=Path, metavar="RUN")
     options = parser.parse_args(arguments)
@@ -41,21 +39,26 @@ def main(arguments: Sequence[str]) -> None:
         return
     config = inference_config(run, [])
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, (ROWS, TOKENS), dtype=np.int32)
-    ours = logits(run, tokens)
-    theirs = {
-        "PEFT, base and adapter": with_peft(base, run / "adapter", tokens),
-        "transformers, merged": merged(run, tokens),
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    load_model = AutoModelForCausalLM.from_pretrained
+    peers = {
+        "PEFT, base and adapter": PeftModel.from_pretrained(load_model(base), run / "adapter"),
+        "transformers, merged": load_model(run / "merged"),
     }
-    for name, found in theirs.items():
-        apart = np.abs(ours - found).max() / np.abs(found).max()
-        same = (ours.argmax(-1) == found.argmax(-1)).mean()
-        print(f"{name}: logits {apart:.1e} apart of the largest, {100 * same:.1f} % the same likeliest token")
-        if not apart < CLOSE:
-            raise MeshwrightError(f"{name}: logits are {apart:.1e} apart, more than {CLOSE}")
+    logits = run_logits(run, tokens)
+    for name, model in peers.items():
+        expected = torch_logits(model, tokens)
+        difference = np.abs(logits - expected).max() / np.abs(expected).max()
+        same = (logits.argmax(-1) == expected.argmax(-1)).mean()
+        print(f"{name}: logits {difference:.1e} apart of the largest, {100 * same:.1f} % the same likeliest token")
+        if not difference < TOLERANCE:
+            raise MeshwrightError(f"{name}: logits are {difference:.1e} apart, more than {TOLERANCE}")
 
 
-def logits(run: Path, tokens: np.ndarray) -> np.ndarray:
-    """[rows, sequence, vocab] of the run's newest checkpoint."""
+def run_logits(run: Path, tokens: np.ndarray) -> np.ndarray:
+    """Logits [rows, sequence, vocab] of the run's newest checkpoint."""
     program, state = load_program(inference_config(run, []), run)
     model = program.config.model
 
@@ -71,23 +74,8 @@ def logits(run: Path, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(forward(combine(program.eval_params(state), state.frozen)))[..., : model.vocab]
 
 
-def with_peft(base: Path, adapter: Path, tokens: np.ndarray) -> np.ndarray:
-    """The same of PEFT's model."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    return of_torch(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter), tokens)
-
-
-def merged(run: Path, tokens: np.ndarray) -> np.ndarray:
-    """The same of transformers' model."""
-    from transformers import AutoModelForCausalLM
-
-    return of_torch(AutoModelForCausalLM.from_pretrained(run / "merged"), tokens)
-
-
-def of_torch(model, tokens: np.ndarray) -> np.ndarray:
-    """Logits of a PyTorch model in float32."""
+def torch_logits(model, tokens: np.ndarray) -> np.ndarray:
+    """Logits [rows, sequence, vocab] of a PyTorch model in float32."""
     import torch
 
     with torch.no_grad():

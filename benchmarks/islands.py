@@ -1,10 +1,10 @@
-"""`meshwright bench lowcomm islands`: four jobs on loopback, over a throttled link, one of them killed now and then.
+"""`meshwright bench lowcomm islands`: four islands on one machine over a throttled link, with random kills.
 
-    undisturbed    the configuration as it is
-    killed         the same while a random island's trainer is killed every so often; its launcher starts it again
-    every-step     the same islands meeting after every update, in float32: data parallelism over that link
+    undisturbed    the unchanged configuration
+    killed         a random island's trainer is killed every few seconds; its launcher starts it again
+    every-step     the islands synchronize after every update, in float32: data parallelism over that link
 
-Rows are of one machine after another: losses of the first two are compared, and seconds a step of the first and last.
+Rows run one after another: losses of the first two are compared, and seconds per step of the first and last.
 
     meshwright bench lowcomm islands
     meshwright bench lowcomm islands --steps 600 --kill-every 30 --bandwidth 100Mbit
@@ -24,12 +24,14 @@ from typing import Any
 
 import psutil
 
+from .harness import bench_parser
+
 EVERY_STEP = {"name": "local-sgd", "every": 1, "learning_rate": None, "momentum": None, "fragments": None}
 EVERY_STEP |= {"overlap": None, "mix": None, "wire": "float32"}
 
 
 def row_overrides(options: argparse.Namespace, row: str) -> list[str]:
-    """What is typed after `meshwright launch CONFIG --islands N`."""
+    """Overrides of `meshwright launch CONFIG --islands N` for `row`."""
     steps = options.steps if row != "every-step" else options.reference_steps
     return [
         f"name={row}",
@@ -40,62 +42,55 @@ def row_overrides(options: argparse.Namespace, row: str) -> list[str]:
         "checkpoint.every=50",
         f"evaluation={{every: {max(steps // 4, 1)}, batches: 8, prompts: []}}",
         "logging={every: 1, tensorboard: false, peak_tflops: 1}",
-        *options.words,
-        *([f"outer={json.dumps(EVERY_STEP)}"] if row == "every-step" else []),  # whatever the others' outer is
+        *options.overrides,
+        *([f"outer={json.dumps(EVERY_STEP)}"] if row == "every-step" else []),
     ]
 
 
 def measure(options: argparse.Namespace, row: str) -> dict[str, Any]:
-    """Run one row to its end: seconds, losses, bytes, and how many islands were killed."""
-    command = [
-        sys.executable,
-        "-m",
-        "meshwright.train.cli",
-        "launch",
-        options.config,
-        "--islands",
-        str(options.islands),
-    ]
+    """Run `row` to its end; return seconds, losses, bytes, and the number of kills."""
+    command = [sys.executable, "-m", "meshwright.train.cli", "launch", options.config]
+    command += ["--islands", str(options.islands), *row_overrides(options, row)]
     began = time.monotonic()
     with (options.directory / f"{row}.log").open("wb") as log:
-        job = subprocess.Popen([*command, *row_overrides(options, row)], cwd=options.directory, stdout=log, stderr=log)
+        job = subprocess.Popen(command, cwd=options.directory, stdout=log, stderr=log)
     killed: list[int] = []
     if row == "killed":
-        threading.Thread(target=kill_now_and_then, args=(job, options, killed), daemon=True).start()
+        threading.Thread(target=kill_trainers, args=(job, options, killed), daemon=True).start()
     code = job.wait()
     run = options.directory / "runs" / row
     if code:
         raise RuntimeError(f"{row} ended with {code}; see {options.directory / row}.log and {run}/launch")
-    told = json.loads((run / "summary.json").read_text())["islands"]
+    islands = json.loads((run / "summary.json").read_text())["islands"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [one["step_seconds"] for one in rows if "step_seconds" in one]
+    steps = [row["step_seconds"] for row in rows if "step_seconds" in row]
     return {
         "seconds": time.monotonic() - began,
-        "held_out_loss": statistics.mean(one["held_out_loss"] for one in told),
+        "held_out_loss": statistics.mean(island["held_out_loss"] for island in islands),
         "mean_step_seconds": statistics.mean(steps[5:]),
-        "sent_megabytes": statistics.mean(one["sent_bytes"] for one in told) / 1e6,
-        "measured_over_predicted": [one["sent_bytes"] / one["predicted_sent_bytes"] for one in told],
+        "sent_megabytes": statistics.mean(island["sent_bytes"] for island in islands) / 1e6,
+        "measured_over_predicted": [island["sent_bytes"] / island["predicted_sent_bytes"] for island in islands],
         "killed": len(killed),
-        "bootstraps": sum(one.get("bootstrap", 0) for one in told),
+        "bootstraps": sum(island.get("bootstrap", 0) for island in islands),
     }
 
 
-def kill_now_and_then(job: subprocess.Popen, options: argparse.Namespace, killed: list[int]) -> None:
-    """Every `kill_every` seconds SIGKILL a random trainer of `job`, until it ends."""
-    chance = random.Random(options.seed)
+def kill_trainers(job: subprocess.Popen, options: argparse.Namespace, killed: list[int]) -> None:
+    """Kill a random trainer of `job` every `options.kill_every` seconds until the job ends; append to `killed`."""
+    generator = random.Random(options.seed)
     while True:
         time.sleep(options.kill_every)
         if job.poll() is not None:
             return
-        victims = [process for process in psutil.Process(job.pid).children(recursive=True) if trains(process)]
+        victims = [process for process in psutil.Process(job.pid).children(recursive=True) if is_trainer(process)]
         if victims:
-            victim = chance.choice(victims)
+            victim = generator.choice(victims)
             victim.kill()
             killed.append(victim.pid)
 
 
-def trains(process: psutil.Process) -> bool:
-    """Whether a process is a trainer, not a launcher."""
+def is_trainer(process: psutil.Process) -> bool:
+    """Whether `process` is a trainer, not a launcher."""
     try:
         return "train" in process.cmdline()
     except psutil.Error:
@@ -103,12 +98,8 @@ def trains(process: psutil.Process) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, run the rows, print the ratios."""
-    parser = argparse.ArgumentParser(
-        prog="meshwright bench lowcomm islands",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Run the rows and print the ratios."""
+    parser = bench_parser("lowcomm islands", __doc__)
     parser.add_argument("--config", default="lowcomm/islands")
     parser.add_argument("--islands", type=int, default=4)
     parser.add_argument("--steps", type=int, default=600)
@@ -119,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=["undisturbed", "killed", "every-step"])
     parser.add_argument("--directory", type=Path, default=Path("."), help="where runs/ is made")
-    parser.add_argument("words", nargs="*", help="key.sub=value of every row")
+    parser.add_argument("overrides", nargs="*", help="key.sub=value of every row")
     options = parser.parse_args(arguments)
     options.directory.mkdir(parents=True, exist_ok=True)
     results = {}
@@ -132,7 +123,3 @@ def main(arguments: Sequence[str]) -> None:
     if {"undisturbed", "every-step"} <= results.keys():
         ratio = results["every-step"]["mean_step_seconds"] / results["undisturbed"]["mean_step_seconds"]
         print(f"seconds a step, every-step over undisturbed: {ratio:.2f}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,37 +1,35 @@
-"""`meshwright bench lost-node`: a job on a Ray cluster of several nodes on this machine loses one, and ends as if not.
+"""`meshwright bench lost-node`: a job on a Ray cluster of several nodes on this machine loses one and gets one back.
 
     pip install 'meshwright[ray]'
     meshwright bench lost-node elastic/demo
 
-Each node has room for one process. A node that holds a trainer is killed with all that runs on it; no other is free, so
-the run goes on with the first mesh of `elastic.meshes` that fits. Then a new node joins the cluster, and the run grows
-back. The same configuration runs undisturbed on this machine alone (`--engine local`), and `audit` compares: parameters
-and optimizer bit for bit, the samples, and the rules of the journals. It exits with 0 only if all promises were kept.
+Each node holds one process. A node with a trainer is killed with all its processes; no other node is free, so the run
+continues on the first mesh of `elastic.meshes` that fits. Then a new node joins the cluster, and the run grows back.
+The same configuration runs undisturbed without the cluster (`--engine local`), and `audit` compares: parameters and
+optimizer bit for bit, the samples, and the rules of the event logs. The exit code is 0 only if every promise was kept.
 """
 
-import argparse
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from meshwright.benchmarks.chaos import PATIENCE, Job, check_comparable, end_launcher, summary_table
+from meshwright.benchmarks.chaos import TIMEOUT, Job, check_comparable, compare_runs, end_launcher
+from meshwright.benchmarks.harness import bench_parser
 from meshwright.configs.errors import MeshwrightError
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.process_env import NUMBER
 from meshwright.train.launch.job import import_optional
-from meshwright.train.report.run_audit import audit
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Disturb, compare, print. Raises MeshwrightError where a promise was broken, or a run did not come back."""
-    parser = argparse.ArgumentParser(
-        prog="meshwright bench lost-node", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Remove a node, compare, print. Raises MeshwrightError if a promise was broken, or if a run did not recover."""
+    parser = bench_parser("lost-node", __doc__)
     parser.add_argument("config", nargs="?", default="elastic/demo")
     parser.add_argument("overrides", nargs="*", default=[], help="key.sub=value ...")
     parser.add_argument("--processes", type=int, default=4)
@@ -41,17 +39,13 @@ def main(arguments: Sequence[str]) -> None:
     import_optional("ray", "ray")
     name = f"lost-node-{int(time.time())}"
     job = Job(options.config, tuple(options.overrides), options.processes)
-    disturbed(job, name, options.steps)
+    lose_node(job, name, options.steps)
     job.run_to_end(f"{name}-alone", options.steps)
-    directory = Path("runs") / name
-    verdicts = audit(directory, against=Path("runs") / f"{name}-alone")
-    print(summary_table(directory, {"a node lost": 1, "a node back": 1}, verdicts))
-    if broken := [one.promise for one in verdicts if not one.passed]:
-        raise MeshwrightError(f"{directory}: broken: {'; '.join(broken)}")
+    compare_runs(name, {"a node lost": 1, "a node back": 1})
 
 
-def disturbed(job: Job, name: str, steps: int) -> None:
-    """The job on a cluster that loses a node and gets another. Raises MeshwrightError where it does not end well."""
+def lose_node(job: Job, name: str, steps: int) -> None:
+    """Run the job on a cluster that loses a node and gets another. Raises MeshwrightError if the run fails."""
     from ray.cluster_utils import Cluster
 
     with ExitStack() as stack:
@@ -60,60 +54,42 @@ def disturbed(job: Job, name: str, steps: int) -> None:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(job.processes)]
         launcher = job.launch(name, steps, engine="ray", RAY_ADDRESS=cluster.address)
         stack.callback(end_launcher, launcher)
-        events = Events(Path("runs") / name, launcher)
-        events.wait("commit")
-        lost = node_of(trainer(name, number=job.processes - 1), nodes)
+        wait = partial(wait_for_event, Path("runs") / name, launcher)
+        wait("commit")
+        victim = node_of(find_trainer(name, number=job.processes - 1), nodes)
         print(f"{time.strftime('%H:%M:%S')} a node is lost", flush=True)
-        cluster.remove_node(lost, allow_graceful=False)
-        events.wait("shrink")
-        events.wait("commit", after="shrink")
+        cluster.remove_node(victim, allow_graceful=False)
+        wait("shrink")
+        wait("commit", after="shrink")
         print(f"{time.strftime('%H:%M:%S')} a node joins", flush=True)
         cluster.add_node(num_cpus=1)
-        events.wait("grow")
-        if launcher.wait(timeout=PATIENCE) != 0:
+        wait("grow")
+        if launcher.wait(timeout=TIMEOUT) != 0:
             raise MeshwrightError(f"runs/{name} ended with exit code {launcher.returncode}; see runs/{name}.log")
 
 
-class Events:
-    """The journal of a run that somebody launched."""
-
-    def __init__(self, directory: Path, launcher: subprocess.Popen) -> None:
-        self._directory, self._launcher = directory, launcher
-
-    def wait(self, kind: str, *, after: str | None = None) -> None:
-        """Until an event of that kind has happened. Raises MeshwrightError where it does not."""
-        deadline = time.monotonic() + PATIENCE
-        while not self._happened(kind, after):
-            if self._launcher.poll() is not None or time.monotonic() > deadline:
-                raise MeshwrightError(f"{self._directory}: no {kind}; more --steps? see {self._directory}.log")
-            time.sleep(0.1)
-
-    def _happened(self, kind: str, after: str | None) -> bool:
-        kinds = [event["event"] for event in read_events(self._directory)] if self._directory.exists() else []
-        if after is not None:
-            kinds = kinds[kinds.index(after) :]
-        return kind in kinds
+def wait_for_event(directory: Path, launcher: subprocess.Popen, kind: str, *, after: str | None = None) -> None:
+    """Wait for an event of that kind. Raises MeshwrightError if the launcher ends, or after `TIMEOUT`."""
+    deadline = time.monotonic() + TIMEOUT
+    while True:
+        kinds = [event["event"] for event in read_events(directory)]
+        if kind in (kinds if after is None else kinds[kinds.index(after) :]):
+            return
+        if launcher.poll() is not None or time.monotonic() > deadline:
+            raise MeshwrightError(f"{directory}: no event {kind}; try more --steps, and see {directory}.log")
+        time.sleep(0.1)
 
 
-def trainer(name: str, *, number: int) -> psutil.Process:
-    """Process `number` of the run called `name`, wherever the cluster has put it."""
-
-    def is_it(process: psutil.Process) -> bool:
-        return process.environ().get(NUMBER) == str(number) and f"name={name}" in process.cmdline()
-
-    return first(psutil.process_iter(), is_it)
+def find_trainer(name: str, *, number: int) -> psutil.Process:
+    """Process `number` of the run called `name`, on any node. Raises MeshwrightError if there is none."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(NUMBER) == str(number) and f"name={name}" in process.cmdline():
+                return process
+    raise MeshwrightError(f"runs/{name}: trainer {number} is not running; see runs/{name}.log")
 
 
 def node_of(process: psutil.Process, nodes: Sequence[Any]) -> Any:
-    """The node of the cluster that a process runs on."""
-    above = {parent.pid for parent in process.parents()}
-    return first(nodes, lambda node: node.all_processes["raylet"][0].process.pid in above)
-
-
-def first(candidates: Any, is_it: Callable[[Any], bool]) -> Any:
-    """The first that is it. Raises MeshwrightError where none is."""
-    for one in candidates:
-        with suppress(psutil.Error):
-            if is_it(one):
-                return one
-    raise MeshwrightError("the trainer that was to be lost with its node was not found")
+    """The node of the cluster on which a process runs."""
+    parents = {parent.pid for parent in process.parents()}
+    return next(node for node in nodes if node.all_processes["raylet"][0].process.pid in parents)

@@ -1,14 +1,14 @@
-"""`meshwright bench lowcomm`: held-out loss of replicas that meet rarely beside data parallelism's, at equal tokens.
+"""`meshwright bench lowcomm`: held-out loss of outer optimizers next to that of data parallelism, at equal tokens.
 
 Every row trains the same model on the same tokens of the standard library's source, from the same seeds, with the same
-inner optimizer and global batch; rows differ in who meets whom, when, and in what format. Each run is a process of its
-own, one after another. The loss is that of all held-out documents: the first few, in order of their names, are mostly
-tables of codecs.
+inner optimizer and global batch; rows differ in the outer optimizer and the number of replicas. Each run is a process
+of its own, one after another. The loss is that of all held-out documents: the first ones, in order of their names, are
+mostly tables of codecs.
 
     meshwright bench lowcomm                                1000 updates, one seed: about half an hour on 2 cores
     meshwright bench lowcomm --size tiny --steps 4000 --every 30       the table of docs/lowcomm.md
     meshwright bench lowcomm --only data-parallel streaming-4bit-2 --outer learning_rate=0.7 momentum=0.5
-    meshwright bench lowcomm --size tiny --steps 500        a look
+    meshwright bench lowcomm --size tiny --steps 500        a quick test
 """
 
 import argparse
@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from . import islands
+from .harness import bench_parser
 
 STREAMING = {"name": "streaming", "fragments": 4, "overlap": 1, "mix": 0.5, "wire": "e3m0"}
 
-# Row -> (replicas, the section outer without `every`), by the papers' settings. NoLoCo meets twice as often, as in its
-# paper. local-sgd goes on from the plain mean: what is lost before any outer step.
+# Row -> (replicas, the section outer without `every`), as in the papers. NoLoCo synchronizes twice as often, as in its
+# paper. local-sgd averages the parameters and has no outer optimizer.
 ROWS: dict[str, tuple[int, dict[str, Any] | None]] = {
     "data-parallel": (1, None),
     "local-sgd-2": (2, {"name": "local-sgd"}),
@@ -35,7 +36,7 @@ ROWS: dict[str, tuple[int, dict[str, Any] | None]] = {
     "streaming-4bit-4": (4, STREAMING),
     "noloco-4": (4, {"name": "noloco"}),
 }
-# Size -> model and data. tiny is for a look, and for machines that others use too.
+# Size -> overrides for model and data. tiny is for quick tests, and for shared machines.
 SIZES = {
     "1m": (
         "model={layers: 4, embed: 128, heads: 4, kv_heads: 2, mlp: 352}",
@@ -53,33 +54,30 @@ BASE = (
 )
 
 
-def row_overrides(
-    row: str, *, seed: int, steps: int, every: int, size: str, learning_rate: float, outer: dict[str, Any]
-) -> list[str]:
-    """The words after `meshwright train quickstart` that make a run of `row`, meeting after `every` updates.
-
-    `learning_rate` is the inner optimizer's; `outer` is put over the row's own.
-    """
-    replicas, own = ROWS[row]
-    if own:
-        own = own | {"every": max(every // 2, 1) if own["name"] == "noloco" else every} | outer
+def row_overrides(row: str, *, seed: int, options: argparse.Namespace) -> list[str]:
+    """Overrides of `meshwright train quickstart` for a run of `row` with `options` of the command line."""
+    replicas, outer = ROWS[row]
+    every, steps, learning_rate = options.every, options.steps, options.learning_rate
+    if outer:
+        outer = outer | {"every": max(every // 2, 1) if outer["name"] == "noloco" else every}
+        outer |= {key: json.loads(value) for key, _, value in (pair.partition("=") for pair in options.outer)}
     inner = {"name": "adamw", "learning_rate": learning_rate, "schedule": "cosine", "decay_steps": None, "clip": 1.0}
     mesh = dict.fromkeys(("data", "fsdp", "tensor"), 1) | {"replica": replicas, "devices": replicas}
     return [
         f"seed={seed}",
         f"steps={steps}",
         f"mesh={json.dumps(mesh)}",
-        f"outer={json.dumps(own)}",
+        f"outer={json.dumps(outer)}",
         f"optimizer={json.dumps(inner | {'warmup_steps': min(50, steps // 10)})}",
         f"evaluation={{every: {max(steps // 4, 1)}, batches: null, prompts: []}}",
-        *SIZES[size],
+        *SIZES[options.size],
         *BASE,
     ]
 
 
-def measure(given: Sequence[str], *, name: str, directory: Path) -> dict[str, Any]:
-    """Train as the words `given` say, in `directory`: held-out loss by step, spread of the replicas, bytes sent."""
-    command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart", f"name={name}", *given]
+def measure(overrides: Sequence[str], *, name: str, directory: Path) -> dict[str, Any]:
+    """Train with `overrides` in `directory`; return held-out loss by step, spread of the replicas and bytes sent."""
+    command = [sys.executable, "-m", "meshwright.train.cli", "train", "quickstart", f"name={name}", *overrides]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-500:]}")
@@ -109,7 +107,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def picture(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Held-out loss by update, the mean over seeds, a line a row."""
+    """Plot the held-out loss of each row by update, the mean over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -123,44 +121,31 @@ def picture(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, train every row, print; `islands` is a benchmark of its own."""
+    """Train every row and print; `islands` is a benchmark of its own."""
     if arguments and arguments[0] == "islands":
         islands.main(arguments[1:])
         return
-    parser = argparse.ArgumentParser(
-        prog="meshwright bench lowcomm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("lowcomm", __doc__)
     parser.add_argument("--size", choices=SIZES, default="1m")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--every", type=int, default=10, help="updates between meetings; NoLoCo's are half")
+    parser.add_argument("--every", type=int, default=10, help="updates between outer steps; NoLoCo: half")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of the inner optimizer, in all rows")
-    parser.add_argument("--outer", nargs="+", default=[], metavar="KEY=VALUE", help="over every row's section outer")
+    parser.add_argument(
+        "--outer", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every row's section outer"
+    )
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--directory", type=Path, default=Path("."), help="where runs/ is made")
     parser.add_argument("--picture", type=Path, help="write the curves as an image")
     options = parser.parse_args(arguments)
-    outer = {key: json.loads(value) for key, _, value in (word.partition("=") for word in options.outer)}
     options.directory.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, Any]]] = {}
     for row in options.only:
         for seed in range(options.seeds):
-            given = row_overrides(
-                row,
-                seed=seed,
-                steps=options.steps,
-                every=options.every,
-                size=options.size,
-                learning_rate=options.learning_rate,
-                outer=outer,
-            )
-            made = measure(given, name=f"{options.size}-{row}-{seed}", directory=options.directory)
-            results.setdefault(row, []).append(made)
-            print(f"{row} seed {seed}: {json.dumps(made)}", flush=True)
+            overrides = row_overrides(row, seed=seed, options=options)
+            result = measure(overrides, name=f"{options.size}-{row}-{seed}", directory=options.directory)
+            results.setdefault(row, []).append(result)
+            print(f"{row} seed {seed}: {json.dumps(result)}", flush=True)
     print(table(results))
     if options.picture:
         picture(results, options.picture)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,22 +1,21 @@
-"""`meshwright bench lrec`: how much of the loss that a quantized base loses, an adapter trained to repair it wins back.
+"""`meshwright bench lrec`: how much of the loss caused by quantization an adapter trained by recipe `lrec` recovers.
 
     meshwright train quickstart && meshwright checkpoint export runs/quickstart base
     meshwright bench lrec base
     meshwright bench lrec base --set quantization.format=int2 --set adapter.rank=32
 
-Held-out loss of the model in full, of the quantized one, and of it with its adapter after training by recipe `lrec` on
+It measures the held-out loss of the full model, of the quantized one, and of that with its adapter after training on
 the quickstart's data. recovered = (quantized - repaired) / (quantized - full).
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meshwright.configs.loader import find_config, merge_trees, nest_value, parse_yaml, validate_tree
-from meshwright.configs.loader import read_tree as read_tree
+from meshwright.benchmarks.harness import bench_parser
+from meshwright.configs.loader import apply_overrides, find_config, merge_trees, read_tree, validate_tree
 
 REPAIR: dict[str, Any] = {
     "name": "lrec",
@@ -33,7 +32,7 @@ REPAIR: dict[str, Any] = {
 
 
 def held_out_loss(tree: dict[str, Any]) -> float:
-    """Of the run that `tree` describes, before its first step."""
+    """The held-out loss of the run that `tree` describes, before its first step."""
     from meshwright.parallel.mesh import make_mesh
     from meshwright.train.data import assemble
     from meshwright.train.engine.program import build
@@ -47,7 +46,7 @@ def held_out_loss(tree: dict[str, Any]) -> float:
 
 
 def measure(tree: dict[str, Any]) -> dict[str, float]:
-    """The three losses, what was recovered, and what the adapter weighs beside the base."""
+    """The three losses, the recovered share, and the bytes of the adapter and the base."""
     from meshwright.parallel.mesh import make_mesh, prepare_devices
     from meshwright.train.core.process_env import ProcessInfo
     from meshwright.train.engine.program import build
@@ -75,17 +74,12 @@ def measure(tree: dict[str, Any]) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, measure, print."""
-    parser = argparse.ArgumentParser(
-        prog="meshwright bench lrec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure and print."""
+    parser = bench_parser("lrec", __doc__)
     parser.add_argument("base", help="a model directory, e.g. made by `meshwright checkpoint export`")
     parser.add_argument("--set", action="append", default=[], metavar="key.sub=value")
     options = parser.parse_args(arguments)
     data = read_tree(find_config("quickstart"))["data"]
-    given = {"model": {"from": options.base}, "data": {key: data[key] for key in data if key != "tokenizer"}}
-    tree = merge_trees(REPAIR, given)
-    for word in options.set:
-        key, _, value = word.partition("=")
-        tree = merge_trees(tree, nest_value(key.split("."), parse_yaml(value, origin=word)))
+    sections = {"model": {"from": options.base}, "data": {key: data[key] for key in data if key != "tokenizer"}}
+    tree = apply_overrides(merge_trees(REPAIR, sections), options.set)
     print(json.dumps(measure(tree), indent=1))

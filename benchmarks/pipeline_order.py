@@ -1,8 +1,8 @@
-"""One of the two processes of `meshwright bench pipeline order`: a pipeline's device on a core of its own.
+"""One of the two processes of `meshwright bench pipeline order`: a device of the pipeline on a core of its own.
 
     python -m meshwright.benchmarks.pipeline_order ADDRESS ROUNDS NUMBER CORE
 
-The first one prints JSON: median seconds of a step by schedule, and what each of its ops took.
+The first one prints JSON: median seconds of a step by schedule, and the seconds of its ops.
 """
 
 import json
@@ -11,11 +11,12 @@ import statistics
 import sys
 from collections.abc import Sequence
 
-from .pipeline import SCHEDULES, Case, configuration, time_in_turns
+from .pipeline import SCHEDULES, configuration, time_steps
+from .step import TimedStep
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Join the other process, time all schedules in turns, then their ops."""
+    """Join the other process, and time all schedules in turns, then their ops."""
     address, rounds, number, core = arguments
     os.sched_setaffinity(0, {int(core)})  # before JAX makes its threads
     os.environ["XLA_FLAGS"] = ""
@@ -26,18 +27,14 @@ def main(arguments: Sequence[str]) -> None:
     jax.distributed.initialize(address, 2, int(number))
     from meshwright.train.engine.op_profiler import measure_costs
 
-    cases = {name: Case(configuration({"pipe": 2}, pipeline=of)) for name, of in SCHEDULES.items()}
-    seconds = time_in_turns(cases, rounds=int(rounds))
+    steps = {name: TimedStep(configuration({"pipe": 2}, pipeline=of)) for name, of in SCHEDULES.items()}
+    seconds = {name: statistics.median(values) for name, values in time_steps(steps, rounds=int(rounds)).items()}
     costs = {
-        name: measure_costs(case.program, case.state.params, case.state.frozen, case.batch)
-        for name, case in cases.items()
+        name: measure_costs(step.program, step.state.params, step.state.frozen, step.batch).model_dump(mode="json")
+        for name, step in steps.items()
     }
     if number == "0":
-        told = {
-            "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-            "costs": {name: one.model_dump(mode="json") for name, one in costs.items()},
-        }
-        print(json.dumps(told))
+        print(json.dumps({"seconds": seconds, "costs": costs}))
 
 
 if __name__ == "__main__":

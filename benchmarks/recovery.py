@@ -1,34 +1,31 @@
-"""`meshwright bench recovery`: from the kill of a trainer to the next step that is new, by level and by part.
+"""`meshwright bench recovery`: the time from the kill of a trainer to the next new step, by level and by part.
 
-Starts a small run in several processes three times and reads where the time went from the run's journal:
+It starts a small run in several processes three times and reads the times from the run's event log:
 
-    storage     a trainer is killed with SIGKILL; checkpoints in storage only
+    storage     a trainer is killed with SIGKILL; checkpoints are in storage only
     memory      the same, with a snapshot in memory at every step
-    parity      a host is lost: its trainer, its keeper and its memory; every process is a host, with XOR parity
+    parity      a host is lost: its trainer, its snapshot agent and its memory; every process is a host, with XOR parity
 
     meshwright bench recovery --processes 2
 """
 
-import argparse
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from meshwright.benchmarks.chaos import module_processes, numbered_processes
+from meshwright.benchmarks.harness import bench_parser
 from meshwright.checkpoint.redundancy.agent_files import memory_directory
-from meshwright.train.core.event_log import read_events
+from meshwright.train.core.event_log import read_events, read_metrics
 from meshwright.train.core.process_env import NUMBER
 
-KEEPER = "meshwright.train.launch.snapshot_agent_main"
+AGENT = "meshwright.train.launch.snapshot_agent_main"
 EVERY = 20  # steps between checkpoints
 LEVELS = {
     "storage": "memory_every: 0",
@@ -46,19 +43,16 @@ SMALL = (
 
 def main(arguments: Sequence[str]) -> None:
     """Measure and print JSON."""
-    parser = argparse.ArgumentParser(
-        prog="meshwright bench recovery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("recovery", __doc__)
     parser.add_argument("--processes", type=int, default=4)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as root:
-        warm = measured(Path(root), "storage", options.processes)  # fills the compilation cache
-        del warm
-        print(json.dumps({name: measured(Path(root), name, options.processes) for name in LEVELS}, indent=1))
+        measure(Path(root), "storage", options.processes)  # fills the compilation cache
+        print(json.dumps({level: measure(Path(root), level, options.processes) for level in LEVELS}, indent=1))
 
 
-def measured(root: Path, level: str, processes: int) -> dict[str, Any]:
-    """One run with one kill."""
+def measure(root: Path, level: str, processes: int) -> dict[str, Any]:
+    """Start a run, kill a trainer, and return the seconds of its recovery."""
     name = f"{level}-{time.time_ns()}"
     command = [sys.executable, "-m", "meshwright.train.cli", "launch", "quickstart", *SMALL, f"name={name}",
                f"mesh.data={processes}", f"mesh.devices={processes}", f"--processes={processes}",
@@ -66,32 +60,29 @@ def measured(root: Path, level: str, processes: int) -> dict[str, Any]:
                f"checkpoint={{every: {EVERY}, keep: 3, {LEVELS[level]}}}"]  # fmt: skip
     launcher = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     directory = root / "runs" / name
+    events = lambda kind: [event for event in read_events(directory) if event["event"] == kind]
+    last_step = lambda: max((row["step"] for row in read_metrics(directory)), default=0)
     try:
-        wait(launcher, lambda: any(event["event"] == "commit" for event in events(directory)))
-        steps = rows(directory)[-1]["step"] + EVERY // 2
-        wait(launcher, lambda: rows(directory)[-1]["step"] >= steps)
-        victim, process = max(trainers(launcher).items())
-        keeper = keeper_of(launcher, victim) if level == "parity" else None
+        wait(launcher, lambda: events("commit"))
+        steps = last_step() + EVERY // 2
+        wait(launcher, lambda: last_step() >= steps)
+        host, trainer = max(numbered_processes(launcher, NUMBER).items())
+        victims = [trainer]
+        if level == "parity":
+            agents = module_processes(launcher, AGENT)
+            victims.append(next(agent for agent in agents if json.loads(agent.cmdline()[-1])["host"] == host))
         killed = time.time()
-        os.kill(process, signal.SIGKILL)
-        if keeper is not None:
-            os.kill(keeper, signal.SIGKILL)
-            shutil.rmtree(memory_directory(directory, host=victim))
-        wait(launcher, lambda: len([e for e in events(directory) if e["event"] == "compile"]) == 2)
-        reached = next(event["step"] for event in events(directory) if event["event"] == "restart")
-        wait(launcher, lambda: any(row["step"] > reached for row in rows(directory)))
+        for process in victims:
+            process.kill()
+        if level == "parity":
+            shutil.rmtree(memory_directory(directory, host=host))
+        wait(launcher, lambda: len(events("compile")) == 2)
+        wait(launcher, lambda: last_step() > events("restart")[0]["step"])
         total = time.time() - killed
     finally:
         launcher.terminate()
         launcher.wait()
-    return split(events(directory), killed, total)
-
-
-def split(found: list[dict[str, Any]], killed: float, total: float) -> dict[str, Any]:
-    """Seconds by part, from the journal."""
-    restart = next(event for event in found if event["event"] == "restart")
-    restore = next(event for event in found if event["event"] == "restore")
-    compiled = [event for event in found if event["event"] == "compile"][1]
+    restart, restore, compiled = events("restart")[0], events("restore")[0], events("compile")[1]
     parts = {
         "detect": restart["time"] - killed,
         "start": restore["time"] - restart["time"] - restore["restore_seconds"] - restore.get("rebuild_seconds", 0.0),
@@ -108,34 +99,10 @@ def split(found: list[dict[str, Any]], killed: float, total: float) -> dict[str,
     }
 
 
-def trainers(launcher: subprocess.Popen) -> dict[int, int]:
-    """Process number -> process id."""
-    children = [(child.pid, child.environ()) for child in psutil.Process(launcher.pid).children()]
-    return {int(told[NUMBER]): pid for pid, told in children if NUMBER in told}
-
-
-def keeper_of(launcher: subprocess.Popen, host: int) -> int:
-    """Process id of a host's keeper."""
-    children = [(child.pid, child.cmdline()) for child in psutil.Process(launcher.pid).children()]
-    return next(pid for pid, words in children if KEEPER in words and json.loads(words[-1])["host"] == host)
-
-
-def events(directory: Path) -> list[dict[str, Any]]:
-    """The journal so far."""
-    return read_events(directory) if directory.exists() else []
-
-
-def rows(directory: Path) -> list[dict[str, Any]]:
-    """The metrics so far, after a row for step 0."""
-    file = directory / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [{"step": 0}, *(json.loads(line) for line in lines if line.endswith("}"))]
-
-
-def wait(launcher: subprocess.Popen, happened: Any) -> None:
-    """Until `happened()`; an error where the run ends before."""
+def wait(launcher: subprocess.Popen, condition: Callable[[], object]) -> None:
+    """Wait until `condition()` is true. Raises RuntimeError if the run ends before, or after 10 minutes."""
     deadline = time.monotonic() + 600
-    while not happened():
+    while not condition():
         if launcher.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"the run ended with exit code {launcher.poll()} before it could be measured")
         time.sleep(0.2)

@@ -1,25 +1,25 @@
-"""`meshwright bench step`: tokens a second of one Llama here and in transformers + PyTorch, in one process.
+"""`meshwright bench step`: tokens per second of one Llama here and in transformers + PyTorch, in one process.
 
-Same shapes, batch, float32, AdamW and cores, in turns; the ratio is ours over theirs, and model FLOPs
-are set against the rate of a large matrix product measured in between. Needs the extra `interop` for the peer.
+Both have the same shapes, batch, float32, AdamW and cores, and take turns; the ratio is ours over theirs. Model FLOPs
+are compared with the rate of a large matrix product, measured in turns too. The peer needs the extra `interop`.
 
     meshwright bench step                          34M parameters, 8 x 512 tokens, CPU
     meshwright bench step --model 1b --platform gpu    Llama 1B, bf16, sequence 4096, one GPU
 """
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from meshwright.benchmarks.harness import bench_parser, median_ratio, run_in_turns
 from meshwright.configs.adapter_runs import adapter_rows
-from meshwright.configs.loader import merge_trees, validate_tree
+from meshwright.configs.loader import apply_overrides, merge_trees, validate_tree
 from meshwright.configs.names import ADAPTER_IDS_FIELD
 from meshwright.configs.run import RunConfig
 
-# Sizes by name: what a configuration says of the model, the batch and the numbers.
+# Size -> sections of the configuration.
 SIZES: dict[str, dict[str, Any]] = {
     "34m": {
         "model": {"vocab": 8192, "layers": 8, "embed": 512, "heads": 8, "mlp": 1408, "scan": False},
@@ -36,7 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def configuration(size: str, platform: str, overrides: dict[str, Any]) -> RunConfig:
-    """The run that is timed."""
+    """The configuration of a run of `size`, which `overrides` change."""
     base = {
         "steps": 1000,
         "mesh": {"platform": platform, "devices": 1},
@@ -47,7 +47,7 @@ def configuration(size: str, platform: str, overrides: dict[str, Any]) -> RunCon
 
 
 class TimedStep:
-    """One step here, compiled: `run()` makes it and returns its seconds, `memory` is what it needs on its device."""
+    """A compiled training step with a state and a batch. `memory` is that of its device in bytes."""
 
     def __init__(self, config: RunConfig) -> None:
         import jax
@@ -57,27 +57,29 @@ class TimedStep:
         from meshwright.train.engine.program import build
         from meshwright.train.plan.compile_plan import memory
 
-        program = build(config, make_mesh(config.mesh))
-        self._step, self._wait = program.compiled_step(), jax.block_until_ready
-        self._batch = make_global_arrays(rows(config), config, program.mesh)
-        self._state = program.initialize()
-        self.memory = memory(self._step)  # bytes
-
-    def run(self) -> float:
-        """Seconds of a step."""
+        self.program = build(config, make_mesh(config.mesh))
         began = time.perf_counter()
-        self._state, metrics = self._step(self._state, self._batch)
-        self._wait((self._state, metrics))
-        return time.perf_counter() - began
+        self._step, self._wait = self.program.compiled_step(), jax.block_until_ready
+        self.compile_seconds = time.perf_counter() - began
+        self.memory = memory(self._step)
+        self.batch = make_global_arrays(random_rows(config), config, self.program.mesh)
+        self.state = self.program.initialize()
+
+    def run(self, clock: Callable[[], float] = time.perf_counter) -> float:
+        """Do a step and return its seconds, by `clock`."""
+        began = clock()
+        self.state, metrics = self._step(self.state, self.batch)
+        self._wait((self.state, metrics))
+        return clock() - began
 
 
-def rows(config: RunConfig) -> dict[str, Any]:
-    """A batch of words drawn at random, each row one document."""
+def random_rows(config: RunConfig) -> dict[str, Any]:
+    """A batch of random tokens, each row one document."""
     import numpy as np
 
     shape = (config.data.global_batch, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape, dtype=np.int32)
-    own = np.repeat(
+    adapters = np.repeat(
         np.arange(max(len(config.adapters), 1), dtype=np.int32), list(adapter_rows(config).values()) or shape[0]
     )
     return {
@@ -86,12 +88,12 @@ def rows(config: RunConfig) -> dict[str, Any]:
         "loss_weights": np.ones(shape, np.float32),
         "segment_ids": np.ones(shape, np.int32),
         "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        ADAPTER_IDS_FIELD: np.broadcast_to(own[:, None], shape),
+        ADAPTER_IDS_FIELD: np.broadcast_to(adapters[:, None], shape),
     }
 
 
-def theirs(config: RunConfig) -> Callable[[], float]:
-    """A function that runs one step of the same model in transformers + PyTorch and returns its seconds."""
+def make_peer(config: RunConfig) -> Callable[[], float]:
+    """Return a function that does a step of the same model in transformers + PyTorch and returns its seconds."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -131,60 +133,40 @@ def theirs(config: RunConfig) -> Callable[[], float]:
 
 
 def measure(config: RunConfig, *, rounds: int, peer: bool) -> dict[str, Any]:
-    """Median seconds of `rounds` turns of us, them and a matrix product, and the ratios."""
+    """Rates and ratios of our step, the peer's and a matrix product, medians of `rounds` in turns."""
     from meshwright.models.flops import flops_per_token
     from meshwright.train.metrics.throughput import measure_matmul
 
-    runs = {"ours": TimedStep(config).run} | ({"theirs": theirs(config)} if peer else {})
-    dtype = config.precision.compute
     size = 2048 if config.mesh.platform == "cpu" else 8192
-    for run in runs.values():  # compilation and warm-up
-        run(), run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    rates = []
-    for _ in range(rounds):
-        for name, run in runs.items():
-            seconds[name].append(run())
-        rates.append(measure_matmul(size, dtype=dtype))
+    runs = {"ours": TimedStep(config).run} | ({"theirs": make_peer(config)} if peer else {})
+    runs["matmul"] = lambda: measure_matmul(size, dtype=config.precision.compute)
+    seconds = run_in_turns(runs, rounds=rounds, warmup_rounds=2)
+    matmul = statistics.median(seconds.pop("matmul"))
     tokens = config.data.global_batch * config.data.sequence_length
     median = {name: statistics.median(values) for name, values in seconds.items()}
     flops = flops_per_token(config.model, config.data.sequence_length) * tokens / median["ours"]
     result = {
         "tokens_per_second": {name: tokens / value for name, value in median.items()},
-        "matmul_gflops": statistics.median(rates) / 1e9,
+        "matmul_gflops": matmul / 1e9,
         "model_gflops": flops / 1e9,
-        "model_over_matmul": flops / statistics.median(rates),
+        "model_over_matmul": flops / matmul,
     }
     if peer:
-        pairs = zip(seconds["theirs"], seconds["ours"], strict=True)
-        result["ratio"] = statistics.median(their / our for their, our in pairs)
+        result["ratio"] = median_ratio(seconds["theirs"], seconds["ours"])
     return result
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(
-        prog="meshwright bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("step", __doc__)
     parser.add_argument("--model", choices=SIZES, default="34m")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--no-peer", action="store_true", help="only us and the matrix product")
+    parser.add_argument("--no-peer", action="store_true", help="measure only ours and the matrix product")
     parser.add_argument("--set", action="append", default=[], metavar="key.sub=value")
     options = parser.parse_args(arguments)
-    from meshwright.configs.loader import nest_value, parse_yaml
     from meshwright.parallel.mesh import prepare_devices
 
-    overrides: dict[str, Any] = {}
-    for word in options.set:
-        key, _, value = word.partition("=")
-        overrides = merge_trees(overrides, nest_value(key.split("."), parse_yaml(value, origin=word)))
-    config = configuration(options.model, options.platform, overrides)
+    config = configuration(options.model, options.platform, apply_overrides({}, options.set))
     prepare_devices(config.mesh)
     print(json.dumps(measure(config, rounds=options.rounds, peer=not options.no_peer), indent=1))
-
-
-if __name__ == "__main__":
-    import sys
-
-    main(sys.argv[1:])
