@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from meshwright.benchmarks.harness import bench_parser
-from meshwright.configs.errors import MeshwrightError, Preempted, UserError
+from meshwright.configs.errors import MeshwrightError, Preemption, UserError
 from meshwright.configs.loader import load_config
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.process_env import NUMBER, SLOT
@@ -132,7 +132,7 @@ class FaultInjector:
                     self.inject(launcher)
             wait_for_a_step(Path("runs") / self.name, launcher)
             launcher.terminate()
-            if launcher.wait(timeout=TIMEOUT) != Preempted.exit_code:
+            if launcher.wait(timeout=TIMEOUT) != Preemption.exit_code:
                 raise MeshwrightError(f"asked to stop, the launcher ended with {launcher.returncode}, not 75")
             drain(Path("runs") / self.name, range(self.job.processes), undo=True)
         finally:

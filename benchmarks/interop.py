@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from ..configs.errors import MeshwrightError
-from ..models.context import Context, unconstrained
+from ..models.context import Context, no_constraint
 from ..parallel import vocabulary
 from ..parallel.state import combine
 from ..train.infer.inference_session import inference_config, load_program
@@ -68,7 +68,7 @@ def run_logits(run: Path, tokens: np.ndarray) -> np.ndarray:
         hidden, _ = decoder.hidden(tokens, Context(positions=jnp.broadcast_to(jnp.arange(TOKENS), tokens.shape)))
         kernel = decoder.head_kernel(jnp.float32)
         return vocabulary.compute_logits(
-            hidden, kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=unconstrained
+            hidden, kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=no_constraint
         )
 
     return np.asarray(forward(combine(program.eval_params(state), state.frozen)))[..., : model.vocab]

@@ -2,7 +2,7 @@
 
 MeshwrightError          1    anything that failed
 ├── UserError            2    the user's mistake: the message names key, value and remedy
-└── Preempted           75    asked to stop, and the state was saved: run the same command again
+└── Preemption          75    asked to stop, and the state was saved: run the same command again
 """
 
 import difflib
@@ -30,7 +30,7 @@ class UserError(MeshwrightError):
         return cls(f"{key}: {', '.join(unknown)} matches nothing; there are {', '.join(candidates)}.{hint}")
 
 
-class Preempted(MeshwrightError):
+class Preemption(MeshwrightError):
     """The run was asked to stop (SIGTERM, Ctrl-C) and saved its state: the same command continues it. Exit code 75."""
 
     exit_code = 75

@@ -162,9 +162,9 @@ def download_hint(name: str) -> str:
 def find_format(tree: Tree) -> tuple[str, Tree]:
     """(model_type, the part of the file about the decoder). Raises UserError for an unknown model_type."""
     if tree.get("auto_map"):
-        raise unsupported("auto_map", tree["auto_map"], "its own code decides what it computes")
+        raise unsupported_error("auto_map", tree["auto_map"], "its own code decides what it computes")
     if tree.get("quantization_config"):
-        raise unsupported("quantization_config", tree["quantization_config"], "weights are read unquantized only")
+        raise unsupported_error("quantization_config", tree["quantization_config"], "weights are read unquantized only")
     if tree.get("model_type") == "gemma3" and "text_config" in tree:  # with an image tower, which is left out
         tree = {"model_type": "gemma3_text"} | tree["text_config"]
     kind = str(tree.get("model_type"))
@@ -199,13 +199,15 @@ def check_fixed(form: HuggingFaceFormat, tree: Tree) -> None:
     for key, only in form.fixed.items():
         choices = only if isinstance(only, tuple) else (only,)
         if key in tree and tree[key] not in choices:
-            raise unsupported(key, tree[key], f"only {' or '.join(map(repr, choices))} is what this decoder computes")
+            raise unsupported_error(
+                key, tree[key], f"only {' or '.join(map(repr, choices))} is what this decoder computes"
+            )
     known = IGNORED | set(form.keys.values()) | form.fixed.keys() | {"attention_bias", "mlp_bias"}
     if unknown := sorted(key for key in tree.keys() - known if tree[key] not in (None, False, "", [], {})):
         logger.warning("config.json: not read: %s", ", ".join(f"{key}={tree[key]!r:.40}" for key in unknown))
 
 
-def unsupported(key: str, value: Any, why: str) -> UserError:
+def unsupported_error(key: str, value: Any, why: str) -> UserError:
     """The error for a model that we would compute differently from transformers."""
     return UserError(f"model.from: config.json: {key}: {value!r:.120}: {why}; use another model")
 
@@ -214,7 +216,7 @@ def llama_biases(tree: Tree) -> dict[str, bool]:
     """Our keys for `attention_bias` and `mlp_bias`, which must be equal."""
     attention, mlp = bool(tree.get("attention_bias")), bool(tree.get("mlp_bias"))
     if attention != mlp:
-        raise unsupported("attention_bias", attention, f"mlp_bias is {mlp}, but this decoder has both or neither")
+        raise unsupported_error("attention_bias", attention, f"mlp_bias is {mlp}, but this decoder has both or neither")
     return {"qkv_bias": attention, "linear_bias": mlp}
 
 
@@ -227,7 +229,9 @@ def read_windows(form: HuggingFaceFormat, tree: Tree) -> list[int | None]:
         return [window]
     if kinds := tree.get("layer_types"):
         if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-            raise unsupported("layer_types", sorted(unknown), "only full_attention and sliding_attention are known")
+            raise unsupported_error(
+                "layer_types", sorted(unknown), "only full_attention and sliding_attention are known"
+            )
         by_layer = [window if kind == "sliding_attention" else None for kind in kinds]
     elif pattern := tree.get("sliding_window_pattern") or tree.get("_sliding_window_pattern"):
         by_layer = [None if (layer + 1) % pattern == 0 else window for layer in range(layers)]

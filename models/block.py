@@ -112,14 +112,14 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict | None]:
         """x [batch, sequence, embed] -> the same shape, and this layer's entries for the cache (None without one)."""
         x = checkpoint_name(ctx.constrain(x, RESIDUAL), "block_in")
-        normed = self._normed(x, self.attn_norm, ctx, name="attn_norm")
+        normed = self._normalize(x, self.attn_norm, ctx, name="attn_norm")
         attention, entries = self.attn(normed, ctx)
         x = x + self._update(attention, self.attn_post_norm, ctx, salt=0)
         if not self.config.parallel_block:
-            normed = self._normed(x, self.mlp_norm, ctx, name="mlp_norm")
+            normed = self._normalize(x, self.mlp_norm, ctx, name="mlp_norm")
         return x + self._update(self.mlp(normed, ctx), self.mlp_post_norm, ctx, salt=1), entries
 
-    def _normed(self, x: jax.Array, pre_norm: nnx.Module | None, ctx: Context, *, name: str) -> jax.Array:
+    def _normalize(self, x: jax.Array, pre_norm: nnx.Module | None, ctx: Context, *, name: str) -> jax.Array:
         if pre_norm is None:
             return ctx.constrain(x, GATHERED)
         return checkpoint_name(ctx.constrain(pre_norm(x), GATHERED), name)

@@ -39,7 +39,7 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indice
     return attend(DENSE, q, k, v, mask, indices)
 
 
-def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+def no_constraint(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """`x`, with no sharding constraint."""
     del names
     return x
@@ -63,6 +63,6 @@ class Context:
     attend: Callable[..., jax.Array] = dense_attention  # (q, k, v, mask, indices) -> out
     linear: Callable[..., jax.Array] = linear
     lookup: Callable[[jax.Array, jax.Array], jax.Array] = lookup
-    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = unconstrained
+    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = no_constraint
     remat: Callable[[Callable], Callable] = lambda block: block  # wraps a block with the memory policy
     compute_dtype: Any = jnp.float32  # dtype of matrix products and activations

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from ..configs.errors import MeshwrightError, Preempted
+from ..configs.errors import MeshwrightError, Preemption
 from ..parallel.outer.traffic import bytes_sent
 from ..parallel.state import TrainState
 from .checkpoint_schedule import CheckpointSchedule
@@ -63,7 +63,7 @@ class Loop:
     def run(self, state: TrainState, start: int) -> TrainState:
         """Train from step `start` to `config.steps`, save and evaluate; return the last state.
 
-        Raises Preempted, after the state was saved, if the process is asked to stop.
+        Raises Preemption, after the state was saved, if the process is asked to stop.
         """
         config = self.program.config
         if self.evaluator is not None and config.evaluation.start and start == 0:
@@ -141,7 +141,7 @@ class Loop:
     def pause(self, state: TrainState, step: int, *, stopping: bool) -> None:
         """Save and evaluate after `step`, as far as they are due.
 
-        If `stopping`, save the state and raise Preempted.
+        If `stopping`, save the state and raise Preemption.
         """
         self.progress.report(step, "save or evaluate")
         self.progress.set_activity("save or evaluate")
@@ -151,7 +151,7 @@ class Loop:
             self.checkpointer.save_final(state, step, samples=samples)
             self.checkpointer.finish()
             self.metrics_logger.log_preemption(step)
-            raise Preempted(f"stopped after step {step}, state saved; run the same command to go on")
+            raise Preemption(f"stopped after step {step}, state saved; run the same command to go on")
         storage = self.checkpoint_schedule.is_due(step) and step < config.steps
         memory = self.is_due(config.checkpoint.memory_every, step)
         if storage or memory:

@@ -17,7 +17,7 @@ from ..checkpoint.checkpoint_directory import CheckpointDirectory
 from ..checkpoint.memory_store import open_memory_store
 from ..checkpoint.storage import Storage
 from ..configs.checks.mesh_fit import check_mesh_fit
-from ..configs.errors import Preempted, UserError
+from ..configs.errors import Preemption, UserError
 from ..configs.run import RunConfig
 from ..configs.sections.training import CheckpointConfig
 from ..memory.offload_check import check_offload, scanned_gradient
@@ -77,7 +77,7 @@ class Summary:
 def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("runs")) -> Summary:
     """Train from the newest checkpoint in runs/NAME, or from the seed, up to step `config.steps`.
 
-    Raises UserError, before a device is touched, if the request cannot work. Raises Preempted, after the state was
+    Raises UserError, before a device is touched, if the request cannot work. Raises Preemption, after the state was
     saved, if the process is asked to stop.
     """
     parent, name = parent_and_name(config, root)
@@ -258,7 +258,7 @@ def log_failures(event_log: EventLog) -> Iterator[None]:
     """Record a failure inside the block in the event log. Being stopped from outside is no failure."""
     try:
         yield
-    except (Preempted, Fenced, KeyboardInterrupt):
+    except (Preemption, Fenced, KeyboardInterrupt):
         raise
     except BaseException as error:
         with suppress(UserError):  # a full disk must not hide the failure itself

@@ -38,7 +38,7 @@ class TokenizerConfig(Section):
     """Use one id per byte, and 2 special tokens."""
 
     @model_validator(mode="after")
-    def _one(self) -> "TokenizerConfig":
+    def _check_exactly_one(self) -> "TokenizerConfig":
         chosen = [name for name in ("train", "file", "bytes") if getattr(self, name)]
         if len(chosen) != 1:
             raise ValueError(

@@ -23,7 +23,7 @@ class PrivacyConfig(Section):
     sampling; poisson: as if each batch drew each row at random, which most papers report and no run does."""
 
     @model_validator(mode="after")
-    def _one(self) -> "PrivacyConfig":
+    def _check_exactly_one(self) -> "PrivacyConfig":
         if (self.noise is None) is (self.epsilon is None):
             raise ValueError(
                 f"privacy.noise: {self.noise} with privacy.epsilon: {self.epsilon}; set exactly one of them, the other "

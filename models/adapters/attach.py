@@ -79,7 +79,7 @@ def added_leaves(added: AddedModule, model: ModelConfig, adapter: AdapterConfig)
 FakeQuantize = Callable[[jax.Array, tuple[int, ...], tuple[int, ...]], jax.Array]
 
 
-def unquantized(kernel: jax.Array, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> jax.Array:
+def no_fake_quantize(kernel: jax.Array, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> jax.Array:
     """`kernel` itself: the `fake_quantize` of a run without quantization."""
     del inputs, outputs
     return kernel
@@ -91,7 +91,7 @@ def init_adapters(
     adapter: AdapterConfig,
     key: jax.Array,
     *,
-    fake_quantize: FakeQuantize = unquantized,
+    fake_quantize: FakeQuantize = no_fake_quantize,
 ) -> Params:
     """`weights` with the adapters' leaves before the first step; float32, whatever the weights are. Pure.
 
@@ -121,7 +121,7 @@ def init_adapter(
     kernels: jax.Array,
     key: jax.Array,
     *,
-    fake_quantize: FakeQuantize = unquantized,
+    fake_quantize: FakeQuantize = no_fake_quantize,
 ) -> tuple[jax.Array, Leaves]:
     """(kernels, leaves) of a stack before the first step; each layer is initialized by itself."""
     init = LINEAR_METHODS[adapter.method].initializers[adapter.start]
@@ -187,11 +187,15 @@ def merge_adapters(tree: Params, model: ModelConfig, adapter: AdapterConfig | No
 
 
 def merge_layer(
-    merge: Callable[[Leaves, BaseLinear], BaseLinear], shared: Leaves, inputs: int, leaves: Leaves, linear: Leaves
+    merge: Callable[[Leaves, BaseLinear], BaseLinear],
+    shared_matrices: Leaves,
+    inputs: int,
+    leaves: Leaves,
+    linear: Leaves,
 ) -> Leaves:
     """Kernel and bias of one layer with its adapter merged; computed in float32, returned in their own dtypes."""
     wide = {name: array.astype(jnp.float32) for name, array in linear.items()}
-    merged = merge(shared | leaves, BaseLinear(wide["kernel"], wide.get("bias"), inputs))
+    merged = merge(shared_matrices | leaves, BaseLinear(wide["kernel"], wide.get("bias"), inputs))
     arrays = {"kernel": merged.kernel} | ({} if merged.bias is None else {"bias": merged.bias})
     return {name: array.astype(linear[name].dtype) for name, array in arrays.items()}
 

@@ -45,18 +45,18 @@ def init(key: jax.Array, kernel: jax.Array, context: InitContext) -> tuple[jax.A
     return kernel, {"vera_d": jnp.full(rank, 0.1), "vera_b": jnp.zeros(context.outputs), "scale": context.scale}
 
 
-def slice_shared_matrices(base: BaseLinear, shared: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def slice_shared_matrices(base: BaseLinear, shared_matrices: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The shared matrices cut to the inputs and outputs of this map."""
     shape = base.kernel.shape
     inputs, outputs = math.prod(shape[: base.inputs]), math.prod(shape[base.inputs :])
-    return {"a": shared["a"][:inputs], "b": shared["b"][:, :outputs]}
+    return {"a": shared_matrices["a"][:inputs], "b": shared_matrices["b"][:, :outputs]}
 
 
-def factors(leaves: Leaves, base: BaseLinear, shared: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def factors(leaves: Leaves, base: BaseLinear, shared_matrices: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """A [inputs..., rank] and d scale B [rank, outputs...] from shared matrices that are cut to the map."""
     shape, weights = base.kernel.shape, leaves["vera_d"] * leaves["scale"]
-    b = (weights[:, None] * shared["b"]).reshape(-1, *shape[base.inputs :])
-    return shared["a"].reshape(*shape[: base.inputs], -1), b
+    b = (weights[:, None] * shared_matrices["b"]).reshape(-1, *shape[base.inputs :])
+    return shared_matrices["a"].reshape(*shape[: base.inputs], -1), b
 
 
 def apply(leaves: Leaves, x: jax.Array, base: BaseLinear, ctx: Context) -> jax.Array:

@@ -55,7 +55,7 @@ class QuantizedArray:
         """The dequantized kernel."""
         return dequantize_kernel(self.leaves, self.layout).astype(dtype)
 
-    def gathered(self, ctx: Context) -> "QuantizedArray":
+    def gather(self, ctx: Context) -> "QuantizedArray":
         """Gather the codes over `fsdp`: fewer bytes than the weights."""
         if not self.layout.axes:
             return self
@@ -84,7 +84,7 @@ def linear_product(x: jax.Array, kernel: jax.Array | QuantizedArray, ctx: Contex
         return ctx.linear(x, kernel.astype(ctx.compute_dtype), inputs=inputs)
 
     def multiply(x: jax.Array, kernel: QuantizedArray) -> jax.Array:
-        return ctx.linear(x, kernel.gathered(ctx).astype(ctx.compute_dtype), inputs=inputs)
+        return ctx.linear(x, kernel.gather(ctx).astype(ctx.compute_dtype), inputs=inputs)
 
     # Dequantized again for the backward pass: else the kernels of all layers would be in memory at once.
     return jax.checkpoint(multiply)(x, kernel)

@@ -14,7 +14,7 @@ import pytest
 from support.fake_jobs import WORKER, final_state, make_run, restarts, when, worker_journal
 from support.waiting import wait_until
 
-from meshwright.configs.errors import MeshwrightError, Preempted, UserError
+from meshwright.configs.errors import MeshwrightError, Preemption, UserError
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.rendezvous import Server
@@ -133,7 +133,7 @@ def test_sigterm_saves_and_the_next_launch_goes_on(tmp_path):
             time.sleep(0.01)
 
     when((tmp_path / "met" / "1" / "5").exists, stop)
-    with pytest.raises(Preempted):
+    with pytest.raises(Preemption):
         run(tmp_path)
     steps = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
     assert max(steps) >= 4

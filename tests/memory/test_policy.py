@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from support.equivalence import batches, born, tiny
+from support.equivalence import batches, initial_state, tiny
 
 from meshwright.configs.errors import UserError
 from meshwright.memory import policy
@@ -23,7 +23,7 @@ def gradient(policy_name, names=(), *, scan=True):
     program = build(config, make_mesh(config.mesh))
     with jax.set_mesh(program.mesh):
         loss = jax.jit(jax.value_and_grad(lambda params, batch: program.evaluate(params, {}, batch)[0]))
-        return jax.device_get(loss(born(config).params, batches(config, 1)[0]))
+        return jax.device_get(loss(initial_state(config).params, batches(config, 1)[0]))
 
 
 @pytest.mark.parametrize("preset", sorted(set(policy.PRESETS) - {"none"}))

@@ -9,7 +9,7 @@ from support.reference_model import logits as reference_logits
 from support.weights import by_name, weights_of
 
 from meshwright.configs.sections.model import FAMILIES, ModelConfig
-from meshwright.models.context import Context, flat_linear, unconstrained
+from meshwright.models.context import Context, flat_linear, no_constraint
 from meshwright.models.decoder import decoder_graphdef, initial_params
 from meshwright.models.logical_axes import axis_names
 from meshwright.parallel import vocabulary
@@ -67,7 +67,7 @@ def forward(model: ModelConfig, params, tokens, segments, positions, linear=flat
     hidden, _ = decoder.hidden(tokens, ctx)
     kernel = decoder.head_kernel(jnp.float32)
     return vocabulary.compute_logits(
-        hidden, kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=unconstrained
+        hidden, kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=no_constraint
     )
 
 

@@ -1,8 +1,8 @@
-"""Equivalence, the method of proof: two configurations must be the same computation.
+"""Equivalence is the method of proof: two configurations must give the same result.
 
     assert_same(tiny(), tiny(mesh={"data": 2, "tensor": 2}))
 
-compares losses, gradient norms and canonical parameters over a few steps on fixed random batches.
+compares losses, gradient norms and the canonical state over a few steps on fixed random batches.
 """
 
 import dataclasses
@@ -38,30 +38,30 @@ def tiny(**changes: Any) -> RunConfig:
 
 
 def batches(config: RunConfig, steps: int) -> list[dict[str, np.ndarray]]:
-    """Random packed batches: documents of uneven length, padding, uneven weights; the same for every mesh."""
-    random = np.random.default_rng(0)
+    """Random packed batches with documents of uneven length, padding and uneven weights; the same for every mesh."""
+    random, vocab = np.random.default_rng(0), config.model.vocab
     shape = (config.data.global_batch, config.data.sequence_length)
-    told = functools.partial(noted, vocab=config.model.vocab, top_k=config.recipe.top_k or 1)
-    return [told(packed(random, shape, vocab=config.model.vocab)) for _ in range(steps)]
+    packed = (random_packed_batch(random, shape, vocab=vocab) for _ in range(steps))
+    return [with_extra_fields(batch, vocab=vocab, top_k=config.recipe.top_k or 1) for batch in packed]
 
 
-def packed(random: np.random.Generator, shape: tuple[int, int], *, vocab: int) -> dict[str, np.ndarray]:
-    """One batch of two documents a row and some padding."""
+def random_packed_batch(random: np.random.Generator, shape: tuple[int, int], *, vocab: int) -> dict[str, np.ndarray]:
+    """One batch with two documents a row and some padding."""
     rows, length = shape
     place = np.arange(length)
-    cut, end = random.integers(2, length // 2, (rows, 1)), random.integers(length // 2 + 1, length + 1, (rows, 1))
-    segments = np.where(place < cut, 1, np.where(place < end, 2, 0)).astype(np.int32)
+    second, end = random.integers(2, length // 2, (rows, 1)), random.integers(length // 2 + 1, length + 1, (rows, 1))
+    segments = np.where(place < second, 1, np.where(place < end, 2, 0)).astype(np.int32)
     return {
         "tokens": random.integers(0, vocab, shape, dtype=np.int32),
         "targets": random.integers(0, vocab, shape, dtype=np.int32),
         "loss_weights": ((segments > 0) * random.integers(0, 3, shape)).astype(np.float32),
         "segment_ids": segments,
-        "positions": np.where(place < cut, place, place - cut).astype(np.int32),
+        "positions": np.where(place < second, place, place - second).astype(np.int32),
     }
 
 
-def noted(batch: dict[str, np.ndarray], *, vocab: int, top_k: int) -> dict[str, np.ndarray]:
-    """The batch with what some recipes read besides."""
+def with_extra_fields(batch: dict[str, np.ndarray], *, vocab: int, top_k: int) -> dict[str, np.ndarray]:
+    """Add the fields that only some recipes read."""
     random, shape = np.random.default_rng(1), batch["tokens"].shape
     labels = np.where(random.random((shape[0], 1)) < 0.5, 1.0, -1.0) * (batch["segment_ids"] > 0)
     reference = -4.0 - random.random(shape)
@@ -72,7 +72,7 @@ def noted(batch: dict[str, np.ndarray], *, vocab: int, top_k: int) -> dict[str, 
 
 
 def trajectory(config: RunConfig, *, steps: int = 5) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """Metrics of every step, and the canonical state after the last. A configuration is run once a session."""
+    """Metrics of every step, and the canonical state after the last. A configuration runs once a test session."""
     return _trajectory(config.model_dump_json(), steps)
 
 
@@ -81,40 +81,44 @@ def _trajectory(config_json: str, steps: int) -> tuple[list[dict[str, np.ndarray
     config = RunConfig.model_validate_json(config_json)
     mesh = make_mesh(config.mesh)
     program = build(config, mesh)
-    start = in_order_of(program, born(config))
+    start = to_run_order(program, initial_state(config))
     state, step = jax.device_put(start, program.shardings, may_alias=False), program.compiled_step()
-    meet, seen = program.compiled_synchronization(), []
+    synchronize, all_metrics = program.compiled_synchronization(), []
     for number, batch in enumerate(batches(config, steps), 1):
         state, metrics = step(state, make_global_arrays(batch, config, mesh))
-        state = meet(state, number)
-        seen.append(metrics_to_host(metrics))
+        state = synchronize(state, number)
+        all_metrics.append(metrics_to_host(metrics))
     state = jax.device_get(state)
     if program.replicas:
-        return seen, program.replicas.canonical(state, config.model, program.order)
-    return seen, to_canonical({"params": state.params, "opt_state": state.opt_state}, config.model, program.order)
+        return all_metrics, program.replicas.canonical(state, config.model, program.order)
+    return all_metrics, to_canonical(
+        {"params": state.params, "opt_state": state.opt_state}, config.model, program.order
+    )
 
 
-def in_order_of(program: Program, state: TrainState) -> TrainState:
-    """`state`, its layers stacked in their plain order, as `program` stacks them."""
+def to_run_order(program: Program, state: TrainState) -> TrainState:
+    """Reorder the layers of `state` from canonical order to the run order of `program`."""
     parts = {part.name: getattr(state, part.name) for part in dataclasses.fields(state)}
     if program.replicas is None:
         return TrainState(**program.to_run_order(parts))
-    several = ("params", "opt_state", *(["outer"] if program.replicas.outer.per_replica else []))
-    move = functools.partial(reorder_layers, before=None, after=program.order)
-    moved = {name: jax.vmap(move)(part) if name in several else move(part) for name, part in parts.items()}
-    return TrainState(**moved | program.to_run_order({"frozen": state.frozen}))
+    per_replica = ("params", "opt_state", *(["outer"] if program.replicas.outer.per_replica else []))
+    reorder = functools.partial(reorder_layers, before=None, after=program.order)
+    reordered = {
+        name: jax.vmap(reorder)(part) if name in per_replica else reorder(part) for name, part in parts.items()
+    }
+    return TrainState(**reordered | program.to_run_order({"frozen": state.frozen}))
 
 
-def born(config: RunConfig) -> TrainState:
-    """The state before step 0, made on one device: what `Program.initialized` must make on any mesh."""
-    plain = {"mesh": MeshConfig(platform="cpu"), "memory": MemoryConfig(), "pipeline": PipelineConfig()}
+def initial_state(config: RunConfig) -> TrainState:
+    """The state before the first step, made on one device; `Program.initialize` must make the same one on any mesh."""
+    single_device = {"mesh": MeshConfig(platform="cpu"), "memory": MemoryConfig(), "pipeline": PipelineConfig()}
     outer = config.outer.model_dump_json() if config.outer else None
-    alone = config.model_copy(update=plain | {"microbatches": 1, "outer": None})
-    return _born(alone.model_dump_json(), outer, config.mesh.replica)
+    single = config.model_copy(update=single_device | {"microbatches": 1, "outer": None})
+    return _initial_state(single.model_dump_json(), outer, config.mesh.replica)
 
 
 @functools.lru_cache(maxsize=64)
-def _born(config_json: str, outer_json: str | None, replicas: int) -> TrainState:
+def _initial_state(config_json: str, outer_json: str | None, replicas: int) -> TrainState:
     config = RunConfig.model_validate_json(config_json)
     if outer_json:
         config = config.model_copy(update={"outer": OuterConfig.model_validate_json(outer_json)})
@@ -122,7 +126,7 @@ def _born(config_json: str, outer_json: str | None, replicas: int) -> TrainState
 
 
 def assert_same(a: RunConfig, b: RunConfig, *, steps: int = 5, tolerance: float = 2e-5) -> None:
-    """Both runs have the same losses, gradient norms, and canonical parameters and optimizer state after `steps`."""
+    """Assert that both runs have the same losses, gradient norms, and canonical state after `steps`."""
     (metrics_a, state_a), (metrics_b, state_b) = trajectory(a, steps=steps), trajectory(b, steps=steps)
     for number, (one, other) in enumerate(zip(metrics_a, metrics_b, strict=True)):
         for key in ("loss", "tokens", "grad_norm"):
@@ -131,7 +135,7 @@ def assert_same(a: RunConfig, b: RunConfig, *, steps: int = 5, tolerance: float 
 
 
 def assert_close(a: dict[str, np.ndarray], b: dict[str, np.ndarray], *, tolerance: float) -> None:
-    """Two canonical states are equal, each array relative to its largest element."""
+    """Assert that two canonical states are equal, each array relative to its largest element."""
     assert a.keys() == b.keys(), f"names differ: {sorted(a.keys() ^ b.keys())}"
     for name, array in a.items():
         scale = np.abs(array).max() + 1e-6

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshwright.configs.errors import Preempted
+from meshwright.configs.errors import Preemption
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.preemption import StopRequest
 from meshwright.train.run import train
@@ -10,7 +10,7 @@ from meshwright.train.run import train
 
 def train_until_stopped(config, root, *, step):
     """Train until the run is asked to stop, after `step`: its state is saved."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted, match=f"stopped after step {step}"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preemption, match=f"stopped after step {step}"):
         patch.setattr(StopRequest, "requested", lambda self, number: number == step)
         train(config, process_info=ProcessInfo(), root=root)
 

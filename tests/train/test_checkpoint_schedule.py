@@ -26,11 +26,11 @@ def run_directory(directory, *events):
     return directory
 
 
-def test_before_anything_was_measured_there_is_no_interval(tmp_path):
+def test_without_a_save_there_is_no_interval(tmp_path):
     assert best_interval(read_record(run_directory(tmp_path, (0.0, "start", {"step": 0})))) is None
 
 
-def test_without_failures_one_a_day_is_expected(tmp_path):
+def test_without_failures_one_a_day_is_assumed(tmp_path):
     best = best_interval(read_record(run_directory(tmp_path, *ONE_SAVE)))
     seconds = daly(stall=2.0, failure=EXPECTED_SECONDS_TO_FAILURE + 14.0, recovery=0.0)
     assert best["steps"] == round(seconds / 0.5) and best["interval_seconds"] == pytest.approx(seconds)

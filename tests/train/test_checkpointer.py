@@ -70,7 +70,7 @@ def test_a_copy_survives_the_donation_of_the_original():
     assert copy.params["a"] is not second.params["a"] and copy.params["a"].sharding.memory_kind == "pinned_host"
 
 
-def test_wait_keeps_training_until_the_disk_is_free(tmp_path, gate, monkeypatch):
+def test_wait_blocks_training_until_the_disk_is_free(tmp_path, gate, monkeypatch):
     monkeypatch.setattr(checkpointer_module, "REPORT_SECONDS", 0.01)
     saves = checkpointer(tmp_path, "wait")
     saves.report_waiting = lambda text: gate.set()
@@ -83,7 +83,7 @@ def test_wait_keeps_training_until_the_disk_is_free(tmp_path, gate, monkeypatch)
     saves.storage.close()
 
 
-def test_skip_leaves_out_what_comes_too_early(tmp_path, gate):
+def test_skip_drops_a_save_that_comes_too_early(tmp_path, gate):
     saves = checkpointer(tmp_path, "skip")
     for step in (1, 2, 3):
         saves.start_save(state(step), step, samples=8 * step)
@@ -96,7 +96,7 @@ def test_skip_leaves_out_what_comes_too_early(tmp_path, gate):
     saves.storage.close()
 
 
-def test_drop_oldest_writes_the_newest_that_waits(tmp_path, gate):
+def test_drop_oldest_writes_the_newest_queued_save(tmp_path, gate):
     saves = checkpointer(tmp_path, "drop-oldest")
     for step in (1, 2, 3):
         saves.start_save(state(step), step, samples=8 * step)

@@ -36,12 +36,12 @@ def parsed(words):
         ("finetune/reward", ["evaluate", "train", "checkpoint export"]),
     ],
 )
-def test_what_is_advised_can_be_typed(recipe, verbs):
+def test_every_suggested_command_exists(recipe, verbs):
     found = next_commands(load_config(recipe), RUN)
     assert [parsed(words) for words in found] == verbs
 
 
-def test_the_prompt_is_one_of_the_runs_own():
+def test_the_suggested_prompt_fits_the_data_of_the_run():
     assert next_commands(load_config("quickstart"), RUN)[0] == "generate runs/mine 'def '"
     assert (
         next_commands(load_config("finetune/docstrings"), RUN)[0]
@@ -49,7 +49,7 @@ def test_the_prompt_is_one_of_the_runs_own():
     )
 
 
-def test_the_command_is_a_name_where_the_shell_knows_it_and_else_a_path(tmp_path, monkeypatch):
+def test_the_program_is_named_if_on_path_and_else_by_its_path(tmp_path, monkeypatch):
     program = tmp_path / ".venv" / "bin" / "meshwright"
     program.parent.mkdir(parents=True)
     program.touch(mode=0o755)
@@ -61,6 +61,6 @@ def test_the_command_is_a_name_where_the_shell_knows_it_and_else_a_path(tmp_path
     assert program_name() == "meshwright"
 
 
-def test_only_a_run_on_the_quickstarts_mesh_is_told_of_another():
+def test_only_a_run_on_the_quickstart_mesh_is_offered_another_mesh():
     assert any("mesh.fsdp=4" in words for words in next_commands(load_config("quickstart"), RUN))
     assert not any("mesh.fsdp=4" in words for words in next_commands(load_config("pretrain/pipeline-1f1b"), RUN))

@@ -16,7 +16,7 @@ from meshwright.train.profiling import StepProfiler
         (range(6, 9), []),
     ],
 )
-def test_a_trace_begins_and_ends_with_the_steps_there_are(monkeypatch, tmp_path, steps, told):
+def test_a_trace_covers_the_steps_that_the_session_makes(monkeypatch, tmp_path, steps, told):
     seen, now = [], []
     monkeypatch.setattr(profiling.jax.profiler, "start_trace", lambda path: seen.append(("start", now[-1])))
     monkeypatch.setattr(profiling.jax.profiler, "stop_trace", lambda: seen.append(("stop", now[-1])))

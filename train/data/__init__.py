@@ -1,6 +1,7 @@
-"""From collections of documents to batches of packed rows, in an order that depends on nothing but the seed.
+"""From collections of documents to batches of packed rows, in an order that depends on the seed alone.
 
     documents -> tokens (cached) -> windows -> rows -> mixture -> batches
 
-`assemble.build` goes the whole way; each stage is one module and knows only the stage before it. JAX is never imported.
+`assemble.build_data` runs all stages; each stage is one module that knows only the stage before it. JAX is never
+imported.
 """

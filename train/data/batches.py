@@ -1,7 +1,7 @@
-"""Batches in the background: consecutive rows of a data set, this process's share of each global batch.
+"""Batches of consecutive rows, prepared in the background: the rows of this process in each global batch.
 
-Global batch b holds samples `start + b * global_batch` onwards. A process reads a slice of each, so any number of
-processes together read the same samples, and to resume is to start at the index that was reached.
+Global batch b has the samples from `start + b * global_batch` on. Each process reads a slice of it, so any number of
+processes read the same samples together, and a resumed run starts at the index that was reached.
 """
 
 import sys
@@ -16,14 +16,14 @@ from .rows import Row
 
 
 class RowSource(Protocol):
-    """A training set, endless, or a held-out one."""
+    """An endless training set, or a held-out one."""
 
     def row(self, index: int) -> Row: ...
 
 
 @dataclass(frozen=True)
 class _Batches:
-    """Batch by number: what the prefetching library reads from."""
+    """The batches by number, as the prefetching library reads them."""
 
     dataset: RowSource
     start: int
@@ -51,22 +51,23 @@ def batches(
 ) -> Iterator[Row]:
     """Batches of `dataset` from sample `start` on, each field [rows in the slice, sequence]; `prefetch` are made ahead.
 
-    `rows` is this process's slice of each global batch (default: all of it); `stop` is the sample to end before
-    (default: never), a whole number of batches away. What goes wrong in the background is raised here. Closing the
-    iterator ends the background thread. Raises UserError on an empty slice or a part of a batch.
+    `rows` is the slice of each global batch that this process reads; `stop` is the sample to end before, a whole number
+    of batches after `start` (None: never). An error in the background is raised here. Closing the iterator ends the
+    background thread. Raises UserError for an empty slice or an incomplete batch.
     """
     offsets = range(global_batch)[rows]
     if not offsets:
         raise UserError(
-            f"data.global_batch: {global_batch} has no rows {rows.start} to {rows.stop}; use fewer processes"
+            f"data.global_batch: {global_batch} has no rows {rows.start} to {rows.stop}; raise it, or use fewer "
+            "processes"
         )
     if stop is not None and (stop - start) % global_batch:
-        raise UserError(f"data.global_batch: {global_batch} does not divide the {stop - start} samples asked for")
+        raise UserError(f"data.global_batch: {global_batch} does not divide {stop - start} samples; use a divisor")
     count = sys.maxsize if stop is None else (stop - start) // global_batch
-    return _prefetched(_Batches(dataset, start, global_batch, offsets, count), prefetch)
+    return _prefetch(_Batches(dataset, start, global_batch, offsets, count), prefetch)
 
 
-def _prefetched(source: _Batches, prefetch: int) -> Iterator[Row]:
+def _prefetch(source: _Batches, prefetch: int) -> Iterator[Row]:
     import grain
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)

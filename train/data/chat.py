@@ -1,11 +1,11 @@
-"""Conversations as text: the chat template that comes with a tokenizer, and which of its output is learned.
+"""Conversations as text: the chat template of a tokenizer, and which parts of its output have a loss.
 
     template = find_template("plain", tokenizer=...)
-    template.part([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], origin="...")
+    template.to_part([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], origin="...")
 
-Templates are Jinja, read as transformers reads them. What stands between `{% generation %}` and `{% endgeneration %}`
-is learned. A template without these words is rendered once more for every turn of the assistant, up to it and with it,
-and what the turn adds is learned; this needs a template that never changes what it wrote before.
+Templates are Jinja, rendered as in transformers. The text between `{% generation %}` and `{% endgeneration %}` is
+learned. A template without these tags is rendered for every turn of the assistant up to the turn and with it, and the
+difference is learned; this needs a template that never changes the text of earlier turns.
 """
 
 import json
@@ -22,7 +22,7 @@ from .marked_text import MARK, Part, check_unmarked
 
 Message = Mapping[str, Any]
 
-# For tokenizers without a template: needs no special token but the one that ends a document.
+# For tokenizers without a template: needs only the special token that ends a document.
 PLAIN = """\
 {{ bos_token }}{% for message in messages %}### {{ message['role'] | capitalize }}:
 {% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
@@ -46,25 +46,29 @@ class Template:
         return digest("chat-1", self.source, json.dumps(dict(self.tokens), sort_keys=True))
 
     def render(self, messages: Sequence[Message], *, tools: Any = None, reply: bool = False) -> str:
-        """The conversation as text, `MARK` around what its generation words enclose.
+        """The conversation as text, with `MARK` around the parts inside generation tags.
 
-        `reply`: up to where the assistant begins to write. Raises UserError where the template refuses.
+        `reply`: up to where the assistant's next turn starts. Raises UserError where the template fails.
         """
         import jinja2
 
         try:
-            return self._compiled.render(messages=messages, tools=tools, add_generation_prompt=reply, **self.tokens)
+            return self._jinja_template.render(
+                messages=messages, tools=tools, add_generation_prompt=reply, **self.tokens
+            )
         except (jinja2.TemplateError, TypeError) as error:
-            raise UserError(f"data.template: {self.origin} cannot render this conversation: {error}") from None
+            raise UserError(
+                f"data.template: {self.origin} cannot render this conversation: {error}; use another"
+            ) from None
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """What the assistant's next turn follows."""
+        """The text that the assistant's next turn continues."""
         return self.render(messages, reply=True).replace(MARK, "")
 
     def to_part(self, messages: Sequence[Message], *, first: int = 0, tools: Any = None, origin: str) -> Part:
-        """The conversation, of which the assistant's turns from message number `first` on are learned.
+        """The conversation as a part, in which the assistant's turns from message number `first` on are learned.
 
-        Raises UserError, showing what was rendered, where nothing is.
+        Raises UserError, with the rendered text, where nothing is learned.
         """
         for message in messages:
             check_unmarked(json.dumps(message, ensure_ascii=False, default=str), origin=origin)
@@ -76,8 +80,9 @@ class Template:
         part = Part(tuple(text.split(MARK)), rendered=True)
         if not part.learned.strip():
             raise UserError(
-                f"data.format: {origin}: nothing of this conversation would be learned: it has no turn of the "
-                f"assistant with content, or the template leaves it out. Rendered: {part.text[:400]!r}"
+                f"data.format: {origin}: no part of this conversation is learned, because it has no turn of the "
+                "assistant with content, or the template skips it; repair or remove the row. Rendered: "
+                f"{part.text[:400]!r}"
             )
         return part
 
@@ -90,55 +95,57 @@ class Template:
             after = self.render(messages[: number + 1], tools=tools)
             if not (after.startswith(before) and text.startswith(after.rstrip())):
                 raise UserError(
-                    f"data.template: {self.origin} changes what it wrote of earlier turns when more follow ({origin}), "
-                    "so what is the assistant's cannot be told; put {% generation %} and {% endgeneration %} around "
-                    "what the assistant says in a copy of it, and set data.template to that file"
+                    f"data.template: {self.origin} changes the text of earlier turns when more follow ({origin}), so "
+                    "the assistant's part is unknown; put {% generation %} and {% endgeneration %} around it in a copy "
+                    "of the template, and set data.template to that file"
                 )
             spans += [text[done : len(before)], text[len(before) : len(after.rstrip())]]
             done = len(after.rstrip())
         return MARK.join([*spans, text[done:]])
 
     @cached_property
-    def _compiled(self) -> Any:
+    def _jinja_template(self) -> Any:
         import jinja2
 
         try:
             return _environment().from_string(self.source)
         except jinja2.TemplateError as error:
-            raise UserError(f"data.template: {self.origin} is not a template: {first_line(error)}") from None
+            raise UserError(
+                f"data.template: {self.origin} is not a Jinja template: {first_line(error)}; repair it"
+            ) from None
 
 
 def _unmark_head(text: str, head: str) -> str:
-    """`text` with the marks that it shares with `head`, a rendering of its first messages, taken out."""
+    """`text` without the marks of its first messages, which `head` is a rendering of."""
     count = head.count(MARK)
     parts = text.split(MARK)
     return MARK.join(["".join(parts[: count + 1]), *parts[count + 1 :]])
 
 
 def find_template(configured: str | None, *, tokenizer: str | None, tokens: Mapping[str, str]) -> Template | None:
-    """`data.template` (a name in TEMPLATES, or a file), else that of the directory `tokenizer`; None: there is none.
+    """`data.template` (a name in TEMPLATES, or a file), else the template in the directory `tokenizer`, else None.
 
-    `tokens` are special tokens that the directory does not name itself.
+    `tokens` are special tokens for directories that do not name them.
     """
     directory = None if tokenizer is None else Path(tokenizer).expanduser()
     directory = directory.parent if directory is not None and directory.is_file() else directory
-    own = {} if directory is None else _json(directory / "tokenizer_config.json")
-    named = dict(tokens) | _special_tokens(own)
+    config = {} if directory is None else _json(directory / "tokenizer_config.json")
+    specials = dict(tokens) | _special_tokens(config)
     if configured in TEMPLATES:
-        return Template(TEMPLATES[configured], named, configured)
+        return Template(TEMPLATES[configured], specials, configured)
     if configured is not None:
         file = Path(configured).expanduser()
         if not file.is_file():
             raise UserError.no_match("data.template", [configured], candidates=[*TEMPLATES, "a Jinja file"])
-        return Template(file.read_text(encoding="utf-8"), named, configured)
+        return Template(file.read_text(encoding="utf-8"), specials, configured)
     if directory is None:
         return None
     if (file := directory / "chat_template.jinja").is_file():
-        return Template(file.read_text(encoding="utf-8"), named, str(file))
-    found = own.get("chat_template") or _json(directory / "chat_template.json").get("chat_template")
-    if isinstance(found, list):  # several, by name
-        found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
-    return None if found is None else Template(found, named, str(directory))
+        return Template(file.read_text(encoding="utf-8"), specials, str(file))
+    source = config.get("chat_template") or _json(directory / "chat_template.json").get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
+    return None if source is None else Template(source, specials, str(directory))
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -152,7 +159,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _environment() -> Any:
-    """Jinja as transformers sets it up, with the generation words."""
+    """A Jinja environment as in transformers, with the generation tags."""
     from jinja2 import nodes
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension, loopcontrols
@@ -164,9 +171,9 @@ def _environment() -> Any:
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("marked"), [], [], body).set_lineno(line)
+            return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
 
-        def marked(self, caller: Any) -> str:
+        def mark(self, caller: Any) -> str:
             return MARK + caller() + MARK
 
     def refuse(message: str) -> None:
@@ -180,5 +187,5 @@ def _environment() -> Any:
     )
     environment.filters["tojson"] = as_json
     environment.globals["raise_exception"] = refuse
-    # No `strftime_now`: templates that find none write a fixed date, and what is learned must not depend on the day.
+    # Without `strftime_now` templates write a fixed date, so that the training text does not depend on the day.
     return environment

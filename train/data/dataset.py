@@ -1,8 +1,8 @@
-"""Rows by number: the endless shuffled sequence one trains on, and the finite one that is held out.
+"""Data sets of rows by number: the endless shuffled training set, and the finite held-out set.
 
 Sample `index` of a training set is row `index mod rows` of epoch `index div rows`, so the position in the data is one
-integer. Documents are dealt into windows once, by the seed; each epoch shuffles inside every window, packs it again and
-visits the rows of all windows in a new order.
+integer. The seed assigns documents to windows once; each epoch shuffles every window, packs it again, and visits the
+rows of all windows in a new order.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from .permutation import permutation
 from .rows import Row, RowShape, RowTable, build_row, padding_row, row_table
 from .token_store import TokenStore
 
-# What a permutation is for, as part of its key: equal integers elsewhere in the key must not give equal orders.
+# The use of a permutation is a part of its key, so that equal integers in the rest of the key give different orders.
 WINDOWS, DOCUMENTS, ROWS = 0, 1, 2
 
 
@@ -44,30 +44,29 @@ class Packing(NamedTuple):
 
 
 class ShuffledDataset:
-    """Some documents of a store, in a new order every epoch."""
+    """Documents of a store in a new order every epoch."""
 
     def __init__(self, store: TokenStore, documents: np.ndarray, *, packing: Packing, key: tuple[int, ...]):
-        """`documents` are numbers in the store; `key` holds the seed and what tells this data set from its siblings."""
+        """`documents` are numbers in the store; `key` has the seed and the number of this data set."""
         self.store, self.packing, self.key = store, packing, key
         self._lengths = store.lengths
-        dealt = documents[permutation(len(documents), *key, WINDOWS)]
-        self._windows = np.split(dealt, range(packing.window, len(dealt), packing.window))
-        self._epoch = lru_cache(maxsize=2)(
-            self._plan
-        )  # two: a batch may hold the end of one epoch and the start of the next
+        shuffled = documents[permutation(len(documents), *key, WINDOWS)]
+        self._windows = np.split(shuffled, range(packing.window, len(shuffled), packing.window))
+        # Two, because a batch may contain the end of one epoch and the start of the next.
+        self._epoch = lru_cache(maxsize=2)(self._plan)
         self._rows = len(packing.table(self._windows, self._lengths))
 
     def rows_per_epoch(self, epoch: int = 0) -> int:
-        del epoch  # the same in each: how many rows a window fills does not depend on the order of its documents
+        del epoch  # all are equal: the number of rows of a window does not depend on the order of its documents
         return self._rows
 
     def row(self, index: int) -> Row:
-        epoch, place = divmod(index, self._rows)
+        epoch, position = divmod(index, self._rows)
         table, order = self._epoch(epoch)
-        return build_row(self.store, table, index=order[place], shape=self.packing.shape)
+        return build_row(self.store, table, index=order[position], shape=self.packing.shape)
 
     def _plan(self, epoch: int) -> tuple[RowTable, np.ndarray]:
-        """The rows of an epoch, and the order they are visited in."""
+        """The rows of an epoch, and the order in which they are visited."""
         windows = [
             window[permutation(len(window), *self.key, DOCUMENTS, epoch, number)]
             for number, window in enumerate(self._windows)
@@ -77,9 +76,9 @@ class ShuffledDataset:
 
 @dataclass(frozen=True)
 class FullBatches:
-    """`dataset`, of each epoch only the rows that fill batches of `batch` <= its rows: none is in a batch twice.
+    """`dataset` with a multiple of `batch` rows per epoch, so that no row is in a batch twice.
 
-    Which rows an epoch leaves out is as random as its order.
+    The rows that an epoch leaves out are as random as its order. `batch` must not exceed the rows of `dataset`.
     """
 
     dataset: Dataset
@@ -90,13 +89,13 @@ class FullBatches:
         return rows - rows % self.batch
 
     def row(self, index: int) -> Row:
-        epoch, place = divmod(index, self.rows_per_epoch())
-        return self.dataset.row(epoch * self.dataset.rows_per_epoch() + place)
+        epoch, position = divmod(index, self.rows_per_epoch())
+        return self.dataset.row(epoch * self.dataset.rows_per_epoch() + position)
 
 
 @dataclass(frozen=True)
 class HeldOutSource:
-    """The held-out documents of one source: which they are in its store."""
+    """The held-out documents of one source."""
 
     source: Documents
     store: TokenStore
@@ -104,7 +103,7 @@ class HeldOutSource:
 
 
 class HeldOutDataset:
-    """Documents nobody trains on, in the order of their sources, packed once; rows beyond the last are padding."""
+    """The held-out documents in the order of their sources, packed once; rows after the last are padding."""
 
     def __init__(self, parts: list[HeldOutSource], *, packing: Packing):
         self._parts, self._shape = parts, packing.shape
@@ -116,7 +115,7 @@ class HeldOutDataset:
 
     @property
     def rows(self) -> int:
-        """Rows that hold documents."""
+        """How many rows hold documents."""
         return int(self._stops[-1])
 
     @property
@@ -130,7 +129,7 @@ class HeldOutDataset:
 
     @property
     def tokens(self) -> int:
-        """Targets with weight 1: all tokens but prompts', the end of each document included."""
+        """How many targets have weight 1: all tokens but those of prompts, with the end of each document."""
         return sum(int(part.store.learned[part.documents].sum()) for part in self._parts)
 
     def padded_rows(self, global_batch: int) -> int:
@@ -138,7 +137,7 @@ class HeldOutDataset:
         return -(-self.rows // global_batch) * global_batch
 
     def row(self, index: int) -> Row:
-        """Row `index` >= 0, padding from `rows` on."""
+        """Row `index` >= 0; padding from `rows` on."""
         part = int(np.searchsorted(self._stops, index, side="right"))
         if part == len(self._parts):
             return padding_row(self._shape)
@@ -146,20 +145,20 @@ class HeldOutDataset:
         return build_row(self._parts[part].store, self._tables[part], index=within, shape=self._shape)
 
     def questions(self, count: int) -> list[tuple[list[int], list[int]]]:
-        """(what stands before, what is learned last) of the first `count` documents, as tokens; of pairs the first."""
-        found = []
+        """(prompt, last learned answer) of the first `count` documents, as token ids; of pairs, the first answer."""
+        questions = []
         for part in self._parts:
-            for document in part.documents[: count - len(found)]:
+            for document in part.documents[: count - len(questions)]:
                 begin = part.store.offsets[document]
                 tokens = part.store.tokens[begin : begin + part.store.cuts[document]].tolist()
                 weights = part.store.weights(begin, begin + len(tokens))
                 stop = int(np.flatnonzero(weights)[-1]) + 1
                 start = int(np.max(np.flatnonzero(weights[:stop] == 0), initial=-1)) + 1
-                found.append(([int(part.store.openers[document, 0]), *tokens[:start]], tokens[start:stop]))
-        return found
+                questions.append(([int(part.store.openers[document, 0]), *tokens[:start]], tokens[start:stop]))
+        return questions
 
     def texts(self) -> Iterator[str]:
-        """What is learned of the documents: what another compressor would be given."""
+        """The learned text of each document, e.g. as the input of another compressor."""
         for part in self._parts:
             for origin in part.store.origins[part.documents]:
                 yield learned_text(part.source[int(origin)])

@@ -1,11 +1,11 @@
-"""The cache directory: entries appear whole or not at all, and one process makes each while the others wait.
+"""The cache directory: an entry is complete or absent, and one process writes it while the others wait.
 
     CACHE/tokenizers/KEY/   a trained tokenizer
     CACHE/tokens/KEY/       a tokenized source
-    CACHE/streams/KEY/      the part of a streamed source that was read so far
+    CACHE/streams/KEY/      the windows of a streamed source that were read so far
     CACHE/datasets/         Arrow files of the datasets library
 
-An entry is a directory. `digests.json` in it holds a checksum of each other file, compared whenever the entry is read.
+An entry is a directory. Its `digests.json` has a checksum of each other file, which is compared at every read.
 """
 
 import errno
@@ -28,7 +28,7 @@ Entry = TypeVar("Entry")
 
 
 class CorruptEntry(MeshwrightError):
-    """A cache entry is not what was written. It is never used; `cached` makes it anew."""
+    """A cache entry differs from what was written. It is never used; `cache_entry` writes it again."""
 
 
 def cache_directory(configured: str | None) -> Path:
@@ -38,31 +38,28 @@ def cache_directory(configured: str | None) -> Path:
 
 
 def cache_entry(entry: Path, *, read: Callable[[Path], Entry], write: Callable[[Path], None]) -> Entry:
-    """What `read(entry)` gives; `write(directory)` makes the entry first where it is missing or corrupt.
+    """Return `read(entry)`; `write(directory)` makes the entry first where it is missing or corrupt.
 
-    `write` fills a directory beside the entry that is renamed when it is complete. Processes on one machine, or on one
-    file system with locks, take turns. Raises UserError on a full disk or a directory that cannot be written.
+    `write` fills a temporary directory, which is renamed to the entry when it is complete. Processes on one machine, or
+    on one file system with locks, take turns. Raises UserError on a full disk or a directory that cannot be written.
     """
     try:
         if not _intact(entry, warn=True):
             entry.parent.mkdir(parents=True, exist_ok=True)
-            # A lock of the kernel's ends with the process that holds it; one that is a mere file would outlive it.
+            # A kernel lock ends with the process that holds it; a lock file would outlive it.
             with FileLock(entry.with_name(entry.name + ".lock"), fallback_to_soft=False):
-                if not _intact(entry, warn=False):  # nobody else made it while this process waited
+                if not _intact(entry, warn=False):  # no other process wrote it while this one waited
                     _replace(entry, write)
     except OSError as error:
-        raise unwritable_error(entry.parent, error) from error
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        raise UserError(
+            f"data.cache: {entry.parent} cannot be written: {reason}; set data.cache to another directory"
+        ) from error
     return read(entry)
 
 
-def unwritable_error(directory: Path, error: OSError) -> UserError:
-    """What to tell the user when the cache cannot be written."""
-    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
-    return UserError(f"data.cache: {directory} cannot be written: {reason}; set data.cache to another directory")
-
-
 def verify(entry: Path) -> None:
-    """Raise CorruptEntry when a file of the entry is missing or differs in any byte from what was written."""
+    """Raise CorruptEntry when a file of the entry is missing or differs from what was written."""
     try:
         digests = json.loads((entry / "digests.json").read_text())
         changed = [name for name, digest in digests.items() if file_digest(entry / name) != digest]
@@ -79,7 +76,7 @@ def seal(entry: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """128 bits of a file's content, in hexadecimal."""
+    """A 128-bit hash of a file's content, in hexadecimal."""
     state = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -94,7 +91,7 @@ def _intact(entry: Path, *, warn: bool) -> bool:
         verify(entry)
     except CorruptEntry as error:
         if warn:
-            logger.warning("cache: %s; making it again", error)
+            logger.warning("cache: %s; writing it again", error)
         return False
     return True
 

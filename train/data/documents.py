@@ -1,7 +1,7 @@
-"""A collection of documents: the only thing the rest of the data path knows about a source.
+"""Collections of documents: all that the rest of the data path knows about a source.
 
-A document is a string. What it *is* (trained on or held out, packed here or there) follows from its content and its
-place in the collection, never from the time or the process that reads it.
+A document is a string. Its role (trained on or held out, its place in the packing) follows from its content and its
+index in the collection, never from the time or the process that reads it.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from ...configs.errors import UserError
 
 
 class Documents(Protocol):
-    """Map-style and immutable. `fingerprint` changes whenever the text or the order of any document does."""
+    """An immutable sequence of documents. `fingerprint` changes with the text or the order of any document."""
 
     fingerprint: str
 
@@ -44,14 +44,14 @@ class FirstDocuments:
 
 
 def nonempty_texts(documents: Documents) -> Iterator[tuple[int, str]]:
-    """(index, text) of every document that has any text."""
+    """(index, text) of every document that is not empty."""
     for index in range(len(documents)):
         if text := documents[index]:
             yield index, text
 
 
 def digest(*parts: str) -> str:
-    """128 bits of the parts, in hexadecimal; moving a character from one part to the next changes it."""
+    """A 128-bit hash of the parts, in hexadecimal; it depends on where one part ends and the next starts."""
     state = xxhash.xxh3_128()
     for part in parts:
         encoded = part.encode()
@@ -60,12 +60,12 @@ def digest(*parts: str) -> str:
 
 
 def decode_utf8(raw: bytes, *, origin: str, offset: int = 0) -> str:
-    """UTF-8 bytes as text; `offset` is where `raw` starts in `origin`. Raises UserError naming file and byte."""
+    """UTF-8 bytes as text; `offset` is where `raw` starts in `origin`. Raises UserError with file and byte."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        at = offset + error.start
+        position = offset + error.start
         raise UserError(
-            f"data.path: {origin} is not UTF-8: byte {at} is 0x{raw[error.start]:02x}; "
-            f"convert it (iconv -t UTF-8) or leave it out"
+            f"data.path: {origin} is not UTF-8: byte {position} is 0x{raw[error.start]:02x}; "
+            "convert it (iconv -t UTF-8) or remove it"
         ) from None

@@ -1,4 +1,4 @@
-"""Texts to tokens: what each segment of a document consists of, and which of it is learned."""
+"""Encodes the parts of documents: the tokens of each segment, and which of them are learned."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -10,37 +10,38 @@ from ...configs.errors import UserError
 from .marked_text import Part
 from .tokenizer import Tokenizer
 
-BATCH_CHARACTERS = 1 << 22  # text encoded at once: bounds memory, which is ~100 bytes a token while the library encodes
+BATCH_CHARACTERS = 1 << 22  # encoded at once; bounds memory, because the library needs ~100 bytes per token
 
 
 class EncodedSegment(NamedTuple):
-    """One segment as tokens."""
+    """The tokens of one segment."""
 
-    opener: int  # what the first token is predicted from
+    opener: int  # the input from which the first token is predicted
     tokens: Sequence[int]  # the targets
-    unlearned: list[tuple[int, int]]  # stretches of `tokens` that are read only
+    unlearned: list[tuple[int, int]]  # (start, stop) in `tokens` without a loss
 
 
 def encode_parts(parts: Sequence[Part], tokenizer: Tokenizer) -> Iterator[EncodedSegment]:
-    """Each part as tokens: a text behind `bos`, closed by `eos`; a rendered conversation as it is.
+    """Encode each part: a text between `bos` and `eos`, a rendered conversation unchanged.
 
-    Raises UserError where a conversation would never end.
+    Raises UserError where the last learned token of a conversation does not end a turn.
     """
-    spans = [span for part in parts if not part.rendered for span in part.spans]
-    texts = iter(encode_texts(spans, tokenizer))
+    texts = iter(encode_texts([span for part in parts if not part.rendered for span in part.spans], tokenizer))
     rendered = iter(tokenizer.encode_rendered([part.text for part in parts if part.rendered]))
     for part in parts:
         if part.rendered:
             yield encode_conversation(part, next(rendered), tokenizer)
         else:
-            pieces = [next(texts) for _ in part.spans]
-            bounds = [0, *accumulate(map(len, pieces))]
-            read = [pair for pair in zip(bounds[:-1:2], bounds[1::2], strict=True) if pair[0] < pair[1]]
-            yield EncodedSegment(tokenizer.bos, [*(token for piece in pieces for token in piece), tokenizer.eos], read)
+            spans = [next(texts) for _ in part.spans]
+            bounds = [0, *accumulate(map(len, spans))]
+            unlearned = [pair for pair in zip(bounds[:-1:2], bounds[1::2], strict=True) if pair[0] < pair[1]]
+            yield EncodedSegment(
+                tokenizer.bos, [*(token for span in spans for token in span), tokenizer.eos], unlearned
+            )
 
 
 def encode_conversation(part: Part, encoding: Any, tokenizer: Tokenizer) -> EncodedSegment:
-    """A rendered conversation: its first token opens it. A token is learned where any character of it is."""
+    """Encode a rendered conversation, opened by its first token. A token is learned if any of its characters is."""
     bounds = np.cumsum([0, *map(len, part.spans)])
     starts, stops = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
     learned = np.zeros(len(starts), bool)
@@ -49,16 +50,16 @@ def encode_conversation(part: Part, encoding: Any, tokenizer: Tokenizer) -> Enco
     ends = np.flatnonzero(learned)
     if len(ends) and encoding.ids[ends[-1]] not in tokenizer.added_ids:
         raise UserError(
-            f"data.template: what is learned ends with {encoding.tokens[ends[-1]]!r}, which is no special token, so "
-            "the model would never learn to stop: the template must write the tokenizer's end of a turn inside what "
-            f"the assistant says ({{% generation %}}). Rendered: {part.text[-400:]!r}"
+            f"data.template: the learned text ends with {encoding.tokens[ends[-1]]!r}, which is no special token, so "
+            "the model would not learn to stop; write the tokenizer's end of a turn inside the generation tags of the "
+            f"template. Rendered: {part.text[-400:]!r}"
         )
-    flips = np.flatnonzero(np.diff(learned[1:], prepend=True, append=True)).tolist()  # the opener is no target
+    flips = np.flatnonzero(np.diff(learned[1:], prepend=True, append=True)).tolist()  # the opener is not a target
     return EncodedSegment(encoding.ids[0], encoding.ids[1:], list(zip(flips[::2], flips[1::2], strict=True)))
 
 
 def encode_texts(batch: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Token ids of each text. One longer than BATCH_CHARACTERS is cut after a line end and encoded piece by piece."""
+    """Token ids of each text; texts longer than BATCH_CHARACTERS are split after a line end and encoded in pieces."""
     pieces = [list(split_after_lines(text)) for text in batch]
     ids = iter(tokenizer.encode_batch([piece for text in pieces for piece in text]))
     for text in pieces:
@@ -66,10 +67,10 @@ def encode_texts(batch: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[in
 
 
 def split_after_lines(text: str) -> Iterator[str]:
-    """`text` in pieces of at most BATCH_CHARACTERS, cut after a line end where there is one."""
+    """Split `text` into pieces of at most BATCH_CHARACTERS, after a line end if there is one."""
     start = 0
     while len(text) - start > BATCH_CHARACTERS:
-        cut = text.rfind("\n", start, start + BATCH_CHARACTERS) + 1 or start + BATCH_CHARACTERS
-        yield text[start:cut]
-        start = cut
+        stop = text.rfind("\n", start, start + BATCH_CHARACTERS) + 1 or start + BATCH_CHARACTERS
+        yield text[start:stop]
+        start = stop
     yield text[start:]

@@ -1,8 +1,8 @@
-"""Rows of several data sets in every batch: a fixed number of each, one data set after another.
+"""A fixed mixture: every batch has a fixed number of rows of each data set, one data set after another.
 
-Of batches of 3 + 1 rows, sample 4 n + 3 is row n of the second data set, and the others of batch n are rows 3 n to
-3 n + 2 of the first. So each is read as in a run of its own with batches of its own rows, and the position in all of
-them is one integer.
+In batches of 3 + 1 rows, sample 4 n + 3 is row n of the second data set, and the other samples of batch n are rows 3 n
+to 3 n + 2 of the first. So each data set is read as in a run of its own, and the position in all of them is one
+integer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,11 +14,11 @@ from ...configs.names import ADAPTER_IDS_FIELD
 from .dataset import Dataset, HeldOutDataset
 from .rows import Row
 
-Rows = TypeVar("Rows", bound=Any)  # Dataset or HeldOut
+Rows = TypeVar("Rows", bound=Any)  # Dataset or HeldOutDataset
 
 
 class FixedMixture(Generic[Rows]):
-    """An endless sequence of rows out of `each` data set by name, of which a batch has so many `rows`."""
+    """An endless sequence of rows of several data sets by name; `rows` is the number of each in a batch."""
 
     def __init__(self, datasets: Mapping[str, Rows], *, rows: Mapping[str, int]):
         self.datasets = dict(datasets)
@@ -27,36 +27,36 @@ class FixedMixture(Generic[Rows]):
 
     def row(self, index: int) -> Row:
         """Sample `index` >= 0, with the number of its data set at every token."""
-        batch, place = divmod(index, int(self._stops[-1]))
-        number = int(np.searchsorted(self._stops, place, side="right"))
+        batch, position = divmod(index, int(self._stops[-1]))
+        number = int(np.searchsorted(self._stops, position, side="right"))
         count = self._counts[number]
-        row = list(self.datasets.values())[number].row(batch * count + place - int(self._stops[number] - count))
+        row = list(self.datasets.values())[number].row(batch * count + position - int(self._stops[number] - count))
         return row | {ADAPTER_IDS_FIELD: np.full_like(row["segment_ids"], number)}
 
 
 class FixedTrainingMixture(FixedMixture[Dataset]):
-    """To train on."""
+    """The mixture of several training sets."""
 
     def rows_per_epoch(self, epoch: int = 0) -> int:
-        """Rows of all together; how long each lasts depends on how many a batch has."""
+        """Rows of all data sets; their epochs end at different samples."""
         return sum(dataset.rows_per_epoch(epoch) for dataset in self.datasets.values())
 
 
 class FixedHeldOutMixture(FixedMixture[HeldOutDataset]):
-    """To evaluate on: rows beyond the last of a data set are padding."""
+    """The mixture of several held-out sets; rows after the last of a data set are padding."""
 
     @property
     def rows(self) -> int:
-        """Of the batches that hold all documents, padding included."""
+        """Rows of the batches that hold all documents, with padding."""
         return self.padded_rows(int(self._stops[-1]))
 
     def padded_rows(self, global_batch: int) -> int:
-        """Whole batches that hold all documents of all: the `stop` for `batches`."""
+        """Rows of the whole batches that hold all documents: the `stop` for `batches`."""
         return global_batch * max(
-            -(-one.rows // count) for one, count in zip(self.datasets.values(), self._counts, strict=True)
+            -(-dataset.rows // count) for dataset, count in zip(self.datasets.values(), self._counts, strict=True)
         )
 
     def texts(self) -> Iterator[str]:
-        """What is learned of the documents of each, one data set after another."""
-        for one in self.datasets.values():
-            yield from one.texts()
+        """The learned text of each document, one data set after another."""
+        for dataset in self.datasets.values():
+            yield from dataset.texts()

@@ -1,8 +1,8 @@
-"""Formats: what a row of a table says, as a document. One table, by the word in `data.format`.
+"""Formats: the conversion of a row of a table to a document. One table, by `data.format`.
 
-    reader = reader_of(source, template)        reader.document({"messages": [...]}, origin="a.jsonl line 3")
+    reader = make_reader(source, template)        reader.document({"messages": [...]}, origin="a.jsonl line 3")
 
-Conversations become text by a chat template; prompts and answers that are plain strings need none.
+Conversations are rendered by a chat template; prompts and answers that are strings need none.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,45 +16,45 @@ from .documents import Documents, digest
 from .marked_text import Example, Part, check_unmarked, make_part, parse_document, write_document
 
 Row = Mapping[str, Any]
-SHAREGPT_ROLES = {  # of ShareGPT, in OpenAI's words
+SHAREGPT_ROLES = {  # `from` in ShareGPT -> OpenAI's role
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "function_call": "assistant", "system": "system", "observation": "tool", "tool": "tool",
 }  # fmt: skip
 
 
 class RowFields(NamedTuple):
-    """A row as a format sees it."""
+    """The fields of a row, by our names of columns."""
 
-    row: Row  # our name of a column -> value; optional columns that are absent or null are left out
+    row: Row  # our name of a column -> value; without optional columns that are absent or null
     template: Template | None
     origin: str
-    names: Mapping[str, str]  # our name of a column -> the user's, for errors
+    names: Mapping[str, str]  # our name of a column -> its name in the data set, for errors
 
     def text(self, name: str) -> str:
-        """The text in a column."""
+        """The text in column `name`."""
         return check_text(self.row[name], field=self.names[name], origin=self.origin)
 
     def chat(self, messages: Sequence[Row], *, first: int = 0) -> Part:
-        """The conversation as text."""
+        """The conversation as a part; turns from message `first` on are learned."""
         if self.template is None:
             raise UserError(
-                "data.template: null, and the tokenizer has no chat template, but rows hold conversations; set it to "
-                "a Jinja file, or to plain, which needs no special tokens"
+                "data.template: null, and the tokenizer has no chat template, but the data are conversations; set it "
+                "to a Jinja file, or to plain, which needs no special tokens"
             )
         return self.template.to_part(
-            [check_message(one, origin=self.origin) for one in messages],
+            [check_message(message, origin=self.origin) for message in messages],
             first=first,
             tools=self.row.get("tools"),
             origin=self.origin,
         )
 
     def answer(self, prompt: Any, answer: Any) -> Part:
-        """An answer to a prompt, both texts or both lists of messages."""
+        """A prompt and an answer as a part; both are texts, or both are lists of messages."""
         if isinstance(prompt, list) and isinstance(answer, list):
             return self.chat([*prompt, *answer], first=len(prompt))
         if not (isinstance(prompt, str) and isinstance(answer, str)):
             raise UserError(
-                f"data.format: {self.origin}: prompt {prompt!r:.40} and answer {answer!r:.40} must be both texts or "
+                f"data.format: {self.origin}: prompt {prompt!r:.40} and answer {answer!r:.40} are not both texts or "
                 "both lists of messages; repair or remove the row"
             )
         return make_part(
@@ -63,19 +63,19 @@ class RowFields(NamedTuple):
 
 
 def format_text(fields: RowFields) -> str:
-    """The whole document, or what follows a prompt."""
+    """text: the whole document is learned, or what follows a prompt."""
     if "prompt" not in fields.row:
         return fields.text("text")
     return write_document([make_part(fields.text("prompt"), fields.text("text"), origin=fields.origin)])
 
 
 def format_messages(fields: RowFields) -> str:
-    """OpenAI's: [{role, content}, ...]."""
+    """messages, as in OpenAI's API: [{role, content}, ...]."""
     return write_document([fields.chat(fields.row["messages"])])
 
 
 def format_sharegpt(fields: RowFields) -> str:
-    """[{from: human | gpt | system | observation, value}, ...], and a column `system`."""
+    """sharegpt: [{from: human | gpt | system | observation, value}, ...], and a column `system`."""
     turns = [{"role": "system", "content": fields.row["system"]}] if fields.row.get("system") else []
     for turn in fields.row["conversations"]:
         if turn.get("from") not in SHAREGPT_ROLES:
@@ -87,38 +87,38 @@ def format_sharegpt(fields: RowFields) -> str:
 
 
 def format_alpaca(fields: RowFields) -> str:
-    """instruction, input, output; a column `system`, and earlier turns [[user, assistant], ...] in `history`."""
+    """alpaca: instruction, input, output, `system`, and earlier turns [[user, assistant], ...] in `history`."""
     turns = [{"role": "system", "content": fields.row["system"]}] if fields.row.get("system") else []
-    for said, answered in fields.row.get("history", []):
-        turns += [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
-    asked = "\n".join(filter(None, [fields.text("instruction"), fields.row.get("input")]))
-    turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": fields.text("output")}]
+    for question, answer in fields.row.get("history", []):
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    request = "\n".join(filter(None, [fields.text("instruction"), fields.row.get("input")]))
+    turns += [{"role": "user", "content": request}, {"role": "assistant", "content": fields.text("output")}]
     return write_document([fields.chat(turns)])
 
 
 def format_completion(fields: RowFields) -> str:
-    """prompt and completion: texts, or lists of messages."""
+    """prompt-completion: both are texts, or both are lists of messages."""
     return write_document([fields.answer(fields.row["prompt"], fields.row["completion"])])
 
 
 def format_preference(fields: RowFields) -> str:
-    """A pair: the answer that was chosen, and the one that was rejected; `margin` is how much better it is."""
+    """preference: a chosen and a rejected answer; `margin` is how much better the chosen one is."""
     chosen, rejected = fields.row["chosen"], fields.row["rejected"]
     prompt = fields.row.get("prompt")
     if prompt is None:
         if not (isinstance(chosen, list) and isinstance(rejected, list)):
             raise UserError(
-                f"data.format: {fields.origin}: no prompt; texts need one, only messages can share their beginning"
+                f"data.format: {fields.origin}: no prompt, which only lists of messages can share; add a column prompt"
             )
-        same = [one == other for one, other in zip(chosen, rejected, strict=False)]
-        shared = same.index(False) if False in same else len(same)
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        same = [message == other for message, other in zip(chosen, rejected, strict=False)]
+        common = same.index(False) if False in same else len(same)
+        prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
     pair = [fields.answer(prompt, answer) for answer in (chosen, rejected)]
     return write_document(pair, label=float(fields.row.get("margin", 0.0)))
 
 
 def format_unpaired(fields: RowFields) -> str:
-    """prompt, completion, and a label: whether this is an answer to give."""
+    """unpaired: prompt, completion, and a label, whether the completion is desirable."""
     label = fields.row["label"]
     if label not in (True, False):
         raise UserError(f"data.format: {fields.origin}: label {label!r:.40} is neither true nor false; repair the row")
@@ -138,11 +138,11 @@ FORMATS: dict[str, Callable[[RowFields], str]] = {
 
 @dataclass(frozen=True)
 class RowReader:
-    """From the rows of one source to documents."""
+    """Converts rows of one source to documents."""
 
     format: str
-    names: Mapping[str, str]  # our name of a column -> the user's
-    needed: tuple[str, ...]  # ours
+    names: Mapping[str, str]  # our name of a column -> its name in the data set
+    needed: tuple[str, ...]  # our names of required columns
     template: Template | None
 
     @property
@@ -151,15 +151,15 @@ class RowReader:
         return digest(self.format, *named, "" if self.template is None else self.template.fingerprint)
 
     def document(self, row: Row, *, origin: str) -> str:
-        """Raises UserError where a column is missing or holds something else."""
+        """The document of a row. Raises UserError where a column is missing or has a value of another type."""
         self.columns(row, where=f" ({origin})")
         ours = {name: row[theirs] for name, theirs in self.names.items() if row.get(theirs) is not None}
-        # A needed column that is null is the format's to refuse; what it can do without is absent.
+        # The format refuses a required column that is null; optional ones are left out.
         ours |= {name: None for name in self.needed if name not in ours}
         return FORMATS[self.format](RowFields(ours, self.template, origin, self.names))
 
     def columns(self, available: Iterable[str], *, where: str = "") -> list[str]:
-        """The columns of a table that are read. Raises UserError where one is missing."""
+        """The columns to read of a table. Raises UserError where a required one is missing."""
         available = list(available)
         for name in self.needed:
             if self.names[name] not in available:
@@ -171,7 +171,7 @@ class RowReader:
 
 
 def make_reader(source: SourceConfig, template: Template | None = None) -> RowReader:
-    """What turns a row of `source` into a document."""
+    """The reader of the rows of `source`."""
     needed, optional = FORMAT_COLUMNS[source.format]
     names = {name: source.columns.get(name, name) for name in (*needed, *optional)}
     if source.format == "text":
@@ -181,7 +181,7 @@ def make_reader(source: SourceConfig, template: Template | None = None) -> RowRe
 
 
 def check_text(value: Any, *, field: str, origin: str) -> str:
-    """`value`, which must be Unicode text without marks."""
+    """`value`. Raises UserError where it is not Unicode text without marks."""
     if not isinstance(value, str):
         raise UserError(
             f"data.field: {field} of {origin} is {value!r:.40}, not text; remove the row, or set data.field (or "
@@ -189,7 +189,7 @@ def check_text(value: Any, *, field: str, origin: str) -> str:
         )
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no encoding can write
+    except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair, which no encoding can write
         raise UserError(
             f"data.field: {field} of {origin} is not Unicode text: character {error.start} is "
             f"{value[error.start]!r}; repair or remove the row"
@@ -198,13 +198,13 @@ def check_text(value: Any, *, field: str, origin: str) -> str:
 
 
 def check_message(message: Any, *, origin: str) -> dict[str, Any]:
-    """One message: its role, and its content as one text where that is a list of texts."""
+    """The message with its content as one text. Raises UserError where it has no role or other content than text."""
     if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
-        raise UserError(f"data.format: {origin}: {message!r:.60} is no message; write {{role: user, content: ...}}")
+        raise UserError(f"data.format: {origin}: {message!r:.60} is not a message; write {{role: user, content: ...}}")
     content = message.get("content")
     if isinstance(content, list):
         if any(part.get("type", "text") != "text" for part in content):
-            raise UserError(f"data.format: {origin}: {content!r:.60} is not text only; remove the row")
+            raise UserError(f"data.format: {origin}: {content!r:.60} is not only text; remove the row")
         content = "".join(part["text"] for part in content)
     present = {key: value for key, value in message.items() if value is not None}
     return present | {"content": "" if content is None else check_text(content, field="content", origin=origin)}
@@ -212,9 +212,9 @@ def check_message(message: Any, *, origin: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class MismatchedPairs:
-    """Each example of another collection paired with the next one's answer to its own prompt.
+    """Pairs each example with the answer of the next example to another prompt.
 
-    How likely the model finds answers to other questions is what KTO measures its rewards from.
+    KTO measures its rewards from the likelihood of such mismatched answers.
     """
 
     documents: Documents
@@ -227,8 +227,8 @@ class MismatchedPairs:
         return len(self.documents)
 
     def __getitem__(self, index: int) -> str:
-        own: Example = parse_document(self.documents[index])
-        other = parse_document(self.documents[(index + 1) % len(self.documents)])
-        (asked,), (answered,) = own.parts, other.parts
-        mixed = Part((*asked.spans[:1], *answered.spans[1:]), asked.rendered)
-        return write_document([asked, mixed], label=own.label)
+        example: Example = parse_document(self.documents[index])
+        (part,) = example.parts
+        (next_part,) = parse_document(self.documents[(index + 1) % len(self.documents)]).parts
+        mismatched = Part((*part.spans[:1], *next_part.spans[1:]), part.rendered)
+        return write_document([part, mismatched], label=example.label)

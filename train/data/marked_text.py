@@ -1,12 +1,12 @@
-"""Examples: what the model reads, what it is to learn to say, and pairs of such texts. One string, cut at marks.
+"""Examples as marked text: one string with prompts, learned text, and pairs of these.
 
-    read + MARK + learned + MARK + read + ...           no mark at all: the whole document is learned
-    RENDERED + ...                                      a conversation: encoded whole, special tokens by their names
-    first + SECOND + second                             a pair: two segments of one row, never apart
-    ... + LABEL + "1.0"                                 what its recipe is told about the example
+    read + MARK + learned + MARK + read + ...           without marks the whole document is learned
+    RENDERED + ...                                      a conversation, which is encoded at once, with special tokens
+    first + SECOND + second                             a pair: two segments that stay in one row
+    ... + LABEL + "1.0"                                 the label of the example, for its recipe
 
-The parts of a text that is not rendered are encoded by themselves: a prompt has the tokens it has when a text is
-continued from it. Marks are code points that Unicode keeps for the inside of programs.
+The spans of a text that is not rendered are encoded separately, so that a prompt has the same tokens as in generation.
+Marks are code points that Unicode reserves for the internal use of programs.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ MARKS = (MARK, RENDERED, SECOND, LABEL)
 
 
 class Part(NamedTuple):
-    """One text that becomes one segment."""
+    """A text that becomes one segment of a row."""
 
     spans: tuple[str, ...]  # read, learned, read, learned, ...
-    rendered: bool  # of a chat template
+    rendered: bool  # by a chat template
 
     @property
     def text(self) -> str:
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 class Example(NamedTuple):
-    """What a document says."""
+    """The content of a document."""
 
     parts: tuple[Part, ...]  # one, or the two of a pair
     label: float
@@ -43,7 +43,7 @@ class Example(NamedTuple):
 def parse_document(document: str) -> Example:
     """The example in a document.
 
-    >>> parsed("all of it").parts[0].spans
+    >>> parse_document("all of it").parts[0].spans
     ('', 'all of it')
     """
     texts, _, label = document.partition(LABEL)
@@ -51,36 +51,36 @@ def parse_document(document: str) -> Example:
 
 
 def write_document(parts: Sequence[Part], label: float = 0.0) -> str:
-    """The document of an example: the inverse of `parsed`."""
+    """The document of an example: the inverse of `parse_document`."""
     texts = (RENDERED * part.rendered + MARK.join(part.spans) for part in parts)
     return SECOND.join(texts) + (f"{LABEL}{label}" if label else "")
 
 
 def learned_text(document: str) -> str:
-    """All the text of it that is learned."""
+    """The learned text of a document."""
     return "".join(part.learned for part in parse_document(document).parts)
 
 
 def plain_text(document: str) -> str:
-    """All its text, without marks."""
+    """The text of a document, without marks."""
     return "".join(part.text for part in parse_document(document).parts)
 
 
 def make_part(prompt: str, completion: str, *, origin: str) -> Part:
-    """A text that is learned, behind one that is not. Raises UserError where there is nothing to learn."""
+    """A part with a prompt and a learned completion. Raises UserError where the completion is empty."""
     if not completion:
         raise UserError(
-            f"data.field: {origin}: nothing follows the prompt {prompt[-40:]!r}, so nothing of it would be learned; "
-            "repair or remove the row"
+            f"data.field: {origin}: no text follows the prompt {prompt[-40:]!r}, so nothing is learned; repair or "
+            "remove the row"
         )
     return Part((prompt, completion), rendered=False)
 
 
 def check_unmarked(text: str, *, origin: str) -> str:
-    """`text`. Raises UserError where it holds one of the marks."""
+    """`text`. Raises UserError where it contains a mark."""
     for mark in MARKS:
         if mark in text:
-            raise UserError(f"data.field: {origin} holds the code point {mark!r}, which no text may; remove it")
+            raise UserError(f"data.field: {origin} has the code point {mark!r}, which is reserved; remove it")
     return text
 
 

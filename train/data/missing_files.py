@@ -1,6 +1,7 @@
-"""Files that a configuration names and this machine does not have: what `validate` can say without opening any.
+"""Files that a configuration names and this machine does not have, found without opening a file.
 
-No error there: a run may be checked on one machine and train on another. Where it trains, it is one.
+`validate` only reports them, because a run may be validated on one machine and trained on another, where it is an
+error.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ WEIGHTS = "*.safetensors"
 
 
 def find_missing_files(config: RunConfig) -> Iterator[str]:
-    """A line for each, with key, value and remedy."""
+    """One line for each missing file, with key, value and remedy."""
     for source, key in zip(config.all_data.sources, source_keys(config.all_data, adapter_rows(config)), strict=True):
         if source.kind in IN_FILES:
             try:
@@ -30,4 +31,4 @@ def find_missing_files(config: RunConfig) -> Iterator[str]:
             yield str(error)
     for key, model in (("model", config.model), ("recipe.teacher", config.recipe.teacher)):
         if model is not None and model.origin is not None and not any(Path(model.origin).expanduser().glob(WEIGHTS)):
-            yield f"{key}.from: {model.origin} holds no {WEIGHTS}; copy the model's weights there"
+            yield f"{key}.from: {model.origin} has no {WEIGHTS}; copy the model's weights there"

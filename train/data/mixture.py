@@ -1,8 +1,7 @@
-"""Several data sets in fixed portions: every block of rows holds an exact number of each, shuffled within the block.
+"""A weighted mixture: every block of rows has an exact number of rows of each data set, shuffled within the block.
 
-Which source gives sample `index`, and which of its rows, are pure functions of (seed, index): the position in the
-mixture is one integer, and every source runs through its own epochs. Source: block-deterministic mixtures, as in
-Levanter.
+The source and the row of sample `index` are pure functions of (seed, index): the position in the mixture is one
+integer, and every source has its own epochs. Source: block-deterministic mixtures, as in Levanter.
 """
 
 from collections.abc import Sequence
@@ -15,19 +14,19 @@ from .dataset import Dataset
 from .permutation import permutation
 from .rows import Row
 
-BLOCK = 2048  # rows; the portions are exact to 1/BLOCK
+BLOCK = 2048  # rows; weights are exact to 1 / BLOCK
 
 
 class Mixture:
-    """An endless sequence of rows that takes each from one of several."""
+    """An endless sequence of rows of several data sets."""
 
     def __init__(self, datasets: Sequence[Dataset], *, weights: Sequence[float], key: tuple[int, ...]):
         self._datasets, self._key = tuple(datasets), key
         self._counts = block_counts(weights)
-        self._block = lru_cache(maxsize=2)(self._deal)
+        self._block = lru_cache(maxsize=2)(self._shuffle_block)
 
     def rows_per_epoch(self, epoch: int = 0) -> int:
-        """Rows of all sources together; how long each lasts depends on its weight."""
+        """Rows of all data sets; their epochs end at different samples."""
         return sum(dataset.rows_per_epoch(epoch) for dataset in self._datasets)
 
     def row(self, index: int) -> Row:
@@ -41,8 +40,8 @@ class Mixture:
         source = int(sources[offset])
         return source, block * int(self._counts[source]) + int(nth[offset])
 
-    def _deal(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each row of a block, and how many of that source came before it in the block."""
+    def _shuffle_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source of each row of a block, number of earlier rows of that source in the block)."""
         sources = np.repeat(np.arange(len(self._counts)), self._counts)[permutation(BLOCK, *self._key, block)]
         nth = np.empty(BLOCK, np.int64)
         for source, count in enumerate(self._counts):
@@ -53,9 +52,9 @@ class Mixture:
 def block_counts(weights: Sequence[float], *, block: int = BLOCK) -> np.ndarray:
     """[sources] int64: rows of each in a block, proportional to the weights, by largest remainder.
 
-    Raises UserError where a weight is too small to get a row.
+    Raises UserError where a weight is too small for one row.
 
-    >>> portions([3, 1], block=10).tolist()
+    >>> block_counts([3, 1], block=10).tolist()
     [8, 2]
     """
     exact = np.asarray(weights, np.float64) / np.sum(weights) * block
@@ -65,6 +64,6 @@ def block_counts(weights: Sequence[float], *, block: int = BLOCK) -> np.ndarray:
     for number in np.flatnonzero(counts == 0):
         raise UserError(
             f"data.mixture.{number}.weight: {weights[number]} is less than 1/{block} of the sum {np.sum(weights):g}, "
-            "which is the finest portion; raise it or leave the source out"
+            "the smallest possible share; raise it, or remove the source"
         )
     return counts

@@ -1,8 +1,8 @@
-"""How documents fill rows: three ways to place the documents of one window into rows of a fixed number of tokens.
+"""Packing: three ways to put the documents of one window into rows of a fixed number of tokens.
 
-A packer is `(lengths [documents], sequence_length) -> Pieces`. Every token of every document lies in exactly one piece;
-pieces of a row do not overlap; only the rows that end up short are padded. It knows lengths, not tokens, and the number
-of rows does not depend on the order of the documents: the place of a row in training is then a division away.
+A packer is `(lengths [documents], sequence_length) -> DocumentSlices`. Every token of every document is in exactly one
+slice; slices of a row do not overlap; only rows that are not full are padded. A packer knows lengths, not tokens. The
+number of rows does not depend on the order of the documents, so that the epoch of a row is a division.
 """
 
 from bisect import bisect_left, insort
@@ -13,26 +13,26 @@ import numpy as np
 
 
 class DocumentSlices(NamedTuple):
-    """Parts of documents, sorted by row; within a row in the order they are laid out. Arrays [pieces] int64."""
+    """Slices of documents, sorted by row, and in a row by position. Arrays [slices] int64."""
 
     row: np.ndarray
     document: np.ndarray
-    start: np.ndarray  # first token, counted from the document's beginning
+    start: np.ndarray  # first token, counted from the start of the document
     length: np.ndarray  # tokens, at least 1
 
 
 def concat(lengths: np.ndarray, sequence_length: int) -> DocumentSlices:
-    """Lay the documents end to end and cut every `sequence_length` tokens; the last row is padded.
+    """Concatenate the documents and cut every `sequence_length` tokens; the last row is padded.
 
-    >>> concat(np.array([3, 4]), 5).length.tolist()      # 3 + 2 fill the first row, 2 begin the second
+    >>> concat(np.array([3, 4]), 5).length.tolist()      # 3 + 2 fill the first row, 2 start the second
     [3, 2, 2]
     """
     stop = np.cumsum(lengths)
     begin = stop - lengths
     first_row = begin // sequence_length
-    pieces = (stop - 1) // sequence_length - first_row + 1  # [documents]
-    document = np.repeat(np.arange(len(lengths)), pieces)
-    nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of its document
+    rows = (stop - 1) // sequence_length - first_row + 1  # [documents]
+    document = np.repeat(np.arange(len(lengths)), rows)
+    nth = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)  # slice of its document
     row = first_row[document] + nth
     left = np.maximum(begin[document], row * sequence_length)
     right = np.minimum(stop[document], (row + 1) * sequence_length)
@@ -40,21 +40,21 @@ def concat(lengths: np.ndarray, sequence_length: int) -> DocumentSlices:
 
 
 def best_fit(lengths: np.ndarray, sequence_length: int) -> DocumentSlices:
-    """Cut rows off documents longer than a row, then put each rest, longest first, where it leaves least room.
+    """Cut whole rows off long documents, then put each rest, longest first, into the fullest row that it fits.
 
     Source: best-fit decreasing as in "Fewer Truncations Improve Language Modeling", arXiv:2404.10830.
 
     >>> best_fit(np.array([3, 4, 2, 1]), 5).row.tolist()      # 4 + 1 and 3 + 2
     [0, 0, 1, 1]
     """
-    whole, rest = np.divmod(lengths, sequence_length)
-    document = np.repeat(np.arange(len(lengths)), whole)
-    nth = np.arange(whole.sum()) - np.repeat(np.cumsum(whole) - whole, whole)
+    full, rest = np.divmod(lengths, sequence_length)
+    document = np.repeat(np.arange(len(lengths)), full)
+    nth = np.arange(full.sum()) - np.repeat(np.cumsum(full) - full, full)
     longest_first = np.argsort(-rest, kind="stable")
     longest_first = longest_first[rest[longest_first] > 0]
     rows = best_fit_rows(rest[longest_first].tolist(), sequence_length)
     row = np.concatenate([np.arange(len(document)), np.array(rows, np.int64) + len(document)])
-    start = np.concatenate([nth * sequence_length, (whole * sequence_length)[longest_first]])
+    start = np.concatenate([nth * sequence_length, (full * sequence_length)[longest_first]])
     length = np.concatenate([np.full(len(document), sequence_length), rest[longest_first]])
     document = np.concatenate([document, longest_first])
     by_row = np.argsort(row, kind="stable")
@@ -62,28 +62,28 @@ def best_fit(lengths: np.ndarray, sequence_length: int) -> DocumentSlices:
 
 
 def best_fit_rows(lengths: list[int], capacity: int) -> list[int]:
-    """The row of each item: the open row with the least room that still holds it, else a new one.
+    """The row of each item: the open row with the least space that still fits it, else a new row.
 
     >>> best_fit_rows([4, 3, 2, 1], 5)
     [0, 1, 1, 0]
     """
-    rows, opened = [], 0
-    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    rows, count = [], 0
+    free: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for length in lengths:
-        place = bisect_left(room, (length, -1))
-        if place < len(room):
-            left, row = room.pop(place)
+        index = bisect_left(free, (length, -1))
+        if index < len(free):
+            space, row = free.pop(index)
         else:
-            left, row = capacity, opened
-            opened += 1
+            space, row = capacity, count
+            count += 1
         rows.append(row)
-        if left > length:
-            insort(room, (left - length, row))
+        if space > length:
+            insort(free, (space - length, row))
     return rows
 
 
 def single(lengths: np.ndarray, sequence_length: int) -> DocumentSlices:
-    """A row holds one document, or a part of one; what is short is padded.
+    """A row has one document, or a slice of one; short rows are padded.
 
     >>> single(np.array([3, 7]), 5).length.tolist()
     [3, 5, 2]

@@ -1,10 +1,10 @@
-"""What the model will be asked to predict, as coloured text: the quickest way to see that the data are what one thinks.
+"""A preview of the training data as coloured text: what the model will be trained to predict.
 
     row 0: 2 documents, 250 tokens to predict, 6 of padding
     ▌1 import os<|endoftext|>▌2 class Queue: ...
 
-Green tokens count fully, yellow ones partly, dim ones not at all; `▌n` begins document n of the row. The two
-answers of a pair are two documents, 1 and 2, 3 and 4, ...: the better one first.
+Green tokens have loss weight 1, yellow ones less, dim ones 0; `▌n` starts document n of the row. The two answers of a
+pair are two documents, the chosen one first.
 """
 
 from itertools import pairwise
@@ -24,28 +24,26 @@ FULL, PARTLY, NOT_AT_ALL, MARK = "green", "yellow", "dim", "bold cyan"
 
 
 def render(data: Data, rows: int = 2) -> "Text":
-    """The first `rows` training rows; of several adapters those of each."""
+    """The first `rows` training rows; with several adapters, the first rows of each."""
     from rich.text import Text
 
-    parts = (
-        {f"{name}, ": one for name, one in data.train.datasets.items()}
-        if has_several_adapters(data)
-        else {"": data.train}
-    )
+    datasets = {"": data.train}
+    if has_several_adapters(data):
+        datasets = {f"{name}, ": dataset for name, dataset in data.train.datasets.items()}
     return Text("\n").join(
-        render_row(part.row(index), data.tokenizer, name=f"{prefix}row {index}")
-        for prefix, part in parts.items()
+        render_row(dataset.row(index), data.tokenizer, name=f"{prefix}row {index}")
+        for prefix, dataset in datasets.items()
         for index in range(rows)
     )
 
 
 def has_several_adapters(data: Data) -> bool:
-    """Whether several adapters read, each rows of its own."""
+    """Whether the data are those of several adapters."""
     return isinstance(data.train, FixedTrainingMixture)
 
 
 def render_row(row: Row, tokenizer: Tokenizer, *, name: str) -> "Text":
-    """The targets of a row: a headline, then their text."""
+    """A row as a headline and the text of its targets."""
     from rich.text import Text
 
     segments, weights = row["segment_ids"], row["loss_weights"]
@@ -56,16 +54,16 @@ def render_row(row: Row, tokenizer: Tokenizer, *, name: str) -> "Text":
             continue
         if start == 0 or segments[start] != segments[start - 1]:
             text.append(f"▌{segments[start]} ", MARK)
-            if row["tokens"][start] != tokenizer.bos:  # of a conversation, or of a document that was cut
+            if row["tokens"][start] != tokenizer.bos:  # of a conversation, or of a document that was cut before
                 text.append(tokenizer.decode_all(row["tokens"][start : start + 1]), NOT_AT_ALL)
         text.append(tokenizer.decode_all(row["targets"][start:stop]), colour(weights[start]))
     return text.append("\n")
 
 
 def runs(segments: np.ndarray, weights: np.ndarray) -> list[tuple[int, int]]:
-    """(start, stop) of the stretches in which neither segment nor weight changes.
+    """(start, stop) of the ranges in which neither segment nor weight changes.
 
-    Stretches are decoded whole, because one character may take several ids.
+    Ranges are decoded at once, because one character may have several ids.
 
     >>> runs(np.array([1, 1, 2]), np.array([1.0, 1.0, 1.0]))
     [(0, 2), (2, 3)]
@@ -76,7 +74,7 @@ def runs(segments: np.ndarray, weights: np.ndarray) -> list[tuple[int, int]]:
 
 
 def colour(weight: float) -> str:
-    """The style of a token of this loss weight."""
+    """The style of a token with this loss weight."""
     if weight == 0:
         return NOT_AT_ALL
     return FULL if weight >= 1 else PARTLY

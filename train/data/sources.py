@@ -1,4 +1,4 @@
-"""The table of sources: the word in `data.source` -> a collection of documents."""
+"""The table of sources: `data.source` -> a function that opens its documents."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -18,35 +18,33 @@ from .text_files import open_standard_library, open_text_files
 
 SYNTHETIC_DOCUMENTS = 1000
 
-# settings, the key they stand under, what a row says, cache directory
+# (settings, their key in the configuration, reader of rows, cache directory) -> documents
 Opener = Callable[[SourceConfig, str, RowReader, Path], Documents]
 
 
 def open_source(source: SourceConfig, *, key: str, cache: Path, template: Template | None = None) -> Documents:
-    """The documents of one source. Raises UserError when there are none."""
+    """The documents of one source. Raises UserError where there are none."""
     documents = SOURCES[source.kind](source, key, make_reader(source, template), cache)
     if source.documents is not None:
         documents = FirstDocuments(documents, source.documents)
     if not len(documents):
-        raise UserError(f"{key}.path: {source.path} holds no documents; it must hold at least one with text")
+        raise UserError(f"{key}.path: {source.path} has no documents; use a source with at least one")
     if source.format == "unpaired":
         if len(documents) < 2:
-            raise UserError(f"{key}.path: {source.path} holds one example; unpaired ones are compared with others")
+            raise UserError(f"{key}.path: {source.path} has one example; format unpaired needs two or more")
         return MismatchedPairs(documents)
     return documents
 
 
 def open_stream(source: SourceConfig, *, window: int, cache: Path, template: Template | None = None) -> DocumentStream:
-    """The documents of an hf source, read as they are needed. Raises UserError when there is no such source."""
+    """The documents of an hf source, read when they are needed. Raises UserError where the source does not exist."""
     stream = open_hub_stream(source.path, name=source.name, split=source.split, reader=make_reader(source, template))
 
-    def first(skip: int) -> Iterator[str]:
+    def read(skip: int) -> Iterator[str]:
         stop = None if source.documents is None else max(source.documents - skip, 0)
         return islice(stream.read(skip), stop)
 
-    return DocumentStream(
-        first, size=window, fingerprint=digest(stream.fingerprint, str(source.documents)), cache=cache
-    )
+    return DocumentStream(read, size=window, fingerprint=digest(stream.fingerprint, str(source.documents)), cache=cache)
 
 
 def _stdlib(source: SourceConfig, key: str, reader: RowReader, cache: Path) -> Documents:
@@ -75,8 +73,8 @@ def _synthetic(source: SourceConfig, key: str, reader: RowReader, cache: Path) -
 
 
 def _docstrings(source: SourceConfig, key: str, reader: RowReader, cache: Path) -> Documents:
-    found, fingerprint = library_pairs(cache)
-    return DocstringDocuments(found, reader, fingerprint)
+    pairs, fingerprint = library_pairs(cache)
+    return DocstringDocuments(pairs, reader, fingerprint)
 
 
 SOURCES: dict[str, Opener] = {

@@ -1,4 +1,4 @@
-"""Documents made up from their index: lines that count in steps, which a small model learns quickly."""
+"""Synthetic documents: lines of numbers in steps, which a small model learns quickly."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ import numpy as np
 from .documents import digest
 
 WORDS = ("apples", "boats", "clouds", "doors", "eggs", "foxes", "grapes", "houses")
-LINES = (2, 12)  # lines a document, at least and below
-TERMS = (4, 16)  # numbers a line, at least and below
+LINES = (2, 12)  # lines per document, from and below
+TERMS = (4, 16)  # numbers per line, from and below
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class SyntheticDocuments:
         return self.count
 
     def __getitem__(self, index: int) -> str:
-        """
-        >>> Synthetic(3)[0] == Synthetic(9)[0]
+        """The document does not depend on `count`.
+
+        >>> SyntheticDocuments(3)[0] == SyntheticDocuments(9)[0]
         True
         """
         random = np.random.default_rng([self.seed, index])

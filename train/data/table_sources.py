@@ -1,4 +1,4 @@
-"""Documents that are rows of a table: JSON lines, Parquet, Arrow, and Hugging Face data sets."""
+"""Documents in rows of tables: JSON lines, Parquet, Arrow, and Hugging Face data sets."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ from .text_files import map_file, split_spans
 
 @dataclass(frozen=True)
 class JsonLines:
-    """One document a line; blank lines do not count."""
+    """One document per line; blank lines do not count."""
 
     paths: tuple[Path, ...]
-    lines: np.ndarray  # [documents, 4] int64: file, first byte, end, and the line number a person would look for
+    lines: np.ndarray  # [documents, 4] int64: file, first byte, end, line number from 1
     reader: RowReader
     fingerprint: str
 
@@ -43,14 +43,14 @@ class JsonLines:
             ) from None
         if not isinstance(row, dict):
             raise UserError(
-                f"data.path: {origin}: a {type(row).__name__}, not an object; write "
+                f"data.path: {origin}: {type(row).__name__} is not a JSON object; write "
                 f"{{{next(iter(self.reader.names.values()))!r}: ...}}"
             )
         return self.reader.document(row, origin=origin)
 
 
 def open_json_lines(paths: list[Path], *, reader: RowReader) -> JsonLines:
-    """Index the lines of the files; each is parsed when it is read."""
+    """Index the lines of the files; a line is parsed when it is read."""
     digests = []
 
     def lines() -> Iterator[tuple[int, int, int, int]]:
@@ -61,7 +61,7 @@ def open_json_lines(paths: list[Path], *, reader: RowReader) -> JsonLines:
                 if content[start:stop].strip():
                     yield file_number, start, stop, number
 
-    table = np.fromiter(lines(), np.dtype((np.int64, 4)))  # 32 bytes a line: there may be very many
+    table = np.fromiter(lines(), np.dtype((np.int64, 4)))  # 32 bytes per line, because there may be very many
     return JsonLines(tuple(paths), table, reader, digest("jsonl", reader.fingerprint, *digests))
 
 
@@ -82,7 +82,7 @@ class Table:
 
 
 def open_table_files(paths: list[Path], *, kind: str, reader: RowReader, cache: Path) -> Table:
-    """Parquet or Arrow files as one table, mapped from the cache: nothing stays in memory."""
+    """Parquet or Arrow files as one table, memory-mapped from the cache."""
     import datasets
 
     digests = [xxhash.xxh3_128_hexdigest(map_file(path)) for path in paths]
@@ -96,7 +96,7 @@ def open_table_files(paths: list[Path], *, kind: str, reader: RowReader, cache: 
 
 
 def open_hub_dataset(path: str, *, name: str | None, split: str, reader: RowReader) -> Table:
-    """A data set saved to a directory, or one that `datasets.load_dataset` knows, downloaded whole."""
+    """A data set in a directory, or one of `datasets.load_dataset`, which is downloaded completely."""
     import datasets
 
     with _as_user_error(path):
@@ -107,14 +107,14 @@ def open_hub_dataset(path: str, *, name: str | None, split: str, reader: RowRead
 
 
 class HubStream(NamedTuple):
-    """Documents that are read one after another."""
+    """Documents that are read in order."""
 
-    read: Callable[[int], Iterator[str]]  # the documents behind the first so many
+    read: Callable[[int], Iterator[str]]  # number of documents to skip -> the documents after them
     fingerprint: str
 
 
 def open_hub_stream(path: str, *, name: str | None, split: str, reader: RowReader) -> HubStream:
-    """The same without downloading it. The fingerprint knows the revision on the hub, or when local files changed."""
+    """The same without downloading it first. The fingerprint has the revision on the hub, or that of local files."""
     import datasets
 
     with _as_user_error(path):
@@ -132,12 +132,12 @@ def open_hub_stream(path: str, *, name: str | None, split: str, reader: RowReade
 
 
 def select_columns(rows: Any, reader: RowReader) -> Any:
-    """The table without the columns nobody reads: reading a row then decodes nothing else."""
+    """The table with only the columns that `reader` reads, so that no others are decoded."""
     return rows.select_columns(reader.columns(rows.column_names))
 
 
 def _load_saved(path: str, *, split: str) -> Any:
-    """What `save_to_disk` wrote to the directory, or None where it is something else."""
+    """The data set that `save_to_disk` wrote to the directory `path`, or None where there is none."""
     import datasets
 
     directory = Path(path).expanduser()
@@ -145,8 +145,8 @@ def _load_saved(path: str, *, split: str) -> Any:
         return None
     try:
         rows = datasets.load_from_disk(str(directory))
-    except IndexError:  # the library cannot open a data set it saved without rows
-        raise UserError(f"data.path: {path} holds no documents; it must hold at least one with text") from None
+    except IndexError:  # the library cannot open a data set without rows that it saved
+        raise UserError(f"data.path: {path} has no documents; use a data set with at least one") from None
     if isinstance(rows, datasets.Dataset):
         return rows
     if split not in rows:
@@ -156,7 +156,7 @@ def _load_saved(path: str, *, split: str) -> Any:
 
 @contextmanager
 def _as_user_error(path: str) -> Iterator[None]:
-    """Turn what the datasets library raises into one line."""
+    """Raise errors of the datasets library as UserError."""
     import datasets
 
     try:

@@ -1,7 +1,7 @@
-"""Documents that are files, or parts of files: `text`, and `stdlib`, the installed Python's own source code.
+"""Documents in text files: sources `text`, and `stdlib`, the source code of the installed Python's standard library.
 
-A text file is one document, unless a separator cuts it into several. Files are read in the order of their paths, and
-again on every access; only their spans are kept.
+A file is one document, or several between separators. Files are in the order of their paths and are read at every
+access; only the spans of documents are kept in memory.
 """
 
 import sysconfig
@@ -19,7 +19,7 @@ from .documents import decode_utf8, digest
 
 @dataclass(frozen=True)
 class FileDocuments:
-    """One document a span."""
+    """One document per span of a file."""
 
     paths: tuple[Path, ...]
     spans: np.ndarray  # [documents, 3] int64: file, first byte, end
@@ -36,24 +36,24 @@ class FileDocuments:
 
 
 def open_text_files(paths: list[Path], *, separator: str | None) -> FileDocuments:
-    """Each file a document, or each non-empty part of it between separators."""
+    """The documents of the files: each file, or each non-empty span between separators."""
     digests = []
 
     def spans() -> Iterator[tuple[int, int, int]]:
         for number, path in enumerate(paths):
             content = map_file(path)
             digests.append(xxhash.xxh3_128_hexdigest(content))
-            cuts = [(0, len(content))] if separator is None else split_spans(content, separator.encode())
-            yield from ((number, start, stop) for start, stop in cuts if stop > start)
+            parts = [(0, len(content))] if separator is None else split_spans(content, separator.encode())
+            yield from ((number, start, stop) for start, stop in parts if stop > start)
 
-    table = np.fromiter(spans(), np.dtype((np.int64, 3)))  # 24 bytes a document: there may be very many
+    table = np.fromiter(spans(), np.dtype((np.int64, 3)))  # 24 bytes per document, because there may be very many
     return FileDocuments(tuple(paths), table, digest("text", str(separator), *digests))
 
 
 def split_spans(content: bytes | mmap, separator: bytes) -> Iterator[tuple[int, int]]:
-    """(start, stop) between separators.
+    """(start, stop) of the spans between separators.
 
-    >>> list(parts(b"one--two", b"--"))
+    >>> list(split_spans(b"one--two", b"--"))
     [(0, 3), (5, 8)]
     """
     start = 0
@@ -64,7 +64,7 @@ def split_spans(content: bytes | mmap, separator: bytes) -> Iterator[tuple[int, 
 
 
 def open_standard_library() -> FileDocuments:
-    """Every UTF-8 .py file of the running interpreter's standard library; what packages were installed is left out."""
+    """Every UTF-8 .py file of the running interpreter's standard library, without installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     paths, sizes, digests = [], [], []
     for path in sorted(root.rglob("*.py")):
@@ -73,21 +73,22 @@ def open_standard_library() -> FileDocuments:
         content = path.read_bytes()
         try:
             content.decode("utf-8")
-        except UnicodeDecodeError:  # the library's tests hold files in other encodings on purpose
+        except UnicodeDecodeError:  # tests of the library have files in other encodings
             continue
         paths.append(path)
         sizes.append(len(content))
         digests.append(xxhash.xxh3_128_hexdigest(content))
     if not paths:
         raise UserError(
-            f"data.source: stdlib finds no .py file in {root}; this Python ships no source, use another source"
+            f"data.source: stdlib finds no .py file in {root}, because this Python has no source code; use another "
+            "source"
         )
     spans = np.stack([np.arange(len(paths)), np.zeros_like(sizes), sizes], axis=1)
     return FileDocuments(tuple(paths), spans, digest("stdlib", *digests))
 
 
 def map_file(path: Path) -> bytes | mmap:
-    """The file's bytes, mapped: it may be larger than memory. Raises UserError when the system refuses."""
+    """The memory-mapped file, which may be larger than memory. Raises UserError where it cannot be read."""
     try:
         with open(path, "rb") as file:
             empty = file.seek(0, 2) == 0  # an empty file cannot be mapped

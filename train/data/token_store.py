@@ -2,13 +2,13 @@
 
 tokens.npy      [tokens] uint16 or uint32: every token that is a target
 offsets.npy     [documents + 1] int64: document i is tokens[offsets[i]:offsets[i + 1]]
-openers.npy     [documents, 2] int64: what the first token of each of its segments is predicted from
-cuts.npy        [documents] int64: tokens of its first segment; all of them, where it is not a pair
-unlearned.npy   [2, stretches] int64: tokens[start:stop] that are read but not learned, in order
-labels.npy      [documents] float32: what the recipe is told about it
-identities.npy  [documents] uint64: a hash of the text, see split.py
-sizes.npy       [documents] int64: bytes of the text that is learned, in UTF-8
-origins.npy     [documents] int64: its index in the source; documents without text are left out
+openers.npy     [documents, 2] int64: the input from which the first token of each of its segments is predicted
+cuts.npy        [documents] int64: tokens of its first segment; all tokens, where it is not a pair
+unlearned.npy   [2, ranges] int64: tokens[start:stop] without a loss, in order
+labels.npy      [documents] float32: the label of the example, for its recipe
+identities.npy  [documents] uint64: a hash of the text, see `held_out_split.py`
+sizes.npy       [documents] int64: bytes of the learned text in UTF-8
+origins.npy     [documents] int64: its index in the source; empty documents are skipped
 """
 
 import logging
@@ -42,34 +42,34 @@ class TokenStore:
     identities: np.ndarray
     sizes: np.ndarray
     origins: np.ndarray
-    first_token: int = 0  # the number of its first token among those of all the run's stores
+    first_token: int = 0  # index of its first token among those of all stores of the run
 
     def __len__(self) -> int:
         return len(self.identities)
 
     @property
     def lengths(self) -> np.ndarray:
-        """[documents] int64: tokens of each, the end token included."""
+        """[documents] int64: tokens of each document, the end token included."""
         return np.diff(self.offsets)
 
     @property
     def learned(self) -> np.ndarray:
-        """[documents] int64: tokens of each that have weight 1."""
+        """[documents] int64: tokens of each document with weight 1."""
         start, stop = self.unlearned
         documents = np.searchsorted(self.offsets, start, side="right") - 1
         return self.lengths - np.bincount(documents, stop - start, minlength=len(self)).astype(np.int64)
 
     def weights(self, begin: int, end: int) -> np.ndarray:
         """[end - begin] float32: 1 for each of tokens[begin:end] that is learned, else 0."""
-        found = np.ones(end - begin, np.float32)
+        weights = np.ones(end - begin, np.float32)
         starts, stops = self.unlearned
-        for place in range(np.searchsorted(stops, begin, side="right"), np.searchsorted(starts, end)):
-            found[max(starts[place] - begin, 0) : stops[place] - begin] = 0
-        return found
+        for index in range(np.searchsorted(stops, begin, side="right"), np.searchsorted(starts, end)):
+            weights[max(starts[index] - begin, 0) : stops[index] - begin] = 0
+        return weights
 
 
 def tokenize(documents: Documents, tokenizer: Tokenizer, *, cache: Path) -> TokenStore:
-    """The documents as tokens: encoded once, then read from the cache."""
+    """The documents as tokens, encoded once and then read from the cache."""
     key = digest("tokens-3", documents.fingerprint, tokenizer.fingerprint)
     return cache_entry(
         cache / "tokens" / key,
@@ -79,7 +79,7 @@ def tokenize(documents: Documents, tokenizer: Tokenizer, *, cache: Path) -> Toke
 
 
 def write_store(documents: Documents, tokenizer: Tokenizer, *, directory: Path) -> None:
-    """Encode everything into `directory`, a batch of documents at a time."""
+    """Encode all documents into `directory`, a batch at a time."""
     logger.info("tokenizing %d documents", len(documents))
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     columns: dict[str, list] = {name: [] for name in ("openers", "cuts", "labels", "identities", "sizes", "origins")}
@@ -88,9 +88,9 @@ def write_store(documents: Documents, tokenizer: Tokenizer, *, directory: Path) 
         _write_header(file, dtype, count=0)
         for batch in document_batches(documents):
             examples = [parse_document(text) for _, text in batch]
-            found = iter(encode_parts([part for example in examples for part in example.parts], tokenizer))
+            segments = iter(encode_parts([part for example in examples for part in example.parts], tokenizer))
             for (origin, text), example in zip(batch, examples, strict=True):
-                parts = [next(found) for _ in example.parts]
+                parts = [next(segments) for _ in example.parts]
                 for part in parts:
                     file.write(np.array(part.tokens, dtype).tobytes())
                     unlearned += [(total + start, total + stop) for start, stop in part.unlearned]
@@ -122,7 +122,7 @@ def open_store(directory: Path) -> TokenStore:
 
 
 def document_batches(documents: Documents) -> Iterator[list[tuple[int, str]]]:
-    """Consecutive (index, text) of about BATCH_CHARACTERS together."""
+    """Batches of consecutive (index, text) with about BATCH_CHARACTERS in all."""
     batch, characters = [], 0
     for item in nonempty_texts(documents):
         batch.append(item)
@@ -135,6 +135,6 @@ def document_batches(documents: Documents) -> Iterator[list[tuple[int, str]]]:
 
 
 def _write_header(file, dtype: np.dtype, *, count: int) -> None:
-    # numpy pads the header so that it does not move when the first dimension grows: it can be rewritten at the end
+    # numpy pads the header, so that it keeps its size when it is rewritten with the final count
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(file, header)

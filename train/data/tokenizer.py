@@ -2,8 +2,8 @@
 
 Three ids have a role. `eos` closes every document and is learned; `bos` is the first *input* of every document (the
 same id as `eos` where the tokenizer has no other), so that its first token is predicted too; `pad` fills rows and has
-weight 0. The library adds none of them: encoding never sees a special token, not even where a text spells one. Only
-what a chat template wrote is read with its special tokens, as transformers reads it.
+weight 0. The library adds none of them, and a text that spells a special token is encoded as ordinary text. Only
+rendered chat templates are encoded with special tokens, as in transformers.
 """
 
 import json
@@ -20,7 +20,7 @@ from .source_paths import tokenizer_file
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
-# What published tokenizers call them, tried in this order where no tokenizer_config.json says.
+# Names of special tokens in published tokenizers, tried in this order without a tokenizer_config.json.
 ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 STARTS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
 PADS = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
@@ -53,31 +53,31 @@ class Tokenizer:
         return [encoded.ids for encoded in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_rendered(self, texts: Sequence[str]) -> list[Any]:
-        """`tokenizers.Encoding` of each text, in which the names of special tokens stand for them; none is added."""
-        return self._knowing.encode_batch(list(texts), add_special_tokens=False)
+        """`tokenizers.Encoding` of each text, in which names of special tokens are special tokens; none is added."""
+        return self._with_specials.encode_batch(list(texts), add_special_tokens=False)
 
     @cached_property
-    def _knowing(self) -> Any:
-        """The library, with special tokens known by their names."""
-        knowing = type(self.library).from_str(self.library.to_str())
-        knowing.encode_special_tokens = False
-        return knowing
+    def _with_specials(self) -> Any:
+        """A copy of the library that encodes special tokens by their names."""
+        library = type(self.library).from_str(self.library.to_str())
+        library.encode_special_tokens = False
+        return library
 
     @cached_property
     def added_ids(self) -> frozenset[int]:
-        """Ids of tokens that no text has: special ones, and those that templates name."""
+        """Ids of tokens that do not occur in text: special tokens, and those of templates."""
         return frozenset(self.library.get_added_tokens_decoder())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special tokens have none, broken UTF-8 becomes U+FFFD."""
+        """The text of `ids` without special tokens; invalid UTF-8 becomes U+FFFD."""
         return self.library.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def decode_all(self, ids: Iterable[int]) -> str:
-        """Like `decode`, with special tokens by name: for people to look at."""
+        """The text of `ids` with the names of special tokens, for display."""
         return self.library.decode([int(token) for token in ids], skip_special_tokens=False)
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and, with the special tokens, tokenizer_config.json; `load(directory)` reads both."""
+        """Write tokenizer.json and tokenizer_config.json (special tokens); `load_tokenizer(directory)` reads both."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.library.save(str(directory / "tokenizer.json"))
@@ -90,10 +90,10 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, or in the directory that holds one.
+    """The tokenizer of a tokenizer.json, or of its directory.
 
-    Special tokens come from tokenizer_config.json beside it, else by their usual names. Raises UserError when there is
-    no such file, or no token that can end a document.
+    Special tokens are those of tokenizer_config.json beside it, else those with usual names. Raises UserError where
+    there is no such file, or no token that ends a document.
     """
     import tokenizers
 
@@ -101,13 +101,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         library = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises the bare class
-        raise UserError(f"data.tokenizer.file: {file} is not a tokenizer.json: {error}") from None
+        raise UserError(f"data.tokenizer.file: {file} is not a tokenizer.json: {error}; save it again") from None
     named = _named_specials(file.with_name("tokenizer_config.json"))
     eos = _special(library, named.get("eos_token"), ENDS)
     if eos is None:
         raise UserError(
-            f"data.tokenizer.file: {file} has no token that ends a document; name one as eos_token in "
-            f"tokenizer_config.json beside it, or add one of {', '.join(ENDS)}"
+            f"data.tokenizer.file: {file} has no token that ends a document; set eos_token in tokenizer_config.json "
+            f"beside it, or add one of {', '.join(ENDS)}"
         )
     bos = _special(library, named.get("bos_token"), STARTS)
     pad = _special(library, named.get("pad_token"), PADS)
@@ -115,24 +115,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def check_same_tokenizer(tokenizer: Tokenizer, directory: str | Path, *, key: str) -> None:
-    """Raise UserError where the tokenizer in `directory`, which the configuration's `key` names, has other ids."""
+    """Raise UserError where the tokenizer in `directory`, the value of `key`, has other ids."""
     other = load_tokenizer(directory)
     if (tokenizer.bos, tokenizer.eos) != (other.bos, other.eos):
         raise UserError(
-            f"{key}: {directory} begins and ends a document with ids {other.bos} and {other.eos}, and the data with "
+            f"{key}: {directory} has bos {other.bos} and eos {other.eos}, but the tokenizer of the data has "
             f"{tokenizer.bos} and {tokenizer.eos}; set data.tokenizer.file to {directory}"
         )
-    ours, theirs = (one.library.get_vocab(with_added_tokens=True) for one in (tokenizer, other))
-    if apart := sorted(word for word in ours.keys() | theirs.keys() if ours.get(word) != theirs.get(word)):
-        word = apart[0]
+    ours, theirs = (item.library.get_vocab(with_added_tokens=True) for item in (tokenizer, other))
+    if different := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
+        token = different[0]
         raise UserError(
-            f"{key}: {directory} has another tokenizer: {len(apart)} words differ, e.g. {word!r} is id "
-            f"{theirs.get(word)} there and {ours.get(word)} here; set data.tokenizer.file to {directory}"
+            f"{key}: {directory} has another tokenizer: {len(different)} tokens differ, e.g. {token!r} is id "
+            f"{theirs.get(token)} there and {ours.get(token)} here; set data.tokenizer.file to {directory}"
         )
 
 
 def train_bpe(texts: Iterable[str], *, vocab: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab` ids, special tokens and all 256 bytes included. Equal texts, equal tokenizer.
+    """Train a byte-level BPE of at most `vocab` ids, with special tokens and all 256 bytes. It is deterministic.
 
     Source: Sennrich et al., arXiv:1508.07909, over bytes as in GPT-2.
     """
@@ -150,7 +150,7 @@ def train_bpe(texts: Iterable[str], *, vocab: int) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Id = byte; 256 ends a document, 257 pads.
+    """The tokenizer with one id per byte; 256 ends a document, 257 pads.
 
     >>> byte_tokenizer().encode("Aa")
     [65, 97]
@@ -165,9 +165,9 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def byte_names() -> list[str]:
-    """The printable character that stands for each byte 0..255 in a byte-level vocabulary.
+    """The printable character for each byte 0..255 in a byte-level vocabulary.
 
-    Printable Latin-1 stands for itself, the others take the code points from 256 on, in order. Source: GPT-2.
+    Printable Latin-1 characters are unchanged; other bytes get the code points from 256 on, in order. Source: GPT-2.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
@@ -175,17 +175,17 @@ def byte_names() -> list[str]:
 
 
 def configured_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
-    """The tokenizer that needs no documents, or None where one is to be trained."""
+    """The tokenizer of a file or of bytes, or None where one must be trained."""
     if config.bytes:
         return byte_tokenizer()
     return load_tokenizer(config.file) if config.file else None
 
 
 def check_vocab_size(tokenizer: Tokenizer, model_vocab: int) -> None:
-    """Raise UserError where the tokenizer makes ids the model has no row for."""
+    """Raise UserError where the tokenizer has more ids than the model has rows."""
     if tokenizer.vocab_size > model_vocab:
         raise UserError(
-            f"model.vocab: {model_vocab} is less than the tokenizer's {tokenizer.vocab_size} ids; "
+            f"model.vocab: {model_vocab} is less than the {tokenizer.vocab_size} ids of the tokenizer; "
             f"set model.vocab to at least {tokenizer.vocab_size}, or train a smaller one (data.tokenizer.vocab)"
         )
 
@@ -203,18 +203,18 @@ def _byte_level(model: Any, *, split: bool) -> Any:
 def _make_tokenizer(library: Any, **roles: int) -> Tokenizer:
     library.no_padding()
     library.no_truncation()
-    library.encode_special_tokens = True  # a corpus that spells "<|endoftext|>" gets its letters, not the token
+    library.encode_special_tokens = True  # "<|endoftext|>" in a text is encoded as text
     return Tokenizer(library, **roles)
 
 
 def _named_specials(file: Path) -> dict[str, str]:
-    """`bos_token`, `eos_token`, `pad_token` of a tokenizer_config.json, as far as they are there."""
+    """Those of `bos_token`, `eos_token`, `pad_token` that a tokenizer_config.json has."""
     if not file.is_file():
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"data.tokenizer.file: {file} is not JSON: {error}") from None
+        raise UserError(f"data.tokenizer.file: {file} is not JSON: {error}; copy it again") from None
     named = {role: content.get(role) for role in ("bos_token", "eos_token", "pad_token")}
     return {role: token["content"] if isinstance(token, dict) else token for role, token in named.items() if token}
 

@@ -21,7 +21,7 @@ from ...configs.run import RunConfig
 from ...memory import policy
 from ...models.adapters import multi_lora
 from ...models.adapters.attach import adapter_inserter, init_adapters, split_trained
-from ...models.context import Context, flat_linear, linear, unconstrained
+from ...models.context import Context, flat_linear, linear, no_constraint
 from ...models.decoder import Decoder, decoder_graphdef
 from ...models.quantized_model import make_fake_quantize, quantize_frozen, quantized_kernel_inserter
 from ...models.reward_head import RewardHead, init_reward_head
@@ -246,8 +246,8 @@ def partition_params(config: RunConfig, weights: Any = None, teacher: Any = None
 def local_context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
     """The context of blocks whose rows are computed whole by one device of `mesh`."""
     local_mesh = Mesh(mesh.devices.reshape(-1)[:1].reshape([1] * mesh.devices.ndim), mesh.axis_names)
-    lookup = partial(embedding_lookup, constrain=unconstrained)
-    return dataclasses.replace(make_context(config, local_mesh, batch, keys), constrain=unconstrained, lookup=lookup)
+    lookup = partial(embedding_lookup, constrain=no_constraint)
+    return dataclasses.replace(make_context(config, local_mesh, batch, keys), constrain=no_constraint, lookup=lookup)
 
 
 def make_context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:

@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ...configs.errors import MeshwrightError, Preempted
+from ...configs.errors import MeshwrightError, Preemption
 from ...configs.sections.outer import PAIRWISE_RULES
 from ...parallel.multihost import broadcast_bytes
 from ...parallel.outer.interface import OuterStep
@@ -100,12 +100,12 @@ class IslandSync:
     def begin(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         """Return the state and step to start with; the step is smaller than `step` if the others are behind.
 
-        Raises MeshwrightError if no other island sends its state, Preempted if this one is asked to stop meanwhile.
+        Raises MeshwrightError if no other island sends its state, Preemption if this one is asked to stop meanwhile.
         """
         try:
             return self._enter(state, step)
         except WaitStopped:
-            raise Preempted("stopped before the islands started; run the same command to go on") from None
+            raise Preemption("stopped before the islands started; run the same command to go on") from None
 
     def _enter(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         version = xxhash.xxh3_64_hexdigest(self._pack_canonical(self.program.eval_params(state)))

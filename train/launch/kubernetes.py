@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from ...configs.errors import Preempted, UserError
+from ...configs.errors import Preemption, UserError
 from ...configs.sections.launch import KubernetesConfig
 from .job import Job
 
@@ -104,7 +104,7 @@ def supervisor_job(job: Job, name: str) -> dict[str, Any]:
     codes = {"containerName": "supervisor", "operator": "In"}
     rules = [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"action": "Ignore", "onExitCodes": {**codes, "values": [Preempted.exit_code]}},
+        {"action": "Ignore", "onExitCodes": {**codes, "values": [Preemption.exit_code]}},
         {"action": "FailJob", "onExitCodes": {**codes, "values": [UserError.exit_code]}},
     ]
     container = {"name": "supervisor", "command": command, "ports": [{"containerPort": PORT}]}

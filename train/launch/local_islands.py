@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...configs.errors import MeshwrightError, Preempted, UserError
+from ...configs.errors import MeshwrightError, Preemption, UserError
 from ..core.rendezvous import MembershipStore, Server
 from ..core.signals import StopSignals
 from ..islands.quorum import QuorumService
@@ -35,7 +35,7 @@ def serve_rendezvous(host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
 def supervise_islands(command: Callable[[int, str], Sequence[str]], *, count: int, directory: Path) -> None:
     """Run `command(number, rendezvous)` for each of `count` islands until all end well.
 
-    The output of island 0 is shown, the others write to `directory`/launch/island-K.log. Raises Preempted where all
+    The output of island 0 is shown, the others write to `directory`/launch/island-K.log. Raises Preemption where all
     stopped on request, UserError where one refused its configuration, MeshwrightError where one failed: the others
     trained on to their end.
     """
@@ -81,7 +81,7 @@ def raise_for_exit_codes(codes: Sequence[int], directory: Path) -> None:
     logs = f"{directory / 'launch'} and {directory}/island-*/events.jsonl say why"
     if UserError.exit_code in codes:
         raise UserError(f"islands refused the configuration (exit codes {by_island}); {logs}")
-    if not set(codes) <= {0, Preempted.exit_code}:
+    if not set(codes) <= {0, Preemption.exit_code}:
         raise MeshwrightError(f"islands failed (exit codes {by_island}); {logs}")
-    if Preempted.exit_code in codes:
-        raise Preempted("stopped on request, states saved; run the same command to go on")
+    if Preemption.exit_code in codes:
+        raise Preemption("stopped on request, states saved; run the same command to go on")

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from ...checkpoint.redundancy import agent_files
-from ...configs.errors import MeshwrightError, Preempted
+from ...configs.errors import MeshwrightError, Preemption
 from ..core.rendezvous import MembershipStore, Server
 from .agent_server import AgentServer
 from .job import Job, supervise_job
@@ -115,12 +115,12 @@ class RemoteEngine:
     def acquire(self, slots: Collection[int]) -> None:
         """Wait until each of `slots` has an agent.
 
-        Raises MeshwrightError where machines do not come in time, Preempted where a stop is requested meanwhile.
+        Raises MeshwrightError where machines do not come in time, Preemption where a stop is requested meanwhile.
         """
         waited = 0.0
         while missing := set(slots) - self.available_slots():
             if self._stop.requested:
-                raise Preempted(f"stopped on request while processes {sorted(missing)} had no machine; run it again")
+                raise Preemption(f"stopped on request while processes {sorted(missing)} had no machine; run it again")
             self._agent_server.wait_connected(missing, 0.5)
             waited += 0.5
             if waited % LOG_SECONDS == 0:

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from ...configs.errors import MeshwrightError, Preempted, UserError
+from ...configs.errors import MeshwrightError, Preemption, UserError
 from ...configs.sections.launch import SlurmConfig
 from . import launchers
 from .job import Job, import_optional
@@ -124,8 +124,8 @@ class SupervisorStep:
             self._thread.join(0.2)
         if self._error is not None:
             print(f"meshwright: {self._error}", file=sys.stderr)
-            if isinstance(self._error, Preempted):
-                sys.exit(Preempted.exit_code)
+            if isinstance(self._error, Preemption):
+                sys.exit(Preemption.exit_code)
             raise self._error
 
     def checkpoint(self) -> Any:

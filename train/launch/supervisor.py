@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from ...configs.errors import MeshwrightError, Preempted, UserError
+from ...configs.errors import MeshwrightError, Preemption, UserError
 from ...configs.sections.fault_tolerance import ElasticConfig
 from ..core.event_log import EventLog
 from ..core.fence import Fence, current_epoch
@@ -146,7 +146,7 @@ class Supervisor:
     def run(self) -> None:
         """Run until every process ended well.
 
-        Raises Preempted where all stopped on request, UserError where a process refused the configuration,
+        Raises Preemption where all stopped on request, UserError where a process refused the configuration,
         MeshwrightError where the supervisor gave up.
         """
         epoch, reason = current_epoch(self.directory), "started"
@@ -164,7 +164,7 @@ class Supervisor:
             if outcome.kind == "done":
                 return
             if outcome.kind in ("preempted", "regroup") and self.stop.requested:
-                raise Preempted("stopped on request, state saved; run the same command to go on")
+                raise Preemption("stopped on request, state saved; run the same command to go on")
             if outcome.kind == "refused":
                 raise UserError(outcome.reason)
             if outcome.kind == "regroup":
@@ -186,14 +186,14 @@ class Supervisor:
     def _assign_slots(self, reason: str) -> Assignment:
         """Choose the slots and the mesh of the next epoch; journal a change. `reason` says how the last epoch ended.
 
-        Raises MeshwrightError where what is left fits no mesh, Preempted where a stop is requested meanwhile.
+        Raises MeshwrightError where what is left fits no mesh, Preemption where a stop is requested meanwhile.
         """
         regrouping, began, before = self._regrouping, self.clock(), self._regrouping.current
         assignment = regrouping.wait_for_assignment(
             stopped=lambda: self.stop.requested, clock=self.clock, sleep=self.sleep
         )
         if self.stop.requested and before is not None:
-            raise Preempted("stopped on request between two epochs; run the same command to go on")
+            raise Preemption("stopped on request between two epochs; run the same command to go on")
         if assignment is None:
             raise MeshwrightError(
                 f"slots {sorted(regrouping.available_slots())} are left, {sorted(regrouping.drained_slots())} are "
@@ -275,12 +275,12 @@ def judge_exit_codes(
     Where they were asked to stop (`stopping`), one that SIGTERM ended had nothing to save yet: it was still starting.
     """
     if stopping:
-        codes = {index: Preempted.exit_code if code in TERMINATED else code for index, code in codes.items()}
+        codes = {index: Preemption.exit_code if code in TERMINATED else code for index, code in codes.items()}
     if UserError.exit_code in codes.values():
         refused = next(index for index, code in codes.items() if code == UserError.exit_code)
         reason = f"process {refused} refused the configuration (see above)"
         return Outcome("refused", reason, monitor.highest_step, refused)
-    if failed := {index: code for index, code in codes.items() if code not in (None, 0, Preempted.exit_code)}:
+    if failed := {index: code for index, code in codes.items() if code not in (None, 0, Preemption.exit_code)}:
         reports = monitor.reports
         corrupt = [index for index in failed if index in reports and reports[index].phase == CORRUPT_PHASE]
         suspect = min(corrupt, default=policies.find_failed_process(failed))
@@ -289,7 +289,7 @@ def judge_exit_codes(
         return Outcome("failed", reason, monitor.highest_step, suspect, now - last_news)
     if None in codes.values():
         return None
-    kind = "preempted" if Preempted.exit_code in codes.values() else "done"
+    kind = "preempted" if Preemption.exit_code in codes.values() else "done"
     return Outcome(kind, f"processes ended with these exit codes: {dict(codes)}", monitor.highest_step)
 
 

@@ -16,7 +16,7 @@ from meshwright.configs.errors import UserError
 from meshwright.configs.huggingface import FORMATS, changed_keys, to_config_json, to_model_section
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.configs.sections.parallel import MeshConfig
-from meshwright.models.context import Context, unconstrained
+from meshwright.models.context import Context, no_constraint
 from meshwright.models.decoder import decoder_graphdef, initial_params
 from meshwright.models.families import safetensors_files as storage
 from meshwright.parallel import vocabulary
@@ -52,7 +52,7 @@ def logits(model, params, tokens):
         kernel,
         vocab=model.vocab,
         softcap=model.logit_softcap,
-        constrain=unconstrained,
+        constrain=no_constraint,
     )
     return np.asarray(found)[..., : model.vocab]
 

@@ -13,7 +13,7 @@ from meshwright.checkpoint.interop import huggingface, peft
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.adapter import AdapterConfig
 from meshwright.models.adapters import attach, peft_prompt, peft_writer
-from meshwright.models.context import Context, unconstrained
+from meshwright.models.context import Context, no_constraint
 from meshwright.models.decoder import decoder_graphdef
 from meshwright.parallel import vocabulary
 
@@ -66,7 +66,7 @@ def logits(model, adapter, tree):
 
     hidden, kernel = run(tree)
     found = vocabulary.compute_logits(
-        hidden, kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=unconstrained
+        hidden, kernel, vocab=model.vocab, softcap=model.logit_softcap, constrain=no_constraint
     )
     return np.asarray(found)[..., : model.vocab]
 

@@ -105,9 +105,9 @@ def test_the_fingerprint_follows_what_decides_the_samples(cache, key, value):
 
 
 TOO_LITTLE = {
-    "less than a row": (["a b"], {"held_out": 0}, "data.sequence_length: 32 tokens make a row, but data has only 4 to"),
-    "one document to split": (["a" * 100], {}, "data.held_out: 0.02 of 1 document leaves nothing to hold out"),
-    "no text": (["", ""], {}, r"data.path: .* holds no documents"),
+    "less than a row": (["a b"], {"held_out": 0}, "data.sequence_length: 32 .* 4 "),
+    "one document to split": (["a" * 100], {}, "data.held_out: 0.02 "),
+    "no text": (["", ""], {}, r"data.path: .* no documents"),
 }
 
 
@@ -121,7 +121,7 @@ def test_too_little_text_is_refused(cache, tmp_path, texts, settings, message):
 
 def test_a_table_of_empty_texts_is_refused(cache, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
-    with pytest.raises(UserError, match="every document of the source is empty"):
+    with pytest.raises(UserError, match="data: .*empty"):
         built(source="jsonl", documents=None, path=str(tmp_path))
 
 
@@ -148,11 +148,11 @@ class Blocked:
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Blocked())
 from meshwright.configs.sections.data import DataConfig
-from meshwright.train.data.assemble import build, training_texts
+from meshwright.train.data.assemble import build_data, training_texts
 from meshwright.train.data.batches import batches
 from meshwright.train.data.preview import render
-from meshwright.train.data.held_out_split import held_out, identity
-data = build(DataConfig(**{TINY!r}, cache={str(tmp_path)!r}), seed=0)
+from meshwright.train.data.held_out_split import select_held_out, text_identity
+data = build_data(DataConfig(**{TINY!r}, cache={str(tmp_path)!r}), seed=0)
 print(render(data).plain[:5], next(batches(data.train, start=0, global_batch=4, prefetch=2))["tokens"].shape)
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -54,18 +54,18 @@ def test_a_template_that_rewrites_earlier_turns_needs_the_words(template):
         source="{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}<|im_end|>"
         "{% endif %}{% endfor %}",
     )
-    with pytest.raises(UserError, match=r"changes what it wrote of earlier turns.*\{% generation %\}"):
+    with pytest.raises(UserError, match=r"data.template: .*\{% generation %\}"):
         forgetful.to_part(EXPECTED[1]["messages"], origin="a.jsonl line 2")
 
 
 def test_nothing_to_learn_shows_what_was_rendered(template):
-    with pytest.raises(UserError, match=r"line 3: nothing of this conversation.*Rendered: '<s><\|im_start\|>user"):
+    with pytest.raises(UserError, match=r"data.format: a.jsonl line 3: .*Rendered: '<s><\|im_start\|>user"):
         template.to_part([{"role": "user", "content": "Hi"}], origin="a.jsonl line 3")
 
 
 def test_a_turn_that_never_ends_is_refused(template):
     endless = replace(template, source=template.source.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen"))
-    with pytest.raises(UserError, match="would never learn to stop"):
+    with pytest.raises(UserError, match="data.template: .*special token"):
         tokens_and_mask(endless, EXPECTED[0]["messages"])
 
 

@@ -68,4 +68,4 @@ def test_arrays_have_the_types_of_the_contract(stores, packings):
     types = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
     integers = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ("int32", (8,)))
     floats = dict.fromkeys(("loss_weights", "labels"), ("float32", (8,)))
-    assert types == integers | floats | {"places": ("int64", (8,))}
+    assert types == integers | floats | {"token_index": ("int64", (8,))}

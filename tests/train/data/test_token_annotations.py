@@ -13,7 +13,7 @@ class Rows:
     rows = 3
 
     def row(self, index):
-        return {"places": np.array([2 * index, 2 * index + 1, NO_TOKEN])}
+        return {"token_index": np.array([2 * index, 2 * index + 1, NO_TOKEN])}
 
 
 def test_a_row_that_no_notes_were_taken_of_is_refused_rather_than_full_of_zeros():

@@ -82,7 +82,7 @@ def test_a_damaged_entry_is_made_again_and_said_so(damage, cache, caplog):
     damage(entry(cache))
     with caplog.at_level(logging.WARNING):
         assert documents_of(tokenize(TEXTS, byte_tokenizer(), cache=cache)) == expected
-    assert "making it again" in caplog.text
+    assert "writing it again" in caplog.text
 
 
 def test_an_entry_that_fails_half_way_leaves_nothing(cache):
@@ -132,8 +132,8 @@ def test_of_many_who_want_an_entry_one_makes_it(cache):
 
 def test_a_process_that_is_killed_while_it_makes_an_entry_leaves_it_to_the_next(cache):
     code = (
-        "import os, signal, sys; from pathlib import Path; from meshwright.train.data.disk_cache import cached\n"
-        "cached(Path(sys.argv[1]), read=str, write=lambda directory: os.kill(os.getpid(), signal.SIGKILL))"
+        "import os, signal, sys; from pathlib import Path; from meshwright.train.data.disk_cache import cache_entry\n"
+        "cache_entry(Path(sys.argv[1]), read=str, write=lambda directory: os.kill(os.getpid(), signal.SIGKILL))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(cache / "key")], check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL and (cache / "key.lock").exists()

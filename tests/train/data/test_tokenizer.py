@@ -57,7 +57,7 @@ def test_training_merges_what_is_frequent_and_keeps_to_its_size():
 
 
 def test_training_is_the_same_in_another_process():
-    code = f"from meshwright.train.data.tokenizer import train; print(train({CORPUS!r}, vocab=300).fingerprint)"
+    code = f"from meshwright.train.data.tokenizer import train_bpe; print(train_bpe({CORPUS!r}, vocab=300).fingerprint)"
     environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert other.stdout.strip() == train_bpe(CORPUS, vocab=300).fingerprint
@@ -115,7 +115,7 @@ def test_loading_what_is_not_there_or_not_a_tokenizer_is_refused(tmp_path):
 
 def test_the_model_must_have_a_row_for_every_id(tokenizer):
     check_vocab_size(tokenizer, tokenizer.vocab_size)
-    with pytest.raises(UserError, match=f"model.vocab: 257 is less than the tokenizer's {tokenizer.vocab_size} ids"):
+    with pytest.raises(UserError, match=f"model.vocab: 257 is less than the {tokenizer.vocab_size} ids"):
         check_vocab_size(tokenizer, 257)
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import multihost_utils
 from support.waiting import HANG_SECONDS
 
-from meshwright.configs.errors import Preempted
+from meshwright.configs.errors import Preemption
 from meshwright.parallel.outer.interface import OuterStep
 from meshwright.parallel.transport.payload_server import TransferCounters
 from meshwright.train import loop as loops
@@ -113,7 +113,7 @@ def test_one_who_is_asked_to_stop_gives_a_round_up_and_keeps_its_state(tmp_path,
 
 
 def test_one_who_is_asked_to_stop_before_the_others_are_there_is_preempted(tmp_path, quick):
-    with pytest.raises(Preempted):
+    with pytest.raises(Preemption):
         make_sync(tmp_path, should_stop=lambda update: True).begin({"w": jax.numpy.zeros(2)}, 0)
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 from support.waiting import wait_until
 
-from meshwright.configs.errors import MeshwrightError, Preempted, UserError
+from meshwright.configs.errors import MeshwrightError, Preemption, UserError
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
 from meshwright.train.launch.job import Job
 from meshwright.train.launch.launchers import launch_local
@@ -78,6 +78,6 @@ def test_a_worker_that_ignores_sigterm_is_killed(tmp_path):
 
 def test_sigterm_stops_all_workers_and_is_a_preemption(tmp_path):
     threading.Thread(target=stop_when_started, args=(tmp_path,)).start()
-    with pytest.raises(Preempted, match="run the same command to go on"):
+    with pytest.raises(Preemption, match="run the same command to go on"):
         run(tmp_path, "time.sleep(600)", before="signal.signal(signal.SIGTERM, lambda *_: sys.exit(75));")
     assert not alive(tmp_path)

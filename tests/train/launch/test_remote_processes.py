@@ -9,7 +9,7 @@ import pytest
 from support.fake_jobs import WORKER, last_states, make_run, restarts, when
 from support.waiting import wait_until
 
-from meshwright.configs.errors import MeshwrightError, Preempted, UserError
+from meshwright.configs.errors import MeshwrightError, Preemption, UserError
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
 from meshwright.configs.sections.launch import LaunchConfig
 from meshwright.train.launch import agent_server
@@ -121,7 +121,7 @@ def test_a_preempted_machine_saves_first_and_is_no_failure(tmp_path):
 def test_a_stop_request_saves_and_the_next_launch_goes_on(tmp_path):
     stop, directory = SimpleNamespace(requested=False), tmp_path / "run"
     when((directory / "met/1/5").exists, lambda: setattr(stop, "requested", True))
-    with pytest.raises(Preempted):
+    with pytest.raises(Preemption):
         run(directory, stop=stop)
     run(directory)
     assert finished_alike(directory)
@@ -144,7 +144,7 @@ def test_machines_that_do_not_come_are_named(tmp_path):
 def test_waiting_for_machines_ends_at_a_stop_request(tmp_path):
     hosts, stop = ProcessHosts(), SimpleNamespace(requested=False)
     hosts.start = lambda machines, port: setattr(stop, "requested", True)
-    with pytest.raises(Preempted, match=r"processes \[0, 1, 2\] had no machine"):
+    with pytest.raises(Preemption, match=r"processes \[0, 1, 2\] had no machine"):
         run(tmp_path / "run", hosts=hosts, stop=stop, start_timeout=5)
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from meshwright.configs.errors import MeshwrightError, Preempted
+from meshwright.configs.errors import MeshwrightError, Preemption
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
 from meshwright.train.core.event_log import read_events
 from meshwright.train.core.fence import Fence, Fenced, current_epoch
@@ -232,7 +232,7 @@ def test_a_process_that_never_starts_is_a_hang(tmp_path):
 def test_processes_have_the_grace_period_to_stop_and_are_not_restarted(tmp_path):
     stops = [(2.0, 0, "stop"), (5.0, 0, 75), (6.0, 1, 75)]
     engine = FakeEngine([stops])
-    with pytest.raises(Preempted):
+    with pytest.raises(Preemption):
         engine.run(tmp_path)
     assert engine.log == [("start", 0), ("ask", 2), ("kill", 6)]
     stuck = FakeEngine([[(2.0, 0, "stop")]])

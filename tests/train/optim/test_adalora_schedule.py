@@ -92,7 +92,7 @@ def test_the_budget_goes_to_the_most_important_triplets():
     assert counts == [12, 12, 10, 12, 12, 7, 12, 12, 6, 6, 6, 6]
 
 
-def test_a_layer_of_a_stack_without_an_adapter_has_no_part():
+def test_a_layer_without_an_adapter_gets_no_rank():
     """What is in its place decides nothing, and the budget is that of the others."""
     random = np.random.default_rng(2)
     steps = [leaves(random) for _ in range(STEPS + 1)]
@@ -121,7 +121,7 @@ def test_a_layer_of_a_stack_without_an_adapter_has_no_part():
     np.testing.assert_allclose(among["o"], alone["o"], atol=1e-6)
 
 
-def test_the_distance_is_nothing_for_orthogonal_factors():
+def test_the_penalty_is_zero_for_orthogonal_factors():
     random = np.random.default_rng(1)
     q, _ = np.linalg.qr(random.normal(size=(6, 4)))
     own = {"q": {"adapter": {"a": jnp.asarray(q[None]), "b": jnp.asarray(q.T[None]), "e": jnp.ones((1, 4))}}}
@@ -177,7 +177,7 @@ def test_a_budget_that_cannot_be_kept_is_refused(given, words):
 
 
 @pytest.mark.parametrize("method", ["adalora", "fishmask", "lottery"])
-def test_replicas_that_would_choose_differently_are_refused(method):
+def test_methods_that_choose_by_importance_are_refused_with_replicas(method):
     adapter = {"method": method} | ({"budget": {"settled": 1}} if method == "adalora" else {"scouting": 1})
     with pytest.raises(UserError, match=f"adapter.method: {method} "):
         tiny(adapter=adapter, mesh={"replica": 2}, outer={"name": "diloco", "every": 2})

@@ -11,7 +11,7 @@ from support.equivalence import assert_same, tiny, trajectory
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.training import OptimizerConfig
-from meshwright.parallel.hlo import KINDS, parse, varying_axes
+from meshwright.parallel.hlo import KINDS, parse_computations, varying_axes
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.state import TrainState
 from meshwright.train.engine.pipeline.stages import batch_weight
@@ -33,7 +33,7 @@ def drawn(scale):
 
 @pytest.mark.parametrize("name", optimizers.RULES)
 @pytest.mark.parametrize("size", SIZES)
-def test_a_guess_that_does_not_stand_leaves_no_trace(name, size):
+def test_a_dropped_optimistic_update_leaves_no_trace(name, size):
     """Bit for bit, from a state that has moved, for every optimizer there is."""
     section = OptimizerConfig(name=name, clip=1.0, weight_decay=0.1, ema=0.9)
     optimizer, optimistic = (
@@ -59,7 +59,7 @@ def staged(**changes):
     return tiny(**base, optimizer={"name": "sgd", "clip": 14.0}, pipeline={"schedule": "zb-h1", **changes})
 
 
-def test_a_pipeline_that_validates_later_trains_like_one_that_waits():
+def test_post_validation_trains_like_waiting_for_the_norm():
     late = staged(post_validation=True)
     assert_same(staged(), late, tolerance=1e-6)
     rolled_back = [metrics["rolled_back"] for metrics in trajectory(late)[0]]
@@ -67,7 +67,7 @@ def test_a_pipeline_that_validates_later_trains_like_one_that_waits():
     assert rolled_back == clipped and {0.0, 1.0} == set(rolled_back)
 
 
-def test_no_stage_waits_for_another_before_it_moves_its_weights():
+def test_with_post_validation_no_stage_waits_before_its_update():
     """In the compiled program: what the branch is given of the blocks was made without a message between stages.
 
     Of each kernel these are the gradient and, moved already, parameter and momentum. (The compiler may put a small
@@ -93,10 +93,10 @@ def test_no_stage_waits_for_another_before_it_moves_its_weights():
 
 def entry(text):
     """The instructions of the outermost computation of a module."""
-    return parse(text)[re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)[1]]
+    return parse_computations(text)[re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)[1]]
 
 
-def test_a_recipe_that_weighs_by_probability_cannot_begin_early():
+def test_a_recipe_weighted_by_probability_refuses_post_validation():
     def hard(logprobs, batch):
         return logprobs.sum(), jnp.where(logprobs < -1, batch["loss_weights"], 0).sum()
 

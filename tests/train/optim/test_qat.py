@@ -33,7 +33,7 @@ def program_of(**settings):
     return build(config, make_mesh(config.mesh))
 
 
-def test_sgd_of_codes_is_that_of_the_weights_they_stand_for():
+def test_sgd_on_codes_equals_sgd_on_their_weights():
     """With the paper's 1 / scale^2, before anything is rounded; without it a step is thousands of times too short."""
     config = tiny(**merge_trees(CODES, {"model": {"embed": 16}, "quantization": {"group": 8}}))
     _, form = next(kernel_layouts(config.model, config.quantization))
@@ -61,7 +61,7 @@ def test_sgd_of_codes_is_that_of_the_weights_they_stand_for():
     assert float(jnp.linalg.norm(plainly - whole)) < 1e-3 * rate * float(jnp.linalg.norm(gradient))
 
 
-def test_rounding_is_right_on_the_average_and_leaves_whole_codes_alone():
+def test_rounding_is_right_on_average_and_keeps_whole_codes():
     keys = jax.random.split(jax.random.key(0), 20_000)
     wanted = jnp.array([3.0, 0.25, 7.9, 254.5])
     drawn = qat.stochastic_round(jnp.broadcast_to(wanted, (len(keys), 4)), keys)
@@ -97,7 +97,7 @@ def runs():
     ]
 
 
-def test_codes_learn_as_the_weights_do(runs):
+def test_codes_train_like_the_weights(runs):
     """The first gradient is theirs, and the loss falls as theirs does although nothing is kept of what was rounded."""
     (program, start, losses, _), (other, same, wanted, _) = runs
     batch = batches(program.config, 1)[0]
@@ -112,7 +112,7 @@ def test_codes_learn_as_the_weights_do(runs):
     np.testing.assert_allclose(losses, wanted, atol=0.05 * (wanted[0] - wanted[-1]))
 
 
-def test_nothing_is_kept_but_codes(runs):
+def test_the_state_holds_codes_and_no_weights(runs):
     (program, start, _, end), _ = runs
     before, now = (to_canonical(state.params, program.config.model) for state in (start, end))
     kernels = {name for name in now if name.endswith("/kernel/codes")}
@@ -137,7 +137,7 @@ def test_nothing_is_kept_but_codes(runs):
     ids=["mesh", "pipeline"],
 )
 @pytest.mark.parametrize("rule", [SGD, {"name": "sgd", "clip": 1.0, "weight_decay": 0.1}], ids=["sgd", "momentum"])
-def test_a_mesh_changes_nothing(changes, rule):
+def test_the_result_is_the_same_on_every_mesh(changes, rule):
     """Every code goes up or down as on one device, wherever its layer stands."""
     every = CODES | {"adapter": {"method": "selective", "targets": ["layers/*"]}, "optimizer": SGD | rule}
     own = {"microbatches": changes.get("microbatches", 1)}
@@ -145,7 +145,7 @@ def test_a_mesh_changes_nothing(changes, rule):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_its_codes(tmp_path, monkeypatch):
+def test_a_run_resumes_from_its_codes(tmp_path, monkeypatch):
     """Stopped in the middle it ends where it would have, on another mesh: what is rounded how is no chance of a run."""
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     told = {"name": "codes", "checkpoint": {"every": 2}, "logging": {"every": 1, "tensorboard": False}}
@@ -166,11 +166,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("changes", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_what_no_codes_can_do_is_refused(changes, words):
+def test_settings_that_do_not_work_with_codes_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
         tiny(**merge_trees(CODES, changes))
 
 
-def test_norms_have_no_codes():
+def test_trained_codes_without_a_linear_map_are_refused():
     with pytest.raises(UserError, match=r"quantization.trained: true, but no linear map is trained"):
         program_of(**CODES | {"adapter": {"method": "selective", "targets": ["final_norm/*"]}}).shapes  # noqa: B018

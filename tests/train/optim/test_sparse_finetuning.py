@@ -27,7 +27,7 @@ def best(scores, count):
     return {name: score >= limit for name, score in scores.items()}
 
 
-def test_the_largest_of_all():
+def test_top_k_mask_selects_over_all_leaves():
     scores = {name: np.abs(leaf) for name, leaf in tree(np.random.default_rng(0)).items()}
     found = jax.jit(lambda scores: top_k_mask(scores, count=7))(scores)
     for name, wanted in best(scores, 7).items():
@@ -36,14 +36,14 @@ def test_the_largest_of_all():
     assert not nothing["one"].any()  # what never had a gradient is never chosen
 
 
-def test_more_elements_than_an_integer_counts():
+def test_count_true_is_right_beyond_the_range_of_int32():
     """What is seen as [2**17, 2**15] has 2**32 elements, and 32 bits would call them none."""
     row = jnp.arange(2**15) >= 0
     assert float(jax.jit(lambda row: count_true({"wide": jnp.broadcast_to(row, (2**17, 2**15))}))(row)) == 2.0**32
 
 
 @pytest.mark.parametrize("method", ["fishmask", "lottery"])
-def test_the_papers_rule(method):
+def test_the_update_is_that_of_the_paper(method):
     """Five updates in numpy, of which two look for the elements."""
     random = np.random.default_rng(1)
     adapter = AdapterConfig(method=method, density=0.2, scouting=2)
@@ -71,7 +71,7 @@ def test_the_papers_rule(method):
 
 
 @pytest.mark.parametrize("method", ["fishmask", "lottery"])
-def test_in_a_run_only_so_many_elements_move(method):
+def test_a_run_changes_only_as_many_elements_as_the_density_says(method):
     """Of the MLPs, of one layer of two that share a stack."""
     from support.equivalence import batches
 
@@ -91,7 +91,7 @@ def test_in_a_run_only_so_many_elements_move(method):
 @pytest.mark.parametrize(
     ("method", "mesh"), [("fishmask", MESH), ("fishmask", {"data": 2, "seq": 2, "tensor": 2}), ("lottery", MESH)]
 )
-def test_a_mesh_changes_nothing(method, mesh):
+def test_the_result_is_the_same_on_every_mesh(method, mesh):
     adapter = {"method": method, "density": 0.1, "scouting": 2}
     sgd = {"name": "sgd", "b1": 0.0}
     assert_same(tiny(adapter=adapter, optimizer=sgd), tiny(adapter=adapter, optimizer=sgd, mesh=mesh), steps=4)

@@ -17,7 +17,7 @@ from ....configs.sections.model import ModelConfig
 from ....configs.sections.parallel import MemoryConfig
 from ....memory.offload_check import BATCH, REPEATS, Remat, tokens_and_params
 from ....memory.policy import make_remat
-from ....models.context import Context, unconstrained
+from ....models.context import Context, no_constraint
 from ....models.decoder import decoder_graphdef
 from ....parallel.gradients import Batch
 from ....parallel.pipeline.tables.lowering import lower_table
@@ -41,7 +41,7 @@ def pooled_gradient(
         context=lambda fields, keys: Context(
             positions=fields["positions"], remat=remat(decisions, scanned=True), compute_dtype=compute
         ),
-        constrain=unconstrained,
+        constrain=no_constraint,
         compute=jnp.dtype(compute),
     )
     engine = make_engine(
