@@ -38,7 +38,7 @@ def test_a_plan_compares_the_configuration_with_diloco_and_data_parallelism():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["lowcomm", "lowcomm/noloco"], "--step-seconds 2 --gigabits 0.1"),
         (["lowcomm", "quickstart", "--gigabits", "1"], "outer: null in quickstart"),
