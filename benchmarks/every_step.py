@@ -59,7 +59,7 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
 
     config = CheckpointConfig(memory_every=1, parity="xor")
     plan = make_parity_plan(config, hosts=HOSTS, processes=HOSTS)
-    step, repeats = step_of(seconds, side)
+    step, repeats = make_step(seconds, side)
     states = [random_state(megabytes // HOSTS, seed=host) for host in range(HOSTS)]
     blocks: dict[bool, list[float]] = {False: [], True: []}  # with snapshots? -> median seconds of every block
     cpu = dict.fromkeys((False, True), 0.0)  # seconds of all cores
@@ -121,7 +121,7 @@ def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[s
     }
 
 
-def step_of(seconds: float, side: int) -> tuple[Any, Any]:
+def make_step(seconds: float, side: int) -> tuple[Any, Any]:
     """Return step(state, repeats), which donates its state, and the products of `side` x `side` that take `seconds`."""
     import jax
     import jax.numpy as jnp
@@ -133,10 +133,10 @@ def step_of(seconds: float, side: int) -> tuple[Any, Any]:
     def work(repeats: Any) -> Any:
         return jax.lax.fori_loop(0, repeats, lambda _, x: x @ factor, factor)
 
-    def updated(states: Any, product: Any) -> Any:
+    def update_states(states: Any, product: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf + product[0, 0].astype(leaf.dtype), states)
 
-    update = jax.jit(updated, donate_argnums=0)
+    update = jax.jit(update_states, donate_argnums=0)
     work(10).block_until_ready()
     began = time.monotonic()
     work(tries).block_until_ready()

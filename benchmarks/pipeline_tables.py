@@ -13,9 +13,11 @@ fitted to one cell.
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import yaml
 from scipy.optimize import brentq
 
 from ..configs.errors import UserError
@@ -26,8 +28,35 @@ from ..parallel.pipeline.tables.schedules.registry import make_table
 from ..parallel.pipeline.tables.simulator import Timeline, simulate
 from ..parallel.pipeline.tables.table import Table
 from .harness import bench_parser
-from .published import BUBBLES, BUBBLES_AT, MICROBATCHES, VOCABULARIES, VOCABULARY, Setup
 
+
+class Setup(NamedTuple):
+    """A model on a pipeline."""
+
+    schedule: str
+    gpus: int
+    layers: int
+    embed: int
+    sequence: int
+
+
+class TableRow(NamedTuple):
+    """A row of a paper's table, by vocabulary."""
+
+    mfu: tuple[float, ...]
+    gigabytes: tuple[float, ...]
+
+
+# Numbers from papers, with their sources.
+_PAPERS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+VOCABULARIES: list[int] = _PAPERS["vocabularies"]
+MICROBATCHES: int = _PAPERS["microbatches"]
+VOCABULARY = {
+    Setup(**row["setup"]): {method: TableRow(**numbers) for method, numbers in row["methods"].items()}
+    for row in _PAPERS["vocabulary"]
+}
+BUBBLES: dict[str, float] = _PAPERS["bubbles"]
+BUBBLES_AT: dict[str, int] = _PAPERS["bubbles_at"]
 PARAMETER_BYTES = 16  # bfloat16 with its gradient, float32 master copy and two moments
 GIB = 2**30
 Rows = list[tuple[str, ...]]

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from meshwright.benchmarks.pipeline_tables import TABLES, formulas, gap, main, predict
-from meshwright.benchmarks.published import VOCABULARIES, Setup
+from meshwright.benchmarks.pipeline_tables import TABLES, VOCABULARIES, Setup, formulas, gap, main, predict
 from meshwright.configs.errors import UserError
 
 SMALL = Setup("1f1b", 8, 32, 3072, 2048)

@@ -152,7 +152,7 @@ def test_a_rendered_plan_is_short_and_shows_shardings(planned):
 
 
 def test_an_adapters_plan_shows_the_share_of_trained_weights(planned):
-    assert compile_plan.trained(planned[1]) == planned[1]["parameters"]["count"]
+    assert compile_plan.trained_count(planned[1]) == planned[1]["parameters"]["count"]
     config = tiny(adapter={"method": "lora", "rank": 2, "targets": ["q"]}, mesh={})
     tuned = planned[1] | compile_plan.storage_plan(build(config, make_mesh(config.mesh)))
     console = Console(width=120, record=True, file=io.StringIO())
