@@ -69,7 +69,7 @@ class MemoryStore:
         return max((header["step"] for header in map(read_header, self._paths) if header), default=-1)
 
     @property
-    def protected(self) -> agent_files.Protected:
+    def protected(self) -> agent_files.ProtectedStep:
         """What the snapshot agents protect by parity."""
         return agent_files.read_protected(self.directory)
 

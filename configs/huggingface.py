@@ -11,9 +11,12 @@ of version 5); version 4 is written, because both versions read it.
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from .errors import UserError
 from .hf_rope import read_rope, write_rope
@@ -21,41 +24,7 @@ from .hf_rope import read_rope, write_rope
 logger = logging.getLogger(__name__)
 Tree = Mapping[str, Any]
 
-KEYS = {
-    "vocab": "vocab_size",
-    "layers": "num_hidden_layers",
-    "embed": "hidden_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "mlp": "intermediate_size",
-    "norm_epsilon": "rms_norm_eps",
-    "tied_embeddings": "tie_word_embeddings",
-}
-SOFTCAPS = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
-GPT2_KEYS = {
-    "vocab": "vocab_size",
-    "layers": "n_layer",
-    "embed": "n_embd",
-    "heads": "n_head",
-    "mlp": "n_inner",
-    "max_positions": "n_positions",
-    "norm_epsilon": "layer_norm_epsilon",
-    "tied_embeddings": "tie_word_embeddings",
-}
-
-# Keys that do not change what this decoder computes from weights and tokens.
-IGNORED = {
-    "architectures", "model_type", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "use_cache",
-    "transformers_version", "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-    "max_position_embeddings", "pretraining_tp", "_name_or_path", "id2label", "label2id", "return_dict", "n_ctx",
-    "chunk_size_feed_forward", "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type",
-    "cache_implementation", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
-    "summary_first_dropout", "task_specific_params", "reorder_and_upcast_attn", "_attn_implementation_autoset",
-    "rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "sliding_window", "layer_types",
-    "sliding_window_pattern", "_sliding_window_pattern", "use_sliding_window", "max_window_layers",
-    "query_pre_attn_scalar", "original_max_position_embeddings", "_attn_implementation",
-}  # fmt: skip
+SOFTCAPS = ("attention_softcap", "logit_softcap")
 
 # Keys that may differ between the model of a run and that of a file: they do not change what the weights compute.
 NOT_IN_FILES = {"family", "from", "vocab_multiple", "dropout", "attention", "scan"}
@@ -63,78 +32,22 @@ NOT_IN_FILES = {"family", "from", "vocab_multiple", "dropout", "attention", "sca
 
 @dataclass(frozen=True)
 class HuggingFaceFormat:
-    """One `model_type` of transformers."""
+    """One `model_type` of transformers; `huggingface.yaml` describes the fields."""
 
-    architecture: str  # the class in transformers
-    family: str  # ours
-    defaults: Tree = field(default_factory=dict)  # their key -> its value where a file lacks it
-    fixed: Tree = field(default_factory=dict)  # their key -> the values we support; the last is written
-    keys: Mapping[str, str] = field(default_factory=lambda: KEYS)  # ours -> theirs
-    windows: Literal["none", "all", "types"] = "none"  # of no layer, every layer, or by `layer_types`
+    architecture: str
+    family: str
+    defaults: Tree
+    fixed: Tree
+    keys: Mapping[str, str]
+    windows: Literal["none", "all", "types"] = "none"
 
 
-SILU = {"hidden_act": "silu"}
-GELU = {"attention_bias": False, "use_bidirectional_attention": (None, False)}
-ACTIVATION = ("gelu", "gelu_pytorch_tanh")  # files of Gemma say gelu in one place and mean the tanh form
-
-FORMATS: dict[str, HuggingFaceFormat] = {
-    "llama": HuggingFaceFormat("LlamaForCausalLM", "llama", {"rms_norm_eps": 1e-6}, SILU),
-    "mistral": HuggingFaceFormat(
-        "MistralForCausalLM",
-        "mistral",
-        {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
-        SILU,
-        windows="all",
-    ),
-    "qwen2": HuggingFaceFormat(
-        "Qwen2ForCausalLM", "qwen2", {"rms_norm_eps": 1e-6, "num_key_value_heads": 32}, SILU, windows="types"
-    ),
-    "qwen3": HuggingFaceFormat(
-        "Qwen3ForCausalLM",
-        "qwen3",
-        {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128},
-        SILU | {"attention_bias": False},
-        windows="types",
-    ),
-    "gemma": HuggingFaceFormat(
-        "GemmaForCausalLM",
-        "gemma",
-        {"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True, "num_key_value_heads": 16},
-        GELU | {"hidden_act": ACTIVATION, "hidden_activation": (None, *ACTIVATION)},
-    ),
-    "gemma2": HuggingFaceFormat(
-        "Gemma2ForCausalLM",
-        "gemma2",
-        {"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True, "num_key_value_heads": 4}
-        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256}
-        | {"sliding_window": 4096, "sliding_window_pattern": 2},
-        GELU | {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": ACTIVATION},
-        keys=KEYS | SOFTCAPS,
-        windows="types",
-    ),
-    "gemma3_text": HuggingFaceFormat(
-        "Gemma3ForCausalLM",
-        "gemma3",
-        {"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True, "num_key_value_heads": 4}
-        | {"num_attention_heads": 8, "vocab_size": 262208, "query_pre_attn_scalar": 256}
-        | {"sliding_window": 4096, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
-        GELU | {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": ACTIVATION},
-        keys=KEYS | SOFTCAPS,
-        windows="types",
-    ),
-    "phi3": HuggingFaceFormat(
-        "Phi3ForCausalLM", "phi3", {"rms_norm_eps": 1e-5}, SILU | {"partial_rotary_factor": 1.0}, windows="all"
-    ),
-    "olmo2": HuggingFaceFormat("Olmo2ForCausalLM", "olmo2", {"rms_norm_eps": 1e-5}, SILU | {"attention_bias": False}),
-    "gpt2": HuggingFaceFormat(
-        "GPT2LMHeadModel",
-        "gpt2",
-        {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "n_positions": 1024},
-        {"activation_function": ("gelu_pytorch_tanh", "gelu_new"), "scale_attn_weights": True}
-        | {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-        keys=GPT2_KEYS,
-    ),
-}
+@cache
+def read_tables() -> tuple[dict[str, HuggingFaceFormat], frozenset[str]]:
+    """(model_type -> its format, keys without effect) of `huggingface.yaml`."""
+    tables = yaml.safe_load((Path(__file__).parent / "huggingface.yaml").read_text(encoding="utf-8"))
+    formats = {kind: HuggingFaceFormat(**fields) for kind, fields in tables["formats"].items()}
+    return formats, frozenset(tables["ignored"])
 
 
 def read_model_section(directory: str | Path) -> dict[str, Any]:
@@ -168,15 +81,16 @@ def find_format(tree: Tree) -> tuple[str, Tree]:
     if tree.get("model_type") == "gemma3" and "text_config" in tree:  # with an image tower, which is left out
         tree = {"model_type": "gemma3_text"} | tree["text_config"]
     kind = str(tree.get("model_type"))
-    if kind not in FORMATS:
-        raise UserError.no_match("model.from: config.json: model_type", [kind], candidates=FORMATS)
+    formats, _ = read_tables()
+    if kind not in formats:
+        raise UserError.no_match("model.from: config.json: model_type", [kind], candidates=formats)
     return kind, tree
 
 
 def to_model_section(tree: Tree) -> dict[str, Any]:
     """Our section model for a config.json. Raises UserError with their key where no exact import is possible."""
     kind, tree = find_format(tree)
-    form = FORMATS[kind]
+    form = read_tables()[0][kind]
     tree = {**form.defaults, **tree}
     check_fixed(form, tree)
     section: dict[str, Any] = {"family": form.family}
@@ -197,12 +111,12 @@ def to_model_section(tree: Tree) -> dict[str, Any]:
 def check_fixed(form: HuggingFaceFormat, tree: Tree) -> None:
     """Raise UserError for a value that is not supported; log a warning for unknown keys."""
     for key, only in form.fixed.items():
-        choices = only if isinstance(only, tuple) else (only,)
+        choices = only if isinstance(only, list) else [only]
         if key in tree and tree[key] not in choices:
             raise unsupported_error(
                 key, tree[key], f"only {' or '.join(map(repr, choices))} is what this decoder computes"
             )
-    known = IGNORED | set(form.keys.values()) | form.fixed.keys() | {"attention_bias", "mlp_bias"}
+    known = read_tables()[1] | set(form.keys.values()) | form.fixed.keys() | {"attention_bias", "mlp_bias"}
     if unknown := sorted(key for key in tree.keys() - known if tree[key] not in (None, False, "", [], {})):
         logger.warning("config.json: not read: %s", ", ".join(f"{key}={tree[key]!r:.40}" for key in unknown))
 
@@ -260,9 +174,10 @@ def to_config_json(model: Any, *, positions: int, dtype: str) -> dict[str, Any]:
     The family's own format is tried first. `positions` is the longest row of the model in tokens, `dtype` that of the
     tensors.
     """
-    first = [kind for kind, form in FORMATS.items() if form.family == model.family]
+    formats, _ = read_tables()
+    first = [kind for kind, form in formats.items() if form.family == model.family]
     differing = {}
-    for kind in [*first, *(kind for kind in FORMATS if kind not in first)]:
+    for kind in [*first, *(kind for kind in formats if kind not in first)]:
         tree = write_format(kind, model, positions=positions, dtype=dtype)
         if not (differing.setdefault(kind, changed_keys(model, tree))):
             return tree
@@ -275,13 +190,13 @@ def to_config_json(model: Any, *, positions: int, dtype: str) -> dict[str, Any]:
 
 def write_format(kind: str, model: Any, *, positions: int, dtype: str) -> dict[str, Any]:
     """The config.json of format `kind` that comes closest to `model`."""
-    form = FORMATS[kind]
+    form = read_tables()[0][kind]
     sizes = {"kv_heads": model.key_value_heads, "head_dim": model.head_width}
     tree: dict[str, Any] = {"architectures": [form.architecture], "model_type": kind, "torch_dtype": dtype}
     # Without them transformers assumes default ids, which a small vocabulary does not have.
     tree |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     tree |= {theirs: sizes.get(ours, getattr(model, ours)) for ours, theirs in form.keys.items()}
-    tree |= {key: only[-1] if isinstance(only, tuple) else only for key, only in form.fixed.items()}
+    tree |= {key: only[-1] if isinstance(only, list) else only for key, only in form.fixed.items()}
     if form.family == "gpt2":
         return tree
     tree |= {"max_position_embeddings": positions} | write_rope(model.rope, local="gemma3" in kind)

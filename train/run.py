@@ -80,12 +80,13 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
     Raises UserError, before a device is touched, if the request cannot work. Raises Preemption, after the state was
     saved, if the process is asked to stop.
     """
+    # Configuration, data and program. Nothing is written until everything is checked.
     parent, name = parent_and_name(config, root)
-    # This refuses the directory of another run. Nothing is written until everything is checked.
     directory = open_directory(config, root=parent, name=name, write=False)
     check_steps_reached(config.steps, max(CheckpointDirectory(directory / "checkpoints").steps, default=0), directory)
     data, score_functions = load_checked_data(config, process_info)
     program = build_program(budgeted(config, data), process_info)
+    # The run directory, where only processes of the newest epoch may write.
     open_directory(config, root=parent, name=name, write=process_info.is_first)
     fence = Fence(directory, process_info.epoch)
     if process_info.is_first:
@@ -94,6 +95,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
     checkpoint, corpus = program.config.checkpoint, data.fingerprint
     with ExitStack() as stack:
         progress = stack.enter_context(closing(ProgressReporter(process_info, fence)))
+        report_waiting = progress.report_waiting
         storage = Storage(
             directory / "checkpoints", layout=program.layout, check_allowed=fence.check, timeout=checkpoint.timeout
         )
@@ -101,6 +103,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
         stop = stack.enter_context(StopRequest())
         stack.enter_context(log_failures(event_log))
 
+        # The state: from memory, from storage, or new.
         memory = None
         if checkpoint.memory_every:
             memory = open_memory_store(
@@ -117,6 +120,8 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
             return with_reference_logprobs(program, data, samples=shard.samples(step, config.steps))
 
         data = data_from(start)
+
+        # What happens beside the steps: saves, and synchronization with other islands.
         snapshots = None
         if memory is not None:
             snapshots = SnapshotWriter(checkpoint, memory, event_log, fence.check)
@@ -128,30 +133,23 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
             event_log,
             metadata={"corpus": corpus, "origin": program.origin},
             snapshots=snapshots,
-            report_waiting=progress.report_waiting,
+            report_waiting=report_waiting,
             check_state=make_state_check(program, progress),
         )
         island_sync = None
         if config.islands:
-            island_sync = stack.enter_context(
-                join_islands(
-                    config,
-                    program,
-                    event_log,
-                    corpus=corpus,
-                    report_waiting=progress.report_waiting,
-                    should_stop=stop.requested,
-                )
+            joined = join_islands(
+                config, program, event_log, corpus=corpus, report_waiting=report_waiting, should_stop=stop.requested
             )
+            island_sync = stack.enter_context(joined)
 
+        # The compiled programs and their plan.
         if process_info.is_first:
             logger.info("%s: from step %d to step %d; compiling", directory, start, config.steps)
         began = time.monotonic()
         train_step = program.compiled_step()
         synchronize = island_sync or program.compiled_synchronization()
-        evaluator = None
-        if data.held_out:
-            evaluator = Evaluator(program, data, program.compiled_evaluation(), score_functions)
+        evaluator = Evaluator(program, data, program.compiled_evaluation(), score_functions) if data.held_out else None
         event_log.record("compile", seconds=time.monotonic() - began)
         barrier(seconds=config.elastic.start_timeout)
         plan = compile_plan.make_plan(program, train_step)
@@ -179,6 +177,8 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
                 privacy_metrics=spending(program.config, data),
             )
             state = loop.run(state, start)
+
+        # The end: the last save is complete, ops are measured, the report is written.
         checkpointer.finish()
         if program.pipeline_plan is not None and config.pipeline.measure:
             progress.report(config.steps, "measure")

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ...configs.huggingface import FORMATS
+from ...configs.huggingface import read_tables
 from ...configs.sections.model import ModelConfig
 from ...models.families import safetensors_files as storage
 from ...models.families.tensor_regions import Index, assemble_tensor, find_region, regions_by_tensor
@@ -33,7 +33,7 @@ def canonical_shapes(params: Any, model: ModelConfig) -> Shapes:
 
 def format_kind(model: ModelConfig) -> str:
     """Return the Hugging Face `model_type` whose tables name the weights of the model's family."""
-    return next(kind for kind, form in FORMATS.items() if form.family == model.family)
+    return next(kind for kind, form in read_tables()[0].items() if form.family == model.family)
 
 
 def check_files(directory: str | Path, model: ModelConfig, *, shapes: Any) -> None:

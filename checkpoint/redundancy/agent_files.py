@@ -20,7 +20,7 @@ MEMORY_VARIABLE = "MESHWRIGHT_MEMORY"  # environment variable: a directory in a 
 
 
 @dataclass(frozen=True)
-class Protected:
+class ProtectedStep:
     """The newest protected step; -1: none. The field names are the keys of the JSON."""
 
     step: int = -1
@@ -40,19 +40,19 @@ class Recovery:
     seconds: float = 0.0  # spent on verifying and rebuilding
 
 
-def write_status(directory: Path, status: Protected | Recovery) -> None:
+def write_status(directory: Path, status: ProtectedStep | Recovery) -> None:
     """Replace the status file of this kind in `directory`."""
-    name = PROTECTED if isinstance(status, Protected) else RECOVERY
+    name = PROTECTED if isinstance(status, ProtectedStep) else RECOVERY
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     draft = directory / f".{name}.{os.getpid()}"
     draft.write_text(json.dumps(asdict(status)))
     os.replace(draft, directory / name)
 
 
-def read_protected(directory: Path) -> Protected:
+def read_protected(directory: Path) -> ProtectedStep:
     """Read what is protected; `Protected()` if the agent has written nothing."""
     content = _read(directory / PROTECTED)
-    return Protected(**content) if content else Protected()
+    return ProtectedStep(**content) if content else ProtectedStep()
 
 
 def read_recovery(directory: Path) -> Recovery | None:

@@ -27,7 +27,7 @@ import numpy as np
 from ...parallel.transport.checked_stream import ClientPool, RequestRefused
 from ..errors import DamagedCheckpoint
 from . import agent_files, shm_slots
-from .agent_files import Protected
+from .agent_files import ProtectedStep
 from .host_snapshot import HostSnapshot, ProcessSlot, holding_from_json, scatter_to_slots, snapshot_from_json
 from .parity import add, add_doubling, block_length, solve_stripe, stripe_hosts, stripes_of
 from .parity_groups import group_holdings, parity_holders
@@ -190,7 +190,7 @@ class SnapshotAgent:
             seconds = time.monotonic() - self._first_seen.get(step, time.monotonic())
             heads = [head for path in self._parity_paths if (head := read_head(path)) and head.step == step]
             size = sum(head.bytes for head in heads)
-            agent_files.write_status(self.directory, Protected(step, seal, seconds, size))
+            agent_files.write_status(self.directory, ProtectedStep(step, seal, seconds, size))
         self._first_seen = {step: seen for step, seen in self._first_seen.items() if step in snapshots}
 
     def _parity_slot_to_write(self, step: int) -> Path:

@@ -1,10 +1,10 @@
 """The section adapter: which weights are trained in place of the whole model."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .base import Section
+from .base import Section, check_keys_are_read
 
 # Method -> the keys it reads beside `method`.
 TARGET_KEYS = {"targets", "layers"}  # of methods that may adapt a part of the model
@@ -118,16 +118,7 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _everything_has_an_effect(self) -> "AdapterConfig":
-        for name, field in type(self).model_fields.items():
-            value: Any = getattr(self, name)
-            if name in METHOD_KEYS[self.method] | {"method"} or value == field.default:
-                continue
-            readers = [method for method, keys in METHOD_KEYS.items() if name in keys]
-            raise ValueError(
-                f"adapter.{name}: {value!r} has no effect on method {self.method}; remove it (adapter.{name}="
-                f"{'null' if field.default is None else field.default} where another file sets it), or set "
-                f"adapter.method to {' or '.join(readers)}"
-            )
+        check_keys_are_read(self, "adapter", selector="method", readers=METHOD_KEYS)
         if self.targets == [] or (self.method == "selective" and self.targets is None and self.layers is None):
             raise ValueError(
                 f"adapter.targets: {self.targets} selects nothing to train; name modules, e.g. [q, v], or set "

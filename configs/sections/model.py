@@ -4,7 +4,6 @@ A setting that has no effect with the others is refused, so that a model is neve
 """
 
 import itertools
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -56,56 +55,37 @@ FAMILIES["gemma3"] = FAMILIES["gemma"] | {
 }
 
 
-def section_keys(section: type[Section]) -> set[str]:
-    """The names of all keys of `section` in YAML."""
-    return {field.alias or name for name, field in section.model_fields.items()}
-
-
-def check_positive(section: str, settings: Section, keys: Iterable[str]) -> None:
-    """Raise ValueError for the first of `keys` that is set and not above 0 (integers: below 1)."""
-    for key in keys:
-        if (value := getattr(settings, key)) is not None and not value > 0:
-            least = "at least 1" if isinstance(value, int) else "above 0"
-            raise ValueError(f"{section}.{key}: {value} must be {least}")
-
-
 class RopeConfig(Section):
     """Rotary position embedding (RoFormer, arXiv:2104.09864) on half-split pairs, and its scaling to long sequences."""
 
-    theta: float = 10000.0
+    theta: float = Field(10000.0, gt=1)
     """Base of the rotation's wavelengths."""
-    local_theta: float | None = None
+    local_theta: float | None = Field(None, gt=1)
     """Base in layers with a sliding window, never scaled; null: the same as `theta`."""
     scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     """How a model that was trained at `original_length` reads longer sequences."""
-    factor: float = 1.0
+    factor: float = Field(1.0, ge=1)
     """New length over `original_length`."""
-    original_length: int = 8192
+    original_length: int = Field(8192, ge=1)
     """Sequence length before scaling, in tokens (llama3, yarn)."""
-    low_frequency_factor: float = 1.0
+    low_frequency_factor: float = Field(1.0, gt=0)
     """llama3: wavelengths above original_length / this are scaled fully."""
     high_frequency_factor: float = 4.0
     """llama3: wavelengths below original_length / this are not scaled."""
     beta_fast: float = 32.0
     """yarn: a dimension with more rotations than this over original_length is not scaled."""
-    beta_slow: float = 1.0
+    beta_slow: float = Field(1.0, gt=0)
     """yarn: a dimension with fewer rotations than this over original_length is scaled fully."""
-    attention_factor: float | None = None
+    attention_factor: float | None = Field(None, gt=0)
     """yarn: factor on cos and sin; null: 0.1 ln(factor) + 1."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "RopeConfig":
-        for key in ("theta", "local_theta"):
-            if (theta := getattr(self, key)) is not None and theta <= 1:
-                raise ValueError(f"model.rope.{key}: {theta} must be above 1; 10000 is usual")
-        if self.factor < 1:
-            raise ValueError(f"model.rope.factor: {self.factor} must be at least 1: new length over original_length")
         if self.scaling == "none" and self.factor != 1:
             raise ValueError(
                 f"model.rope.factor: {self.factor} has no effect without model.rope.scaling; "
                 "set it to linear, llama3 or yarn"
             )
-        check_positive("model.rope", self, ("original_length", "low_frequency_factor", "beta_slow", "attention_factor"))
         if not self.low_frequency_factor < self.high_frequency_factor:
             raise ValueError(
                 f"model.rope.low_frequency_factor: {self.low_frequency_factor} must be below "
@@ -126,26 +106,26 @@ class ModelConfig(Section):
     training starts from its weights. null: training starts from random weights."""
     family: Literal[tuple(FAMILIES)] = "llama"  # type: ignore[valid-type]
     """Set of defaults for the keys of the architecture."""
-    vocab: int = 2048
+    vocab: int = Field(2048, ge=1)
     """Number of token ids; at least the size of the tokenizer."""
-    vocab_multiple: int = 128
+    vocab_multiple: int = Field(128, ge=1)
     """Embedding and head are padded to a multiple of this many rows, and the padding is masked; mesh.tensor must divide
     it."""
-    layers: int = 4
+    layers: int = Field(4, ge=1)
     """Number of blocks."""
-    embed: int = 192
+    embed: int = Field(192, ge=1)
     """Width of the residual stream."""
-    heads: int = 6
+    heads: int = Field(6, ge=1)
     """Number of query heads."""
-    kv_heads: int | None = None
+    kv_heads: int | None = Field(None, ge=1)
     """Number of key and value heads (grouped-query attention, arXiv:2305.13245); null: as many as `heads`."""
-    head_dim: int | None = None
+    head_dim: int | None = Field(None, ge=1)
     """Width of a head; null: embed / heads."""
-    mlp: int = 512
+    mlp: int = Field(512, ge=1)
     """Hidden width of the feed-forward part."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm (arXiv:1910.07467) or LayerNorm."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = Field(1e-5, gt=0)
     """Added to the variance before its square root."""
     norm_unit_offset: bool = False
     """Multiply by 1 + scale, with scale starting at zero (Gemma)."""
@@ -165,7 +145,7 @@ class ModelConfig(Section):
     """swiglu and geglu have a gate (arXiv:2002.05202); gelu has none. GELU is the tanh form (GPT-2, Gemma)."""
     position_encoding: Literal["rope", "learned", "none"] = "rope"
     """How positions are encoded: rotation of queries and keys, a learned table, or not at all."""
-    max_positions: int = 1024
+    max_positions: int = Field(1024, ge=1)
     """Rows of the learned table of positions; read with position_encoding learned only."""
     rope: RopeConfig = RopeConfig()
     """Frequencies of the rotation and their scaling."""
@@ -176,15 +156,15 @@ class ModelConfig(Section):
     windows: tuple[int | None, ...] = (None,)
     """Sliding window of each layer, in tokens that a query sees, itself included; the pattern repeats over the layers.
     null is full attention."""
-    attention_softcap: float | None = None
+    attention_softcap: float | None = Field(None, gt=0)
     """Scores become cap * tanh(scores / cap) (Gemma 2); null: no cap."""
-    logit_softcap: float | None = None
+    logit_softcap: float | None = Field(None, gt=0)
     """Logits become cap * tanh(logits / cap) (Gemma 2); null: no cap."""
-    attention_scale: float | None = None
+    attention_scale: float | None = Field(None, gt=0)
     """Factor on scores; null: head_dim ** -0.5."""
     parallel_block: bool = False
     """Attention and MLP read the same norm and are added together (GPT-J, PaLM)."""
-    dropout: float = 0.0
+    dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping an element of the outputs of attention and MLP, in training."""
     attention: Literal["auto", "dense", "blockwise", "cudnn"] = "auto"
     """Implementation of attention; auto: cudnn on a GPU where it is exact, else blockwise."""
@@ -198,7 +178,8 @@ class ModelConfig(Section):
     def _family_defaults(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        if values.get("from") and not section_keys(cls) <= values.keys():  # a resolved section no longer needs the file
+        keys = {field.alias or name for name, field in cls.model_fields.items()}
+        if values.get("from") and not keys <= values.keys():  # a resolved section no longer needs the file
             imported = read_model_section(values["from"])
             rope = {"rope": imported["rope"] | values["rope"]} if "rope" in imported and "rope" in values else {}
             values = imported | values | rope
@@ -212,11 +193,6 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _sizes(self) -> "ModelConfig":
-        check_positive(
-            "model", self, ("vocab", "vocab_multiple", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp")
-        )
-        check_positive("model", self, ("max_positions", "norm_epsilon"))
-        check_positive("model", self, ("attention_softcap", "logit_softcap", "attention_scale"))
         if self.heads % self.key_value_heads:
             raise ValueError(
                 f"model.kv_heads: {self.kv_heads} does not divide model.heads ({self.heads}); use a divisor of it"
@@ -234,8 +210,6 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.windows: {list(self.windows)} must list positive token counts or null, at least one"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout: {self.dropout} must be at least 0 and below 1; it is a probability")
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from .base import Section
+from .base import Section, check_keys_are_read
 
 Wire = Literal["float32", "bf16", "fp8", "int8", "e3m0"]
 
@@ -73,14 +73,7 @@ class OuterConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "OuterConfig":
-        read = RULES[self.name]
-        for key in sorted(set().union(*RULES.values()) - read.keys()):
-            if (value := getattr(self, key)) is not None:
-                readers = [name for name, keys in RULES.items() if key in keys]
-                raise ValueError(
-                    f"outer.{key}: {value!r} has no effect on outer.name {self.name}; remove it (outer.{key}=null "
-                    f"where another file sets it), or set outer.name to {' or '.join(readers)}"
-                )
+        check_keys_are_read(self, "outer", selector="name", readers=RULES)
         if self.name == "streaming":
             if self.overlap >= self.every:
                 raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from ..errors import UserError
-from .base import Section
+from .base import Section, check_keys_are_read
 from .data import PAIRED_FORMATS, DataConfig
 from .model import ModelConfig
 
@@ -66,15 +66,7 @@ class RecipeConfig(Section):
 
     @model_validator(mode="after")
     def _everything_has_an_effect(self) -> "RecipeConfig":
-        for name in type(self).model_fields:
-            value: Any = getattr(self, name)
-            if name == "name" or value is None or name in RECIPE_KEYS[self.name]:
-                continue
-            readers = [recipe for recipe, keys in RECIPE_KEYS.items() if name in keys]
-            raise ValueError(
-                f"recipe.{name}: {value!r} has no effect on recipe.name {self.name}; remove it, or set recipe.name to "
-                f"{' or '.join(readers)}"
-            )
+        check_keys_are_read(self, "recipe", selector="name", readers=RECIPE_KEYS)
         if self.teacher is not None and self.teacher.origin is None:
             raise ValueError(
                 "recipe.teacher.from: null, but a teacher needs trained weights; set it to a Hugging Face model "

@@ -11,26 +11,24 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
 from ..context import Context
 from ..decoder import Params
 from .adapted_modules import in_trained_layers, layer_stacks, select_names
-from .interface import AddedModule, Leaves
+from .interface import AddedModule, LeafModule, Leaves
 
 GATHERED = ("batch", "sequence", None)
 PARTS = ("attn", "mlp")
 TRAINED_SUFFIXES = tuple(f"/{part}/adapter/{leaf}" for part in PARTS for leaf in ("down", "down_bias", "up", "up_bias"))
 
 
-class Bottleneck(nnx.Module):
+class Bottleneck(LeafModule):
     """The perceptron of one part of one block; `serial`: it reads the part's output, else the part's input."""
 
     def __init__(self, leaves: Leaves, *, serial: bool):
-        for name, leaf in leaves.items():
-            setattr(self, name, nnx.Param(leaf))
+        super().__init__(leaves)
         self.serial = serial
 
     def __call__(self, x: jax.Array, y: jax.Array, ctx: Context) -> jax.Array:

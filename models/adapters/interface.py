@@ -25,6 +25,7 @@ from ..layers import dropout
 from ..quantized.kernel import QuantizedArray, linear_product
 
 Leaves = dict[str, jax.Array]
+Axes = tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class BaseLinear:
     inputs: int  # how many dimensions of the kernel are inputs
     dropout_rate: float = 0.0  # of the input of the added map
     map_index: int = 0  # of the map in its block
-    kernel_axes: tuple[str | None, ...] | None = None  # logical axes shared with activations; None: on one device
+    kernel_axes: Axes | None = None  # logical axes shared with activations; None: on one device
 
     def multiply(self, x: jax.Array, ctx: Context) -> jax.Array:
         """x kernel, without the bias."""
@@ -97,22 +98,21 @@ class AddedModule:
     is_prefix: bool = False  # whether it puts `adapter.length` tokens in front of every document
 
 
-class Adapter(nnx.Module):
-    """The leaves of one method beside the kernel of the map that they adapt."""
+class LeafModule(nnx.Module):
+    """A module with one parameter for each leaf, by its name."""
 
-    def __init__(
-        self,
-        method: LinearMethod,
-        leaves: Leaves,
-        *,
-        dropout_rate: float,
-        map_index: int,
-        kernel_axes: tuple[str | None, ...],
-    ):
+    def __init__(self, leaves: Leaves):
         for name, leaf in leaves.items():
             setattr(self, name, nnx.Param(leaf))
-        self.method, self.dropout_rate, self.map_index = method, dropout_rate, map_index
-        self.leaf_names, self.kernel_axes = tuple(leaves), kernel_axes
+
+
+class Adapter(LeafModule):
+    """The leaves of one method beside the kernel of the map that they adapt."""
+
+    def __init__(self, method: LinearMethod, leaves: Leaves, *, dropout_rate: float, map_index: int, kernel_axes: Axes):
+        super().__init__(leaves)
+        self.method, self.leaf_names, self.dropout_rate = method, tuple(leaves), dropout_rate
+        self.map_index, self.kernel_axes = map_index, kernel_axes
 
     def __call__(
         self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, ctx: Context, *, inputs: int

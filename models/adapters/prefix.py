@@ -17,15 +17,12 @@ from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
 from ..context import Context
 from ..decoder import Params, decoder_graphdef
-from .interface import AddedModule, Leaves
+from .interface import AddedModule, LeafModule, Leaves
 from .prompt import sample_embeddings
 
 
-class Prefix(nnx.Module):
+class Prefix(LeafModule):
     """Keys and values of one layer."""
-
-    def __init__(self, leaves: Leaves):
-        self.k, self.v = nnx.Param(leaves["k"]), nnx.Param(leaves["v"])
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[Leaves, Callable[..., jax.Array]]:
         """(keys and values to prepend, the attention to use); x [batch, sequence, embed] is the attention's input."""

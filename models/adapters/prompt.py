@@ -9,31 +9,23 @@ blocks once, by itself, and all documents of a batch see its keys and values as 
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
 from ..decoder import Params
-from .interface import AddedModule, Leaves
+from .interface import AddedModule, LeafModule, Leaves
 
 
-class PromptEmbedding(nnx.Module):
+class PromptEmbedding(LeafModule):
     """The embeddings [length, embed] of the virtual tokens."""
-
-    def __init__(self, leaves: Leaves):
-        self.rows = nnx.Param(leaves["rows"])
 
     def __call__(self) -> jax.Array:
         """The embeddings [length, embed]."""
         return self.rows[...]
 
 
-class PromptEncoder(nnx.Module):
+class PromptEncoder(LeafModule):
     """A perceptron that computes the embeddings [length, embed] of the virtual tokens from seeds."""
-
-    def __init__(self, leaves: Leaves):
-        for name, leaf in leaves.items():
-            setattr(self, name, nnx.Param(leaf))
 
     def __call__(self) -> jax.Array:
         """The embeddings [length, embed]."""

@@ -8,19 +8,15 @@ The head of a tied model reads them too. PEFT calls the method TRAINABLE_TOKENS.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
 from ..decoder import Params
-from .interface import AddedModule, Leaves
+from .interface import AddedModule, LeafModule, Leaves
 
 
-class TrainableTokens(nnx.Module):
+class TrainableTokens(LeafModule):
     """`rows` [tokens, embed] that replace the table's rows at `numbers` [tokens] int32."""
-
-    def __init__(self, leaves: Leaves):
-        self.rows, self.numbers = nnx.Param(leaves["rows"]), nnx.Param(leaves["numbers"])
 
     def __call__(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
         """x [batch, sequence, embed], the table's rows at `tokens` [batch, sequence], with trained rows put in."""

@@ -14,12 +14,11 @@ equations.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
@@ -29,19 +28,15 @@ from ..decoder import Params
 from ..quantized.kernel import QuantizedArray
 from . import bottleneck, lora, prefix
 from .adapted_modules import layer_stacks, linear_maps, rank_and_scale, select_names
-from .interface import AddedModule, BaseLinear, InitContext, Leaves
+from .interface import AddedModule, BaseLinear, InitContext, LeafModule, Leaves
 
 MAPS = ("attn/q", "attn/v")  # the linear maps with LoRA
 GATE_DEVIATION = 0.02  # of the perceptron's gate in the authors' code, https://github.com/morningmoni/UniPELT
 SALT = 1 << 21  # keeps the keys of gates and LoRA apart from those of the other parts, which share one key
 
 
-class Gate(nnx.Module):
+class Gate(LeafModule):
     """A gate in front of one part of one block: one number for each token."""
-
-    def __init__(self, leaves: Leaves):
-        for name, leaf in leaves.items():
-            setattr(self, name, nnx.Param(leaf))
 
     def gate_values(self, x: jax.Array, ctx: Context) -> jax.Array:
         """How far the gate is open, [batch, sequence, 1] in (0, 1), for x [batch, sequence, embed]."""
@@ -71,11 +66,11 @@ class GatedPrefix(Gate):
         return leaves, gate_prefix(self.gate_values(x, ctx)[..., None], ctx.attend, length=len(leaves["k"]))
 
 
-class GatedBottleneck(Gate, bottleneck.Bottleneck):
+class GatedBottleneck(bottleneck.Bottleneck, Gate):
     """The perceptron after the MLP of one block, behind a gate."""
 
     def __init__(self, leaves: Leaves):
-        bottleneck.Bottleneck.__init__(self, leaves, serial=True)
+        super().__init__(leaves, serial=True)
 
     def __call__(self, x: jax.Array, y: jax.Array, ctx: Context) -> jax.Array:
         """x [batch, sequence, embed] is the MLP's input, y of the same shape its output."""
@@ -130,17 +125,17 @@ def init_lora(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: 
     del weights
     modules = {}
     for position, part in enumerate(MAPS):
-        inputs, outputs = linear_maps(model)[part]
-
-        def init_layer(key: jax.Array, mask: jax.Array, inputs: Any = inputs, outputs: Any = outputs) -> Leaves:
-            context = InitContext(inputs, outputs, scale=mask, is_down_projection=False)
-            return lora.init_lora(key, jnp.zeros(()), context)[1]
-
+        init_layers = jax.vmap(partial(init_lora_layer, *linear_maps(model)[part]))
         for number, (path, mask) in enumerate(rank_masks(model, adapter, part).items()):
             keys = jax.random.split(jax.random.fold_in(key, SALT + 2 * number + position), len(mask) + 1)
-            leaves = jax.vmap(init_layer)(keys[1:], jnp.asarray(mask))
+            leaves = init_layers(keys[1:], jnp.asarray(mask))
             modules[f"{path}/adapter"] = leaves | init_gates(keys[0], layers=len(mask), width=model.embed)
     return modules
+
+
+def init_lora_layer(inputs: tuple[int, ...], outputs: tuple[int, ...], key: jax.Array, mask: jax.Array) -> Leaves:
+    """The leaves of LoRA in one layer; `mask` [rank] is its scale."""
+    return lora.init_lora(key, jnp.zeros(()), InitContext(inputs, outputs, mask, is_down_projection=False))[1]
 
 
 def init_prefix(weights: Params, model: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Leaves]:

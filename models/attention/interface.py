@@ -73,6 +73,10 @@ class Implementation(NamedTuple):
     backward: Callable  # q, k, v, out, lse, d_out, mask, indices -> dq, dk, dv; out, lse over *all* keys
 
 
+def never_refuse(mask: Mask, indices: TokenIndices, q, k, platform: str | None) -> None:
+    """The `refuse` of an implementation that computes every mask, order and dtype on every device."""
+
+
 def attend(
     implementation: Implementation,
     q: jax.Array,

@@ -12,7 +12,7 @@ from support.waiting import wait_until
 from meshwright.checkpoint.async_copy import donation_safe_copy
 from meshwright.checkpoint.layout_conversion import Layout
 from meshwright.checkpoint.memory_store import MemoryStore
-from meshwright.checkpoint.redundancy.agent_files import Protected, write_status
+from meshwright.checkpoint.redundancy.agent_files import ProtectedStep, write_status
 from meshwright.checkpoint.storage import Storage, flatten_paths, saved_tree
 from meshwright.configs.sections.training import CheckpointConfig
 from meshwright.parallel.state import TrainState
@@ -149,7 +149,7 @@ def test_a_protected_snapshot_is_not_overwritten_before_a_newer_one_is(tmp_path,
         assert snapshots.accepts(step)
         snapshots.start_snapshot(donation_safe_copy(state(step)), step, data={}, stall=0.0)
         if step == 1:
-            write_status(memory.directory, Protected(1))
+            write_status(memory.directory, ProtectedStep(1))
     snapshots.close()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state(0))
     arrays = [flatten_paths(saved_tree(tree)) for tree in (shardings, jax.eval_shape(lambda: state(0)))]

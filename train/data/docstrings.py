@@ -9,12 +9,11 @@ import json
 import logging
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .disk_cache import cache_entry
-from .documents import digest
+from .documents import Documents, digest
 from .formats import RowReader
 from .text_files import open_standard_library
 
@@ -45,13 +44,13 @@ def docstring_pairs(source: str) -> Iterator[tuple[str, str]]:
 
 def library_pairs(cache: Path) -> tuple[Pairs, str]:
     """(all pairs of the standard library, each once, in the order of its files; their fingerprint)."""
-    modules = open_standard_library()
+    paths, modules = open_standard_library()
     key = digest("docstrings-1", modules.fingerprint, str(LONGEST_DOCSTRING), str(LONGEST_FUNCTION))
 
     def write(directory: Path) -> None:
         logger.info("reading the docstrings of %d modules", len(modules))
         unique: dict[tuple[str, str], None] = {}
-        for number, path in enumerate(modules.paths):
+        for number, path in enumerate(paths):
             if "test" in path.parts or "tests" in path.parts:  # some distributions lack them
                 continue
             try:
@@ -97,23 +96,14 @@ ROW_BUILDERS: dict[str, Callable[[str, str, str, int], dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class DocstringDocuments:
-    """The documents, one a function."""
+def docstring_documents(reader: RowReader, *, cache: Path) -> Documents:
+    """The documents, one a function of the standard library, as rows of the reader's format."""
+    pairs, key = library_pairs(cache)
 
-    pairs: Pairs
-    reader: RowReader
-    key: str
+    def read(index: int) -> str:
+        docstring, function = pairs[index]
+        other_function = pairs[(index + len(pairs) // 2) % len(pairs)][1]  # of another module
+        row = ROW_BUILDERS[reader.format](docstring, function, other_function, index)
+        return reader.document(row, origin=f"function {index} of the standard library")
 
-    @property
-    def fingerprint(self) -> str:
-        return digest("docstrings", self.key, self.reader.fingerprint)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> str:
-        docstring, function = self.pairs[index]
-        other_function = self.pairs[(index + len(self.pairs) // 2) % len(self.pairs)][1]  # of another module
-        row = ROW_BUILDERS[self.reader.format](docstring, function, other_function, index)
-        return self.reader.document(row, origin=f"function {index} of the standard library")
+    return Documents(len(pairs), read, digest("docstrings", key, reader.fingerprint))

@@ -4,43 +4,29 @@ A document is a string. Its role (trained on or held out, its place in the packi
 index in the collection, never from the time or the process that reads it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import xxhash
 
 from ...configs.errors import UserError
 
 
-class Documents(Protocol):
-    """An immutable sequence of documents. `fingerprint` changes with the text or the order of any document."""
-
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> str: ...
-
-
 @dataclass(frozen=True)
-class FirstDocuments:
-    """The first `count` documents of another collection."""
+class Documents:
+    """An immutable sequence of documents."""
 
-    documents: Documents
     count: int
-
-    @property
-    def fingerprint(self) -> str:
-        return digest("first", str(self.count), self.documents.fingerprint)
+    read: Callable[[int], str]  # index -> text
+    fingerprint: str  # changes with the text or the order of any document
 
     def __len__(self) -> int:
-        return min(self.count, len(self.documents))
+        return self.count
 
     def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
+        if not 0 <= index < self.count:
             raise IndexError(index)
-        return self.documents[index]
+        return self.read(index)
 
 
 def nonempty_texts(documents: Documents) -> Iterator[tuple[int, str]]:

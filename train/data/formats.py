@@ -210,25 +210,17 @@ def check_message(message: Any, *, origin: str) -> dict[str, Any]:
     return present | {"content": "" if content is None else check_text(content, field="content", origin=origin)}
 
 
-@dataclass(frozen=True)
-class MismatchedPairs:
-    """Pairs each example with the answer of the next example to another prompt.
+def pair_mismatched(documents: Documents) -> Documents:
+    """Pair each example with the answer of the next example to another prompt.
 
     KTO measures its rewards from the likelihood of such mismatched answers.
     """
 
-    documents: Documents
-
-    @property
-    def fingerprint(self) -> str:
-        return digest("mismatched", self.documents.fingerprint)
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    def __getitem__(self, index: int) -> str:
-        example: Example = parse_document(self.documents[index])
+    def read(index: int) -> str:
+        example: Example = parse_document(documents[index])
         (part,) = example.parts
-        (next_part,) = parse_document(self.documents[(index + 1) % len(self.documents)]).parts
+        (next_part,) = parse_document(documents[(index + 1) % len(documents)]).parts
         mismatched = Part((*part.spans[:1], *next_part.spans[1:]), part.rendered)
         return write_document([part, mismatched], label=example.label)
+
+    return Documents(len(documents), read, digest("mismatched", documents.fingerprint))

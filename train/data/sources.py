@@ -7,12 +7,12 @@ from pathlib import Path
 from ...configs.errors import UserError
 from ...configs.sections.data import SourceConfig
 from .chat import Template
-from .docstrings import DocstringDocuments, library_pairs
-from .documents import Documents, FirstDocuments, digest
-from .formats import MismatchedPairs, RowReader, make_reader
+from .docstrings import docstring_documents
+from .documents import Documents, digest
+from .formats import RowReader, make_reader, pair_mismatched
 from .source_paths import match_files
 from .streaming_source import DocumentStream
-from .synthetic import SyntheticDocuments
+from .synthetic import synthetic_documents
 from .table_sources import open_hub_dataset, open_hub_stream, open_json_lines, open_table_files
 from .text_files import open_standard_library, open_text_files
 
@@ -26,13 +26,14 @@ def open_source(source: SourceConfig, *, key: str, cache: Path, template: Templa
     """The documents of one source. Raises UserError where there are none."""
     documents = SOURCES[source.kind](source, key, make_reader(source, template), cache)
     if source.documents is not None:
-        documents = FirstDocuments(documents, source.documents)
+        fingerprint = digest("first", str(source.documents), documents.fingerprint)
+        documents = Documents(min(source.documents, len(documents)), documents.read, fingerprint)
     if not len(documents):
         raise UserError(f"{key}.path: {source.path} has no documents; use a source with at least one")
     if source.format == "unpaired":
         if len(documents) < 2:
             raise UserError(f"{key}.path: {source.path} has one example; format unpaired needs two or more")
-        return MismatchedPairs(documents)
+        return pair_mismatched(documents)
     return documents
 
 
@@ -48,7 +49,7 @@ def open_stream(source: SourceConfig, *, window: int, cache: Path, template: Tem
 
 
 def _stdlib(source: SourceConfig, key: str, reader: RowReader, cache: Path) -> Documents:
-    return open_standard_library()
+    return open_standard_library()[1]
 
 
 def _text(source: SourceConfig, key: str, reader: RowReader, cache: Path) -> Documents:
@@ -69,12 +70,11 @@ def _hf(source: SourceConfig, key: str, reader: RowReader, cache: Path) -> Docum
 
 
 def _synthetic(source: SourceConfig, key: str, reader: RowReader, cache: Path) -> Documents:
-    return SyntheticDocuments(source.documents or SYNTHETIC_DOCUMENTS)
+    return synthetic_documents(source.documents or SYNTHETIC_DOCUMENTS)
 
 
 def _docstrings(source: SourceConfig, key: str, reader: RowReader, cache: Path) -> Documents:
-    pairs, fingerprint = library_pairs(cache)
-    return DocstringDocuments(pairs, reader, fingerprint)
+    return docstring_documents(reader, cache=cache)
 
 
 SOURCES: dict[str, Opener] = {

@@ -8,7 +8,6 @@ documents come from window 0.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -18,23 +17,9 @@ import numpy as np
 from ...configs.errors import MeshwrightError, UserError
 from .dataset import ShuffledDataset
 from .disk_cache import cache_entry
-from .documents import digest
+from .documents import Documents, digest
 from .permutation import permutation
 from .rows import Row
-
-
-@dataclass(frozen=True)
-class InMemoryDocuments:
-    """Documents in memory."""
-
-    texts: tuple[str, ...]
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> str:
-        return self.texts[index]
 
 
 class DocumentStream:
@@ -48,16 +33,16 @@ class DocumentStream:
         self._directory = cache / "streams" / self.fingerprint
         self._position, self._iterator = 0, None  # documents taken from the open iterator, and the iterator
 
-    def window(self, number: int) -> InMemoryDocuments:
+    def window(self, number: int) -> Documents:
         """The documents of a window: `size`, fewer in the last window, none after it."""
 
         def write(directory: Path) -> None:
             text = json.dumps(self._take(number * self.size), ensure_ascii=False)
             (directory / "texts.json").write_text(text, encoding="utf-8")
 
-        def read(directory: Path) -> InMemoryDocuments:
+        def read(directory: Path) -> Documents:
             texts = json.loads((directory / "texts.json").read_text(encoding="utf-8"))
-            return InMemoryDocuments(tuple(texts), digest(self.fingerprint, str(number)))
+            return Documents(len(texts), texts.__getitem__, digest(self.fingerprint, str(number)))
 
         return cache_entry(self._directory / f"{number:08}", read=read, write=write)
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,46 +10,13 @@ import numpy as np
 import xxhash
 
 from ...configs.errors import UserError, first_line
-from .documents import decode_utf8, digest
+from .documents import Documents, decode_utf8, digest
 from .formats import RowReader
 from .text_files import map_file, split_spans
 
 
-@dataclass(frozen=True)
-class JsonLines:
-    """One document per line; blank lines do not count."""
-
-    paths: tuple[Path, ...]
-    lines: np.ndarray  # [documents, 4] int64: file, first byte, end, line number from 1
-    reader: RowReader
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def __getitem__(self, index: int) -> str:
-        file_number, start, stop, number = self.lines[index].tolist()
-        path = self.paths[file_number]
-        with open(path, "rb") as file:
-            file.seek(start)
-            raw = decode_utf8(file.read(stop - start), origin=str(path), offset=start)
-        origin = f"{path} line {number}"
-        try:
-            row = json.loads(raw)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"data.path: {origin}, column {error.colno}: not JSON ({error.msg}); repair or remove the line"
-            ) from None
-        if not isinstance(row, dict):
-            raise UserError(
-                f"data.path: {origin}: {type(row).__name__} is not a JSON object; write "
-                f"{{{next(iter(self.reader.names.values()))!r}: ...}}"
-            )
-        return self.reader.document(row, origin=origin)
-
-
-def open_json_lines(paths: list[Path], *, reader: RowReader) -> JsonLines:
-    """Index the lines of the files; a line is parsed when it is read."""
+def open_json_lines(paths: list[Path], *, reader: RowReader) -> Documents:
+    """One document per line of the files; blank lines do not count. A line is parsed when it is read."""
     digests = []
 
     def lines() -> Iterator[tuple[int, int, int, int]]:
@@ -61,27 +27,41 @@ def open_json_lines(paths: list[Path], *, reader: RowReader) -> JsonLines:
                 if content[start:stop].strip():
                     yield file_number, start, stop, number
 
+    # [documents, 4] int64: number of the file, first byte, end, line number from 1.
     table = np.fromiter(lines(), np.dtype((np.int64, 4)))  # 32 bytes per line, because there may be very many
-    return JsonLines(tuple(paths), table, reader, digest("jsonl", reader.fingerprint, *digests))
+
+    def read(index: int) -> str:
+        file_number, start, stop, line = table[index].tolist()
+        path = paths[file_number]
+        with open(path, "rb") as file:
+            file.seek(start)
+            raw = decode_utf8(file.read(stop - start), origin=str(path), offset=start)
+        origin = f"{path} line {line}"
+        try:
+            row = json.loads(raw)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"data.path: {origin}, column {error.colno}: not JSON ({error.msg}); repair or remove the line"
+            ) from None
+        if not isinstance(row, dict):
+            raise UserError(
+                f"data.path: {origin}: {type(row).__name__} is not a JSON object; write "
+                f"{{{next(iter(reader.names.values()))!r}: ...}}"
+            )
+        return reader.document(row, origin=origin)
+
+    return Documents(len(table), read, digest("jsonl", reader.fingerprint, *digests))
 
 
-@dataclass(frozen=True)
-class Table:
-    """The rows of a memory-mapped `datasets.Dataset`."""
-
-    rows: Any  # datasets.Dataset
-    reader: RowReader
-    origin: str
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> str:
-        return self.reader.document(self.rows[index], origin=f"{self.origin} row {index}")
+def table_documents(rows: Any, reader: RowReader, *, origin: str, fingerprint: str) -> Documents:
+    """One document per row of `rows`, a memory-mapped `datasets.Dataset`."""
+    selected = select_columns(rows, reader)
+    return Documents(
+        len(selected), lambda index: reader.document(selected[index], origin=f"{origin} row {index}"), fingerprint
+    )
 
 
-def open_table_files(paths: list[Path], *, kind: str, reader: RowReader, cache: Path) -> Table:
+def open_table_files(paths: list[Path], *, kind: str, reader: RowReader, cache: Path) -> Documents:
     """Parquet or Arrow files as one table, memory-mapped from the cache."""
     import datasets
 
@@ -92,10 +72,11 @@ def open_table_files(paths: list[Path], *, kind: str, reader: RowReader, cache: 
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"data.path: {paths[0]} is not {kind}: {first_line(error)}; check data.source") from error
-    return Table(select_columns(rows, reader), reader, str(paths[0].parent), digest(kind, reader.fingerprint, *digests))
+    fingerprint = digest(kind, reader.fingerprint, *digests)
+    return table_documents(rows, reader, origin=str(paths[0].parent), fingerprint=fingerprint)
 
 
-def open_hub_dataset(path: str, *, name: str | None, split: str, reader: RowReader) -> Table:
+def open_hub_dataset(path: str, *, name: str | None, split: str, reader: RowReader) -> Documents:
     """A data set in a directory, or one of `datasets.load_dataset`, which is downloaded completely."""
     import datasets
 
@@ -103,7 +84,7 @@ def open_hub_dataset(path: str, *, name: str | None, split: str, reader: RowRead
         rows = _load_saved(path, split=split)
         rows = datasets.load_dataset(path, name, split=split) if rows is None else rows
     version = digest("hf", reader.fingerprint, rows._fingerprint, str(len(rows)))
-    return Table(select_columns(rows, reader), reader, path, version)
+    return table_documents(rows, reader, origin=path, fingerprint=version)
 
 
 class HubStream(NamedTuple):

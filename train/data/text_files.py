@@ -6,7 +6,6 @@ access; only the spans of documents are kept in memory.
 
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
@@ -14,28 +13,22 @@ import numpy as np
 import xxhash
 
 from ...configs.errors import UserError
-from .documents import decode_utf8, digest
+from .documents import Documents, decode_utf8, digest
 
 
-@dataclass(frozen=True)
-class FileDocuments:
-    """One document per span of a file."""
+def file_documents(paths: list[Path], spans: np.ndarray, fingerprint: str) -> Documents:
+    """One document for each row of `spans` [documents, 3] int64: number of the file, first byte, end."""
 
-    paths: tuple[Path, ...]
-    spans: np.ndarray  # [documents, 3] int64: file, first byte, end
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def __getitem__(self, index: int) -> str:
-        number, start, stop = self.spans[index].tolist()
-        with open(self.paths[number], "rb") as file:
+    def read(index: int) -> str:
+        number, start, stop = spans[index].tolist()
+        with open(paths[number], "rb") as file:
             file.seek(start)
-            return decode_utf8(file.read(stop - start), origin=str(self.paths[number]), offset=start)
+            return decode_utf8(file.read(stop - start), origin=str(paths[number]), offset=start)
+
+    return Documents(len(spans), read, fingerprint)
 
 
-def open_text_files(paths: list[Path], *, separator: str | None) -> FileDocuments:
+def open_text_files(paths: list[Path], *, separator: str | None) -> Documents:
     """The documents of the files: each file, or each non-empty span between separators."""
     digests = []
 
@@ -47,7 +40,7 @@ def open_text_files(paths: list[Path], *, separator: str | None) -> FileDocument
             yield from ((number, start, stop) for start, stop in parts if stop > start)
 
     table = np.fromiter(spans(), np.dtype((np.int64, 3)))  # 24 bytes per document, because there may be very many
-    return FileDocuments(tuple(paths), table, digest("text", str(separator), *digests))
+    return file_documents(paths, table, digest("text", str(separator), *digests))
 
 
 def split_spans(content: bytes | mmap, separator: bytes) -> Iterator[tuple[int, int]]:
@@ -63,8 +56,8 @@ def split_spans(content: bytes | mmap, separator: bytes) -> Iterator[tuple[int, 
     yield start, len(content)
 
 
-def open_standard_library() -> FileDocuments:
-    """Every UTF-8 .py file of the running interpreter's standard library, without installed packages."""
+def open_standard_library() -> tuple[list[Path], Documents]:
+    """(paths, documents): every UTF-8 .py file of the interpreter's standard library, without installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     paths, sizes, digests = [], [], []
     for path in sorted(root.rglob("*.py")):
@@ -84,7 +77,7 @@ def open_standard_library() -> FileDocuments:
             "source"
         )
     spans = np.stack([np.arange(len(paths)), np.zeros_like(sizes), sizes], axis=1)
-    return FileDocuments(tuple(paths), spans, digest("stdlib", *digests))
+    return paths, file_documents(paths, spans, digest("stdlib", *digests))
 
 
 def map_file(path: Path) -> bytes | mmap:

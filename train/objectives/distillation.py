@@ -39,9 +39,7 @@ from ...parallel.prng import init_key
 from ...parallel.state import combine
 from ...parallel.vocabulary import OutputHead
 from ..data.tokenizer import Tokenizer, check_same_tokenizer
-from .loss_heads import LossHead, LossSums
-
-MakeContext = Callable[..., Context]  # (batch, keys) -> context of the blocks
+from .loss_heads import LossHead, LossSums, MakeContext
 
 
 def check_teacher(config: RunConfig, tokenizer: Tokenizer) -> None:

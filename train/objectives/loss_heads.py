@@ -20,10 +20,11 @@ from ...models.decoder import Decoder
 from ...parallel.gradients import Batch, Loss
 from ...parallel.state import combine
 from ...parallel.vocabulary import OutputHead, token_logprobs
-from . import interface as recipes
+from .interface import RecipeLoss
 
 LossSums = tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]  # numerator, (weight, metrics)
 LossHead = Callable[[Decoder, jax.Array, Batch, Context, OutputHead | None], LossSums]
+MakeContext = Callable[..., Context]  # (batch, keys) -> context of the blocks
 TokenValues = Callable[[Decoder, jax.Array, Batch, Context], jax.Array]  # -> [rows, sequence]
 
 
@@ -51,7 +52,7 @@ def reward_scores(decoder: Decoder, hidden: jax.Array, batch: Batch, ctx: Contex
 
 
 def make_loss_head(
-    values: TokenValues, recipe: recipes.RecipeLoss, measures: Mapping[str, recipes.RecipeLoss] | None = None
+    values: TokenValues, recipe: RecipeLoss, measures: Mapping[str, RecipeLoss] | None = None
 ) -> LossHead:
     """The loss head of a recipe over `values`, with `measures` over the same values as metrics."""
 
@@ -62,15 +63,13 @@ def make_loss_head(
     return apply
 
 
-def loss_sums(
-    values: jax.Array, batch: Batch, recipe: recipes.RecipeLoss, measures: Mapping[str, recipes.RecipeLoss]
-) -> LossSums:
+def loss_sums(values: jax.Array, batch: Batch, recipe: RecipeLoss, measures: Mapping[str, RecipeLoss]) -> LossSums:
     """Apply a recipe and `measures` to per-token values [rows, sequence]."""
     numerator, weight = recipe(values, batch)
     return numerator, (weight, {name: measure(values, batch)[0] for name, measure in measures.items()})
 
 
-def values_fn(values: TokenValues, graph: Any, *, context: Callable[..., Context]) -> Callable[..., jax.Array]:
+def values_fn(values: TokenValues, graph: Any, *, context: MakeContext) -> Callable[..., jax.Array]:
     """(params, frozen, batch, keys) -> `values` of the whole model. `context(batch, keys)` is the context of blocks."""
 
     def apply(params: Any, frozen: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
@@ -84,8 +83,8 @@ def values_fn(values: TokenValues, graph: Any, *, context: Callable[..., Context
 
 def make_loss(
     values: Callable[..., jax.Array],
-    recipe: recipes.RecipeLoss,
-    measures: Mapping[str, recipes.RecipeLoss] | None = None,
+    recipe: RecipeLoss,
+    measures: Mapping[str, RecipeLoss] | None = None,
 ) -> Loss:
     """(params, frozen, batch, keys) -> sums of a recipe and `measures` over `values`, which `values_fn` makes."""
     return lambda params, frozen, batch, keys: loss_sums(

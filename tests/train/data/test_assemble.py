@@ -121,7 +121,7 @@ def test_too_little_text_is_refused(cache, tmp_path, texts, settings, message):
 
 def test_a_table_of_empty_texts_is_refused(cache, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
-    with pytest.raises(UserError, match="data: .*empty"):
+    with pytest.raises(UserError, match=r"data: .*empty"):
         built(source="jsonl", documents=None, path=str(tmp_path))
 
 

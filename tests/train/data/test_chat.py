@@ -65,7 +65,7 @@ def test_nothing_to_learn_shows_what_was_rendered(template):
 
 def test_a_turn_that_never_ends_is_refused(template):
     endless = replace(template, source=template.source.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen"))
-    with pytest.raises(UserError, match="data.template: .*special token"):
+    with pytest.raises(UserError, match=r"data.template: .*special token"):
         tokens_and_mask(endless, EXPECTED[0]["messages"])
 
 

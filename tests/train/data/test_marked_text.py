@@ -50,7 +50,7 @@ def test_held_out_numbers_count_what_is_learned(tmp_path, cache):
 def test_a_pair_with_nothing_to_learn_names_its_line(tmp_path, cache):
     with pytest.raises(UserError, match=r"data.field: .*pairs.jsonl line 2: .*'b'"):
         built(tmp_path, [("a", "x" * 30), ("b", "")], held_out=0.0)
-    with pytest.raises(UserError, match="data.field: .*ufdd0"):
+    with pytest.raises(UserError, match=r"data.field: .*ufdd0"):
         built(tmp_path, [("a", f"x{MARK}")], held_out=0.0)
     with pytest.raises(UserError, match="query matches nothing"):
         built(tmp_path, PAIRS, prompt="query", held_out=0.0)

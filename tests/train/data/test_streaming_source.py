@@ -8,9 +8,9 @@ from meshwright.configs.errors import MeshwrightError, UserError
 from meshwright.configs.sections.data import DataConfig
 from meshwright.train.data.assemble import build_data
 from meshwright.train.data.streaming_source import DocumentStream
-from meshwright.train.data.synthetic import SyntheticDocuments
+from meshwright.train.data.synthetic import synthetic_documents
 
-TEXTS = [SyntheticDocuments(50)[index] for index in range(50)]
+TEXTS = [synthetic_documents(50)[index] for index in range(50)]
 
 
 class Remote:
@@ -34,7 +34,7 @@ def streamed(remote, cache):
 
 
 def windows(stream, count):
-    return [list(stream.window(number).texts) for number in range(count)]
+    return [list(stream.window(number)) for number in range(count)]
 
 
 def test_windows_hold_the_documents_in_order_and_the_last_is_short(cache):
@@ -59,7 +59,7 @@ def test_one_connection_serves_consecutive_windows(cache):
 def test_a_broken_connection_says_where_and_goes_on_from_there(cache):
     stream = streamed(Remote(broken=13), cache)
     stream.window(0)
-    with pytest.raises(MeshwrightError, match="data.path: .*document 8: connection reset"):
+    with pytest.raises(MeshwrightError, match=r"data.path: .*document 8: connection reset"):
         stream.window(1)
     remote = Remote()
     assert windows(streamed(remote, cache), 2)[1] == TEXTS[8:16]
@@ -72,14 +72,14 @@ def test_the_same_stream_goes_on_after_a_broken_connection(cache):
     with pytest.raises(MeshwrightError):
         windows(stream, 2)
     remote.broken = None
-    assert stream.window(1).texts == tuple(TEXTS[8:16])
+    assert tuple(stream.window(1)) == tuple(TEXTS[8:16])
 
 
 def test_a_window_another_process_read_leaves_no_gap(cache):
     ours, theirs = streamed(Remote(), cache), streamed(Remote(), cache)
     ours.window(0)
     theirs.window(1)
-    assert [ours.window(1).texts, ours.window(2).texts] == [tuple(TEXTS[8:16]), tuple(TEXTS[16:24])]
+    assert [tuple(ours.window(1)), tuple(ours.window(2))] == [tuple(TEXTS[8:16]), tuple(TEXTS[16:24])]
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_stream_without_text_is_refused(tmp_path, cache):
     import datasets
 
     datasets.Dataset.from_dict({"text": ["", ""]}).save_to_disk(str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="data: .*empty"):
+    with pytest.raises(UserError, match=r"data: .*empty"):
         built(str(tmp_path / "empty"))
 
 

@@ -121,7 +121,7 @@ def test_held_out_accuracy_is_the_same_in_a_pipeline(tmp_path):
     one = train(run_of(tmp_path, **base), process_info=ProcessInfo(), root=tmp_path / "one")
     staged = train(run_of(tmp_path, **base, mesh={"pipe": 2}), process_info=ProcessInfo(), root=tmp_path / "staged")
     for name in ("held_out_accuracy", "held_out_loss"):
-        assert staged.first[name] == pytest.approx(one.first[name], rel=1e-4)
+        assert staged.initial_metrics[name] == pytest.approx(one.initial_metrics[name], rel=1e-4)
     export_run(tmp_path / "staged/run", tmp_path / "out", limit=10**9)
     assert "score.weight" in load_file(tmp_path / "out/model.safetensors")
 

@@ -126,7 +126,7 @@ def test_the_state_holds_codes_and_no_weights(runs):
         1 + 5 / 32
     )  # a scale and a zero a group
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(end.opt_state)) < 100
-    whole = to_canonical(jax.device_get(program.plain(start)), program.config.model)
+    whole = to_canonical(jax.device_get(program.dequantized_weights(start)), program.config.model)
     assert {leaf.dtype for leaf in whole.values()} == {np.dtype(np.float32)}
 
 

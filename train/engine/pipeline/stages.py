@@ -27,9 +27,9 @@ from ....parallel.pipeline.tables.table import Table
 from ....parallel.sharding import map_with_path
 from ....parallel.state import TrainState, combine
 from ....parallel.vocabulary import Constrain, OutputHead, embedding_lookup
-from ...objectives import interface as recipes
 from ...objectives.distillation import without_teacher
-from ...objectives.loss_heads import LossHead, LossSums
+from ...objectives.interface import RecipeLoss
+from ...objectives.loss_heads import LossHead, LossSums, MakeContext
 
 TEACHER_HIDDEN = "teacher_hidden"  # field of a batch: the hidden states that the teacher's head multiplies
 Teacher = Callable[[Any, Batch], OutputHead]  # (teacher's weights, batch) -> inputs of the teacher's logits
@@ -53,10 +53,10 @@ def make_stage_functions(
     shapes: Any,
     *,
     model: ModelConfig,
-    context: Callable[..., Context],
+    context: MakeContext,
     constrain: Constrain,
     compute: Any,
-    recipe: recipes.RecipeLoss | None = None,
+    recipe: RecipeLoss | None = None,
     loss_head: LossHead | None = None,
     teacher: ModelConfig | None = None,
 ) -> StageFunctions:
@@ -171,7 +171,7 @@ def routing_inputs(seed: int, table: Table, *, replicas: int) -> Callable[[Train
     return extra_inputs
 
 
-def with_batch_weight(engine: Engine, recipe: recipes.RecipeLoss) -> Engine:
+def with_batch_weight(engine: Engine, recipe: RecipeLoss) -> Engine:
     """`engine` whose weight is counted from the batch, which every stage has, and not on the last stage.
 
     So no stage waits for the last one before it divides its gradient. Raises UserError if the recipe's weight depends
@@ -184,7 +184,7 @@ def with_batch_weight(engine: Engine, recipe: recipes.RecipeLoss) -> Engine:
     return run
 
 
-def batch_weight(recipe: recipes.RecipeLoss, batch: Batch) -> jax.Array:
+def batch_weight(recipe: RecipeLoss, batch: Batch) -> jax.Array:
     """The recipe's weight of `batch`, computed without log-probabilities. Raises UserError if it depends on them."""
     names, fields = zip(*batch.items(), strict=True)
     logprobs = jax.ShapeDtypeStruct(batch["targets"].shape, jnp.float32)

@@ -23,12 +23,12 @@ from ....configs.errors import UserError
 from ....configs.sections.adapter import AdapterConfig
 from ....configs.sections.model import ModelConfig
 from ....configs.sections.privacy import PrivacyConfig
-from ....models.context import Context
 from ....parallel.gradients import Batch, Engine, Sums
 from ....parallel.sharding import map_with_path
 from ....parallel.state import TrainState, combine
 from ....parallel.vocabulary import cap_and_mask, target_logprobs
-from ...objectives import interface as recipes
+from ...objectives.interface import RecipeLoss
+from ...objectives.loss_heads import MakeContext
 from ...optim.optimizer_update import Update, UpdateResult
 from . import ghost_norms
 
@@ -37,7 +37,7 @@ NOISE_KEY_ID = 2**32 - 1  # used in place of a row id; no row has it, so no row 
 
 
 def clipped_engine(
-    values: RowValues, recipe: recipes.RecipeLoss, *, squared_norms: RowValues, clip: float, dtype: Any
+    values: RowValues, recipe: RecipeLoss, *, squared_norms: RowValues, clip: float, dtype: Any
 ) -> Engine:
     """An engine that sums up row gradients of norm at most `clip`; the weight is the number of rows.
 
@@ -71,7 +71,7 @@ def blank_rows(batch: Batch, blank: jax.Array) -> Batch:
     return jax.tree.map(lambda field: jnp.where(blank.reshape(-1, *[1] * (field.ndim - 1)), 0, field), batch)
 
 
-def row_losses(recipe: recipes.RecipeLoss, values: jax.Array, batch: Batch) -> jax.Array:
+def row_losses(recipe: RecipeLoss, values: jax.Array, batch: Batch) -> jax.Array:
     """The mean loss of each row [rows]; 0 for a row without weight."""
 
     def row_loss(values: jax.Array, row: Batch) -> jax.Array:
@@ -82,12 +82,7 @@ def row_losses(recipe: recipes.RecipeLoss, values: jax.Array, batch: Batch) -> j
 
 
 def make_squared_norms(
-    graph: Any,
-    recipe: recipes.RecipeLoss,
-    *,
-    model: ModelConfig,
-    adapter: AdapterConfig | None,
-    context: Callable[..., Context],
+    graph: Any, recipe: RecipeLoss, *, model: ModelConfig, adapter: AdapterConfig | None, context: MakeContext
 ) -> RowValues:
     """(params, frozen, batch, keys) -> [rows] squared norms of the gradients of `row_losses`.
 
