@@ -13,9 +13,9 @@ from meshwright.train.end_summary import next_commands, program_name
 RUN = Path("runs/mine")
 
 
-def parsed(words):
+def parsed(command_line):
     """The verb, after its arguments were read as the command line does."""
-    command, arguments = typer.main.get_command(app), shlex.split(words, comments=True)
+    command, arguments = typer.main.get_command(app), shlex.split(command_line, comments=True)
     verb = []
     while hasattr(command, "commands"):
         verb.append(arguments[0])

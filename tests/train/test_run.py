@@ -40,15 +40,15 @@ def go(config, root):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """The uninterrupted run."""
-    root = tmp_path_factory.mktemp("whole")
+    root = tmp_path_factory.mktemp("uninterrupted")
     summary = go(small(mesh=MESH), root)
     return root, summary
 
 
-def test_a_run_leaves_the_whole_directory(whole):
-    root, summary = whole
+def test_a_run_leaves_the_whole_directory(uninterrupted):
+    root, summary = uninterrupted
     names = {file.name for file in (root / "run").iterdir()}
     assert {"config.yaml", "environment.json", "plan.json", "metrics.jsonl", "events.jsonl", "checkpoints"} <= names
     assert {"report.html", "tokenizer.json"} <= names
@@ -60,26 +60,26 @@ def test_a_run_leaves_the_whole_directory(whole):
     assert summary.metrics["held_out_bits_per_byte"] > 0 and len(losses(root / "run")) == 6
 
 
-def test_a_run_stopped_and_resumed_on_another_mesh_has_the_same_losses(whole, tmp_path):
+def test_a_run_stopped_and_resumed_on_another_mesh_has_the_same_losses(uninterrupted, tmp_path):
     """Stopped after step 4, resumed on another mesh: the same losses, to rounding."""
     train_until_stopped(small(mesh=MESH), tmp_path, step=4)
     go(small(mesh={"data": 4}), tmp_path)
-    there, here = losses(whole[0] / "run"), losses(tmp_path / "run")
+    there, here = losses(uninterrupted[0] / "run"), losses(tmp_path / "run")
     assert there.keys() == here.keys() and max(abs(there[step] - here[step]) for step in there) < 1e-4
     restore = next(event for event in read_events(tmp_path / "run") if event["event"] == "restore")
     assert (restore["step"], restore["level"]) == (4, "storage")
 
 
-def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path):
     """Killed without warning after step 5: the newest checkpoint is step 3, and every later step is the same again."""
     train_until_killed(small(mesh=MESH), tmp_path, step=5)
     go(small(mesh=MESH), tmp_path)
-    assert losses(tmp_path / "run") == losses(whole[0] / "run")
+    assert losses(tmp_path / "run") == losses(uninterrupted[0] / "run")
     assert [row["step"] for row in metric_rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_directory_of_another_run_is_refused_and_left_alone(whole):
-    root, _ = whole
+def test_a_directory_of_another_run_is_refused_and_left_alone(uninterrupted):
+    root, _ = uninterrupted
     before = (root / "run" / "config.yaml").read_text()
     with pytest.raises(UserError, match=r"name: .*run .*optimizer.learning_rate=0.01 "):
         go(small(mesh=MESH, optimizer={"learning_rate": 0.02}), root)
@@ -88,24 +88,24 @@ def test_a_directory_of_another_run_is_refused_and_left_alone(whole):
 
 def test_a_directory_appears_with_its_configuration(tmp_path, monkeypatch):
     """Another process that looks in between must not take it for something that is not a run."""
-    looked = []
+    seen = []
 
-    def after_a_look(move):
-        def moved(*paths):
-            looked.append(open_directory(small(), root=tmp_path, name="run", write=False))
+    def look_before(move):
+        def look_and_move(*paths):
+            seen.append(open_directory(small(), root=tmp_path, name="run", write=False))
             move(*paths)
 
-        return moved
+        return look_and_move
 
     for name in ("rename", "replace"):
-        monkeypatch.setattr(f"os.{name}", after_a_look(getattr(os, name)))
+        monkeypatch.setattr(f"os.{name}", look_before(getattr(os, name)))
     for _ in range(2):
         open_directory(small(), root=tmp_path, name="run")
-    assert len(looked) == 2 and [one.name for one in tmp_path.rglob("*")] == ["run", "config.yaml"]
+    assert len(seen) == 2 and [one.name for one in tmp_path.rglob("*")] == ["run", "config.yaml"]
 
 
-def test_fewer_steps_than_the_run_has_made_are_refused(whole):
-    root, _ = whole
+def test_fewer_steps_than_the_run_has_made_are_refused(uninterrupted):
+    root, _ = uninterrupted
     before = (root / "run" / "config.yaml").read_text()
     with pytest.raises(UserError, match=r"steps: 3.*run.* 6"):
         go(small(mesh=MESH, steps=3), root)

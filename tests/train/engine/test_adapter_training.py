@@ -14,7 +14,7 @@ from meshwright.checkpoint.interop import huggingface
 from meshwright.configs.errors import UserError
 from meshwright.configs.huggingface import to_config_json
 from meshwright.configs.loader import validate_tree
-from meshwright.configs.sections.adapter import METHOD_KEYS
+from meshwright.configs.sections.adapter import METHOD_KEYS, SPARSE_METHODS
 from meshwright.models.decoder import initial_params
 from meshwright.parallel.hlo import collectives
 from meshwright.parallel.layout import from_canonical, reorder_layers, to_canonical
@@ -37,6 +37,8 @@ SAME = {
 
 # Settings of a method where its defaults do not fit the tiny model.
 SETTINGS = {
+    "selective": {"layers": 1},
+    **dict.fromkeys(SPARSE_METHODS, {"scouting": 1, "density": 0.2}),
     "oft": {"block": 4},
     "shira": {"rank": 2},
     "adalora": {"rank": 4, "budget": {"rank": 2}},

@@ -24,8 +24,8 @@ SLOW = {"in a fixed order"}
 ROWS = [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in CASES.items()]
 
 
-def alone(row, number, segments):
-    """The example of a row, by itself at the beginning of one."""
+def cut_out(row, number, segments):
+    """Example `number` of a row, alone at the beginning of a row."""
     inside = (row["segment_ids"] + segments - 1) // segments == number
     count = inside.sum()
     own = {name: np.zeros_like(field)[None] for name, field in row.items()}
@@ -36,7 +36,7 @@ def alone(row, number, segments):
 
 
 def gradients_of(config):
-    """sums(params, batch) of the engine that knows of no examples."""
+    """sums(params, batch) of the engine of whole batches."""
     program = build(config, make_mesh(config.mesh))
     run = jax.jit(lambda params, batch: program.gradient_engine(params, {}, batch, None))
 
@@ -63,7 +63,7 @@ def test_the_score_is_the_sum_of_each_examples_squared_gradient(changes, segment
         by_batch.append(jax.tree.map(jnp.square, sums.gradient))
         for row in range(config.data.global_batch):
             for number in (1, 2)[: 2 // segments]:
-                own = alone({name: field[row] for name, field in batch.items()}, number, segments)
+                own = cut_out({name: field[row] for name, field in batch.items()}, number, segments)
                 by_example.append(jax.tree.map(jnp.square, engine(start, own).gradient))
     found = to_canonical(jax.device_get(state.opt_state["elements"].score), config.model)
     wanted, other = (
@@ -103,7 +103,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("changes", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_settings_without_single_examples_are_refused(changes, words):
-    with pytest.raises(UserError, match=words):
+@pytest.mark.parametrize(("changes", "error"), MISTAKES.values(), ids=MISTAKES)
+def test_settings_without_single_examples_are_refused(changes, error):
+    with pytest.raises(UserError, match=error):
         tiny(adapter=SEARCH, **changes)

@@ -65,7 +65,7 @@ def _compiled(config_json):
 
 
 @functools.lru_cache(maxsize=8)
-def _together(config_json, steps):
+def _run_all(config_json, steps):
     config = RunConfig.model_validate_json(config_json)
     program, step = _compiled(config_json)
     state, seen = program.initialize(), []
@@ -75,12 +75,12 @@ def _together(config_json, steps):
     return seen, jax.device_get(state)
 
 
-def together(config, steps=4):
-    """Metrics of every step and the last state of the run of all."""
-    return _together(config.model_dump_json(), steps)
+def run_all(config, steps=4):
+    """Metrics of every step and the last state of the run with all adapters."""
+    return _run_all(config.model_dump_json(), steps)
 
 
-def apart(config, name, steps=4):
+def run_single(config, name, steps=4):
     """Metrics of every step and the last state of one adapter's run, on its own rows of the same batches."""
     one = single_adapter_run(config, name)
     program = build(one, make_mesh(one.mesh))
@@ -114,8 +114,8 @@ SLOW = ("wide", "plain", "adamw", "lion", "a quantized base, A frozen", "pairs",
 def test_each_of_several_adapters_trains_as_in_a_run_of_its_own(name, changes):
     """Loss, norm, parameters and optimizer state; clipping, decay, dropout, LoRA+ and ranks by pattern among it."""
     config = three(**changes)
-    metrics, state = together(config)
-    own, last, program = apart(config, name)
+    metrics, state = run_all(config)
+    own, last, program = run_single(config, name)
     for number, (all_of_them, one) in enumerate(zip(metrics, own, strict=True)):
         for key in ("loss", "tokens", "grad_norm", "learning_rate"):
             np.testing.assert_allclose(all_of_them[f"{name}/{key}"], one[key], rtol=2e-5, err_msg=f"{key}, {number}")
@@ -140,7 +140,7 @@ SAME = {
 )
 def test_results_depend_neither_on_the_mesh_nor_on_the_adapter_product(changes):
     """On four shards one has rows of two adapters, and a microbatch of it of others than the next."""
-    (plain, state), (other, moved) = together(three()), together(three(**changes))
+    (plain, state), (other, moved) = run_all(three()), run_all(three(**changes))
     for one, two in zip(plain, other, strict=True):
         for key in one:
             np.testing.assert_allclose(one[key], two[key], rtol=2e-5, err_msg=key)

@@ -189,9 +189,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("settings", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_a_quantization_that_cannot_work_is_refused(settings, words):
-    with pytest.raises(UserError, match=words):
+@pytest.mark.parametrize(("settings", "error"), MISTAKES.values(), ids=MISTAKES)
+def test_a_quantization_that_cannot_work_is_refused(settings, error):
+    with pytest.raises(UserError, match=error):
         tiny(**settings)
 
 

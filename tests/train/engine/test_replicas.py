@@ -103,15 +103,15 @@ def test_no_inner_step_sends_anything_to_another_replica(axes):
 
 @pytest.mark.parametrize("outer", OUTERS)
 def test_outer_steps_on_a_mesh_equal_those_on_one_device(outer):
-    """From one random state; on the mesh a mean is gathered or reduced, and a pair meets by permutations alone."""
+    """From one random state. On the mesh a mean is an all-gather or all-reduce, and pairs use only permutes."""
     wide, narrow = (program_of(outer, replica=4, **axes) for axes in ({"tensor": 2}, {}))
-    alone = build(narrow.config, make_mesh(narrow.config.mesh.model_copy(update={"replica": 1})), replica_count=4)
+    single = build(narrow.config, make_mesh(narrow.config.mesh.model_copy(update={"replica": 1})), replica_count=4)
     random = np.random.default_rng(0)
-    drawn = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(leaf.dtype), alone.shapes)
-    states = [jax.device_put(drawn, program.shardings, may_alias=False) for program in (alone, wide)]
-    meets = [program.compiled_synchronization() for program in (alone, wide)]
+    drawn = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(leaf.dtype), single.shapes)
+    states = [jax.device_put(drawn, program.shardings, may_alias=False) for program in (single, wide)]
+    synchronizes = [program.compiled_synchronization() for program in (single, wide)]
     for update in range(1, 8):
-        states = [meet(state, update) for meet, state in zip(meets, states, strict=True)]
+        states = [synchronize(state, update) for synchronize, state in zip(synchronizes, states, strict=True)]
     for expected, found in zip(jax.tree.leaves(states[0]), jax.tree.leaves(states[1]), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     kinds = set().union(*(crossing(one, wide.mesh) for one in programs(wide)))
@@ -120,15 +120,15 @@ def test_outer_steps_on_a_mesh_equal_those_on_one_device(outer):
     assert kinds == {"collective-permute" if paired else "all-reduce" if wire == "float32" else "all-gather"}
 
 
-MET = """
+TWENTY_OUTER_STEPS = """
 import sys
 import jax
 import numpy as np
-from test_replicas import met
+from test_replicas import after_twenty_outer_steps
 
 loaded = []
 jax.monitoring.register_event_listener(lambda event, **_: loaded.append("cache_hit" in event))
-np.savez(sys.argv[1], *map(np.asarray, met(sys.argv[2])), loaded=any(loaded))
+np.savez(sys.argv[1], *map(np.asarray, after_twenty_outer_steps(sys.argv[2])), loaded=any(loaded))
 """
 
 
@@ -137,28 +137,32 @@ def test_outer_steps_from_the_compilation_cache_equal_compiled_ones(tmp_path):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     place = os.environ | cache | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
     for name in ("compiled", "loaded"):
-        subprocess.run([sys.executable, "-c", MET, tmp_path / f"{name}.npz", "noloco"], env=place, check=True)
+        subprocess.run(
+            [sys.executable, "-c", TWENTY_OUTER_STEPS, tmp_path / f"{name}.npz", "noloco"], env=place, check=True
+        )
     compiled, loaded = (np.load(tmp_path / f"{name}.npz") for name in ("compiled", "loaded"))
     assert not compiled["loaded"] and loaded["loaded"]
     for name in set(compiled.files) - {"loaded"}:
         np.testing.assert_array_equal(compiled[name], loaded[name])
 
 
-def met(outer):
-    """What twenty meetings of four replicas make of a random state."""
+def after_twenty_outer_steps(outer):
+    """A random state of four replicas after twenty outer steps."""
     program = program_of(outer, replica=4)
     random = np.random.default_rng(0)
     drawn = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(leaf.dtype), program.shapes)
-    state, meet = jax.device_put(drawn, program.shardings, may_alias=False), program.compiled_synchronization()
+    state = jax.device_put(drawn, program.shardings, may_alias=False)
+    synchronize = program.compiled_synchronization()
     for update in range(2, 42, 2):
-        state = meet(state, update)
+        state = synchronize(state, update)
     return jax.tree.leaves((state.params, state.outer))
 
 
 def programs(program):
-    """Of every meeting but those that only mix in what has arrived."""
-    sending = [meeting for meeting in program.replicas.outer.outer_steps if not meeting.name.startswith("receive")]
-    return [program.replicas.compiled(meeting, program.shapes, program.shardings) for meeting in sending]
+    """The compiled outer steps, without those that only use what has arrived."""
+    replicas = program.replicas
+    sending = [outer_step for outer_step in replicas.outer.outer_steps if not outer_step.name.startswith("receive")]
+    return [replicas.compile_outer_step(outer_step, program.shapes, program.shardings) for outer_step in sending]
 
 
 def test_an_outer_step_after_every_step_without_momentum_is_data_parallel_sgd():
@@ -172,15 +176,15 @@ def test_an_outer_step_after_every_step_without_momentum_is_data_parallel_sgd():
 
 
 def stepped(config, rows):
-    """The parameters that the run stands for, after each of `rows` batches."""
+    """The evaluation parameters after each of `rows`, which are batches."""
     program = build(config, make_mesh(config.mesh))
     state = jax.device_put(initial_state(config), program.shardings, may_alias=False)
-    step, meet, seen = program.compiled_step(), program.compiled_synchronization(), []
+    step, synchronize, params = program.compiled_step(), program.compiled_synchronization(), []
     for number, batch in enumerate(rows, 1):
         state, _ = step(state, make_global_arrays(batch, config, program.mesh))
-        state = meet(state, number)
-        seen.append(jax.device_get(program.eval_params(state)))
-    return seen
+        state = synchronize(state, number)
+        params.append(jax.device_get(program.eval_params(state)))
+    return params
 
 
 def test_a_replica_that_is_not_finite_keeps_its_parameters_until_the_outer_step():

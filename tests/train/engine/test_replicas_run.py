@@ -28,14 +28,14 @@ def small(**changes):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    root = tmp_path_factory.mktemp("whole")
+def uninterrupted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("uninterrupted")
     return root, train(small(), process_info=ProcessInfo(), root=root)
 
 
-def test_a_restart_between_two_outer_steps_gives_the_same_bits(whole, tmp_path):
+def test_a_restart_between_two_outer_steps_gives_the_same_bits(uninterrupted, tmp_path):
     """From the checkpoint of step 3, where replicas differ and a fragment is under way."""
-    root, summary = whole
+    root, summary = uninterrupted
     shutil.copytree(root / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     (tmp_path / "run" / "metrics.jsonl").unlink()
@@ -45,8 +45,8 @@ def test_a_restart_between_two_outer_steps_gives_the_same_bits(whole, tmp_path):
     assert again.metrics["held_out_loss"] == summary.metrics["held_out_loss"]
 
 
-def test_a_run_is_evaluated_and_used_with_its_outer_parameters(whole):
-    root, summary = whole
+def test_a_run_is_evaluated_and_used_with_its_outer_parameters(uninterrupted):
+    root, summary = uninterrupted
     found = inference_session.evaluate(root / "run", [])
     assert found["held_out_loss"] == pytest.approx(summary.metrics["held_out_loss"], rel=1e-5)
     program, state = inference_session.load_program(inference_session.inference_config(root / "run", []), root / "run")
@@ -56,10 +56,10 @@ def test_a_run_is_evaluated_and_used_with_its_outer_parameters(whole):
     assert not np.array_equal(anchor["head"]["kernel"], state.params["head"]["kernel"][0])
 
 
-def test_another_number_of_replicas_or_another_rule_is_another_run(whole):
+def test_another_number_of_replicas_or_another_rule_is_another_run(uninterrupted):
     for changes, key in (
         ({"mesh": {"replica": 4}}, "mesh.replica"),
         ({"outer": {"name": "diloco", "every": 2}}, "outer.fragments"),
     ):
         with pytest.raises(UserError, match=f"{key}="):
-            train(small(**changes), process_info=ProcessInfo(), root=whole[0])
+            train(small(**changes), process_info=ProcessInfo(), root=uninterrupted[0])

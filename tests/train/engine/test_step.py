@@ -21,14 +21,14 @@ from meshwright.train.optim.optimizer_update import skip_if_unhealthy
 NAN, INF = float("nan"), float("inf")
 
 
-def given(params, frozen, batch, keys):
-    """An engine that is told the loss and the gradient."""
+def fake_engine(params, frozen, batch, keys):
+    """An engine whose batch says what loss and gradient it returns."""
     gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, batch["gradient"]), params)
     return Sums(batch["loss"], batch["weight"], gradient, {"seen": jnp.float32(6.0)})
 
 
 def run(*batches, spike=None, weight=2.0):
-    """States and metrics of a step of `given` on each (loss, gradient)."""
+    """States and metrics of a step of `fake_engine` on each (loss, gradient)."""
     section = OptimizerConfig(name="adamw", schedule="constant", learning_rate=0.1, weight_decay=0.0, ema=0.5)
     optimizer = optimizers.build(section, steps=10, spike=spike)
     params = {"head": {"kernel": jnp.ones((2, 2))}}
@@ -36,7 +36,7 @@ def run(*batches, spike=None, weight=2.0):
     state = TrainState(jnp.int32(0), params, {}, optimizer.init(params), (), rng)
     schedule = optimizers.schedule(section, steps=10)
     step = jax.jit(
-        make_step(given, make_update(skip_if_unhealthy(optimizer), schedule=schedule, spike=spike), dropout=False)
+        make_step(fake_engine, make_update(skip_if_unhealthy(optimizer), schedule=schedule, spike=spike), dropout=False)
     )
     seen = [(state, None)]
     for loss, gradient in batches:

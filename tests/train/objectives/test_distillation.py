@@ -48,7 +48,7 @@ def teachers(tmp_path_factory):
     return root
 
 
-def taught(teachers, *, vocab=61, recipe=None, **changes):
+def distilled(teachers, *, vocab=61, recipe=None, **changes):
     """A run that distills the larger model."""
     teacher = {"from": str(teachers / str(vocab)), "vocab_multiple": 8}
     own = {"name": "distill", "teacher": teacher, "temperature": 2.0, "mix": 0.7}
@@ -56,7 +56,7 @@ def taught(teachers, *, vocab=61, recipe=None, **changes):
     return tiny(**merge_trees(base, changes))
 
 
-def words(model, weights, batch, temperature):
+def full_logprobs(model, weights, batch, temperature):
     """log p of the whole vocabulary."""
     ctx = Context(positions=jnp.asarray(batch["positions"]), segment_ids=jnp.asarray(batch["segment_ids"]))
     decoder = nnx.merge(decoder_graphdef(model), weights)
@@ -75,10 +75,10 @@ def first_loss(config):
 
 
 def test_the_loss_is_that_of_the_paper(teachers):
-    config = taught(teachers, memory={"loss_chunks": 4})
+    config = distilled(teachers, memory={"loss_chunks": 4})
     metrics, batch, program, state = first_loss(config)
-    teacher = words(config.recipe.teacher, program.teacher_weights(), batch, 2.0)
-    own, plain = (words(config.model, state.params, batch, t) for t in (2.0, 1.0))
+    teacher = full_logprobs(config.recipe.teacher, program.teacher_weights(), batch, 2.0)
+    own, plain = (full_logprobs(config.model, state.params, batch, t) for t in (2.0, 1.0))
     apart = (np.exp(teacher) * (teacher - own)).sum(-1)
     token = -np.take_along_axis(plain, batch["targets"][..., None], -1)[..., 0]
     mean = lambda x: (batch["loss_weights"] * x).sum() / batch["loss_weights"].sum()
@@ -88,13 +88,15 @@ def test_the_loss_is_that_of_the_paper(teachers):
         taken, weight = jax.jit(program.measures["acceptance"])(
             state.params, state.frozen, make_global_arrays(batch, config, program.mesh)
         )
-    both = np.minimum(np.exp(words(config.recipe.teacher, program.teacher_weights(), batch, 1.0)), np.exp(plain))
+    both = np.minimum(
+        np.exp(full_logprobs(config.recipe.teacher, program.teacher_weights(), batch, 1.0)), np.exp(plain)
+    )
     assert float(taken / weight) == pytest.approx(mean(both.sum(-1)), rel=1e-4)
 
 
 def test_the_result_is_the_same_on_every_mesh(teachers):
     settings = {"optimizer": CHEAP, "model": {"dropout": 0.1}}
-    one, cut = (taught(teachers, **settings, **more) for more in ({}, {"mesh": MESH, "memory": {"loss_chunks": 2}}))
+    one, cut = (distilled(teachers, **settings, **more) for more in ({}, {"mesh": MESH, "memory": {"loss_chunks": 2}}))
     assert_same(one, cut, steps=3)
 
 
@@ -102,7 +104,7 @@ def test_the_result_is_the_same_on_every_mesh(teachers):
 def test_stored_top_tokens_give_the_same_result_on_every_mesh(teachers):
     settings = {"recipe": {"top_k": 4}, "optimizer": CHEAP, "microbatches": 2}
     cut = {"mesh": {"fsdp": 2, "seq": 2, "tensor": 2}, "memory": {"loss_chunks": 2}}
-    assert_same(taught(teachers, **settings), taught(teachers, **settings, **cut), steps=3)
+    assert_same(distilled(teachers, **settings), distilled(teachers, **settings, **cut), steps=3)
 
 
 PIPELINES = {
@@ -129,7 +131,7 @@ SLOW = [pytest.param(*case, marks=[pytest.mark.slow] if place else [], id=name)
 def test_the_result_is_the_same_in_a_pipeline(teachers, settings, pipeline):
     """The teacher has three layers: its stages are uneven, and not where those of the model are."""
     plain = merge_trees({"model": {"layers": 4}, "optimizer": CHEAP, "microbatches": 4}, settings)
-    one, staged = taught(teachers, **plain), taught(teachers, **merge_trees(plain, pipeline))
+    one, staged = distilled(teachers, **plain), distilled(teachers, **merge_trees(plain, pipeline))
     assert_same(one, staged, steps=3, tolerance=1e-5)
     told = [[metrics["divergence"] for metrics in trajectory(config, steps=3)[0]] for config in (one, staged)]
     np.testing.assert_allclose(told[0], told[1], rtol=1e-5)
@@ -150,7 +152,7 @@ def run_of(teachers, **changes):
     logging = {"every": 1, "tensorboard": False}
     data = {"global_batch": 8, "held_out": 0.1}
     base = {"steps": 6, "optimizer": CHEAP, "logging": logging, "data": data, "checkpoint": {"every": 3}}
-    return taught(teachers, **merge_trees(base | {"vocab": 264}, changes))
+    return distilled(teachers, **merge_trees(base | {"vocab": 264}, changes))
 
 
 @pytest.mark.slow
@@ -171,7 +173,7 @@ def test_annotations_are_the_teachers_top_tokens_of_each_row(teachers):
     data = with_reference_logprobs(program, assemble.build_data(config.data, seed=0), samples=range(8))
     rows = [data.train.row(index) for index in range(4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    said = words(config.recipe.teacher, program.teacher_weights(), batch, 2.0)
+    said = full_logprobs(config.recipe.teacher, program.teacher_weights(), batch, 2.0)
     real = batch["token_index"] >= 0
     looked_up = np.take_along_axis(said, batch["teacher_tokens"], -1)
     np.testing.assert_allclose(batch["teacher_logprobs"][real], looked_up[real], rtol=1e-4, atol=1e-5)
@@ -250,4 +252,4 @@ UNFIT = {
 @pytest.mark.parametrize(("settings", "message"), UNFIT.values(), ids=UNFIT)
 def test_a_teacher_that_does_not_fit_is_refused(teachers, settings, message):
     with pytest.raises(UserError, match=message):
-        taught(teachers, **settings)
+        distilled(teachers, **settings)

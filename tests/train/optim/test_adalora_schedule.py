@@ -20,7 +20,7 @@ from meshwright.train.optim.adalora_schedule import orthogonality_penalty, rank_
 
 STEPS, RATE = 12, 0.05
 ADAPTER = AdapterConfig(method="adalora", rank=4, budget={"rank": 2, "after": 2, "every": 3, "settled": 2})
-MAPS = 3  # two layers of one map, one of another
+MODULES = 3  # two layers of one map, one of another
 EVERY = {"q/adapter/e": np.ones(2, bool), "o/adapter/e": np.ones(1, bool)}
 
 
@@ -35,19 +35,19 @@ def leaves(random):
     return {"q": {"adapter": layers(2, 6, 5)}, "o": {"adapter": layers(1, 5, 6)}}
 
 
-def gram_pull(x):
+def gram_gradient(x):
     """Gradient of |x^T x - 1| by x [n, 4]."""
     gap = x.T @ x - np.eye(4)
     return 2 * x @ gap / np.linalg.norm(gap)
 
 
-def pulled(own, gradient):
-    """The gradient with that of the penalty."""
-    found = {name: leaf.copy() for name, leaf in gradient.items()}
-    for layer in range(len(own["e"])):
-        found["a"][layer] += 0.5 * gram_pull(own["a"][layer]) / (2 * MAPS)
-        found["b"][layer] += 0.5 * gram_pull(own["b"][layer].T).T / (2 * MAPS)
-    return found
+def add_penalty_gradient(params, gradient):
+    """The gradient plus that of the orthogonality penalty."""
+    total = {name: leaf.copy() for name, leaf in gradient.items()}
+    for layer in range(len(params["e"])):
+        total["a"][layer] += 0.5 * gram_gradient(params["a"][layer]) / (2 * MODULES)
+        total["b"][layer] += 0.5 * gram_gradient(params["b"][layer].T).T / (2 * MODULES)
+    return total
 
 
 def test_the_budget_goes_to_the_most_important_triplets():
@@ -66,7 +66,7 @@ def test_the_budget_goes_to_the_most_important_triplets():
 
         total, scores = {}, {}
         for name in params:
-            own, g = params[name]["adapter"], pulled(params[name]["adapter"], gradient[name]["adapter"])
+            own, g = params[name]["adapter"], add_penalty_gradient(params[name]["adapter"], gradient[name]["adapter"])
             for leaf in own:
                 now, mean, apart = (
                     np.abs(own[leaf] * g[leaf]),
@@ -80,7 +80,7 @@ def test_the_budget_goes_to_the_most_important_triplets():
             scores[name] = total["e"] + total["a"].mean(axis=1) + total["b"].mean(axis=2)
         if step in (3, 6, 9, 10):
             done = np.clip((step - 2) / 8, 0, 1)
-            left = int(np.round(MAPS * (2 + 2 * (1 - done) ** 3)))
+            left = int(np.round(MODULES * (2 + 2 * (1 - done) ** 3)))
             limit = np.sort(np.concatenate([score.ravel() for score in scores.values()]))[-left]
             kept = {name: score >= limit for name, score in scores.items()}
         if step in (3, 6, 9, 10, 11, 12):
@@ -115,7 +115,7 @@ def test_a_layer_without_an_adapter_gets_no_rank():
     )
     alone = entries(steps[0], steps[1:], EVERY)
     among = entries(wider(steps[0]), [wider(gradient) for gradient in steps[1:]], present)
-    assert np.count_nonzero(alone["q"]) + np.count_nonzero(alone["o"]) == MAPS * 2
+    assert np.count_nonzero(alone["q"]) + np.count_nonzero(alone["o"]) == MODULES * 2
     assert not among["q"][1].any()
     np.testing.assert_allclose(among["q"][[0, 2]], alone["q"], atol=1e-6)
     np.testing.assert_allclose(among["o"], alone["o"], atol=1e-6)
@@ -170,10 +170,10 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("given", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_a_budget_that_cannot_be_kept_is_refused(given, words):
-    with pytest.raises(UserError, match=words):
-        tiny(adapter={"method": "adalora"} | given)
+@pytest.mark.parametrize(("settings", "error"), MISTAKES.values(), ids=MISTAKES)
+def test_a_budget_that_cannot_be_kept_is_refused(settings, error):
+    with pytest.raises(UserError, match=error):
+        tiny(adapter={"method": "adalora"} | settings)
 
 
 @pytest.mark.parametrize("method", ["adalora", "fishmask", "lottery"])

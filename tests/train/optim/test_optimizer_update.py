@@ -24,7 +24,7 @@ SHAPES = {"segments": {"0": {"0": {"block": {"mlp": {"up": {"kernel": (2, 8, 4)}
 SIZES = {"below the limit": 0.01, "above it": 3.0, "infinite": float("inf"), "no number": float("nan")}
 
 
-def drawn(scale):
+def random_tree(scale):
     """A tree of random arrays."""
     random = np.random.default_rng(0)
     leaf = lambda shape: jnp.asarray(random.normal(size=shape) * scale, jnp.float32)
@@ -39,12 +39,12 @@ def test_a_dropped_optimistic_update_leaves_no_trace(name, size):
     optimizer, optimistic = (
         optimizers.build(section, steps=9, spike=50.0, **clip) for clip in ({}, {"clip": optimizers.unclipped})
     )
-    state = TrainState(jnp.int32(0), drawn(1.0), {}, optimizer.init(drawn(1.0)), (), jnp.zeros(2))
+    state = TrainState(jnp.int32(0), random_tree(1.0), {}, optimizer.init(random_tree(1.0)), (), jnp.zeros(2))
     results = []
     for update in map(jax.jit, (skip_if_unhealthy(optimizer), post_validated(optimizer, optimistic, clip=1.0))):
-        first = update(drawn(0.02), state, jnp.float32(0.1), jnp.bool_(True))
+        first = update(random_tree(0.02), state, jnp.float32(0.1), jnp.bool_(True))
         moved = TrainState(jnp.int32(1), first.params, {}, first.opt_state, (), jnp.zeros(2))
-        gradient = drawn(SIZES[size])
+        gradient = random_tree(SIZES[size])
         norm = optax.global_norm(gradient)
         results.append(update(gradient, moved, norm, jnp.isfinite(norm)))
     expected, found = results

@@ -165,9 +165,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("changes", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_settings_that_do_not_work_with_codes_are_refused(changes, words):
-    with pytest.raises(UserError, match=words):
+@pytest.mark.parametrize(("changes", "error"), MISTAKES.values(), ids=MISTAKES)
+def test_settings_that_do_not_work_with_codes_are_refused(changes, error):
+    with pytest.raises(UserError, match=error):
         tiny(**merge_trees(CODES, changes))
 
 

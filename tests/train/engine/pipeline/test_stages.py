@@ -127,10 +127,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("changes", "words"), REFUSED.values(), ids=REFUSED)
-def test_a_schedule_without_a_table_is_refused_without_jax(changes, words):
+@pytest.mark.parametrize(("changes", "error"), REFUSED.values(), ids=REFUSED)
+def test_a_schedule_without_a_table_is_refused_without_jax(changes, error):
     config = tiny(**merge_trees(merge_trees(BASE, STAGED), changes))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=error):
         make_pipeline_plan(config, pipe=config.mesh.pipe)
 
 
@@ -164,9 +164,9 @@ UNFIT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "words"), UNFIT.values(), ids=UNFIT)
-def test_a_pipeline_that_does_not_fit_is_refused_by_the_configuration(changes, words):
-    with pytest.raises(UserError, match=words):
+@pytest.mark.parametrize(("changes", "error"), UNFIT.values(), ids=UNFIT)
+def test_a_pipeline_that_does_not_fit_is_refused_by_the_configuration(changes, error):
+    with pytest.raises(UserError, match=error):
         tiny(**merge_trees(merge_trees(BASE, STAGED), changes))
 
 

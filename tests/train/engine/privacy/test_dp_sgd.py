@@ -58,14 +58,14 @@ def private(**changes):
     return tiny(**merge_trees(PRIVATE, changes))
 
 
-def moved(params):
-    """Weights that are nowhere at a symmetric start: zeros would hide what is missing."""
+def with_noise(params):
+    """Weights away from a symmetric start, because zeros would hide missing terms."""
     random = np.random.default_rng(5)
     return jax.tree.map(lambda x: x + jnp.asarray(0.05 * random.standard_normal(x.shape), x.dtype), params)
 
 
 def materialised(config, program, params, frozen, batch, keys):
-    """Gradients of each row, made."""
+    """The gradient of each row, computed in full."""
     values = values_fn(
         target_logprobs(config.model, config.memory), program.graph, context=partial(make_context, config, program.mesh)
     )
@@ -95,7 +95,7 @@ def test_norms_are_those_of_the_gradients_of_each_row(name):
     config = private(**MODELS[name])
     program = build(config, make_mesh(config.mesh))
     state = program.initialize()
-    params, batch = moved(state.params), jax.tree.map(jnp.asarray, batches(config, 1)[0])
+    params, batch = with_noise(state.params), jax.tree.map(jnp.asarray, batches(config, 1)[0])
     keys = jax.random.split(jax.random.key(3), config.data.global_batch)
     with jax.set_mesh(program.mesh):
         found = jax.jit(norms_of(config, program))(params, state.frozen, batch, keys)
@@ -118,8 +118,8 @@ def summed(config):
     return sums, each
 
 
-def row_norms(each):
-    rows = [np.asarray(leaf, np.float64).reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(each)]
+def row_norms(row_gradients):
+    rows = [np.asarray(leaf, np.float64).reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(row_gradients)]
     return rows, np.sqrt(sum(np.square(leaf).sum(1) for leaf in rows))
 
 
@@ -191,9 +191,9 @@ def test_noise_has_the_standard_deviation_that_is_accounted_for():
     state, loud = stepping(3.0)
     _, quiet = stepping(1e-9)
     first, without, again = loud(state), quiet(state), loud(state)
-    apart = jax.tree.map(lambda x, y: np.asarray(x - y).reshape(-1), first, without)
-    drawn = np.concatenate(jax.tree.leaves(apart))
-    assert drawn.std() == pytest.approx(3.0 * 0.5 / 8, rel=0.03) and abs(drawn.mean()) < 0.01
+    noise = jax.tree.map(lambda x, y: np.asarray(x - y).reshape(-1), first, without)
+    noise = np.concatenate(jax.tree.leaves(noise))
+    assert noise.std() == pytest.approx(3.0 * 0.5 / 8, rel=0.03) and abs(noise.mean()) < 0.01
     jax.tree.map(np.testing.assert_array_equal, again, first)
     later = loud(dataclasses.replace(state, step=state.step + 1))
     assert np.abs(np.asarray(first["head"]["kernel"] - later["head"]["kernel"])).max() > 0.1
@@ -215,12 +215,12 @@ def test_norms_need_less_memory_than_row_gradients():
         def temporary(function):
             return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
-        def made(*given):
-            each = materialised(config, program, *given)
-            return sum(jnp.square(leaf).reshape(leaf.shape[0], -1).sum(1) for leaf in jax.tree.leaves(each))
+        def norms_of_gradients(*inputs):
+            gradients = materialised(config, program, *inputs)
+            return sum(jnp.square(leaf).reshape(leaf.shape[0], -1).sum(1) for leaf in jax.tree.leaves(gradients))
 
-        usual = build(config.model_copy(update={"privacy": None}), program.mesh).gradients
-        ghost, full, plain = (temporary(f) for f in (norms_of(config, program), made, usual))
+        usual = build(config.model_copy(update={"privacy": None}), program.mesh).gradient_engine
+        ghost, full, plain = (temporary(f) for f in (norms_of(config, program), norms_of_gradients, usual))
     assert ghost < 0.3 * full and ghost < 1.5 * plain
 
 
@@ -294,12 +294,12 @@ def test_no_batch_contains_a_row_twice(tmp_path, monkeypatch):
 
 
 def test_other_machines_do_not_get_the_seed(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(metrics_logger, "open_sinks", lambda *given, config, **settings: told.append(config) or [])
+    sent = []
+    monkeypatch.setattr(metrics_logger, "open_sinks", lambda *_, config, **settings: sent.append(config) or [])
     for config in (private(), private(privacy=None)):
         with metrics_logger.MetricsLogger(config, tmp_path, EventLog(tmp_path, enabled=True), start=0):
             pass
-    assert "seed" not in told[0] and told[1]["seed"] == SEED
+    assert "seed" not in sent[0] and sent[1]["seed"] == SEED
 
 
 def test_a_privacy_section_needs_noise_or_epsilon():
