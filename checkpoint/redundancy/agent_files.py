@@ -50,7 +50,7 @@ def write_status(directory: Path, status: ProtectedStep | Recovery) -> None:
 
 
 def read_protected(directory: Path) -> ProtectedStep:
-    """Read what is protected; `Protected()` if the agent has written nothing."""
+    """Read what is protected; `ProtectedStep()` if the agent has written nothing."""
     content = _read(directory / PROTECTED)
     return ProtectedStep(**content) if content else ProtectedStep()
 
