@@ -24,9 +24,9 @@ class UserError(MeshwrightError):
     def no_match(cls, key: str, unknown: Iterable[str], *, candidates: Iterable[str]) -> "UserError":
         """The error `key: x matches nothing; there are a, b, c. Did you mean a?`."""
         unknown, candidates = sorted(unknown), sorted(candidates)
-        near = [match for name in unknown for match in difflib.get_close_matches(name, candidates, n=1)]
-        near = near or (candidates if len(candidates) == 1 else [])
-        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        similar = [match for name in unknown for match in difflib.get_close_matches(name, candidates, n=1)]
+        similar = similar or (candidates if len(candidates) == 1 else [])
+        hint = f" Did you mean {', '.join(similar)}?" if similar else ""
         return cls(f"{key}: {', '.join(unknown)} matches nothing; there are {', '.join(candidates)}.{hint}")
 
 

@@ -116,8 +116,8 @@ def check_fixed(form: HuggingFaceFormat, tree: Tree) -> None:
             raise unsupported_error(
                 key, tree[key], f"only {' or '.join(map(repr, choices))} is what this decoder computes"
             )
-    known = read_tables()[1] | set(form.keys.values()) | form.fixed.keys() | {"attention_bias", "mlp_bias"}
-    if unknown := sorted(key for key in tree.keys() - known if tree[key] not in (None, False, "", [], {})):
+    known_keys = read_tables()[1] | set(form.keys.values()) | form.fixed.keys() | {"attention_bias", "mlp_bias"}
+    if unknown := sorted(key for key in tree.keys() - known_keys if tree[key] not in (None, False, "", [], {})):
         logger.warning("config.json: not read: %s", ", ".join(f"{key}={tree[key]!r:.40}" for key in unknown))
 
 

@@ -54,8 +54,8 @@ def missing_config_message(config: str, *, where: Path) -> str:
     if of_kind := [name for name in recipe_names() if name.startswith(f"{config}/")]:
         return f"{config} is a folder of recipes; name one of {', '.join(of_kind)}"
     neighbours = sorted(str(file.relative_to(where)) for file in path.parent.glob("*.yaml")) if path.suffix else []
-    near = difflib.get_close_matches(config, [*neighbours, *recipe_names()], n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    similar = difflib.get_close_matches(config, [*neighbours, *recipe_names()], n=1)
+    hint = f" Did you mean {similar[0]}?" if similar else ""
     return f"{config} is neither a file (from {where}) nor a shipped recipe; `meshwright recipes ls` lists those.{hint}"
 
 
@@ -143,8 +143,8 @@ def merge_trees(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[st
     """`override` on top of `base`: mappings are merged key by key, anything else is replaced."""
     result = dict(base)
     for key, value in override.items():
-        both = isinstance(result.get(key), Mapping) and isinstance(value, Mapping)
-        result[key] = merge_trees(result[key], value) if both else value
+        is_mapping = isinstance(result.get(key), Mapping) and isinstance(value, Mapping)
+        result[key] = merge_trees(result[key], value) if is_mapping else value
     return result
 
 
@@ -184,21 +184,21 @@ def explain_error(item: Mapping[str, Any]) -> str:
 
 def suggest_key(key: str) -> str:
     """` Did you mean ...?` for an unknown key: an alias from another tool, a similar name, or another section."""
-    known = list(schema_keys())
+    all_keys = list(schema_keys())
     parent, _, leaf = key.rpartition(".")
-    if (ours := foreign_keys().get(leaf)) in known:
+    if (ours := foreign_keys().get(leaf)) in all_keys:
         return f" Did you mean {ours}?"
     section = ""  # of the key, without names of adapters and numbers of list entries
     for part in parent.split("."):
         longer = f"{section}.{part}".lstrip(".")
-        section = longer if longer in known else section
-    leaves = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+        section = longer if longer in all_keys else section
+    leaves = [name.rpartition(".")[2] for name in all_keys if name.rpartition(".")[0] == section]
     siblings = {name: f"{parent}.{name}".lstrip(".") for name in leaves}
-    near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
-    elsewhere = sorted((name for name in known if name.rpartition(".")[2] == leaf), key=len)
-    others = [name for name in known if name != parent and not (section and name.startswith(f"{section}."))]
-    similar = difflib.get_close_matches(key, others, n=1, cutoff=0.6)
-    if suggestions := [siblings[near[0]]] if near else elsewhere[:1] or similar:
+    sibling = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
+    elsewhere = sorted((name for name in all_keys if name.rpartition(".")[2] == leaf), key=len)
+    candidates = [name for name in all_keys if name != parent and not (section and name.startswith(f"{section}."))]
+    similar = difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
+    if suggestions := [siblings[sibling[0]]] if sibling else elsewhere[:1] or similar:
         return f" Did you mean {suggestions[0]}?"
     return f" There are {', '.join(sorted(siblings))}." if siblings else ""
 

@@ -51,10 +51,10 @@ def check_elastic_meshes(config: RunFields, current_axes: Axes, check: Callable[
 
 def check_deterministic(config: RunFields, axes: Axes) -> None:
     """Raise ValueError where gradients cannot be added in one order on a mesh of `axes`."""
-    if others := [f"mesh.{axis}: {size}" for axis, size in axes.items() if axis != "data" and size > 1]:
+    if refused_axes := [f"mesh.{axis}: {size}" for axis, size in axes.items() if axis != "data" and size > 1]:
         raise ValueError(
-            f"{', '.join(others)}: elastic.deterministic allows sizes above 1 for mesh.data only; use mesh.data, or "
-            "set elastic.deterministic to false (meshes then agree up to rounding)"
+            f"{', '.join(refused_axes)}: elastic.deterministic allows sizes above 1 for mesh.data only; use mesh.data, "
+            "or set elastic.deterministic to false (meshes then agree up to rounding)"
         )
     if config.recipe.compares_distributions:
         raise ValueError(

@@ -39,16 +39,16 @@ class TokenizerConfig(Section):
 
     @model_validator(mode="after")
     def _check_exactly_one(self) -> "TokenizerConfig":
-        chosen = [name for name in ("train", "file", "bytes") if getattr(self, name)]
-        if len(chosen) != 1:
+        selected = [name for name in ("train", "file", "bytes") if getattr(self, name)]
+        if len(selected) != 1:
             raise ValueError(
-                f"data.tokenizer: {' and '.join(chosen) or 'nothing'} set; set exactly one of "
+                f"data.tokenizer: {' and '.join(selected) or 'nothing'} set; set exactly one of "
                 "{train: bpe, vocab: 2048}, {file: tokenizer.json}, {bytes: true} and the others to null"
             )
-        if (self.vocab is None) is (chosen == ["train"]):
+        if (self.vocab is None) is (selected == ["train"]):
             raise ValueError(
-                f"data.tokenizer.vocab: {self.vocab} with {chosen[0]}; it is the size of a trained tokenizer; set both "
-                "or none, e.g. {train: bpe, vocab: 2048}"
+                f"data.tokenizer.vocab: {self.vocab} with {selected[0]}; it is the size of a trained tokenizer; set "
+                "both or none, e.g. {train: bpe, vocab: 2048}"
             )
         return self
 
@@ -196,8 +196,8 @@ def check_source(source: SourceConfig, *, key: str) -> None:
             )
     needed, optional = FORMAT_COLUMNS[source.format]
     if unknown := sorted(source.columns.keys() - {*needed, *optional}):
-        known = f"use those of {', '.join([*needed, *optional])}" if needed else "remove it, format text has none"
-        raise ValueError(f"{key}.columns: {', '.join(unknown)} is no column of format {source.format}; {known}")
+        remedy = f"use those of {', '.join([*needed, *optional])}" if needed else "remove it, format text has none"
+        raise ValueError(f"{key}.columns: {', '.join(unknown)} is no column of format {source.format}; {remedy}")
     if source.format != "text" and (source.field != "text" or source.prompt is not None):
         raise ValueError(f"{key}.field, {key}.prompt: only for format text; use {key}.columns for {source.format}")
     if source.format == "unpaired" and source.streaming:

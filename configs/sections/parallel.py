@@ -56,17 +56,17 @@ class AxesConfig(Section):
     def resolve_sizes(self, devices: int) -> dict[str, int]:
         """Axis -> size, with -1 replaced so that the product is `devices`. Raises ValueError where no size fits."""
         sizes = self.sizes
-        known = 1
+        product = 1
         for size in sizes.values():
-            known *= max(size, 1)
+            product *= max(size, 1)
         written = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "all axes 1"
         if -1 not in sizes.values():
-            if known != devices:
-                raise ValueError(f"mesh: {written} is {known} devices, not {devices}; change an axis or mesh.devices")
+            if product != devices:
+                raise ValueError(f"mesh: {written} is {product} devices, not {devices}; change an axis or mesh.devices")
             return sizes
-        if devices % known:
-            raise ValueError(f"mesh: {written} is {known} devices or a multiple, not {devices}; change an axis")
-        return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+        if devices % product:
+            raise ValueError(f"mesh: {written} is {product} devices or a multiple, not {devices}; change an axis")
+        return {axis: devices // product if size == -1 else size for axis, size in sizes.items()}
 
     @property
     def device_product(self) -> int | None:

@@ -90,8 +90,8 @@ def select_names(key: str, patterns: Iterable[str], names: Iterable[str]) -> set
     names, selected = list(names), set()
     for pattern in patterns:
         if not (matching := {name for name in names if matches(name, pattern)}):
-            known = {name.split("/", 2)[-1] if name.startswith("layers/") else name for name in names}
-            raise UserError.no_match(key, [pattern], candidates=known)
+            candidates = {name.split("/", 2)[-1] if name.startswith("layers/") else name for name in names}
+            raise UserError.no_match(key, [pattern], candidates=candidates)
         selected |= matching
     return selected
 

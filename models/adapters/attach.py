@@ -47,11 +47,13 @@ def adapter_inserter(model: ModelConfig, adapter: AdapterConfig | None) -> Calla
             linear.adapter = make_adapter(module, LINEAR_METHODS[adapter.method], zeros, dropout_rate=adapter.dropout)
         if modules and adapter.method == "vera":
             decoder.adapter = SharedMatrices(**init_shared_matrices(model, adapter, jax.random.key(0)))
-        for added in () if adapter is None else ADDED_MODULES.get(adapter.method, ()):
-            for path, leaves in jax.eval_shape(partial(added_leaves, added, model, adapter)).items():
+        for added_module in () if adapter is None else ADDED_MODULES.get(adapter.method, ()):
+            for path, leaves in jax.eval_shape(partial(added_leaves, added_module, model, adapter)).items():
                 parent, _, name = path.rpartition("/")
-                setattr(submodule(decoder, parent), name, added.make_module(jax.tree.map(jnp.zeros_like, leaves)))
-            decoder.prefix_length += adapter.length if added.is_prefix else 0
+                setattr(
+                    submodule(decoder, parent), name, added_module.make_module(jax.tree.map(jnp.zeros_like, leaves))
+                )
+            decoder.prefix_length += adapter.length if added_module.is_prefix else 0
 
     return insert
 
@@ -70,10 +72,10 @@ def make_adapter(module: AdaptedModule, method: LinearMethod, leaves: Leaves, *,
     return Adapter(method, leaves, dropout_rate=dropout_rate, map_index=module.map_index, kernel_axes=axes)
 
 
-def added_leaves(added: AddedModule, model: ModelConfig, adapter: AdapterConfig) -> dict[str, Leaves]:
+def added_leaves(added_module: AddedModule, model: ModelConfig, adapter: AdapterConfig) -> dict[str, Leaves]:
     """The leaves that are added to weights drawn with key 0; the paths and shapes are the same for all weights."""
     key = jax.random.key(0)
-    return added.init(initial_params(model, key), model, adapter, key)
+    return added_module.init(initial_params(model, key), model, adapter, key)
 
 
 FakeQuantize = Callable[[jax.Array, tuple[int, ...], tuple[int, ...]], jax.Array]
@@ -99,8 +101,8 @@ def init_adapters(
     kernel as it reads once it is quantized.
     """
     tree = copy_dicts(weights)
-    for added in ADDED_MODULES.get(adapter.method, ()):
-        for path, leaves in added.init(weights, model, adapter, key).items():
+    for added_module in ADDED_MODULES.get(adapter.method, ()):
+        for path, leaves in added_module.init(weights, model, adapter, key).items():
             parent, _, name = path.rpartition("/")
             (subtree(tree, parent) if parent else tree)[name] = leaves
     if adapter.method not in LINEAR_METHODS:
@@ -166,13 +168,13 @@ def merge_adapters(tree: Params, model: ModelConfig, adapter: AdapterConfig | No
     Raises UserError where no plain model computes the same.
     """
     if adapter is not None and adapter.method in ADDED_MODULES:
-        added, *more = ADDED_MODULES[adapter.method]
-        if more or added.merge is None:
+        added_module, *more = ADDED_MODULES[adapter.method]
+        if more or added_module.merge is None:
             raise UserError(
                 f"adapter.method: {adapter.method} cannot be merged, because no weight of the model can hold what it "
                 "adds; keep the run, or use `meshwright adapter export` where PEFT has the method"
             )
-        return added.merge(tree, adapter)
+        return added_module.merge(tree, adapter)
     if adapter is None or adapter.method not in LINEAR_METHODS:
         return tree
     result = copy_dicts({name: part for name, part in tree.items() if name != "adapter"})

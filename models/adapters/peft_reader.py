@@ -106,12 +106,12 @@ def read_lora(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Map
     rank = a.shape[1]
     alpha = match_pattern(config.get("alpha_pattern") or {}, module.name, config.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    found = {}
+    leaves = {}
     for part, outputs in part_outputs(module):
-        found[part] = {"a": a, "b": b[:, outputs], "scale": np.full(rank, scale, np.float32)}
+        leaves[part] = {"a": a, "b": b[:, outputs], "scale": np.full(rank, scale, np.float32)}
         if "lora_magnitude_vector" in tensors:
-            found[part]["magnitude"] = tensors["lora_magnitude_vector"].reshape(-1)[outputs]
-    return found
+            leaves[part]["magnitude"] = tensors["lora_magnitude_vector"].reshape(-1)[outputs]
+    return leaves
 
 
 def read_ia3(module: PeftModule, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Leaves]:

@@ -43,7 +43,9 @@ def trained_masks(paths: list[str], model: ModelConfig, adapter: AdapterConfig) 
             if "/block/" in path and path.split("/")[-2] == "adapter" and path.split("/")[-1] in leaves
         }
     if adapter.method in ADDED_MODULES:
-        suffixes = tuple(suffix for added in ADDED_MODULES[adapter.method] for suffix in added.trained_suffixes)
+        suffixes = tuple(
+            suffix for added_module in ADDED_MODULES[adapter.method] for suffix in added_module.trained_suffixes
+        )
         return {path: np.ones(len(layers), bool) for path, layers in names.items() if f"/{path}".endswith(suffixes)}
     candidates = [name for layers in names.values() for name in layers]
     if adapter.method in ("bitfit", "norms"):

@@ -15,8 +15,8 @@ def pack_codes(codes: jax.Array, *, bits: int) -> jax.Array:
     """codes [n, ...] uint8 below 2^bits -> [n bits / 8, ...] uint8."""
     count, size = PACKS[bits]
     groups = codes.reshape(-1, count, *codes.shape[1:]).astype(jnp.uint32)
-    word = sum(groups[:, index] << (bits * (count - 1 - index)) for index in range(count))
-    packs = jnp.stack([(word >> (8 * (size - 1 - index))) & 255 for index in range(size)], axis=1)
+    bits_of_pack = sum(groups[:, index] << (bits * (count - 1 - index)) for index in range(count))
+    packs = jnp.stack([(bits_of_pack >> (8 * (size - 1 - index))) & 255 for index in range(size)], axis=1)
     return packs.reshape(-1, *codes.shape[1:]).astype(jnp.uint8)
 
 
@@ -27,6 +27,10 @@ def unpack_codes(packs: jax.Array, *, bits: int) -> jax.Array:
         return packs
     wide = packs if size == 1 else packs.astype(jnp.uint32)
     groups = wide.reshape(-1, size, *packs.shape[1:])
-    word = groups[:, 0] if size == 1 else sum(groups[:, index] << (8 * (size - 1 - index)) for index in range(size))
-    codes = jnp.stack([(word >> (bits * (count - 1 - index))) & (2**bits - 1) for index in range(count)], axis=1)
+    bits_of_pack = (
+        groups[:, 0] if size == 1 else sum(groups[:, index] << (8 * (size - 1 - index)) for index in range(size))
+    )
+    codes = jnp.stack(
+        [(bits_of_pack >> (bits * (count - 1 - index))) & (2**bits - 1) for index in range(count)], axis=1
+    )
     return codes.reshape(-1, *packs.shape[1:]).astype(jnp.uint8)

@@ -1,4 +1,4 @@
-"""Several adapters in a configuration: what each inherits, the run it is alone, and what is refused."""
+"""Several adapters in a configuration: inherited settings, single runs, and refused conflicts."""
 
 import pytest
 

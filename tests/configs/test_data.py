@@ -1,4 +1,4 @@
-"""The data section: exactly one tokenizer, no setting that its source would ignore."""
+"""The section data: exactly one tokenizer, and no setting that the source ignores."""
 
 import pytest
 from pydantic import ValidationError

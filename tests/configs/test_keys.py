@@ -9,15 +9,15 @@ from meshwright.configs.aliases import foreign_keys
 from meshwright.configs.loader import schema_keys
 
 
-def test_the_keys_are_the_listed_ones():
+def test_the_keys_equal_the_list():
     """`from meshwright.configs.loader import schema_keys; print(*sorted(set(schema_keys())))` prints the new list."""
     assert sorted(set(schema_keys())) == (Path(__file__).parent / "keys.txt").read_text().split()
 
 
-def test_what_other_tools_call_our_keys_leads_to_keys_that_exist():
+def test_aliases_of_other_tools_name_keys_that_exist():
     assert not set(foreign_keys().values()) - set(schema_keys())
 
 
-def test_no_two_tools_mean_different_keys_by_one_name():
+def test_no_alias_has_two_meanings():
     tools = yaml.safe_load((Path(aliases.__file__).parent / "aliases.yaml").read_text())
     assert sum(map(len, tools.values())) == len(foreign_keys())

@@ -1,4 +1,4 @@
-"""Configuration: composed, typed, and helpful about mistakes."""
+"""Loading a configuration: composition, types, and helpful errors."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""The model's settings: families are defaults, and what could have no effect is refused with a remedy."""
+"""The section model: families are defaults, and settings without effect are refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The section outer: each rule's own defaults, and requests that could not mean anything are refused by key."""
+"""The section outer: the defaults of each rule, and refused conflicts."""
 
 import pytest
 
@@ -10,7 +10,7 @@ MESH = {"replica": 2, "platform": "cpu"}
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_rule_has_its_defaults_and_survives_a_round_trip(name):
+def test_a_rule_has_its_defaults_and_loads_again_equal(name):
     config = validate_tree({"mesh": MESH, "outer": {"name": name}})
     assert {key: getattr(config.outer, key) for key in RULES[name]} == RULES[name]
     assert validate_tree(parse_yaml(dump_yaml(config), origin="dump")) == config

@@ -1,4 +1,4 @@
-"""Shipped configurations whose numbers mean something."""
+"""Shipped recipes with settings from papers."""
 
 from meshwright.configs.loader import load_config
 

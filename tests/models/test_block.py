@@ -1,4 +1,4 @@
-"""One block: the names a memory policy may use, and dropout that belongs to rows and layers."""
+"""One block: the tensor names of memory policies, and dropout by row and layer."""
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,10 @@ BLOCKS = {
 }
 
 
-def names(jaxpr) -> set[str]:
-    """What passes through `checkpoint_name` anywhere in a program."""
-    found = {eqn.params["name"] for eqn in jaxpr.eqns if eqn.primitive.name == "name"}
-    return found.union(*(names(inner) for inner in subjaxprs(jaxpr)))
+def emitted_names(jaxpr) -> set[str]:
+    """All names that pass through `checkpoint_name` in a program."""
+    result = {eqn.params["name"] for eqn in jaxpr.eqns if eqn.primitive.name == "name"}
+    return result.union(*(emitted_names(inner) for inner in subjaxprs(jaxpr)))
 
 
 @pytest.mark.parametrize("settings", BLOCKS.values(), ids=BLOCKS)
@@ -41,11 +41,11 @@ def test_a_block_emits_exactly_the_names_a_policy_may_use(settings):
         return jax.vjp(lambda x: block(x, Context(positions=positions))[0], x)[1](x)
 
     jaxpr = jax.make_jaxpr(run)(jnp.ones((1, 6, 16)))
-    assert names(jaxpr.jaxpr) == set(policy.emitted_tensors(model))
+    assert emitted_names(jaxpr.jaxpr) == set(policy.emitted_tensors(model))
 
 
 def after_dropout(keys, **settings):
-    """hidden [rows, 2, embed] of five layers with dropout, where every row is the same two tokens."""
+    """hidden [rows, 2, embed] after five layers with dropout; every row has the same two tokens."""
     model = ModelConfig(**TINY | {"layers": 5}, dropout=0.5, windows=[2, None], **settings)
 
     @jax.jit
@@ -77,12 +77,12 @@ def test_layers_are_numbered_through_all_segments(monkeypatch):
 def test_layers_and_both_updates_of_a_block_drop_different_elements():
     keys = jax.random.split(jax.random.key(0), 2)
     ctx = Context(positions=jnp.zeros((2, 1)), dropout_keys=keys)
-    kept = [
+    masks = [
         dropout(jnp.ones((2, 2000)), layer_context(ctx, layer, None).dropout_keys, rate=0.25, salt=salt)
         for layer in (0, 1)
         for salt in (0, 1)
     ]
-    kept = np.concatenate(kept)  # [two rows of each of four, elements]
-    np.testing.assert_allclose(np.unique(kept), [0, 1 / 0.75], rtol=1e-6)
-    np.testing.assert_allclose(kept.mean(axis=1), 1, atol=0.05)
-    assert np.abs(np.corrcoef(kept) - np.eye(8)).max() < 0.1
+    masks = np.concatenate(masks)  # [two rows of each of four, elements]
+    np.testing.assert_allclose(np.unique(masks), [0, 1 / 0.75], rtol=1e-6)
+    np.testing.assert_allclose(masks.mean(axis=1), 1, atol=0.05)
+    assert np.abs(np.corrcoef(masks) - np.eye(8)).max() < 0.1

@@ -1,4 +1,4 @@
-"""The decoder: causal, deterministic, the same scanned or unrolled, and able to learn."""
+"""The decoder: equal when scanned and unrolled, and able to learn."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from meshwright.train.engine.program import build
 
 
 def test_unrolled_equals_scanned_and_so_do_the_gradients():
-    found = []
+    results = []
     for scan in (True, False):
         model = ModelConfig(**TINY["model"] | {"layers": 5, "windows": [4, None], "scan": scan})
 
@@ -24,8 +24,8 @@ def test_unrolled_equals_scanned_and_so_do_the_gradients():
             ctx = Context(positions=jnp.broadcast_to(jnp.arange(12), (2, 12)))
             return jnp.sum(jnp.sin(nnx.merge(decoder_graphdef(model), params).hidden(tokens, ctx)[0]))
 
-        found.append(jax.jit(jax.value_and_grad(loss))(weights_of(model)))
-    for scanned, unrolled in zip(*map(jax.tree.leaves, found), strict=True):
+        results.append(jax.jit(jax.value_and_grad(loss))(weights_of(model)))
+    for scanned, unrolled in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(scanned, unrolled, atol=1e-5 * np.abs(scanned).max())
 
 

@@ -1,4 +1,4 @@
-"""Sizes and FLOPs by formula against what the model really has and does."""
+"""Parameter counts and FLOPs by formula against those of the model."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ MODELS = {family: {"family": family} for family in FAMILIES} | {
 
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
-def test_parameters_are_those_of_the_canonical_leaves(settings):
+def test_the_parameter_count_is_that_of_the_canonical_leaves(settings):
     model = ModelConfig(**TINY | settings)
     shapes = jax.eval_shape(lambda: initial_params(model, jax.random.key(0)))
     count = 0
@@ -28,7 +28,7 @@ def test_parameters_are_those_of_the_canonical_leaves(settings):
     assert parameter_count(model) == count
 
 
-def test_flops_are_the_products_written_out():
+def test_flops_equal_those_of_all_products():
     """Two layers, the second with a window of 2, over 3 tokens: every product is 2 x its three dimensions."""
     model = ModelConfig(**TINY | {"layers": 2, "windows": [None, 2]})
     tokens, forward = 3, 0
@@ -42,7 +42,7 @@ def test_flops_are_the_products_written_out():
     assert flops_per_token(model, tokens) == pytest.approx(3 * forward / tokens)
 
 
-def test_a_tied_head_and_a_missing_gate_count_as_what_they_multiply():
+def test_flops_count_a_tied_head_and_no_missing_gate():
     untied, tied = (ModelConfig(**TINY, tied_embeddings=tied) for tied in (False, True))
     assert flops_per_token(untied, 8) == flops_per_token(tied, 8)
     ungated = ModelConfig(**TINY, activation="gelu")

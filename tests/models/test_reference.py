@@ -1,4 +1,4 @@
-"""Every setting of the decoder against plain numpy: logits, and what each token may depend on."""
+"""Every setting of the decoder against plain numpy: logits, and the tokens that each logit depends on."""
 
 import jax
 import jax.numpy as jnp
@@ -75,31 +75,31 @@ def forward(model: ModelConfig, params, tokens, segments, positions, linear=flat
 def test_logits_equal_the_reference(settings):
     model = ModelConfig(**TINY | {"kv_heads": None} | settings)
     rows, params = packed_rows(), weights_of(model)
-    got = np.asarray(jax.jit(lambda params, rows: forward(model, params, **rows))(params, rows))
-    wanted = reference_logits(model, by_name(model, params), **rows)
-    assert np.all(got[..., model.vocab :] == -np.inf), "padding of the vocabulary is not masked out"
-    np.testing.assert_allclose(got[..., : model.vocab], wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
+    actual = np.asarray(jax.jit(lambda params, rows: forward(model, params, **rows))(params, rows))
+    expected = reference_logits(model, by_name(model, params), **rows)
+    assert np.all(actual[..., model.vocab :] == -np.inf), "padding of the vocabulary is not masked out"
+    np.testing.assert_allclose(actual[..., : model.vocab], expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_logit_depends_on_exactly_the_tokens_it_may_see(window):
-    """By gradient, exactly zero outside: earlier tokens of the same document within reach of all layers' windows."""
+    """By gradient, which is zero outside of earlier tokens of the same document within all layers' windows."""
     model = ModelConfig(**TINY, windows=[window])
     params, rows = weights_of(model), packed_rows()
     rows["tokens"] = np.stack([np.arange(24), np.arange(24) + 30]).astype(np.int32)  # each its own row of the table
 
-    def total(params, row, place):
-        return jnp.sum(forward(model, params, **rows)[row, place, : model.vocab])
+    def total(params, row, position):
+        return jnp.sum(forward(model, params, **rows)[row, position, : model.vocab])
 
     reach = 24 if window is None else model.layers * (window - 1)
     gradient = jax.jit(jax.grad(total))
-    for row, place in ((0, 0), (0, 9), (0, 15), (1, 12), (1, 23)):
-        table = np.abs(gradient(params, row, place)["embed"]["embedding"]).max(axis=1)[rows["tokens"]]
-        same = rows["segments"][row] == rows["segments"][row, place]
-        distance = place - np.arange(24)
-        wanted = np.zeros((2, 24), bool)
-        wanted[row] = same & (distance >= 0) & (distance <= reach)
-        np.testing.assert_array_equal(table != 0, wanted)
+    for row, position in ((0, 0), (0, 9), (0, 15), (1, 12), (1, 23)):
+        table = np.abs(gradient(params, row, position)["embed"]["embedding"]).max(axis=1)[rows["tokens"]]
+        same = rows["segments"][row] == rows["segments"][row, position]
+        distance = position - np.arange(24)
+        expected = np.zeros((2, 24), bool)
+        expected[row] = same & (distance >= 0) & (distance <= reach)
+        np.testing.assert_array_equal(table != 0, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

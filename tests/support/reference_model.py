@@ -1,4 +1,4 @@
-"""The decoder once more, in numpy float64, one token and one head at a time: what the models are tested against.
+"""The decoder in numpy float64, one token and one head at a time: the reference of the tests of models.
 
 Written from the papers and not from `models/`: rotations are complex numbers, a softmax is over a list of visible keys.
 Weights come by canonical name (`layers/3/attn/q/kernel`).
@@ -31,7 +31,7 @@ def row_logits(model: ModelConfig, weights: Weights, tokens: np.ndarray, segment
         window = model.windows[layer % len(model.windows)]
         x = block(model, own, x, segments, positions, window)
     head = weights["embed/embedding"].T if model.tied_embeddings else weights["head/kernel"]
-    return capped(norm(model, weights, "final_norm", x) @ head, model.logit_softcap)
+    return softcap(norm(model, weights, "final_norm", x) @ head, model.logit_softcap)
 
 
 def block(model: ModelConfig, own: Weights, x: np.ndarray, segments: np.ndarray, positions: np.ndarray, window):
@@ -69,17 +69,17 @@ def attention(model: ModelConfig, own: Weights, x: np.ndarray, segments: np.ndar
             for name, y in (("q", q), ("k", k))
         )
     if model.position_encoding == "rope":
-        q, k = (turned(y, positions, model.rope, local=window is not None) for y in (q, k))
+        q, k = (rotate(y, positions, model.rope, local=window is not None) for y in (q, k))
     scale = model.attention_scale or 1 / math.sqrt(q.shape[-1])
     out = np.zeros_like(q)
     for head in range(len(q)):
         group = head * len(k) // len(q)
         for query in range(len(x)):
             first = 0 if window is None else max(0, query - window + 1)
-            seen = [key for key in range(first, query + 1) if segments[key] == segments[query]]
-            scores = capped(k[group, seen] @ q[head, query] * scale, model.attention_softcap)
+            visible = [key for key in range(first, query + 1) if segments[key] == segments[query]]
+            scores = softcap(k[group, visible] @ q[head, query] * scale, model.attention_softcap)
             weight = np.exp(scores - scores.max())
-            out[head, query] = weight @ v[group, seen] / weight.sum()
+            out[head, query] = weight @ v[group, visible] / weight.sum()
     update = np.einsum("htd,hde->te", out, own["attn/o/kernel"])
     return update + own["attn/o/bias"] if model.linear_bias else update
 
@@ -117,11 +117,11 @@ def rms(x: np.ndarray, scale: np.ndarray, epsilon: float) -> np.ndarray:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * scale
 
 
-def capped(x: np.ndarray, cap: float | None) -> np.ndarray:
+def softcap(x: np.ndarray, cap: float | None) -> np.ndarray:
     return x if cap is None else cap * np.tanh(x / cap)
 
 
-def turned(x: np.ndarray, positions: np.ndarray, rope: RopeConfig, *, local: bool) -> np.ndarray:
+def rotate(x: np.ndarray, positions: np.ndarray, rope: RopeConfig, *, local: bool) -> np.ndarray:
     """x [heads, sequence, head_dim]: pair (i, i + half) is a complex number, multiplied by a unit one."""
     half = x.shape[-1] // 2
     rates, factor = rope_rates(rope, x.shape[-1], local=local)
@@ -131,7 +131,7 @@ def turned(x: np.ndarray, positions: np.ndarray, rope: RopeConfig, *, local: boo
 
 
 def rope_rates(rope: RopeConfig, width: int, *, local: bool) -> tuple[np.ndarray, float]:
-    """Radians a position of each pair, and the factor on the unit numbers, by the published rules, pair by pair."""
+    """(radians per position of each pair, factor on the unit numbers), by the published rules."""
     unscaled = local and rope.local_theta is not None
     theta = rope.local_theta if unscaled else rope.theta
     rates, factor = [], 1.0
@@ -150,7 +150,7 @@ def rope_rates(rope: RopeConfig, width: int, *, local: bool) -> tuple[np.ndarray
 
 
 def llama3_rate(rope: RopeConfig, rate: float) -> float:
-    """By wavelength: short ones as they are, long ones divided, between a blend. Source: Llama 3.1's model card."""
+    """By wavelength: short ones unchanged, long ones divided, interpolated between. Source: Llama 3.1's model card."""
     wavelength = 2 * math.pi / rate
     if wavelength < rope.original_length / rope.high_frequency_factor:
         return rate
@@ -162,7 +162,7 @@ def llama3_rate(rope: RopeConfig, rate: float) -> float:
 
 
 def yarn_rate(rope: RopeConfig, rate: float, pair: int, width: int) -> float:
-    """By pair: a ramp between those that turn beta_fast and beta_slow times. Source: arXiv:2309.00071, section 3.2."""
+    """By pair: a ramp between those with beta_fast and beta_slow rotations. Source: arXiv:2309.00071, section 3.2."""
     low, high = (
         width * math.log(rope.original_length / (2 * math.pi * beta)) / (2 * math.log(rope.theta))
         for beta in (rope.beta_fast, rope.beta_slow)

@@ -1,4 +1,4 @@
-"""Random weights for tests: nothing is at its initial value, so that no term hides behind a one or a zero."""
+"""Random weights for tests: no weight has its initial value, so that no term is hidden by a one or a zero."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from meshwright.parallel.layout import canonical_slices
 from meshwright.parallel.sharding import path_name
 
 
-def weights_of(model: ModelConfig) -> dict[str, Any]:
+def random_weights(model: ModelConfig) -> dict[str, Any]:
     """Parameters in the model's own layout; norms, biases and the vocabulary's padding are random too."""
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: initial_params(model, jax.random.key(0)))
     return jax.tree.map(lambda leaf: 0.4 * random.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
-def by_name(model: ModelConfig, params: Any) -> dict[str, np.ndarray]:
+def by_canonical_name(model: ModelConfig, params: Any) -> dict[str, np.ndarray]:
     """`parallel.layout.canonical`, in numpy."""
     return {
         name: leaf[index]

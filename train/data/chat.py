@@ -87,7 +87,7 @@ class Template:
         return part
 
     def _by_turns(self, messages: Sequence[Message], *, first: int, tools: Any, origin: str) -> str:
-        text, done, spans = self.render(messages, tools=tools), 0, []
+        text, position, spans = self.render(messages, tools=tools), 0, []
         for number, message in enumerate(messages):
             if message["role"] != "assistant" or number < first:
                 continue
@@ -99,9 +99,9 @@ class Template:
                     "the assistant's part is unknown; put {% generation %} and {% endgeneration %} around it in a copy "
                     "of the template, and set data.template to that file"
                 )
-            spans += [text[done : len(before)], text[len(before) : len(after.rstrip())]]
-            done = len(after.rstrip())
-        return MARK.join([*spans, text[done:]])
+            spans += [text[position : len(before)], text[len(before) : len(after.rstrip())]]
+            position = len(after.rstrip())
+        return MARK.join([*spans, text[position:]])
 
     @cached_property
     def _jinja_template(self) -> Any:

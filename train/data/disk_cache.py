@@ -33,8 +33,8 @@ class CorruptEntry(MeshwrightError):
 
 def cache_directory(configured: str | None) -> Path:
     """`data.cache`, else $MESHWRIGHT_CACHE, else .cache/meshwright in the working directory."""
-    chosen = configured or os.environ.get("MESHWRIGHT_CACHE") or Path(".cache", "meshwright")
-    return Path(chosen).expanduser().absolute()
+    directory = configured or os.environ.get("MESHWRIGHT_CACHE") or Path(".cache", "meshwright")
+    return Path(directory).expanduser().absolute()
 
 
 def cache_entry(entry: Path, *, read: Callable[[Path], Entry], write: Callable[[Path], None]) -> Entry:

@@ -60,9 +60,9 @@ def encode_conversation(part: Part, encoding: Any, tokenizer: Tokenizer) -> Enco
 
 def encode_texts(batch: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """Token ids of each text; texts longer than BATCH_CHARACTERS are split after a line end and encoded in pieces."""
-    pieces = [list(split_after_lines(text)) for text in batch]
-    ids = iter(tokenizer.encode_batch([piece for text in pieces for piece in text]))
-    for text in pieces:
+    parts = [list(split_after_lines(text)) for text in batch]
+    ids = iter(tokenizer.encode_batch([part for text in parts for part in text]))
+    for text in parts:
         yield [token for _ in text for token in next(ids)]
 
 

@@ -34,9 +34,9 @@ def concat(lengths: np.ndarray, sequence_length: int) -> DocumentSlices:
     document = np.repeat(np.arange(len(lengths)), rows)
     nth = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)  # slice of its document
     row = first_row[document] + nth
-    left = np.maximum(begin[document], row * sequence_length)
-    right = np.minimum(stop[document], (row + 1) * sequence_length)
-    return DocumentSlices(row, document, left - begin[document], right - left)
+    start = np.maximum(begin[document], row * sequence_length)
+    end = np.minimum(stop[document], (row + 1) * sequence_length)
+    return DocumentSlices(row, document, start - begin[document], end - start)
 
 
 def best_fit(lengths: np.ndarray, sequence_length: int) -> DocumentSlices:

@@ -1,4 +1,4 @@
-"""Every method of the registry: starts at the model itself, merges into it, and computes what its paper says."""
+"""Every linear method: starts at the model, merges into it, and computes the equations of its paper."""
 
 import jax
 import jax.numpy as jnp
@@ -33,18 +33,18 @@ def settings(method, start="zero", **more):
 @pytest.fixture(scope="module")
 def weights():
     random = np.random.default_rng(0)
-    fresh = jax.jit(lambda: initial_params(SMALL, jax.random.key(0)))()
-    return jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32), fresh)
+    initial = jax.jit(lambda: initial_params(SMALL, jax.random.key(0)))()
+    return jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32), initial)
 
 
 def hidden(adapter, tree):
-    """What the head reads."""
+    """The input of the head."""
     decoder = nnx.merge(decoder_graphdef(SMALL, attach.adapter_inserter(SMALL, adapter)), tree)
     return decoder.hidden(TOKENS, Context(positions=jnp.broadcast_to(jnp.arange(12), (2, 12))))[0]
 
 
-def moved(tree, adapter):
-    """The tree with every leaf that learns somewhere else."""
+def perturb_trained(tree, adapter):
+    """The tree with every trained leaf changed."""
     params, frozen = attach.split_trained(tree, SMALL, adapter)
     random = np.random.default_rng(1)
     leaves = {path: leaf + 0.3 * random.normal(size=leaf.shape) for path, leaf in attach.flatten(params).items()}
@@ -56,7 +56,7 @@ def assert_close(one, other, tolerance=2e-5):
 
 
 @pytest.mark.parametrize(("method", "start"), CASES)
-def test_a_fresh_adapter_changes_nothing_and_a_merged_one_computes_the_same(method, start, weights):
+def test_an_untrained_adapter_changes_nothing_and_a_merged_one_computes_the_same(method, start, weights):
     more = MORE.get(method, {})
     targets = [f"layers/[02]/{name}" for name in ("attn/q", "attn/o", "mlp/down")]
     adapter = settings(method, start, targets=targets, **more)
@@ -64,7 +64,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_merged_one_computes_the_same(meth
     @jax.jit
     def everything(weights):
         tree = attach.init_adapters(weights, SMALL, adapter, jax.random.key(1))
-        other = moved(tree, adapter)
+        other = perturb_trained(tree, adapter)
         merged = attach.merge_adapters(other, SMALL, adapter)
         return hidden(None, weights), hidden(adapter, tree), hidden(adapter, other), hidden(None, merged), merged
 
@@ -78,7 +78,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_merged_one_computes_the_same(meth
 
 
 def linear_of(method, start="zero", **more):
-    """(adapter module, kernel, leaves) of one linear map in float64 numpy, moved away from its start."""
+    """(adapter module, kernel, leaves) of one linear map in float64 numpy, changed from its start."""
     adapter = settings(method, start, targets=["q"], **more)
     site = find_adapted_modules(MODEL, adapter)[0]
     random = np.random.default_rng(2)
@@ -88,7 +88,7 @@ def linear_of(method, start="zero", **more):
     return kernels, kernel, {name: np.asarray(leaf[0], np.float64) for name, leaf in leaves.items()}
 
 
-def merged_by(method, kernel, leaves):
+def merge_layer_of(method, kernel, leaves):
     from meshwright.models.adapters.interface import BaseLinear
 
     inside = BaseLinear(jnp.asarray(kernel, jnp.float32), None, 1)
@@ -103,20 +103,20 @@ def test_lora_and_dora_are_the_papers_equations():
     _, kernel, leaves = linear_of("dora", rank=3, alpha=6.0)
     w = np.asarray(kernel[0], np.float64).reshape(16, 24)
     v = w + 2.0 * leaves["a"] @ leaves["b"].reshape(3, 24)
-    assert_close(merged_by("lora", kernel[0], leaves).reshape(16, 24), v)
-    wanted = leaves["magnitude"].reshape(24) * v / np.linalg.norm(v, axis=0)
-    assert_close(merged_by("dora", kernel[0], leaves).reshape(16, 24), wanted)
+    assert_close(merge_layer_of("lora", kernel[0], leaves).reshape(16, 24), v)
+    expected = leaves["magnitude"].reshape(24) * v / np.linalg.norm(v, axis=0)
+    assert_close(merge_layer_of("dora", kernel[0], leaves).reshape(16, 24), expected)
 
 
-def test_pissa_takes_out_the_best_approximation():
-    """What is left of the kernel has the singular values that were not taken."""
-    whole, rest, _ = linear_of("lora", "pissa", rank=3, alpha=6.0)
-    before, after = (np.linalg.svd(np.asarray(x[0]).reshape(16, 24), compute_uv=False) for x in (whole, rest))
+def test_pissa_subtracts_the_best_approximation():
+    """The rest of the kernel has the singular values that were not subtracted."""
+    original, rest, _ = linear_of("lora", "pissa", rank=3, alpha=6.0)
+    before, after = (np.linalg.svd(np.asarray(x[0]).reshape(16, 24), compute_uv=False) for x in (original, rest))
     np.testing.assert_allclose(after[:13], before[3:], rtol=1e-4)
     np.testing.assert_allclose(after[13:], 0, atol=1e-5)
 
 
-def test_the_length_of_dora_has_no_gradient():
+def test_no_gradient_flows_through_the_norm_of_dora():
     """Section 4.3: the gradient by A is that of g x A B with g a constant."""
     _, kernel, leaves = linear_of("dora", rank=3)
     leaves = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in leaves.items()}
@@ -138,14 +138,16 @@ def test_the_length_of_dora_has_no_gradient():
 
 
 def test_ranks_and_scales_by_pattern():
-    found = {site.path: site for site in find_adapted_modules(MODEL, settings("lora", targets=["q", "o"], **PATTERNS))}
-    first = found["segments/0/0/block/attn/q"]  # layers 0 and 2
+    modules = {
+        site.path: site for site in find_adapted_modules(MODEL, settings("lora", targets=["q", "o"], **PATTERNS))
+    }
+    first = modules["segments/0/0/block/attn/q"]  # layers 0 and 2
     assert first.ranks == (2, 6) and first.scales == (3 / 2**0.5, 3 / 6**0.5)
     assert first.scale[0].tolist() == [pytest.approx(3 / 2**0.5)] * 2 + [0] * 4
-    assert found["segments/1/0/block/attn/o"].ranks == (4,) and len(found) == 6
+    assert modules["segments/1/0/block/attn/o"].ranks == (4,) and len(modules) == 6
 
 
-def test_what_learns():
+def test_the_trained_leaves_are_those_of_the_method():
     """LoRA-FA trains the second factors; bitfit the biases; a pattern over layers masks the others of their stack."""
 
     def paths(adapter):
@@ -160,8 +162,8 @@ def test_what_learns():
     last = settings("selective", targets=["layers/[34]/*", "final_norm/scale"])
     assert all("/1/0/" in path or "/0/1/" in path or path == "final_norm/scale" for path in paths(last))
     change = selection.update_scaler(MODEL, last)
-    kept = change("segments/0/1/block/mlp/up/kernel", jnp.ones((2, 3, 4)))  # layers 1 and 3
-    assert kept[0].max() == 0 and kept[1].min() == 1
+    scaled = change("segments/0/1/block/mlp/up/kernel", jnp.ones((2, 3, 4)))  # layers 1 and 3
+    assert scaled[0].max() == 0 and scaled[1].min() == 1
 
 
 MISTAKES = {

@@ -1,4 +1,4 @@
-"""What stands in front of documents, or in the place of tokens: the same as a model that reads it as tokens."""
+"""Prefixes, prompts and trained tokens: equal to a model that reads them as tokens."""
 
 import functools
 
@@ -37,19 +37,19 @@ PACKED = {
 @functools.cache
 def weights(model):
     random = np.random.default_rng(0)
-    fresh = jax.jit(lambda: initial_params(model, jax.random.key(0)))()
-    return jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32), fresh)
+    initial = jax.jit(lambda: initial_params(model, jax.random.key(0)))()
+    return jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32), initial)
 
 
-def hidden(model, adapter, tree, tokens, **told):
-    """What the head reads."""
+def hidden(model, adapter, tree, tokens, **fields):
+    """The input of the head."""
     tokens = jnp.asarray(tokens)
-    told = {"positions": jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)} | told
+    fields = {"positions": jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)} | fields
     structure = decoder_graphdef(model, attach.adapter_inserter(model, adapter))
-    return jax.jit(lambda tree: nnx.merge(structure, tree).hidden(tokens, Context(**told))[0])(tree)
+    return jax.jit(lambda tree: nnx.merge(structure, tree).hidden(tokens, Context(**fields))[0])(tree)
 
 
-def started(model, **settings):
+def init_tree(model, **settings):
     adapter = AdapterConfig(**settings)
     base = weights(model)
     return base, adapter, jax.jit(lambda base: attach.init_adapters(base, model, adapter, KEY))(base)
@@ -61,40 +61,40 @@ def assert_close(one, other):
 
 @pytest.mark.parametrize("model", [MODEL, LEARNED], ids=["rope", "learned"])
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
-def test_a_fresh_one_is_that_many_tokens_in_front_of_every_document(method, model):
-    """Both start as tokens: each of two packed documents is what the plain model makes of it behind them."""
-    base, adapter, tree = started(model, method=method, length=5)
+def test_an_untrained_prompt_equals_that_many_tokens_before_every_document(method, model):
+    """Both start as tokens: each of two packed documents equals the plain model's output after these tokens."""
+    base, adapter, tree = init_tree(model, method=method, length=5)
     first = jax.random.randint(KEY, (5,), 0, model.vocab)
     for attention in ({}, {"attend": lambda *given: attend(BLOCKWISE, *given)}):
-        found = hidden(model, adapter, tree, TOKENS, **PACKED, **attention)
+        packed = hidden(model, adapter, tree, TOKENS, **PACKED, **attention)
         for part in (slice(0, SECOND), slice(SECOND, LENGTH)):
-            alone = TOKENS[:, part]
-            whole = hidden(model, None, base, np.concatenate([np.tile(first, (2, 1)), alone], axis=1))
-            assert_close(found[:, part], whole[:, 5:])
+            separate = TOKENS[:, part]
+            full = hidden(model, None, base, np.concatenate([np.tile(first, (2, 1)), separate], axis=1))
+            assert_close(packed[:, part], full[:, 5:])
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
-def test_generating_reads_it_at_every_step(method):
-    """Ten tokens and then one more through a cache: what the head reads is that of all eleven at once."""
-    _, adapter, tree = started(MODEL, method=method, length=5)
+def test_generation_reads_the_prompt_at_every_step(method):
+    """Ten tokens and then one more with a cache give the output of all eleven at once."""
+    _, adapter, tree = init_tree(MODEL, method=method, length=5)
     tokens = jnp.asarray(TOKENS[:, :11])
-    whole = hidden(MODEL, adapter, tree, tokens)
+    expected = hidden(MODEL, adapter, tree, tokens)
     decoder = nnx.merge(decoder_graphdef(MODEL, attach.adapter_inserter(MODEL, adapter)), tree)
     ctx = Context(positions=jnp.zeros((1, 1), jnp.int32))
     cache = caches.empty_cache(MODEL, rows=2, capacity=11, ctx=ctx)
     for part in (slice(0, 10), slice(10, 11)):
         index = jnp.arange(11)[part]
-        here = context_at(ctx, attention=DENSE, index=index, first=jnp.zeros((2, 1), jnp.int32), cache=cache)
-        found, entries = decoder.hidden(tokens[:, part], here)
-        assert_close(found, whole[:, part])
+        step_ctx = context_at(ctx, attention=DENSE, index=index, first=jnp.zeros((2, 1), jnp.int32), cache=cache)
+        actual, entries = decoder.hidden(tokens[:, part], step_ctx)
+        assert_close(actual, expected[:, part])
         cache = caches.write_entries(cache, entries, index=index[0])
 
 
-def test_p_tuning_is_the_prompt_that_its_perceptron_makes():
-    base, adapter, tree = started(MODEL, method="p-tuning", length=5)
-    own = {name: np.asarray(leaf) for name, leaf in tree["prompt"].items()}
-    one = np.maximum(own["seeds"] @ own["w1"] + own["b1"], 0)
-    rows = np.maximum(one @ own["w2"] + own["b2"], 0) @ own["w3"] + own["b3"]
+def test_p_tuning_equals_the_prompt_that_its_perceptron_computes():
+    base, adapter, tree = init_tree(MODEL, method="p-tuning", length=5)
+    encoder = {name: np.asarray(leaf) for name, leaf in tree["prompt"].items()}
+    one = np.maximum(encoder["seeds"] @ encoder["w1"] + encoder["b1"], 0)
+    rows = np.maximum(one @ encoder["w2"] + encoder["b2"], 0) @ encoder["w3"] + encoder["b3"]
     prompt = AdapterConfig(**AHEAD)
     same = hidden(MODEL, prompt, base | {"prompt": {"rows": jnp.asarray(rows)}}, TOKENS)
     assert_close(hidden(MODEL, adapter, tree, TOKENS), same)
@@ -102,15 +102,15 @@ def test_p_tuning_is_the_prompt_that_its_perceptron_makes():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_trained_tokens_are_rows_of_the_table(tied):
-    """A fresh one changes nothing; a moved one is the model with those rows, where tied in the head as well."""
+    """Untrained rows change nothing; trained rows equal the model with those rows, also in a tied head."""
     model = MODEL.model_copy(update={"tied_embeddings": tied})
-    base, adapter, tree = started(model, method="tokens", tokens=[int(TOKENS[0, 3]), 5])
+    base, adapter, tree = init_tree(model, method="tokens", tokens=[int(TOKENS[0, 3]), 5])
     assert_close(hidden(model, adapter, tree, TOKENS), hidden(model, None, base, TOKENS))
     tree["embed"]["adapter"]["rows"] += 1.0
     merged = attach.merge_adapters(tree, model, adapter)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
-    moved = np.abs(merged["embed"]["embedding"] - base["embed"]["embedding"]).max(axis=1)
-    assert sorted(np.flatnonzero(moved > 0.5)) == sorted(adapter.tokens)
+    perturbed = np.abs(merged["embed"]["embedding"] - base["embed"]["embedding"]).max(axis=1)
+    assert sorted(np.flatnonzero(perturbed > 0.5)) == sorted(adapter.tokens)
     assert_close(hidden(model, adapter, tree, TOKENS), hidden(model, None, merged, TOKENS))
     decoders = [
         nnx.merge(decoder_graphdef(model, attach.adapter_inserter(model, own)), given)
@@ -120,16 +120,16 @@ def test_trained_tokens_are_rows_of_the_table(tied):
 
 
 @pytest.mark.parametrize(("method", "ends"), [("prefix", {"k", "v"}), ("prompt", {"rows"}), ("tokens", {"rows"})])
-def test_what_learns(method, ends):
+def test_the_trained_leaves_are_those_of_the_method(method, ends):
     more = {"tokens": [3]} if method == "tokens" else {}
-    _, adapter, tree = started(MODEL, method=method, **more)
+    _, adapter, tree = init_tree(MODEL, method=method, **more)
     params, frozen = (attach.flatten(part) for part in attach.split_trained(tree, MODEL, adapter))
     assert {path.rpartition("/")[2] for path in params} == ends
     assert frozen.keys() - attach.flatten(weights(MODEL)).keys() == ({"embed/adapter/numbers"} & frozen.keys())
 
 
-def test_what_no_weight_can_hold_is_not_merged():
-    _, adapter, tree = started(MODEL, **AHEAD)
+def test_merging_a_method_that_no_weight_can_express_is_refused():
+    _, adapter, tree = init_tree(MODEL, **AHEAD)
     with pytest.raises(UserError, match=r"adapter\.method: prompt cannot be merged"):
         attach.merge_adapters(tree, MODEL, adapter)
 
@@ -149,6 +149,6 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("given", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_what_cannot_be_computed_is_refused_before_anything_runs(given, words):
+def test_unsupported_settings_are_refused_before_the_run(given, words):
     with pytest.raises(UserError, match=words):
         validate_tree({"name": "mine", "data": {"source": "stdlib", "sequence_length": 256}} | given)

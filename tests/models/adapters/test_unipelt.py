@@ -1,4 +1,4 @@
-"""UniPELT: three parts behind gates that are each token's own, so that nothing is told of what follows."""
+"""UniPELT: three parts behind gates of each token, so that no token depends on later ones."""
 
 import jax
 import jax.numpy as jnp
@@ -39,28 +39,28 @@ def decoder_of(adapter, tree):
     return nnx.merge(decoder_graphdef(MODEL, attach.adapter_inserter(MODEL, adapter)), tree)
 
 
-def hidden(adapter, tree, tokens, **told):
-    """What the head reads."""
+def hidden(adapter, tree, tokens, **fields):
+    """The input of the head."""
     tokens = jnp.asarray(tokens)
-    told = {"positions": jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)} | told
-    return jax.jit(lambda tree: decoder_of(adapter, tree).hidden(tokens, Context(**told))[0])(tree)
+    fields = {"positions": jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)} | fields
+    return jax.jit(lambda tree: decoder_of(adapter, tree).hidden(tokens, Context(**fields))[0])(tree)
 
 
 def assert_close(one, other):
     np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max(), rtol=0)
 
 
-def part(tree, path):
+def layer_leaves(tree, path):
     """The leaves of one part of layer 1, in numpy."""
     return {name: np.asarray(leaf[1]) for name, leaf in attach.subtree(tree, f"{BLOCK}/{path}").items()}
 
 
-def opened(own, x):
+def expected_gate(own, x):
     return 1 / (1 + np.exp(-(x @ own["gate"] + own["gate_bias"])))
 
 
-def test_a_block_computes_the_papers_equations(trees):
-    """With one gate a token: a query attends as the method `prefix` does to a prefix times that query's gate."""
+def test_a_block_computes_the_equations_of_the_paper(trees):
+    """A query attends as with method `prefix` to the prefix times the query's gate."""
     base, _, tree = trees
     plain, whole = (
         decoder_of(adapter, own).segments["0"]["0"].block for adapter, own in ((None, base), (ADAPTER, tree))
@@ -72,13 +72,13 @@ def test_a_block_computes_the_papers_equations(trees):
     normed = np.asarray(plain.attn_norm(x))
 
     def with_lora(name):
-        linear, own = getattr(plain.attn, name), part(tree, f"attn/{name}/adapter")
+        linear, own = getattr(plain.attn, name), layer_leaves(tree, f"attn/{name}/adapter")
         added = np.einsum("bse,er,rhd->bshd", normed, own["a"] * own["scale"], own["b"])
-        gate = opened(own, normed)[..., None, None]
+        gate = expected_gate(own, normed)[..., None, None]
         return lambda x, ctx: linear(x, ctx) + gate * added
 
     plain.attn.q, plain.attn.v = with_lora("q"), with_lora("v")
-    prefix = part(tree, "attn/prefix")
+    prefix = layer_leaves(tree, "attn/prefix")
 
     own = {}
     plain.attn.prefix = lambda x, ctx: (own, ctx.attend)
@@ -87,14 +87,14 @@ def test_a_block_computes_the_papers_equations(trees):
         own.update({name: gate * prefix[name] for name in ("k", "v")})
         return plain.attn(jnp.asarray(normed), ctx)[0]
 
-    every = jax.jit(jax.vmap(seen))(opened(prefix, normed).reshape(-1)).reshape(2, LENGTH, *x.shape)
+    every = jax.jit(jax.vmap(seen))(expected_gate(prefix, normed).reshape(-1)).reshape(2, LENGTH, *x.shape)
     middle = x + jnp.einsum("rtrte->rte", every)  # of each token, what it sees through its own gate
-    made, own = np.asarray(plain.mlp(plain.mlp_norm(middle), ctx)), part(tree, "mlp/adapter")
+    made, own = np.asarray(plain.mlp(plain.mlp_norm(middle), ctx)), layer_leaves(tree, "mlp/adapter")
     added = np.maximum(made @ own["down"] + own["down_bias"], 0) @ own["up"] + own["up_bias"]
-    assert_close(whole(x, ctx)[0], middle + made + opened(own, made)[..., None] * added)
+    assert_close(whole(x, ctx)[0], middle + made + expected_gate(own, made)[..., None] * added)
 
 
-def test_a_token_is_told_nothing_of_those_behind_it(trees):
+def test_a_token_does_not_depend_on_later_tokens(trees):
     _, _, tree = trees
     other = TOKENS.copy()
     other[:, 8] = (other[:, 8] + 7) % 61
@@ -104,41 +104,41 @@ def test_a_token_is_told_nothing_of_those_behind_it(trees):
 
 
 @pytest.mark.parametrize("implementation", [DENSE, BLOCKWISE], ids=lambda one: one.name)
-def test_documents_of_one_row_are_as_alone(trees, implementation):
+def test_documents_of_one_row_do_not_depend_on_each_other(trees, implementation):
     _, _, tree = trees
-    told = {"attend": lambda *given: attend(implementation, *given)}
-    found = hidden(ADAPTER, tree, TOKENS, **PACKED, **told)
-    for own in (slice(0, SECOND), slice(SECOND, LENGTH)):
-        assert_close(found[:, own], hidden(ADAPTER, tree, TOKENS[:, own], **told))
+    fields = {"attend": lambda *given: attend(implementation, *given)}
+    packed = hidden(ADAPTER, tree, TOKENS, **PACKED, **fields)
+    for separate in (slice(0, SECOND), slice(SECOND, LENGTH)):
+        assert_close(packed[:, separate], hidden(ADAPTER, tree, TOKENS[:, separate], **fields))
 
 
-def test_generating_opens_the_gates_of_new_tokens_alone(trees):
-    """Ten tokens and then one more through a cache: what the head reads is that of all eleven at once."""
+def test_generation_computes_gates_of_new_tokens_only(trees):
+    """Ten tokens and then one more with a cache give the output of all eleven at once."""
     _, _, tree = trees
     tokens = jnp.asarray(TOKENS[:, :11])
-    whole = hidden(ADAPTER, tree, tokens)
+    expected = hidden(ADAPTER, tree, tokens)
     ctx = Context(positions=jnp.zeros((1, 1), jnp.int32))
     cache = caches.empty_cache(MODEL, rows=2, capacity=11, ctx=ctx)
     for own in (slice(0, 10), slice(10, 11)):
         index = jnp.arange(11)[own]
-        here = context_at(ctx, attention=DENSE, index=index, first=jnp.zeros((2, 1), jnp.int32), cache=cache)
-        found, entries = jax.jit(
-            lambda tree, here=here, own=own: decoder_of(ADAPTER, tree).hidden(tokens[:, own], here)
+        step_ctx = context_at(ctx, attention=DENSE, index=index, first=jnp.zeros((2, 1), jnp.int32), cache=cache)
+        actual, entries = jax.jit(
+            lambda tree, step_ctx=step_ctx, own=own: decoder_of(ADAPTER, tree).hidden(tokens[:, own], step_ctx)
         )(tree)
-        assert_close(found, whole[:, own])
+        assert_close(actual, expected[:, own])
         cache = caches.write_entries(cache, entries, index=index[0])
 
 
-def test_it_starts_as_a_prefix_that_is_half_there(trees):
-    """Gates are near one half, LoRA and the perceptron add nothing yet, and narrower layers are as narrow as asked."""
+def test_unipelt_starts_as_a_prefix_with_gates_near_one_half(trees):
+    """Gates are near one half, LoRA and the perceptron add nothing, and layers have their own ranks."""
     base, tree, _ = trees
     leaves = attach.flatten(tree)
     even = {path: 0 * leaf if path.endswith("/gate") else leaf for path, leaf in leaves.items()}
     half = attach.flatten(base) | {
         f"{BLOCK}/attn/prefix/{name}": 0.5 * leaves[f"{BLOCK}/attn/prefix/{name}"] for name in ("k", "v")
     }
-    alone = hidden(AdapterConfig(method="prefix", length=3), attach.unflatten(half), TOKENS)
-    assert_close(hidden(ADAPTER, attach.unflatten(even), TOKENS), alone)
+    prefix_only = hidden(AdapterConfig(method="prefix", length=3), attach.unflatten(half), TOKENS)
+    assert_close(hidden(ADAPTER, attach.unflatten(even), TOKENS), prefix_only)
     gates = [np.asarray(leaf) for path, leaf in leaves.items() if path.endswith("/gate")]
     assert len(gates) == 4 and all(0.01 < gate.std() < 0.03 for gate in gates)
     widths = {
@@ -149,7 +149,7 @@ def test_it_starts_as_a_prefix_that_is_half_there(trees):
     assert leaves[f"{BLOCK}/attn/q/adapter/scale"].sum(-1).tolist() == [2, 4, 4]
 
 
-def test_everything_that_learns_has_a_gradient_and_nothing_else_is_there(trees):
+def test_exactly_the_trained_leaves_have_a_gradient(trees):
     base, _, tree = trees
     params, frozen = attach.split_trained(tree, MODEL, ADAPTER)
 
@@ -173,7 +173,7 @@ def test_everything_that_learns_has_a_gradient_and_nothing_else_is_there(trees):
     }
 
 
-def test_what_cannot_be_is_refused(trees):
+def test_conflicting_settings_are_refused(trees):
     with pytest.raises(UserError, match=r"adapter\.ranks: k matches nothing; there are attn/q, attn/v, mlp"):
         attach.init_adapters(trees[0], MODEL, AdapterConfig(method="unipelt", ranks={"k": 3}), jax.random.key(1))
     with pytest.raises(UserError, match=r"adapter\.method: unipelt cannot be merged"):

@@ -1,4 +1,4 @@
-"""One battery for every implementation of attention that runs here, against the definition in float64 NumPy."""
+"""Every implementation of attention that runs here, against the definition in float64 NumPy."""
 
 from typing import NamedTuple
 
@@ -90,13 +90,13 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks so small that tiny shapes have several, padded ones among them, and `blockwise` uses both of its walks."""
+    """Blocks so small that tiny shapes have several, some of them padded, and `blockwise` walks in both ways."""
     for name, value in {"ROW_BLOCK": 24, "LONGEST_UNROLLED": 64, "SMALLEST_BLOCK": 16, "LARGEST_BLOCK": 16}.items():
         monkeypatch.setattr(blockwise, name, value)
 
 
 def arrays(case):
-    """q, k, v, d_out of a case, values that every dtype holds exactly."""
+    """q, k, v, d_out of a case, with values that are exact in every dtype."""
     random, q_shape = np.random.default_rng(0), (2, case.queries, case.heads, HEAD_DIM)
     kv_shape = (2, case.keys, case.kv_heads, HEAD_DIM)
     return [
@@ -105,7 +105,7 @@ def arrays(case):
     ]
 
 
-def definition(q, k, v, d_out, mask, indices):
+def reference_attention(q, k, v, d_out, mask, indices):
     """out, lse, dq, dk, dv in float64, by the softmax's own Jacobian, which mentions neither out nor lse."""
     q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
     group = q.shape[2] // k.shape[2]
@@ -117,14 +117,16 @@ def definition(q, k, v, d_out, mask, indices):
         s, slope = mask.softcap * np.tanh(s / mask.softcap), np.cosh(s / mask.softcap) ** -2
     i = np.arange(q.shape[1]) if indices.query_index is None else np.asarray(indices.query_index)
     j = np.arange(k.shape[1]) if indices.key_index is None else np.asarray(indices.key_index)
-    seen = np.ones(s.shape, bool)
+    visible = np.ones(s.shape, bool)
     if mask.causal:
-        seen &= j <= i[:, None]
+        visible &= j <= i[:, None]
     if mask.window:
-        seen &= (i[:, None] - j >= 0) & (i[:, None] - j < mask.window)
+        visible &= (i[:, None] - j >= 0) & (i[:, None] - j < mask.window)
     if indices.query_segments is not None:
-        seen &= (np.asarray(indices.query_segments)[:, :, None] == np.asarray(indices.key_segments)[:, None])[:, None]
-    e = np.where(seen, np.exp(s), 0.0)
+        visible &= (np.asarray(indices.query_segments)[:, :, None] == np.asarray(indices.key_segments)[:, None])[
+            :, None
+        ]
+    e = np.where(visible, np.exp(s), 0.0)
     total = e.sum(-1, keepdims=True)
     p = e / np.where(total, total, 1.0)
     dp = np.einsum("bqhd,bkhd->bhqk", d_out, v)
@@ -136,7 +138,7 @@ def definition(q, k, v, d_out, mask, indices):
     return np.einsum("bhqk,bkhd->bqhd", p, v), lse, np.einsum("bhqk,bkhd->bqhd", ds, k), dk, dv
 
 
-def everything(implementation, mask, q, k, v, d_out, indices):
+def output_and_gradients(implementation, mask, q, k, v, d_out, indices):
     """out, lse, dq, dk, dv as one compiled program."""
 
     def run(q, k, v, d_out, indices):
@@ -148,19 +150,22 @@ def everything(implementation, mask, q, k, v, d_out, indices):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("name", PORTABLE)
-def test_output_statistics_and_gradients_are_the_definitions(name, case):
+def test_output_log_sum_exp_and_gradients_equal_the_definition(name, case):
     implementation, (q, k, v, d_out) = IMPLEMENTATIONS[name], arrays(case)
     if reason := implementation.refuse(case.mask, case.indices, q, k, "cpu"):
         assert name not in ("dense", "blockwise"), "what `auto` falls back to refuses nothing"
         pytest.skip(f"{name} {reason}")
-    got = everything(implementation, case.mask, q, k, v, d_out, case.indices)
+    actual = output_and_gradients(implementation, case.mask, q, k, v, d_out, case.indices)
     for label, like in zip(("out", "dq", "dk", "dv"), (q, q, k, v), strict=True):
         index = ("out", "lse", "dq", "dk", "dv").index(label)
-        assert (got[index].shape, got[index].dtype) == (like.shape, like.dtype), f"{label} is not like its array"
-    assert got[1].dtype == jnp.float32, "the log-sum-exp is always float32"
+        assert (actual[index].shape, actual[index].dtype) == (like.shape, like.dtype), f"{label} is not like its array"
+    assert actual[1].dtype == jnp.float32, "the log-sum-exp is always float32"
     tolerance = {"float32": 2e-5, "bfloat16": 4e-2}[case.dtype]
     for label, ours, exact in zip(
-        ("out", "lse", "dq", "dk", "dv"), got, definition(q, k, v, d_out, case.mask, case.indices), strict=True
+        ("out", "lse", "dq", "dk", "dv"),
+        actual,
+        reference_attention(q, k, v, d_out, case.mask, case.indices),
+        strict=True,
     ):
         np.testing.assert_allclose(
             np.asarray(ours, np.float64), exact, rtol=tolerance, atol=tolerance * 2, err_msg=label
@@ -169,7 +174,7 @@ def test_output_statistics_and_gradients_are_the_definitions(name, case):
 
 @pytest.mark.parametrize("name", PORTABLE)
 @pytest.mark.parametrize("mask", [Mask(), Mask(window=30, softcap=2.0)], ids=["causal", "window-softcap"])
-def test_two_halves_of_the_keys_add_up_to_the_whole(name, mask):
+def test_results_over_two_halves_of_the_keys_combine_to_those_over_all_keys(name, mask):
     """The ring identity: partial softmaxes merge by log-sum-exp, partial gradients from the merged statistics add."""
     implementation, case = IMPLEMENTATIONS[name], Case(queries=48, keys=48, kv_heads=2)
     q, k, v, d_out = arrays(case)
@@ -186,7 +191,9 @@ def test_two_halves_of_the_keys_add_up_to_the_whole(name, mask):
         return out, lse, dq, dk, dv
 
     for ours, exact in zip(
-        jax.jit(run)(q, d_out, halves), definition(q, k, v, d_out, mask, TokenIndices(index, index)), strict=True
+        jax.jit(run)(q, d_out, halves),
+        reference_attention(q, k, v, d_out, mask, TokenIndices(index, index)),
+        strict=True,
     ):
         np.testing.assert_allclose(ours, exact, rtol=2e-5, atol=4e-5)
 
@@ -204,10 +211,10 @@ def test_replicas_under_vmap_are_independent(name, case):
 
         return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
-    together = jax.jit(jax.vmap(gradient))(*replicas)
+    batched = jax.jit(jax.vmap(gradient))(*replicas)
     for replica in (0, 1):
-        alone = definition(*(x[replica] for x in replicas), d_out, case.mask, case.indices)[2:]
-        for ours, exact in zip(together, alone, strict=True):
+        separate = reference_attention(*(x[replica] for x in replicas), d_out, case.mask, case.indices)[2:]
+        for ours, exact in zip(batched, separate, strict=True):
             np.testing.assert_allclose(ours[replica], exact, rtol=2e-5, atol=4e-5)
 
 
@@ -226,13 +233,13 @@ def largest_array(tokens, order):
         return attend(IMPLEMENTATIONS["blockwise"], q, k, v, Mask(), indices).sum()
 
     program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, q, q, indices).jaxpr
-    return max(var.aval.size for jaxpr in nested(program) for equation in jaxpr.eqns for var in equation.outvars)
+    return max(var.aval.size for jaxpr in all_equations(program) for equation in jaxpr.eqns for var in equation.outvars)
 
 
-def nested(jaxpr):
+def all_equations(jaxpr):
     yield jaxpr
     for inner in subprograms(jaxpr):
-        yield from nested(inner)
+        yield from all_equations(inner)
 
 
 def subprograms(jaxpr):

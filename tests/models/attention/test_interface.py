@@ -1,4 +1,4 @@
-"""What `attend` promises whatever the implementation: what a memory policy may keep, and which mistakes are named."""
+"""`attend` with any implementation: which tensors a memory policy may keep, and which mistakes are refused."""
 
 import re
 
@@ -14,7 +14,7 @@ from meshwright.models.attention.interface import Mask, TokenIndices, attend
 from meshwright.models.attention.registry import IMPLEMENTATIONS, choose
 
 
-def products(policy_names):
+def product_count(policy_names):
     """Matrix products in the compiled gradient of a scan over blocks of attention that keeps `policy_names`."""
 
     def block(x, scale):
@@ -40,7 +40,7 @@ def test_the_forward_kernel_runs_again_unless_output_and_log_sum_exp_are_kept(na
     # Loops of several blocks: the compiler does not merge the products of two loops, as it does straight-line code.
     for name, value in {"LONGEST_UNROLLED": 0, "SMALLEST_BLOCK": 8, "LARGEST_BLOCK": 8}.items():
         monkeypatch.setattr(blockwise, name, value)
-    assert (products(names) > FORWARD + BACKWARD) == runs_again
+    assert (product_count(names) > FORWARD + BACKWARD) == runs_again
 
 
 def sizes(queries=8, keys=8, heads=4, kv_heads=2, head_dim=8, dtype=jnp.bfloat16):
@@ -61,7 +61,7 @@ CUDNN_REFUSES = {
 
 
 @pytest.mark.parametrize("mask, indices, shape, reason", CUDNN_REFUSES.values(), ids=CUDNN_REFUSES)
-def test_cudnn_named_where_it_is_not_exact_is_an_error_and_auto_takes_blockwise(mask, indices, shape, reason):
+def test_cudnn_by_name_is_refused_where_it_is_not_exact_and_auto_uses_blockwise(mask, indices, shape, reason):
     q, k = sizes(**shape)
     with pytest.raises(UserError, match=rf"model\.attention: cudnn .*{reason}.*use blockwise"):
         choose("cudnn", mask=mask, indices=indices, q=q, k=k, platform="cpu")
@@ -73,7 +73,7 @@ def test_cudnn_refuses_nothing_it_can_do(mask):
     assert IMPLEMENTATIONS["cudnn"].refuse(mask, TokenIndices(), *sizes(), None) is None
 
 
-def test_attend_asks_the_implementation_before_it_runs():
+def test_attend_checks_the_implementation_before_it_runs():
     q = jnp.ones((1, 8, 2, 8))
     with pytest.raises(UserError, match="cudnn computes in bfloat16 or float16, not float32"):
         attend(IMPLEMENTATIONS["cudnn"], q, q, q, Mask())
@@ -95,14 +95,14 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("shapes, indices, message", MISFITS.values(), ids=MISFITS)
-def test_arrays_that_do_not_fit_are_named(shapes, indices, message):
+def test_the_error_names_arrays_of_a_wrong_shape(shapes, indices, message):
     q, k = shapes
     with pytest.raises(UserError, match=message):
         jax.eval_shape(lambda q, k, v: attend(IMPLEMENTATIONS["dense"], q, k, v, Mask(), indices), q, k, k)
 
 
 @pytest.mark.parametrize("wrong", [{"window": 0}, {"softcap": 0.0}, {"softcap": -1.0}])
-def test_a_mask_that_hides_or_breaks_everything_is_an_error(wrong):
+def test_a_mask_that_hides_every_key_is_refused(wrong):
     with pytest.raises(UserError, match=str(*wrong.values())):
         Mask(**wrong)
 
@@ -113,7 +113,7 @@ def test_a_mask_that_hides_or_breaks_everything_is_an_error(wrong):
     "mask", [Mask(), Mask(window=100), Mask(causal=False), Mask(scale=0.05)], ids=["causal", "window", "both", "scale"]
 )
 @pytest.mark.parametrize("tokens, kv_heads", [(256, 8), (384, 2), (333, 1)])
-def test_cudnn_is_dense_on_a_gpu(mask, tokens, kv_heads):
+def test_cudnn_equals_dense_on_a_gpu(mask, tokens, kv_heads):
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(2, tokens, heads, 64) for heads in (8, kv_heads, kv_heads, 8)]
     q, k, v, d_out = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))

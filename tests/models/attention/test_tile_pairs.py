@@ -1,4 +1,4 @@
-"""Which tiles the walk over pairs of blocks visits: all that have a visible pair, and hardly another."""
+"""The tiles that the walk over pairs of blocks visits: all with a visible pair, and few others."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,15 +29,15 @@ def test_only_tiles_with_a_visible_pair_are_visited(xp, mask, query_index, key_i
     assert isinstance(counts, np.ndarray) == (xp is np), "plain order is planned before the program runs"
     assert counts.sum() == expected
     age = query_index[:, None] - key_index[None]
-    seen = np.ones(age.shape, bool) if not mask.causal else (age >= 0) & (age < (mask.window or 999))
-    for block, rows in enumerate(seen.reshape(blocks[0].count, 8, blocks[1].count, 8).any((1, 3))):
+    visited = np.ones(age.shape, bool) if not mask.causal else (age >= 0) & (age < (mask.window or 999))
+    for block, rows in enumerate(visited.reshape(blocks[0].count, 8, blocks[1].count, 8).any((1, 3))):
         assert set(np.flatnonzero(rows)) <= set(np.asarray(visits[block][: counts[block]]).tolist())
 
 
-def test_any_order_visits_every_visible_tile():
-    """Shuffled tokens: each block's range is wide, so nothing may be left out that has a pair."""
+def test_every_visible_tile_is_visited_in_any_order_of_tokens():
+    """With shuffled tokens each block has a wide range of indexes."""
     blocks = Blocks.of(64, 8)
     visits, counts = plan_visits(blocks, blocks, SHUFFLED, SHUFFLED, Mask(window=5))
     age = SHUFFLED[:, None] - SHUFFLED[None]
-    seen = ((age >= 0) & (age < 5)).reshape(8, 8, 8, 8).any((1, 3))
-    assert all(set(np.flatnonzero(row)) <= set(v[:n]) for row, v, n in zip(seen, visits, counts, strict=True))
+    visible = ((age >= 0) & (age < 5)).reshape(8, 8, 8, 8).any((1, 3))
+    assert all(set(np.flatnonzero(row)) <= set(v[:n]) for row, v, n in zip(visible, visits, counts, strict=True))

@@ -41,6 +41,6 @@ def packings():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache directory, also for whoever does not name one."""
+    """An empty cache directory, also by default."""
     monkeypatch.setenv("MESHWRIGHT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

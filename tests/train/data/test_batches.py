@@ -1,4 +1,4 @@
-"""Batches: any number of processes and any restart read the same samples; a thread is not a way to hide an error."""
+"""Batches: any number of processes and any restart read the same samples; errors of the thread are raised."""
 
 import threading
 
@@ -11,7 +11,7 @@ from meshwright.configs.errors import UserError
 from meshwright.train.data.batches import batches
 
 
-class Numbers:
+class NumberedRows:
     """Row `index` is the index; sample `broken` cannot be read."""
 
     def __init__(self, broken=None):
@@ -24,7 +24,7 @@ class Numbers:
 
 
 def read(start, stop, *, global_batch, rows=slice(None)):
-    parts = batches(Numbers(), start=start, stop=stop, global_batch=global_batch, rows=rows, prefetch=2)
+    parts = batches(NumberedRows(), start=start, stop=stop, global_batch=global_batch, rows=rows, prefetch=2)
     return [batch["index"][:, 0].tolist() for batch in parts]
 
 
@@ -32,24 +32,24 @@ def read(start, stop, *, global_batch, rows=slice(None)):
 @given(per_process=st.integers(1, 3), processes=st.integers(1, 4), steps=st.integers(1, 5), resumed=st.integers(0, 5))
 def test_any_split_over_processes_and_time_reads_every_sample_once(per_process, processes, steps, resumed):
     global_batch, reached = per_process * processes, min(resumed, steps) * per_process * processes
-    seen = []
+    samples = []
     for process in range(processes):
         rows = slice(process * per_process, (process + 1) * per_process)
         before = read(0, reached, global_batch=global_batch, rows=rows)
         after = read(reached, steps * global_batch, global_batch=global_batch, rows=rows)
-        seen.append(before + after)
-    together = [index for step in zip(*seen, strict=True) for share in step for index in share]
+        samples.append(before + after)
+    together = [index for step in zip(*samples, strict=True) for share in step for index in share]
     assert together == list(range(steps * global_batch))
 
 
 def test_batches_without_a_stop_do_not_end():
-    endless = batches(Numbers(), start=1 << 40, global_batch=4, prefetch=3)
+    endless = batches(NumberedRows(), start=1 << 40, global_batch=4, prefetch=3)
     assert [next(endless)["index"][0, 0] - (1 << 40) for _ in range(5)] == [0, 4, 8, 12, 16]
     endless.close()
 
 
-def test_what_fails_in_the_background_fails_here():
-    broken = batches(Numbers(broken=9), start=0, global_batch=4, prefetch=2)
+def test_an_error_in_the_background_is_raised():
+    broken = batches(NumberedRows(broken=9), start=0, global_batch=4, prefetch=2)
     assert next(broken)["index"][0, 0] == 0
     with pytest.raises(UserError, match="sample 9 is broken"):
         list(broken)
@@ -57,7 +57,7 @@ def test_what_fails_in_the_background_fails_here():
 
 def test_closing_ends_the_background_thread():
     before = set(threading.enumerate())
-    open_batches = batches(Numbers(), start=0, global_batch=2, prefetch=2)
+    open_batches = batches(NumberedRows(), start=0, global_batch=2, prefetch=2)
     next(open_batches)
     assert set(threading.enumerate()) - before, "nothing is read ahead"
     open_batches.close()
@@ -69,6 +69,6 @@ def test_closing_ends_the_background_thread():
 @pytest.mark.parametrize(
     ("rows", "stop", "message"), [(slice(4, 8), 8, "no rows 4 to 8"), (slice(0, 4), 6, "data.global_batch: 4 .* 6 ")]
 )
-def test_impossible_shares_are_refused(rows, stop, message):
+def test_impossible_slices_are_refused(rows, stop, message):
     with pytest.raises(UserError, match=message):
-        batches(Numbers(), start=0, stop=stop, global_batch=4, rows=rows, prefetch=1)
+        batches(NumberedRows(), start=0, stop=stop, global_batch=4, rows=rows, prefetch=1)

@@ -1,4 +1,4 @@
-"""Conversations: tokens and mask of transformers, with and without generation words; what is refused."""
+"""Conversations: tokens and mask equal those of transformers, with and without generation tags."""
 
 import json
 import re
@@ -23,32 +23,32 @@ def template():
 
 
 def tokens_and_mask(template, talk, **more):
-    (made,) = encode_parts([template.to_part(talk, origin="here", **more)], load_tokenizer(HERE))
-    mask = [1] * len(made.tokens)
-    for start, stop in made.unlearned:
+    (encoded,) = encode_parts([template.to_part(talk, origin="here", **more)], load_tokenizer(HERE))
+    mask = [1] * len(encoded.tokens)
+    for start, stop in encoded.unlearned:
         mask[start:stop] = [0] * (stop - start)
-    return [made.opener, *made.tokens], [0, *mask]
+    return [encoded.opener, *encoded.tokens], [0, *mask]
 
 
 @pytest.mark.parametrize("talk", EXPECTED, ids=["one turn", "several"])
 @pytest.mark.parametrize("words", [True, False], ids=["generation words", "turn by turn"])
 def test_tokens_and_mask_are_those_of_transformers(template, talk, words):
-    """Without the words in the template, the same is found by rendering every turn."""
-    chosen = template if words else replace(template, source=WORDS.sub("", template.source))
-    assert tokens_and_mask(chosen, talk["messages"]) == (talk["ids"], talk["learned"])
+    """Without the tags, the mask is found by rendering every turn."""
+    selected = template if words else replace(template, source=WORDS.sub("", template.source))
+    assert tokens_and_mask(selected, talk["messages"]) == (talk["ids"], talk["learned"])
 
 
 @pytest.mark.parametrize("words", [True, False], ids=["generation words", "turn by turn"])
-def test_only_turns_behind_the_prompt_are_learned(template, words):
-    chosen = template if words else replace(template, source=WORDS.sub("", template.source))
+def test_only_turns_after_the_prompt_are_learned(template, words):
+    selected = template if words else replace(template, source=WORDS.sub("", template.source))
     talk = EXPECTED[1]
-    ids, mask = tokens_and_mask(chosen, talk["messages"], first=3)
+    ids, mask = tokens_and_mask(selected, talk["messages"], first=3)
     last = "4\n<|im_end|>"
     assert ids == talk["ids"]
     assert load_tokenizer(HERE).decode_all([token for token, one in zip(ids, mask, strict=True) if one]) == last
 
 
-def test_a_template_that_rewrites_earlier_turns_needs_the_words(template):
+def test_a_template_that_rewrites_earlier_turns_needs_generation_tags(template):
     forgetful = replace(
         template,
         source="{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}<|im_end|>"
@@ -58,7 +58,7 @@ def test_a_template_that_rewrites_earlier_turns_needs_the_words(template):
         forgetful.to_part(EXPECTED[1]["messages"], origin="a.jsonl line 2")
 
 
-def test_nothing_to_learn_shows_what_was_rendered(template):
+def test_the_error_of_a_conversation_without_learned_text_shows_it_rendered(template):
     with pytest.raises(UserError, match=r"data.format: a.jsonl line 3: .*Rendered: '<s><\|im_start\|>user"):
         template.to_part([{"role": "user", "content": "Hi"}], origin="a.jsonl line 3")
 
@@ -69,19 +69,19 @@ def test_a_turn_that_never_ends_is_refused(template):
         tokens_and_mask(endless, EXPECTED[0]["messages"])
 
 
-def test_a_template_that_refuses_is_quoted(template):
+def test_the_error_of_a_template_is_quoted(template):
     strict = replace(template, source="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match="roles must alternate"):
         strict.to_part(EXPECTED[0]["messages"], origin="here")
 
 
-def test_the_plain_template_suits_any_tokenizer():
-    """It opens with bos, and every turn of the assistant is closed by eos, which is learned."""
+def test_the_plain_template_works_with_any_tokenizer():
+    """It starts with bos, and every turn of the assistant ends with eos, which is learned."""
     names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     plain, tokenizer = find_template("plain", tokenizer=None, tokens=names), byte_tokenizer()
-    (made,) = encode_parts([plain.to_part(EXPECTED[1]["messages"], origin="here")], tokenizer)
-    assert made.opener == tokenizer.bos and list(made.tokens).count(tokenizer.eos) == 2
-    text = tokenizer.decode_all(made.tokens)
+    (part,) = encode_parts([plain.to_part(EXPECTED[1]["messages"], origin="here")], tokenizer)
+    assert part.opener == tokenizer.bos and list(part.tokens).count(tokenizer.eos) == 2
+    text = tokenizer.decode_all(part.tokens)
     assert text.startswith("### System:\nBe brief. <|im_end|>\n\n### User:\n1+1?\n\n### Assistant:\n")
     prompt = plain.prompt(EXPECTED[1]["messages"][:2])
     assert ("<|endoftext|>" + text).startswith(prompt) and prompt.endswith("### Assistant:\n")

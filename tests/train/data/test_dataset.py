@@ -1,4 +1,4 @@
-"""Samples by number: a function of (seed, epoch, index), every token once an epoch, nothing shared with held-out."""
+"""Samples by number: a function of (seed, epoch, index), every token once per epoch, none held out."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ from meshwright.train.data.packing import PACKERS
 LENGTHS = [5, 2, 21, 9, 3, 8, 4, 12, 6, 30]
 
 
-def shuffled(stores, packing, *, seed=0, documents=None):
+def make_dataset(stores, packing, *, seed=0, documents=None):
     store = stores(LENGTHS)
     return ShuffledDataset(
         store, np.arange(len(store)) if documents is None else documents, packing=packing, key=(seed, 1)
@@ -23,7 +23,7 @@ def content(dataset, indices):
     return [tuple(dataset.row(index)["targets"].tolist()) for index in indices]
 
 
-def predicted(dataset, indices):
+def predicted_tokens(dataset, indices):
     """How often each token is a target, over some samples."""
     counts = Counter()
     for index in indices:
@@ -35,29 +35,29 @@ def predicted(dataset, indices):
 @pytest.mark.parametrize("method", PACKERS)
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 def test_an_epoch_predicts_every_token_once(stores, packings, method, epoch):
-    dataset = shuffled(stores, packings(method))
+    dataset = make_dataset(stores, packings(method))
     rows = dataset.rows_per_epoch(epoch)
-    counts = predicted(dataset, range(epoch * rows, (epoch + 1) * rows))
+    counts = predicted_tokens(dataset, range(epoch * rows, (epoch + 1) * rows))
     assert counts == Counter(stores(LENGTHS).tokens.tolist())
 
 
 @pytest.mark.parametrize("method", PACKERS)
 def test_the_same_integers_give_the_same_sample(stores, packings, method):
-    once, again = (shuffled(stores, packings(method)) for _ in range(2))
+    once, second = (make_dataset(stores, packings(method)) for _ in range(2))
     indices = [0, 40, 2, 17, 1]
-    assert content(once, indices) == content(again, reversed(indices))[::-1]
+    assert content(once, indices) == content(second, reversed(indices))[::-1]
 
 
 def test_another_seed_or_epoch_gives_another_order(stores, packings):
-    dataset = shuffled(stores, packings())
+    dataset = make_dataset(stores, packings())
     rows = dataset.rows_per_epoch()
     first = content(dataset, range(rows))
     assert first != content(dataset, range(rows, 2 * rows))
-    assert first != content(shuffled(stores, packings(), seed=1), range(rows))
+    assert first != content(make_dataset(stores, packings(), seed=1), range(rows))
 
 
-def test_rows_of_an_epoch_are_visited_in_an_order_of_its_own(stores, packings):
-    """Where each document is a row and a window, nothing else is left to shuffle."""
+def test_rows_of_each_epoch_are_visited_in_a_different_order(stores, packings):
+    """Each document is a row and a window, so only the order of rows is shuffled."""
     dataset = ShuffledDataset(stores([8] * 9), np.arange(9), packing=packings()._replace(window=1), key=(0, 1))
     first, second = content(dataset, range(9)), content(dataset, range(9, 18))
     assert first != second
@@ -74,20 +74,20 @@ def windows_of(dataset):
     return {frozenset(group) for group in groups}
 
 
-def test_documents_are_dealt_into_windows_once_by_the_seed(stores, packings):
-    windows = windows_of(shuffled(stores, packings()))
+def test_the_seed_assigns_documents_to_windows_once(stores, packings):
+    windows = windows_of(make_dataset(stores, packings()))
     assert max(len(window) for window in windows) == 3
     assert len(windows) >= 4
-    assert windows != windows_of(shuffled(stores, packings(), seed=1))
+    assert windows != windows_of(make_dataset(stores, packings(), seed=1))
 
 
 def test_held_out_rows_hold_the_other_documents_in_order_then_padding(stores, packings):
     store, packing = stores(LENGTHS), packings()
     out = np.array([2, 7, 9])
     held_out = HeldOutDataset([HeldOutSource(None, store, out), HeldOutSource(None, store, out[:1])], packing=packing)
-    kept = np.setdiff1d(np.arange(len(LENGTHS)), out)
-    trained = set(predicted(shuffled(stores, packing, documents=kept), range(50))) - {1}
-    evaluated = predicted(held_out, range(held_out.padded_rows(16)))
+    training = np.setdiff1d(np.arange(len(LENGTHS)), out)
+    trained = set(predicted_tokens(make_dataset(stores, packing, documents=training), range(50))) - {1}
+    evaluated = predicted_tokens(held_out, range(held_out.padded_rows(16)))
     assert not trained & set(evaluated)
     assert evaluated.total() == held_out.tokens == 21 + 12 + 30 + 21
     assert held_out.row(0)["targets"].tolist() == [300, 301, 302, 303, 304, 305, 306, 307]
@@ -96,7 +96,7 @@ def test_held_out_rows_hold_the_other_documents_in_order_then_padding(stores, pa
     assert held_out.row(held_out.rows - 1)["loss_weights"].any()
 
 
-def test_held_out_bytes_count_what_its_texts_hold(stores, packings):
+def test_held_out_bytes_are_those_of_its_texts(stores, packings):
     texts = ["xyz" * n for n in range(len(LENGTHS))]
     held_out = HeldOutDataset([HeldOutSource(texts, stores(LENGTHS), np.array([1, 4]))], packing=packings())
     assert list(held_out.texts()) == [texts[1], texts[4]]

@@ -23,13 +23,13 @@ def test_about_the_fraction_is_held_out(fraction):
     assert len(split(TEXTS, fraction)) / len(TEXTS) == pytest.approx(fraction, rel=0.3)
 
 
-def test_other_documents_move_none_across():
+def test_other_documents_do_not_change_the_split():
     whole, half = split(TEXTS, 0.1), split(TEXTS[::-2], 0.1)
     assert half == whole & set(TEXTS[::-2])
     assert split(TEXTS, 0.05) < whole
 
 
-def test_copies_land_on_one_side():
+def test_copies_of_a_text_are_on_the_same_side():
     out = select_held_out([*map(text_identity, TEXTS), *map(text_identity, TEXTS)], fraction=0.1)
     assert (out[: len(TEXTS)] == out[len(TEXTS) :]).all()
 

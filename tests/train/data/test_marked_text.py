@@ -1,4 +1,4 @@
-"""Prompts: read, not learned."""
+"""Marked text: prompts have no loss, answers have."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ from meshwright.train.data.tokenizer import byte_tokenizer
 PAIRS = [("2+2=", "4"), ("Capital of France?", " Paris"), ("", "no prompt"), ("é", "ü" * 9)]
 
 
-def built(directory, pairs, *, prompt="question", method="best-fit", **more):
+def build(directory, pairs, *, prompt="question", method="best-fit", **more):
     lines = [json.dumps({"question": question, "answer": answer}) for question, answer in pairs]
     (directory / "pairs.jsonl").write_text("\n".join(lines))
     settings = {"source": "jsonl", "path": str(directory / "pairs.jsonl"), "field": "answer", "prompt": prompt}
@@ -25,8 +25,8 @@ def built(directory, pairs, *, prompt="question", method="best-fit", **more):
 
 @pytest.mark.parametrize("method", ["best-fit", "concat"])
 def test_answers_and_their_ends_are_learned_and_nothing_else(tmp_path, cache, method):
-    """Whatever rows cut: the targets of weight 1 are the answers' tokens, each closed; all targets are whole pairs."""
-    train, tokenizer = built(tmp_path, PAIRS, method=method, held_out=0.0).train, byte_tokenizer()
+    """In any packing, targets of weight 1 are the tokens of answers with their end; all targets are whole pairs."""
+    train, tokenizer = build(tmp_path, PAIRS, method=method, held_out=0.0).train, byte_tokenizer()
     learned, read = Counter(), Counter()
     for number in range(train.rows_per_epoch()):
         row = train.row(number)
@@ -37,8 +37,8 @@ def test_answers_and_their_ends_are_learned_and_nothing_else(tmp_path, cache, me
     assert read == Counter(tokenizer.encode("".join(question + answer for question, answer in PAIRS))) + ends
 
 
-def test_held_out_numbers_count_what_is_learned(tmp_path, cache):
-    data = built(tmp_path, PAIRS, held_out=0.5)
+def test_held_out_counts_are_those_of_learned_text(tmp_path, cache):
+    data = build(tmp_path, PAIRS, held_out=0.5)
     texts = list(data.held_out.texts())
     assert texts and set(texts) < {answer for _, answer in PAIRS}
     assert data.held_out.bytes == sum(len(text.encode()) for text in texts)
@@ -49,11 +49,11 @@ def test_held_out_numbers_count_what_is_learned(tmp_path, cache):
 
 def test_a_pair_with_nothing_to_learn_names_its_line(tmp_path, cache):
     with pytest.raises(UserError, match=r"data.field: .*pairs.jsonl line 2: .*'b'"):
-        built(tmp_path, [("a", "x" * 30), ("b", "")], held_out=0.0)
+        build(tmp_path, [("a", "x" * 30), ("b", "")], held_out=0.0)
     with pytest.raises(UserError, match=r"data.field: .*ufdd0"):
-        built(tmp_path, [("a", f"x{MARK}")], held_out=0.0)
+        build(tmp_path, [("a", f"x{MARK}")], held_out=0.0)
     with pytest.raises(UserError, match="query matches nothing"):
-        built(tmp_path, PAIRS, prompt="query", held_out=0.0)
+        build(tmp_path, PAIRS, prompt="query", held_out=0.0)
     with pytest.raises(ValueError, match=r"data.prompt: 'q' .*source text"):
         DataConfig(source="text", path=str(tmp_path), prompt="q")
 

@@ -1,4 +1,4 @@
-"""Mixtures: exact portions in every block, each source read through in its own order, by number."""
+"""Mixtures: exact counts in every block, and each source in its own order."""
 
 from collections import Counter
 
@@ -11,8 +11,8 @@ from meshwright.configs.errors import UserError
 from meshwright.train.data.mixture import BLOCK, Mixture, block_counts
 
 
-class Numbers:
-    """Row `index` says which source it is from and its number there."""
+class NumberedRows:
+    """Row `index` has its source and its number there."""
 
     def __init__(self, source):
         self.source = source
@@ -25,11 +25,11 @@ class Numbers:
 
 
 def mixture(*weights, seed=0):
-    return Mixture([Numbers(source) for source in range(len(weights))], weights=weights, key=(seed, 0))
+    return Mixture([NumberedRows(source) for source in range(len(weights))], weights=weights, key=(seed, 0))
 
 
 @pytest.mark.parametrize("block", [0, 3])
-def test_every_block_holds_the_exact_portions(block):
+def test_every_block_has_the_exact_number_of_rows_of_each_source(block):
     mixed = mixture(1, 2, 5)
     counts = Counter(mixed.locate(index)[0] for index in range(block * BLOCK, (block + 1) * BLOCK))
     assert counts == {0: BLOCK // 8, 1: BLOCK // 4, 2: 5 * BLOCK // 8}
@@ -54,7 +54,7 @@ def test_blocks_and_seeds_are_shuffled_differently():
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
-def test_portions_are_within_one_row_of_the_weights(weights):
+def test_counts_are_within_one_row_of_the_weights(weights):
     counts = block_counts(weights, block=1 << 20)
     assert counts.sum() == 1 << 20
     assert np.abs(counts - np.array(weights) / sum(weights) * (1 << 20)).max() < 1

@@ -1,4 +1,4 @@
-"""Packers, one battery for all: no token lost, none twice, no row too full, and as few rows as promised."""
+"""All packers: every token once, no row too long, and as few rows as documented."""
 
 import numpy as np
 import pytest
@@ -14,10 +14,10 @@ ROW = st.integers(1, 16)
 @pytest.mark.parametrize("method", PACKERS)
 @settings(deadline=None, max_examples=60)
 @given(lengths=LENGTHS, row=ROW)
-def test_each_token_lies_in_exactly_one_piece(method, lengths, row):
-    pieces = PACKERS[method](lengths, row)
+def test_each_token_is_in_exactly_one_slice(method, lengths, row):
+    slices = PACKERS[method](lengths, row)
     counts = [np.zeros(length, int) for length in lengths]
-    for document, start, length in zip(pieces.document, pieces.start, pieces.length, strict=True):
+    for document, start, length in zip(slices.document, slices.start, slices.length, strict=True):
         assert start + length <= lengths[document]
         counts[document][start : start + length] += 1
     assert all((count == 1).all() for count in counts)
@@ -27,9 +27,9 @@ def test_each_token_lies_in_exactly_one_piece(method, lengths, row):
 @settings(deadline=None, max_examples=60)
 @given(lengths=LENGTHS, row=ROW)
 def test_rows_are_numbered_in_order_and_never_overfull(method, lengths, row):
-    pieces = PACKERS[method](lengths, row)
-    assert (np.diff(pieces.row) >= 0).all()
-    used = np.bincount(pieces.row, weights=pieces.length)
+    slices = PACKERS[method](lengths, row)
+    assert (np.diff(slices.row) >= 0).all()
+    used = np.bincount(slices.row, weights=slices.length)
     assert used.min() >= 1
     assert used.max() <= row
 
@@ -53,8 +53,8 @@ def test_concat_pads_the_last_row_only(lengths, row):
 @settings(deadline=None, max_examples=60)
 @given(lengths=LENGTHS, row=ROW)
 def test_best_fit_cuts_only_what_is_longer_than_a_row(lengths, row):
-    pieces = best_fit(lengths, row)
-    assert (np.bincount(pieces.document) == -(-lengths // row)).all()
+    slices = best_fit(lengths, row)
+    assert (np.bincount(slices.document) == -(-lengths // row)).all()
 
 
 def test_best_fit_places_long_rests_first():
@@ -63,15 +63,15 @@ def test_best_fit_places_long_rests_first():
 
 @settings(deadline=None, max_examples=60)
 @given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=30))
-def test_best_fit_opens_a_row_only_when_no_open_one_has_room(lengths):
-    """Against the definition, spelt out: among the rows with room, one with the least."""
+def test_best_fit_starts_a_row_only_when_no_row_has_space(lengths):
+    """Against the definition: among the rows with enough space, one with the least."""
     lengths = sorted(lengths, reverse=True)
-    room: list[int] = []
+    space: list[int] = []
     for length, row in zip(lengths, best_fit_rows(lengths, 16), strict=True):
-        fits = [left for left in room if left >= length]
-        if row == len(room):
+        fits = [left for left in space if left >= length]
+        if row == len(space):
             assert not fits
-            room.append(16)
+            space.append(16)
         else:
-            assert room[row] == min(fits)
-        room[row] -= length
+            assert space[row] == min(fits)
+        space[row] -= length

@@ -1,4 +1,4 @@
-"""Order from integers: a permutation, the same for ever, another for every key."""
+"""Permutations from integers: stable over versions, different for every key."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +10,7 @@ KEY = st.lists(st.integers(0, 2**40), min_size=1, max_size=4)
 
 @settings(deadline=None, max_examples=50)
 @given(count=st.integers(0, 50), key=KEY)
-def test_it_is_a_permutation(count, key):
+def test_the_result_is_a_permutation(count, key):
     assert sorted(permutation(count, *key)) == list(range(count))
 
 
@@ -26,5 +26,5 @@ def test_a_zero_at_the_end_of_a_key_counts():
 
 
 def test_the_order_of_old_runs_does_not_change():
-    """A checkpoint of last year goes on with the samples it would have seen: these numbers are never to be updated."""
+    """Old checkpoints continue with the same samples: never update these numbers."""
     assert permutation(10, 0, 1, 2).tolist() == [8, 1, 7, 6, 5, 4, 0, 3, 2, 9]

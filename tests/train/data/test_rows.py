@@ -1,4 +1,4 @@
-"""Rows: what is predicted from what."""
+"""Rows: inputs and targets."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def rows_of(store, packing):
     return [build_row(store, table, index=index, shape=packing.shape) for index in range(len(table))]
 
 
-def test_two_documents_and_a_cut_spelt_out(stores, packings):
+def test_the_arrays_of_two_documents_and_a_cut(stores, packings):
     first, second = rows_of(stores([3, 7]), packings())
     assert first["tokens"].tolist() == [BOS, 100, 101, BOS, 200, 201, 202, 203]
     assert first["targets"].tolist() == [100, 101, EOS, 200, 201, 202, 203, 204]
@@ -34,15 +34,15 @@ def test_two_documents_and_a_cut_spelt_out(stores, packings):
 def test_every_token_is_predicted_once_from_the_token_before_it(method, lengths, stores, packings):
     """The pairs (input, target) over all rows are exactly those of the documents taken one by one."""
     store = stores(lengths)
-    found = []
+    actual = []
     for arrays in rows_of(store, packings(method)):
         weighted = arrays["loss_weights"] == 1
-        found += zip(arrays["tokens"][weighted].tolist(), arrays["targets"][weighted].tolist(), strict=True)
+        actual += zip(arrays["tokens"][weighted].tolist(), arrays["targets"][weighted].tolist(), strict=True)
     expected = []
     for start, stop in zip(store.offsets, store.offsets[1:], strict=False):
         document = store.tokens[start:stop].tolist()
         expected += zip([BOS, *document], document, strict=False)
-    assert sorted(found) == sorted(expected)
+    assert sorted(actual) == sorted(expected)
 
 
 @pytest.mark.parametrize("method", PACKERS)
@@ -58,12 +58,12 @@ def test_a_segment_is_one_document_counted_from_zero(method, lengths, stores, pa
             assert arrays["positions"][here].tolist() == list(range(here.sum()))
 
 
-def test_no_documents_make_no_rows():
+def test_no_documents_give_no_rows():
     table = row_table([], np.array([3, 4]), method="concat", sequence_length=8)
     assert len(table) == 0
 
 
-def test_arrays_have_the_types_of_the_contract(stores, packings):
+def test_arrays_have_the_documented_dtypes(stores, packings):
     (arrays, *_) = rows_of(stores([4, 9]), packings())
     types = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
     integers = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ("int32", (8,)))

@@ -1,4 +1,4 @@
-"""Sources: the same documents from every format, and one clear line for everything that is wrong with a file."""
+"""Sources: the same documents from every format, and a one-line error for every mistake in a file."""
 
 import json
 
@@ -66,13 +66,13 @@ WRITERS = {
 }
 
 
-def opened(settings, cache):
+def open_documents(settings, cache):
     return open_source(SourceConfig(**settings), key="data", cache=cache)
 
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
 def test_every_format_gives_the_same_documents(writer, tmp_path, cache):
-    documents = opened(writer(tmp_path), cache)
+    documents = open_documents(writer(tmp_path), cache)
     assert [documents[index] for index in range(len(documents))] == TEXTS
 
 
@@ -80,11 +80,11 @@ def test_every_format_gives_the_same_documents(writer, tmp_path, cache):
 def test_the_fingerprint_follows_the_content(writer, tmp_path, cache, monkeypatch):
     (tmp_path / "one").mkdir()
     settings = writer(tmp_path / "one")
-    before = opened(settings, cache).fingerprint
-    assert opened(settings, cache).fingerprint == before
+    before = open_documents(settings, cache).fingerprint
+    assert open_documents(settings, cache).fingerprint == before
     (tmp_path / "two").mkdir()
     monkeypatch.setattr(f"{__name__}.TEXTS", [*TEXTS[:2], "third changed"])
-    assert opened(writer(tmp_path / "two"), cache).fingerprint != before
+    assert open_documents(writer(tmp_path / "two"), cache).fingerprint != before
 
 
 def test_the_writers_cover_every_kind_of_file():
@@ -92,13 +92,16 @@ def test_the_writers_cover_every_kind_of_file():
 
 
 def test_the_standard_library_is_there(cache):
-    documents = opened({}, cache)
+    documents = open_documents({}, cache)
     assert len(documents) > 0
     assert "import" in "".join(documents[index] for index in range(min(len(documents), 20)))
 
 
 def test_synthetic_documents_are_a_function_of_their_index(cache):
-    many, few = opened({"source": "synthetic"}, cache), opened({"source": "synthetic", "documents": 3}, cache)
+    many, few = (
+        open_documents({"source": "synthetic"}, cache),
+        open_documents({"source": "synthetic", "documents": 3}, cache),
+    )
     assert (len(many), len(few)) == (1000, 3)
     assert [many[index] for index in range(3)] == [few[index] for index in range(3)]
     assert many[0] != many[1]
@@ -106,13 +109,13 @@ def test_synthetic_documents_are_a_function_of_their_index(cache):
 
 def test_only_the_first_documents(tmp_path, cache):
     settings = write_text(tmp_path)
-    documents = opened(settings | {"documents": 2}, cache)
+    documents = open_documents(settings | {"documents": 2}, cache)
     assert [documents[0], documents[1], len(documents)] == [*TEXTS[:2], 2]
-    assert documents.fingerprint != opened(settings, cache).fingerprint
+    assert documents.fingerprint != open_documents(settings, cache).fingerprint
 
 
 def read_all(settings, cache):
-    documents = opened(settings, cache)
+    documents = open_documents(settings, cache)
     return [documents[index] for index in range(len(documents))]
 
 
@@ -150,7 +153,7 @@ MISSING = {
 @pytest.mark.parametrize(("path", "message"), MISSING.values(), ids=MISSING)
 def test_a_path_without_files_is_refused(path, message, tmp_path, cache):
     with pytest.raises(UserError, match=rf"data\.path: .*{message}"):
-        opened({"source": "text", "path": str(tmp_path / path)}, cache)
+        open_documents({"source": "text", "path": str(tmp_path / path)}, cache)
 
 
 def test_hidden_files_are_not_documents(tmp_path, cache):
@@ -164,7 +167,7 @@ def test_hidden_files_are_not_documents(tmp_path, cache):
 def test_a_file_of_another_format_is_refused(kind, tmp_path, cache):
     (tmp_path / f"a.{kind}").write_text("not a table")
     with pytest.raises(UserError, match=f"is not {kind}: .*check data.source"):
-        opened({"source": kind, "path": str(tmp_path)}, cache)
+        open_documents({"source": kind, "path": str(tmp_path)}, cache)
 
 
 @pytest.mark.parametrize("writer", [write_parquet, write_hf])
@@ -172,7 +175,7 @@ def test_a_missing_column_lists_what_there_is(writer, tmp_path, cache):
     with pytest.raises(
         UserError, match=r"data\.field: txt matches nothing; there are other, text\. Did you mean text\?"
     ):
-        opened(writer(tmp_path) | {"field": "txt"}, cache)
+        open_documents(writer(tmp_path) | {"field": "txt"}, cache)
 
 
 def test_a_saved_data_set_without_rows_is_refused(tmp_path, cache):
@@ -180,11 +183,11 @@ def test_a_saved_data_set_without_rows_is_refused(tmp_path, cache):
 
     datasets.Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(UserError, match=r"data\.path: .* no documents"):
-        opened({"source": "hf", "path": str(tmp_path / "saved")}, cache)
+        open_documents({"source": "hf", "path": str(tmp_path / "saved")}, cache)
 
 
 def test_a_missing_split_or_data_set_is_refused(tmp_path, cache):
     with pytest.raises(UserError, match=r"data\.split: trian matches nothing; there are train"):
-        opened(write_hf(tmp_path) | {"split": "trian"}, cache)
+        open_documents(write_hf(tmp_path) | {"split": "trian"}, cache)
     with pytest.raises(UserError, match=r"data\.path: .*none cannot be loaded"):
-        opened({"source": "hf", "path": str(tmp_path / "none")}, cache)
+        open_documents({"source": "hf", "path": str(tmp_path / "none")}, cache)

@@ -1,4 +1,4 @@
-"""The tokenized cache: made once, whole, and never used when a byte of it has changed."""
+"""The cache of tokenized data: written once, complete or absent, and never used after a byte has changed."""
 
 import errno
 import logging
@@ -18,11 +18,11 @@ from meshwright.train.data.token_store import tokenize
 from meshwright.train.data.tokenizer import byte_tokenizer
 
 
-class Listed(list):
+class ListedDocuments(list):
     fingerprint = "listed"
 
 
-TEXTS = Listed(["ab", "", "naïve", "line one\nline two\n" * 20])
+TEXTS = ListedDocuments(["ab", "", "naïve", "line one\nline two\n" * 20])
 
 
 def entry(cache):
@@ -43,7 +43,7 @@ def test_documents_end_with_eos_and_empty_ones_are_left_out(cache):
     assert isinstance(store.tokens, np.memmap)
 
 
-def test_long_texts_are_encoded_in_pieces_of_lines(cache, monkeypatch):
+def test_long_texts_are_encoded_in_parts_of_whole_lines(cache, monkeypatch):
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 50)
     assert list(encoding.split_after_lines("a" * 49 + "\nb")) == ["a" * 49 + "\n", "b"]
     assert list(encoding.split_after_lines("c" * 120)) == ["c" * 50, "c" * 50, "c" * 20]
@@ -51,7 +51,7 @@ def test_long_texts_are_encoded_in_pieces_of_lines(cache, monkeypatch):
     assert documents_of(store) == [[*text.encode(), 256] for text in TEXTS if text]
 
 
-def test_encoded_once_then_read(cache, monkeypatch):
+def test_documents_are_encoded_once_and_then_read(cache, monkeypatch):
     tokenize(TEXTS, byte_tokenizer(), cache=cache)
     monkeypatch.setattr(module, "write_store", lambda *_, **__: pytest.fail("encoded again"))
     assert len(tokenize(TEXTS, byte_tokenizer(), cache=cache)) == 3
@@ -77,7 +77,7 @@ def lose_the_checksums(directory):
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short, lose_a_file, lose_the_checksums])
-def test_a_damaged_entry_is_made_again_and_said_so(damage, cache, caplog):
+def test_a_damaged_entry_is_written_again_with_a_warning(damage, cache, caplog):
     expected = documents_of(tokenize(TEXTS, byte_tokenizer(), cache=cache))
     damage(entry(cache))
     with caplog.at_level(logging.WARNING):
@@ -86,7 +86,7 @@ def test_a_damaged_entry_is_made_again_and_said_so(damage, cache, caplog):
 
 
 def test_an_entry_that_fails_half_way_leaves_nothing(cache):
-    class Breaks(Listed):
+    class Breaks(ListedDocuments):
         def __getitem__(self, index):
             if index == 2:
                 raise UserError("document 2 is broken")
@@ -97,7 +97,7 @@ def test_an_entry_that_fails_half_way_leaves_nothing(cache):
     assert [path.suffix for path in (cache / "tokens").iterdir()] == [".lock"]
 
 
-def test_a_full_disk_is_one_line(cache):
+def test_a_full_disk_is_an_error_of_one_line(cache):
     def full(directory):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -106,17 +106,17 @@ def test_a_full_disk_is_one_line(cache):
     assert not list((cache / "tokens").glob("*.tmp"))
 
 
-def test_a_cache_that_cannot_be_made_is_one_line(tmp_path):
+def test_a_cache_that_cannot_be_created_is_an_error_of_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache: .*cannot be written"):
         cache_entry(tmp_path / "file" / "key", read=str, write=lambda directory: None)
 
 
-def test_of_many_who_want_an_entry_one_makes_it(cache):
-    made = []
+def test_one_of_many_threads_writes_an_entry(cache):
+    written = []
 
     def write(directory):
-        made.append(directory)
+        written.append(directory)
         (directory / "value").write_text("x")
 
     def want():
@@ -127,15 +127,15 @@ def test_of_many_who_want_an_entry_one_makes_it(cache):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(made) == 1
+    assert len(written) == 1
 
 
-def test_a_process_that_is_killed_while_it_makes_an_entry_leaves_it_to_the_next(cache):
+def test_after_a_process_is_killed_the_next_one_writes_its_entry(cache):
     code = (
         "import os, signal, sys; from pathlib import Path; from meshwright.train.data.disk_cache import cache_entry\n"
         "cache_entry(Path(sys.argv[1]), read=str, write=lambda directory: os.kill(os.getpid(), signal.SIGKILL))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(cache / "key")], check=False, timeout=60)
-    assert done.returncode == -signal.SIGKILL and (cache / "key.lock").exists()
+    process = subprocess.run([sys.executable, "-c", code, str(cache / "key")], check=False, timeout=60)
+    assert process.returncode == -signal.SIGKILL and (cache / "key.lock").exists()
     write = lambda directory: (directory / "value").write_text("x")
     assert cache_entry(cache / "key", read=lambda path: (path / "value").read_text(), write=write) == "x"

@@ -1,4 +1,4 @@
-"""Tokenizers: text comes back, special tokens never come from text, and a saved one is the same one."""
+"""Tokenizers: decoding restores text, text never gives special tokens, and a saved tokenizer loads equal."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def tokenizer(request):
 
 @settings(deadline=None, max_examples=50)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_text_comes_back(tokenizer, text):
+def test_decoding_restores_the_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode_batch([text, "x"])[0] == tokenizer.encode(text)
 
@@ -49,7 +49,7 @@ def test_bytes_are_their_own_ids():
     assert len(set(byte_names())) == 256
 
 
-def test_training_merges_what_is_frequent_and_keeps_to_its_size():
+def test_training_merges_frequent_pairs_up_to_its_size():
     trained = train_bpe(CORPUS, vocab=280)
     assert trained.vocab_size == 280
     assert len(trained.encode("the cat sat on the mat")) < 10
@@ -64,7 +64,7 @@ def test_training_is_the_same_in_another_process():
     assert train_bpe(CORPUS[:1], vocab=300).fingerprint != train_bpe(CORPUS, vocab=300).fingerprint
 
 
-def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
+def test_a_saved_tokenizer_loads_equal(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         loaded = load_tokenizer(path)
@@ -72,7 +72,7 @@ def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
         assert loaded.encode("the cat <|endoftext|>") == tokenizer.encode("the cat <|endoftext|>")
 
 
-def foreign(directory, tokens, config=None):
+def write_tokenizer(directory, tokens, config=None):
     """A tokenizer.json with the special `tokens` from id 256 on."""
     from tokenizers import Tokenizer, models
 
@@ -94,18 +94,18 @@ ROLES = {
 
 @pytest.mark.parametrize(("tokens", "config", "expected"), ROLES.values(), ids=ROLES)
 def test_roles_of_a_foreign_tokenizer(tmp_path, tokens, config, expected):
-    loaded = load_tokenizer(foreign(tmp_path, tokens, config))
+    loaded = load_tokenizer(write_tokenizer(tmp_path, tokens, config))
     assert (loaded.bos, loaded.eos, loaded.pad) == expected
     loaded.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").fingerprint == loaded.fingerprint
 
 
-def test_loading_what_cannot_end_a_document_is_refused(tmp_path):
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
     with pytest.raises(UserError, match="no token that ends a document"):
-        load_tokenizer(foreign(tmp_path, ["<x>"]))
+        load_tokenizer(write_tokenizer(tmp_path, ["<x>"]))
 
 
-def test_loading_what_is_not_there_or_not_a_tokenizer_is_refused(tmp_path):
+def test_a_missing_or_invalid_tokenizer_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"data\.tokenizer\.file: .* does not exist"):
         load_tokenizer(tmp_path / "none.json")
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -119,6 +119,6 @@ def test_the_model_must_have_a_row_for_every_id(tokenizer):
         check_vocab_size(tokenizer, 257)
 
 
-def test_only_training_waits_for_documents():
+def test_only_a_trained_tokenizer_needs_documents():
     assert configured_tokenizer(TokenizerConfig(train="bpe", vocab=300)) is None
     assert configured_tokenizer(TokenizerConfig(bytes=True)).vocab_size == 258

@@ -113,7 +113,7 @@ REFUSED = {
     "an unknown schedule": ({"pipeline": {"schedule": "1f1c"}}, r"pipeline.schedule: .*1f1c.* Did you mean 1f1b"),
     "a schedule without vocabulary passes": (
         {"pipeline": {"schedule": "zb-h1", "vocab_parallel": 2}},
-        r"pipeline.vocab_parallel: zb-h1",
+        r"pipeline.vocab_parallel: 2, .*zb-h1",
     ),
     "a schedule that only evaluates": (
         {"pipeline": {"schedule": "forward-only"}},
@@ -140,7 +140,7 @@ def test_a_file_whose_stages_are_not_neighbours_is_refused_without_jax(tmp_path)
     apart = tmp_path / "apart.csv"
     write_csv(tabulate(device_orders(table), np.array([[0], [2], [1], [3]]), algorithm=0, name="apart"), apart)
     config = tiny(**merge_trees(merge_trees(BASE, STAGED), {"mesh": {"pipe": 4}, "pipeline": {"schedule": str(apart)}}))
-    with pytest.raises(UserError, match="consecutive stages on devices 0 and 2 of 4"):
+    with pytest.raises(UserError, match=r"pipeline.schedule: .* devices 0 and 2 of 4"):
         make_pipeline_plan(config, pipe=4)
 
 
