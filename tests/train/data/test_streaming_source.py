@@ -83,7 +83,7 @@ def test_a_window_another_process_read_leaves_no_gap(cache):
 
 
 @pytest.fixture
-def save_dataset(tmp_path):
+def dataset_path(tmp_path):
     """The texts as a data set on disk."""
     import datasets
 
@@ -91,8 +91,14 @@ def save_dataset(tmp_path):
     return str(tmp_path / "saved")
 
 
-def build(saved, seed=0, **settings):
-    common = {"source": "hf", "path": saved, "streaming": True, "tokenizer": {"bytes": True}, "sequence_length": 64}
+def build(dataset_path, seed=0, **settings):
+    common = {
+        "source": "hf",
+        "path": dataset_path,
+        "streaming": True,
+        "tokenizer": {"bytes": True},
+        "sequence_length": 64,
+    }
     return build_data(DataConfig(**common | {"packing": {"window": 8}, "held_out": 0.2} | settings), seed=seed)
 
 
@@ -112,8 +118,8 @@ def epoch_rows(data):
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 3])
-def test_every_epoch_predicts_every_document_that_is_not_held_out(saved, cache, epoch):
-    data = build(saved)
+def test_every_epoch_predicts_every_document_that_is_not_held_out(dataset_path, cache, epoch):
+    data = build(dataset_path)
     rows = epoch_rows(data)
     held_out = set(data.held_out.texts())
     counts = predicted_tokens(data, range(epoch * rows, (epoch + 1) * rows))
@@ -122,8 +128,8 @@ def test_every_epoch_predicts_every_document_that_is_not_held_out(saved, cache, 
     assert counts == predicted_tokens(data, range(rows))
 
 
-def test_samples_are_a_function_of_seed_and_index(saved, cache):
-    first, second = build(saved), build(saved)
+def test_samples_are_a_function_of_seed_and_index(dataset_path, cache):
+    first, second = build(dataset_path), build(dataset_path)
     rows = epoch_rows(first)
     order = [rows + 3, 5, 0, 2 * rows - 1]
 
@@ -132,14 +138,14 @@ def test_samples_are_a_function_of_seed_and_index(saved, cache):
 
     assert tokens(first, order) == tokens(second, reversed(order))[::-1]
     assert tokens(first, range(rows)) != tokens(first, range(rows, 2 * rows))
-    assert tokens(first, range(rows)) != tokens(build(saved, seed=1), range(rows))
+    assert tokens(first, range(rows)) != tokens(build(dataset_path, seed=1), range(rows))
 
 
 @pytest.mark.parametrize("settings", [{}, {"documents": 30}], ids=["all", "the first 30"])
-def test_a_resumed_run_reads_the_samples_of_an_uninterrupted_one(saved, tmp_path, settings):
-    uninterrupted = build(saved, cache=str(tmp_path / "one"), **settings)
+def test_a_resumed_run_reads_the_samples_of_an_uninterrupted_one(dataset_path, tmp_path, settings):
+    uninterrupted = build(dataset_path, cache=str(tmp_path / "one"), **settings)
     epoch_rows(uninterrupted)  # read to the end first: what comes later must not change what was before
-    before, after = (build(saved, cache=str(tmp_path / "two"), **settings) for _ in range(2))
+    before, after = (build(dataset_path, cache=str(tmp_path / "two"), **settings) for _ in range(2))
     reached = before.train.rows_per_epoch()
     samples = [
         (before if index < reached else after).train.row(index) for index in range(2 * epoch_rows(uninterrupted))
@@ -148,22 +154,22 @@ def test_a_resumed_run_reads_the_samples_of_an_uninterrupted_one(saved, tmp_path
         assert sample["tokens"].tolist() == uninterrupted.train.row(index)["tokens"].tolist(), index
 
 
-def test_training_starts_before_the_stream_has_ended(saved, cache):
-    data = build(saved)
+def test_training_starts_before_the_stream_has_ended(dataset_path, cache):
+    data = build(dataset_path)
     data.train.row(0)
     assert data.train.rows_per_epoch() < epoch_rows(data)
     assert data.summary["documents"] == 8
 
 
-def test_a_stream_of_one_window_is_shuffled_in_every_epoch(saved, cache):
-    data = build(saved, packing={"window": 100})
+def test_a_stream_of_one_window_is_shuffled_in_every_epoch(dataset_path, cache):
+    data = build(dataset_path, packing={"window": 100})
     rows = epoch_rows(data)
     first, second = ([data.train.row(start + i)["tokens"].tolist() for i in range(rows)] for start in (0, rows))
     assert first != second
 
 
-def test_only_the_first_documents_of_a_stream(saved, cache):
-    data = build(saved, documents=20, held_out=0)
+def test_only_the_first_documents_of_a_stream(dataset_path, cache):
+    data = build(dataset_path, documents=20, held_out=0)
     assert predicted_tokens(data, range(epoch_rows(data)))[256] == 20
 
 
@@ -194,6 +200,6 @@ def test_files_that_changed_are_read_again(tmp_path, cache):
         assert data.tokenizer.decode(data.train.row(0)["targets"][:13]) == text
 
 
-def test_a_missing_column_of_a_stream_lists_what_there_is(saved, cache):
+def test_a_missing_column_of_a_stream_lists_what_there_is(dataset_path, cache):
     with pytest.raises(UserError, match=r"data\.field .*row 0\): body matches nothing; there are text"):
-        build(saved, field="body")
+        build(dataset_path, field="body")
