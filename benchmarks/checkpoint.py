@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .every_step import measure_slowdowns, random_state
+from .every_step import SIDES, measure_slowdown, random_state
 from .harness import bench_parser, run_in_turns
 
 Save = Callable[[Path], tuple[float, float]]  # directory -> (stall, whole)
@@ -93,7 +93,8 @@ def main(arguments: Sequence[str]) -> None:
         saves["memory"].close()
     result = summarize(times, options.megabytes)
     if options.every_step:
-        result["every step"] = measure_slowdowns(options.every_step, seconds=options.seconds, turns=options.turns)
+        measure = partial(measure_slowdown, options.every_step, seconds=options.seconds, turns=options.turns)
+        result["every step"] = {name: measure(side) for name, side in SIDES.items()}
     print(json.dumps(result, indent=1))
 
 

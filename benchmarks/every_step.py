@@ -37,13 +37,11 @@ def random_state(megabytes: int, *, seed: int = 0) -> Any:
     return jax.device_put(TrainState(np.int32(0), params, {}, (), (), np.zeros(2, np.uint32)), jax.devices()[0])
 
 
-def measure_slowdowns(megabytes: int, *, seconds: float, turns: int) -> dict[str, Any]:
-    """The cost of snapshots of a state of `megabytes` for steps of `seconds`, by the cores that a step keeps busy."""
-    return {name: slowdown(megabytes, side, seconds=seconds, turns=turns) for name, side in SIDES.items()}
+def measure_slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[str, Any]:
+    """The cost of snapshots of a state of `megabytes` for steps of `seconds`, which multiply matrices of `side` rows.
 
-
-def slowdown(megabytes: int, side: int, *, seconds: float, turns: int) -> dict[str, Any]:
-    """Medians over steps with and without snapshots; the slowdown is the median ratio of neighbouring blocks."""
+    Numbers are medians over steps with and without snapshots; the slowdown is the median ratio of neighbouring blocks.
+    """
     import jax
 
     from meshwright.checkpoint.async_copy import donation_safe_copy

@@ -95,41 +95,20 @@ def random_rows(config: RunConfig) -> dict[str, Any]:
 def make_peer(config: RunConfig) -> Callable[[], float]:
     """Return a function that does a step of the same model in transformers + PyTorch and returns its seconds."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = config.model
+    from meshwright.benchmarks.finetune_peer import make_llama, make_step
+
+    model, sequence = config.model, config.data.sequence_length
     device = "cuda" if config.mesh.platform == "gpu" else "cpu"
-    peer = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=model.vocab,
-            hidden_size=model.embed,
-            intermediate_size=model.mlp,
-            num_hidden_layers=model.layers,
-            num_attention_heads=model.heads,
-            num_key_value_heads=model.key_value_heads,
-            max_position_embeddings=config.data.sequence_length,
-            tie_word_embeddings=model.tied_embeddings,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-    ).to(device)
+    sizes = {name: getattr(model, name) for name in ("vocab", "embed", "mlp", "layers", "heads")}
+    sizes |= {"kv_heads": model.key_value_heads, "tied": model.tied_embeddings, "sequence": sequence}
+    peer = make_llama(sizes).to(device)
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     if device == "cuda":
         peer = torch.compile(peer)
-    tokens = torch.randint(0, model.vocab, (config.data.global_batch, config.data.sequence_length), device=device)
+    tokens = torch.randint(0, model.vocab, (config.data.global_batch, sequence), device=device)
     half = config.precision.compute == "bfloat16"
-
-    def run() -> float:
-        began = time.perf_counter()
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
-            loss = peer(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
-        return time.perf_counter() - began
-
-    return run
+    return make_step(peer, optimizer, tokens, lambda: torch.autocast(device, dtype=torch.bfloat16, enabled=half))
 
 
 def measure(config: RunConfig, *, rounds: int, peer: bool) -> dict[str, Any]:

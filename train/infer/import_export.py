@@ -21,6 +21,7 @@ from ...parallel.state import combine
 from ..core.process_env import ProcessInfo
 from ..core.run_directory import open_directory
 from ..core.run_paths import newest_island
+from ..data.tokenizer import load_tokenizer
 from ..engine import runtime
 from ..engine.program import build
 from .inference_session import inference_config, load_program
@@ -83,7 +84,9 @@ def export_run(run: Path, target: Path, *, limit: int, adapter: str | None = Non
     dtype = str(params["embed"]["embedding"].dtype)
     positions = max(config.data.sequence_length, origin_length(model) or 0)
     tree = to_config_json(model, positions=positions, dtype=dtype)
-    tree |= token_ids(run)
+    if (run / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(run)
+        tree |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     if "score" in params:
         params = {name: part for name, part in params.items() if name != "head"}
         tree |= classifier_config(tree["model_type"])
@@ -156,13 +159,3 @@ def origin_length(model: ModelConfig) -> int | None:
         return None
     tree = json.loads(file.read_text(encoding="utf-8"))
     return tree.get("max_position_embeddings") or tree.get("n_positions")
-
-
-def token_ids(run: Path) -> dict[str, Any]:
-    """`bos_token_id` and the like of the run's tokenizer; {} if it has none."""
-    from ..data.tokenizer import load_tokenizer
-
-    if not (run / "tokenizer.json").is_file():
-        return {}
-    tokenizer = load_tokenizer(run)
-    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
