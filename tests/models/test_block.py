@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import subjaxprs
-from support.weights import weights_of
+from support.weights import random_weights
 
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.memory import policy
@@ -52,7 +52,7 @@ def after_dropout(keys, **settings):
     def hidden(keys):
         tokens = jnp.zeros((len(keys), 2), jnp.int32)
         ctx = Context(positions=jnp.zeros_like(tokens), dropout_keys=keys)
-        return nnx.merge(decoder_graphdef(model), weights_of(model)).hidden(tokens, ctx)[0]
+        return nnx.merge(decoder_graphdef(model), random_weights(model)).hidden(tokens, ctx)[0]
 
     return np.asarray(hidden(keys))
 
@@ -70,7 +70,7 @@ def test_layers_are_numbered_through_all_segments(monkeypatch):
     monkeypatch.setattr(decoder, "run_block", lambda graph, weights, x, ctx: (x, None))
     model = ModelConfig(**TINY | {"layers": 5}, windows=[2, None], scan=False)
     tokens = jnp.zeros((1, 2), jnp.int32)
-    nnx.merge(decoder_graphdef(model), weights_of(model)).hidden(tokens, Context(positions=tokens))
+    nnx.merge(decoder_graphdef(model), random_weights(model)).hidden(tokens, Context(positions=tokens))
     assert numbers == [0, 1, 2, 3, 4]
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from support.equivalence import TINY, batches, make_global_arrays, tiny
-from support.weights import weights_of
+from support.weights import random_weights
 
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.models.context import Context
@@ -24,7 +24,7 @@ def test_unrolled_equals_scanned_and_so_do_the_gradients():
             ctx = Context(positions=jnp.broadcast_to(jnp.arange(12), (2, 12)))
             return jnp.sum(jnp.sin(nnx.merge(decoder_graphdef(model), params).hidden(tokens, ctx)[0]))
 
-        results.append(jax.jit(jax.value_and_grad(loss))(weights_of(model)))
+        results.append(jax.jit(jax.value_and_grad(loss))(random_weights(model)))
     for scanned, unrolled in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(scanned, unrolled, atol=1e-5 * np.abs(scanned).max())
 

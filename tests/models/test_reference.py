@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from support.reference_model import logits as reference_logits
-from support.weights import by_name, weights_of
+from support.weights import by_canonical_name, random_weights
 
 from meshwright.configs.sections.model import FAMILIES, ModelConfig
 from meshwright.models.context import Context, flat_linear, no_constraint
@@ -74,9 +74,9 @@ def forward(model: ModelConfig, params, tokens, segments, positions, linear=flat
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
 def test_logits_equal_the_reference(settings):
     model = ModelConfig(**TINY | {"kv_heads": None} | settings)
-    rows, params = packed_rows(), weights_of(model)
+    rows, params = packed_rows(), random_weights(model)
     actual = np.asarray(jax.jit(lambda params, rows: forward(model, params, **rows))(params, rows))
-    expected = reference_logits(model, by_name(model, params), **rows)
+    expected = reference_logits(model, by_canonical_name(model, params), **rows)
     assert np.all(actual[..., model.vocab :] == -np.inf), "padding of the vocabulary is not masked out"
     np.testing.assert_allclose(actual[..., : model.vocab], expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
@@ -85,7 +85,7 @@ def test_logits_equal_the_reference(settings):
 def test_a_logit_depends_on_exactly_the_tokens_it_may_see(window):
     """By gradient, which is zero outside of earlier tokens of the same document within all layers' windows."""
     model = ModelConfig(**TINY, windows=[window])
-    params, rows = weights_of(model), packed_rows()
+    params, rows = random_weights(model), packed_rows()
     rows["tokens"] = np.stack([np.arange(24), np.arange(24) + 30]).astype(np.int32)  # each its own row of the table
 
     def total(params, row, position):

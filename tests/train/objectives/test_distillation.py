@@ -206,9 +206,9 @@ def test_a_run_resumes_with_its_teacher_and_is_used_without_it(teachers, tmp_pat
 
 def test_another_tokenizer_is_refused(teachers, tmp_path):
     config = run_of(teachers, data={"tokenizer": {"bytes": False, "train": "bpe", "vocab": 264}})
-    with pytest.raises(UserError, match=r"recipe.teacher.from: .* has another tokenizer|begins and ends a document"):
+    with pytest.raises(UserError, match=r"recipe\.teacher\.from: .*data\.tokenizer\.file"):
         train(config, process_info=ProcessInfo(), root=tmp_path)
-    with pytest.raises(UserError, match="nobody here has learned anything to teach"):
+    with pytest.raises(UserError, match=r"recipe\.teacher\.from: not set"):
         train(
             tiny(recipe={"name": "distill", "mix": 0.5}, model={"vocab": 264}),
             process_info=ProcessInfo(),

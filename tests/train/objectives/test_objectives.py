@@ -42,7 +42,7 @@ def test_names_are_those_of_the_schema():
     assert {name for name, recipe in RECIPES.items() if "reference_logprobs" in recipe.extra_fields} == set(
         REFERENCE_RECIPES
     )
-    assert all(set(recipe.all_data) <= set(RECIPE_FIELDS) for recipe in RECIPES.values())
+    assert all(set(recipe.extra_fields) <= set(RECIPE_FIELDS) for recipe in RECIPES.values())
 
 
 @pytest.mark.parametrize("name", RECIPES)
