@@ -38,7 +38,7 @@ SAME = {
 # Settings of a method where its defaults do not fit the tiny model.
 SETTINGS = {
     "selective": {"layers": 1},
-    **dict.fromkeys(SPARSE_METHODS, {"scouting": 1, "density": 0.2}),
+    **{method: {"scouting": 1, "density": 0.2} for method in SPARSE_METHODS},
     "oft": {"block": 4},
     "shira": {"rank": 2},
     "adalora": {"rank": 4, "budget": {"rank": 2}},
