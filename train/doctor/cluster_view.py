@@ -11,18 +11,17 @@ from rich.text import Text
 from ..launch.network_probe import Links
 from ..report.markup import format_bytes
 from .findings import Problem
-from .machine_view import MARKS, section
+from .machine_view import MARKS, problem_section, section
 
 MOST_MACHINES = 16  # of which all links are printed
 
 
 def render(reports: Mapping[int, Mapping[str, Any]], links: Links, problems: Sequence[Problem]) -> Group:
     """Everything that the self-test prints. `reports` by process, as `examine_machine` makes them."""
-    problem_lines = [Text.assemble(("! ", "bold red"), p.what, "\n  ", ("→ " + p.remedy, "cyan")) for p in problems]
     return Group(
         section("Processes", process_table(reports)),
         *(section(title, grid) for title, grid in link_tables(links)),
-        section("Who stands out", *(problem_lines or [Text("nobody", style="green")])),
+        problem_section("Who stands out", problems, empty="nobody"),
     )
 
 

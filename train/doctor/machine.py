@@ -208,10 +208,9 @@ def read_cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
         return ()
-    words = next(
-        (line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "features"))), []
-    )
-    return tuple(feature for feature in CPU_FEATURES if feature in words)
+    flag_lines = [line for line in lines if line.lower().startswith(("flags", "features"))]
+    flags = flag_lines[0].partition(":")[2].split() if flag_lines else []
+    return tuple(feature for feature in CPU_FEATURES if feature in flags)
 
 
 def has_gloo() -> bool:

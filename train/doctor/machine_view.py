@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..report.markup import format_bytes
-from .findings import Device, Examination, Extra, Host
+from .findings import Device, Examination, Extra, Host, Problem
 
 MARKS = {"right": ("✓", "green"), "wrong": ("✗", "bold red"), "unavailable": ("–", "yellow")}
 
@@ -21,17 +21,20 @@ def render(examination: Examination) -> Group:
         mark, style = MARKS[check.outcome]
         took = f" ({1000 * check.seconds:.2f} ms)" if check.seconds is not None else ""
         checks.append(Text.assemble((f"{mark} ", style), check.name, f": {check.detail}{took}"))
-    problem_lines = [
-        Text.assemble(("! ", "bold red"), p.what, "\n  ", ("→ " + p.remedy, "cyan")) for p in examination.problems
-    ]
     return Group(
         section("Versions", facts({name: version or "missing" for name, version in examination.versions.items()})),
         section("Machine", facts(host_facts(examination.host))),
         section("Devices", devices_table(examination.devices)),
         section("Checks", *(checks or [Text("none: there is no device")])),
         section("What is missing for what", extras_table(examination.extras)),
-        section("Problems", *(problem_lines or [Text("none", style="green")])),
+        problem_section("Problems", examination.problems, empty="none"),
     )
+
+
+def problem_section(title: str, problems: Sequence[Problem], *, empty: str) -> Group:
+    """Each problem with its remedy; `empty` is what it says where there is none."""
+    lines = [Text.assemble(("! ", "bold red"), p.what, "\n  ", ("→ " + p.remedy, "cyan")) for p in problems]
+    return section(title, *(lines or [Text(empty, style="green")]))
 
 
 def section(title: str, *parts: RenderableType) -> Group:
@@ -76,7 +79,7 @@ def devices_table(devices: Sequence[Device]) -> Table:
 def extras_table(extras: Sequence[Extra]) -> Table:
     """A row an optional part."""
     grid = Table("extra", "for", "", box=None, pad_edge=False)
-    for part in extras:
-        state = Text(part.remedy, style="cyan") if part.missing else Text("installed", style="green")
-        grid.add_row(part.name, part.purpose, state)
+    for extra in extras:
+        state = Text(extra.remedy, style="cyan") if extra.missing else Text("installed", style="green")
+        grid.add_row(extra.name, extra.purpose, state)
     return grid

@@ -46,7 +46,7 @@ def test_a_written_table_is_read_back(tmp_path):
 def test_best_compares_schedules_and_keeps_the_memory_limit():
     result = json.loads(schedule("best", *SIZE, "--memory-limit", 3, "--json"))
     assert result["schedule"] == "v-half" and max(result["in_flight"]) == 3
-    assert {"1f1b", "zb-v", "gpipe"} < {one["schedule"] for one in result["compared"]}
+    assert {"1f1b", "zb-v", "gpipe"} < {other["schedule"] for other in result["compared"]}
     text = schedule("best", *SIZE, "--memory-limit", 3)
     assert "v-half" in text and "over 3" in next(line for line in text.splitlines() if "zb-v" in line)
 
