@@ -42,7 +42,7 @@ from .engine.island_replica import island_config
 from .engine.op_profiler import profile_ops
 from .engine.pipeline.pipeline_plan import check_pipeline
 from .engine.pipeline.pool_offload_check import pooled_gradient
-from .engine.privacy.accounting import budgeted, dealt, spending
+from .engine.privacy.accounting import drop_partial_batches, epsilon_metric, with_calibrated_noise
 from .engine.program import Program, build
 from .engine.quantized_base import save_base
 from .infer.evaluator import Evaluator
@@ -85,7 +85,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
     directory = open_directory(config, root=parent, name=name, write=False)
     check_steps_reached(config.steps, max(CheckpointDirectory(directory / "checkpoints").steps, default=0), directory)
     data, score_functions = load_checked_data(config, process_info)
-    program = build_program(budgeted(config, data), process_info)
+    program = build_program(with_calibrated_noise(config, data), process_info)
     # The run directory, where only processes of the newest epoch may write.
     open_directory(config, root=parent, name=name, write=process_info.is_first)
     fence = Fence(directory, process_info.epoch)
@@ -174,7 +174,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
                 progress=progress,
                 meter=Meter.from_config(program.config, plan),
                 metrics_logger=metrics_logger,
-                privacy_metrics=spending(program.config, data),
+                privacy_metrics=epsilon_metric(program.config, data),
             )
             state = loop.run(state, start)
 
@@ -198,7 +198,7 @@ def load_checked_data(config: RunConfig, process_info: ProcessInfo) -> tuple[Dat
     check_sinks(config.logging)
     data = assemble.load_run_data(island_config(config))
     check_teacher(config, data.tokenizer)
-    return dealt(config, data), load_metrics(config.evaluation.metrics)
+    return drop_partial_batches(config, data), load_metrics(config.evaluation.metrics)
 
 
 def build_program(config: RunConfig, process_info: ProcessInfo) -> Program:

@@ -103,7 +103,7 @@ def check_replicas(outer: OuterConfig | None, *, replicas: int, steps: int, laye
         return
     if replicas == 1:
         raise ValueError(
-            f"outer: {outer.name} with one replica; raise mesh.replica or islands.count, or set outer to null"
+            f"outer.name: {outer.name} with one replica; raise mesh.replica or islands.count, or set outer to null"
         )
     if outer.every > steps:
         raise ValueError(f"outer.every: {outer.every} exceeds steps ({steps}), so replicas never synchronize; lower it")

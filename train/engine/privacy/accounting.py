@@ -1,13 +1,13 @@
-"""What a private run has spent: epsilon at a given delta, from its settings and the number of steps alone.
+"""Privacy accounting: the epsilon that a run has spent at a given delta, from its settings and its step alone.
 
-    spent(privacy, step=, rows=, batch=) -> epsilon
+    epsilon_spent(privacy, step=, rows=, batch=) -> epsilon
 
-An epoch is whole batches (`dealt`), so a row is in at most one batch of each, and after `epochs` (rounded up) in at
-most as many, each hidden by noise of `privacy.noise` times what it can add: together one Gaussian mechanism with
-noise / sqrt(epochs), whose epsilon is exact (arXiv:1805.06530). That is `shuffled`, and holds for what happens here: a
-row against an empty one in its place.
-`poisson` is what is usually reported: as if each batch drew each row with probability batch / rows, by Renyi
-divergences (arXiv:1908.10530). Batches here are not drawn so; read it beside others' numbers, not as a guarantee.
+An epoch consists of full batches (`drop_partial_batches`), so a row is in at most one batch of an epoch. After `epochs`
+(rounded up) it is in at most that many batches, and each hides it by noise of `privacy.noise` times what it can add:
+together they are one Gaussian mechanism with noise / sqrt(epochs), whose epsilon is exact (arXiv:1805.06530). This is
+`shuffled`. It holds for what happens here, for neighbouring data sets that replace a row by an empty one.
+`poisson` is what is usually reported: the epsilon if each batch drew each row with probability batch / rows, by Renyi
+divergences (arXiv:1908.10530). Batches here are not drawn so: compare it with others' numbers, it is no guarantee.
 """
 
 import math
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 MOST_NOISE = 1e4
 
 
-def budgeted(config: RunConfig, data: Data) -> RunConfig:
-    """`config` with the noise that the data and the run's epsilon ask for. UserError where it cannot be counted."""
+def with_calibrated_noise(config: RunConfig, data: Data) -> RunConfig:
+    """`config` with the least noise that keeps `privacy.epsilon` on `data`. Raises UserError if none does."""
     if config.privacy is None:
         return config
     check_private_inputs(config)
     try:
         import dp_accounting  # noqa: F401
     except ImportError:
-        raise UserError("privacy: is counted by dp-accounting; pip install 'meshwright[privacy]'") from None
+        raise UserError("privacy: needs the package dp-accounting; pip install 'meshwright[privacy]'") from None
     rows = data.train.rows_per_epoch()
-    privacy = calibrated(config.privacy, steps=config.steps, rows=rows, batch=config.data.global_batch)
+    privacy = calibrate_noise(config.privacy, steps=config.steps, rows=rows, batch=config.data.global_batch)
     return config.model_copy(update={"privacy": privacy})
 
 
-def dealt(config: RunConfig, data: Data) -> Data:
-    """`data` as the run reads it: a private one leaves out the rows of an epoch that fill no batch. UserError."""
+def drop_partial_batches(config: RunConfig, data: Data) -> Data:
+    """In a private run, `data` without the rows of an epoch that fill no batch. Raises UserError if no batch is full."""
     if config.privacy is None:
         return data
     batch, rows = config.data.global_batch, data.train.rows_per_epoch()
@@ -56,21 +56,21 @@ def dealt(config: RunConfig, data: Data) -> Data:
     return replace(data, train=FullBatches(data.train, batch))
 
 
-def spending(config: RunConfig, data: Data) -> Callable[[int], dict[str, float]]:
-    """A function from a step to what is spent by then; to nothing where nothing is promised."""
+def epsilon_metric(config: RunConfig, data: Data) -> Callable[[int], dict[str, float]]:
+    """A function from a step to {"epsilon": spent by then}; to {} in a run without privacy."""
     privacy, batch = config.privacy, config.data.global_batch
     if privacy is None:
         return lambda step: {}
     rows = data.train.rows_per_epoch()
-    return lambda step: {"epsilon": spent(privacy, step=step, rows=rows, batch=batch)}
+    return lambda step: {"epsilon": epsilon_spent(privacy, step=step, rows=rows, batch=batch)}
 
 
-def spent(privacy: PrivacyConfig, *, step: int, rows: int, batch: int) -> float:
-    """Epsilon after `step` updates of `batch` rows, of epochs of `rows`: at least `batch`, in whole batches."""
+def epsilon_spent(privacy: PrivacyConfig, *, step: int, rows: int, batch: int) -> float:
+    """Epsilon after `step` updates of `batch` rows, in epochs of `rows` rows (at least `batch`, in full batches)."""
     if step == 0:
         return 0.0
     if privacy.sampling == "poisson":
-        return sampled(privacy.noise, privacy.delta, step=step, share=batch / rows)
+        return epsilon_if_sampled(privacy.noise, privacy.delta, step=step, share=batch / rows)
     import dp_accounting
 
     epochs = math.ceil(step * batch / rows)
@@ -78,15 +78,15 @@ def spent(privacy: PrivacyConfig, *, step: int, rows: int, batch: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def sampled(noise: float, delta: float, *, step: int, share: float) -> float:
-    """Of `step` Gaussian mechanisms, each of rows drawn with probability `share`."""
+def epsilon_if_sampled(noise: float, delta: float, *, step: int, share: float) -> float:
+    """Epsilon of `step` Gaussian mechanisms whose rows are drawn with probability `share`."""
     import dp_accounting
 
     accountant = dp_accounting.rdp.RdpAccountant()
-    return float(accountant.compose(sampled_batches(noise, step=step, share=share)).get_epsilon(delta))
+    return float(accountant.compose(sampled_updates(noise, step=step, share=share)).get_epsilon(delta))
 
 
-def sampled_batches(noise: float, *, step: int, share: float) -> "DpEvent":
+def sampled_updates(noise: float, *, step: int, share: float) -> "DpEvent":
     """The event that dp-accounting counts for `step` updates whose rows are drawn with probability `share`."""
     import dp_accounting
 
@@ -94,8 +94,8 @@ def sampled_batches(noise: float, *, step: int, share: float) -> "DpEvent":
     return dp_accounting.SelfComposedDpEvent(update, step)
 
 
-def calibrated(privacy: PrivacyConfig, *, steps: int, rows: int, batch: int) -> PrivacyConfig:
-    """`privacy` with the least noise that spends at most its epsilon in `steps`; as it is where noise is given."""
+def calibrate_noise(privacy: PrivacyConfig, *, steps: int, rows: int, batch: int) -> PrivacyConfig:
+    """`privacy` with the least noise that spends at most its epsilon in `steps`; unchanged where `noise` is set."""
     if privacy.noise is not None:
         return privacy
     import dp_accounting
@@ -104,7 +104,7 @@ def calibrated(privacy: PrivacyConfig, *, steps: int, rows: int, batch: int) -> 
         try:
             noise = dp_accounting.calibrate_dp_mechanism(
                 dp_accounting.rdp.RdpAccountant,
-                lambda noise: sampled_batches(noise, step=steps, share=batch / rows),
+                lambda noise: sampled_updates(noise, step=steps, share=batch / rows),
                 privacy.epsilon,
                 privacy.delta,
             )
@@ -115,7 +115,7 @@ def calibrated(privacy: PrivacyConfig, *, steps: int, rows: int, batch: int) -> 
         noise = one_epoch * math.sqrt(math.ceil(steps * batch / rows)) * (1 + 1e-9)  # sigma is exact to 1e-12 only
     if noise > MOST_NOISE:
         raise UserError(
-            f"privacy.epsilon: {privacy.epsilon} cannot be kept for {steps} steps with any useful noise; raise it, "
+            f"privacy.epsilon: {privacy.epsilon} would need more noise than {MOST_NOISE:g} in {steps} steps; raise it, "
             "or lower steps"
         )
     return privacy.model_copy(update={"noise": noise})
