@@ -135,7 +135,7 @@ def test_merging_a_method_that_no_weight_can_express_is_refused():
 
 
 MISTAKES = {
-    "windows": ({"model": {"windows": [4, None]}, "adapter": AHEAD}, "where windows .* do not reach"),
+    "windows": ({"model": {"windows": [4, None]}, "adapter": AHEAD}, "adapter.method: prompt .*model.windows"),
     "a cut row": ({"mesh": {"seq": 2, "devices": 2}, "adapter": AHEAD}, "mesh.seq: 2, but adapter.method prompt needs"),
     "stages": ({"mesh": {"pipe": 2, "devices": 2}, "adapter": AHEAD}, "mesh.pipe: 2, but adapter.method prompt needs"),
     "no position": (
