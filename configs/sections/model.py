@@ -4,55 +4,19 @@ A setting that has no effect with the others is refused, so that a model is neve
 """
 
 import itertools
+from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, PrivateAttr, model_validator
 
 from ..huggingface import read_model_section
 from .base import Section
 
-# Family -> its defaults; a key that the user writes wins. Sizes are never part of a family.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True, "norm_epsilon": 1e-6},
-    "qwen3": {"qk_norm": True, "norm_epsilon": 1e-6},
-    "gemma": {
-        "activation": "geglu",
-        "norm_unit_offset": True,
-        "tied_embeddings": True,
-        "embedding_scale": True,
-        "norm_epsilon": 1e-6,
-    },
-    "gpt2": {
-        "norm": "layer",
-        "activation": "gelu",
-        "position_encoding": "learned",
-        "qkv_bias": True,
-        "linear_bias": True,
-        "tied_embeddings": True,
-    },
-}
-FAMILIES["phi3"] = {}
-FAMILIES["olmo2"] = {
-    "pre_norms": False,
-    "post_norms": True,
-    "qk_norm": True,
-    "qk_norm_whole": True,
-    "norm_epsilon": 1e-6,
-}
-FAMILIES["gemma2"] = FAMILIES["gemma"] | {
-    "post_norms": True,
-    "attention_softcap": 50.0,
-    "logit_softcap": 30.0,
-    "windows": [4096, None],
-}
-FAMILIES["gemma3"] = FAMILIES["gemma"] | {
-    "post_norms": True,
-    "qk_norm": True,
-    "windows": [1024] * 5 + [None],
-    "rope": {"theta": 1e6, "local_theta": 1e4},
-}
+# Family -> its defaults; a key that the user writes wins.
+FAMILIES: dict[str, dict[str, Any]] = yaml.safe_load(
+    (Path(__file__).parent / "families.yaml").read_text(encoding="utf-8")
+)
 
 
 class RopeConfig(Section):

@@ -44,7 +44,7 @@ def with_calibrated_noise(config: RunConfig, data: Data) -> RunConfig:
 
 
 def drop_partial_batches(config: RunConfig, data: Data) -> Data:
-    """In a private run, `data` without the rows of an epoch that fill no batch. Raises UserError if no batch is full."""
+    """In a private run, `data` without the rows of an epoch that fill no batch. Raises UserError if none is full."""
     if config.privacy is None:
         return data
     batch, rows = config.data.global_batch, data.train.rows_per_epoch()
