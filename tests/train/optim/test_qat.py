@@ -103,7 +103,7 @@ def test_codes_train_like_the_weights(runs):
     batch = batches(program.config, 1)[0]
     with jax.set_mesh(program.mesh):
         one, two = (
-            jax.jit(lambda state, own=own: own.gradients(state.params, state.frozen, batch, None).gradient)(state)
+            jax.jit(lambda state, own=own: own.gradient_engine(state.params, state.frozen, batch, None).gradient)(state)
             for own, state in ((program, start), (other, same))
         )
     assert_close(to_canonical(one, program.config.model), to_canonical(two, other.config.model), tolerance=1e-6)
