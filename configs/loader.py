@@ -9,7 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .aliases import foreign_keys
+from .aliases import find_alias
 from .errors import UserError
 from .run import RunConfig
 
@@ -186,7 +186,7 @@ def suggest_key(key: str) -> str:
     """` Did you mean ...?` for an unknown key: an alias from another tool, a similar name, or another section."""
     all_keys = list(schema_keys())
     parent, _, leaf = key.rpartition(".")
-    if (ours := foreign_keys().get(leaf)) in all_keys:
+    if (ours := find_alias(leaf)) in all_keys:
         return f" Did you mean {ours}?"
     section = ""  # of the key, without names of adapters and numbers of list entries
     for part in parent.split("."):

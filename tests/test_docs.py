@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from meshwright.configs import loader, names, run
-from meshwright.configs.aliases import foreign_keys
+from meshwright.configs.aliases import key_aliases
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections import adapter, data, model, outer, parallel, recipe, training
 from meshwright.memory.policy import PRESETS
@@ -113,7 +113,7 @@ def test_every_name_said_to_be_in_a_file_is_in_it(page):
 
 @each_page
 def test_every_key_in_backticks_is_in_the_schema(page):
-    known = {*loader.schema_keys(), *foreign_keys().values()}
+    known = {*loader.schema_keys(), *key_aliases().values()}
     for word in words(page):
         if (match := KEY.fullmatch(word)) and match[1].rpartition(".")[2] not in SUFFIXES:
             assert match[1] in known, f"{word}: unknown key"
@@ -209,7 +209,7 @@ def test_every_verb_in_backticks_exists(page):
 def test_other_tools_keys_are_those_the_errors_know():
     rows = [row for line in re.findall(r"^\| (`.*) \|$", PAGES["docs/coming-from.md"], re.MULTILINE)
             for row in [CODE.findall(line)]]  # fmt: skip
-    assert [tuple(row) for row in rows] == list(foreign_keys().items())
+    assert [tuple(row) for row in rows] == list(key_aliases().items())
 
 
 def choices(section, field):

@@ -38,7 +38,7 @@ JAX_FREE = (
 JAX_FREE_FILES = (
     "parallel/outer/matchings.py",
     "train/engine/pipeline/pipeline_plan.py",
-    "train/islands/membership.py",
+    "train/islands/island_group.py",
     "train/islands/quorum.py",
     "train/plan/plan_lowcomm.py",
 )

@@ -128,7 +128,7 @@ class Loop:
                     self.log_step(pending)
                     pending = None
                     state = self.drain(state)
-                    self.pause(state, step, stopping=stopping)
+                    self.save_and_evaluate(state, step, stopping=stopping)
                     self.meter.restart()
             self.log_step(pending)
         return self.drain(state)
@@ -138,7 +138,7 @@ class Loop:
         intervals = (self.program.config.checkpoint.memory_every, self.program.config.evaluation.every)
         return self.checkpoint_schedule.is_due(step) or any(self.is_due(interval, step) for interval in intervals)
 
-    def pause(self, state: TrainState, step: int, *, stopping: bool) -> None:
+    def save_and_evaluate(self, state: TrainState, step: int, *, stopping: bool) -> None:
         """Save and evaluate after `step`, as far as they are due.
 
         If `stopping`, save the state and raise Preemption.

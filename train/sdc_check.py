@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 
 from ..configs.errors import MeshwrightError
-from ..parallel.replica_check import ReplicaCheck, ReplicaMismatch
+from ..parallel.replica_check import ReplicaCheck
 from ..parallel.state import TrainState
 from .core.heartbeat import CORRUPT_PHASE, ProgressReporter
 from .engine.program import Program
@@ -42,7 +42,8 @@ def make_state_check(program: Program, progress: ProgressReporter) -> StateCheck
 
     def check_state(state: TrainState, step: int) -> None:
         if mismatches := check.find_mismatches(state):
-            if jax.process_index() in processes_to_blame(mismatches):
+            suspects = [device for mismatch in mismatches if mismatch.majority for device in mismatch.suspects]
+            if jax.process_index() in {device.process_index for device in suspects}:
                 progress.report(step, CORRUPT_PHASE)
             time.sleep(REPORT_GRACE_SECONDS)
             more = f" and {len(mismatches) - 1} more" if len(mismatches) > 1 else ""
@@ -52,8 +53,3 @@ def make_state_check(program: Program, progress: ProgressReporter) -> StateCheck
             )
 
     return check_state
-
-
-def processes_to_blame(mismatches: list[ReplicaMismatch]) -> set[int]:
-    """Return the processes whose devices differ from the majority; none for a mismatch without a majority."""
-    return {device.process_index for mismatch in mismatches if mismatch.majority for device in mismatch.suspects}

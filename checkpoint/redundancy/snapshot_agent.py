@@ -31,8 +31,8 @@ from .agent_files import ProtectedStep
 from .host_snapshot import HostSnapshot, ProcessSlot, holding_from_json, scatter_to_slots, snapshot_from_json
 from .parity import add, add_doubling, block_length, solve_stripe, stripe_hosts, stripes_of
 from .parity_groups import group_holdings, parity_holders
-from .rebuild_files import accept_drafts, allocate_drafts
 from .shm_slots import CHUNK_BYTES, SlotPool, read_head, read_header, slot_files, slot_paths
+from .slot_drafts import accept_drafts, allocate_drafts
 
 Status = Mapping[str, Any]  # what an agent publishes: address, held, shares; see `SnapshotAgent.status`
 Statuses = Mapping[int, Status]  # by host
@@ -260,7 +260,7 @@ class SnapshotAgent:
             case "check":
                 return {"damaged": self.verify_slots(), "info": self.status()}, b""
             case "rebuild":
-                self.rebuild(request["step"], {int(host): info for host, info in request["infos"].items()})
+                self.rebuild_snapshot(request["step"], {int(host): info for host, info in request["infos"].items()})
                 return {}, b""
             case "settle":
                 agent_files.write_status(self.directory, agent_files.recovery_from_json(request["word"]))
@@ -302,7 +302,7 @@ class SnapshotAgent:
             for path in outdated if launch_slots else [*outdated, *self._parity_paths]:
                 path.unlink(missing_ok=True)
 
-    def rebuild(self, step: int, statuses: Statuses) -> None:
+    def rebuild_snapshot(self, step: int, statuses: Statuses) -> None:
         """Rebuild this host's snapshot of `step` from the snapshots and the parity of the others.
 
         Raises RequestRefused if they do not have enough, DamagedCheckpoint if the result is not what was lost.

@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from meshwright.configs import aliases
-from meshwright.configs.aliases import foreign_keys
+from meshwright.configs.aliases import key_aliases
 from meshwright.configs.loader import schema_keys
 
 
@@ -15,9 +15,9 @@ def test_the_keys_equal_the_list():
 
 
 def test_aliases_of_other_tools_name_keys_that_exist():
-    assert not set(foreign_keys().values()) - set(schema_keys())
+    assert not set(key_aliases().values()) - set(schema_keys())
 
 
 def test_no_alias_has_two_meanings():
     tools = yaml.safe_load((Path(aliases.__file__).parent / "aliases.yaml").read_text())
-    assert sum(map(len, tools.values())) == len(foreign_keys())
+    assert sum(map(len, tools.values())) == len(key_aliases())

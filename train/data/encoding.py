@@ -18,7 +18,7 @@ class EncodedSegment(NamedTuple):
 
     opener: int  # the input from which the first token is predicted
     tokens: Sequence[int]  # the targets
-    unlearned: list[tuple[int, int]]  # (start, stop) in `tokens` without a loss
+    masked_spans: list[tuple[int, int]]  # (start, stop) in `tokens` without a loss
 
 
 def encode_parts(parts: Sequence[Part], tokenizer: Tokenizer) -> Iterator[EncodedSegment]:

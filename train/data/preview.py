@@ -28,18 +28,13 @@ def render(data: Data, rows: int = 2) -> "Text":
     from rich.text import Text
 
     datasets = {"": data.train}
-    if has_several_adapters(data):
+    if isinstance(data.train, FixedTrainingMixture):  # of several adapters
         datasets = {f"{name}, ": dataset for name, dataset in data.train.datasets.items()}
     return Text("\n").join(
         render_row(dataset.row(index), data.tokenizer, name=f"{prefix}row {index}")
         for prefix, dataset in datasets.items()
         for index in range(rows)
     )
-
-
-def has_several_adapters(data: Data) -> bool:
-    """Whether the data are those of several adapters."""
-    return isinstance(data.train, FixedTrainingMixture)
 
 
 def render_row(row: Row, tokenizer: Tokenizer, *, name: str) -> "Text":

@@ -93,7 +93,7 @@ def write_store(documents: Documents, tokenizer: Tokenizer, *, directory: Path) 
                 parts = [next(segments) for _ in example.parts]
                 for part in parts:
                     file.write(np.array(part.tokens, dtype).tobytes())
-                    unlearned += [(total + start, total + stop) for start, stop in part.unlearned]
+                    unlearned += [(total + start, total + stop) for start, stop in part.masked_spans]
                     total += len(part.tokens)
                 lengths.append(sum(len(part.tokens) for part in parts))
                 row = {

@@ -66,9 +66,8 @@ def tree_accumulate(function: Callable[[Any], Sums], parts: Any, *, count: int) 
     def body(number: jax.Array, slots: list[Sums]) -> list[Sums]:
         part = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), parts)
         new = jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(part)))
-        return jax.lax.switch(
-            trailing_ones(number), [partial(add_at, level) for level in range(len(slots))], slots, new
-        )
+        trailing_ones = jax.lax.population_count(number & ~(number + 1))  # 0 for 0b110, 2 for 0b011
+        return jax.lax.switch(trailing_ones, [partial(add_at, level) for level in range(len(slots))], slots, new)
 
     if count == 1:  # else the compiler would see through an index into one part, and compile another program
         parts = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), parts)
@@ -79,11 +78,6 @@ def tree_accumulate(function: Callable[[Any], Sums], parts: Any, *, count: int) 
     slots = jax.lax.fori_loop(0, rounds, body, [zeros] * count.bit_length())
     subtrees = [slot for level, slot in enumerate(slots) if count >> level & 1]
     return reduce(lambda total, slot: add_sums(slot, total), subtrees)
-
-
-def trailing_ones(number: jax.Array) -> jax.Array:
-    """The number of ones at the end of a binary number: 0 for 0b110, 2 for 0b011."""
-    return jax.lax.population_count(number & ~(number + 1))
 
 
 def add_sums(a: Sums, b: Sums) -> Sums:

@@ -26,7 +26,7 @@ from ...models.adapters.multi_lora import PRODUCTS, to_decoder_order
 from ...parallel.gradients import Batch, Sums
 from ...parallel.state import TrainState
 from ..objectives.interface import RecipeLoss
-from ..optim.optimizer_wrappers import ADAPTER_AXIS, learning_rate_ratios
+from ..optim.optimizer_factory import ADAPTER_AXIS, learning_rate_ratios
 from .step import ApplyUpdate
 
 

@@ -37,8 +37,8 @@ from ...parallel.state import TrainState, combine
 from ..objectives.distillation import init_weights, teacher_of, without_teacher
 from ..objectives.registry import batch_fields
 from ..optim import optimizers, qat
+from ..optim.optimizer_factory import optimizer_factory
 from ..optim.optimizer_update import post_validated, skip_if_unhealthy
-from ..optim.optimizer_wrappers import optimizer_factory
 from ..optim.sparse_finetuning import mask_is_final
 from . import compile_cache
 from .fisher import two_phase_engine
@@ -353,7 +353,7 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
     optimizer = make_optimizer()
     update = skip_if_unhealthy(optimizer)
     if plan is not None and config.pipeline.post_validation:
-        update = post_validated(optimizer, make_optimizer(clip=optimizers.unclipped), clip=config.optimizer.clip)
+        update = post_validated(optimizer, make_optimizer(clip=optimizers.no_clipping), clip=config.optimizer.clip)
     if config.privacy is not None:
         update = add_noise(update, config.privacy, rows=config.data.global_batch)
     gradient_engine = qat.with_dequantized_weights(engines.train, config)
@@ -363,7 +363,7 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
         train_engine, extra_inputs = two_phase_engine(is_final, engines.squared_gradients, gradient_engine)
     if plan is not None and config.outer is not None and config.outer.routing:
         extra_inputs = routing_inputs(config.seed, plan.table, replicas=config.mesh.replica)
-    schedule = optimizers.schedule(config.optimizer, steps=config.steps)
+    schedule = optimizers.learning_rate_schedule(config.optimizer, steps=config.steps)
     apply_update, row_ids = make_update(update, schedule=schedule, spike=config.logging.spike), None
     if (adapters := make_multi_adapter(config)) is not None:
         optimizer, row_ids = adapters.optimizer(optimizer), adapters.row_ids

@@ -213,7 +213,7 @@ class IslandGroup:
         members = peers_from_json(decision["members"])
         if self.name not in members:
             return RoundResult("behind", sources=list(members.values()))
-        names = sorted(members, key=island_number)
+        names = sorted(members, key=lambda name: int(name.rpartition("-")[2]))
         row = matching_for_round(update, replicas=len(names), seed=seed)
         partner = names[int(matchings(len(names))[row, names.index(self.name)])]
         if problem := self._find_problem(kind(key), payload):
@@ -345,8 +345,3 @@ def peers_from_json(members: Mapping[str, Sequence[Any]]) -> dict[str, Peer]:
 def peers_except(name: str, members: Mapping[str, Peer]) -> list[Peer]:
     """Return all `members` except `name`."""
     return [peer for other, peer in members.items() if other != name]
-
-
-def island_number(name: str) -> int:
-    """Return the number of an island from its name; pairs are assigned by it."""
-    return int(name.rpartition("-")[2])

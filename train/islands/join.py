@@ -15,7 +15,7 @@ from ...parallel.transport.throttle import Throttle
 from ..core.event_log import EventLog
 from ..engine.island_replica import fingerprint, shared_settings
 from ..engine.program import Program
-from .membership import FindProblem, IslandGroup
+from .island_group import FindProblem, IslandGroup
 from .sync import IslandSync, IslandTransport
 
 

@@ -38,7 +38,7 @@ from ..core.event_log import EventLog
 from ..engine.program import Program
 from .agreed_wait import CollectiveWait, WaitStopped, broadcast_flag
 from .compiled_rounds import RoundPrograms, add_trees, divide_tree, make_global_array, make_round_programs
-from .membership import IslandGroup, RoundResult
+from .island_group import IslandGroup, RoundResult
 
 BOOTSTRAP_TRAFFIC = ("state", "handshake")  # kinds of traffic that do not belong to a round
 

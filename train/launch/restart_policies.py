@@ -1,7 +1,6 @@
 """The supervisor's decisions, as pure functions of what it saw. JAX-free."""
 
 import signal
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,16 +8,6 @@ from dataclasses import dataclass
 from ...configs.sections.fault_tolerance import ElasticConfig
 
 LONGEST_DELAY = 60.0  # seconds between a failure and the restart, however many failures came before
-
-
-@dataclass(frozen=True)
-class ProcessReport:
-    """The newest report of a process; times are the supervisor's clock."""
-
-    step: int  # updates done
-    phase: str  # what it was about to do
-    changed_at: float  # when step or phase last changed
-    heartbeat_at: float  # when its last heartbeat came
 
 
 @dataclass(frozen=True)
@@ -58,23 +47,6 @@ def restart_delay(failures: Sequence[Failure], settings: ElasticConfig) -> float
             break
         without_progress += 1
     return min(settings.backoff * 2.0**without_progress, LONGEST_DELAY)
-
-
-def hang_timeout(step_seconds: Sequence[float], settings: ElasticConfig) -> float:
-    """Seconds without news after which a process hangs; `step_seconds` are those of this epoch's steps so far."""
-    if not step_seconds:
-        return settings.start_timeout
-    return max(settings.hang_floor, settings.hang_factor * statistics.median(step_seconds))
-
-
-def find_hanging_process(reports: Mapping[int, ProcessReport], processes: Sequence[int]) -> int:
-    """The process that the others wait for.
-
-    One of `processes` that never reported, else one at the lowest step, of those the one with the oldest heartbeat.
-    """
-    if silent := sorted(set(processes) - reports.keys()):
-        return silent[0]
-    return min(reports, key=lambda index: (reports[index].step, reports[index].heartbeat_at))
 
 
 def find_failed_process(codes: Mapping[int, int]) -> int:

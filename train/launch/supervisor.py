@@ -27,10 +27,11 @@ from ..core.heartbeat import CORRUPT_PHASE
 from ..core.rendezvous import MembershipStore
 from . import restart_policies as policies
 from .drain import read_drained
+from .hang_detection import EpochMonitor, detect_hang
 from .mesh_options import Assignment, MeshOption
 from .regroup import Regrouping, change_event
-from .restart_policies import Failure, Outcome, ProcessReport
-from .telemetry import Telemetry, process_reports
+from .restart_policies import Failure, Outcome
+from .telemetry import Telemetry
 
 POLL_SECONDS = 0.1  # between two looks
 TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of a process that SIGTERM ended
@@ -69,50 +70,6 @@ class StopRequest(Protocol):
     """Whether somebody asked the supervisor itself to stop."""
 
     requested: bool
-
-
-@dataclass
-class EpochMonitor:
-    """What is known of the processes of one epoch."""
-
-    started: float
-    reports: dict[int, ProcessReport] = field(default_factory=dict)
-    beats: dict[int, int] = field(default_factory=dict)  # heartbeats, by process
-    step_seconds: list[float] = field(default_factory=list)  # from each process's reports
-
-    def update(self, store: MembershipStore, epoch: int, *, now: float) -> None:
-        """Read what the processes reported since the last call."""
-        for index, info in process_reports(store, epoch).items():
-            step, phase = int(info["step"]), str(info["phase"])
-            previous, beats = self.reports.get(index), int(info["beats"])
-            silent = previous is not None and beats == self.beats.get(index)
-            heartbeat_at = previous.heartbeat_at if silent else now
-            self.beats[index] = beats
-            if previous is not None and (step, phase) == (previous.step, previous.phase):
-                self.reports[index] = replace(previous, heartbeat_at=heartbeat_at)
-                continue
-            if previous is not None and step > previous.step and previous.phase != "start":
-                self.step_seconds.append((now - previous.changed_at) / (step - previous.step))
-            self.reports[index] = ProcessReport(step, phase, now, now)
-
-    def silent_seconds(self, running: Sequence[int], *, now: float) -> float:
-        """Seconds since the last news of the process that has been silent longest, among those that run."""
-        return now - min((self.reports[n].changed_at if n in self.reports else self.started) for n in running)
-
-    @property
-    def stepping(self) -> bool:
-        """Whether steps are being made: a process that still starts would not answer a request to stop."""
-        return any(report.phase == "step" for report in self.reports.values())
-
-    @property
-    def compiling(self) -> bool:
-        """Whether all processes do what needs another program than a step's, as at the start."""
-        return all(report.phase in ("start", "measure") for report in self.reports.values())
-
-    @property
-    def highest_step(self) -> int:
-        """The highest step any process reported."""
-        return max((report.step for report in self.reports.values()), default=0)
 
 
 @dataclass
@@ -291,22 +248,3 @@ def judge_exit_codes(
         return None
     kind = "preempted" if Preemption.exit_code in codes.values() else "done"
     return Outcome(kind, f"processes ended with these exit codes: {dict(codes)}", monitor.highest_step)
-
-
-def detect_hang(
-    running: Sequence[int], monitor: EpochMonitor, settings: ElasticConfig, *, now: float
-) -> Outcome | None:
-    """The outcome where no step was made for too long; None where all is well. All processes of the epoch run."""
-    limit, silent_seconds = (
-        policies.hang_timeout(monitor.step_seconds, settings),
-        monitor.silent_seconds(running, now=now),
-    )
-    if monitor.compiling:
-        limit = max(limit, settings.start_timeout)
-    if silent_seconds <= limit:
-        return None
-    suspect = policies.find_hanging_process(monitor.reports, running)
-    report = monitor.reports.get(suspect)
-    position = "never reported" if report is None else f"at step {report.step} ({report.phase})"
-    reason = f"no step for {silent_seconds:.0f} s (limit {limit:.0f} s): process {suspect} hangs, {position}"
-    return Outcome("failed", reason, monitor.highest_step, suspect, silent_seconds)

@@ -31,7 +31,9 @@ def optimizer_factory(config: RunConfig, *, order: LayerOrder) -> OptimizerFacto
     adapter = config.adapter
     scale = None if adapter is None else update_scaler(config.model, adapter, order=order)
     scale = scale_by_adapter(scale, learning_rate_ratios(config))
-    make = partial(optimizers.build, config.optimizer, steps=config.steps, spike=config.logging.spike, scale=scale)
+    make = partial(
+        optimizers.build_optimizer, config.optimizer, steps=config.steps, spike=config.logging.spike, scale=scale
+    )
     if adapter is not None and adapter.method == "adalora":
         present = adapted_layers(config, order)
         wrap = partial(rank_allocator, adapter=adapter, present=present, steps=config.steps)

@@ -29,32 +29,37 @@ RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
 }
 
 
-def build(
+def build_optimizer(
     optimizer: OptimizerConfig,
     *,
     steps: int,
     spike: float | None = None,
-    clip: Callable[[float], optax.GradientTransformation] = optax.clip_by_global_norm,
+    clip: Callable[[float], optax.GradientTransformation] | None = None,
     scale: Callable[[str, jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformation:
     """Return the whole optimizer for a run of `steps`; its updates are to be added to the parameters.
 
-    With `spike` the state also tracks the mean gradient norm, which `mean_gradient_norm` reads. `clip(limit)` makes the
-    clipping to `optimizer.clip`. `scale(path, update)` changes the final update of each weight (for an adapter).
+    With `spike` the state also tracks the mean gradient norm, which `mean_gradient_norm` reads. `clip(limit)` replaces
+    `clip_gradients`. `scale(path, update)` changes the final update of each weight (for an adapter).
     """
     parts = [
         ("norms", track_gradient_norm() if spike else None),
-        ("clip", clip(optimizer.clip) if optimizer.clip else None),
+        ("clip", (clip or clip_gradients)(optimizer.clip) if optimizer.clip else None),
         (optimizer.name, RULES[optimizer.name](optimizer)),
         ("decay", optax.add_decayed_weights(optimizer.weight_decay, mask=decay_mask(optimizer))),
-        ("learning_rate", optax.scale_by_learning_rate(schedule(optimizer, steps=steps))),
+        ("learning_rate", optax.scale_by_learning_rate(learning_rate_schedule(optimizer, steps=steps))),
         ("multiplied", by_path(scale) if scale else None),
         ("average", track_parameter_average(optimizer.ema) if optimizer.ema else None),
     ]
     return in_float32(optax.named_chain(*((name, part) for name, part in parts if part is not None)))
 
 
-def unclipped(limit: float) -> optax.GradientTransformation:
+def clip_gradients(limit: float) -> optax.GradientTransformation:
+    """Scale all gradients down so that their global norm, over the whole model, is at most `limit`."""
+    return optax.clip_by_global_norm(limit)
+
+
+def no_clipping(limit: float) -> optax.GradientTransformation:
     """No clipping, with the same state as clipping has: as if no norm ever reached `limit`."""
     del limit
     return optax.identity()
@@ -78,7 +83,7 @@ def in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformati
     return optax.GradientTransformation(init, update)
 
 
-def schedule(optimizer: OptimizerConfig, *, steps: int) -> optax.Schedule:
+def learning_rate_schedule(optimizer: OptimizerConfig, *, steps: int) -> optax.Schedule:
     """Learning rate of update `count`, counted from 0; the last update has `final_fraction` of the peak."""
     peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
     final, rest = peak * optimizer.final_fraction, max(steps - warmup - 1, 1)
@@ -160,7 +165,7 @@ def muon(optimizer: OptimizerConfig) -> optax.GradientTransformation:
             )
         return rule.init(params)
 
-    # optax.contrib.muon returns a negative update, and `build` changes the sign once more.
+    # optax.contrib.muon returns a negative update, and `build_optimizer` changes the sign once more.
     return optax.chain(optax.GradientTransformation(init, rule.update), optax.scale(-1.0))
 
 

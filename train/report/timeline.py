@@ -32,7 +32,7 @@ def events_section(events: Sequence[Mapping[str, Any]]) -> Markup:
             "offset": offset(event, began),
             "left": 100 * (event["time"] - began) / span,
             "fields": [
-                (field_title(key), field_text(key, value))
+                ("took" if key == "seconds" else key.removesuffix("_seconds").replace("_", " "), field_text(key, value))
                 for key, value in event.items()
                 if key not in ("time", "event")
             ],
@@ -48,11 +48,6 @@ def offset(event: Mapping[str, Any], began: float) -> str:
     minutes, seconds = divmod(max(int(event["time"] - began), 0), 60)
     hours, minutes = divmod(minutes, 60)
     return f"+{hours}:{minutes:02}:{seconds:02}" if hours else f"+{minutes}:{seconds:02}"
-
-
-def field_title(key: str) -> str:
-    """The title of an event's field: `stall` for stall_seconds, whose text has the unit."""
-    return "took" if key == "seconds" else key.removesuffix("_seconds").replace("_", " ")
 
 
 def field_text(key: str, value: Any) -> str:

@@ -30,11 +30,11 @@ def fake_engine(params, frozen, batch, keys):
 def run(*batches, spike=None, weight=2.0):
     """States and metrics of a step of `fake_engine` on each (loss, gradient)."""
     section = OptimizerConfig(name="adamw", schedule="constant", learning_rate=0.1, weight_decay=0.0, ema=0.5)
-    optimizer = optimizers.build(section, steps=10, spike=spike)
+    optimizer = optimizers.build_optimizer(section, steps=10, spike=spike)
     params = {"head": {"kernel": jnp.ones((2, 2))}}
     rng = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.int32(0), params, {}, optimizer.init(params), (), rng)
-    schedule = optimizers.schedule(section, steps=10)
+    schedule = optimizers.learning_rate_schedule(section, steps=10)
     step = jax.jit(
         make_step(fake_engine, make_update(skip_if_unhealthy(optimizer), schedule=schedule, spike=spike), dropout=False)
     )
@@ -124,7 +124,7 @@ def test_bfloat16_compute_keeps_parameters_softmax_and_loss_in_float32():
 def test_bfloat16_parameters_change_and_stay_bfloat16():
     """Arithmetic is float32: the update of a parameter is rounded once."""
     section = OptimizerConfig(name="sgd", b1=0.0, schedule="constant", learning_rate=1.0)
-    optimizer = optimizers.build(section, steps=2)
+    optimizer = optimizers.build_optimizer(section, steps=2)
     params = {"head": {"kernel": jnp.full((2,), 256.0, jnp.bfloat16)}}
     updates, _ = optimizer.update({"head": {"kernel": jnp.full((2,), -1.5)}}, optimizer.init(params), params)
     after = optax.apply_updates(params, updates)["head"]["kernel"]

@@ -10,8 +10,8 @@ from meshwright.configs.errors import UserError
 from meshwright.configs.sections.islands import IslandsConfig
 from meshwright.parallel.transport.payload_server import PayloadServer, Peer, ServerSettings
 from meshwright.train.core.rendezvous import Client, NotAMember
-from meshwright.train.islands import membership, quorum
-from meshwright.train.islands.membership import IslandGroup
+from meshwright.train.islands import island_group, quorum
+from meshwright.train.islands.island_group import IslandGroup
 from meshwright.train.launch.local_islands import serve_rendezvous
 
 QUICK = {"patience": 2, "timeout": 2, "deadline": 5, "retries": 1, "ttl": 1, "gather": 5, "staleness": 9, "count": 3}
@@ -174,7 +174,7 @@ def test_an_expired_island_rejoins_once_from_several_threads(run):
 
 
 def test_an_expired_island_rejoins_and_repeats_its_request_after_the_rendezvous_was_away(run, monkeypatch):
-    monkeypatch.setattr(membership, "HEARTBEAT_SECONDS", HANG_SECONDS)
+    monkeypatch.setattr(island_group, "HEARTBEAT_SECONDS", HANG_SECONDS)
     (one,) = run.start(0, ttl=5 * HANG_SECONDS)  # no heartbeat gets ahead of the question
     join, failed = Client.join, []
 
@@ -256,7 +256,7 @@ def test_without_the_rendezvous_a_round_is_skipped_and_only_the_first_one_waits(
         return heartbeat(client, info)
 
     monkeypatch.setattr(Client, "heartbeat", count_attempts)
-    monkeypatch.setattr(membership, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(island_group, "RETRY_SECONDS", 0.01)
     for update, waits in ((3, True), (6, False)):
         result = group.average(f"meet {update}", b"x", update=update, history="")
         assert result.kind == "skipped" and "rendezvous" in result.failures

@@ -12,18 +12,22 @@ from meshwright.train.core.fence import Fence, Fenced, current_epoch
 from meshwright.train.core.heartbeat import CORRUPT_PHASE
 from meshwright.train.core.rendezvous import MembershipStore, join_member
 from meshwright.train.launch.drain import drain
+from meshwright.train.launch.hang_detection import (
+    EpochMonitor,
+    ProcessReport,
+    detect_hang,
+    find_hanging_process,
+    hang_timeout,
+)
 from meshwright.train.launch.mesh_options import MeshOption
 from meshwright.train.launch.restart_policies import (
     Failure,
-    ProcessReport,
     find_failed_process,
-    find_hanging_process,
     find_unreliable_slots,
-    hang_timeout,
     restart_delay,
     too_many_failures,
 )
-from meshwright.train.launch.supervisor import EpochMonitor, Supervisor, detect_hang, judge_exit_codes, record_event
+from meshwright.train.launch.supervisor import Supervisor, judge_exit_codes, record_event
 
 SETTINGS = ElasticConfig(
     restarts=2, window=100.0, backoff=1.0, hang_factor=10.0, hang_floor=5.0, start_timeout=60, grace=8,

@@ -37,7 +37,8 @@ def test_a_dropped_optimistic_update_leaves_no_trace(name, size):
     """Bit for bit, from a state that has moved, for every optimizer there is."""
     section = OptimizerConfig(name=name, clip=1.0, weight_decay=0.1, ema=0.9)
     optimizer, optimistic = (
-        optimizers.build(section, steps=9, spike=50.0, **clip) for clip in ({}, {"clip": optimizers.unclipped})
+        optimizers.build_optimizer(section, steps=9, spike=50.0, **clip)
+        for clip in ({}, {"clip": optimizers.no_clipping})
     )
     state = TrainState(jnp.int32(0), random_tree(1.0), {}, optimizer.init(random_tree(1.0)), (), jnp.zeros(2))
     results = []
@@ -102,5 +103,5 @@ def test_a_recipe_weighted_by_probability_refuses_post_validation():
 
     batch = {"targets": jnp.zeros((2, 4), jnp.int32), "loss_weights": jnp.ones((2, 4))}
     assert float(batch_weight(next_token, batch)) == 8
-    with pytest.raises(UserError, match=r"post_validation: true, but the recipe weighs"):
+    with pytest.raises(UserError, match=r"pipeline\.post_validation: true"):
         batch_weight(hard, batch)

@@ -61,7 +61,7 @@ KINDS = {
 def walk(section_json, *, sharded, steps=5):
     """Canonical {params, opt_state} before and after each of some updates of `KINDS` with random gradients."""
     mesh = make_mesh(MeshConfig(**(SHARDED if sharded else {}), platform="cpu"))
-    optimizer = optimizers.build(OptimizerConfig.model_validate_json(section_json), steps=steps)
+    optimizer = optimizers.build_optimizer(OptimizerConfig.model_validate_json(section_json), steps=steps)
     shapes = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), KINDS, is_leaf=lambda x: isinstance(x, tuple)
     )
@@ -123,7 +123,7 @@ SCHEDULES = {
 @pytest.mark.parametrize(("name", "more", "values"), SCHEDULES.values(), ids=SCHEDULES)
 def test_a_schedule_has_its_exact_values(name, more, values):
     section = OptimizerConfig(learning_rate=2.0, schedule=name, warmup_steps=4, final_fraction=0.1, **more)
-    schedule = optimizers.schedule(section, steps=20)
+    schedule = optimizers.learning_rate_schedule(section, steps=20)
     found = {count: float(schedule(count)) / 2.0 for count in values}
     assert found == pytest.approx(values, rel=1e-6)
 
@@ -131,7 +131,7 @@ def test_a_schedule_has_its_exact_values(name, more, values):
 @pytest.mark.parametrize("name", get_args(OptimizerConfig.model_fields["schedule"].annotation))
 def test_a_schedule_warms_up_to_its_peak_and_then_only_falls(name):
     section = OptimizerConfig(learning_rate=2.0, schedule=name, warmup_steps=4, final_fraction=0.1)
-    schedule = optimizers.schedule(section, steps=20)
+    schedule = optimizers.learning_rate_schedule(section, steps=20)
     values = [float(schedule(count)) / 2.0 for count in range(20)]
     assert values[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert values[3:] == pytest.approx(sorted(values[3:], reverse=True))
@@ -140,7 +140,7 @@ def test_a_schedule_warms_up_to_its_peak_and_then_only_falls(name):
 
 def test_a_cosine_is_halfway_in_the_middle():
     section = OptimizerConfig(learning_rate=1.0, schedule="cosine", final_fraction=0.0)
-    assert float(optimizers.schedule(section, steps=21)(10)) == pytest.approx(0.5)
+    assert float(optimizers.learning_rate_schedule(section, steps=21)(10)) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
