@@ -43,7 +43,7 @@ SAVED_FIELDS = ("step", "params", "opt_state", "outer", "rng")  # without `froze
 
 @dataclass(frozen=True)
 class SaveStats:
-    """Costs of a save, which runs beside training. The checkpointer journals the fields by their names."""
+    """Costs of a save, which runs beside training. The checkpointer logs the fields by their names."""
 
     copy: float = 0.0  # seconds until the copy was on the host
     fingerprint: float = 0.0  # seconds of hashing, beside the writing

@@ -21,13 +21,13 @@ def sharded_attention(name: str, *, mesh: Mesh, strategy: str) -> Callable[..., 
     """
     platform = mesh.devices.flat[0].platform
 
-    def sharded(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indices: TokenIndices) -> jax.Array:
+    def attend_sharded(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, indices: TokenIndices) -> jax.Array:
         implementation = choose(name, mask=mask, indices=indices, q=q, k=k, platform=platform)
         if mesh.size == 1:
             return attend(implementation, q, k, v, mask, indices)
         return sequence_parallel(implementation, strategy=strategy, mesh=mesh)(q, k, v, mask, indices)
 
-    return sharded
+    return attend_sharded
 
 
 def token_order(tokens: int, *, mesh: Mesh, strategy: str) -> np.ndarray | None:

@@ -121,7 +121,7 @@ class Loop:
                 self.progress.report(step - 1)  # its metrics have been read, so it is done
                 self.progress.set_activity("host")
                 self.checkpointer.poll()
-                stopping = self.stop_request.requested(step) and step < config.steps
+                stopping = self.stop_request.should_stop(step) and step < config.steps
                 if stopping or self.needs_pause(step):
                     self.progress.set_activity(WAIT)
                     # Read the metrics first: an unhealthy step is not saved, and rows of metrics stay in order.

@@ -8,7 +8,7 @@ from .core.signals import StopSignals
 
 
 class StopRequest:
-    """`with StopRequest() as stop: ... if stop.requested(step): save and exit`. A second Ctrl-C interrupts at once."""
+    """`with StopRequest() as stop: ... if stop.should_stop(step): save, exit`. A second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self._signals = StopSignals()
@@ -23,7 +23,7 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def requested(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether to stop after `step`. Once true, it stays true.
 
         Several processes must call this equally often; all of them get the same answer to the same call.

@@ -28,7 +28,7 @@ from ..parallel.multihost import barrier, broadcast_int
 from .checkpoint_schedule import CheckpointSchedule
 from .checkpointer import Checkpointer
 from .core.event_log import EventLog
-from .core.fence import Fence, Fenced
+from .core.fence import Fence, FencedOutError
 from .core.heartbeat import ProgressReporter
 from .core.process_env import ProcessInfo
 from .core.run_directory import open_directory, write_json
@@ -258,7 +258,7 @@ def log_failures(event_log: EventLog) -> Iterator[None]:
     """Record a failure inside the block in the event log. Being stopped from outside is no failure."""
     try:
         yield
-    except (Preemption, Fenced, KeyboardInterrupt):
+    except (Preemption, FencedOutError, KeyboardInterrupt):
         raise
     except BaseException as error:
         with suppress(UserError):  # a full disk must not hide the failure itself

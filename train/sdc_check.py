@@ -3,7 +3,7 @@
 `checkpoint.compare` turns it on, so that no state is saved that a device has corrupted.
 
     check_state = make_state_check(program, progress)
-    check_state(state, 12)            raises Corrupted, which names the array and the device
+    check_state(state, 12)            raises CorruptedStateError, which names the array and the device
 """
 
 import logging
@@ -25,14 +25,14 @@ StateCheck = Callable[[TrainState, int], None]
 logger = logging.getLogger(__name__)
 
 
-class Corrupted(MeshwrightError):
+class CorruptedStateError(MeshwrightError):
     """Devices hold different bits of one array: one of them computes or stores wrong values."""
 
 
 def make_state_check(program: Program, progress: ProgressReporter) -> StateCheck:
-    """Return a collective check that raises Corrupted if devices differ. It does nothing without `checkpoint.compare`.
+    """Return a collective check that raises CorruptedStateError if devices differ.
 
-    A process whose devices are suspect reports so to `progress`.
+    It does nothing without `checkpoint.compare`. A process whose devices are suspect reports so to `progress`.
     """
     if not program.config.checkpoint.compare:
         return lambda state, step: None
@@ -47,7 +47,7 @@ def make_state_check(program: Program, progress: ProgressReporter) -> StateCheck
                 progress.report(step, CORRUPT_PHASE)
             time.sleep(REPORT_GRACE_SECONDS)
             more = f" and {len(mismatches) - 1} more" if len(mismatches) > 1 else ""
-            raise Corrupted(
+            raise CorruptedStateError(
                 f"step {step} is not saved: {mismatches[0]}{more}; a device computes or stores wrong values, which "
                 "`meshwright doctor` may find. Run the same command to go on from the save before"
             )

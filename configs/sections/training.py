@@ -99,7 +99,7 @@ class CheckpointConfig(Section):
     """Failure domain (rack, switch, power supply) of each host; a group takes hosts of different ones. []: each host is
     its own."""
     on_failure: Literal["continue", "stop"] = "continue"
-    """When a save fails (a full disk): journal it and continue, or stop. A run whose last save failed exits with an
+    """When a save fails (a full disk): log it and continue, or stop. A run whose last save failed exits with an
     error."""
     timeout: float = Field(600, gt=0)
     """Seconds after which a save to storage has failed (the storage hangs) and is no longer waited for."""
@@ -129,7 +129,7 @@ class LoggingConfig(Section):
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device in TFLOP/s, for MFU; null: from a table, on a CPU measured."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """When a loss or gradient is not finite: stop the run, or skip that update and journal it."""
+    """When a loss or gradient is not finite: stop the run, or skip that update and log it."""
     spike: float | None = Field(None, gt=1)
     """Skip updates whose gradient norm exceeds this multiple of its running mean; null: off."""
     profile: ProfileConfig = ProfileConfig()

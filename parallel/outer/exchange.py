@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from .interface import Exchange, Params
 from .matchings import matchings
-from .wire_formats import WIRE_FORMATS, Coded
+from .wire_formats import WIRE_FORMATS, EncodedArray
 
 REPLICA_AXIS = "replica"
 WireNames = str | tuple[str, ...]
@@ -44,10 +44,10 @@ def send_coded(wire: WireNames, tree: Params, send: Callable[[Params], Params]) 
     """What `send` delivers of the codes of arrays [replica, ...], decoded to float32. A scalar is an array of one."""
     wires = jax.tree.broadcast(wire, tree)
 
-    def encode(name: str, leaf: jax.Array) -> Coded:
+    def encode(name: str, leaf: jax.Array) -> EncodedArray:
         return WIRE_FORMATS[name].encode(leaf if leaf.ndim > 1 else leaf[:, None])
 
-    def decode(name: str, leaf: jax.Array, coded: Coded) -> jax.Array:
+    def decode(name: str, leaf: jax.Array, coded: EncodedArray) -> jax.Array:
         return WIRE_FORMATS[name].decode(coded, leaf.shape[-1] if leaf.ndim > 1 else 1).reshape(leaf.shape)
 
     return jax.tree.map(decode, wires, tree, send(jax.tree.map(encode, wires, tree)))

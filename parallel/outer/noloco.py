@@ -35,8 +35,8 @@ def noloco(
         changes = jax.tree.map(lambda new, old: new.astype(old.dtype) - old, params, state.anchor)
         partner = exchange.swap((changes, state.anchor), row)
 
-        def new_velocity(old, change, anchor, partner_change, partner_anchor) -> jax.Array:
-            step = momentum * old + learning_rate * (change + partner_change) / 2
+        def new_velocity(velocity, change, anchor, partner_change, partner_anchor) -> jax.Array:
+            step = momentum * velocity + learning_rate * (change + partner_change) / 2
             return step + consensus * ((anchor + partner_anchor) / 2 - anchor)
 
         velocity = jax.tree.map(new_velocity, state.velocity, changes, state.anchor, *partner)

@@ -19,7 +19,7 @@ import numpy as np
 
 from .exchange import WireNames
 from .interface import Exchange, OuterOptimizer, Params
-from .wire_formats import WIRE_FORMATS, Coded
+from .wire_formats import WIRE_FORMATS, EncodedArray
 
 ExchangeFactory = Callable[[WireNames], Exchange]
 
@@ -34,7 +34,7 @@ class Message(NamedTuple):
 class SendReceive(NamedTuple):
     """Pure functions of the parameters and the outer state of one replica, without [replica]."""
 
-    send: Callable[[Params, Any], list[Params]]  # (params, outer) -> a tree of Coded for each message
+    send: Callable[[Params, Any], list[Params]]  # (params, outer) -> a tree of EncodedArray for each message
     receive: Callable[[Params, Any, Sequence[Params]], tuple[Params, Any]]  # (params, outer, received trees)
     messages: Callable[[Params, Any], list[Message]]  # (params, outer) -> what is sent; for shapes too
 
@@ -108,10 +108,10 @@ def encode(wire: str, tree: Params) -> Params:
 def decode(message: Message, codes: Params) -> Params:
     """The inverse of `encode` on the grid of the format, float32."""
 
-    def decode_leaf(coded: Coded, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    def decode_leaf(coded: EncodedArray, shape: jax.ShapeDtypeStruct) -> jax.Array:
         return WIRE_FORMATS[message.wire].decode(coded, (shape.shape or (1,))[-1]).reshape(shape.shape)
 
-    return jax.tree.map(decode_leaf, codes, message.shapes, is_leaf=lambda leaf: isinstance(leaf, Coded))
+    return jax.tree.map(decode_leaf, codes, message.shapes, is_leaf=lambda leaf: isinstance(leaf, EncodedArray))
 
 
 def pack(arrays: Sequence[np.ndarray]) -> bytes:

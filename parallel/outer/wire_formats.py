@@ -22,7 +22,7 @@ import numpy as np
 from .wire_sizes import block_size
 
 
-class Coded(NamedTuple):
+class EncodedArray(NamedTuple):
     """An array [..., n] on the wire; leading dimensions are unchanged, so that they may be sharded as before."""
 
     codes: jax.Array  # unsigned integers [..., blocks, codes of a block]; without scales [..., n]
@@ -32,21 +32,21 @@ class Coded(NamedTuple):
 class WireFormat(NamedTuple):
     """One format. `decode(encode(x), x.shape[-1])` is `x` rounded to the grid, float32."""
 
-    encode: Callable[[jax.Array], Coded]  # float32 [..., n]
-    decode: Callable[[Coded, int], jax.Array]
+    encode: Callable[[jax.Array], EncodedArray]  # float32 [..., n]
+    decode: Callable[[EncodedArray, int], jax.Array]
 
 
 def block_scaled(encode: Callable[[jax.Array], jax.Array], decode: Callable[[jax.Array], jax.Array]) -> WireFormat:
     """A format with a scale for each block: `encode` values in [-1, 1] to codes, and `decode` them."""
 
-    def encode_blocks(x: jax.Array) -> Coded:
+    def encode_blocks(x: jax.Array) -> EncodedArray:
         blocks = split_blocks(x.astype(jnp.float32))
         scales = jnp.abs(blocks).max(axis=-1, keepdims=True)
         # A block whose scale is zero or subnormal, which processors flush to zero, becomes zeros.
         ratio = jnp.where(scales >= jnp.finfo(jnp.float32).tiny, blocks / scales, 0)
-        return Coded(encode(ratio), scales)
+        return EncodedArray(encode(ratio), scales)
 
-    def decode_blocks(coded: Coded, length: int) -> jax.Array:
+    def decode_blocks(coded: EncodedArray, length: int) -> jax.Array:
         values = decode(coded.codes) * coded.scales
         return values.reshape(*values.shape[:-2], -1)[..., :length]
 
@@ -61,9 +61,9 @@ def split_blocks(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-1], -1, block)
 
 
-def unscaled(dtype: Any) -> WireFormat:
+def without_scales(dtype: Any) -> WireFormat:
     """A format that is a dtype, without scales."""
-    return WireFormat(lambda x: Coded(to_bits(x, dtype), None), lambda coded, length: from_bits(coded.codes, dtype))
+    return WireFormat(lambda x: EncodedArray(to_bits(x, dtype), None), lambda coded, _: from_bits(coded.codes, dtype))
 
 
 def to_bits(x: jax.Array, dtype: Any) -> jax.Array:
@@ -111,8 +111,8 @@ FP8, INT8 = 448.0, 127.0  # the largest codes
 FP8_VALUES, INT8_VALUES = code_values(jnp.float8_e4m3fn, FP8), code_values(np.int8, INT8)
 
 WIRE_FORMATS: dict[str, WireFormat] = {
-    "float32": unscaled(jnp.float32),
-    "bf16": unscaled(jnp.bfloat16),
+    "float32": without_scales(jnp.float32),
+    "bf16": without_scales(jnp.bfloat16),
     "fp8": block_scaled(lambda x: to_bits(x * FP8, jnp.float8_e4m3fn), partial(decode_by_table, FP8_VALUES)),
     "int8": block_scaled(lambda x: to_bits(jnp.round(x * INT8), jnp.int8), partial(decode_by_table, INT8_VALUES)),
     "e3m0": block_scaled(encode_e3m0, decode_e3m0),

@@ -15,7 +15,7 @@ from meshwright.train.launch.job import Job
 from meshwright.train.launch.launchers import launch_local
 from meshwright.train.loop import Loop
 from meshwright.train.run import train
-from meshwright.train.sdc_check import Corrupted
+from meshwright.train.sdc_check import CorruptedStateError
 
 
 def small(**changes):
@@ -36,7 +36,7 @@ def test_a_run_stops_before_it_saves_what_a_device_has_damaged(undisturbed, tmp_
     """The array and the device are named, and the run goes on from before, to the end it would have had."""
     monkeypatch.setattr(Loop, "drain", flips(Loop.drain, step=3, device=2))
     blame = r"step 3 is not saved: params/\S+ has other bits on devices 2 \(process 0\) than on devices 0, 1, 3"
-    with pytest.raises(Corrupted, match=blame):
+    with pytest.raises(CorruptedStateError, match=blame):
         train(small(), process_info=ProcessInfo(), root=tmp_path)
     assert max(int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == 2
     monkeypatch.undo()

@@ -169,7 +169,7 @@ def failing(code):
     return fail
 
 
-def test_an_error_of_the_disk_while_writing_is_journalled_and_the_next_save_is_whole(tmp_path, monkeypatch):
+def test_an_error_of_the_disk_while_writing_is_logged_and_the_next_save_is_whole(tmp_path, monkeypatch):
     storage = Storage(tmp_path / "checkpoints", layout=PLAIN)
     checkpointer = Checkpointer(CheckpointConfig(every=1), storage, EventLog(tmp_path), {})
     monkeypatch.setattr(ocp, "save_async", failing(errno.EIO))

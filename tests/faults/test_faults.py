@@ -1,4 +1,4 @@
-"""Processes that die, stop, sleep or flap, under the real supervisor: checked afterwards from their journals."""
+"""Processes that die, stop, sleep or flap, under the real supervisor: checked afterwards from their event logs."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.fake_jobs import WORKER, final_state, make_run, restarts, when, worker_journal
+from support.fake_jobs import WORKER, final_state, make_run, restarts, when, worker_event_log
 from support.waiting import wait_until
 
 from meshwright.configs.errors import MeshwrightError, Preemption, UserError
@@ -52,22 +52,20 @@ def surviving_steps(events):
 
 def check(directory):
     """No committed step lost, none applied twice, every sample once, and the state is the undisturbed run's."""
-    journals = [worker_journal(directory, index) for index in range(PROCESSES)]
+    logs = [worker_event_log(directory, index) for index in range(PROCESSES)]
     committed = 0
-    for event in sorted((event for events in journals for event in events), key=lambda event: event["time"]):
+    for event in sorted((event for events in logs for event in events), key=lambda event: event["time"]):
         if event["event"] == "commit":
             assert event["step"] > committed, "a step was committed twice"
             committed = event["step"]
         elif event["event"] == "restore":
-            # A commit whose journal line was lost with its process is on disk all the same.
+            # A commit whose line in the event log was lost with its process is on disk all the same.
             assert event["step"] >= committed, "a committed step was lost"
             committed = event["step"]
-    samples = sorted(sample for events in journals for rows in surviving_steps(events).values() for sample in rows)
+    samples = sorted(sample for events in logs for rows in surviving_steps(events).values() for sample in rows)
     first = PROCESSES * ROWS
     assert samples == list(range(first, first + STEPS * first))
-    assert {event["state"] for events in journals for event in events if event["event"] == "finish"} == {
-        final_state(STEPS)
-    }
+    assert {event["state"] for events in logs for event in events if event["event"] == "finish"} == {final_state(STEPS)}
 
 
 # Faults, and (suspect, a part of the reason) of each restart.
@@ -165,10 +163,10 @@ def test_a_stopped_process_of_an_old_epoch_writes_nothing_once_it_wakes(tmp_path
         engine = LocalEngine(stopped_job, rendezvous=server.address)
         stop = SimpleNamespace(requested=False)
         Supervisor(engine, stopped_job.elastic, tmp_path, server.store, stop).run()
-    before = worker_journal(tmp_path, 1)
+    before = worker_event_log(tmp_path, 1)
     (tmp_path / "met" / "1" / "5" / "1").touch()
     stopped[0].send_signal(signal.SIGCONT)
-    assert stopped[0].wait(timeout=20) == 1 and worker_journal(tmp_path, 1) == before
+    assert stopped[0].wait(timeout=20) == 1 and worker_event_log(tmp_path, 1) == before
     check(tmp_path)
 
 

@@ -45,7 +45,7 @@ def stuck(request, monkeypatch):
 
 
 def wait_off_main_thread(gate):
-    """The journal's fsync, on the training thread, is another file's."""
+    """The fsync of the event log, on the training thread, is another file's."""
     if threading.current_thread() is not threading.main_thread():
         gate.wait(60)
 
@@ -86,7 +86,7 @@ HUNG = {
 
 
 @pytest.mark.parametrize("saves", HUNG, indirect=True)
-def test_a_save_that_never_ends_and_later_ones_are_journalled_and_snapshots_go_on(tmp_path, saves, clock, stuck):
+def test_a_save_that_never_ends_and_later_ones_are_logged_and_snapshots_go_on(tmp_path, saves, clock, stuck):
     checkpointer, memory, reports = saves
     for step in (1, 2, 3):
         checkpointer.start_save(small_state(step), step, samples=step, memory=True)

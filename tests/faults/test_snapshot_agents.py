@@ -133,7 +133,7 @@ FEWER = (
 
 @pytest.mark.slow
 def test_fewer_hosts_go_on_from_storage_and_protect_each_other_until_all_are_back(tmp_path):
-    """Every process has a quarter of the state, which two processes cannot use: storage, and why is in the journal."""
+    """Every process has a quarter of the state, which two processes cannot use: storage; the event log says why."""
     directory = tmp_path / "job"
     launcher = start_launch(directory, *OPTIONS, *FEWER, processes=4)
     slots = wait_protected(launcher, directory, 15, hosts=range(4))

@@ -1,4 +1,4 @@
-"""Jobs of fake workers (`fake_worker.py`): the faults they commit, and what their journals say afterwards."""
+"""Jobs of fake workers (`fake_worker.py`): the faults they commit, and what their event logs say afterwards."""
 
 import hashlib
 import json
@@ -28,13 +28,13 @@ def when(condition, act):
     threading.Thread(target=lambda: (wait_until(condition), act()), daemon=True).start()
 
 
-def worker_journal(directory, index):
+def worker_event_log(directory, index):
     return [json.loads(line) for line in (directory / f"worker-{index}.jsonl").read_text().splitlines()]
 
 
 def last_states(directory, processes):
     """The state that each worker last wrote; None where its last event is not that it finished."""
-    return {worker_journal(directory, index)[-1].get("state") for index in range(processes)}
+    return {worker_event_log(directory, index)[-1].get("state") for index in range(processes)}
 
 
 def final_state(steps=12):

@@ -1,4 +1,4 @@
-"""A trainer without JAX: lock-step with its peers, checkpoints, a journal of the steps it applied, and planned faults.
+"""A trainer without JAX: lock-step with its peers, checkpoints, an event log of its steps, and planned faults.
 
 `faults.json` of the run directory lists {process, epoch, point, step, kind}; a worker that comes to one commits it.
 """
@@ -40,7 +40,7 @@ def commit_faults(point, step):
 
 
 def record_event(event, **fields):
-    """Write one line of this process's journal, in a single write, as the real one is written."""
+    """Write one line of this process's event log, in a single write, as the real one is written."""
     line = json.dumps({"event": event, "epoch": PROCESS.epoch, "time": time.time(), **fields}) + "\n"
     with (DIRECTORY / f"worker-{PROCESS.process}.jsonl").open("ab") as file:
         file.write(line.encode())

@@ -11,7 +11,7 @@ from meshwright.train.run import train
 def train_until_stopped(config, root, *, step):
     """Train until the run is asked to stop, after `step`: its state is saved."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Preemption, match=f"stopped after step {step}"):
-        patch.setattr(StopRequest, "requested", lambda self, number: number == step)
+        patch.setattr(StopRequest, "should_stop", lambda self, number: number == step)
         train(config, process_info=ProcessInfo(), root=root)
 
 
@@ -23,5 +23,5 @@ def train_until_killed(config, root, *, step):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(StopRequest, "requested", kill)
+        patch.setattr(StopRequest, "should_stop", kill)
         train(config, process_info=ProcessInfo(), root=root)

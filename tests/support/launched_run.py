@@ -33,7 +33,7 @@ def final_parameters(run):
 
 
 def events_of(run, *kinds):
-    """The events of these kinds in a run's journal; none where there is no run yet."""
+    """The events of these kinds in a run's event log; none where there is no run yet."""
     return [event for event in read_events(run) if event["event"] in kinds] if run.exists() else []
 
 

@@ -1,4 +1,4 @@
-"""The interval between saves: from the journal, the same on every process, and used."""
+"""The interval between saves: from the event log, the same on every process, and used."""
 
 import json
 from types import SimpleNamespace

@@ -141,7 +141,7 @@ def test_a_killed_run_goes_on_from_memory(tmp_path, finished):
 
 
 def test_a_damaged_snapshot_is_skipped(tmp_path):
-    """Both newer snapshots have a flipped bit: storage is used, and the journal says why."""
+    """Both newer snapshots have a flipped bit: storage is used, and the event log says why."""
     config = small(checkpoint={"every": 1, "keep": 9, "memory_every": 1})
     train_until_killed(config, tmp_path, step=4)
     for file in slot_files(tmp_path):

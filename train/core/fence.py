@@ -13,7 +13,7 @@ from ...configs.errors import MeshwrightError, UserError
 EPOCH_FILE = "epoch"
 
 
-class Fenced(MeshwrightError):
+class FencedOutError(MeshwrightError):
     """This process belongs to an epoch that is over; a later epoch owns the run directory."""
 
 
@@ -26,7 +26,7 @@ class Fence:
     def claim(self) -> None:
         """Claim the directory for this epoch, or for the next epoch if none was assigned.
 
-        Raises Fenced if a later epoch owns the directory, UserError if it cannot be written.
+        Raises FencedOutError if a later epoch owns the directory, UserError if it cannot be written.
         """
         if self.epoch is None:
             self.epoch = current_epoch(self.directory) + 1
@@ -41,9 +41,9 @@ class Fence:
             ) from error
 
     def check(self) -> None:
-        """Raise Fenced if a later epoch owns the directory."""
+        """Raise FencedOutError if a later epoch owns the directory."""
         if self.epoch is not None and (owner := current_epoch(self.directory)) > self.epoch:
-            raise Fenced(
+            raise FencedOutError(
                 f"{self.directory} is owned by epoch {owner}; this process belongs to epoch {self.epoch} and ends"
             )
 

@@ -42,8 +42,8 @@ class ProgressReporter:
     def report(self, step: int, phase: str = "step") -> None:
         """Report that `step` updates are done and that `phase` comes next.
 
-        Raises Fenced if the run belongs to a later epoch, MeshwrightError if the supervisor has not answered for a
-        minute: a new supervisor would start this run again without knowing of this process.
+        Raises FencedOutError if the run belongs to a later epoch. Raises MeshwrightError if the supervisor has not
+        answered for a minute: a new one would start this run again without knowing of this process.
         """
         self._fence.check()
         if self._supervisor_error is not None:

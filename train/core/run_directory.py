@@ -80,11 +80,14 @@ def suggest_runs(directory: Path) -> str:
     return f"`meshwright train` makes one ({Path.cwd()} has no runs)"
 
 
-def check_same_run(old: RunConfig, new: RunConfig, *, directory: Path) -> None:
-    """Raise UserError if `new` would continue the run of `old` with other settings; name the keys that differ."""
-    before, after = dict(flatten_keys(old.model_dump(mode="json"))), dict(flatten_keys(new.model_dump(mode="json")))
+def check_same_run(previous: RunConfig, current: RunConfig, *, directory: Path) -> None:
+    """Raise UserError, naming the keys, if `current` would continue the run of `previous` with other settings."""
+    before, after = (
+        dict(flatten_keys(previous.model_dump(mode="json"))),
+        dict(flatten_keys(current.model_dump(mode="json"))),
+    )
     # The noise of a private run was calibrated for its number of steps: more steps would exceed its epsilon.
-    fixed = {"steps"} if new.privacy is not None and new.privacy.epsilon is not None else set()
+    fixed = {"steps"} if current.privacy is not None and current.privacy.epsilon is not None else set()
     changed = [
         f"{key}={before.get(key)} (now {after.get(key)})"
         for key in sorted(before.keys() | after.keys())

@@ -3,10 +3,9 @@
     engines = single_stage_engines(config, mesh, graph)        # or pipelined_engines(config, mesh, graph, plan)
     sums = engines.train(params, frozen, batch, keys)
 
-This module also builds the model's structure and parameters, and the `Context` that every block gets.
+An engine returns sums over the rows of the batch (`parallel/gradients.py`); the step divides them once.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,32 +14,23 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ...configs.adapter_runs import resolve_adapters
-from ...configs.names import ADAPTER_IDS_FIELD
 from ...configs.run import RunConfig
-from ...memory import policy
-from ...models.adapters import multi_lora
-from ...models.adapters.attach import adapter_inserter, init_adapters, split_trained
-from ...models.context import Context, flat_linear, linear, no_constraint
-from ...models.decoder import Decoder, decoder_graphdef
-from ...models.quantized_model import make_fake_quantize, quantize_frozen, quantized_kernel_inserter
-from ...models.reward_head import RewardHead, init_reward_head
-from ...parallel.attention import sharded_attention, token_order
+from ...models.decoder import decoder_graphdef
 from ...parallel.gradients import Batch, Engine, Loss, accumulate_gradients, plain_engine
 from ...parallel.pipeline.executor.stage_functions import StageFunctions
 from ...parallel.pipeline.tables.lowering import lower_table
 from ...parallel.pipeline.tables.table import Table
-from ...parallel.prng import init_key
 from ...parallel.sharding import constrainer
 from ...parallel.state import combine
-from ...parallel.vocabulary import embedding_lookup
 from ..objectives import distillation, loss_heads
 from ..objectives.interface import RecipeLoss
 from ..objectives.loss_heads import LossHead, TokenValues
 from ..objectives.registry import RECIPES
 from . import fisher
+from .block_context import local_context, make_context
 from .deterministic_reduce import tree_ordered_engine
-from .multi_adapter import make_multi_adapter, sharded_product
+from .model_structure import partition_params
+from .multi_adapter import make_multi_adapter
 from .pipeline import stages
 from .pipeline.pipeline_plan import PipelinePlan
 from .privacy.dp_sgd import clipped_engine, make_squared_norms
@@ -199,73 +189,3 @@ def stage_settings(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """Arguments of `stages.make_stage_functions` that the model and its teacher have in common."""
     compute = jnp.dtype(config.precision.compute)
     return {"context": partial(make_context, config, mesh), "constrain": constrainer(mesh), "compute": compute}
-
-
-def model_graphdef(config: RunConfig) -> Any:
-    """The model's nnx graphdef, with adapters next to its kernels, and quantized kernels in place of frozen ones."""
-    if config.adapters:
-        insert_adapters = multi_lora.adapter_inserter(config.model, resolve_adapters(config))
-    else:
-        insert_adapters = adapter_inserter(config.model, config.adapter)
-    _, frozen = jax.eval_shape(lambda: partition_params(config))
-    insert_kernels = quantized_kernel_inserter(config.model, config.quantization, distillation.without_teacher(frozen))
-
-    def change(decoder: Decoder) -> None:
-        insert_adapters(decoder)
-        insert_kernels(decoder)
-        if RECIPES[config.recipe.name].uses_scores:
-            decoder.score = RewardHead(config.model.embed)
-
-    return decoder_graphdef(config.model, change)
-
-
-def partition_params(config: RunConfig, weights: Any = None, teacher: Any = None) -> tuple[Any, Any]:
-    """Return (trained, frozen) parameters of the model that starts from `weights` (None: from the seed).
-
-    Adapters are added and frozen kernels quantized. `teacher` are the weights of a teacher of another model; None gives
-    it random ones, for shapes only.
-    """
-    if weights is None:
-        weights = distillation.init_weights(config)
-    key = jax.random.fold_in(init_key(config), 2)
-    if config.adapters:
-        adapted = multi_lora.init_adapters(weights, config.model, resolve_adapters(config), key)
-        params, frozen = multi_lora.split_trained(adapted, config.model, resolve_adapters(config))
-    else:
-        adapted = weights
-        if config.adapter is not None:
-            fake_quantize = make_fake_quantize(config.quantization)
-            adapted = init_adapters(weights, config.model, config.adapter, key, fake_quantize=fake_quantize)
-        params, frozen = split_trained(adapted, config.model, config.adapter)
-    if RECIPES[config.recipe.name].uses_scores:
-        params = params | {"score": init_reward_head(config.model.embed, jax.random.fold_in(init_key(config), 3))}
-    frozen = quantize_frozen(frozen, config.model, config.quantization)
-    return params, distillation.with_teacher(frozen, config, initial_weights=weights, teacher_weights=teacher)
-
-
-def local_context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
-    """The context of blocks whose rows are computed whole by one device of `mesh`."""
-    local_mesh = Mesh(mesh.devices.reshape(-1)[:1].reshape([1] * mesh.devices.ndim), mesh.axis_names)
-    lookup = partial(embedding_lookup, constrain=no_constraint)
-    return dataclasses.replace(make_context(config, local_mesh, batch, keys), constrain=no_constraint, lookup=lookup)
-
-
-def make_context(config: RunConfig, mesh: Mesh, batch: Batch, keys: jax.Array | None) -> Context:
-    """The context that every block gets for one batch on `mesh`. `keys` [rows] are for dropout; None: no dropout."""
-    decisions = policy.tensor_decisions(config.memory, tensors=policy.emitted_tensors(config.model))
-    constrain = constrainer(mesh)
-    order = token_order(batch["tokens"].shape[1], mesh=mesh, strategy=config.sequence.parallel)
-    return Context(
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-        index=None if order is None else jnp.asarray(order),
-        dropout_keys=keys,
-        adapter_ids=batch[ADAPTER_IDS_FIELD][:, 0] if config.adapters else None,
-        adapter_product=sharded_product(config.adapter.product, mesh) if config.adapters else None,
-        attend=sharded_attention(config.model.attention, mesh=mesh, strategy=config.sequence.parallel),
-        linear=flat_linear if mesh.shape["seq"] == 1 else linear,
-        lookup=partial(embedding_lookup, constrain=constrain),
-        constrain=constrain,
-        remat=policy.make_remat(decisions, scanned=config.model.scan),
-        compute_dtype=jnp.dtype(config.precision.compute),
-    )

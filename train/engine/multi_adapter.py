@@ -117,7 +117,7 @@ def sharded_product(name: str, mesh: Mesh) -> Callable[..., jax.Array]:
     if name == "gathered" or not manual_axes:
         return product
 
-    def sharded(x: jax.Array, weights: jax.Array, adapter_ids: jax.Array, *, inputs: int) -> jax.Array:
+    def call_sharded(x: jax.Array, weights: jax.Array, adapter_ids: jax.Array, *, inputs: int) -> jax.Array:
         x_spec = PartitionSpec(row_axes or None, token_axis)
         return jax.shard_map(
             partial(product, inputs=inputs),
@@ -127,4 +127,4 @@ def sharded_product(name: str, mesh: Mesh) -> Callable[..., jax.Array]:
             axis_names=manual_axes,
         )(x, weights, adapter_ids)
 
-    return sharded
+    return call_sharded

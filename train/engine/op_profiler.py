@@ -63,12 +63,12 @@ def measure_costs(program: Program, params: Any, frozen: Any, batch: Any) -> Cos
         lambda params, frozen, batch, rows: program.gradient_engine(params, frozen, batch, None, rows=rows)
     )
 
-    def compiled(rows: dict[str, np.ndarray]) -> Callable[[dict[str, np.ndarray]], Any]:
+    def compile_program(rows: dict[str, np.ndarray]) -> Callable[[dict[str, np.ndarray]], Any]:
         with jax.set_mesh(program.mesh):
             lowered_engine = engine.lower(params, frozen, batch, rows)
             return partial(compile_cache.compile_cached(lowered_engine, program.mesh), params, frozen, batch)
 
-    run, run_long = compiled(idle), compiled(long_idle)
+    run, run_long = compile_program(idle), compile_program(long_idle)
     base = median_seconds(run, idle)  # a step without any op: gathering, reducing, and TICKS ticks
     tick = max(median_seconds(run_long, long_idle) - base, 0.0) / (LONG_TICKS - TICKS)
 

@@ -42,8 +42,9 @@ from ..optim.optimizer_update import post_validated, skip_if_unhealthy
 from ..optim.sparse_finetuning import mask_is_final
 from . import compile_cache
 from .fisher import two_phase_engine
-from .forward_backward import Evaluate, model_graphdef, partition_params, pipelined_engines, single_stage_engines
+from .forward_backward import Evaluate, pipelined_engines, single_stage_engines
 from .island_replica import Island, make_island
+from .model_structure import model_graphdef, partition_params
 from .multi_adapter import make_multi_adapter
 from .pipeline.pipeline_plan import PipelinePlan, make_pipeline_plan
 from .pipeline.stages import routing_inputs

@@ -25,7 +25,7 @@ from ..data.assemble import Data
 from ..data.batches import RowSource
 from ..data.rows import Row
 from ..data.token_annotations import Annotate, AnnotatedDataset, store_annotations, unannotated_batches
-from ..engine.forward_backward import make_context
+from ..engine.block_context import make_context
 from ..engine.host_data import local_rows, make_global_arrays
 from ..engine.program import BATCH_DTYPES, Program, build
 from ..objectives.distillation import top_k_annotator

@@ -185,7 +185,7 @@ class IslandSync:
     def _start_round(self, state: TrainState, outer_step: OuterStep, update: int) -> None:
         name = outer_step.name
         with jax.set_mesh(self.program.mesh):
-            coded = self._compiled(name).send(state.params, state.outer)
+            coded = self._round_programs(name).send(state.params, state.outer)
         payload = pack(self._host_arrays(coded))
         codes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), coded)
         future = None
@@ -221,7 +221,7 @@ class IslandSync:
             if replaced is None:
                 return state  # no island sent its state; the next round tries again
             raise StateReplaced(*replaced)
-        means = [self._mean(result, pending, number) for number in range(len(self._compiled(name).messages))]
+        means = [self._mean(result, pending, number) for number in range(len(self._round_programs(name).messages))]
         history = " ".join([self._history[name], str(pending.update), *result.payloads])
         self._history[name] = xxhash.xxh3_64_hexdigest(history.encode())
         return self._receive(state, pending.outer_step, means)
@@ -231,7 +231,7 @@ class IslandSync:
         sizes = [len(jax.tree.leaves(codes)) for codes in pending.codes]
         start = sum(sizes[:number])
         like, structure = jax.tree.flatten(pending.codes[number])
-        decode = self._compiled(pending.outer_step.name).decoders[number]
+        decode = self._round_programs(pending.outer_step.name).decoders[number]
         total = None
         with jax.set_mesh(self.program.mesh):
             for payload in result.payloads.values():
@@ -243,7 +243,7 @@ class IslandSync:
 
     def _receive(self, state: TrainState, outer_step: OuterStep, received: Sequence[Any]) -> TrainState:
         with jax.set_mesh(self.program.mesh):
-            params, outer = self._compiled(outer_step.name).receive(state.params, state.outer, list(received))
+            params, outer = self._round_programs(outer_step.name).receive(state.params, state.outer, list(received))
         return dataclasses.replace(state, params=params, outer=outer)
 
     def _record_failures(self, result: RoundResult, pending: PendingRound) -> None:
@@ -360,11 +360,11 @@ class IslandSync:
 
     def find_problem(self, name: str, payload: bytes) -> str | None:
         """Say what is wrong with a payload of the outer step `name`; None if nothing is."""
-        programs = self._compiled(name)
+        programs = self._round_programs(name)
         codes = [jax.tree.leaves(tree) for tree in programs.codes]
         return find_defect(payload, list(zip((message.wire for message in programs.messages), codes, strict=True)))
 
-    def _compiled(self, name: str) -> RoundPrograms:
+    def _round_programs(self, name: str) -> RoundPrograms:
         if name not in self._programs:
             self._programs[name] = make_round_programs(self.island, name, self.program.shapes, self.program.shardings)
         return self._programs[name]

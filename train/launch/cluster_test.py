@@ -20,7 +20,7 @@ def run_cluster_test(
         raise UserError.no_match("--engine", [engine], candidates=set(ENGINES) - {"k8s"})
     command = [sys.executable, "-m", "meshwright.train.doctor.cluster_selftest", *(["--json"] if as_json else [])]
     elastic = ElasticConfig(restarts=0, start_timeout=TIMEOUT)
-    directory = Path("runs") / ".selftest"  # is never made: there is nothing to journal
+    directory = Path("runs") / ".selftest"  # is never made: there is nothing to log
     job = Job("selftest", command, processes, directory, elastic, settings, devices_per_process)
     try:
         launch(engine, job)

@@ -75,7 +75,7 @@ class Regrouping:
 
 
 def change_event(before: Assignment, after: Assignment, *, options: Sequence[MeshOption]) -> str | None:
-    """The journal event of a change between two epochs: shrink, grow, move (other slots); None for no change."""
+    """The event of a change between two epochs: shrink, grow, move (other slots); None for no change."""
     if before == after:
         return None
     old, new = (options.index(assignment.option) for assignment in (before, after))

@@ -251,7 +251,7 @@ class RecoveringEngine:
     agents: SnapshotAgents
 
     def start(self, epoch: int, *, slots: Sequence[int], overrides: Sequence[str]) -> None:
-        """Recover, then start; without parity where too few hosts are left for it, which is journalled."""
+        """Recover, then start; without parity where too few hosts are left for it, which is logged."""
         self.engine.acquire(slots)
         plan = self.agents.recover(slots)
         if self.agents.plan.losses and not plan.losses:

@@ -141,7 +141,7 @@ class Supervisor:
             self.sleep(seconds)
 
     def _assign_slots(self, reason: str) -> Assignment:
-        """Choose the slots and the mesh of the next epoch; journal a change. `reason` says how the last epoch ended.
+        """Choose the slots and the mesh of the next epoch; log a change. `reason` says how the last epoch ended.
 
         Raises MeshwrightError where what is left fits no mesh, Preemption where a stop is requested meanwhile.
         """
@@ -169,7 +169,7 @@ class Supervisor:
         return assignment
 
     def _record_outcome(self, event: str, outcome: Outcome, **fields: object) -> None:
-        """Journal how an epoch ended."""
+        """Log how an epoch ended."""
         record_event(
             self.directory,
             event,
@@ -216,7 +216,7 @@ class Supervisor:
 
 
 def record_event(directory: Path, event: str, **fields: object) -> None:
-    """Write one line of the journal, between two epochs: nobody else writes then."""
+    """Write one line of the event log, between two epochs: nobody else writes then."""
     if (directory / "config.yaml").exists():  # else the processes failed before the run had a directory
         try:
             EventLog(directory).record(event, **fields)

@@ -66,8 +66,8 @@ def scale_by_adapter(scale: Callable[[str, jax.Array], jax.Array] | None, ratios
     if all(ratio == 1 for ratio in ratios):
         return scale
 
-    def scaled(path: str, update: jax.Array) -> jax.Array:
+    def scale_update(path: str, update: jax.Array) -> jax.Array:
         ratio = jnp.array(ratios)[jax.lax.axis_index(ADAPTER_AXIS)]
         return ratio * (update if scale is None else scale(path, update))
 
-    return scaled
+    return scale_update

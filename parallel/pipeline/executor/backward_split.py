@@ -33,7 +33,7 @@ EXPENSIVE = {"dot_general", "conv_general_dilated", "scan", "while", "cond", "sh
 SHAPING = {"reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "rev", "copy"}
 
 
-class Saved(NamedTuple):
+class SavedValues(NamedTuple):
     """Lists of arrays (or pools, or shapes) between the parts of a block, by lifetime."""
 
     input: list[Any]
@@ -49,7 +49,7 @@ class BackwardSplit:
     input_gradient: Callable[..., tuple[Any, list[Any]]]  # w, frozen, context, saved, dy -> dx, saved.stash
     weight_gradient: Callable[..., Any]  # w, frozen, context, saved -> dw, like w
     backward: Callable[..., tuple[Any, Any]]  # w, frozen, context, saved, dy -> dx, dw: both parts at once
-    shapes: Saved  # with dtypes and memory spaces
+    shapes: SavedValues  # with dtypes and memory spaces
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def assemble_split(forward_trace: Trace, backward_trace: Trace, *, weights_tree:
     def bind(*arguments: Any) -> dict[Value, Any]:
         return dict(zip(outside, jax.tree.leaves(arguments), strict=True))
 
-    def bind_saved(weights: Any, frozen: Any, context: Any, saved: Saved) -> dict[Value, Any]:
+    def bind_saved(weights: Any, frozen: Any, context: Any, saved: SavedValues) -> dict[Value, Any]:
         arrays = bind(weights, frozen, context)
         for values, saved_arrays in zip((only_input, weight, stash), saved, strict=True):
             arrays |= dict(zip(values, saved_arrays, strict=False))  # a list that the part does not read is empty
@@ -128,19 +128,21 @@ def assemble_split(forward_trace: Trace, backward_trace: Trace, *, weights_tree:
         arrays = run_equations(forward_trace.equations, bind(weights, frozen, context) | {x: x_array})
         return array_of(y, arrays), read(only_input, arrays), read(weight, arrays)
 
-    def input_gradient(weights: Any, frozen: Any, context: Any, saved: Saved, dy_array: Any) -> tuple[Any, list[Any]]:
+    def input_gradient(
+        weights: Any, frozen: Any, context: Any, saved: SavedValues, dy_array: Any
+    ) -> tuple[Any, list[Any]]:
         arrays = run_equations(i_part.equations, bind_saved(weights, frozen, context, saved) | {dy: dy_array})
         return array_of(dx, arrays), read(stash, arrays)
 
-    def weight_gradient(weights: Any, frozen: Any, context: Any, saved: Saved) -> Any:
+    def weight_gradient(weights: Any, frozen: Any, context: Any, saved: SavedValues) -> Any:
         arrays = run_equations(w_part.equations, bind_saved(weights, frozen, context, saved))
         return jax.tree.unflatten(weights_tree, read(dw, arrays))
 
-    def backward(weights: Any, frozen: Any, context: Any, saved: Saved, dy_array: Any) -> tuple[Any, Any]:
+    def backward(weights: Any, frozen: Any, context: Any, saved: SavedValues, dy_array: Any) -> tuple[Any, Any]:
         arrays = run_equations(fused.equations, bind_saved(weights, frozen, context, saved) | {dy: dy_array})
         return array_of(dx, arrays), jax.tree.unflatten(weights_tree, read(dw, arrays))
 
-    shapes = Saved(*([value.aval for value in values] for values in (only_input, weight, stash)))
+    shapes = SavedValues(*([value.aval for value in values] for values in (only_input, weight, stash)))
     return BackwardSplit(forward, input_gradient, weight_gradient, backward, shapes)
 
 

@@ -10,7 +10,7 @@ import jax
 from ..tables.lowering import LoweredTable
 from ..tables.table import Op
 from . import slot_pools
-from .backward_split import BackwardSplit, Saved
+from .backward_split import BackwardSplit, SavedValues
 from .stage_functions import Carry, Row, StageFunctions, Weights, run_if
 
 
@@ -43,7 +43,7 @@ class PipelineDevice:
         """F: run the chunk on its message or on the embedding; save what the backward pass reads."""
         _, context = self.microbatch_inputs(row["microbatch"])
 
-        def run_repeat(repeat: jax.Array, state: tuple[jax.Array, Saved]) -> tuple[jax.Array, Saved]:
+        def run_repeat(repeat: jax.Array, state: tuple[jax.Array, SavedValues]) -> tuple[jax.Array, SavedValues]:
             x, saved = state
             x, inputs, weight = self.block.forward(*self.block_inputs(row, context, repeat), x)
             if not self.lowered.trains:
@@ -117,10 +117,10 @@ class PipelineDevice:
         return jax.tree.map(lambda total, part: total.at[index].add(part.astype(total.dtype)), gradient, new)
 
 
-def read_saved(saved: Saved, row: Row, repeat: jax.Array, *, pools: tuple[str, ...]) -> Saved:
+def read_saved(saved: SavedValues, row: Row, repeat: jax.Array, *, pools: tuple[str, ...]) -> SavedValues:
     """The saved values of `repeat` in the row's slots of `pools`; the other lists are empty."""
     values = {name: slot_pools.read_slot(getattr(saved, name), row[name], repeat) for name in pools}
-    return Saved([], [], [])._replace(**values)
+    return SavedValues([], [], [])._replace(**values)
 
 
 OpFunction = Callable[[PipelineDevice, Row, Carry], Carry]

@@ -28,10 +28,10 @@ def map_over_devices(function: Callable[..., Any], *, mesh: Mesh, in_specs: Any,
         )
 
     @jax.custom_batching.custom_vmap
-    def mapped(*arguments: Any) -> Any:
+    def call_mapped(*arguments: Any) -> Any:
         return shard_map(function, MANUAL_AXES, in_specs, out_specs)(*arguments)
 
-    @mapped.def_vmap
+    @call_mapped.def_vmap
     def over_replicas(count: int, has_replicas: Any, *arguments: Any) -> tuple[Any, Any]:
         del count
         has_replicas = tuple(has_replicas)  # of each array, whether its first dimension is the replicas
@@ -41,7 +41,7 @@ def map_over_devices(function: Callable[..., Any], *, mesh: Mesh, in_specs: Any,
         results = shard_map(per_replica, axes, specs, jax.tree.map(with_replicas, out_specs))(*arguments)
         return results, jax.tree.map(lambda _: True, results)
 
-    return mapped
+    return call_mapped
 
 
 def specs_with_replicas(spec: PartitionSpec, has_replicas: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .backward_split import Saved
+from .backward_split import SavedValues
 
 BATCH_AXES = ("data", "fsdp")
 MANUAL_AXES = {"pipe", *BATCH_AXES}  # the manual mesh axes of the executor's shard_map
@@ -45,7 +45,7 @@ class Carry(NamedTuple):
 
     output: jax.Array  # x or its gradient, as made in this tick
     messages: jax.Array  # [slots + 1, rows, sequence, embed]; the last slot is for messages that no op reads
-    saved: Saved  # each [slots, repeats, ...], on the device or in host memory (`slot_pools.py`)
+    saved: SavedValues  # each [slots, repeats, ...], on the device or in host memory (`slot_pools.py`)
     gradient: Weights
     loss: jax.Array
     weight: jax.Array

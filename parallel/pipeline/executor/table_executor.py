@@ -25,7 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ...sharding import path_name, weight_spec
 from ..tables.lowering import DIRECTIONS, LoweredTable
 from . import slot_pools
-from .backward_split import BackwardSplit, Saved, split_backward
+from .backward_split import BackwardSplit, SavedValues, split_backward
 from .device import OP_FUNCTIONS, PipelineDevice
 from .device_map import map_over_devices
 from .embed_head import ReplicatedEmbedHead
@@ -146,7 +146,7 @@ def initial_carry(device: PipelineDevice, x: jax.ShapeDtypeStruct, *, dtype: Any
     """The carry before the first tick; `x` is the shape of what passes between stages."""
     constrain, slots = device.functions.constrain, device.lowered.slots
     messages = jnp.zeros((slots["messages"] + 1, *x.shape), x.dtype)
-    shapes = device.block.shapes if device.lowered.trains else Saved([], [], [])
+    shapes = device.block.shapes if device.lowered.trains else SavedValues([], [], [])
     saved = [
         [slot_pools.empty_pool(value, slots=slots[pool], repeats=device.repeats) for value in values]
         for pool, values in shapes._asdict().items()
@@ -157,7 +157,7 @@ def initial_carry(device: PipelineDevice, x: jax.ShapeDtypeStruct, *, dtype: Any
     return Carry(
         output=constrain(jnp.zeros(x.shape, x.dtype), HIDDEN_DIMENSIONS),
         messages=constrain(messages, (None, *HIDDEN_DIMENSIONS)),
-        saved=Saved(*saved),
+        saved=SavedValues(*saved),
         gradient=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), trained),
         loss=jnp.zeros((), sum_dtype),
         weight=jnp.zeros((), sum_dtype),

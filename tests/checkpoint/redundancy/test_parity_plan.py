@@ -64,7 +64,7 @@ def test_every_engine_knows_its_hosts(engine, expected):
 @pytest.mark.parametrize(
     ("slots", "overrides", "unprotected"), [((0, 1), (), []), ((1,), ("checkpoint.parity=none",), [[1]])]
 )
-def test_where_parity_is_impossible_trainers_and_the_journal_are_told(tmp_path, slots, overrides, unprotected):
+def test_where_parity_is_impossible_trainers_and_the_event_log_are_told(tmp_path, slots, overrides, unprotected):
     (tmp_path / "config.yaml").write_text("{}")
     plan, started = plan_of(hosts=3, processes=3, parity="xor"), []
     engine = SimpleNamespace(

@@ -134,7 +134,7 @@ def test_several_processes_stop_at_one_question_and_for_good(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda number: number == 3)
     stop = StopRequest()
-    assert [stop.requested(step) for step in (7, 7, 7, 9, 10)] == [False, False, True, True, True]
+    assert [stop.should_stop(step) for step in (7, 7, 7, 9, 10)] == [False, False, True, True, True]
 
 
 def test_updates_made_before_an_island_took_anothers_state_are_told_and_judged(tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_updates_made_before_an_island_took_anothers_state_are_told_and_judged(t
                 SimpleNamespace(host=lambda: threading.Lock()),
             )
             self.train_step, self.synchronize = lambda state, batch: (state, {}), synchronize
-            self.island_sync, self.stop_request = None, SimpleNamespace(requested=lambda step: False)
+            self.island_sync, self.stop_request = None, SimpleNamespace(should_stop=lambda step: False)
 
         def batches(self, start):
             for number in range(start, 5):

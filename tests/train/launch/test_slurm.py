@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.fake_jobs import WORKER, last_states, make_run, restarts, worker_journal
+from support.fake_jobs import WORKER, last_states, make_run, restarts, worker_event_log
 from support.waiting import wait_until
 
 from meshwright.configs.errors import UserError
@@ -77,7 +77,7 @@ def test_a_job_out_of_time_saves_and_is_queued_again(scheduler, tmp_path):
     assert len(finished(tmp_path)) == 1
     assert (scheduler / "1" / "calls").read_text() == "requeue 1\n"
     assert len((scheduler / "1" / "runs").read_text().splitlines()) == 2
-    applied = [event["step"] for event in worker_journal(tmp_path / "run", 0) if event["event"] == "applied"]
+    applied = [event["step"] for event in worker_event_log(tmp_path / "run", 0) if event["event"] == "applied"]
     assert applied == list(range(1, 13)), "it went on at the step it was stopped at: none was made again"
 
 

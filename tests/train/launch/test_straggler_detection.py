@@ -193,7 +193,7 @@ def test_a_process_that_sleeps_in_every_step_is_diagnosed(tmp_path, idle_coordin
     assert "process 1: 0.1" in page and page.count("<rect") == 3 * len(content["heat"])
 
 
-def test_a_stopped_process_is_the_suspect_and_the_syndrome_is_journalled(tmp_path, idle_coordination_service):
+def test_a_stopped_process_is_the_suspect_and_the_syndrome_is_logged(tmp_path, idle_coordination_service):
     content = run(tmp_path / "run", (2, 1, "step", 5, "stop"))
     (event,) = restarts(tmp_path / "run")
     assert event["suspect"] == 2 and event["syndrome"] == "hang, not communication"

@@ -8,7 +8,7 @@ import pytest
 from meshwright.configs.errors import MeshwrightError, Preemption
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
 from meshwright.train.core.event_log import read_events
-from meshwright.train.core.fence import Fence, Fenced, current_epoch
+from meshwright.train.core.fence import Fence, FencedOutError, current_epoch
 from meshwright.train.core.heartbeat import CORRUPT_PHASE
 from meshwright.train.core.rendezvous import MembershipStore, join_member
 from meshwright.train.launch.drain import drain
@@ -104,7 +104,7 @@ def test_a_process_with_a_corrupt_device_is_the_suspect_not_its_peer():
     assert judge_exit_codes({0: 1, 1: 1}, EpochMonitor(0.0, reports=reports), now=2.0).suspect == 1
 
 
-def test_an_event_is_logged_where_the_journal_cannot_be_written(tmp_path, caplog):
+def test_an_event_is_logged_where_the_event_log_cannot_be_written(tmp_path, caplog):
     (tmp_path / "config.yaml").write_text("{}")
     (tmp_path / "events.jsonl").mkdir()
     record_event(tmp_path, "restart", reason="process 1 hangs")
@@ -135,9 +135,9 @@ def test_a_later_epoch_fences_earlier_ones(tmp_path):
     old.claim()
     old.check()
     new.claim()
-    with pytest.raises(Fenced, match=r"epoch 2; .* epoch 1"):
+    with pytest.raises(FencedOutError, match=r"epoch 2; .* epoch 1"):
         old.check()
-    with pytest.raises(Fenced):
+    with pytest.raises(FencedOutError):
         old.claim()
     nobody.check()
     nobody.claim()

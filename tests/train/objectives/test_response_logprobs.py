@@ -20,7 +20,7 @@ from meshwright.parallel.mesh import make_mesh
 from meshwright.train.core.process_env import ProcessInfo
 from meshwright.train.data import assemble
 from meshwright.train.data.token_annotations import AnnotatedDataset, store_annotations, unannotated_batches
-from meshwright.train.engine.forward_backward import make_context
+from meshwright.train.engine.block_context import make_context
 from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.program import build
 from meshwright.train.infer import inference_session

@@ -117,7 +117,7 @@ def probe_other_leaves(params: Any, probe: jax.Array, *, adapter: AdapterConfig 
     """`params` whose weights that have no rule of their own are probed."""
 
     return map_with_path(
-        lambda path, leaf: leaf if has_norm_rule(path, adapter) else ghost_norms.probed(leaf, probe), params
+        lambda path, leaf: leaf if has_norm_rule(path, adapter) else ghost_norms.attach_probe(leaf, probe), params
     )
 
 

@@ -88,7 +88,7 @@ def with_norm_rule(run: Callable[..., jax.Array], norm: Callable[..., jax.Array]
 
 
 @jax.custom_vjp
-def probed(leaf: jax.Array, probe: jax.Array) -> jax.Array:
+def attach_probe(leaf: jax.Array, probe: jax.Array) -> jax.Array:
     """`leaf`, which gives `probe` its squared gradient norm and gets no gradient itself."""
     del probe
     return leaf
@@ -98,4 +98,4 @@ def _backward(_: None, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros_like(g), jnp.square(g.astype(jnp.float32)).sum()
 
 
-probed.defvjp(lambda leaf, probe: (leaf, None), _backward)
+attach_probe.defvjp(lambda leaf, probe: (leaf, None), _backward)

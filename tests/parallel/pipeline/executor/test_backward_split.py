@@ -17,7 +17,7 @@ from meshwright.models.attention.interface import attend
 from meshwright.models.block import Block
 from meshwright.models.context import Context, flat_linear
 from meshwright.models.rope import make_rotations
-from meshwright.parallel.pipeline.executor.backward_split import Saved, split_backward
+from meshwright.parallel.pipeline.executor.backward_split import SavedValues, split_backward
 from meshwright.parallel.pipeline.executor.slot_pools import on_host, total_bytes
 
 MODEL = ModelConfig(vocab=64, layers=1, embed=16, heads=4, kv_heads=2, mlp=32)
@@ -56,7 +56,7 @@ class Case:
 
     def forward(self):
         y, inputs, weight = self.split.forward(self.weights, {}, self.context, self.x)
-        return y, Saved(inputs, weight, [])
+        return y, SavedValues(inputs, weight, [])
 
 
 @pytest.fixture(scope="module", params=["none", "full", "minimal", "attention-out", "offload-block-in"])
@@ -135,6 +135,6 @@ def test_frozen_weights_have_no_gradient_and_are_read():
     trained = {name: value for name, value in case.weights.items() if name not in frozen}
     parts = split_backward(block, trained, frozen, case.context, case.x)
     _, inputs, weight = parts.forward(trained, frozen, case.context, case.x)
-    dx, stash = parts.input_gradient(trained, frozen, case.context, Saved(inputs, weight, []), case.dy)
-    dw = parts.weight_gradient(trained, frozen, case.context, Saved([], weight, stash))
+    dx, stash = parts.input_gradient(trained, frozen, case.context, SavedValues(inputs, weight, []), case.dy)
+    dw = parts.weight_gradient(trained, frozen, case.context, SavedValues([], weight, stash))
     assert_same((dw, dx), ({name: case.reference[0][name] for name in trained}, case.reference[1]))

@@ -19,7 +19,7 @@ from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.prng import init_key, step_key
 from meshwright.train.core.event_log import EventLog
 from meshwright.train.core.process_env import ProcessInfo
-from meshwright.train.engine.forward_backward import local_context, make_context
+from meshwright.train.engine.block_context import local_context, make_context
 from meshwright.train.engine.host_data import make_global_arrays
 from meshwright.train.engine.privacy.dp_sgd import make_squared_norms, row_losses
 from meshwright.train.engine.program import build
