@@ -14,6 +14,7 @@ from .run_fields import RunFields
 from .sections.adapter import PER_EXAMPLE_METHODS, SPARSE_METHODS
 from .sections.data import DataConfig
 from .sections.islands import check_islands
+from .sections.model import KERNEL_PLATFORMS
 from .sections.outer import check_replicas
 from .sections.quantization import check_quantization, check_trained_codes
 from .sections.recipe import check_recipe, check_teacher
@@ -70,8 +71,12 @@ class RunConfig(RunFields):
                 f"model.max_positions: {self.model.max_positions} is below data.sequence_length "
                 f"({self.data.sequence_length}), but learned positions need one row per token; raise it"
             )
-        if self.model.attention == "cudnn" and self.mesh.platform == "cpu":
-            raise ValueError("model.attention: cudnn needs a GPU, but mesh.platform is cpu; use auto or blockwise")
+        platform = KERNEL_PLATFORMS.get(self.model.attention)
+        if platform is not None and self.mesh.platform not in ("auto", platform):
+            raise ValueError(
+                f"model.attention: {self.model.attention} needs a {platform.upper()}, but mesh.platform is "
+                f"{self.mesh.platform}; use auto or blockwise"
+            )
         check_adapters(self)
         check_recipe(self.recipe, self.all_data)
         check_teacher(self.recipe, self.model, self.data)

@@ -1,14 +1,19 @@
 """The device mesh: seven named axes in a fixed order, all left to the partitioner (`AxisType.Auto`)."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
 from ..configs.errors import UserError, first_line
 from ..configs.names import MESH_AXES
 from ..configs.sections.parallel import MeshConfig
+
+JAX_PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # mesh.platform -> JAX's name
+SLICE_AXES = ("replica", "data")  # may cross slices, whose network is slow: they communicate once a step, or less
 
 
 def prepare_devices(mesh: MeshConfig, *, local_devices: int | None = None) -> None:
@@ -18,7 +23,7 @@ def prepare_devices(mesh: MeshConfig, *, local_devices: int | None = None) -> No
     """
     if mesh.platform == "auto":
         return
-    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[mesh.platform])
+    jax.config.update("jax_platforms", JAX_PLATFORMS[mesh.platform])
     count = local_devices or mesh.device_count
     if mesh.platform != "cpu" or count is None or "host_platform_device_count" in xla_flags():
         return
@@ -33,7 +38,7 @@ def available_devices(mesh: MeshConfig) -> list[jax.Device]:
     except (RuntimeError, AssertionError) as error:  # which one depends on the installed plugins
         raise UserError(
             f"mesh.platform: {mesh.platform}, but JAX finds no such device on this machine ({first_line(error)}); "
-            "install the extra `gpu`, run `meshwright doctor`, or use mesh.platform=cpu"
+            f"install the extra `{mesh.platform}`, run `meshwright doctor`, or use mesh.platform=cpu"
         ) from error
 
 
@@ -56,7 +61,42 @@ def make_mesh(mesh: MeshConfig, *, devices: Sequence[jax.Device] | None = None) 
     except ValueError as error:
         raise UserError(str(error)) from None
     types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    if count == jax.device_count():  # let the platform order devices by its links
-        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
-    grid = np.array(devices[:count]).reshape(tuple(sizes.values()))
-    return jax.sharding.Mesh(grid, MESH_AXES, axis_types=types)
+    return jax.sharding.Mesh(order_devices(devices[:count], sizes), MESH_AXES, axis_types=types)
+
+
+def order_devices(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> np.ndarray:
+    """The devices as an array of the shape `sizes`, so that neighbours along an axis are close by the platform's links.
+
+    Slices, which only a network links, lie along `replica`, then `data`. Raises UserError if these do not fit them.
+    """
+    shape = tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        across = slice_sizes(slices, sizes)
+        within = tuple(size // across.get(axis, 1) for axis, size in sizes.items())
+        return mesh_utils.create_hybrid_device_mesh(
+            within, tuple(across.get(axis, 1) for axis in sizes), devices=devices, allow_split_physical_axes=True
+        )
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError, AssertionError):  # a part of a slice that is no torus
+        return np.array(devices).reshape(shape)
+
+
+def slice_sizes(slices: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Axis -> number of slices along it. Raises UserError if `replica` and `data` cannot hold all.
+
+    >>> slice_sizes(4, {"replica": 2, "data": 6})
+    {'replica': 2, 'data': 2}
+    """
+    across, left = {}, slices
+    for axis in SLICE_AXES:
+        across[axis] = math.gcd(left, sizes[axis])
+        left //= across[axis]
+    if left > 1:
+        written = " x ".join(f"{axis} {sizes[axis]}" for axis in SLICE_AXES)
+        raise UserError(
+            f"mesh: {slices} slices, which only a network links, lie along replica and data, but {written} does not "
+            f"divide into {slices}; set mesh.data to a multiple of {slices}"
+        )
+    return across

@@ -24,7 +24,7 @@ from meshwright.train.cli.main import app
 from meshwright.train.core.run_directory import MAY_CHANGE
 from meshwright.train.data.packing import PACKERS
 from meshwright.train.data.sources import SOURCES
-from meshwright.train.optim import optimizers
+from meshwright.train.optim import optimizer_chain
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -231,7 +231,7 @@ LISTED = {
     "adapters": ("docs/finetune/adapters.md", "`adapter.method`", adapter.METHOD_KEYS),
     "outer": ("docs/lowcomm.md", "`outer.name`", outer.RULES),
     "wires": ("docs/lowcomm.md", "`outer.wire`", WIRE_FORMATS),
-    "optimizers": ("docs/optimizers.md", "`optimizer.name`", optimizers.RULES),
+    "optimizers": ("docs/optimizers.md", "`optimizer.name`", optimizer_chain.RULES),
     "schedules": ("docs/pipeline.md", "schedule", SCHEDULES),
 }
 

@@ -36,7 +36,7 @@ class CheckpointSchedule:
         if self.interval == "auto":
             self.next_step = step + self.broadcast(self._best_steps(step) if self.event_log.enabled else 0)
 
-    def is_due(self, step: int) -> bool:
+    def should_save(self, step: int) -> bool:
         """Whether to save after `step`."""
         if self.interval == "auto":
             return self.next_step is not None and step >= self.next_step

@@ -70,7 +70,7 @@ class Checkpointer:
         """Start to save `state` after `step` updates, unless `config.when_busy` drops this save. Collective."""
         began = time.monotonic()
         memory = memory and self.snapshots is not None and self.snapshots.accepts(step)
-        when = self.decide(step) if storage else NEVER
+        when = self.decide_when_busy(step) if storage else NEVER
         if when == NEVER and not memory:
             return
         self.check_state(state, step)
@@ -86,7 +86,7 @@ class Checkpointer:
         if when == NOW:
             self.write_queued()
 
-    def decide(self, step: int) -> str:
+    def decide_when_busy(self, step: int) -> str:
         """Return NOW, LATER or NEVER for a save of `step` to a storage that may be busy. Collective."""
         if self.config.when_busy == "wait":
             self.wait()

@@ -95,7 +95,10 @@ class Loop:
                 state, start = moved.state, moved.step
 
     def run_steps(self, state: TrainState, start: int) -> TrainState:
-        """Run the steps after `start` up to the last. Raises Moved if this island takes the state of another one."""
+        """Run the steps after `start` up to the last.
+
+        Raises StateReplaced if this island takes the state of another one.
+        """
         config = self.program.config
         pending = None  # (step, metrics on device) that nobody has read yet
         self.sample_log.record_start(start)
@@ -136,7 +139,8 @@ class Loop:
     def needs_pause(self, step: int) -> bool:
         """Whether the run saves or evaluates after `step`."""
         intervals = (self.program.config.checkpoint.memory_every, self.program.config.evaluation.every)
-        return self.checkpoint_schedule.is_due(step) or any(self.is_due(interval, step) for interval in intervals)
+        saves = self.checkpoint_schedule.should_save(step)
+        return saves or any(self.is_interval_end(interval, step) for interval in intervals)
 
     def save_and_evaluate(self, state: TrainState, step: int, *, stopping: bool) -> None:
         """Save and evaluate after `step`, as far as they are due.
@@ -152,16 +156,16 @@ class Loop:
             self.checkpointer.finish()
             self.metrics_logger.log_preemption(step)
             raise Preemption(f"stopped after step {step}, state saved; run the same command to go on")
-        storage = self.checkpoint_schedule.is_due(step) and step < config.steps
-        memory = self.is_due(config.checkpoint.memory_every, step)
+        storage = self.checkpoint_schedule.should_save(step) and step < config.steps
+        memory = self.is_interval_end(config.checkpoint.memory_every, step)
         if storage or memory:
             self.checkpointer.start_save(state, step, samples=samples, storage=storage, memory=memory)
         if storage:
             self.checkpoint_schedule.restart(step)
-        if self.evaluator is not None and self.is_due(config.evaluation.every, step):
+        if self.evaluator is not None and self.is_interval_end(config.evaluation.every, step):
             self.evaluate(state, step)
 
-    def is_due(self, interval: int, step: int) -> bool:
+    def is_interval_end(self, interval: int, step: int) -> bool:
         """Whether `step` is a multiple of `interval` (0: never). The last step is left out: `run` handles it."""
         return interval > 0 and step % interval == 0 and step < self.program.config.steps
 

@@ -14,7 +14,7 @@ import numpy as np
 from ...configs.huggingface import read_tables
 from ...configs.sections.model import ModelConfig
 from ...models.families import safetensors_files as storage
-from ...models.families.tensor_regions import Index, assemble_tensor, find_region, regions_by_tensor
+from ...models.families.huggingface_regions import Index, assemble_tensor, find_region, regions_by_tensor
 from ...parallel.layout import canonical_slices
 from ...parallel.sharding import path_name
 from ..fingerprints import index_bounds, logical_shape

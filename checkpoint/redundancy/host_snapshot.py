@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from .parity_groups import Holding
+from .parity_groups import HeldSnapshots
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class ProcessSlot:
 
     launch_slot: int
     bytes: int
-    head: str  # the head of the slot, hexadecimal
+    preamble: str  # the preamble of the slot, hexadecimal
 
     @property
     def padded(self) -> int:
@@ -33,8 +33,8 @@ class HostSnapshot:
 
     @property
     def seal(self) -> str:
-        """xxh3 of the heads of the slots. The heads contain hashes of all else, so it identifies the snapshot."""
-        return xxhash.xxh3_64_hexdigest("".join(slot.head for slot in self.slots).encode())
+        """xxh3 of the preambles of the slots. They contain hashes of all else, so it identifies the snapshot."""
+        return xxhash.xxh3_64_hexdigest("".join(slot.preamble for slot in self.slots).encode())
 
     @property
     def bytes(self) -> int:
@@ -42,8 +42,8 @@ class HostSnapshot:
         return sum(slot.padded for slot in self.slots)
 
     def to_json(self) -> list[list[Any]]:
-        """Return [launch slot, bytes, head] of every slot."""
-        return [[slot.launch_slot, slot.bytes, slot.head] for slot in self.slots]
+        """Return [launch slot, bytes, preamble] of every slot."""
+        return [[slot.launch_slot, slot.bytes, slot.preamble] for slot in self.slots]
 
 
 def snapshot_from_json(step: int, slots: Sequence[Sequence[Any]]) -> HostSnapshot:
@@ -51,19 +51,19 @@ def snapshot_from_json(step: int, slots: Sequence[Sequence[Any]]) -> HostSnapsho
     return HostSnapshot(step, tuple(ProcessSlot(*slot) for slot in slots))
 
 
-def holding_from_json(status: Mapping[str, Any]) -> Holding:
+def held_snapshots_from_json(status: Mapping[str, Any]) -> HeldSnapshots:
     """Convert the status that a snapshot agent publishes to what `parity_groups` reads."""
-    return Holding(
-        {int(step): snapshot_from_json(int(step), slots).seal for step, slots in status["held"].items()},
-        {int(step): {int(host): seal for host, seal in seals.items()} for step, seals in status["shares"].items()},
+    return HeldSnapshots(
+        {int(step): snapshot_from_json(int(step), slots).seal for step, slots in status["snapshots"].items()},
+        {int(step): {int(host): seal for host, seal in seals.items()} for step, seals in status["parity"].items()},
     )
 
 
-def scatter_to_slots(content: np.ndarray, drafts: Sequence[np.ndarray], snapshot: HostSnapshot, *, start: int) -> None:
-    """Copy `content`, the bytes of the snapshot's string from byte `start` on, to the drafts of its slots."""
+def scatter_to_slots(content: np.ndarray, buffers: Sequence[np.ndarray], snapshot: HostSnapshot, *, start: int) -> None:
+    """Copy `content`, the bytes of the snapshot's string from byte `start` on, to the buffers of its slots."""
     offset = 0
-    for slot, draft in zip(snapshot.slots, drafts, strict=True):
+    for slot, buffer in zip(snapshot.slots, buffers, strict=True):
         low, high = max(start, offset), min(start + len(content), offset + slot.bytes)
         if low < high:
-            draft[low - offset : high - offset] = content[low - start : high - start]
+            buffer[low - offset : high - offset] = content[low - start : high - start]
         offset += slot.padded

@@ -2,10 +2,11 @@
 
 Each of n hosts has a snapshot, a string of bytes. It is split into blocks, and each block goes to another stripe. The
 parity P of stripe s is stored on host s (and Q on host s + 1), and these hosts contribute no data to it. So a lost host
-costs every stripe at most one block, of data or of parity, and every host stores losses / (n - losses) extra.
+costs every stripe at most one block, of data or of parity. A code that bears the loss of m hosts (`max_lost_hosts`)
+costs every host m / (n - m) of extra memory.
 
-    losses 1    P = d0 + d1 + ...                             XOR: RAID-5 over memory
-    losses 2    and Q = d0 + 2 d1 + 4 d2 + ...                over GF(2^8), polynomial 0x11D: RAID-6
+    m = 1    P = d0 + d1 + ...                             XOR: RAID-5 over memory
+    m = 2    and Q = d0 + 2 d1 + 4 d2 + ...                over GF(2^8), polynomial 0x11D: RAID-6
 
 Blocks are `uint8 [length]`. Sources: REFT, arXiv:2310.12670 (RAIM5 over a sharding group); H. P. Anvin, The mathematics
 of RAID-6.
@@ -19,24 +20,25 @@ POLYNOMIAL = 0x1D  # x^8 = x^4 + x^3 + x^2 + 1
 Block = np.ndarray  # uint8 [length]
 
 
-def stripe_hosts(stripe: int, *, hosts: int, losses: int) -> tuple[list[int], list[int]]:
+def stripe_hosts(stripe: int, *, hosts: int, max_lost_hosts: int) -> tuple[list[int], list[int]]:
     """Return (hosts with the data of a stripe, in order; hosts with its parity: P, then Q), as positions in the group.
 
-    >>> stripe_hosts(1, hosts=4, losses=2)
+    >>> stripe_hosts(1, hosts=4, max_lost_hosts=2)
     ([0, 3], [1, 2])
     """
-    parity_hosts = [(stripe + number) % hosts for number in range(losses)]
+    parity_hosts = [(stripe + number) % hosts for number in range(max_lost_hosts)]
     return [host for host in range(hosts) if host not in parity_hosts], parity_hosts
 
 
-def stripes_of(host: int, *, hosts: int, losses: int) -> list[int]:
+def stripes_of(host: int, *, hosts: int, max_lost_hosts: int) -> list[int]:
     """Return the stripes that contain data of a host, in the order of its blocks; `host`: position in the group."""
-    return [stripe for stripe in range(hosts) if host in stripe_hosts(stripe, hosts=hosts, losses=losses)[0]]
+    data_hosts = [stripe_hosts(stripe, hosts=hosts, max_lost_hosts=max_lost_hosts)[0] for stripe in range(hosts)]
+    return [stripe for stripe in range(hosts) if host in data_hosts[stripe]]
 
 
-def block_length(length: int, *, hosts: int, losses: int) -> int:
+def block_length(length: int, *, hosts: int, max_lost_hosts: int) -> int:
     """Return the bytes of a block if the longest snapshot has `length` bytes; a multiple of 8 for the arithmetic."""
-    return -(-length // (hosts - losses) // 8) * 8 if length else 8
+    return -(-length // (hosts - max_lost_hosts) // 8) * 8 if length else 8
 
 
 def solve_stripe(data: Mapping[int, Block], parities: Sequence[Block | None], *, count: int) -> dict[int, Block]:

@@ -7,7 +7,7 @@ from ...configs.errors import UserError
 from ...configs.sections.training import CheckpointConfig
 from .parity_groups import assign_groups
 
-LOSSES = {"none": 0, "xor": 1, "p+q": 2}
+MAX_LOST_HOSTS = {"none": 0, "xor": 1, "p+q": 2}
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ParityPlan:
     hosts: int
     processes: int  # of the run, one per launch slot; the same number on each host, in order
     groups: tuple[tuple[int, ...], ...]
-    losses: int  # lost hosts of a group that its parity tolerates; 0: no parity
+    max_lost_hosts: int  # lost hosts of a group that its parity tolerates; 0: no parity
     size: int = 8  # maximum hosts of a group
     domains: tuple[str, ...] = ()  # failure domain of each host; empty: each host is its own
     active_slots: tuple[int, ...] | None = None  # launch slots that take part; None: all
@@ -51,13 +51,13 @@ class ParityPlan:
         restricted = replace(self, active_slots=tuple(sorted(slots)))
         hosts = restricted.active_hosts
         remaining = [self.domains[host] for host in hosts] if self.domains else []
-        for losses, domains in ((self.losses, remaining), (self.losses, []), (0, [])):
+        for max_lost_hosts, domains in ((self.max_lost_hosts, remaining), (self.max_lost_hosts, []), (0, [])):
             try:
-                groups = assign_groups(len(hosts), size=self.size, losses=losses, domains=domains)
+                groups = assign_groups(len(hosts), size=self.size, max_lost_hosts=max_lost_hosts, domains=domains)
             except UserError:
                 continue
             named = tuple(tuple(hosts[position] for position in group) for group in groups)
-            return replace(restricted, losses=losses, groups=named)
+            return replace(restricted, max_lost_hosts=max_lost_hosts, groups=named)
         raise AssertionError(f"{len(hosts)} hosts cannot be grouped without parity")
 
 
@@ -66,19 +66,24 @@ def make_parity_plan(checkpoint: CheckpointConfig, *, hosts: int, processes: int
 
     Raises UserError if these hosts cannot have its parity.
     """
-    losses = LOSSES[checkpoint.parity]
+    max_lost_hosts = MAX_LOST_HOSTS[checkpoint.parity]
     if processes % hosts:
         raise UserError(
             f"launch.hosts: {processes} processes cannot be divided evenly over {hosts} hosts; change either number"
         )
     if not checkpoint.memory_every:
-        if losses:
+        if max_lost_hosts:
             raise UserError(
                 f"checkpoint.parity: {checkpoint.parity} protects snapshots in memory, but checkpoint.memory_every is "
                 "0; set checkpoint.memory_every, or checkpoint.parity to none"
             )
         return None
-    groups = assign_groups(hosts, size=checkpoint.group, losses=losses, domains=checkpoint.domains)
+    groups = assign_groups(hosts, size=checkpoint.group, max_lost_hosts=max_lost_hosts, domains=checkpoint.domains)
     return ParityPlan(
-        hosts, processes, tuple(map(tuple, groups)), losses, size=checkpoint.group, domains=tuple(checkpoint.domains)
+        hosts,
+        processes,
+        tuple(map(tuple, groups)),
+        max_lost_hosts,
+        size=checkpoint.group,
+        domains=tuple(checkpoint.domains),
     )

@@ -1,6 +1,6 @@
 """Slots: files in memory that are either complete or empty. JAX-free.
 
-    0 .. 64     the head: magic, step, offset and length of the header, xxh3 of the header, state
+    0 .. 64     the preamble: magic, step, offset and length of the header, xxh3 of the header, state
     64 ..       the blocks, then the header: JSON with `step`, `blocks` [[offset, bytes, xxh3], ...] and their meaning
 
 A slot is marked empty, then written, each block hashed as it arrives, and marked complete last. It is a plain file in
@@ -30,7 +30,7 @@ import xxhash
 from ..errors import DamagedCheckpoint
 
 MAGIC, COMPLETE, EMPTY = b"MESHSLOT", 2, 0
-HEAD = struct.Struct("<8sqQQQQ16x")  # magic, step, offset of the header, its length, its xxh3, state
+PREAMBLE = struct.Struct("<8sqQQQQ16x")  # magic, step, offset of the header, its length, its xxh3, state
 START = ALIGNMENT = 64  # bytes
 CHUNK_BYTES = 4 * 2**20  # a chunk is copied, then hashed while it is still in the cache
 
@@ -136,12 +136,14 @@ def write_slot(pool: SlotPool, path: Path, sizes: Sequence[int], header: Mapping
     end = header_offset(sizes)
     longest = end + len(encode_header(header, [[end, end, "0" * 16]] * len(sizes)))
     memory = pool.map_slot(path, longest)
-    memory[: HEAD.size] = HEAD.pack(MAGIC, -1, 0, 0, 0, EMPTY)
+    memory[: PREAMBLE.size] = PREAMBLE.pack(MAGIC, -1, 0, 0, 0, EMPTY)
     writer = SlotWriter(memory, sizes, longest)
     yield writer
     text = encode_header(header, writer.finish())
     memory[end : end + len(text)] = text
-    memory[: HEAD.size] = HEAD.pack(MAGIC, header["step"], end, len(text), xxhash.xxh3_64_intdigest(text), COMPLETE)
+    memory[: PREAMBLE.size] = PREAMBLE.pack(
+        MAGIC, header["step"], end, len(text), xxhash.xxh3_64_intdigest(text), COMPLETE
+    )
 
 
 def encode_header(header: Mapping[str, Any], blocks: Sequence[Any]) -> bytes:
@@ -149,8 +151,8 @@ def encode_header(header: Mapping[str, Any], blocks: Sequence[Any]) -> bytes:
     return json.dumps({**header, "blocks": blocks}).encode()
 
 
-class Head(NamedTuple):
-    """The parsed head of a complete slot. It contains a hash of the header, so no two slots have the same."""
+class Preamble(NamedTuple):
+    """The parsed preamble of a complete slot. It contains a hash of the header, so no two slots have the same."""
 
     raw: bytes
     step: int
@@ -164,41 +166,41 @@ class Head(NamedTuple):
         return self.offset + self.length
 
 
-def read_head(path: Path) -> Head | None:
-    """Read the head of a slot; None unless the slot is complete."""
+def read_preamble(path: Path) -> Preamble | None:
+    """Read the preamble of a slot; None unless the slot is complete."""
     try:
         with path.open("rb") as file:
-            raw = file.read(HEAD.size)
+            raw = file.read(PREAMBLE.size)
             size = os.fstat(file.fileno()).st_size
     except OSError:
         return None
-    if len(raw) < HEAD.size:
+    if len(raw) < PREAMBLE.size:
         return None
-    magic, step, offset, length, checksum, state = HEAD.unpack(raw)
+    magic, step, offset, length, checksum, state = PREAMBLE.unpack(raw)
     if magic != MAGIC or state != COMPLETE or offset + length > size:
         return None
-    return Head(raw, step, offset, length, checksum)
+    return Preamble(raw, step, offset, length, checksum)
 
 
 def slot_step(path: Path) -> int:
     """Return the step of a slot; -1 unless the slot is complete."""
-    head = read_head(path)
-    return -1 if head is None else head.step
+    preamble = read_preamble(path)
+    return -1 if preamble is None else preamble.step
 
 
 def read_header(path: Path) -> Header | None:
     """Read the header of a slot; None unless the slot is complete and its header undamaged."""
-    head = read_head(path)
-    if head is None:
+    preamble = read_preamble(path)
+    if preamble is None:
         return None
     with path.open("rb") as file:
-        file.seek(head.offset)
-        text = file.read(head.length)
-    if xxhash.xxh3_64_intdigest(text) != head.checksum:
+        file.seek(preamble.offset)
+        text = file.read(preamble.length)
+    if xxhash.xxh3_64_intdigest(text) != preamble.checksum:
         return None
     header = json.loads(text)
-    # The slot may have been rewritten meanwhile: the head must still be the same.
-    return header if header["step"] == head.step and read_head(path) == head else None
+    # The slot may have been rewritten meanwhile: the preamble must still be the same.
+    return header if header["step"] == preamble.step and read_preamble(path) == preamble else None
 
 
 def verify_slot(path: Path, header: Header) -> np.ndarray:

@@ -5,12 +5,12 @@ work on slots in /dev/shm. The agent has no state that a new agent could not rea
 
     a host's snapshot     the slots that its processes wrote at one step (`host_snapshot.py`)
     a seal                identifies a host's snapshot of a step: a hash over all its bytes
-    parity.0, parity.1    slots with this host's parity blocks (`parity.py`) and the heads of the slots they protect
+    parity.0, parity.1    slots with this host's parity blocks (`parity.py`) and the preambles of the slots they protect
 
 Parity is computed while the trainers go on, chunk by chunk, from blocks that the other hosts of the group send. A
 request names the seal of the snapshot, and after the last chunk every host is asked whether it still has that snapshot,
-so a slot that was overwritten meanwhile is noticed. A rebuilt slot must have the head that the parity remembers, and
-its blocks must have the hashes in its header.
+so a slot that was overwritten meanwhile is noticed. A rebuilt slot must have the preamble that the parity remembers,
+and its blocks must have the hashes in its header.
 
 Sources: REFT, arXiv:2310.12670 (snapshot management processes, RAIM5); DLRover's Flash Checkpoint.
 """
@@ -28,37 +28,48 @@ from ...parallel.transport.checked_stream import ClientPool, RequestRefused
 from ..errors import DamagedCheckpoint
 from . import agent_files, shm_slots
 from .agent_files import ProtectedStep
-from .host_snapshot import HostSnapshot, ProcessSlot, holding_from_json, scatter_to_slots, snapshot_from_json
+from .host_snapshot import HostSnapshot, ProcessSlot, held_snapshots_from_json, scatter_to_slots, snapshot_from_json
 from .parity import add, add_doubling, block_length, solve_stripe, stripe_hosts, stripes_of
-from .parity_groups import group_holdings, parity_holders
-from .shm_slots import CHUNK_BYTES, SlotPool, read_head, read_header, slot_files, slot_paths
-from .slot_drafts import accept_drafts, allocate_drafts
+from .parity_groups import held_by_group, parity_holders
+from .rebuild_buffers import accept_rebuild_buffers, allocate_rebuild_buffers
+from .shm_slots import CHUNK_BYTES, SlotPool, read_header, read_preamble, slot_files, slot_paths
 
-Status = Mapping[str, Any]  # what an agent publishes: address, held, shares; see `SnapshotAgent.status`
+REQUESTS = (  # what other agents and the launcher may ask, by the name of the function that serves it
+    *("read-snapshot", "require-snapshot", "read-parity", "parity-members", "verify-slots", "rebuild-snapshot"),
+    *("write-status", "configure", "delete-other-slots"),
+)
+
+Status = Mapping[str, Any]  # what an agent publishes: address, snapshots, parity; see `SnapshotAgent.status`
 Statuses = Mapping[int, Status]  # by host
 
 
 class SnapshotAgent:
     """The snapshot agent of host number `host`, whose processes write their slots in `directory`.
 
-    `launch_slots`: of these processes; `groups`: hosts that protect each other; `losses`: lost hosts of a group that
-    its parity tolerates, 0: no parity. A host in no group takes no part.
+    `launch_slots`: of these processes; `groups`: hosts that protect each other; `max_lost_hosts`: lost hosts of a
+    group that its parity tolerates, 0: no parity. A host in no group takes no part.
     """
 
     def __init__(
-        self, directory: Path, *, host: int, launch_slots: Sequence[int], groups: Sequence[Sequence[int]], losses: int
+        self,
+        directory: Path,
+        *,
+        host: int,
+        launch_slots: Sequence[int],
+        groups: Sequence[Sequence[int]],
+        max_lost_hosts: int,
     ) -> None:
         self.directory, self.host = directory, host
         self._parity_paths = [directory / "parity.0", directory / "parity.1"]
-        self._configure(launch_slots, groups, losses)
+        self._configure(launch_slots, groups, max_lost_hosts)
         self._pool, self._clients = SlotPool(), ClientPool()
         self._lock = threading.Lock()  # protecting and rebuilding exclude each other
         self._first_seen: dict[int, float] = {}  # step -> when all hosts of the group were first seen to have it
         self._threads = ThreadPoolExecutor(8, "fetch")
         self.last_error = ""  # why the last attempt to protect failed
 
-    def _configure(self, launch_slots: Sequence[int], groups: Sequence[Sequence[int]], losses: int) -> None:
-        self.losses, self._launch_slots, self._groups = losses, list(launch_slots), groups
+    def _configure(self, launch_slots: Sequence[int], groups: Sequence[Sequence[int]], max_lost_hosts: int) -> None:
+        self.max_lost_hosts, self._launch_slots, self._groups = max_lost_hosts, list(launch_slots), groups
         self._group: list[int] = list(next((group for group in groups if self.host in group), ()))
 
     def close(self) -> None:
@@ -73,41 +84,43 @@ class SnapshotAgent:
         """Return step -> snapshot, for the steps of which every process of this host has a complete slot."""
         slots: dict[int, list[ProcessSlot]] = {}
         for launch_slot in self._launch_slots:
-            heads = [read_head(path) for path in slot_paths(self.directory, launch_slot)]
-            for step, head in {head.step: head for head in heads if head is not None}.items():
-                slots.setdefault(step, []).append(ProcessSlot(launch_slot, head.bytes, head.raw.hex()))
+            preambles = [read_preamble(path) for path in slot_paths(self.directory, launch_slot)]
+            for step, preamble in {preamble.step: preamble for preamble in preambles if preamble is not None}.items():
+                slots.setdefault(step, []).append(ProcessSlot(launch_slot, preamble.bytes, preamble.raw.hex()))
         complete = len(self._launch_slots)
         return {step: HostSnapshot(step, tuple(parts)) for step, parts in slots.items() if len(parts) == complete}
 
     def parity_members(self) -> dict[int, dict[int, list[list[Any]]]]:
         """Return step -> host -> the slots (JSON) of the snapshot that this host's parity of the step was made from."""
-        headers = map(read_header, self._parity_paths if self.losses else ())
+        headers = map(read_header, self._parity_paths if self.max_lost_hosts else ())
         return {
             header["step"]: {int(host): slots for host, slots in header["members"].items()}
             for header in headers
             if header is not None
         }
 
-    def slot_heads(self) -> list[bytes]:
-        """Return the heads of all slots. Cheap to read, and they change whenever `status` does."""
+    def slot_preambles(self) -> list[bytes]:
+        """Return the preambles of all slots. Cheap to read, and they change whenever `status` does."""
         paths = [path for launch_slot in self._launch_slots for path in slot_paths(self.directory, launch_slot)]
-        paths += self._parity_paths if self.losses else []
-        return [head.raw if (head := read_head(path)) is not None else b"" for path in paths]
+        paths += self._parity_paths if self.max_lost_hosts else []
+        return [preamble.raw if (preamble := read_preamble(path)) is not None else b"" for path in paths]
 
     @property
     def has_unprotected(self) -> bool:
         """Whether there is a snapshot that is not protected yet."""
-        return bool(self.losses) and max(self.snapshots(), default=-1) > agent_files.read_protected(self.directory).step
+        if not self.max_lost_hosts:
+            return False
+        return max(self.snapshots(), default=-1) > agent_files.read_protected(self.directory).step
 
     def status(self) -> dict[str, Any]:
         """Return what is published to the other agents, as JSON.
 
-        held      step -> the slots of this host's snapshot
-        shares    step -> host -> seal of the snapshot that this host's parity of the step was made from
+        snapshots   step -> the slots of this host's snapshot
+        parity      step -> host -> seal of the snapshot that this host's parity of the step was made from
         """
         return {
-            "held": {str(step): snapshot.to_json() for step, snapshot in self.snapshots().items()},
-            "shares": {
+            "snapshots": {str(step): snapshot.to_json() for step, snapshot in self.snapshots().items()},
+            "parity": {
                 str(step): {str(host): snapshot_from_json(step, slots).seal for host, slots in members.items()}
                 for step, members in self.parity_members().items()
             },
@@ -118,15 +131,18 @@ class SnapshotAgent:
     def protect_newest(self, statuses: Statuses) -> None:
         """Protect the newest step that all hosts of the group have, and write down which step all groups protect."""
         with self._lock:
-            if not self.losses or not self._group:
+            if not self.max_lost_hosts or not self._group:
                 return
-            held = {host: {int(step): slots for step, slots in info["held"].items()} for host, info in statuses.items()}
-            held[self.host] = {step: snapshot.to_json() for step, snapshot in self.snapshots().items()}
-            if all(host in held for host in self._group):
-                common = set.intersection(*(set(held[host]) for host in self._group))
+            slots_of = {  # host -> step -> the slots of its snapshot, as JSON
+                host: {int(step): slots for step, slots in status["snapshots"].items()}
+                for host, status in statuses.items()
+            }
+            slots_of[self.host] = {step: snapshot.to_json() for step, snapshot in self.snapshots().items()}
+            if all(host in slots_of for host in self._group):
+                common = set.intersection(*(set(slots_of[host]) for host in self._group))
                 if common:
                     step = max(common)
-                    self._protect(step, {host: held[host][step] for host in self._group}, statuses)
+                    self._protect(step, {host: slots_of[host][step] for host in self._group}, statuses)
             self._write_protected(statuses)
 
     def _protect(self, step: int, members: Mapping[int, Any], statuses: Statuses) -> None:
@@ -146,11 +162,11 @@ class SnapshotAgent:
         length = self._block_length(snapshots)
         header = {"step": step, "members": {host: snapshot.to_json() for host, snapshot in snapshots.items()}}
         with shm_slots.write_slot(
-            self._pool, self._parity_slot_to_write(step), [length] * self.losses, header
+            self._pool, self._parity_slot_to_write(step), [length] * self.max_lost_hosts, header
         ) as writer:
-            for number, accumulate in enumerate((add, add_doubling)[: self.losses]):
+            for number, accumulate in enumerate((add, add_doubling)[: self.max_lost_hosts]):
                 stripe = (position - number) % len(hosts)
-                sources, _ = stripe_hosts(stripe, hosts=len(hosts), losses=self.losses)
+                sources, _ = stripe_hosts(stripe, hosts=len(hosts), max_lost_hosts=self.max_lost_hosts)
                 for start in range(0, length, CHUNK_BYTES):
                     size = min(CHUNK_BYTES, length - start)
                     with writer.write_region(number, size) as total:  # the block of the last source arrives in it
@@ -165,18 +181,19 @@ class SnapshotAgent:
             for (
                 host
             ) in hosts:  # a slot is emptied before it is overwritten, so a snapshot that is still there was intact
-                self._request(host, {"do": "held", "step": step, "seal": snapshots[host].seal}, statuses)
+                self._request(host, {"do": "require-snapshot", "step": step, "seal": snapshots[host].seal}, statuses)
 
     def _write_protected(self, statuses: Statuses) -> None:
         """Write down the newest step that every group protects. It counts as protected as long as it is there."""
-        holdings = {host: holding_from_json(info) for host, info in {**statuses, self.host: self.status()}.items()}
+        statuses = {**statuses, self.host: self.status()}
+        held_by_host = {host: held_snapshots_from_json(status) for host, status in statuses.items()}
         protected = [
             step
-            for step in holdings[self.host].snapshots
+            for step in held_by_host[self.host].snapshots
             if all(
-                host in holdings
-                and step in holdings[host].snapshots
-                and host in parity_holders(step, group_holdings(group, holdings))
+                host in held_by_host
+                and step in held_by_host[host].snapshots
+                and host in parity_holders(step, held_by_group(group, held_by_host))
                 for group in self._groups
                 for host in group
             )
@@ -188,8 +205,8 @@ class SnapshotAgent:
         seal = snapshots[step].seal if step in snapshots else ""
         if (step, seal) != (previous.step, previous.seal):
             seconds = time.monotonic() - self._first_seen.get(step, time.monotonic())
-            heads = [head for path in self._parity_paths if (head := read_head(path)) and head.step == step]
-            size = sum(head.bytes for head in heads)
+            preambles = filter(None, map(read_preamble, self._parity_paths))
+            size = sum(preamble.bytes for preamble in preambles if preamble.step == step)
             agent_files.write_status(self.directory, ProtectedStep(step, seal, seconds, size))
         self._first_seen = {step: seen for step, seen in self._first_seen.items() if step in snapshots}
 
@@ -205,16 +222,16 @@ class SnapshotAgent:
 
     def _block_length(self, snapshots: Mapping[int, HostSnapshot]) -> int:
         longest = max(snapshot.bytes for snapshot in snapshots.values())
-        return block_length(longest, hosts=len(self._group), losses=self.losses)
+        return block_length(longest, hosts=len(self._group), max_lost_hosts=self.max_lost_hosts)
 
     def _block_number(self, position: int, stripe: int) -> int:
         """Return which of its blocks the host at `position` of the group contributes to a stripe."""
-        return stripes_of(position, hosts=len(self._group), losses=self.losses).index(stripe)
+        return stripes_of(position, hosts=len(self._group), max_lost_hosts=self.max_lost_hosts).index(stripe)
 
     # --- answering ---------------------------------------------------------------------------------------------------
 
     def read_snapshot(self, step: int, seal: str, *, start: int, size: int) -> np.ndarray:
-        """Read bytes of this host's snapshot, zeros behind its end. The caller asks "held" afterwards."""
+        """Read bytes of this host's snapshot, zeros behind its end. The caller asks "require-snapshot" afterwards."""
         parts, offset = [], 0
         for slot in self.require_snapshot(step, seal).slots:
             low, high = max(start, offset), min(start + size, offset + slot.bytes)
@@ -247,34 +264,34 @@ class SnapshotAgent:
     def answer(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         """Answer a request of another agent, or of the launcher before the trainers start: (JSON, bytes)."""
         match request["do"]:
-            case "read":
+            case "read-snapshot":
                 return {}, self.read_snapshot(**{key: request[key] for key in ("step", "seal", "start", "size")})
-            case "held":
+            case "require-snapshot":
                 self.require_snapshot(request["step"], request["seal"])
                 return {}, b""
-            case "read-share":
+            case "read-parity":
                 return {}, self.read_parity(**{key: request[key] for key in ("step", "number", "start", "size")})
-            case "members":
+            case "parity-members":
                 members = self.parity_members().get(request["step"], {})
                 return {"members": {str(host): slots for host, slots in members.items()}}, b""
-            case "check":
-                return {"damaged": self.verify_slots(), "info": self.status()}, b""
-            case "rebuild":
-                self.rebuild_snapshot(request["step"], {int(host): info for host, info in request["infos"].items()})
+            case "verify-slots":
+                return {"damaged": self.verify_slots(), "status": self.status()}, b""
+            case "rebuild-snapshot":
+                statuses = {int(host): status for host, status in request["statuses"].items()}
+                self.rebuild_snapshot(request["step"], statuses)
                 return {}, b""
-            case "settle":
-                agent_files.write_status(self.directory, agent_files.recovery_from_json(request["word"]))
+            case "write-status":
+                agent_files.write_status(self.directory, agent_files.recovery_from_json(request["recovery"]))
                 return {}, b""
-            case "form":
+            case "configure":
                 with self._lock:
-                    self._configure(request["places"], request["groups"], request["losses"])
+                    self._configure(request["launch_slots"], request["groups"], request["max_lost_hosts"])
                 return {}, b""
-            case "sweep":
-                self.delete_other_slots(request["places"])
+            case "delete-other-slots":
+                self.delete_other_slots(request["launch_slots"])
                 return {}, b""
             case other:
-                known = "read, held, read-share, members, check, rebuild, settle, form, sweep"
-                raise RequestRefused(f"do: {other!r} is none of {known}")
+                raise RequestRefused(f"do: {other!r} is none of {', '.join(REQUESTS)}")
 
     # --- after a loss ------------------------------------------------------------------------------------------------
 
@@ -283,12 +300,12 @@ class SnapshotAgent:
         damaged = []
         with self._lock:
             for path in [*slot_files(self.directory), *self._parity_paths]:
-                if (head := read_head(path)) is None:
+                if (preamble := read_preamble(path)) is None:
                     continue
                 header = read_header(path)
                 try:
                     if header is None:
-                        raise DamagedCheckpoint(f"snapshot {head.step}: the header of {path} is damaged")
+                        raise DamagedCheckpoint(f"snapshot {preamble.step}: the header of {path} is damaged")
                     shm_slots.verify_slot(path, header)
                 except DamagedCheckpoint as error:
                     damaged.append(str(error))
@@ -309,32 +326,33 @@ class SnapshotAgent:
         """
         with self._lock:
             hosts, position = self._group, self._group.index(self.host)
-            holdings = group_holdings(hosts, {host: holding_from_json(info) for host, info in statuses.items()})
-            holders = parity_holders(step, holdings)
+            held_by_host = {host: held_snapshots_from_json(status) for host, status in statuses.items()}
+            held_by_host = held_by_group(hosts, held_by_host)
+            holders = parity_holders(step, held_by_host)
             if not holders:
                 raise RequestRefused(f"no host of group {hosts} has parity of step {step}")
-            answer, _ = self._request(holders[0], {"do": "members", "step": step}, statuses)
+            answer, _ = self._request(holders[0], {"do": "parity-members", "step": step}, statuses)
             snapshots = {int(host): snapshot_from_json(step, slots) for host, slots in answer["members"].items()}
             length = self._block_length(snapshots)
-            drafts = allocate_drafts(self.directory, snapshots[self.host])
-            for block, stripe in enumerate(stripes_of(position, hosts=len(hosts), losses=self.losses)):
-                data_hosts, parity_hosts = stripe_hosts(stripe, hosts=len(hosts), losses=self.losses)
+            buffers = allocate_rebuild_buffers(self.directory, snapshots[self.host])
+            for block, stripe in enumerate(stripes_of(position, hosts=len(hosts), max_lost_hosts=self.max_lost_hosts)):
+                data_hosts, parity_hosts = stripe_hosts(stripe, hosts=len(hosts), max_lost_hosts=self.max_lost_hosts)
                 for start in range(0, length, CHUNK_BYTES):
                     size = min(CHUNK_BYTES, length - start)
                     data = {
                         number: self._fetch_data(
                             snapshots, hosts[source], statuses,
                             start=self._block_number(source, stripe) * length + start, size=size,
-                        ) for number, source in enumerate(data_hosts) if step in holdings[hosts[source]].snapshots
+                        ) for number, source in enumerate(data_hosts) if step in held_by_host[hosts[source]].snapshots
                     }  # fmt: skip
-                    request = {"do": "read-share", "step": step, "start": start, "size": size}
+                    request = {"do": "read-parity", "step": step, "start": start, "size": size}
                     parities = [
                         self._request(hosts[source], {**request, "number": number}, statuses)[1]
                         if hosts[source] in holders else None for number, source in enumerate(parity_hosts)
                     ]  # fmt: skip
                     solved = solve_stripe(data, parities, count=len(data_hosts))[data_hosts.index(position)]
-                    scatter_to_slots(solved, drafts, snapshots[self.host], start=block * length + start)
-            accept_drafts(self.directory, snapshots[self.host], drafts)
+                    scatter_to_slots(solved, buffers, snapshots[self.host], start=block * length + start)
+            accept_rebuild_buffers(self.directory, snapshots[self.host], buffers)
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -344,7 +362,7 @@ class SnapshotAgent:
     ) -> np.ndarray:  # fmt: skip
         """Fetch bytes of the snapshot of `host`."""
         snapshot = snapshots[host]
-        request = {"do": "read", "step": snapshot.step, "seal": snapshot.seal, "start": start, "size": size}
+        request = {"do": "read-snapshot", "step": snapshot.step, "seal": snapshot.seal, "start": start, "size": size}
         return self._request(host, request, statuses, into=into)[1]
 
     def _request(
@@ -357,7 +375,7 @@ class SnapshotAgent:
 
     def _path_of(self, slot: ProcessSlot) -> Path:
         for path in slot_paths(self.directory, slot.launch_slot):
-            head = read_head(path)
-            if head is not None and head.raw.hex() == slot.head:
+            preamble = read_preamble(path)
+            if preamble is not None and preamble.raw.hex() == slot.preamble:
                 return path
         raise RequestRefused(f"host {self.host}: launch slot {slot.launch_slot} has overwritten its slot")

@@ -1,7 +1,7 @@
 """What each adapter method requires of the model and of the length of the run."""
 
 from ..sections.adapter import PREFIX_METHODS, SPARSE_METHODS, AdapterConfig
-from ..sections.model import ModelConfig
+from ..sections.model import KERNEL_PLATFORMS, ModelConfig
 
 
 def check_oft_blocks(adapter: AdapterConfig, model: ModelConfig) -> None:
@@ -54,8 +54,8 @@ def check_prefix(adapter: AdapterConfig, model: ModelConfig, *, tokens: int) -> 
             f"adapter.method: {adapter.method} prepends tokens, which sliding windows (model.windows: "
             f"{list(model.windows)}) do not reach; use lora"
         )
-    if model.attention == "cudnn":
-        raise ValueError(f"model.attention: cudnn cannot compute adapter.method {adapter.method}; use auto")
+    if model.attention in KERNEL_PLATFORMS:
+        raise ValueError(f"model.attention: {model.attention} cannot compute adapter.method {adapter.method}; use auto")
     if model.position_encoding == "learned" and model.max_positions < adapter.length + tokens:
         raise ValueError(
             f"adapter.length: {adapter.length} and data.sequence_length ({tokens}) exceed model.max_positions "

@@ -18,6 +18,9 @@ FAMILIES: dict[str, dict[str, Any]] = yaml.safe_load(
     (Path(__file__).parent / "families.yaml").read_text(encoding="utf-8")
 )
 
+# `model.attention` -> the `mesh.platform` that it needs, where it is a kernel for one kind of device.
+KERNEL_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
+
 
 class RopeConfig(Section):
     """Rotary position embedding (RoFormer, arXiv:2104.09864) on half-split pairs, and its scaling to long sequences."""
@@ -130,8 +133,8 @@ class ModelConfig(Section):
     """Attention and MLP read the same norm and are added together (GPT-J, PaLM)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping an element of the outputs of attention and MLP, in training."""
-    attention: Literal["auto", "dense", "blockwise", "cudnn"] = "auto"
-    """Implementation of attention; auto: cudnn on a GPU where it is exact, else blockwise."""
+    attention: Literal["auto", "dense", "blockwise", "cudnn", "splash"] = "auto"
+    """Implementation of attention; auto: cudnn on a GPU and splash on a TPU where they are exact, else blockwise."""
     scan: bool = True
     """Scan one compiled block over the stack; false: unroll it (faster steps on a CPU, slower compilation)."""
 

@@ -77,13 +77,16 @@ class AxesConfig(Section):
 class MeshConfig(AxesConfig):
     """The device mesh: its axes and devices."""
 
-    platform: Literal["auto", "cpu", "gpu"] = "auto"
-    """Kind of devices. cpu simulates `devices` devices in this process; auto: gpu if there is one, else cpu."""
+    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """Kind of devices. cpu simulates `devices` devices in this process; auto: tpu or gpu if there is one, else cpu."""
     devices: int | None = None
     """Number of devices over all processes; null: the product of the axes, or every device if an axis is -1."""
     zero: Literal[1, 3] = 3
     """ZeRO stage, what `fsdp` shards: 3 parameters, gradients and optimizer state; 1 optimizer state only
     (arXiv:1910.02054)."""
+    compiler_options: dict[str, str | int | float | bool | None] = {}
+    """Options of XLA's compiler for every program of the run, on top of those of the hardware target; null removes one
+    of these."""
 
     @model_validator(mode="after")
     def _fits_devices(self) -> "MeshConfig":

@@ -1,11 +1,8 @@
-"""Adapters put into a model: into its structure, into its parameters, and out of them again.
+"""Adapters put into a model: into its structure and into its parameters. `merge.py` puts them out again.
 
-    decoder_graphdef(model, adapter_inserter(model, adapter))        the structure, with an adapter beside each kernel
-    tree = init_adapters(weights, model, adapter, key)               the parameters, with leaves beside each kernel
-    params, frozen = split_trained(tree, model, adapter)             what is trained and what is not
-    weights = merge_adapters(tree, model, adapter)                   the plain model that computes the same
-
-Merging does not change its argument: to unmerge, go on with that.
+decoder_graphdef(model, adapter_inserter(model, adapter))        the structure, with an adapter beside each kernel
+tree = init_adapters(weights, model, adapter, key)               the parameters, with leaves beside each kernel
+params, frozen = split_trained(tree, model, adapter)             what is trained and what is not
 """
 
 from collections.abc import Callable
@@ -18,13 +15,12 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ...configs.errors import UserError
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
 from ..decoder import Decoder, Params, initial_params
 from ..logical_axes import axis_names
 from .adapted_modules import AdaptedModule, find_adapted_modules, linear_maps
-from .interface import Adapter, AddedModule, BaseLinear, InitContext, Leaves, LinearMethod
+from .interface import Adapter, AddedModule, InitContext, Leaves, LinearMethod
 from .registry import ADDED_MODULES, LINEAR_METHODS
 from .selection import trained_masks
 from .vera import SharedMatrices, draw_shared_matrices
@@ -160,46 +156,6 @@ def split_trained(tree: Params, model: ModelConfig, adapter: AdapterConfig | Non
         unflatten({path: leaf for path, leaf in leaves.items() if path in trained}),
         unflatten({path: leaf for path, leaf in leaves.items() if path not in trained}),
     )
-
-
-def merge_adapters(tree: Params, model: ModelConfig, adapter: AdapterConfig | None) -> Params:
-    """The weights of the plain model that computes what `tree` computes; `tree` itself where nothing was added.
-
-    Raises UserError where no plain model computes the same.
-    """
-    if adapter is not None and adapter.method in ADDED_MODULES:
-        added_module, *more = ADDED_MODULES[adapter.method]
-        if more or added_module.merge is None:
-            raise UserError(
-                f"adapter.method: {adapter.method} cannot be merged, because no weight of the model can hold what it "
-                "adds; keep the run, or use `meshwright adapter export` where PEFT has the method"
-            )
-        return added_module.merge(tree, adapter)
-    if adapter is None or adapter.method not in LINEAR_METHODS:
-        return tree
-    result = copy_dicts({name: part for name, part in tree.items() if name != "adapter"})
-    for module in find_adapted_modules(model, adapter):
-        linear = subtree(result, module.path)
-        leaves = linear.pop("adapter")
-        # The shared matrices of VeRA have no dimension of layers: all layers read the same.
-        merge = LINEAR_METHODS[adapter.method].merge
-        merge_stack = jax.vmap(partial(merge_layer, merge, tree.get("adapter", {}), len(module.inputs)))
-        linear |= merge_stack(leaves, {key: linear[key] for key in ("kernel", "bias") if key in linear})
-    return result
-
-
-def merge_layer(
-    merge: Callable[[Leaves, BaseLinear], BaseLinear],
-    shared_matrices: Leaves,
-    inputs: int,
-    leaves: Leaves,
-    linear: Leaves,
-) -> Leaves:
-    """Kernel and bias of one layer with its adapter merged; computed in float32, returned in their own dtypes."""
-    wide = {name: array.astype(jnp.float32) for name, array in linear.items()}
-    merged = merge(shared_matrices | leaves, BaseLinear(wide["kernel"], wide.get("bias"), inputs))
-    arrays = {"kernel": merged.kernel} | ({} if merged.bias is None else {"bias": merged.bias})
-    return {name: array.astype(linear[name].dtype) for name, array in arrays.items()}
 
 
 def copy_dicts(tree: Params) -> Params:

@@ -13,7 +13,7 @@ import numpy as np
 from ...configs.errors import UserError
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
-from ..families.weight_names import MODULE_NAMES
+from ..families.huggingface_names import MODULE_NAMES
 
 Leaves = dict[str, np.ndarray]
 PEFT_TYPES = {

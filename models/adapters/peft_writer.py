@@ -21,8 +21,8 @@ import numpy as np
 from ...configs.errors import UserError
 from ...configs.sections.adapter import AdapterConfig
 from ...configs.sections.model import ModelConfig
-from ..families.tensor_regions import fused_modules
-from ..families.weight_names import INPUTS_FIRST, MODULE_NAMES
+from ..families.huggingface_names import INPUTS_FIRST, MODULE_NAMES
+from ..families.huggingface_regions import fused_modules
 from . import peft_prompt
 from .adapted_modules import linear_maps
 

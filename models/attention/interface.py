@@ -71,6 +71,7 @@ class Implementation(NamedTuple):
     refuse: Callable  # mask, indices, q, k, platform -> reason or None; q and k need a shape and dtype
     forward: Callable  # q, k, v, mask, indices -> out, lse
     backward: Callable  # q, k, v, out, lse, d_out, mask, indices -> dq, dk, dv; out, lse over *all* keys
+    needs_all_axes_manual: bool = False  # on a mesh: no axis left to the partitioner, which cannot split a TPU kernel
 
 
 def never_refuse(mask: Mask, indices: TokenIndices, q, k, platform: str | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...configs.errors import UserError, first_line
-from .tensor_regions import Index
+from .huggingface_regions import Index
 
 INDEX = "model.safetensors.index.json"
 # Other files of a directory that belong to the weights; they are copied unchanged.

@@ -4,6 +4,10 @@ The map is manual in every axis that shards an activation, rows over data x fsdp
 partitioner gathers nothing, and devices may differ in a kernel's control flow. Forward and backward pass are a map
 each: between them are global arrays with names, which a memory policy can keep or offload, and no map is ever
 differentiated (inside a pipeline's map JAX 0.10 cannot do that).
+
+An implementation that `needs_all_axes_manual` gets a map that is manual in all axes; over those that shard no
+activation its arrays are replicated. A map around it must not check over which axes arrays vary (`check_vma`), because
+this one does not say; the pipeline's does not.
 """
 
 import dataclasses
@@ -71,13 +75,15 @@ def _over_devices(local: Implementation, mesh: Mesh) -> Implementation:
     def run(function, arrays, indices: TokenIndices, inputs: list[str], outputs: list[str]):
         def run_mapped(axes, *arrays, indices: TokenIndices):
             specs = _specs(arrays[0], indices, mesh, axes)
+            remaining = set(mesh.axis_names) - manual_axes()
             return jax.shard_map(
                 function,
                 # Inside another shard_map (a pipeline) the mesh is the one already in use, some of its axes manual.
                 mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
                 in_specs=(*(getattr(specs, name) for name in inputs), specs.indices),
                 out_specs=tuple(getattr(specs, name) for name in outputs),
-                axis_names=specs.axes,
+                axis_names=remaining if local.needs_all_axes_manual else specs.axes,
+                check_vma=not local.needs_all_axes_manual,
             )(*arrays, indices)
 
         return fold_replicas_into_rows(run_mapped)(arrays, indices)

@@ -5,7 +5,7 @@
     frame       4 bytes magic | 8 bytes length | 8 bytes XXH3 of the payload | payload     (little-endian)
 
     with RequestServer(handler) as server: server.address
-    with RequestClient(address) as client: answer, payload = client.request({"do": "read", "step": 7}, timeout=10.0)
+    with RequestClient(address) as client: answer, payload = client.request({"do": "read-parity", "step": 7})
 
 A connection is blocking and serves one request after another. Transfers between islands, which are resumed after a cut,
 are in `payload_server.py`.

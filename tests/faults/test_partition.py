@@ -48,7 +48,7 @@ def protected(hosts):
 @pytest.mark.parametrize("fail", FAILURES.values(), ids=FAILURES)
 def test_an_unreachable_snapshot_agent_protects_nothing_new_and_loses_nothing_old(tmp_path, short_timeouts, fail):
     """Host 2 cannot be asked: what was protected stays so. Once it can, all is as before, and a lost one comes back."""
-    with Hosts(tmp_path, hosts=3, losses=1) as hosts, Partition(hosts.servers[2].address) as network:
+    with Hosts(tmp_path, hosts=3, max_lost_hosts=1) as hosts, Partition(hosts.servers[2].address) as network:
         hosts.servers[2] = network
         hosts.snapshot(1)
         hosts.protect()

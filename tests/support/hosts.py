@@ -18,11 +18,11 @@ def content(host, process, step, size):
 
 
 class Hosts:
-    """`with Hosts(path, hosts=4, losses=1) as hosts: hosts.snapshot(1); hosts.protect(); hosts.lose(2)`."""
+    """`with Hosts(path, hosts=4, max_lost_hosts=1) as hosts: hosts.snapshot(1); hosts.protect(); hosts.lose(2)`."""
 
-    def __init__(self, root, *, hosts, losses, groups=None, per_host=1, sizes=(1000, 777, 1311, 64, 900, 12)):
+    def __init__(self, root, *, hosts, max_lost_hosts, groups=None, per_host=1, sizes=(1000, 777, 1311, 64, 900, 12)):
         groups = groups or [list(range(hosts))]
-        self.plan = ParityPlan(hosts, hosts * per_host, tuple(map(tuple, groups)), losses)
+        self.plan = ParityPlan(hosts, hosts * per_host, tuple(map(tuple, groups)), max_lost_hosts)
         self.root, self.sizes, self._stack = root, sizes, ExitStack()
         self.pools = {host: SlotPool() for host in range(hosts)}
         self.agents, self.servers = {}, {}
@@ -49,7 +49,7 @@ class Hosts:
             host=host,
             launch_slots=self.plan.slots_of(host),
             groups=self.plan.groups,
-            losses=self.plan.losses,
+            max_lost_hosts=self.plan.max_lost_hosts,
         )
         self.servers[host] = self._stack.enter_context(RequestServer(self.agents[host].answer))
 
@@ -67,14 +67,14 @@ class Hosts:
             for number, block in enumerate(blocks):
                 slot_writer.write(number, block)
 
-    def infos(self):
+    def statuses(self):
         return {host: agent.status() | {"address": self.servers[host].address} for host, agent in self.agents.items()}
 
     def protect(self):
         """Let the agents do what they do, until nothing is left to do."""
         for _ in range(2):
             for agent in self.agents.values():
-                agent.protect_newest(self.infos())
+                agent.protect_newest(self.statuses())
 
     def lose(self, *hosts):
         """Lose hosts with their memory; others take their places."""

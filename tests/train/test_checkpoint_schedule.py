@@ -58,7 +58,7 @@ def test_every_process_uses_the_interval_of_the_first_one(tmp_path):
     other = CheckpointSchedule("auto", tmp_path, SimpleNamespace(enabled=False), lambda steps: sent[0])
     other.restart(20)
     assert first.next_step == other.next_step == 20 + sent[0]
-    assert first.is_due(first.next_step) and not first.is_due(first.next_step - 1)
+    assert first.should_save(first.next_step) and not first.should_save(first.next_step - 1)
     first.restart(first.next_step)
     assert first.next_step > 20 + sent[0]
 
@@ -66,5 +66,5 @@ def test_every_process_uses_the_interval_of_the_first_one(tmp_path):
 def test_a_fixed_interval_saves_at_its_multiples(tmp_path):
     schedule = CheckpointSchedule(5, tmp_path, EventLog(tmp_path), int)
     schedule.restart(0)
-    assert [step for step in range(1, 16) if schedule.is_due(step)] == [5, 10, 15]
-    assert not CheckpointSchedule(0, tmp_path, EventLog(tmp_path), int).is_due(FIRST_SAVE_STEPS)
+    assert [step for step in range(1, 16) if schedule.should_save(step)] == [5, 10, 15]
+    assert not CheckpointSchedule(0, tmp_path, EventLog(tmp_path), int).should_save(FIRST_SAVE_STEPS)

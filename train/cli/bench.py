@@ -18,6 +18,7 @@ BENCHMARKS = (
     "pipeline-tables",
     "recovery",
     "step",
+    "targets",
 )
 
 

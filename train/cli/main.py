@@ -23,7 +23,7 @@ from ...configs.sections.launch import SlurmConfig
 from ...configs.sections.parallel import PipelineConfig
 from ..data.missing_files import find_missing_files
 from . import adapters, checkpoint, drafts, jobs, recipes
-from .arguments import AdapterName, Config, Json, Overrides, RunPath
+from .arguments import AdapterName, Config, Json, Overrides, RunPath, Target
 from .bench import BENCHMARKS
 from .bench import run as run_benchmark
 
@@ -77,9 +77,15 @@ def validate(
     config: Config,
     overrides: Overrides = None,
     deep: Annotated[bool, typer.Option(help="Also trace the model and open the data.")] = False,
+    target: Target = None,
     as_json: Json = False,
 ) -> None:
     """Check a configuration; allocates nothing."""
+    if target is not None:
+        from .targets import validate_for_targets
+
+        validate_for_targets(config, overrides or [], target)
+        return
     loaded = loading.load_config(config, overrides=overrides or ())
     if loaded.mesh.pipe != 1 or loaded.pipeline != PipelineConfig():
         from ..engine.pipeline.pipeline_plan import check_pipeline
@@ -137,11 +143,13 @@ def plan(
     config: Annotated[str, typer.Argument(help="A YAML file, a shipped recipe, or: lowcomm [CONFIG].")],
     overrides: Overrides = None,
     as_json: Json = False,
+    target: Target = None,
     step_seconds: Annotated[float | None, typer.Option(help="lowcomm: what a step computes for.")] = None,
     gigabits: Annotated[float | None, typer.Option(help="lowcomm: of the slow link, in Gbit/s.")] = None,
 ) -> None:
     """Memory, FLOPs, communication and the sharding of every array; allocates nothing.
 
+    With --target the step is compiled for devices that this machine does not have, and its time is estimated.
     `plan lowcomm` simulates slow links: the published table, or, with a CONFIG, your model, step and link.
     """
     if config == "lowcomm":
@@ -151,6 +159,11 @@ def plan(
         return
     if step_seconds is not None or gigabits is not None:
         raise UserError(f"--step-seconds, --gigabits: they belong to `plan lowcomm CONFIG`, not to `plan {config}`")
+    if target is not None:
+        from .targets import print_target_plans
+
+        print_target_plans(config, overrides or [], target, as_json=as_json)
+        return
     loaded = loading.load_config(config, overrides=overrides or ())
     from rich.console import Console
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from .jsonl import LineWriter, read_rows, repair_last_line
 
-EVENTS = "events.jsonl"
+EVENTS_FILE = "events.jsonl"
 METRICS = "metrics.jsonl"
 
 
@@ -42,7 +42,7 @@ class EventLog:
     def __init__(
         self, directory: Path, *, enabled: bool = True, check_allowed: Callable[[], None] = lambda: None
     ) -> None:
-        self.path = directory / EVENTS
+        self.path = directory / EVENTS_FILE
         self.enabled, self._check_allowed, self._lines = enabled, check_allowed, LineWriter(self.path)
         if enabled:
             repair_last_line(self.path)
@@ -56,7 +56,7 @@ class EventLog:
 
 def read_events(directory: Path) -> list[dict[str, Any]]:
     """Return every event of the run in `directory`, oldest first; empty if it has no event log yet."""
-    return read_rows(directory / EVENTS)
+    return read_rows(directory / EVENTS_FILE)
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:

@@ -185,7 +185,7 @@ def answer_request(
             ttl, info = float(request["ttl"]), dict(request["info"])
             membership = store.change(lambda m, now: join_member(m, name, now=now, ttl=ttl, info=info))
             return {**membership.to_json(), "ticket": membership.members[name].ticket}
-        if do == "beat":
+        if do == "heartbeat":
             ticket, info = int(request["ticket"]), dict(request["info"])
             return store.change(lambda m, now: record_heartbeat(m, name, ticket, now=now, info=info)).to_json()
         if do == "leave":
@@ -194,7 +194,7 @@ def answer_request(
             return store.wait(beyond=int(request["beyond"]), timeout=float(request["timeout"])).to_json()
         if do in operations:
             return operations[do](request)
-        raise ValueError(f"do: {do!r} is none of {', '.join(['join', 'beat', 'leave', 'wait', *operations])}")
+        raise ValueError(f"do: {do!r} is none of {', '.join(['join', 'heartbeat', 'leave', 'wait', *operations])}")
     except NotAMember as error:
         return {"refused": str(error)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -222,7 +222,7 @@ class Client:
 
     def heartbeat(self, info: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Extend the life of this member and update its info."""
-        return self._request({"do": "beat", "ticket": self.ticket, "info": dict(info or {})})
+        return self._request({"do": "heartbeat", "ticket": self.ticket, "info": dict(info or {})})
 
     def leave(self) -> dict[str, Any]:
         """Stop being a member."""

@@ -1,7 +1,7 @@
-"""Conversations as text: the chat template of a tokenizer, and which parts of its output have a loss.
+"""Conversations as text: the chat template of a tokenizer, and the loss mask of its output: which parts have a loss.
 
     template = find_template("plain", tokenizer=...)
-    template.mark_assistant_text(messages, origin="file.jsonl line 7")
+    template.render_with_loss_mask(messages, origin="file.jsonl line 7")
 
 Templates are Jinja, rendered as in transformers. The text between `{% generation %}` and `{% endgeneration %}` is
 learned. A template without these tags is rendered for every turn of the assistant up to the turn and with it, and the
@@ -65,10 +65,10 @@ class Template:
         """The text that the assistant's next turn continues."""
         return self.render(messages, reply=True).replace(MARK, "")
 
-    def mark_assistant_text(
+    def render_with_loss_mask(
         self, messages: Sequence[Message], *, first: int = 0, tools: Any = None, origin: str
     ) -> Part:
-        """The conversation as a part, in which the assistant's turns from message number `first` on are learned.
+        """The conversation as a part, whose loss mask is 1 in the assistant's turns from message number `first` on.
 
         Raises UserError, with the rendered text, where nothing is learned.
         """

@@ -151,7 +151,7 @@ class HeldOutDataset:
             for document in part.documents[: count - len(questions)]:
                 begin = part.store.offsets[document]
                 tokens = part.store.tokens[begin : begin + part.store.cuts[document]].tolist()
-                weights = part.store.weights(begin, begin + len(tokens))
+                weights = part.store.loss_mask(begin, begin + len(tokens))
                 stop = int(np.flatnonzero(weights)[-1]) + 1
                 start = int(np.max(np.flatnonzero(weights[:stop] == 0), initial=-1)) + 1
                 questions.append(([int(part.store.openers[document, 0]), *tokens[:start]], tokens[start:stop]))

@@ -1,4 +1,4 @@
-"""Encodes the parts of documents: the tokens of each segment, and which of them are learned."""
+"""Encodes the parts of documents: the tokens of each segment, and its loss mask: which of them count in the loss."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -18,7 +18,7 @@ class EncodedSegment(NamedTuple):
 
     opener: int  # the input from which the first token is predicted
     tokens: Sequence[int]  # the targets
-    masked_spans: list[tuple[int, int]]  # (start, stop) in `tokens` without a loss
+    loss_mask_zeros: list[tuple[int, int]]  # (start, stop) in `tokens`: where the loss mask is 0; elsewhere it is 1
 
 
 def encode_parts(parts: Sequence[Part], tokenizer: Tokenizer) -> Iterator[EncodedSegment]:
@@ -34,27 +34,28 @@ def encode_parts(parts: Sequence[Part], tokenizer: Tokenizer) -> Iterator[Encode
         else:
             spans = [next(texts) for _ in part.spans]
             bounds = [0, *accumulate(map(len, spans))]
-            unlearned = [pair for pair in zip(bounds[:-1:2], bounds[1::2], strict=True) if pair[0] < pair[1]]
-            yield EncodedSegment(
-                tokenizer.bos, [*(token for span in spans for token in span), tokenizer.eos], unlearned
-            )
+            zeros = [pair for pair in zip(bounds[:-1:2], bounds[1::2], strict=True) if pair[0] < pair[1]]
+            yield EncodedSegment(tokenizer.bos, [*(token for span in spans for token in span), tokenizer.eos], zeros)
 
 
 def encode_conversation(part: Part, encoding: Any, tokenizer: Tokenizer) -> EncodedSegment:
-    """Encode a rendered conversation, opened by its first token. A token is learned if any of its characters is."""
+    """Encode a rendered conversation, opened by its first token.
+
+    The loss mask of a token is 1 if any of its characters is in a learned span.
+    """
     bounds = np.cumsum([0, *map(len, part.spans)])
     starts, stops = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-    learned = np.zeros(len(starts), bool)
+    loss_mask = np.zeros(len(starts), bool)
     for first, last in zip(bounds[1:-1:2], bounds[2::2], strict=True):
-        learned |= (starts < last) & (stops > first)
-    ends = np.flatnonzero(learned)
+        loss_mask |= (starts < last) & (stops > first)
+    ends = np.flatnonzero(loss_mask)
     if len(ends) and encoding.ids[ends[-1]] not in tokenizer.added_ids:
         raise UserError(
             f"data.template: the learned text ends with {encoding.tokens[ends[-1]]!r}, which is no special token, so "
             "the model would not learn to stop; write the tokenizer's end of a turn inside the generation tags of the "
             f"template. Rendered: {part.text[-400:]!r}"
         )
-    flips = np.flatnonzero(np.diff(learned[1:], prepend=True, append=True)).tolist()  # the opener is not a target
+    flips = np.flatnonzero(np.diff(loss_mask[1:], prepend=True, append=True)).tolist()  # the opener is not a target
     return EncodedSegment(encoding.ids[0], encoding.ids[1:], list(zip(flips[::2], flips[1::2], strict=True)))
 
 

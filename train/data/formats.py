@@ -41,7 +41,7 @@ class RowFields(NamedTuple):
                 "data.template: null, and the tokenizer has no chat template, but the data are conversations; set it "
                 "to a Jinja file, or to plain, which needs no special tokens"
             )
-        return self.template.mark_assistant_text(
+        return self.template.render_with_loss_mask(
             [check_message(message, origin=self.origin) for message in messages],
             first=first,
             tools=self.row.get("tools"),

@@ -21,7 +21,7 @@ MARKS = (MARK, RENDERED, SECOND, LABEL)
 class Part(NamedTuple):
     """A text that becomes one segment of a row."""
 
-    spans: tuple[str, ...]  # read, learned, read, learned, ...
+    spans: tuple[str, ...]  # read, learned, read, learned, ...: the loss mask is 0, 1, 0, 1, ...
     rendered: bool  # by a chat template
 
     @property

@@ -3,9 +3,9 @@
 The input of a document is `bos, token, token, ...`; its targets are the same tokens without `bos`, closed by `eos`. (A
 conversation has its own first token in place of `bos`, and ends as its template says.) So every token of every
 document, `eos` included, is a target exactly once, also where a row boundary cuts the document: the input of the second
-slice starts with the last token of the first. No token predicts the first token of the *next* document. All positions
-have weight 1, except padding, which has weight 0 and segment 0, and targets of prompts. The two texts of a pair are
-segments 1 and 2, or 3 and 4, ... of one row.
+slice starts with the last token of the first. No token predicts the first token of the *next* document. The field
+`loss_weights` is the loss mask of the documents: 1, and 0 for targets of prompts. Padding has weight 0 and segment 0.
+The two texts of a pair are segments 1 and 2, or 3 and 4, ... of one row.
 """
 
 from collections.abc import Iterable, Iterator
@@ -78,7 +78,7 @@ def build_row(store: TokenStore, table: RowTable, *, index: int, shape: RowShape
             result["tokens"][column + 1 : span.stop] = result["targets"][column : span.stop - 1]
             result["positions"][span] = np.arange(stop - start)
             result["segment_ids"][span] = segment
-            result["loss_weights"][span] = store.weights(begin, end)
+            result["loss_weights"][span] = store.loss_mask(begin, end)
             result["labels"][span] = store.labels[document]
             result["token_index"][span] = store.first_token + np.arange(begin, end)
             column = span.stop

@@ -4,7 +4,7 @@ tokens.npy      [tokens] uint16 or uint32: every token that is a target
 offsets.npy     [documents + 1] int64: document i is tokens[offsets[i]:offsets[i + 1]]
 openers.npy     [documents, 2] int64: the input from which the first token of each of its segments is predicted
 cuts.npy        [documents] int64: tokens of its first segment; all tokens, where it is not a pair
-unlearned.npy   [2, ranges] int64: tokens[start:stop] without a loss, in order
+unlearned.npy   [2, ranges] int64: the zeros of the loss mask: tokens[start:stop] without a loss, in order
 labels.npy      [documents] float32: the label of the example, for its recipe
 identities.npy  [documents] uint64: a hash of the text, see `held_out_split.py`
 sizes.npy       [documents] int64: bytes of the learned text in UTF-8
@@ -59,13 +59,13 @@ class TokenStore:
         documents = np.searchsorted(self.offsets, start, side="right") - 1
         return self.lengths - np.bincount(documents, stop - start, minlength=len(self)).astype(np.int64)
 
-    def weights(self, begin: int, end: int) -> np.ndarray:
-        """[end - begin] float32: 1 for each of tokens[begin:end] that is learned, else 0."""
-        weights = np.ones(end - begin, np.float32)
+    def loss_mask(self, begin: int, end: int) -> np.ndarray:
+        """[end - begin] float32: 1 for each of tokens[begin:end] that counts in the loss, else 0."""
+        loss_mask = np.ones(end - begin, np.float32)
         starts, stops = self.unlearned
         for index in range(np.searchsorted(stops, begin, side="right"), np.searchsorted(starts, end)):
-            weights[max(starts[index] - begin, 0) : stops[index] - begin] = 0
-        return weights
+            loss_mask[max(starts[index] - begin, 0) : stops[index] - begin] = 0
+        return loss_mask
 
 
 def tokenize(documents: Documents, tokenizer: Tokenizer, *, cache: Path) -> TokenStore:
@@ -93,7 +93,7 @@ def write_store(documents: Documents, tokenizer: Tokenizer, *, directory: Path) 
                 parts = [next(segments) for _ in example.parts]
                 for part in parts:
                     file.write(np.array(part.tokens, dtype).tobytes())
-                    unlearned += [(total + start, total + stop) for start, stop in part.masked_spans]
+                    unlearned += [(total + start, total + stop) for start, stop in part.loss_mask_zeros]
                     total += len(part.tokens)
                 lengths.append(sum(len(part.tokens) for part in parts))
                 row = {

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from ...configs.errors import MeshwrightError
+from ...parallel.compiler_options import compiler_options
 from ...parallel.pipeline.tables.costs import Costs
 from ...parallel.pipeline.tables.lowering import LoweredTable, lower_table
 from ...parallel.pipeline.tables.table import Op
@@ -66,7 +67,9 @@ def measure_costs(program: Program, params: Any, frozen: Any, batch: Any) -> Cos
     def compile_program(rows: dict[str, np.ndarray]) -> Callable[[dict[str, np.ndarray]], Any]:
         with jax.set_mesh(program.mesh):
             lowered_engine = engine.lower(params, frozen, batch, rows)
-            return partial(compile_cache.compile_cached(lowered_engine, program.mesh), params, frozen, batch)
+            options = compiler_options(program.config.mesh, program.mesh)
+            compiled = compile_cache.compile_cached(lowered_engine, program.mesh, options=options)
+            return partial(compiled, params, frozen, batch)
 
     run, run_long = compile_program(idle), compile_program(long_idle)
     base = median_seconds(run, idle)  # a step without any op: gathering, reducing, and TICKS ticks

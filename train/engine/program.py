@@ -26,9 +26,11 @@ from ...configs.errors import UserError
 from ...configs.names import ADAPTER_IDS_FIELD, BATCH_FIELDS, RECIPE_FIELDS, TEACHER_TOP_K_FIELDS
 from ...configs.run import RunConfig
 from ...configs.sections.model import ModelConfig
+from ...configs.sections.parallel import PrecisionConfig
 from ...models.quantized_model import dequantize_tree, quantize_trained
+from ...parallel.compiler_options import compiler_options
 from ...parallel.gradients import Engine
-from ...parallel.hlo import refuse_permute_under_conditional
+from ...parallel.hlo.collectives import refuse_permute_under_conditional
 from ...parallel.layout import reorder_layers, run_shapes
 from ...parallel.outer.traffic import Traffic, all_gather_bytes, outer_traffic, routing_traffic
 from ...parallel.prng import step_key
@@ -36,9 +38,11 @@ from ...parallel.sharding import batch_shardings, optimizer_shardings, weight_sh
 from ...parallel.state import TrainState, combine
 from ..objectives.distillation import init_weights, teacher_of, without_teacher
 from ..objectives.registry import batch_fields
-from ..optim import optimizers, qat
+from ..optim import qat
+from ..optim.gradient_clipping import no_clipping
+from ..optim.learning_rate_schedule import learning_rate_schedule
 from ..optim.optimizer_factory import optimizer_factory
-from ..optim.optimizer_update import post_validated, skip_if_unhealthy
+from ..optim.optimizer_update import post_validated, skip_nonfinite_or_spiking
 from ..optim.sparse_finetuning import mask_is_final
 from . import compile_cache
 from .fisher import two_phase_engine
@@ -248,9 +252,11 @@ class Program:
 
     def _compile(self, function: Callable, *arguments: Any, **options: Any) -> jax.stages.Compiled:
         """Compile `function` for `arguments` and a batch. Raises MeshwrightError for a pipeline that would deadlock."""
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), jax.default_matmul_precision(matmul_precision(self.config.precision, self.mesh)):
             lowered = jax.jit(function, **options).lower(*arguments, self.batch_shapes)
-            compiled = compile_cache.compile_cached(lowered, self.mesh)
+            compiled = compile_cache.compile_cached(
+                lowered, self.mesh, options=compiler_options(self.config.mesh, self.mesh)
+            )
         if self.pipeline_plan is not None:
             refuse_permute_under_conditional(compiled.as_text(), self.mesh)
         return compiled
@@ -352,9 +358,9 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
         order, engines = plan.order, pipelined_engines(config, mesh, graph, plan)
     make_optimizer = optimizer_factory(config, order=order)
     optimizer = make_optimizer()
-    update = skip_if_unhealthy(optimizer)
+    update = skip_nonfinite_or_spiking(optimizer)
     if plan is not None and config.pipeline.post_validation:
-        update = post_validated(optimizer, make_optimizer(clip=optimizers.no_clipping), clip=config.optimizer.clip)
+        update = post_validated(optimizer, make_optimizer(clip=no_clipping), clip=config.optimizer.clip)
     if config.privacy is not None:
         update = add_noise(update, config.privacy, rows=config.data.global_batch)
     gradient_engine = qat.with_dequantized_weights(engines.train, config)
@@ -364,7 +370,7 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
         train_engine, extra_inputs = two_phase_engine(is_final, engines.squared_gradients, gradient_engine)
     if plan is not None and config.outer is not None and config.outer.routing:
         extra_inputs = routing_inputs(config.seed, plan.table, replicas=config.mesh.replica)
-    schedule = optimizers.learning_rate_schedule(config.optimizer, steps=config.steps)
+    schedule = learning_rate_schedule(config.optimizer, steps=config.steps)
     apply_update, row_ids = make_update(update, schedule=schedule, spike=config.logging.spike), None
     if (adapters := make_multi_adapter(config)) is not None:
         optimizer, row_ids = adapters.optimizer(optimizer), adapters.row_ids
@@ -380,6 +386,11 @@ def build(config: RunConfig, mesh: Mesh, *, replica_count: int | None = None) ->
         step, evaluate = replicas.step(step), replicas.evaluate(evaluate)
         measures = {name: replicas.evaluate(measure) for name, measure in measures.items()}
     return Program(config, mesh, graph, optimizer, gradient_engine, step, evaluate, measures, plan, replicas)
+
+
+def matmul_precision(precision: PrecisionConfig, mesh: Mesh) -> str | None:
+    """JAX's name for the precision of products. TPUs and GPUs round float32 inputs to fewer bits unless told not to."""
+    return "highest" if precision.compute == "float32" and mesh.devices.flat[0].platform != "cpu" else None
 
 
 def uses_dropout(config: RunConfig) -> bool:

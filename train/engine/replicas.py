@@ -25,7 +25,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ...configs.run import RunConfig
 from ...configs.sections.model import ModelConfig
+from ...configs.sections.parallel import MeshConfig
 from ...parallel import layout
+from ...parallel.compiler_options import compiler_options
 from ...parallel.gradients import Batch
 from ...parallel.outer import registry
 from ...parallel.outer.exchange import REPLICA_AXIS, WireNames, make_exchange
@@ -49,6 +51,7 @@ class Replicas:
     mesh: Mesh
     matching_seed: int  # random pairs of replicas follow from it
     outer_on_host: bool  # whether the outer state stays in host memory between outer steps
+    mesh_config: MeshConfig
 
     def initial(self, state: TrainState) -> TrainState:
         """Return the first state of all replicas, which start from the same parameters."""
@@ -162,7 +165,9 @@ class Replicas:
 
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(run, out_shardings=out_shardings, donate_argnums=(0, 1))
-            return compile_cache.compile_cached(jitted.lower(*arguments, row), self.mesh)
+            return compile_cache.compile_cached(
+                jitted.lower(*arguments, row), self.mesh, options=compiler_options(self.mesh_config, self.mesh)
+            )
 
 
 def make_replicas(
@@ -182,7 +187,7 @@ def make_replicas(
     outer = registry.build_outer_optimizer(
         config.outer, model=config.model, exchange_factory=exchange_factory, replicas=count, order=order
     )
-    return Replicas(count, outer, mesh, config.seed, config.outer.memory == "host")
+    return Replicas(count, outer, mesh, config.seed, config.outer.memory == "host", config.mesh)
 
 
 def shard_over_replicas(shardings: Any) -> Any:

@@ -13,8 +13,8 @@ import optax
 
 from ...parallel.gradients import Batch, Engine, Sums
 from ...parallel.state import TrainState
+from ..optim.optimizer_chain import mean_gradient_norm
 from ..optim.optimizer_update import Update
-from ..optim.optimizers import mean_gradient_norm
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch, first_row=0) -> (state, metrics)
 ApplyUpdate = Callable[[Sums, TrainState], tuple[TrainState, dict[str, jax.Array]]]  # -> (state, metrics)
@@ -42,7 +42,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch, first_row: Any = 0) -> tuple[TrainState, dict[str, jax.Array]]:
         rows = jnp.arange(batch["tokens"].shape[0]) if row_ids is None else row_ids()
-        keys = row_keys(state, rows=first_row + rows) if dropout else None
+        keys = dropout_row_keys(state, rows=first_row + rows) if dropout else None
         return apply_update(engine(state.params, state.frozen, batch, keys, **extra_inputs(state)), state)
 
     return step
@@ -77,7 +77,7 @@ def make_update(update: Update, *, schedule: optax.Schedule, spike: float | None
     return apply_update
 
 
-def row_keys(state: TrainState, *, rows: jax.Array) -> jax.Array:
+def dropout_row_keys(state: TrainState, *, rows: jax.Array) -> jax.Array:
     """Return one key for each row id, so what a row draws depends on no mesh, microbatch or process count."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)

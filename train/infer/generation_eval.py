@@ -59,9 +59,9 @@ def end_of_turn(template: Template, tokenizer: Tokenizer) -> int:
     """The id of the token that ends an assistant's message."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (encoding,) = encode_parts(
-        [template.mark_assistant_text(messages, origin="a conversation of two words")], tokenizer
+        [template.render_with_loss_mask(messages, origin="a conversation of two words")], tokenizer
     )
-    masked = {index for start, stop in encoding.masked_spans for index in range(start, stop)}
+    masked = {index for start, stop in encoding.loss_mask_zeros for index in range(start, stop)}
     return encoding.tokens[max(set(range(len(encoding.tokens))) - masked)]
 
 

@@ -13,9 +13,10 @@ from ...configs.huggingface import to_config_json
 from ...configs.loader import validate_tree
 from ...configs.run import RunConfig
 from ...configs.sections.model import ModelConfig
-from ...models.adapters.attach import merge_adapters, split_trained
+from ...models.adapters.attach import split_trained
+from ...models.adapters.merge import merge_adapters
+from ...models.families.huggingface_names import SEQUENCE_CLASSIFIERS
 from ...models.families.safetensors_files import COMPANIONS, copy_companions
-from ...models.families.weight_names import SEQUENCE_CLASSIFIERS
 from ...parallel.mesh import make_mesh
 from ...parallel.state import combine
 from ..core.process_env import ProcessInfo

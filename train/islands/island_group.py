@@ -47,7 +47,7 @@ class RoundResult:
     seconds: float = 0.0
 
 
-class RoundForgotten(Exception):
+class RoundExpired(Exception):
     """The rendezvous has dropped the decision about a round: it was long ago."""
 
     def __init__(self, peers: Sequence[Peer]) -> None:
@@ -95,7 +95,7 @@ class IslandGroup:
         """Publish like `publish_status`, and wait until the rendezvous has it, if it answers."""
         self.publish_status(**info)
         with suppress(OSError):
-            self._ask("ended", run=self._info["run"])
+            self._ask("list-finished", run=self._info["run"])
 
     def enter(self, *, step: int, version: str) -> tuple[bool, list[Peer]]:
         """Return (True, []) if this island starts with its own state, else (False, islands to bootstrap from).
@@ -138,7 +138,7 @@ class IslandGroup:
         """Return whether an island of the run, here or gone, has not finished; False if the rendezvous is silent."""
         try:
             with self._client() as client:
-                finished = client.ask("ended", run=self._info["run"])["names"]
+                finished = client.ask("list-finished", run=self._info["run"])["names"]
         except OSError:
             return False
         return len(finished) < self._islands.count
@@ -159,7 +159,7 @@ class IslandGroup:
 
     def _average(self, key: str, payload: bytes, update: int, history: str) -> RoundResult:
         decision = self._ask(
-            "present", before=lambda: self._server.publish(key, payload, ticket=self.ticket),
+            "list-participants", before=lambda: self._server.publish(key, payload, ticket=self.ticket),
             patience=self._islands.patience, key=key, update=update, staleness=self._islands.staleness,
             minimum=self._islands.minimum, history=history,
         )  # fmt: skip
@@ -199,7 +199,7 @@ class IslandGroup:
         """Return (islands whose payloads count, why the others do not). `have`: received payloads; None: no vote."""
         rules = self._islands
         decision = self._ask(
-            "voted", patience=rules.deadline, key=key, update=update, have=have, lost=failures,
+            "vote", patience=rules.deadline, key=key, update=update, have=have, lost=failures,
             members={name: peer.ticket for name, peer in members.items()}, policy=rules.on_failure,
             minimum=rules.minimum,
         )  # fmt: skip
@@ -207,7 +207,7 @@ class IslandGroup:
 
     def _pair(self, key: str, payload: bytes, update: int, seed: int) -> RoundResult:
         decision = self._ask(
-            "roster", before=lambda: self._server.publish(key, payload, ticket=self.ticket),
+            "list-partners", before=lambda: self._server.publish(key, payload, ticket=self.ticket),
             key=key, update=update, staleness=self._islands.staleness,
         )  # fmt: skip
         members = peers_from_json(decision["members"])
@@ -253,7 +253,7 @@ class IslandGroup:
         start = time.monotonic()
         try:
             result = do_round()
-        except RoundForgotten as error:
+        except RoundExpired as error:
             result = RoundResult("behind", failures={self.name: "it came long after"}, sources=error.peers)
         except (OSError, NotAMember) as error:
             result = RoundResult("skipped", failures={"rendezvous": str(error)})
@@ -270,10 +270,10 @@ class IslandGroup:
         """Return the answer of the rendezvous, which may wait `patience` seconds; `before` runs before each attempt.
 
         Raises OSError if there is no answer within `deadline` (once the rendezvous is silent, at once), UserError if
-        another job has the name of this island, RoundForgotten if the request is about a round of long ago.
+        another job has the name of this island, RoundExpired if the request is about a round of long ago.
         """
         end, expired = time.monotonic() + self._islands.deadline, False
-        waits = {"patience": patience} if do in ("present", "voted") else {}
+        waits = {"patience": patience} if do in ("list-participants", "vote") else {}
         while True:
             try:
                 if expired:
@@ -285,8 +285,8 @@ class IslandGroup:
                     before()
                     answer = client.ask(do, within=patience + ANSWER_SECONDS, **fields, **waits)
                     self._is_silent = False
-                    if "forgotten" in answer:
-                        raise RoundForgotten(list(peers_from_json(answer["forgotten"]).values()))
+                    if "round_expired" in answer:
+                        raise RoundExpired(list(peers_from_json(answer["round_expired"]).values()))
                     return answer
             except NotAMember:
                 if self._left.is_set():

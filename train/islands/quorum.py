@@ -1,14 +1,15 @@
 """Quorum: decisions that all islands of a run share, made by the rendezvous. JAX-free.
 
-    enter     at the start: start together, or bootstrap from islands that have started
-    present   a round of all islands: who takes part. Waits up to `patience` for live islands that are not far behind
-    voted     after the transfers: whose payloads count, namely those that every voter has
-    roster    a round in pairs: who is there. Waits for nobody
-    ended     which islands have made their last update
+    enter               at the start: start together, or bootstrap from islands that have started
+    list-participants   a round of all islands: who takes part. Waits up to `patience` for live islands that are not far
+                        behind
+    vote                after the transfers: whose payloads count, namely those that every voter has
+    list-partners       a round in pairs: who is there. Waits for nobody
+    list-finished       which islands have made their last update
 
-A decision is made once for a topic and never changes, so an island that comes late learns what the others did, and
-notices that it is behind. If the decision is so old that it was dropped, the island is told so, and who is there. As
-in torchft, islands with an older history than most are left out and bootstrap from the others. When islands start
+A decision is made once for a `DecisionKey` and never changes, so an island that comes late learns what the others did,
+and notices that it is behind. If the decision is so old that it was dropped, the island is told so, and who is there.
+As in torchft, islands with an older history than most are left out and bootstrap from the others. When islands start
 together, all earlier decisions, of this run or another, are dropped, so a rendezvous may outlive its runs.
 
 The decisions are pure functions of the requests and the live members; `QuorumService` stores them and blocks callers.
@@ -40,7 +41,7 @@ class LiveMember:
     address: str
 
 
-class Topic(NamedTuple):
+class DecisionKey(NamedTuple):
     """What a decision is about: a kind of decision and of round, after update number `update`."""
 
     name: str
@@ -48,7 +49,7 @@ class Topic(NamedTuple):
 
 
 @dataclass
-class Question:
+class PendingDecision:
     """The requests for one decision."""
 
     since: float  # time of the first request
@@ -57,11 +58,11 @@ class Question:
     waiting: int = 0  # number of calls that wait for the decision
 
 
-Decide = Callable[[Question, Mapping[str, LiveMember], float], Json | None]  # (question, live members, now)
+Decide = Callable[[PendingDecision, Mapping[str, LiveMember], float], Json | None]  # (pending, live members, now)
 
 
 def decide_start(
-    question: Question, alive: Mapping[str, LiveMember], *, count: int, gather: float, now: float
+    pending: PendingDecision, alive: Mapping[str, LiveMember], *, count: int, gather: float, now: float
 ) -> Json | None:
     """Decide which islands are sources: they start with their own state, and the others bootstrap. None: not yet.
 
@@ -70,8 +71,8 @@ def decide_start(
     """
     if active := sorted(name for name, member in alive.items() if member.active):
         return {"sources": active}
-    present = current_requests(question, alive)
-    if not present or (len(present) < count and now - question.since < gather):
+    present = current_requests(pending, alive)
+    if not present or (len(present) < count and now - pending.since < gather):
         return None
     first = min(present, key=lambda name: (-int(present[name]["step"]), name))
     same = [name for name, request in present.items() if request["version"] == present[first]["version"]]
@@ -79,13 +80,13 @@ def decide_start(
 
 
 def decide_participants(
-    question: Question, alive: Mapping[str, LiveMember], *, update: int, staleness: int, patience: float, minimum: int,
-    now: float,
+    pending: PendingDecision, alive: Mapping[str, LiveMember], *, update: int, staleness: int, patience: float,
+    minimum: int, now: float,
 ) -> Json | None:  # fmt: skip
     """Decide who takes part in a round after `update`: name -> [ticket, address]. None: not yet."""
-    present = current_requests(question, alive)
+    present = current_requests(pending, alive)
     awaited = [name for name in reachable(alive, update=update, staleness=staleness) if name not in present]
-    if awaited and now - question.since < patience:
+    if awaited and now - pending.since < patience:
         return None
     participants = most_common_history(present) if len(present) >= minimum else []
     history = present[participants[0]]["history"] if participants else None
@@ -103,7 +104,7 @@ def most_common_history(present: Mapping[str, Json]) -> list[str]:
 
 
 def decide_votes(
-    question: Question, members: Mapping[str, int], alive: Mapping[str, LiveMember], *, policy: str, minimum: int,
+    pending: PendingDecision, members: Mapping[str, int], alive: Mapping[str, LiveMember], *, policy: str, minimum: int,
     patience: float, now: float,
 ) -> Json | None:  # fmt: skip
     """Decide whose payloads count: those that every voter has; [] if they are too few. None: not yet.
@@ -113,19 +114,19 @@ def decide_votes(
     awaited = [
         name
         for name, ticket in members.items()
-        if name not in question.requests and is_same_member(name, {"ticket": ticket}, alive)
+        if name not in pending.requests and is_same_member(name, {"ticket": ticket}, alive)
     ]
-    if awaited and now - question.since < patience:
+    if awaited and now - pending.since < patience:
         return None
-    received = [set(request["have"]) for request in question.requests.values()]
+    received = [set(request["have"]) for request in pending.requests.values()]
     common = sorted(set.intersection(*received)) if received else []
-    reasons = {name: reason for request in question.requests.values() for name, reason in request["lost"].items()}
+    reasons = {name: reason for request in pending.requests.values() for name, reason in request["lost"].items()}
     failures = {name: reasons.get(name, "it did not vote") for name in sorted(members) if name not in common}
     enough = len(common) >= minimum and (policy == "average" or not failures)
     return {"count": common if enough else [], "lost": failures}
 
 
-def decide_roster(alive: Mapping[str, LiveMember], asking: str, *, update: int, staleness: int) -> Json:
+def decide_partners(alive: Mapping[str, LiveMember], asking: str, *, update: int, staleness: int) -> Json:
     """Return the islands to pair with after `update`, `asking` among them: name -> [ticket, address]."""
     partners = reachable(alive, update=update, staleness=staleness)
     return {"members": addresses(sorted(name for name in alive if name == asking or name in partners), alive)}
@@ -145,9 +146,9 @@ def addresses(names: list[str], alive: Mapping[str, LiveMember]) -> dict[str, li
     return {name: [alive[name].ticket, alive[name].address] for name in names}
 
 
-def current_requests(question: Question, alive: Mapping[str, LiveMember]) -> dict[str, Json]:
+def current_requests(pending: PendingDecision, alive: Mapping[str, LiveMember]) -> dict[str, Json]:
     """Return the requests of members that are still there."""
-    return {name: request for name, request in question.requests.items() if is_same_member(name, request, alive)}
+    return {name: request for name, request in pending.requests.items() if is_same_member(name, request, alive)}
 
 
 def is_same_member(name: str, request: Mapping[str, Any], alive: Mapping[str, LiveMember]) -> bool:
@@ -155,9 +156,9 @@ def is_same_member(name: str, request: Mapping[str, Any], alive: Mapping[str, Li
     return name in alive and alive[name].ticket == request["ticket"]
 
 
-def topic_of(do: str, request: Mapping[str, Any]) -> Topic:
-    """Return the topic of a request about a round."""
-    return Topic(f"{do} {kind(request['key'])}", int(request["update"]))
+def decision_key(do: str, request: Mapping[str, Any]) -> DecisionKey:
+    """Return the key of the decision that a request about a round asks for."""
+    return DecisionKey(f"{do} {kind(request['key'])}", int(request["update"]))
 
 
 class QuorumService:
@@ -166,16 +167,16 @@ class QuorumService:
     def __init__(self, store: MembershipStore, clock: Callable[[], float] = time.monotonic) -> None:
         self._store, self._clock = store, clock
         self._changed = threading.Condition()
-        self._questions: dict[Topic, Question] = {}
-        self._dropped: dict[str, int] = {}  # name of a topic -> its newest update whose decision was dropped
+        self._decisions: dict[DecisionKey, PendingDecision] = {}
+        self._dropped: dict[str, int] = {}  # name of a key -> its newest update whose decision was dropped
         self._finished: set[tuple[str, str]] = set()  # (run, name) of islands that made their last update
         self._started: set[tuple[str, int]] = set()  # (name, ticket) of islands that were told to start together
         self.operations: dict[str, Callable[[Mapping[str, Any]], Json]] = {
             "enter": self.enter,
-            "present": self.present,
-            "voted": self.vote,
-            "roster": self.roster,
-            "ended": self.list_finished,
+            "list-participants": self.list_participants,
+            "vote": self.vote,
+            "list-partners": self.list_partners,
+            "list-finished": self.list_finished,
         }
 
     def enter(self, request: Mapping[str, Any]) -> Json:
@@ -183,25 +184,25 @@ class QuorumService:
         content = {key: request[key] for key in ("ticket", "step", "version")}
         count, gather = int(request["count"]), float(request["gather"])
 
-        def decide(question: Question, alive: Mapping[str, LiveMember], now: float) -> Json | None:
+        def decide(pending: PendingDecision, alive: Mapping[str, LiveMember], now: float) -> Json | None:
             gone = sum(name not in alive for name in self._finished_of(request["run"]))
-            decision = decide_start(question, alive, count=count - gone, gather=gather, now=now)
+            decision = decide_start(pending, alive, count=count - gone, gather=gather, now=now)
             if decision and decision.get("together"):
                 self._started = {(name, alive[name].ticket) for name in decision["sources"]}
-                self._questions, self._dropped = {Topic("enter", 0): question}, {}
+                self._decisions, self._dropped = {DecisionKey("enter", 0): pending}, {}
             return decision
 
-        return self._decide(Topic("enter", 0), request, content, decide, remember=False)
+        return self._decide(DecisionKey("enter", 0), request, content, decide, remember=False)
 
-    def present(self, request: Mapping[str, Any]) -> Json:
+    def list_participants(self, request: Mapping[str, Any]) -> Json:
         """See `decide_participants`."""
         rules = {
             "update": int(request["update"]), "staleness": int(request["staleness"]),
             "patience": float(request["patience"]), "minimum": int(request["minimum"]),
         }  # fmt: skip
         content = {"ticket": request["ticket"], "history": request["history"]}
-        decide = lambda question, alive, now: decide_participants(question, alive, **rules, now=now)
-        return self._decide(topic_of("present", request), request, content, decide)
+        decide = lambda pending, alive, now: decide_participants(pending, alive, **rules, now=now)
+        return self._decide(decision_key("list-participants", request), request, content, decide)
 
     def vote(self, request: Mapping[str, Any]) -> Json:
         """See `decide_votes`. With `have` null the island has no vote: it comes late."""
@@ -211,14 +212,14 @@ class QuorumService:
         content = None
         if request["have"] is not None:
             content = {"have": list(request["have"]), "lost": dict(request["lost"])}
-        decide = lambda question, alive, now: decide_votes(question, request["members"], alive, **rules, now=now)
-        return self._decide(topic_of("voted", request), request, content, decide)
+        decide = lambda pending, alive, now: decide_votes(pending, request["members"], alive, **rules, now=now)
+        return self._decide(decision_key("vote", request), request, content, decide)
 
-    def roster(self, request: Mapping[str, Any]) -> Json:
-        """See `decide_roster`."""
+    def list_partners(self, request: Mapping[str, Any]) -> Json:
+        """See `decide_partners`."""
         rules = {"update": int(request["update"]), "staleness": int(request["staleness"])}
-        decide = lambda question, alive, now: decide_roster(alive, request["name"], **rules)
-        return self._decide(topic_of("roster", request), request, {}, decide)
+        decide = lambda pending, alive, now: decide_partners(alive, request["name"], **rules)
+        return self._decide(decision_key("list-partners", request), request, {}, decide)
 
     def list_finished(self, request: Mapping[str, Any]) -> Json:
         """Return the names of the islands of a run that have finished, those that have left since included."""
@@ -230,45 +231,46 @@ class QuorumService:
         return sorted(name for finished_run, name in self._finished if finished_run == run)
 
     def _decide(
-        self, topic: Topic, request: Mapping[str, Any], content: Json | None, decide: Decide, *, remember: bool = True
-    ) -> Json:
-        """Add `content` to the question of `topic`, wait for its decision, and return that.
+        self, key: DecisionKey, request: Mapping[str, Any], content: Json | None, decide: Decide, *,
+        remember: bool = True,
+    ) -> Json:  # fmt: skip
+        """Add `content` to the requests for the decision of `key`, wait for that, and return it.
 
-        Without `remember` a request after the decision starts a new question. Raises NotAMember if the caller is not a
+        Without `remember` a request after the decision starts a new one. Raises NotAMember if the caller is not a
         member, or stops being one while it waits.
         """
         name, ticket = request["name"], int(request["ticket"])
         with self._changed:
             require_member(self._store.membership, name, ticket)
-            question = self._questions.get(topic)
-            if question is None and remember and topic.update <= self._dropped.get(topic.name, -1):
-                return {"forgotten": self._active_except(name)}
-            if question is None or (question.decision is not None and not remember):
-                question = self._questions[topic] = Question(self._clock())
+            pending = self._decisions.get(key)
+            if pending is None and remember and key.update <= self._dropped.get(key.name, -1):
+                return {"round_expired": self._active_except(name)}
+            if pending is None or (pending.decision is not None and not remember):
+                pending = self._decisions[key] = PendingDecision(self._clock())
                 self._drop_oldest()
-            if question.decision is None and content is not None:
-                question.requests[name] = content
+            if pending.decision is None and content is not None:
+                pending.requests[name] = content
                 self._changed.notify_all()
-            question.waiting += 1
+            pending.waiting += 1
             try:
-                while question.decision is None:
+                while pending.decision is None:
                     require_member(self._store.membership, name, ticket)
-                    question.decision = decide(question, self._live_members(), self._clock())
-                    if question.decision is None:
+                    pending.decision = decide(pending, self._live_members(), self._clock())
+                    if pending.decision is None:
                         self._changed.wait(POLL_SECONDS)
             finally:
-                question.waiting -= 1
-                if question.decision is None and not question.waiting and self._questions.get(topic) is question:
-                    del self._questions[topic]  # all callers have gone: the time of the next one starts anew
+                pending.waiting -= 1
+                if pending.decision is None and not pending.waiting and self._decisions.get(key) is pending:
+                    del self._decisions[key]  # all callers have gone: the time of the next one starts anew
             self._changed.notify_all()
-            return question.decision
+            return pending.decision
 
     def _drop_oldest(self) -> None:
         """Drop the oldest decisions, and note which, so that they are not made again differently."""
-        decided = [topic for topic, question in self._questions.items() if question.decision is not None]
-        for topic in decided[:-MAX_DECISIONS]:
-            self._dropped[topic.name] = max(topic.update, self._dropped.get(topic.name, -1))
-            del self._questions[topic]
+        decided = [key for key, pending in self._decisions.items() if pending.decision is not None]
+        for key in decided[:-MAX_DECISIONS]:
+            self._dropped[key.name] = max(key.update, self._dropped.get(key.name, -1))
+            del self._decisions[key]
 
     def _active_except(self, asking: str) -> dict[str, list[Any]]:
         alive = self._live_members()

@@ -8,13 +8,12 @@ same agent, on the same machine, in seconds. Where the supervisor is gone the ag
 
     supervisor -> agent     {"do": "start", "epoch", "command", "environment", "directory", "quiet"}
                             {"do": "stop"}   {"do": "kill"}   {"do": "probe", "session", "rendezvous", "processes"}
-                            {"do": "keep", "run", "rendezvous", "settings"}   {"do": "end"}
+                            {"do": "start-snapshot-agent", "run", "rendezvous", "settings"}   {"do": "end"}
                             {"beat": true}, in answer to the agent's
     agent -> supervisor     {"hello": NUMBER or null, "host"}   {"beat": true}   {"exit": CODE, "epoch"}
-                            {"killed": EPOCH}   {"keeper": CODE}
+                            {"killed": EPOCH}   {"snapshot_agent_exit": CODE}
 
-One agent of each host also starts the host's snapshot agent ("keep", "keeper"), which outlives trainers and ends with
-the agent.
+One agent of each host also starts the host's snapshot agent, which outlives trainers and ends with the agent.
 
 NUMBER is the slot; without it, that of the scheduler's environment, else whichever is free. Nothing here is
 authenticated, as nothing in JAX's own coordination is: it belongs on a network that is trusted.
@@ -111,7 +110,7 @@ class Agent:
             code = self._snapshot_agent.poll() if self._snapshot_agent is not None else None
             if code is not None and not self._snapshot_agent_reported:
                 self._snapshot_agent_reported = True
-                connection.sendall(encode_message({"keeper": code}))
+                connection.sendall(encode_message({"snapshot_agent_exit": code}))
             if self.preempted and self._exit_reported:
                 return
             if time.monotonic() - last_sent > HEARTBEAT_SECONDS:
@@ -130,7 +129,7 @@ class Agent:
             case "probe":
                 arguments = {name: message[name] for name in ("session", "rendezvous", "number", "processes")}
                 threading.Thread(target=network_probe.measure_links, kwargs=arguments, daemon=True).start()
-            case "keep" if not self.preempted:
+            case "start-snapshot-agent" if not self.preempted:
                 self._start_snapshot_agent(message, connection)
             case "end":
                 self._kill_trainer()

@@ -75,9 +75,9 @@ class AgentServer:
 
     @property
     def connected_slots(self) -> set[int]:
-        """Slots whose agent answers."""
+        """Slots whose agent answers. A slot whose agent hung up, or has been silent for AGENT_TIMEOUT, is lost."""
         with self._changed:
-            return {slot for slot, connection in self._connections.items() if self._is_alive(connection)}
+            return {slot for slot, connection in self._connections.items() if self._has_recent_heartbeat(connection)}
 
     def host(self, slot: int) -> str:
         """The machine of the slot's agent, which may be lost; "?" where there never was one."""
@@ -90,7 +90,7 @@ class AgentServer:
             return
         if message["do"] == "start":
             connection.trainer_killed, connection.epoch = False, int(message["epoch"])
-        if message["do"] == "keep":
+        if message["do"] == "start-snapshot-agent":
             connection.has_snapshot_agent, connection.snapshot_agent_code = True, None
         connection.send(message)
 
@@ -127,11 +127,13 @@ class AgentServer:
         if slot in self._connections:
             self._connections[slot].close()
 
-    def _is_alive(self, connection: AgentConnection) -> bool:
+    def _has_recent_heartbeat(self, connection: AgentConnection) -> bool:
+        """Whether the agent at the other end answers; else it is lost, and its machine with it."""
         return connection.open and self._clock() - connection.last_seen < AGENT_TIMEOUT
 
     def _missing(self, slots: Collection[int]) -> set[int]:
-        return {s for s in slots if s not in self._connections or not self._is_alive(self._connections[s])}
+        """Slots of `slots` that have no agent: none has connected yet, or the last one is lost."""
+        return set(slots) - self.connected_slots
 
     def _not_killed(self, slots: Collection[int]) -> set[int]:
         return {s for s in set(slots) - self._missing(slots) if not self._connections[s].trainer_killed}
@@ -177,8 +179,8 @@ class AgentServer:
             connection.last_seen = self._clock()
             if "exit" in message:
                 connection.exit_codes[int(message["epoch"])] = int(message["exit"])
-            if "keeper" in message:
-                connection.snapshot_agent_code = int(message["keeper"])
+            if "snapshot_agent_exit" in message:
+                connection.snapshot_agent_code = int(message["snapshot_agent_exit"])
             connection.trainer_killed = connection.trainer_killed or "killed" in message
             self._changed.notify_all()
 

@@ -22,7 +22,7 @@ from ..core.rendezvous import Client, NotAMember
 POLL_SECONDS = 0.02  # between two looks at this host's snapshots
 IDLE_SECONDS = 0.5  # between two heartbeats, and two looks at the others, where nothing is new
 NO_EXPIRY = 1e9  # seconds to live: whoever started a snapshot agent sees whether it lives
-PREFIX = "keeper/"  # of a snapshot agent's name in the membership store
+PREFIX = "snapshot-agent/"  # of a snapshot agent's name in the membership store
 
 
 def read_statuses(members: Mapping[str, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
@@ -45,13 +45,13 @@ class StatusPublisher:
         with Client(self._rendezvous, f"{PREFIX}{self._agent.host}", ttl=NO_EXPIRY) as client:
             while not self.replaced.wait(POLL_SECONDS):
                 try:
-                    heads, now = self._agent.slot_heads(), time.monotonic()
-                    if heads == published and now - published_at < IDLE_SECONDS and not self._agent.has_unprotected:
+                    preambles, now = self._agent.slot_preambles(), time.monotonic()
+                    if preambles == published and now - published_at < IDLE_SECONDS and not self._agent.has_unprotected:
                         continue
-                    if heads != published:
+                    if preambles != published:
                         info = self._agent.status()
                     self._publish(client, info)
-                    published, published_at = heads, now
+                    published, published_at = preambles, now
                 except NotAMember:
                     self.replaced.set()
                 except OSError:
@@ -59,7 +59,7 @@ class StatusPublisher:
 
     def _publish(self, client: Client, info: Mapping[str, Any]) -> None:
         self._beats += 1
-        status = {"address": self._address, "beats": self._beats, "trouble": self._agent.last_error, **info}
+        status = {"address": self._address, "beats": self._beats, "last_error": self._agent.last_error, **info}
         statuses = read_statuses((client.heartbeat if client.ticket >= 0 else client.join)(status)["members"])
         if snapshots_of(statuses) != snapshots_of(self.statuses):
             self.statuses = statuses
@@ -68,7 +68,7 @@ class StatusPublisher:
 
 def snapshots_of(statuses: Mapping[int, Mapping[str, Any]]) -> list[Any]:
     """Of each host what the others act on: its address, its snapshots and its parity."""
-    return [(host, info["address"], info["held"], info["shares"]) for host, info in sorted(statuses.items())]
+    return [(host, info["address"], info["snapshots"], info["parity"]) for host, info in sorted(statuses.items())]
 
 
 def main() -> None:
@@ -82,9 +82,9 @@ def main() -> None:
     agent = SnapshotAgent(
         directory,
         host=settings["host"],
-        launch_slots=settings["places"],
+        launch_slots=settings["launch_slots"],
         groups=settings["groups"],
-        losses=settings["losses"],
+        max_lost_hosts=settings["max_lost_hosts"],
     )
     with RequestServer(agent.answer, settings["name"], bind=settings["bind"]) as server:
         publisher = StatusPublisher(agent, rendezvous=settings["rendezvous"], address=server.address)

@@ -128,9 +128,9 @@ class RemoteSnapshotAgents(SnapshotAgentLauncher):
                     f"on {' and '.join(names)}; set it to {plan.processes}, each process a host of its own"
                 )
             machines[host] = names[0]
-        for group in plan.groups if plan.losses and not self._warned else ():
+        for group in plan.groups if plan.max_lost_hosts and not self._warned else ():
             machine, count = Counter(machines[host] for host in group).most_common(1)[0]
-            if count > plan.losses:
+            if count > plan.max_lost_hosts:
                 self._warned = True
                 logger.warning(
                     "hosts %s of one parity group are all on %s: with it more is lost than checkpoint.parity bears",
@@ -144,7 +144,7 @@ class RemoteSnapshotAgents(SnapshotAgentLauncher):
         if not connected:
             return False
         self._starters[host] = connected[0]
-        message = {"do": "keep", "run": str(self._run), "rendezvous": self._rendezvous}
+        message = {"do": "start-snapshot-agent", "run": str(self._run), "rendezvous": self._rendezvous}
         self._agent_server.send(connected[0], {**message, "settings": agent_settings(host, plan)})
         return True
 
@@ -155,4 +155,9 @@ class RemoteSnapshotAgents(SnapshotAgentLauncher):
 
 def agent_settings(host: int, plan: ParityPlan) -> dict[str, Any]:
     """Settings of a host's snapshot agent, wherever it runs."""
-    return {"host": host, "places": plan.slots_of(host), "groups": plan.groups, "losses": plan.losses}
+    return {
+        "host": host,
+        "launch_slots": plan.slots_of(host),
+        "groups": plan.groups,
+        "max_lost_hosts": plan.max_lost_hosts,
+    }

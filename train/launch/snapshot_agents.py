@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint.redundancy.agent_files import Recovery
-from ...checkpoint.redundancy.host_snapshot import holding_from_json
-from ...checkpoint.redundancy.parity_groups import Holding, choose_recovery
+from ...checkpoint.redundancy.host_snapshot import held_snapshots_from_json
+from ...checkpoint.redundancy.parity_groups import HeldSnapshots, choose_recovery
 from ...checkpoint.redundancy.parity_plan import ParityPlan
 from ...configs.errors import MeshwrightError, UserError
 from ...parallel.transport.checked_stream import RequestClient, RequestRefused
@@ -127,7 +127,7 @@ class SnapshotAgents:
             client.close()
         self._snapshot_plan = plan
         fields = {"hosts": plan.hosts, "processes": plan.processes, "slots": plan.slots, "groups": plan.groups}
-        self._record("recovery", **asdict(recovery), losses=plan.losses, **fields)
+        self._record("recovery", **asdict(recovery), losses=plan.max_lost_hosts, **fields)
         return plan
 
     def _connect(self) -> dict[int, RequestClient]:
@@ -179,28 +179,28 @@ def recover_snapshots(
             replies = {host: reply_of(future) for host, future in futures.items()}
             return {host: reply for host, reply in replies.items() if reply is not None}
 
-        reached = request_all({"do": "form"}, made_under)
+        reached = request_all({"do": "configure"}, made_under)
         if silent := sorted(clients.keys() - reached.keys()):
             logger.warning("the snapshot agents of hosts %s do not answer: their snapshots are taken as lost", silent)
         clients = {host: clients[host] for host in reached}
         if snapshot_plan is not None:
-            request_all({"do": "sweep"}, made_under)
-        checked = request_all({"do": "check"}, made_under, timeout=WORK_TIMEOUT)
-        statuses = {host: {**reply["info"], "address": clients[host].address} for host, reply in checked.items()}
+            request_all({"do": "delete-other-slots"}, made_under)
+        checked = request_all({"do": "verify-slots"}, made_under, timeout=WORK_TIMEOUT)
+        statuses = {host: {**reply["status"], "address": clients[host].address} for host, reply in checked.items()}
         if made_under.slots == plan.slots:
             recovery = rebuild_newest(clients, statuses, plan, threads)
         else:
             recovery = Recovery(-1, (), explain_moved(statuses, made_under, plan))
-            request_all({"do": "form"}, plan)
+            request_all({"do": "configure"}, plan)
         damaged = tuple(reason for reply in checked.values() for reason in reply["damaged"])
         recovery = replace(recovery, damaged=damaged, seconds=time.monotonic() - began)
-        request_all({"do": "settle", "word": asdict(recovery)}, plan)
+        request_all({"do": "write-status", "recovery": asdict(recovery)}, plan)
     return recovery
 
 
 def explain_moved(statuses: Statuses, before: ParityPlan, plan: ParityPlan) -> str:
     """Why nothing is rebuilt where an epoch is in other slots than the one before; empty where there is nothing."""
-    steps = [int(step) for status in statuses.values() for step in status["held"]]
+    steps = [int(step) for status in statuses.values() for step in status["snapshots"]]
     if not steps:
         return ""
     return f"snapshots up to step {max(steps)} were taken in slots {list(before.slots)}; slots {list(plan.slots)} go on"
@@ -210,12 +210,12 @@ def rebuild_newest(
     clients: Mapping[int, RequestClient], statuses: Statuses, plan: ParityPlan, threads: ThreadPoolExecutor
 ) -> Recovery:
     """Choose the newest step that can be recovered and rebuild what it lacks; an older step where that fails."""
-    holdings = {host: holding_from_json(status) for host, status in statuses.items()}
-    infos = {str(host): status for host, status in statuses.items()}
+    held_by_host = {host: held_snapshots_from_json(status) for host, status in statuses.items()}
+    statuses_json = {str(host): status for host, status in statuses.items()}
     notes: list[str] = []
     while True:
-        recovery = choose_recovery(holdings, plan.groups, losses=plan.losses)
-        request = {"do": "rebuild", "step": recovery.step, "infos": infos}
+        recovery = choose_recovery(held_by_host, plan.groups, max_lost_hosts=plan.max_lost_hosts)
+        request = {"do": "rebuild-snapshot", "step": recovery.step, "statuses": statuses_json}
         rebuilding = {host: clients[host] for host in recovery.rebuilt if host in clients}
         futures = [threads.submit(client.request, request, timeout=WORK_TIMEOUT) for client in rebuilding.values()]
         failures = [str(error) for future in futures if (error := future.exception()) is not None]
@@ -223,7 +223,7 @@ def rebuild_newest(
         if not failures:
             return replace(recovery, note="; ".join([*notes, *([recovery.note] if recovery.note else [])]))
         notes += [f"step {recovery.step}: {failure}" for failure in failures]
-        holdings = {host: drop_step(holding, recovery.step) for host, holding in holdings.items()}
+        held_by_host = {host: drop_step(held, recovery.step) for host, held in held_by_host.items()}
 
 
 def reply_of(future: Future) -> dict[str, Any] | None:
@@ -234,13 +234,13 @@ def reply_of(future: Future) -> dict[str, Any] | None:
         return None
 
 
-def drop_step(holding: Holding, step: int) -> Holding:
+def drop_step(held_snapshots: HeldSnapshots, step: int) -> HeldSnapshots:
     """What a host has besides `step`."""
 
     def without(by_step: Mapping[int, Any]) -> dict[int, Any]:
         return {other: value for other, value in by_step.items() if other != step}
 
-    return Holding(without(holding.snapshots), without(holding.parity))
+    return HeldSnapshots(without(held_snapshots.snapshots), without(held_snapshots.parity))
 
 
 @dataclass
@@ -254,7 +254,7 @@ class RecoveringEngine:
         """Recover, then start; without parity where too few hosts are left for it, which is logged."""
         self.engine.acquire(slots)
         plan = self.agents.recover(slots)
-        if self.agents.plan.losses and not plan.losses:
+        if self.agents.plan.max_lost_hosts and not plan.max_lost_hosts:
             reason = (
                 f"hosts {plan.active_hosts} of {plan.hosts} are too few for checkpoint.parity, until others are back"
             )

@@ -1,12 +1,12 @@
 """Throughput of a run: seconds per step, tokens per second, model FLOPs utilisation, and the time of the host.
 
 MFU = model FLOPs per second / peak of all devices (PaLM, arXiv:2204.02311, appendix B). The peak is that of
-`logging.peak_tflops`, or of the table for a few accelerators, or, on a CPU, whose simulated devices share its cores,
-measured.
+`logging.peak_tflops`, or of the hardware target (`configs/hardware/`), or, on a CPU, whose simulated devices share its
+cores, measured.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...configs.hardware_targets import find_target
 from ...configs.run import RunConfig
-
-# Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets.
-PEAKS = {"H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0}
 
 
 @dataclass
@@ -34,7 +32,7 @@ class Meter:
     def from_config(cls, config: RunConfig, plan: Mapping[str, Any]) -> "Meter":
         """Start the meter of a run with plan `plan`."""
         positions = config.data.global_batch * config.data.sequence_length
-        return cls(positions, plan["model_flops_per_token"], peak_flops(config))
+        return cls(positions, plan["model_flops_per_token"], peak_flops(config, plan["devices"]))
 
     @contextmanager
     def host(self) -> Iterator[None]:
@@ -61,16 +59,15 @@ class Meter:
         return values
 
 
-def peak_flops(config: RunConfig) -> float | None:
-    """FLOP/s of all devices together; None if unknown."""
-    devices = jax.devices()[: config.mesh.device_count or jax.device_count()]
+def peak_flops(config: RunConfig, devices: Sequence[Mapping[str, Any]]) -> float | None:
+    """FLOP/s of bfloat16 products of all `devices` of a plan together; None if unknown."""
     if config.logging.peak_tflops is not None:
         return config.logging.peak_tflops * 1e12 * len(devices)
-    if devices[0].platform == "cpu":
+    if devices[0]["platform"] == "cpu":
         # Processes that share the cores would disturb each other's measurement.
         return measure_matmul() if jax.process_count() == 1 else None
-    peaks = [peak for name, peak in PEAKS.items() if name in devices[0].device_kind]
-    return peaks[0] * 1e12 * len(devices) if peaks else None
+    target = find_target(devices[0]["kind"])
+    return None if target is None else target.peak_flops["bfloat16"] * len(devices)
 
 
 def measure_matmul(size: int = 1024, *, repeats: int = 5, dtype: str = "float32") -> float:

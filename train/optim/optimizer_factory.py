@@ -14,8 +14,8 @@ from ...configs.sections.adapter import SPARSE_METHODS
 from ...models.adapters.adapted_modules import find_adapted_modules
 from ...models.adapters.selection import update_scaler
 from ...parallel.layout import LayerOrder
-from . import optimizers
 from .adalora_schedule import AdaptedLayers, rank_allocator
+from .optimizer_chain import build_optimizer
 from .qat import quantization_aware, trains_codes
 from .sparse_finetuning import masked_optimizer
 
@@ -31,9 +31,7 @@ def optimizer_factory(config: RunConfig, *, order: LayerOrder) -> OptimizerFacto
     adapter = config.adapter
     scale = None if adapter is None else update_scaler(config.model, adapter, order=order)
     scale = scale_by_adapter(scale, learning_rate_ratios(config))
-    make = partial(
-        optimizers.build_optimizer, config.optimizer, steps=config.steps, spike=config.logging.spike, scale=scale
-    )
+    make = partial(build_optimizer, config.optimizer, steps=config.steps, spike=config.logging.spike, scale=scale)
     if adapter is not None and adapter.method == "adalora":
         present = adapted_layers(config, order)
         wrap = partial(rank_allocator, adapter=adapter, present=present, steps=config.steps)

@@ -2,16 +2,16 @@
 
     update(gradient, state, norm, healthy) -> UpdateResult(params, opt_state, metrics)
 
-`skip_if_unhealthy` waits for the global norm: clipping needs it, and so does the decision whether to apply the update
-at all (`healthy`). So no weight changes before the norms of all devices and all pipeline stages are known.
+`skip_nonfinite_or_spiking` waits for the global norm: clipping needs it, and so does the decision whether to apply the
+update at all (`healthy`). So no weight changes before the norms of all devices and all pipeline stages are known.
 
 `post_validated` does not wait. It makes the update as if nothing were clipped or skipped, while the norm is computed.
 Then the norm validates this optimistic update. If something had to be clipped or skipped, the update is dropped and
-made again from the old parameters, so the result is always that of `skip_if_unhealthy`. This works with any optimizer;
-its price is that the old state is kept until the update is validated. Source: "bypassing optimizer synchronizations" in
-Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 4. There a stage updates in place and reverts by arithmetic;
-it reads the norms of the stages before it in order to revert less often. Here a dropped update costs the same in any
-case, so no stage reads them.
+made again from the old parameters, so the result is always that of `skip_nonfinite_or_spiking`. This works with any
+optimizer; its price is that the old state is kept until the update is validated. Source: "bypassing optimizer
+synchronizations" in Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 4. There a stage updates in place and
+reverts by arithmetic; it reads the norms of the stages before it in order to revert less often. Here a dropped update
+costs the same in any case, so no stage reads them.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class UpdateResult(NamedTuple):
 Update = Callable[[Any, TrainState, jax.Array, jax.Array], UpdateResult]
 
 
-def skip_if_unhealthy(optimizer: optax.GradientTransformation) -> Update:
+def skip_nonfinite_or_spiking(optimizer: optax.GradientTransformation) -> Update:
     """The optimizer's update if `healthy`; else parameters and optimizer state do not change."""
 
     def update(gradient: Any, state: TrainState, norm: jax.Array, healthy: jax.Array) -> UpdateResult:
@@ -51,11 +51,11 @@ def skip_if_unhealthy(optimizer: optax.GradientTransformation) -> Update:
 def post_validated(
     optimizer: optax.GradientTransformation, optimistic: optax.GradientTransformation, *, clip: float | None
 ) -> Update:
-    """`skip_if_unhealthy(optimizer)` that starts before the norm is known, with `optimistic`: without clipping.
+    """`skip_nonfinite_or_spiking(optimizer)` that starts before the norm is known, with `optimistic`: without clipping.
 
     The metric `rolled_back` is 1 if the optimistic update was dropped.
     """
-    validated = skip_if_unhealthy(optimizer)
+    validated = skip_nonfinite_or_spiking(optimizer)
     limit = jnp.inf if clip is None else clip
 
     def update(gradient: Any, state: TrainState, norm: jax.Array, healthy: jax.Array) -> UpdateResult:

@@ -24,7 +24,7 @@ from ...configs.sections.parallel import MeshConfig, PipelineConfig
 from ...configs.sections.quantization import BITS, QuantizationConfig
 from ...memory.jaxpr_stats import host_bytes, matmul_flops
 from ...models.flops import flops_per_token
-from ...parallel.hlo import bytes_by_axes, collectives
+from ...parallel.hlo.collectives import bytes_by_axes, collectives
 from ...parallel.mesh import make_mesh
 from ...parallel.outer.traffic import traffic_summary
 from ...parallel.sharding import path_name
@@ -149,7 +149,7 @@ def single_device(program: Program) -> Program:
     mesh = MeshConfig(platform=program.config.mesh.platform)
     elastic = program.config.elastic.model_copy(update={"deterministic": False})
     config = program.config.model_copy(update={"mesh": mesh, "pipeline": PipelineConfig(), "elastic": elastic})
-    return build(config, make_mesh(config.mesh, devices=jax.local_devices()[:1]))
+    return build(config, make_mesh(config.mesh, devices=program.mesh.devices.flat[:1].tolist()))
 
 
 def render(plan: dict[str, Any]) -> RenderableType:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import jsonl
-from ..core.event_log import EVENTS, METRICS, read_events, read_metrics
+from ..core.event_log import EVENTS_FILE, METRICS, read_events, read_metrics
 from .html import write_report
 
 SUMS = ("tokens", "tokens_per_second", "sent_bytes", "predicted_sent_bytes", "bootstrap_bytes")
@@ -26,7 +26,7 @@ def merge_islands(directory: Path) -> dict[str, Any]:
     islands = {
         int(island.name.removeprefix("island-")): island
         for island in directory.glob("island-*")
-        if island.is_dir() and (island / EVENTS).exists()
+        if island.is_dir() and (island / EVENTS_FILE).exists()
     }
     if not islands:
         return {}
@@ -34,7 +34,7 @@ def merge_islands(directory: Path) -> dict[str, Any]:
     events = {number: read_events(island) for number, island in sorted(islands.items())}
     jsonl.replace_rows(directory / METRICS, merge_metrics(metrics))
     tagged = [{**event, "island": number} for number, rows in events.items() for event in rows]
-    jsonl.replace_rows(directory / EVENTS, sorted(tagged, key=lambda event: event["time"]))
+    jsonl.replace_rows(directory / EVENTS_FILE, sorted(tagged, key=lambda event: event["time"]))
     first = islands[min(islands)]
     for name in ("environment.json", "plan.json"):
         if (first / name).exists():

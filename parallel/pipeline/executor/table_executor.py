@@ -10,8 +10,8 @@ gathered once, before the first tick; gradients are added up where they are made
 after the last tick. What a tick reads of earlier ones is in the pools of `tables/lowering.py`, so memory does not grow
 with the number of microbatches.
 
-No collective-permute may be inside a loop that some devices skip. So no ring attention in a stage; `parallel/hlo.py`
-searches the compiled program for one that the partitioner made.
+No collective-permute may be inside a loop that some devices skip. So no ring attention in a stage;
+`parallel/hlo/collectives.py` searches the compiled program for one that the partitioner made.
 """
 
 from collections.abc import Callable

@@ -105,7 +105,7 @@ class VocabParallelEmbedHead:
 
     def after_tick(self, device: PipelineDevice, row: Row, carry: Carry) -> Carry:
         """End of a tick: run the exchanges that the table has for it."""
-        exchanges = [("broadcast", self.broadcast), ("combine", self.combine)]
+        exchanges = [("broadcast", self.broadcast), ("combine", self.add_loss_from_shards)]
         if device.lowered.trains:
             exchanges += [("head_gradient", self.reduce_head_gradient)] if self.table.algorithm == 1 else []
             exchanges += [("embed_gradient", self.broadcast_embed_gradient)]
@@ -119,7 +119,7 @@ class VocabParallelEmbedHead:
         is_source = (row["op"] == Op.F) & (row["last"] == 1)
         return self.store(carry, microbatch, hidden=jax.lax.psum(jnp.where(is_source, carry.output, 0), "pipe"))
 
-    def combine(self, device: PipelineDevice, row: Row, carry: Carry) -> Carry:
+    def add_loss_from_shards(self, device: PipelineDevice, row: Row, carry: Carry) -> Carry:
         """C1: log-probabilities and the recipe's loss; with Algorithm 2 also the gradient of the head's input."""
         microbatch = row["exchange_combine"]
         maximum, total, target = (self.load(carry, name, microbatch) for name in ("maximum", "total", "target"))
@@ -268,7 +268,7 @@ class VocabParallelEmbedHead:
         return carry._replace(head_state=carry.head_state | {"embed_gradient": d_rows})
 
     def evaluate(self, device: PipelineDevice, row: Row, carry: Carry) -> Carry:
-        """Nothing: `combine` adds the loss."""
+        """Nothing: `add_loss_from_shards` adds the loss."""
         del device, row
         return carry
 

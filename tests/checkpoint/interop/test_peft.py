@@ -13,6 +13,7 @@ from meshwright.checkpoint.interop import huggingface, peft
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.adapter import AdapterConfig
 from meshwright.models.adapters import attach, peft_prompt, peft_writer
+from meshwright.models.adapters.merge import merge_adapters
 from meshwright.models.context import Context, no_constraint
 from meshwright.models.decoder import decoder_graphdef
 from meshwright.parallel import vocabulary
@@ -91,7 +92,7 @@ def written(name, settings, directory):
 
 def plain(model, adapter, tree):
     """The weights with the adapter in them: what it computes, without computing."""
-    return jax.device_get(jax.jit(lambda tree: attach.merge_adapters(tree, model, adapter))(tree))
+    return jax.device_get(jax.jit(lambda tree: merge_adapters(tree, model, adapter))(tree))
 
 
 def assert_same(actual, expected):

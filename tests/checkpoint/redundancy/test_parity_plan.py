@@ -25,7 +25,7 @@ def test_slots_are_spread_over_hosts_in_order():
     assert [plan.host_of(slot) for slot in range(6)] == [0, 0, 0, 1, 1, 1] and plan.slots_of(1) == [3, 4, 5]
 
 
-REMAINING = {  # slots that remain of four hosts in two racks, changes, (groups, losses)
+REMAINING = {  # slots that remain of four hosts in two racks, changes, (groups, max_lost_hosts)
     "all": (range(4), {}, (((0, 2), (1, 3)), 1)),
     "one of each rack": ([0, 3], {}, (((0, 3),), 1)),
     "one rack": ([2, 3], {}, (((2, 3),), 1)),
@@ -41,12 +41,12 @@ def test_remaining_hosts_protect_each_other(slots, changes, expected):
     if settings["group"] == 3:
         settings["domains"] = []
     restricted = plan_of(hosts=4, processes=4, **settings).restrict_to(slots)
-    assert (restricted.groups, restricted.losses) == expected and restricted.slots == tuple(slots)
+    assert (restricted.groups, restricted.max_lost_hosts) == expected and restricted.slots == tuple(slots)
 
 
 def test_a_host_with_some_of_its_slots_takes_part():
     restricted = plan_of(hosts=2, processes=4, parity="xor").restrict_to([0, 1, 3])
-    assert restricted.active_hosts == [0, 1] and restricted.slots_of(1) == [3] and restricted.losses == 1
+    assert restricted.active_hosts == [0, 1] and restricted.slots_of(1) == [3] and restricted.max_lost_hosts == 1
 
 
 def test_a_number_of_processes_not_divisible_by_hosts_is_refused():
@@ -97,7 +97,7 @@ class FakeAgentServer:
         return self.machines[slot]
 
     def send(self, slot, message):
-        self.sent.append((slot, message["settings"]["places"]))
+        self.sent.append((slot, message["settings"]["launch_slots"]))
 
 
 def test_one_agent_of_a_host_starts_its_snapshot_agent(tmp_path):

@@ -19,10 +19,10 @@ def protected_steps(hosts):
     return {agent_files.read_protected(hosts.directory(host)).step for host in range(hosts.plan.hosts)}
 
 
-@pytest.mark.parametrize(("count", "losses"), [(2, 1), (3, 1), (4, 1), (4, 2), (5, 2)])
-def test_any_hosts_that_parity_tolerates_are_rebuilt_to_the_byte(tmp_path, count, losses):
-    for number, lost in enumerate(itertools.combinations(range(count), losses)):
-        with Hosts(tmp_path / str(number), hosts=count, losses=losses, per_host=2) as hosts:
+@pytest.mark.parametrize(("count", "max_lost_hosts"), [(2, 1), (3, 1), (4, 1), (4, 2), (5, 2)])
+def test_any_hosts_that_parity_tolerates_are_rebuilt_to_the_byte(tmp_path, count, max_lost_hosts):
+    for number, lost in enumerate(itertools.combinations(range(count), max_lost_hosts)):
+        with Hosts(tmp_path / str(number), hosts=count, max_lost_hosts=max_lost_hosts, per_host=2) as hosts:
             hosts.snapshot(1)
             hosts.protect()
             assert protected_steps(hosts) == {1}
@@ -40,7 +40,7 @@ def test_any_hosts_that_parity_tolerates_are_rebuilt_to_the_byte(tmp_path, count
 
 
 def test_one_lost_host_too_many_is_refused_with_the_reason(tmp_path):
-    with Hosts(tmp_path, hosts=4, losses=1) as hosts:
+    with Hosts(tmp_path, hosts=4, max_lost_hosts=1) as hosts:
         hosts.snapshot(1)
         hosts.protect()
         hosts.lose(0, 2)
@@ -53,7 +53,7 @@ def test_one_lost_host_too_many_is_refused_with_the_reason(tmp_path):
 
 
 def test_two_hosts_of_different_groups_are_rebuilt_but_not_two_of_one_group(tmp_path):
-    with Hosts(tmp_path, hosts=4, losses=1, groups=[[0, 2], [1, 3]]) as hosts:
+    with Hosts(tmp_path, hosts=4, max_lost_hosts=1, groups=[[0, 2], [1, 3]]) as hosts:
         hosts.snapshot(5)
         hosts.protect()
         hosts.lose(0, 1)
@@ -65,7 +65,7 @@ def test_two_hosts_of_different_groups_are_rebuilt_but_not_two_of_one_group(tmp_
 
 def test_the_newest_step_that_all_hosts_have_is_recovered_and_the_protected_step_is_kept(tmp_path):
     """Step 3 reached two hosts only when host 2 was lost: step 2 is rebuilt."""
-    with Hosts(tmp_path, hosts=3, losses=1) as hosts:
+    with Hosts(tmp_path, hosts=3, max_lost_hosts=1) as hosts:
         hosts.snapshot(1)
         hosts.protect()
         hosts.snapshot(2)
@@ -80,7 +80,7 @@ def test_the_newest_step_that_all_hosts_have_is_recovered_and_the_protected_step
 
 def test_remaining_hosts_protect_each_other_and_snapshots_of_removed_hosts_are_deleted(tmp_path):
     """Hosts 2 and 3 take no part after step 5; later their snapshots of step 5 are outdated."""
-    with Hosts(tmp_path, hosts=4, losses=1) as hosts:
+    with Hosts(tmp_path, hosts=4, max_lost_hosts=1) as hosts:
         fewer = hosts.plan.restrict_to([0, 1])
         hosts.snapshot(5)
         hosts.protect()
@@ -102,7 +102,7 @@ def test_remaining_hosts_protect_each_other_and_snapshots_of_removed_hosts_are_d
 
 def test_parity_of_a_group_of_four_is_not_used_for_a_group_of_two(tmp_path):
     """The epoch of two hosts ended before it took a snapshot: the parity of four hosts has other stripes."""
-    with Hosts(tmp_path, hosts=4, losses=1) as hosts:
+    with Hosts(tmp_path, hosts=4, max_lost_hosts=1) as hosts:
         fewer = hosts.plan.restrict_to([0, 1])
         hosts.snapshot(5)
         hosts.protect()
@@ -118,7 +118,7 @@ def test_parity_of_a_group_of_four_is_not_used_for_a_group_of_two(tmp_path):
 
 def test_outdated_parity_of_the_same_step_is_not_used(tmp_path):
     """Step 2 was written again after a restart and is not protected yet: the old parity of step 2 has another seal."""
-    with Hosts(tmp_path, hosts=3, losses=1) as hosts:
+    with Hosts(tmp_path, hosts=3, max_lost_hosts=1) as hosts:
         hosts.snapshot(2)
         hosts.protect()
         for host in range(3):
@@ -133,11 +133,11 @@ def test_outdated_parity_of_the_same_step_is_not_used(tmp_path):
 
 
 def test_a_slot_that_is_overwritten_while_parity_is_computed_is_noticed(tmp_path):
-    with Hosts(tmp_path, hosts=2, losses=1) as hosts:
+    with Hosts(tmp_path, hosts=2, max_lost_hosts=1) as hosts:
         hosts.snapshot(1)
-        infos = hosts.infos()
+        statuses = hosts.statuses()
         hosts.snapshot(3, hosts=[1])  # into the same slot
-        hosts.agents[0].protect_newest(infos)
+        hosts.agents[0].protect_newest(statuses)
         assert not hosts.agents[0].parity_members() and "no snapshot" in hosts.agents[0].last_error
         hosts.snapshot(3, hosts=[0])
         hosts.protect()
@@ -145,27 +145,27 @@ def test_a_slot_that_is_overwritten_while_parity_is_computed_is_noticed(tmp_path
 
 
 def test_a_new_agent_publishes_the_parity_of_the_agent_that_died(tmp_path):
-    with Hosts(tmp_path, hosts=3, losses=1) as hosts:
+    with Hosts(tmp_path, hosts=3, max_lost_hosts=1) as hosts:
         hosts.snapshot(1)
         hosts.protect()
-        before = hosts.infos()
+        before = hosts.statuses()
         hosts.start(1)
-        assert {host: info["shares"] for host, info in hosts.infos().items()} == {
-            host: info["shares"] for host, info in before.items()
+        assert {host: status["parity"] for host, status in hosts.statuses().items()} == {
+            host: status["parity"] for host, status in before.items()
         }
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_new_agent_rebuilds_after_an_agent_that_died_while_rebuilding(tmp_path, monkeypatch):
     """The unfinished draft does not count as a snapshot, and the next agent starts again."""
-    with Hosts(tmp_path, hosts=3, losses=1) as hosts:
+    with Hosts(tmp_path, hosts=3, max_lost_hosts=1) as hosts:
         hosts.snapshot(1)
         hosts.protect()
         before = hosts.files(1)
         hosts.lose(1)
         with monkeypatch.context() as patched:
             patched.setattr(
-                "meshwright.checkpoint.redundancy.snapshot_agent.accept_drafts",
+                "meshwright.checkpoint.redundancy.snapshot_agent.accept_rebuild_buffers",
                 lambda *_: (_ for _ in ()).throw(SystemExit),
             )
             recovery = hosts.recover()
@@ -180,7 +180,7 @@ def test_a_new_agent_rebuilds_after_an_agent_that_died_while_rebuilding(tmp_path
 def test_no_flipped_bit_of_snapshots_or_parity_is_returned(tmp_path):
     """Each damaged slot is noticed and rebuilt; if a host is lost too, everything is recovered or nothing."""
     random_source, repaired, refused = random.Random(0), 0, 0
-    with Hosts(tmp_path, hosts=3, losses=1, sizes=(300, 200, 260)) as hosts:
+    with Hosts(tmp_path, hosts=3, max_lost_hosts=1, sizes=(300, 200, 260)) as hosts:
         hosts.snapshot(1, slot=0)
         hosts.protect()
         good = {host: {path.name: path.read_bytes() for path in hosts.directory(host).glob("*.[01]")}
@@ -212,7 +212,7 @@ def test_no_flipped_bit_of_snapshots_or_parity_is_returned(tmp_path):
 
 
 def test_swapped_slots_of_a_host_change_its_seal(tmp_path):
-    with Hosts(tmp_path, hosts=2, losses=1, per_host=2) as hosts:
+    with Hosts(tmp_path, hosts=2, max_lost_hosts=1, per_host=2) as hosts:
         hosts.snapshot(1)
         hosts.protect()
         one, other = (hosts.directory(0) / f"{process}.1" for process in (0, 1))
@@ -223,14 +223,14 @@ def test_swapped_slots_of_a_host_change_its_seal(tmp_path):
 
 
 def test_groups_have_hosts_of_different_domains():
-    assert assign_groups(8, size=4, losses=1, domains=list("aabbccdd")) == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert assign_groups(5, size=8, losses=1) == [[0, 1, 2, 3, 4]]
+    assert assign_groups(8, size=4, max_lost_hosts=1, domains=list("aabbccdd")) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert assign_groups(5, size=8, max_lost_hosts=1) == [[0, 1, 2, 3, 4]]
     with pytest.raises(UserError, match=r"checkpoint.domains: 2 of the hosts .* at most 2"):
-        assign_groups(4, size=4, losses=1, domains=list("aabb"))
+        assign_groups(4, size=4, max_lost_hosts=1, domains=list("aabb"))
     with pytest.raises(UserError, match=r"checkpoint.group: 3 hosts in groups of at most 2"):
-        assign_groups(3, size=2, losses=1)
+        assign_groups(3, size=2, max_lost_hosts=1)
     with pytest.raises(UserError, match=r"checkpoint.domains: 1 .* 4 hosts"):
-        assign_groups(4, size=4, losses=1, domains=["a"])
+        assign_groups(4, size=4, max_lost_hosts=1, domains=["a"])
 
 
 def test_a_damaged_frame_and_silence_are_errors():

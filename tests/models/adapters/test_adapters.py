@@ -11,6 +11,7 @@ from meshwright.configs.sections.adapter import AdapterConfig
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.models.adapters import attach, selection
 from meshwright.models.adapters.adapted_modules import find_adapted_modules
+from meshwright.models.adapters.merge import merge_adapters
 from meshwright.models.adapters.registry import LINEAR_METHODS
 from meshwright.models.context import Context
 from meshwright.models.decoder import decoder_graphdef, initial_params
@@ -65,7 +66,7 @@ def test_an_untrained_adapter_changes_nothing_and_a_merged_one_computes_the_same
     def everything(weights):
         tree = attach.init_adapters(weights, SMALL, adapter, jax.random.key(1))
         other = perturb_trained(tree, adapter)
-        merged = attach.merge_adapters(other, SMALL, adapter)
+        merged = merge_adapters(other, SMALL, adapter)
         return hidden(None, weights), hidden(adapter, tree), hidden(adapter, other), hidden(None, merged), merged
 
     plain, fresh, adapted, alone, merged = everything(weights)

@@ -14,6 +14,7 @@ from meshwright.configs.sections.adapter import AdapterConfig
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.models import kv_cache as caches
 from meshwright.models.adapters import attach
+from meshwright.models.adapters.merge import merge_adapters
 from meshwright.models.attention.blockwise import BLOCKWISE
 from meshwright.models.attention.dense import DENSE
 from meshwright.models.attention.interface import attend
@@ -107,7 +108,7 @@ def test_trained_tokens_are_rows_of_the_table(tied):
     base, adapter, tree = init_tree(model, method="tokens", tokens=[int(TOKENS[0, 3]), 5])
     assert_close(hidden(model, adapter, tree, TOKENS), hidden(model, None, base, TOKENS))
     tree["embed"]["adapter"]["rows"] += 1.0
-    merged = attach.merge_adapters(tree, model, adapter)
+    merged = merge_adapters(tree, model, adapter)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
     perturbed = np.abs(merged["embed"]["embedding"] - base["embed"]["embedding"]).max(axis=1)
     assert sorted(np.flatnonzero(perturbed > 0.5)) == sorted(adapter.tokens)
@@ -131,7 +132,7 @@ def test_the_trained_leaves_are_those_of_the_method(method, ends):
 def test_merging_a_method_that_no_weight_can_express_is_refused():
     _, adapter, tree = init_tree(MODEL, **AHEAD)
     with pytest.raises(UserError, match=r"adapter\.method: prompt cannot be merged"):
-        attach.merge_adapters(tree, MODEL, adapter)
+        merge_adapters(tree, MODEL, adapter)
 
 
 MISTAKES = {

@@ -12,6 +12,7 @@ from meshwright.configs.sections.adapter import AdapterConfig
 from meshwright.configs.sections.model import ModelConfig
 from meshwright.models import kv_cache as caches
 from meshwright.models.adapters import attach
+from meshwright.models.adapters.merge import merge_adapters
 from meshwright.models.attention.blockwise import BLOCKWISE
 from meshwright.models.attention.dense import DENSE
 from meshwright.models.attention.interface import attend
@@ -177,4 +178,4 @@ def test_conflicting_settings_are_refused(trees):
     with pytest.raises(UserError, match=r"adapter\.ranks: k matches nothing; there are attn/q, attn/v, mlp"):
         attach.init_adapters(trees[0], MODEL, AdapterConfig(method="unipelt", ranks={"k": 3}), jax.random.key(1))
     with pytest.raises(UserError, match=r"adapter\.method: unipelt cannot be merged"):
-        attach.merge_adapters(trees[1], MODEL, ADAPTER)
+        merge_adapters(trees[1], MODEL, ADAPTER)

@@ -6,7 +6,7 @@ import pytest
 from support.equivalence import tiny
 
 from meshwright.configs.sections.outer import OuterConfig
-from meshwright.parallel.hlo import collectives
+from meshwright.parallel.hlo.collectives import collectives
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.outer.traffic import bytes_sent, outer_traffic, peak_bytes, traffic_summary
 from meshwright.train.engine.program import build

@@ -11,7 +11,7 @@ from meshwright.configs.names import MESH_AXES
 from meshwright.models.attention import blockwise
 from meshwright.models.attention.interface import Mask, TokenIndices, attend
 from meshwright.models.attention.registry import IMPLEMENTATIONS
-from meshwright.parallel.hlo import collectives
+from meshwright.parallel.hlo.collectives import collectives
 from meshwright.parallel.sequence.attend import STRATEGIES, sequence_parallel
 from meshwright.parallel.sequence.token_order import contiguous, zigzag
 

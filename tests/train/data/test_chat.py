@@ -23,9 +23,9 @@ def template():
 
 
 def tokens_and_mask(template, talk, **more):
-    (encoded,) = encode_parts([template.mark_assistant_text(talk, origin="here", **more)], load_tokenizer(HERE))
+    (encoded,) = encode_parts([template.render_with_loss_mask(talk, origin="here", **more)], load_tokenizer(HERE))
     mask = [1] * len(encoded.tokens)
-    for start, stop in encoded.masked_spans:
+    for start, stop in encoded.loss_mask_zeros:
         mask[start:stop] = [0] * (stop - start)
     return [encoded.opener, *encoded.tokens], [0, *mask]
 
@@ -55,12 +55,12 @@ def test_a_template_that_rewrites_earlier_turns_needs_generation_tags(template):
         "{% endif %}{% endfor %}",
     )
     with pytest.raises(UserError, match=r"data.template: .*\{% generation %\}"):
-        forgetful.mark_assistant_text(EXPECTED[1]["messages"], origin="a.jsonl line 2")
+        forgetful.render_with_loss_mask(EXPECTED[1]["messages"], origin="a.jsonl line 2")
 
 
 def test_the_error_of_a_conversation_without_learned_text_shows_it_rendered(template):
     with pytest.raises(UserError, match=r"data.format: a.jsonl line 3: .*Rendered: '<s><\|im_start\|>user"):
-        template.mark_assistant_text([{"role": "user", "content": "Hi"}], origin="a.jsonl line 3")
+        template.render_with_loss_mask([{"role": "user", "content": "Hi"}], origin="a.jsonl line 3")
 
 
 def test_a_turn_that_never_ends_is_refused(template):
@@ -72,14 +72,14 @@ def test_a_turn_that_never_ends_is_refused(template):
 def test_the_error_of_a_template_is_quoted(template):
     strict = replace(template, source="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match="roles must alternate"):
-        strict.mark_assistant_text(EXPECTED[0]["messages"], origin="here")
+        strict.render_with_loss_mask(EXPECTED[0]["messages"], origin="here")
 
 
 def test_the_plain_template_works_with_any_tokenizer():
     """It starts with bos, and every turn of the assistant ends with eos, which is learned."""
     names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     plain, tokenizer = find_template("plain", tokenizer=None, tokens=names), byte_tokenizer()
-    (part,) = encode_parts([plain.mark_assistant_text(EXPECTED[1]["messages"], origin="here")], tokenizer)
+    (part,) = encode_parts([plain.render_with_loss_mask(EXPECTED[1]["messages"], origin="here")], tokenizer)
     assert part.opener == tokenizer.bos and list(part.tokens).count(tokenizer.eos) == 2
     text = tokenizer.decode_all(part.tokens)
     assert text.startswith("### System:\nBe brief. <|im_end|>\n\n### User:\n1+1?\n\n### Assistant:\n")

@@ -135,9 +135,9 @@ def test_conversations_are_never_cut(tmp_path, cache):
 def test_weights_of_any_slice_equal_those_of_the_document(stores):
     store = stores([9, 8])
     object.__setattr__(store, "unlearned", np.array([[0, 5, 9], [2, 6, 16]]))
-    whole = store.weights(0, 17)
+    whole = store.loss_mask(0, 17)
     assert whole.tolist() == [0, 0, 1, 1, 1, 0, 1, 1, 1, *[0] * 7, 1]
     assert store.learned.tolist() == [6, 1]
     for begin in range(17):
         for end in range(begin + 1, 18):
-            np.testing.assert_array_equal(store.weights(begin, end), whole[begin:end])
+            np.testing.assert_array_equal(store.loss_mask(begin, end), whole[begin:end])

@@ -16,7 +16,7 @@ from meshwright.configs.huggingface import to_config_json
 from meshwright.configs.loader import validate_tree
 from meshwright.configs.sections.adapter import METHOD_KEYS, SPARSE_METHODS
 from meshwright.models.decoder import initial_params
-from meshwright.parallel.hlo import collectives
+from meshwright.parallel.hlo.collectives import collectives
 from meshwright.parallel.layout import from_canonical, reorder_layers, to_canonical
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.core.process_env import ProcessInfo

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from meshwright.configs.errors import UserError
 from meshwright.configs.sections.parallel import MeshConfig
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.engine import compile_cache
@@ -35,13 +36,13 @@ class Program:
         self.in_tree, self.out_tree = self._lowered.in_tree, self._lowered.out_tree
         self.as_text, self.compiles = self._lowered.as_text, 0
 
-    def compile(self):
+    def compile(self, compiler_options):
         self.compiles += 1
-        return self._lowered.compile()
+        return self._lowered.compile(compiler_options=compiler_options)
 
 
-def answers(program, mesh, factor):
-    found = compile_cache.compile_cached(program, mesh)(np.arange(3, dtype=np.float32))
+def answers(program, mesh, factor, options=None):
+    found = compile_cache.compile_cached(program, mesh, options=options or {})(np.arange(3, dtype=np.float32))
     return found["y"].tolist() == [0, factor, 2 * factor]
 
 
@@ -56,7 +57,14 @@ def test_each_program_mesh_and_process_has_its_own_entry(second, mesh, monkeypat
     assert answers(Program(3, wider), wider, 3)
     monkeypatch.setattr(jax, "process_index", lambda: 2)
     assert answers(Program(3, mesh), mesh, 3)
-    assert len([one for one in second.iterdir() if one.is_dir()]) == 4
+    assert answers(Program(3, mesh), mesh, 3, {"xla_cpu_enable_fast_math": True})
+    assert len([one for one in second.iterdir() if one.is_dir()]) == 5
+
+
+def test_an_option_that_the_compiler_refuses_is_named(second, mesh):
+    for number, wrong in enumerate(({"xla_no_such_option": 1}, {"xla_cpu_enable_fast_math": "perhaps"})):
+        with pytest.raises(UserError, match=f"mesh.compiler_options: {next(iter(wrong))}"):
+            answers(Program(number, mesh), mesh, number, wrong)
 
 
 def test_a_damaged_entry_is_compiled_again(second, mesh):

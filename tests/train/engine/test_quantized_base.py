@@ -12,11 +12,11 @@ from support.equivalence import assert_close, assert_same, batches, tiny
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.loader import validate_tree
-from meshwright.models.adapters.attach import merge_adapters
+from meshwright.models.adapters.merge import merge_adapters
 from meshwright.models.context import Context
 from meshwright.models.decoder import decoder_graphdef
 from meshwright.models.quantized_model import dequantize_tree
-from meshwright.parallel.hlo import collectives
+from meshwright.parallel.hlo.collectives import collectives
 from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.core.process_env import ProcessInfo

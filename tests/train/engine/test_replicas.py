@@ -13,7 +13,7 @@ import pytest
 from support.equivalence import assert_same, batches, initial_state, tiny
 
 from meshwright.configs.sections.outer import PAIRWISE_RULES, RULES
-from meshwright.parallel.hlo import collectives
+from meshwright.parallel.hlo.collectives import collectives
 from meshwright.parallel.layout import from_canonical_replicas, to_canonical_replicas
 from meshwright.parallel.mesh import make_mesh
 from meshwright.train.engine.host_data import make_global_arrays

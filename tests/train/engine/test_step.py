@@ -15,8 +15,9 @@ from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.state import TrainState
 from meshwright.train.engine.program import build
 from meshwright.train.engine.step import make_step, make_update
-from meshwright.train.optim import optimizers
-from meshwright.train.optim.optimizer_update import skip_if_unhealthy
+from meshwright.train.optim.learning_rate_schedule import learning_rate_schedule
+from meshwright.train.optim.optimizer_chain import build_optimizer, mean_gradient_norm
+from meshwright.train.optim.optimizer_update import skip_nonfinite_or_spiking
 
 NAN, INF = float("nan"), float("inf")
 
@@ -30,13 +31,17 @@ def fake_engine(params, frozen, batch, keys):
 def run(*batches, spike=None, weight=2.0):
     """States and metrics of a step of `fake_engine` on each (loss, gradient)."""
     section = OptimizerConfig(name="adamw", schedule="constant", learning_rate=0.1, weight_decay=0.0, ema=0.5)
-    optimizer = optimizers.build_optimizer(section, steps=10, spike=spike)
+    optimizer = build_optimizer(section, steps=10, spike=spike)
     params = {"head": {"kernel": jnp.ones((2, 2))}}
     rng = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.int32(0), params, {}, optimizer.init(params), (), rng)
-    schedule = optimizers.learning_rate_schedule(section, steps=10)
+    schedule = learning_rate_schedule(section, steps=10)
     step = jax.jit(
-        make_step(fake_engine, make_update(skip_if_unhealthy(optimizer), schedule=schedule, spike=spike), dropout=False)
+        make_step(
+            fake_engine,
+            make_update(skip_nonfinite_or_spiking(optimizer), schedule=schedule, spike=spike),
+            dropout=False,
+        )
     )
     seen = [(state, None)]
     for loss, gradient in batches:
@@ -63,9 +68,7 @@ def test_a_spike_over_the_mean_norm_so_far_is_skipped():
     _, (first, one), (before, _), (after, metrics), (_, fine) = run((1, 1), (1, 1), (1, 3.03), (1, 2.9), spike=3.0)
     assert not one["skipped"] and bool(metrics["skipped"]) and not fine["skipped"]
     assert same((before.params, before.opt_state), (after.params, after.opt_state))
-    assert float(optimizers.mean_gradient_norm(first.opt_state)) == pytest.approx(
-        1.0
-    )  # 2 x 2 elements of 1, by a weight of 2
+    assert float(mean_gradient_norm(first.opt_state)) == pytest.approx(1.0)  # 2 x 2 elements of 1, by a weight of 2
 
 
 def test_metrics_are_sums_divided_by_the_weight():
@@ -124,7 +127,7 @@ def test_bfloat16_compute_keeps_parameters_softmax_and_loss_in_float32():
 def test_bfloat16_parameters_change_and_stay_bfloat16():
     """Arithmetic is float32: the update of a parameter is rounded once."""
     section = OptimizerConfig(name="sgd", b1=0.0, schedule="constant", learning_rate=1.0)
-    optimizer = optimizers.build_optimizer(section, steps=2)
+    optimizer = build_optimizer(section, steps=2)
     params = {"head": {"kernel": jnp.full((2,), 256.0, jnp.bfloat16)}}
     updates, _ = optimizer.update({"head": {"kernel": jnp.full((2,), -1.5)}}, optimizer.init(params), params)
     after = optax.apply_updates(params, updates)["head"]["kernel"]

@@ -200,7 +200,7 @@ def test_islands_that_finished_and_left_are_remembered_for_their_run(run):
     one.publish_status_now(finished=True)
     assert not one.has_unfinished()
     with Client(run.address, "stranger") as client:
-        assert client.ask("ended", run="two") == {"names": []}
+        assert client.ask("list-finished", run="two") == {"names": []}
 
 
 def test_pairs_swap_payloads_and_without_a_partner_the_own_payload_is_used(run):

@@ -9,10 +9,10 @@ from support.waiting import HANG_SECONDS, wait_until
 from meshwright.train.core.rendezvous import Client, MembershipStore, NotAMember, join_member, remove_member
 from meshwright.train.islands.quorum import (
     LiveMember,
-    Question,
+    PendingDecision,
     QuorumService,
     decide_participants,
-    decide_roster,
+    decide_partners,
     decide_start,
     decide_votes,
 )
@@ -24,8 +24,8 @@ def alive(*names, **changes):
     return {name: LiveMember(**{**base, **changes.get(name, {})}) for name in names}
 
 
-def question(**requests):
-    return Question(0.0, {name: {"ticket": 1, "history": "h", **fields} for name, fields in requests.items()})
+def pending(**requests):
+    return PendingDecision(0.0, {name: {"ticket": 1, "history": "h", **fields} for name, fields in requests.items()})
 
 
 def participants(requests, members, *, now=1.0, **rules):
@@ -35,22 +35,22 @@ def participants(requests, members, *, now=1.0, **rules):
 
 
 PARTICIPANTS = {
-    "all are there": (question(a={}, b={}), alive("a", "b"), {}, ["a", "b"]),
-    "a live island is awaited": (question(a={}), alive("a", "b"), {}, None),
-    "no longer than patience": (question(a={}), alive("a", "b"), {"now": 61}, ["a"]),
-    "a dead island is not awaited": (question(a={}), alive("a"), {}, ["a"]),
-    "nor an island far behind": (question(a={}), alive("a", "b", b={"step": 4}), {}, ["a"]),
-    "nor one that catches up": (question(a={}), alive("a", "b", b={"active": False}), {}, ["a"]),
-    "nor one that has finished": (question(a={}), alive("a", "b", b={"finished": True}), {}, ["a"]),
+    "all are there": (pending(a={}, b={}), alive("a", "b"), {}, ["a", "b"]),
+    "a live island is awaited": (pending(a={}), alive("a", "b"), {}, None),
+    "no longer than patience": (pending(a={}), alive("a", "b"), {"now": 61}, ["a"]),
+    "a dead island is not awaited": (pending(a={}), alive("a"), {}, ["a"]),
+    "nor an island far behind": (pending(a={}), alive("a", "b", b={"step": 4}), {}, ["a"]),
+    "nor one that catches up": (pending(a={}), alive("a", "b", b={"active": False}), {}, ["a"]),
+    "nor one that has finished": (pending(a={}), alive("a", "b", b={"finished": True}), {}, ["a"]),
     "a request with an old ticket does not count": (
-        question(a={}, b={"ticket": 0}),
+        pending(a={}, b={"ticket": 0}),
         alive("a", "b"),
         {"now": 61},
         ["a"],
     ),
-    "an older history is left out": (question(a={}, b={"history": "old"}, c={}), alive("a", "b", "c"), {}, ["a", "c"]),
-    "a tie is decided by name": (question(a={"history": "x"}, b={}), alive("a", "b"), {}, ["a"]),
-    "too few": (question(a={}), alive("a"), {"minimum": 2}, []),
+    "an older history is left out": (pending(a={}, b={"history": "old"}, c={}), alive("a", "b", "c"), {}, ["a", "c"]),
+    "a tie is decided by name": (pending(a={"history": "x"}, b={}), alive("a", "b"), {}, ["a"]),
+    "too few": (pending(a={}), alive("a"), {"minimum": 2}, []),
 }
 
 
@@ -62,7 +62,7 @@ def test_participants_of_a_round(requests, members, rules, expected):
 def votes(**have):
     failures = lambda received: {name: "cut" for name in "abc" if name not in received}
     requests = {name: {"have": list(received), "lost": failures(received)} for name, received in have.items()}
-    return Question(0.0, requests)
+    return PendingDecision(0.0, requests)
 
 
 VOTES = {
@@ -90,19 +90,19 @@ def test_payloads_count_if_every_voter_has_them(requests, rules, expected):
 
 def test_islands_start_together_from_the_one_with_most_updates_and_later_ones_bootstrap():
     states = {"a": {"step": 4, "version": "x"}, "b": {"step": 8, "version": "y"}, "c": {"step": 8, "version": "y"}}
-    requests, members = question(**states), alive("a", "b", "c", **{name: {"active": False} for name in "abc"})
+    requests, members = pending(**states), alive("a", "b", "c", **{name: {"active": False} for name in "abc"})
     assert decide_start(requests, members, count=4, gather=60, now=1) is None
     assert decide_start(requests, members, count=3, gather=60, now=1) == {"sources": ["b", "c"], "together": True}
     assert decide_start(requests, members, count=4, gather=60, now=61)["sources"] == ["b", "c"]
-    assert decide_start(question(d={}), alive("a", "d", d={"active": False}), count=4, gather=60, now=1) == {
+    assert decide_start(pending(d={}), alive("a", "d", d={"active": False}), count=4, gather=60, now=1) == {
         "sources": ["a"]
     }
 
 
-def test_a_roster_is_decided_at_once():
+def test_partners_are_decided_at_once():
     members = alive("a", "b", "c", "d", b={"step": 4}, c={"finished": True}, d={"active": False})
-    assert sorted(decide_roster(members, "a", update=10, staleness=5)["members"]) == ["a"]
-    assert sorted(decide_roster(members, "b", update=4, staleness=5)["members"]) == ["a", "b"]
+    assert sorted(decide_partners(members, "a", update=10, staleness=5)["members"]) == ["a"]
+    assert sorted(decide_partners(members, "b", update=4, staleness=5)["members"]) == ["a", "b"]
 
 
 def test_all_islands_get_the_same_decision_and_a_stranger_none():
@@ -114,18 +114,18 @@ def test_all_islands_get_the_same_decision_and_a_stranger_none():
             with Client(address, name, ttl=9.0) as client:
                 client.join({"step": 2, "active": True, "address": "x:1"})
                 ready.wait()
-                answers[name] = client.ask("present", within=20.0, key="meet 2", **rules)
+                answers[name] = client.ask("list-participants", within=20.0, key="meet 2", **rules)
 
         ready = threading.Barrier(3)
         threads = [threading.Thread(target=ask, args=(name,)) for name in "abc"]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
         with Client(address, "d") as client, pytest.raises(NotAMember, match="d of epoch -1 is not a member"):
-            client.ask("present", within=5.0, key="meet 4", **rules)
+            client.ask("list-participants", within=5.0, key="meet 4", **rules)
     assert answers["a"] == answers["b"] == answers["c"] and sorted(answers["a"]["members"]) == ["a", "b", "c"]
 
 
-def test_a_question_is_dropped_when_all_its_callers_have_gone():
+def test_a_pending_decision_is_dropped_when_all_its_callers_have_gone():
     """Else an island that comes an hour later would not wait for others at all."""
     now, looks = [0.0], []
     store = MembershipStore(lambda: now[0])

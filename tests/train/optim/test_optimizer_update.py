@@ -11,14 +11,16 @@ from support.equivalence import assert_same, tiny, trajectory
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.sections.training import OptimizerConfig
-from meshwright.parallel.hlo import KINDS, parse_computations, varying_axes
+from meshwright.parallel.hlo.collectives import KINDS, varying_axes
+from meshwright.parallel.hlo.text import parse_module
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.state import TrainState
 from meshwright.train.engine.pipeline.stages import batch_weight
 from meshwright.train.engine.program import build
 from meshwright.train.objectives.next_token import next_token
-from meshwright.train.optim import optimizers
-from meshwright.train.optim.optimizer_update import post_validated, skip_if_unhealthy
+from meshwright.train.optim.gradient_clipping import no_clipping
+from meshwright.train.optim.optimizer_chain import RULES, build_optimizer
+from meshwright.train.optim.optimizer_update import post_validated, skip_nonfinite_or_spiking
 
 SHAPES = {"segments": {"0": {"0": {"block": {"mlp": {"up": {"kernel": (2, 8, 4)}}}}}}, "head": {"kernel": (8, 4)}}
 SIZES = {"below the limit": 0.01, "above it": 3.0, "infinite": float("inf"), "no number": float("nan")}
@@ -31,18 +33,17 @@ def random_tree(scale):
     return jax.tree.map(leaf, SHAPES, is_leaf=lambda node: isinstance(node, tuple))
 
 
-@pytest.mark.parametrize("name", optimizers.RULES)
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("size", SIZES)
 def test_a_dropped_optimistic_update_leaves_no_trace(name, size):
     """Bit for bit, from a state that has moved, for every optimizer there is."""
     section = OptimizerConfig(name=name, clip=1.0, weight_decay=0.1, ema=0.9)
     optimizer, optimistic = (
-        optimizers.build_optimizer(section, steps=9, spike=50.0, **clip)
-        for clip in ({}, {"clip": optimizers.no_clipping})
+        build_optimizer(section, steps=9, spike=50.0, **clip) for clip in ({}, {"clip": no_clipping})
     )
     state = TrainState(jnp.int32(0), random_tree(1.0), {}, optimizer.init(random_tree(1.0)), (), jnp.zeros(2))
     results = []
-    for update in map(jax.jit, (skip_if_unhealthy(optimizer), post_validated(optimizer, optimistic, clip=1.0))):
+    for update in map(jax.jit, (skip_nonfinite_or_spiking(optimizer), post_validated(optimizer, optimistic, clip=1.0))):
         first = update(random_tree(0.02), state, jnp.float32(0.1), jnp.bool_(True))
         moved = TrainState(jnp.int32(1), first.params, {}, first.opt_state, (), jnp.zeros(2))
         gradient = random_tree(SIZES[size])
@@ -94,7 +95,8 @@ def test_with_post_validation_no_stage_waits_before_its_update():
 
 def entry(text):
     """The instructions of the outermost computation of a module."""
-    return parse_computations(text)[re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)[1]]
+    module = parse_module(text)
+    return module.computations[module.entry].instructions
 
 
 def test_a_recipe_weighted_by_probability_refuses_post_validation():

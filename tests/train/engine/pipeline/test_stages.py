@@ -8,7 +8,7 @@ from support.equivalence import assert_same, tiny
 
 from meshwright.configs.errors import UserError
 from meshwright.configs.loader import merge_trees
-from meshwright.parallel.hlo import parse_computations
+from meshwright.parallel.hlo.text import parse_module
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.pipeline.tables.csv_io import write_csv
 from meshwright.parallel.pipeline.tables.list_schedule import device_orders, tabulate
@@ -192,7 +192,8 @@ def compiled():
     _, config = pair({}, {"pipeline": {"schedule": "zb-v"}})
     program = build(config, make_mesh(config.mesh))
     assert program.pipeline_plan.max_repeats == 1
-    return parse_computations(program.compiled_step().as_text())
+    module = parse_module(program.compiled_step().as_text())
+    return {name: computation.instructions for name, computation in module.computations.items()}
 
 
 @pytest.fixture(scope="module")

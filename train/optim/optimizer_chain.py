@@ -18,6 +18,8 @@ from ...configs.errors import UserError
 from ...configs.sections.training import OptimizerConfig
 from ...models.logical_axes import axis_names, is_stacked
 from ...parallel.sharding import map_with_path, path_name
+from .gradient_clipping import clip_gradients
+from .learning_rate_schedule import learning_rate_schedule
 
 RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
     "adamw": lambda o: optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.epsilon),
@@ -54,17 +56,6 @@ def build_optimizer(
     return in_float32(optax.named_chain(*((name, part) for name, part in parts if part is not None)))
 
 
-def clip_gradients(limit: float) -> optax.GradientTransformation:
-    """Scale all gradients down so that their global norm, over the whole model, is at most `limit`."""
-    return optax.clip_by_global_norm(limit)
-
-
-def no_clipping(limit: float) -> optax.GradientTransformation:
-    """No clipping, with the same state as clipping has: as if no norm ever reached `limit`."""
-    del limit
-    return optax.identity()
-
-
 def by_path(change: Callable[[str, jax.Array], jax.Array]) -> optax.GradientTransformation:
     """Replace each update by `change(path of the weight, update)`."""
     return optax.stateless(lambda updates, _: map_with_path(change, updates))
@@ -81,24 +72,6 @@ def in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformati
         return rule.update(to_float32(updates), state, to_float32(params))
 
     return optax.GradientTransformation(init, update)
-
-
-def learning_rate_schedule(optimizer: OptimizerConfig, *, steps: int) -> optax.Schedule:
-    """Learning rate of update `count`, counted from 0; the last update has `final_fraction` of the peak."""
-    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
-    final, rest = peak * optimizer.final_fraction, max(steps - warmup - 1, 1)
-    if optimizer.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, alpha=optimizer.final_fraction)
-    elif optimizer.schedule == "linear":
-        after = optax.linear_schedule(peak, final, rest)
-    elif optimizer.schedule == "wsd":
-        drop = min(optimizer.decay_steps or max(steps // 10, 1), rest)
-        after = optax.linear_schedule(peak, final, drop, transition_begin=rest - drop)
-    else:
-        after = optax.constant_schedule(peak)
-    if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), after], [warmup])
 
 
 def decay_mask(optimizer: OptimizerConfig) -> Callable[[Any], Any]:

@@ -1,4 +1,6 @@
-"""The HLO reader: kinds, axes, bytes, counts, and conditionals."""
+"""Collectives: kinds, axes, bytes, counts, and conditionals."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from meshwright.configs.errors import MeshwrightError
 from meshwright.configs.sections.parallel import MeshConfig
-from meshwright.parallel import hlo
+from meshwright.parallel.hlo import collectives as hlo
 from meshwright.parallel.mesh import make_mesh
 
 MESH = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, platform="cpu"))
@@ -100,11 +102,6 @@ def test_a_permute_in_a_loop_that_some_devices_skip_is_refused(rounds):
         hlo.refuse_permute_under_conditional(text, MESH)
 
 
-def test_text_without_an_entry_is_refused():
-    with pytest.raises(ValueError, match="no ENTRY computation in 5 characters"):
-        hlo.collectives("hello", MESH)
-
-
 GROUPS = {
     "list": ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("tensor",)),
     "iota": ("replica_groups=[4,2]<=[8]", ("tensor",)),
@@ -140,3 +137,113 @@ def test_bytes_are_those_of_the_result(line, size):
     text = f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  %one = {line}\n}}\n"
     (operations,) = hlo.collectives(text, MESH)
     assert (operations.name, operations.bytes, operations.count) == ("one", size, 1)
+
+
+def small_mesh(**axes):
+    return make_mesh(MeshConfig(**axes, platform="cpu"), devices=jax.devices()[: math.prod(axes.values())])
+
+
+TPU = {
+    "scan_gather": {("all-gather", ("data",), 2 * 1024 * 1024, 7, False)},
+    "nested_scan": {
+        ("all-reduce", ("data",), 4 * 256 * 1024, 15, False),
+        ("collective-permute", ("pipe",), 4 * 256 * 1024, 5, False),
+    },
+    "count_down": {("collective-permute", ("pipe",), 4 * 256 * 512, 5, False)},
+    "pallas_kernel": {("collective-permute", ("pipe",), 4 * 256 * 512, 7, False)},
+    "switch": {
+        ("all-reduce", ("data",), 4 * 256 * 512, 7, True),
+        ("collective-permute", ("pipe",), 4 * 256 * 512, 7, False),
+    },
+    "permute_in_switch": {("collective-permute", ("pipe",), 4 * 256 * 512, 7, True)},
+    "dynamic_count": {("collective-permute", ("pipe",), 4 * 256 * 512, 1, True)},
+    "data_dependent": {
+        ("all-reduce", ("data", "pipe"), 4, 1, True),
+        ("collective-permute", ("pipe",), 4 * 256 * 512, 1, True),
+    },
+}
+
+
+def summary(text, mesh):
+    return [(op.kind, tuple(sorted(op.axes)), op.bytes, op.count, op.under_conditional)
+            for op in hlo.collectives(text, mesh)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "expected"), TPU.items(), ids=TPU)
+def test_collectives_of_libtpu(printed, name, expected):
+    found = summary(printed[name], small_mesh(pipe=2, data=2))
+    assert set(found) == expected and len(found) == len(expected)
+
+
+@pytest.mark.parametrize("name", [*TPU, "pipeline"])
+def test_libtpus_permutes_are_refused_only_where_devices_may_skip_them(printed, name):
+    mesh = small_mesh(pipe=4, tensor=2) if name == "pipeline" else small_mesh(pipe=2, data=2)
+    if name in ("permute_in_switch", "dynamic_count", "data_dependent"):
+        with pytest.raises(MeshwrightError, match="over pipe is inside a conditional"):
+            hlo.refuse_permute_under_conditional(printed[name], mesh)
+    else:
+        hlo.refuse_permute_under_conditional(printed[name], mesh)
+
+
+def test_a_pipeline_of_30_rounds_on_tpus_sends_to_both_neighbours_in_each(printed):
+    mesh = small_mesh(pipe=4, tensor=2)
+    sent = [op.count for op in hlo.collectives(printed["pipeline"], mesh) if op.axes == ("pipe",)]
+    assert sent == [30, 30]
+
+
+def test_a_gather_that_libtpu_spreads_over_fusions_counts_once(printed):
+    """The second gather is in a fusion that starts it, one that goes on beside a product, and one that ends it."""
+    text = printed["async_fusion"]
+    assert text.count(" all-gather(") == 4 and text.count("async_collective_fusion_config") == 3
+    found = summary(text, small_mesh(pipe=2, data=2))
+    assert found.count(("all-gather", ("data", "pipe"), 2 * 2048 * 2048, 7, False)) == 2
+    assert [one[0] for one in found].count("all-gather") == 2
+
+
+def test_a_reduce_scatter_that_libtpu_keeps_as_a_sum_and_a_slice_is_one(printed):
+    """2048 rows over four devices, padded to 528 on each."""
+    found = summary(printed["async_fusion"], small_mesh(pipe=2, data=2))
+    assert ("reduce-scatter", ("data", "pipe"), 2 * 528 * 2048, 7, False) in found
+    assert not [one for one in found if one[0] == "all-reduce"]
+
+
+def test_a_collective_on_the_sparse_core_counts(printed):
+    found = summary(printed["sparse_core"], small_mesh(pipe=2, data=2))
+    assert found.count(("reduce-scatter", ("data", "pipe"), 2 * 512 * 2048, 7, False)) == 1
+
+
+# After the tests of XLA: `async-start` and `async-done` name what they run, and so did `async-update`.
+GPU = """
+%wrapped_reduce-scatter (x: f32[8]) -> f32[4] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %rs = f32[4]{0} reduce-scatter(%x), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}, to_apply=%sum
+}
+
+ENTRY %main (p: f32[8]) -> f32[4] {
+  %p = f32[8]{0} parameter(0)
+  %start = ((f32[8]{0}), f32[4]{0}) async-start(%p), calls=%wrapped_reduce-scatter
+  %update = ((f32[8]{0}), f32[4]{0}) async-update(%start), calls=%wrapped_reduce-scatter
+  %done = f32[4]{0} async-done(%update), calls=%wrapped_reduce-scatter
+  %short = ((f32[8]{0}), f32[4]{0}) reduce-scatter-start(%p), channel_id=2, replica_groups={{0,2},{1,3}}, to_apply=%sum
+  %short-done = f32[4]{0} reduce-scatter-done(%short)
+  %ag = (f32[4]{0}, f32[8]{0}) all-gather-start(%done), channel_id=3, replica_groups=[2,2]<=[4], dimensions={0}
+  %ag-done = f32[8]{0} all-gather-done(%ag)
+  %ar = f32[4]{0} all-reduce-start(%done), channel_id=4, replica_groups=[1,4]<=[4], to_apply=%sum
+  %ar-done = f32[4]{0} all-reduce-done(%ar)
+  %cp = (f32[4]{0}, f32[4]{0}) collective-permute-start(%done), channel_id=5, source_target_pairs={{0,2},{2,0}}
+  %cp-done = f32[4]{0} collective-permute-done(%cp)
+  %a2a = ((f32[4]{0}, f32[4]{0}), (f32[4]{0}, f32[4]{0})) all-to-all-start(%done, %done), replica_groups={{0,1},{2,3}}
+  ROOT %a2a-done = (f32[4]{0}, f32[4]{0}) all-to-all-done(%a2a)
+}
+"""
+
+
+def test_collectives_of_gpus_count_once():
+    assert summary(GPU, small_mesh(pipe=2, data=2)) == [
+        ("reduce-scatter", ("data",), 16, 1, False),
+        ("reduce-scatter", ("pipe",), 16, 1, False),
+        ("all-gather", ("data",), 32, 1, False),
+        ("all-reduce", ("data", "pipe"), 16, 1, False),
+        ("collective-permute", ("pipe",), 16, 1, False),
+        ("all-to-all", ("data",), 32, 1, False),
+    ]

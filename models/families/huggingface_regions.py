@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...configs.errors import UserError
-from .weight_names import INPUTS_FIRST, MODULE_NAMES
+from .huggingface_names import INPUTS_FIRST, MODULE_NAMES
 
 Shapes = Mapping[str, tuple[int, ...]]  # canonical name -> shape
 Index = tuple[slice, ...]

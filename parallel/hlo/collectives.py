@@ -1,51 +1,34 @@
-"""The one reader of compiled HLO: the collectives of a program, with mesh axes, number of runs and size.
+"""The collectives of a compiled program, with mesh axes, number of runs and size.
 
     compiled = jax.jit(f).lower(x).compile()
     for c in collectives(compiled.as_text(), mesh): print(c.kind, c.axes, c.bytes, c.count, c.under_conditional)
 
 `bytes` is the size of the result on one device (all-gather: the gathered array; reduce-scatter: its shard). `count` is
-how often the instruction runs: the trip counts of its loops multiplied.
+how often the instruction runs: the trip counts of its loops multiplied. A collective that the compiler splits into a
+start, parts and a done counts once.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from jax.sharding import Mesh
 
-from ..configs.errors import MeshwrightError
+from ...configs.errors import MeshwrightError
+from .text import Computation, Instruction, parse_module
+from .trip_counts import count_runs
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-HEADER = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$")
 ARRAY = re.compile(r"\b(pred|[sufc]\d+|bf16|f\d+e\d+m\d+\w*)\[([\d,]*)\]")
-CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[(?P<sizes>[^\]]*)\](?:, device_ids=\(\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?\))?"
     r"\s*\{(?P<along>[^}]*)\}"
 )
+PART_OF_ASYNC = '"async_collective_fusion_config"'
+ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'
 AXIS_PART = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
-TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line of HLO."""
-
-    name: str
-    opcode: str
-    type: str
-    text: str
-
-    @property
-    def called_computations(self) -> list[str]:
-        """Names of the computations that this instruction runs."""
-        branches = BRANCHES.search(self.text)
-        names = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
-        return names + CALLED.findall(self.text)
 
 
 @dataclass(frozen=True)
@@ -63,28 +46,49 @@ class Collective:
 
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
     """Every collective in the compiled module `text` of a program over `mesh`, in the order of the text."""
-    computations = parse_computations(text)
-    runs = count_runs(text, computations)
-    operations = []
-    for computation, instructions in computations.items():
-        for instruction in instructions:
-            kind = instruction.opcode.removesuffix("-start")
-            if kind not in KINDS or computation not in runs:
-                continue
-            count, conditional = runs[computation]
-            source = re.search(r'op_name="([^"]*)"', instruction.text)
-            operations.append(
-                Collective(
-                    kind=kind,
-                    name=instruction.name,
-                    axes=varying_axes(instruction.text, mesh),
-                    bytes=result_bytes(instruction),
-                    count=count,
-                    under_conditional=conditional,
-                    source=source[1] if source else "",
-                )
-            )
-    return operations
+    module = parse_module(text)
+    runs = count_runs(module)
+    return [
+        Collective(
+            kind=collective_kind(instruction, computation),
+            name=instruction.name,
+            axes=varying_axes(instruction.text, mesh),
+            bytes=received_bytes(instruction, computation, mesh),
+            count=runs[name].count,
+            under_conditional=runs[name].under_conditional,
+            source=instruction.op_name,
+        )
+        for name, computation in module.computations.items()
+        if name in runs
+        for instruction in computation.instructions
+        if collective_kind(instruction, computation) is not None
+    ]
+
+
+def collective_kind(instruction: Instruction, computation: Computation) -> str | None:
+    """Return which of KINDS an `instruction` of `computation` is; None for all else, the end of a collective included.
+
+    libtpu spreads a collective over fusions, and repeats its instruction in each: the one beside AsyncCollectiveStart
+    counts. It keeps a reduce-scatter as an all-reduce and a slice in one fusion.
+    """
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    if PART_OF_ASYNC in instruction.text and not any(ASYNC_START in one.text for one in computation.instructions):
+        return None
+    return "reduce-scatter" if _is_reduce_scatter(instruction, computation) else kind
+
+
+def _is_reduce_scatter(instruction: Instruction, computation: Computation) -> bool:
+    return instruction.opcode == "all-reduce" and computation.name.startswith("all-reduce-scatter")
+
+
+def received_bytes(instruction: Instruction, computation: Computation, mesh: Mesh) -> int:
+    """Bytes of the result of a collective, on one device."""
+    size = result_bytes(instruction)
+    if _is_reduce_scatter(instruction, computation):
+        return size // len(next(iter(device_groups(instruction.text, mesh))))
+    return size
 
 
 def refuse_permute_under_conditional(text: str, mesh: Mesh) -> None:
@@ -100,39 +104,6 @@ def refuse_permute_under_conditional(text: str, mesh: Mesh) -> None:
                 f"never end ({op.bytes} bytes, from {op.source or 'an unknown source'}); move it out of the branch, or "
                 "do not shard the dimension that it moves (a mesh axis of size 1)"
             )
-
-
-def parse_computations(text: str) -> dict[str, list[Instruction]]:
-    """Computation name -> its instructions."""
-    computations: dict[str, list[Instruction]] = {}
-    current: list[Instruction] = []
-    for line in text.splitlines():
-        if header := HEADER.match(line):
-            current = computations.setdefault(header["name"], [])
-        elif match := INSTRUCTION.match(line):
-            current.append(Instruction(match["name"], match["opcode"], match["type"], line))
-    return computations
-
-
-def count_runs(text: str, computations: Mapping[str, list[Instruction]]) -> dict[str, tuple[int, bool]]:
-    """Computation -> (number of runs, whether under a branch or a loop of unknown length), if the entry reaches it."""
-    entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)
-    if entry is None:
-        raise ValueError(f"no ENTRY computation in {len(text)} characters of HLO; pass compiled.as_text()")
-    runs: dict[str, tuple[int, bool]] = {}
-
-    def visit(name: str, count: int, conditional: bool) -> None:
-        earlier_count, was_conditional = runs.get(name, (0, False))
-        runs[name] = (earlier_count + count, conditional or was_conditional)
-        for instruction in computations.get(name, ()):
-            trips = TRIP_COUNT.search(instruction.text) if instruction.opcode == "while" else None
-            # A loop whose trip count is unknown at compile time may be one that some devices skip.
-            may_skip = instruction.opcode == "conditional" or (instruction.opcode == "while" and trips is None)
-            for called in instruction.called_computations:
-                visit(called, count * (int(trips[1]) if trips else 1), conditional or may_skip)
-
-    visit(entry[1], 1, False)
-    return runs
 
 
 def result_bytes(instruction: Instruction) -> int:

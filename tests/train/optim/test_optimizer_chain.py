@@ -1,7 +1,6 @@
-"""Optimizers: sharded like parameters, the same on every mesh; schedules, masks, averages, per-layer matrices."""
+"""Optimizers: sharded like parameters, the same on every mesh; masks, averages, clipping, per-layer matrices."""
 
 import functools
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.sharding import optimizer_shardings, path_name, weight_shardings
 from meshwright.train.engine.program import build
-from meshwright.train.optim import optimizers
+from meshwright.train.optim import optimizer_chain
 
 SHARDED = {"fsdp": 2, "tensor": 2}
 
@@ -26,7 +25,7 @@ def arrays(tree):
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-@pytest.mark.parametrize("name", optimizers.RULES)
+@pytest.mark.parametrize("name", optimizer_chain.RULES)
 def test_state_is_sharded_like_its_parameter(name):
     """Also rows and columns of a factored one (adafactor, from 128 on): no dimension of a weight is left whole."""
     model = {"embed": 128, "mlp": 128} if name == "adafactor" else {}
@@ -61,7 +60,7 @@ KINDS = {
 def walk(section_json, *, sharded, steps=5):
     """Canonical {params, opt_state} before and after each of some updates of `KINDS` with random gradients."""
     mesh = make_mesh(MeshConfig(**(SHARDED if sharded else {}), platform="cpu"))
-    optimizer = optimizers.build_optimizer(OptimizerConfig.model_validate_json(section_json), steps=steps)
+    optimizer = optimizer_chain.build_optimizer(OptimizerConfig.model_validate_json(section_json), steps=steps)
     shapes = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), KINDS, is_leaf=lambda x: isinstance(x, tuple)
     )
@@ -93,7 +92,7 @@ def random_like(shapes, *, seed):
     return jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), shapes)
 
 
-@pytest.mark.parametrize("name", optimizers.RULES)
+@pytest.mark.parametrize("name", optimizer_chain.RULES)
 def test_a_sharded_optimizer_equals_one_device(name):
     one, many = (walked(sharded=sharded, name=name, clip=0.3, ema=0.5) for sharded in (False, True))
     assert_close(one[-1], many[-1], tolerance=1e-5)
@@ -110,45 +109,12 @@ def test_zero_1_repeats_parameters_shards_state_and_equals_one_device():
     assert_same(tiny(), config)
 
 
-SCHEDULES = {
-    # 20 updates, the first 4 of them warm-up; update -> fraction of the peak
-    "constant": ("constant", {}, {0: 0.25, 3: 1, 4: 1, 19: 1}),
-    "cosine": ("cosine", {}, {0: 0.25, 1: 0.5, 3: 1, 4: 1, 19: 0.1}),
-    "linear": ("linear", {}, {0: 0.25, 3: 1, 4: 1, 9: 0.7, 19: 0.1}),
-    "wsd": ("wsd", {"decay_steps": 5}, {3: 1, 14: 1, 15: 0.82, 19: 0.1}),
-    "wsd, a tenth": ("wsd", {}, {17: 1, 18: 0.55, 19: 0.1}),
-}
-
-
-@pytest.mark.parametrize(("name", "more", "values"), SCHEDULES.values(), ids=SCHEDULES)
-def test_a_schedule_has_its_exact_values(name, more, values):
-    section = OptimizerConfig(learning_rate=2.0, schedule=name, warmup_steps=4, final_fraction=0.1, **more)
-    schedule = optimizers.learning_rate_schedule(section, steps=20)
-    found = {count: float(schedule(count)) / 2.0 for count in values}
-    assert found == pytest.approx(values, rel=1e-6)
-
-
-@pytest.mark.parametrize("name", get_args(OptimizerConfig.model_fields["schedule"].annotation))
-def test_a_schedule_warms_up_to_its_peak_and_then_only_falls(name):
-    section = OptimizerConfig(learning_rate=2.0, schedule=name, warmup_steps=4, final_fraction=0.1)
-    schedule = optimizers.learning_rate_schedule(section, steps=20)
-    values = [float(schedule(count)) / 2.0 for count in range(20)]
-    assert values[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert values[3:] == pytest.approx(sorted(values[3:], reverse=True))
-    assert values[-1] == pytest.approx(1.0 if name == "constant" else 0.1)
-
-
-def test_a_cosine_is_halfway_in_the_middle():
-    section = OptimizerConfig(learning_rate=1.0, schedule="cosine", final_fraction=0.0)
-    assert float(optimizers.learning_rate_schedule(section, steps=21)(10)) == pytest.approx(0.5)
-
-
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_exactly_the_kernels_decay(embeddings):
     model = {"family": "gpt2", "max_positions": 16, "tied_embeddings": False, "qk_norm": True}
     config = tiny(model=model, optimizer={"decay_embeddings": embeddings})
     params = build(config, make_mesh(config.mesh)).shapes.params
-    decayed = {name for name, decays in arrays(optimizers.decay_mask(config.optimizer)(params)).items() if decays}
+    decayed = {name for name, decays in arrays(optimizer_chain.decay_mask(config.optimizer)(params)).items() if decays}
     expected = {name for name in arrays(params) if name.endswith("/kernel")}
     assert decayed == expected | ({"embed/embedding", "embed/positions"} if embeddings else set())
 
@@ -174,7 +140,7 @@ def test_gradients_are_clipped_by_their_norm_over_all_devices():
 def test_muon_on_a_stack_is_muon_on_each_layers_matrix():
     """Against optax's plain two-dimensional rule, a layer at a time; the output map's inputs are [heads, head_dim]."""
     config = tiny(optimizer={"name": "muon"}, model={"layers": 3})
-    rule = optimizers.RULES["muon"](config.optimizer)
+    rule = optimizer_chain.RULES["muon"](config.optimizer)
     shapes = build(config, make_mesh(config.mesh)).shapes.params
     params, gradient = random_like(shapes, seed=0), random_like(shapes, seed=1)
     updates, _ = jax.jit(lambda g, p: rule.update(g, rule.init(p), p))(gradient, params)
@@ -189,7 +155,7 @@ def test_muon_on_a_stack_is_muon_on_each_layers_matrix():
 
 
 def test_muon_without_a_matrix_is_refused():
-    rule = optimizers.RULES["muon"](OptimizerConfig(name="muon"))
+    rule = optimizer_chain.RULES["muon"](OptimizerConfig(name="muon"))
     with pytest.raises(UserError, match=r"optimizer.name: muon.*use adamw"):
         rule.init({"embed": {"embedding": jnp.zeros((4, 4))}})
 
@@ -198,7 +164,7 @@ def test_adafactor_clips_each_layer_by_itself():
     """One layer's spike must not shrink its neighbours in the stack."""
     updates = {"segments": {"0": {"0": {"block": {"mlp": {"up": {"kernel": jnp.ones((2, 4, 4))}}}}}}}
     spiked = jax.tree.map(lambda leaf: leaf.at[0].mul(100.0), updates)
-    clipped, _ = optimizers.clip_by_layer_rms(1.0).update(spiked, optax.EmptyState())
+    clipped, _ = optimizer_chain.clip_by_layer_rms(1.0).update(spiked, optax.EmptyState())
     np.testing.assert_allclose(jax.tree.leaves(clipped)[0], np.ones((2, 4, 4)))
 
 
