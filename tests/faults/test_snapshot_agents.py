@@ -147,7 +147,7 @@ def test_fewer_hosts_go_on_from_storage_and_protect_each_other_until_all_are_bac
     wait_protected(launcher, directory, second["step"] + 2, hosts=range(4))
     finish_launch(launcher)
     assert (first["level"], second["level"]) == ("storage", "storage")
-    assert "taken in slots [0, 1, 2, 3]; slots [0, 1] go on" in first["reason"] and "of another mesh" in first["reason"]
+    assert "taken in slots [0, 1, 2, 3]; slots [0, 1] go on" in first["reason"] and "another mesh" in first["reason"]
     events = [event["event"] for event in events_of(run, "shrink", "grow", "unprotected")]
     assert events == ["shrink", "grow"] and not any(slot.exists() for slot in slots)
 
