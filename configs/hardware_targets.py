@@ -73,6 +73,8 @@ class Resources(Section):
     kubernetes: str | None = None
     kubernetes_accelerator: str | None = None
     """Value of the node label cloud.google.com/gke-tpu-accelerator."""
+    kubernetes_chips: int | None = None
+    """Chips of a node of a slice that has several nodes."""
     slurm: str | None = None
     """Name of the generic resource."""
     ray: str | None = None
@@ -156,40 +158,40 @@ def find_target(device_kind: str) -> HardwareTarget | None:
     return next((target for target in hardware_targets().values() if device_kind in target.kinds), None)
 
 
-def parse_topology(text: str) -> Topology:
-    """Read `v5p:4x4x4`, `h100x8`, `h200` (one device), `2*v5p:2x2x2` (two slices). Raises UserError."""
+def parse_topology(text: str, *, key: str = "--target") -> Topology:
+    """Read `v5p:4x4x4`, `h100x8`, `h200` (one device), `2*v5p:2x2x2` (two slices). Raises UserError, naming `key`."""
     match = WRITTEN.fullmatch(text.strip())
     if match is None:
-        raise UserError(f"--target: {text} is not a target; write v5p:4x4x4, h100x8 or 2*v6e:4x4")
+        raise UserError(f"{key}: {text} is not a target; write v5p:4x4x4, h100x8 or 2*v6e:4x4")
     targets = hardware_targets()
     if match["name"] not in targets:
-        raise UserError.no_match("--target", [match["name"]], candidates=targets)
+        raise UserError.no_match(key, [match["name"]], candidates=targets)
     target, slices = targets[match["name"]], int(match["slices"] or 1)
     if target.is_torus:
-        return Topology(target, _torus_shape(text, target, match["shape"], match["count"]), slices)
+        return Topology(target, _torus_shape(text, target, match["shape"], match["count"], key), slices)
     if match["shape"] is not None:
-        raise UserError(f"--target: {text} has a shape, and {target.name} has none; write {target.name}x8")
-    return Topology(target, _hosts(text, target, int(match["count"] or 1)), slices)
+        raise UserError(f"{key}: {text} has a shape, and {target.name} has none; write {target.name}x8")
+    return Topology(target, _hosts(text, target, int(match["count"] or 1), key), slices)
 
 
-def _torus_shape(text: str, target: HardwareTarget, shape: str | None, count: str | None) -> tuple[int, ...]:
+def _torus_shape(text: str, target: HardwareTarget, shape: str | None, count: str | None, key: str) -> tuple[int, ...]:
     example = "x".join(["4"] * target.links.axes)
     if shape is None:
         problem = f"counts {count} devices" if count else "has no shape"
-        raise UserError(f"--target: {text} {problem}; a {target.name} slice has one, e.g. {target.name}:{example}")
+        raise UserError(f"{key}: {text} {problem}; a {target.name} slice has one, e.g. {target.name}:{example}")
     sizes = tuple(int(size) for size in shape.split("x"))
     if len(sizes) != target.links.axes or 0 in sizes:
         raise UserError(
-            f"--target: {text} has {len(sizes)} axes, but the torus of {target.name} has {target.links.axes}; "
+            f"{key}: {text} has {len(sizes)} axes, but the torus of {target.name} has {target.links.axes}; "
             f"write e.g. {target.name}:{example}"
         )
     return sizes
 
 
-def _hosts(text: str, target: HardwareTarget, count: int) -> tuple[int, ...]:
+def _hosts(text: str, target: HardwareTarget, count: int, key: str) -> tuple[int, ...]:
     per_host = target.devices_per_host
     if count < 1 or (count > per_host and count % per_host):
         raise UserError(
-            f"--target: {text} has {count} devices, but a host has {per_host}; use at most {per_host}, or a multiple"
+            f"{key}: {text} has {count} devices, but a host has {per_host}; use at most {per_host}, or a multiple"
         )
     return (max(1, count // per_host), min(count, per_host))

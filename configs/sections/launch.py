@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from ..hardware_targets import parse_topology
 from .base import Section
 
 
@@ -22,6 +23,8 @@ class SlurmConfig(Section):
     """Nodes of the job; launch.processes must be a multiple of it."""
     gpus_per_node: int | None = Field(None, ge=1)
     """GPUs of each node, divided among its processes; null: none is requested."""
+    gres: str | None = None
+    """Other generic resources of each node, as `sbatch --gres` takes them, e.g. gpu:mi300x:8; null: none."""
     cpus_per_task: int | None = Field(None, ge=1)
     """CPU cores of each process; null: the cluster's default."""
     memory: int | None = Field(None, ge=1)
@@ -45,6 +48,8 @@ class RayConfig(Section):
     """CPU cores of each process."""
     gpus: float = Field(0.0, ge=0)
     """GPUs of each process."""
+    resources: dict[str, float] = {}
+    """Other Ray resources of each process, e.g. {TPU: 4}; {}: none."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "SPREAD"
     """Placement of processes: PACK on few nodes, SPREAD over many, STRICT_PACK on one, STRICT_SPREAD one a node."""
 
@@ -58,6 +63,9 @@ class KubernetesConfig(Section):
     """Kubernetes namespace of the JobSet."""
     gpus: int = Field(0, ge=0)
     """GPUs (nvidia.com/gpu) of each process; 0: none is requested."""
+    target: str | None = None
+    """Devices of the whole job, as `plan --target` takes them, e.g. v5p:4x4x4: chooses nodes of that TPU slice, or GPUs
+    of that maker; null: what `gpus` and `node_selector` say."""
     cpu: str | None = None
     """CPU cores of each process as a Kubernetes quantity, e.g. 500m; null: none is requested."""
     memory: str | None = None
@@ -74,6 +82,19 @@ class KubernetesConfig(Section):
     """Service account of the pods; null: the namespace's default."""
     restarts: int = Field(3, ge=0)
     """How many times the whole JobSet is restarted after its supervisor has failed."""
+
+    @model_validator(mode="after")
+    def _target_is_one(self) -> "KubernetesConfig":
+        if self.target is not None:
+            topology = parse_topology(self.target, key="launch.k8s.target")
+            if self.gpus:
+                raise ValueError(f"launch.k8s.gpus: {self.gpus}, but target {self.target} says it too; remove one")
+            if topology.target.resources.kubernetes is None or topology.slices > 1:
+                raise ValueError(
+                    f"launch.k8s.target: {self.target} is not one slice, or group of GPUs, that a cluster has; use "
+                    "e.g. v5p:4x4x4 or h100x8"
+                )
+        return self
 
 
 class LaunchConfig(Section):

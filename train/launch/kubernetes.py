@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from ...configs.errors import Preemption, UserError
+from ...configs.hardware_targets import parse_topology
 from ...configs.sections.launch import KubernetesConfig
 from .job import Job
 
@@ -123,6 +124,7 @@ def worker_job(job: Job, name: str) -> dict[str, Any]:
     settings = job.settings.k8s
     command = [PYTHON, "-m", "meshwright.train.launch.agent", f"{supervisor_host(name)}:{PORT}"]
     amounts = {"cpu": settings.cpu, "memory": settings.memory, "nvidia.com/gpu": settings.gpus or None}
+    amounts |= device_request(settings, processes=job.processes)
     limits = {resource: str(amount) for resource, amount in amounts.items() if amount is not None}
     resources = {"resources": {"requests": limits, "limits": limits}} if limits else {}
     container = {"name": "agent", "command": command, **resources}
@@ -133,6 +135,43 @@ def worker_job(job: Job, name: str) -> dict[str, Any]:
         "backoffLimit": UNLIMITED,
         "podReplacementPolicy": "Failed",
         "template": {"spec": pod_spec(job, name, container)},
+    }
+
+
+def device_request(settings: KubernetesConfig, *, processes: int) -> dict[str, int]:
+    """Resource -> devices of each process for `launch.k8s.target`; {} without one. Raises UserError if they differ."""
+    if settings.target is None:
+        return {}
+    topology = parse_topology(settings.target, key="launch.k8s.target")
+    target, chips = topology.target, math.prod(topology.shape)
+    if target.resources.kubernetes_chips is None:  # any number of processes shares GPUs
+        if chips % processes:
+            raise UserError(
+                f"launch.processes: {processes} do not share the {chips} devices of {settings.target} evenly; use a "
+                f"divisor of {chips}"
+            )
+        return {target.resources.kubernetes: chips // processes}
+    fit_one_node = topology.devices <= target.devices_per_host
+    per_node = chips if fit_one_node else target.resources.kubernetes_chips
+    if processes != chips // per_node:
+        raise UserError(
+            f"launch.processes: {processes}, but {settings.target} has {chips // per_node} nodes of {per_node} chips; "
+            f"use launch.processes={chips // per_node}"
+        )
+    return {target.resources.kubernetes: per_node}
+
+
+def device_selector(settings: KubernetesConfig) -> dict[str, str]:
+    """Labels of the nodes of the TPU slice `launch.k8s.target`; {} for all else."""
+    if settings.target is None:
+        return {}
+    topology = parse_topology(settings.target, key="launch.k8s.target")
+    accelerator = topology.target.resources.kubernetes_accelerator
+    if accelerator is None:
+        return {}
+    return {
+        "cloud.google.com/gke-tpu-accelerator": accelerator,
+        "cloud.google.com/gke-tpu-topology": "x".join(map(str, topology.shape)),
     }
 
 
@@ -163,8 +202,9 @@ def pod_spec(job: Job, name: str, container: dict[str, Any]) -> dict[str, Any]:
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
         ],
     }
-    if settings.node_selector and container["name"] == "agent":
-        spec["nodeSelector"] = dict(settings.node_selector)
+    selector = device_selector(settings) | settings.node_selector
+    if selector and container["name"] == "agent":
+        spec["nodeSelector"] = selector
     if settings.service_account:
         spec["serviceAccountName"] = settings.service_account
     return spec

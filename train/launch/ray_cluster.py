@@ -43,7 +43,8 @@ class RayHosts(Hosts):
         self._settings = settings
         self.name = ray.util.get_node_ip_address()
         self.placement_group = ray.util.placement_group(
-            [{"CPU": settings.cpus} | ({"GPU": settings.gpus} if settings.gpus else {})] * processes,
+            [{"CPU": settings.cpus} | ({"GPU": settings.gpus} if settings.gpus else {}) | settings.resources]
+            * processes,
             strategy=settings.strategy,
         )
         self._actors: dict[int, Any] = {}
@@ -64,7 +65,10 @@ class RayHosts(Hosts):
 
         strategy = PlacementGroupSchedulingStrategy(self.placement_group, placement_group_bundle_index=slot)
         actor = self._ray.remote(AgentActor).options(
-            num_cpus=self._settings.cpus, num_gpus=self._settings.gpus, scheduling_strategy=strategy
+            num_cpus=self._settings.cpus,
+            num_gpus=self._settings.gpus,
+            resources=self._settings.resources or None,
+            scheduling_strategy=strategy,
         )
         self._attempts[slot] += 1
         self._actors[slot] = actor.remote()
@@ -88,7 +92,8 @@ class RayHosts(Hosts):
         """What the group needs and what the cluster has."""
         free, bundles = self._ray.available_resources(), self.placement_group.bundle_specs
         needed = ", ".join(f"{len(bundles)} x {amount:g} {resource}" for resource, amount in bundles[0].items())
-        return f"; it takes {needed}, and {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU are free"
+        has = ", ".join(f"{free.get(resource, 0):g} {resource}" for resource in bundles[0])
+        return f"; it takes {needed}, and {has} are free"
 
     def discard(self, slot: int) -> None:
         """Kill the actor, and with it what its agent started."""

@@ -74,6 +74,11 @@ def check_nodes(settings: SlurmConfig, *, processes: int) -> None:
             f"launch.slurm.gpus_per_node: {per_node} processes do not share {settings.gpus_per_node} GPUs of a node "
             f"evenly; launch a divisor of {settings.gpus_per_node} on each"
         )
+    if settings.gres is not None and per_node > 1:
+        raise UserError(
+            f"launch.slurm.gres: {settings.gres} is a node's, and would be given to each of {per_node} processes; "
+            "launch one process on a node, or use launch.slurm.gpus_per_node"
+        )
     if settings.executor == "local" and settings.nodes > 1:
         raise UserError(f"launch.slurm.nodes: {settings.nodes} with executor local, which is one machine; use 1")
 
@@ -94,6 +99,7 @@ def executor_parameters(settings: SlurmConfig, *, name: str, grace: float) -> di
             "slurm_account": settings.account,
             "slurm_qos": settings.qos,
             "slurm_constraint": settings.constraint,
+            "slurm_gres": settings.gres,
             "slurm_setup": settings.setup or None,
             "slurm_signal_delay_s": math.ceil(grace) + MARGIN,
             "slurm_srun_args": ["--nodes=1", "--ntasks=1", "--overlap"],
@@ -180,6 +186,8 @@ class SlurmHosts(Hosts):
         command += [f"--ntasks-per-node={tasks // nodes}", "--distribution=block"]  # as launch.hosts counts them
         if settings.cpus_per_task is not None:
             command.append(f"--cpus-per-task={settings.cpus_per_task}")
+        if settings.gres is not None:
+            command.append(f"--gres={settings.gres}")
         if settings.gpus_per_node is not None:
             command.append(f"--gpus-per-task={settings.gpus_per_node // per_node}")
         return command

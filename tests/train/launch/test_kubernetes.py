@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from meshwright.configs.errors import UserError
+from meshwright.configs.loader import validate_tree
 from meshwright.configs.sections.fault_tolerance import ElasticConfig
 from meshwright.configs.sections.launch import KubernetesConfig, LaunchConfig
 from meshwright.train.launch.job import Job
@@ -136,6 +137,51 @@ def test_a_lost_pod_is_replaced_alone_and_a_refused_configuration_ends_the_set()
     assert policy["rules"][0]["action"] == "FailJobSet" and policy["maxRestarts"] == 3
     pods = [job["template"]["spec"] for job in (supervisor, workers)]
     assert {pod["restartPolicy"] for pod in pods} == {"Never"}, "podFailurePolicy needs it"
+
+
+@pytest.mark.parametrize(
+    ("target", "processes", "resource", "amount", "selector"),
+    [
+        ("v5p:2x2x4", 4, "google.com/tpu", "4", ("tpu-v5p-slice", "2x2x4")),
+        ("v6e:2x4", 1, "google.com/tpu", "8", ("tpu-v6e-slice", "2x4")),
+        ("v6e:4x4", 4, "google.com/tpu", "4", ("tpu-v6e-slice", "4x4")),
+        ("v7x:2x2x2", 2, "google.com/tpu", "4", ("tpu7x", "2x2x2")),
+        ("h100x16", 2, "nvidia.com/gpu", "8", None),
+        ("mi300xx8", 8, "amd.com/gpu", "1", None),
+    ],
+)
+def test_a_target_chooses_the_nodes_and_devices_of_each_process(target, processes, resource, amount, selector):
+    workers = job_specs(processes=processes, target=target)["workers"]["template"]["spec"]
+    assert workers["containers"][0]["resources"]["limits"] == {resource: amount}
+    labels = ("cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology")
+    assert workers.get("nodeSelector") == (None if selector is None else dict(zip(labels, selector, strict=True)))
+    assert "nodeSelector" not in job_specs(processes=processes, target=target)["supervisor"]["template"]["spec"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"processes": 3, "target": "v5p:2x2x4"}, "launch.processes: 3, but v5p:2x2x4 has 4 nodes of 4 chips"),
+        ({"processes": 3, "target": "h100x8"}, "launch.processes: 3 do not share the 8 devices"),
+    ],
+)
+def test_processes_that_the_nodes_of_a_target_do_not_match_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        make_manifests(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "v5p:2x2x4", "gpus": 4}, "launch.k8s.gpus: 4"),
+        ({"target": "2*v5p:2x2x4"}, "is not one slice"),
+        ({"target": "cpux8"}, "is not one slice"),
+        ({"target": "v5q:2x2x4"}, "launch.k8s.target: v5q matches nothing"),
+    ],
+)
+def test_a_target_that_no_cluster_has_is_refused(settings, message):
+    with pytest.raises(UserError, match=message.replace("*", ".")):
+        validate_tree({"launch": {"k8s": settings}})
 
 
 def test_a_pod_has_the_grace_period_to_save():

@@ -98,6 +98,7 @@ def test_the_local_executor_runs_the_same_job(tmp_path, capsys):
 WRONG = {
     "nodes": (SlurmConfig(nodes=3), 4, "launch.slurm.nodes: 4 processes do not share 3 nodes evenly"),
     "gpus": (SlurmConfig(gpus_per_node=4), 3, "launch.slurm.gpus_per_node: 3 processes do not share 4 GPUs"),
+    "gres": (SlurmConfig(nodes=2, gres="gpu:mi300x:8"), 4, "launch.slurm.gres: gpu:mi300x:8 is a node's"),
     "local": (SlurmConfig(nodes=2, executor="local"), 2, "launch.slurm.nodes: 2 with executor local"),
 }
 
@@ -113,6 +114,12 @@ def test_srun_gets_the_nodes_tasks_and_gpus_of_the_job():
     assert hosts.srun_command(2, 4)[4:] == ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2",
                                     "--distribution=block", "--cpus-per-task=6",
                                     "--gpus-per-task=4"]  # fmt: skip
+
+
+def test_other_generic_resources_of_a_node_are_asked_for_in_the_job_and_its_steps():
+    settings = SlurmConfig(nodes=2, gres="gpu:mi300x:8")
+    assert slurm.executor_parameters(settings, name="a", grace=1)["slurm_gres"] == "gpu:mi300x:8"
+    assert "--gres=gpu:mi300x:8" in slurm.SlurmHosts(settings, processes=2).srun_command(2, 2)
 
 
 def test_a_missing_extra_is_an_error_with_the_command_that_installs_it():
