@@ -8,6 +8,7 @@ from pydantic import model_validator
 from .adapter_runs import inherit_data, merged_data, resolve_adapters, widest_adapter
 from .checks.adapter_method import check_budget, check_element_search, check_oft_blocks, check_prefix
 from .checks.elastic_meshes import check_elastic_meshes
+from .checks.launch_target import check_launch_target
 from .checks.mesh_fit import check_mesh_fit
 from .checks.multi_adapter import check_adapters
 from .run_fields import RunFields
@@ -71,6 +72,7 @@ class RunConfig(RunFields):
                 f"model.max_positions: {self.model.max_positions} is below data.sequence_length "
                 f"({self.data.sequence_length}), but learned positions need one row per token; raise it"
             )
+        check_launch_target(self.launch.k8s)
         platform = KERNEL_PLATFORMS.get(self.model.attention)
         if platform is not None and self.mesh.platform not in ("auto", platform):
             raise ValueError(

@@ -2,9 +2,8 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from ..hardware_targets import parse_topology
 from .base import Section
 
 
@@ -82,19 +81,6 @@ class KubernetesConfig(Section):
     """Service account of the pods; null: the namespace's default."""
     restarts: int = Field(3, ge=0)
     """How many times the whole JobSet is restarted after its supervisor has failed."""
-
-    @model_validator(mode="after")
-    def _target_is_one(self) -> "KubernetesConfig":
-        if self.target is not None:
-            topology = parse_topology(self.target, key="launch.k8s.target")
-            if self.gpus:
-                raise ValueError(f"launch.k8s.gpus: {self.gpus}, but target {self.target} says it too; remove one")
-            if topology.target.resources.kubernetes is None or topology.slices > 1:
-                raise ValueError(
-                    f"launch.k8s.target: {self.target} is not one slice, or group of GPUs, that a cluster has; use "
-                    "e.g. v5p:4x4x4 or h100x8"
-                )
-        return self
 
 
 class LaunchConfig(Section):

@@ -24,9 +24,9 @@ MESH = SimpleNamespace(
 TABLES = """HloModule jit_step
 
 FileNames
-1 "/root/meshwright/models/context.py"
-2 "/root/meshwright/models/attention/tile.py"
-3 "/root/meshwright/train/objectives/loss_heads.py"
+1 "/src/meshwright/models/context.py"
+2 "/src/meshwright/models/attention/tile.py"
+3 "/src/meshwright/train/objectives/loss_heads.py"
 
 FunctionNames
 1 "linear"
