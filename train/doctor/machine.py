@@ -37,6 +37,8 @@ EXTRAS = {
     "privacy": (("jax-privacy",), "differentially private training"),
     "ray": (("ray",), "launching on a Ray cluster"),
     "slurm": (("submitit",), "launching on a SLURM cluster"),
+    "targets": (("libtpu",), "compiling for TPUs that are not here, with `plan --target`"),
+    "tpu": (("libtpu",), "TPUs"),
     "wandb": (("wandb",), "logging.wandb"),
 }
 
