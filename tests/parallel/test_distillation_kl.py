@@ -7,7 +7,7 @@ import pytest
 from scipy.special import log_softmax
 
 from meshwright.configs.sections.parallel import MeshConfig
-from meshwright.parallel import hlo
+from meshwright.parallel.hlo import collectives as hlo
 from meshwright.parallel.distillation_kl import (
     TopTokens,
     distribution_overlap,

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from support.equivalence import tiny
 
 from meshwright.configs.sections.parallel import MeshConfig
-from meshwright.parallel import hlo
+from meshwright.parallel.hlo import collectives as hlo
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.sharding import ACTIVATION_RULES, WEIGHT_RULES, constrainer, partition_spec
 from meshwright.parallel.vocabulary import compute_logits, embedding_lookup, token_logprobs
