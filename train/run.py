@@ -139,7 +139,7 @@ def train(config: RunConfig, *, process_info: ProcessInfo, root: Path = Path("ru
         island_sync = None
         if config.islands:
             joined = join_islands(
-                config, program, event_log, corpus=corpus, report_waiting=report_waiting, should_stop=stop.requested
+                config, program, event_log, corpus=corpus, report_waiting=report_waiting, should_stop=stop.should_stop
             )
             island_sync = stack.enter_context(joined)
 

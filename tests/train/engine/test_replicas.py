@@ -166,13 +166,16 @@ def programs(program):
 
 
 def test_an_outer_step_after_every_step_without_momentum_is_data_parallel_sgd():
-    """One fragment, outer learning rate 1: the mean of the replicas' SGD steps is the step of the mean gradient."""
+    """One fragment, outer learning rate 1: the mean of the replicas' SGD steps is the step of the mean gradient.
+
+    Sums are in another order, whose rounding differs by processor: 5e-6 after three steps on one of them.
+    """
     always = {"name": "streaming", "every": 1, "fragments": 1, "overlap": 0, "mix": 0, "learning_rate": 1}
     together = tiny(optimizer=SGD, mesh={"replica": 4}, outer=always | {"momentum": 0}, model=DROPOUT)
     alone = tiny(optimizer=SGD, mesh={"data": 4}, model=DROPOUT)
     rows = [batch | {"loss_weights": np.ones_like(batch["loss_weights"])} for batch in batches(alone, 3)]
     for expected, found in zip(stepped(alone, rows), stepped(together, rows), strict=True):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6), expected, found)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, found)
 
 
 def stepped(config, rows):
