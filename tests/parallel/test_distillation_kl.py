@@ -7,7 +7,6 @@ import pytest
 from scipy.special import log_softmax
 
 from meshwright.configs.sections.parallel import MeshConfig
-from meshwright.parallel.hlo import collectives as hlo
 from meshwright.parallel.distillation_kl import (
     TopTokens,
     distribution_overlap,
@@ -15,6 +14,7 @@ from meshwright.parallel.distillation_kl import (
     top_tokens,
     top_tokens_kl_divergence,
 )
+from meshwright.parallel.hlo import collectives as hlo
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.sharding import constrainer
 from meshwright.parallel.vocabulary import OutputHead
