@@ -1,5 +1,6 @@
 """The device mesh: seven named axes in a fixed order, all left to the partitioner (`AxisType.Auto`)."""
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from jax.experimental import mesh_utils
 from ..configs.errors import UserError, first_line
 from ..configs.names import MESH_AXES
 from ..configs.sections.parallel import MeshConfig
+
+logger = logging.getLogger(__name__)
 
 JAX_PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # mesh.platform -> JAX's name
 SLICE_AXES = ("replica", "data")  # may cross slices, whose network is slow: they communicate once a step, or less
@@ -67,7 +70,8 @@ def make_mesh(mesh: MeshConfig, *, devices: Sequence[jax.Device] | None = None) 
 def order_devices(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> np.ndarray:
     """The devices as an array of the shape `sizes`, so that neighbours along an axis are close by the platform's links.
 
-    Slices, which only a network links, lie along `replica`, then `data`. Raises UserError if these do not fit them.
+    Slices, which only a network links, lie along `replica`, then `data`. Raises UserError if these do not fit them. A
+    part of a slice that is no box keeps the order of its devices, and a warning says so.
     """
     shape = tuple(sizes.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -79,7 +83,11 @@ def order_devices(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> np
         )
     try:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except (NotImplementedError, ValueError, AssertionError):  # a part of a slice that is no torus
+    except (NotImplementedError, AssertionError):  # JAX's, for devices that fill no box of the torus
+        logger.warning(
+            "mesh: these %d devices fill no box of their slice, so neighbours may be far apart; use all of it",
+            len(devices),
+        )
         return np.array(devices).reshape(shape)
 
 

@@ -14,7 +14,6 @@ The sum serves for ratios: a device also waits, which no compiler sees.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -308,8 +307,3 @@ def _record(cost: CollectiveCost, runs: float, exposed: float, estimate: StepEst
             exposed_seconds=exposed * runs,
         )
     )
-
-
-def summary(estimate: StepEstimate) -> Mapping[str, float]:
-    """The estimate as numbers for JSON."""
-    return {"seconds": estimate.seconds, **{f"{part} seconds": value for part, value in estimate.by_part().items()}}

@@ -7,7 +7,7 @@ Memory is the compiler's; the seconds of a step are its estimates (`step_estimat
 
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...configs.errors import UserError
@@ -15,7 +15,9 @@ from ...configs.hardware_targets import Topology
 from ...configs.run import RunConfig
 from ...configs.target_fit import config_for_target, target_warnings
 from ...parallel.compile_target import prepare_to_compile, target_devices
+from ...parallel.compiler_options import compiler_options
 from ...parallel.mesh import make_mesh
+from ..engine.program import build
 from .compile_plan import make_plan, training_flops
 from .step_estimate import StepEstimate, estimate_step
 
@@ -67,9 +69,6 @@ def plan_target(config: str, overrides: list[str], topology: Topology, *, find_s
 
     If a device has too little memory, changes are tried until three make the run fit, unless `find_savings` is False.
     """
-    from ...parallel.compiler_options import compiler_options
-    from ..engine.program import build
-
     loaded = config_for_target(config, overrides, topology)
     prepare_to_compile()
     mesh = make_mesh(loaded.mesh, devices=target_devices(topology))
@@ -107,7 +106,7 @@ def plan_target(config: str, overrides: list[str], topology: Topology, *, find_s
     )
     if result.fits or not find_savings:
         return result
-    return TargetPlan(**{**vars(result), "savings": fitting_changes(config, overrides, topology, loaded)})
+    return replace(result, savings=fitting_changes(config, overrides, topology, loaded))
 
 
 def needed_bytes(error: Exception) -> int | None:

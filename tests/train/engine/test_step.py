@@ -1,5 +1,7 @@
 """The step: what it refuses to apply, how it counts, and which numbers are wide."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,13 +9,14 @@ import optax
 import pytest
 from support.equivalence import initial_state, tiny
 
+from meshwright.configs.sections.parallel import PrecisionConfig
 from meshwright.configs.sections.training import OptimizerConfig
 from meshwright.memory import jaxpr_stats
 from meshwright.parallel.gradients import Sums
 from meshwright.parallel.layout import to_canonical
 from meshwright.parallel.mesh import make_mesh
 from meshwright.parallel.state import TrainState
-from meshwright.train.engine.program import build
+from meshwright.train.engine.program import build, matmul_precision
 from meshwright.train.engine.step import make_step, make_update
 from meshwright.train.optim.learning_rate_schedule import learning_rate_schedule
 from meshwright.train.optim.optimizer_chain import build_optimizer, mean_gradient_norm
@@ -143,3 +146,12 @@ def test_reduced_gradients_are_summed_in_their_dtype():
         carried = jax.make_jaxpr(program.step)(program.shapes, program.batch_shapes)
     assert metrics["grad_norm"].dtype == jnp.float32
     assert "bf16[64,16]" in str(carried)
+
+
+@pytest.mark.parametrize(
+    ("compute", "platform", "expected"),
+    [("float32", "tpu", "highest"), ("float32", "gpu", "highest"), ("bfloat16", "tpu", None), ("float32", "cpu", None)],
+)
+def test_float32_products_are_float32_where_the_platform_would_round_their_inputs(compute, platform, expected):
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)], dtype=object))
+    assert matmul_precision(PrecisionConfig(compute=compute), mesh) == expected
